@@ -1,0 +1,125 @@
+"""Evaluation: the answer to a query on a batch, and how batches split and answers join.
+
+parts = split((x, y), 32)                         # tuples, lists, dicts and tensors, 32 examples each
+whole = join([oracle.query(part) for part in parts])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from bisam import objectives
+from bisam.objectives import Objective
+from bisam.vector import Vector
+
+Batch = tuple[Any, ...]
+"""What the user passed to the loss, usually `(inputs, targets)`; any nest of tuples, lists, dicts and tensors."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The answer to a query.
+
+    Attributes:
+        losses: one per example (N,) or (N, d1, ...), or a scalar where the objective gives one; detached.
+        grad: gradient of `value` with respect to the weights, or None where none was asked for.
+        outputs: what the model returned, detached.
+        value: the scalar that `grad` belongs to: the mean of the losses that count.
+    """
+
+    losses: Tensor
+    grad: Vector | None = None
+    outputs: Any = None
+    value: Tensor = None  # pyright: ignore[reportAssignmentType]
+
+    def __post_init__(self) -> None:
+        if self.value is None:  # pyright: ignore[reportUnnecessaryComparison]
+            object.__setattr__(self, "value", self.losses.mean())
+
+    @property
+    def gradient(self) -> Vector:
+        """`grad`, for a query that asked for it."""
+        assert self.grad is not None, "the query was made with grad=False"
+        return self.grad
+
+    @property
+    def per_example(self) -> Tensor:
+        """The losses, one per example.
+
+        Raises:
+            TypeError: the objective returned a scalar.
+        """
+        if self.losses.dim() == 0:
+            raise TypeError(
+                "this method needs one loss per example, and the loss returned a scalar: pass bisam.cross_entropy, or "
+                'your criterion with reduction="none"'
+            )
+        return self.losses
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a query at the weights saw, kept for metrics."""
+
+    objective: Objective
+    targets: Any
+    evaluation: Evaluation
+
+
+def clean(seen: Sequence[Seen], loss: Objective) -> Evaluation:
+    """Training losses and outputs at the weights, from what queries with any objective saw there: no forward pass."""
+    parts: list[Evaluation] = []
+    with torch.no_grad():
+        for s in seen:
+            part = s.evaluation
+            if s.objective is not loss:
+                losses = loss(part.outputs, s.targets)
+                part = Evaluation(losses, None, part.outputs, objectives.mean(losses, s.targets, loss))
+            parts.append(part)
+    return join(parts)
+
+
+def size(batch: Any) -> int | None:
+    """Number of examples: the first dimension of the first tensor that has one, or None where there is none."""
+    return next((len(t) for t in tree_flatten(batch)[0] if isinstance(t, Tensor) and t.dim()), None)
+
+
+def split(batch: Batch, m: int) -> list[Batch]:
+    """Parts of `m` examples, the last one smaller where `m` does not divide the batch.
+
+    Raises:
+        ValueError: the tensors of the batch disagree about its size.
+    """
+    leaves, structure = tree_flatten(batch)
+    sizes = sorted({len(t) for t in leaves if isinstance(t, Tensor) and t.dim()})
+    if len(sizes) > 1:
+        raise ValueError(
+            f"cannot split a batch whose tensors have {sizes} examples: pass what is not per example inside `forward`"
+        )
+    if not sizes or sizes[0] <= m:
+        return [batch]
+    parts = [t.split(m) if isinstance(t, Tensor) and t.dim() else None for t in leaves]
+    return [
+        tree_unflatten([leaf if part is None else part[i] for leaf, part in zip(leaves, parts, strict=True)], structure)
+        for i in range(-(-sizes[0] // m))
+    ]
+
+
+def join(parts: Sequence[Evaluation]) -> Evaluation:
+    """Evaluations of the parts of a batch as one of the whole, without gradient; a part counts by its examples."""
+    if len(parts) == 1:
+        return replace(parts[0], grad=None)
+    scalar = parts[0].losses.dim() == 0
+    counts = [(size(p.outputs) or 1) if scalar else len(p.losses) for p in parts]
+    value = torch.stack([p.value * (n / sum(counts)) for n, p in zip(counts, parts, strict=True)]).sum()
+    losses = value if scalar else torch.cat([p.losses for p in parts])
+    leaves = zip(*[tree_flatten(p.outputs)[0] for p in parts], strict=True)
+    structure = tree_flatten(parts[0].outputs)[1]
+    outputs = [torch.cat(same) if isinstance(same[0], Tensor) and same[0].dim() else same[0] for same in leaves]
+    return Evaluation(losses, None, tree_unflatten(outputs, structure), value)

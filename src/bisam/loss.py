@@ -1,0 +1,201 @@
+"""SharpnessAware: a training loss whose gradient is the sharpness-aware one.
+
+SAM minimises max over small e of L(w + e), and the gradient of that is the gradient of L at w + e (Danskin): SAM is a
+loss. So it goes where the loss goes, and the rest of a training loop stays as it is:
+
+    sharp = SharpnessAware(model, BiSAM(rho=0.05), loss=cross_entropy)
+    loss = sharp(x, y)                       # was: criterion(model(x), y)
+    loss.backward()
+    optimizer.step()
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from bisam.evaluation import Evaluation, Seen, clean
+from bisam.methods import Method
+from bisam.objectives import Objective
+from bisam.oracle import Forward, ModelOracle, Scale
+from bisam.vector import Vector
+
+
+class SharpnessAware(nn.Module):
+    """The loss of `model` at the point that `method` chooses, with the gradient that `method` computes.
+
+    Called on a batch in training mode it returns a scalar that is differentiable with respect to the model's trainable
+    parameters, once: scale it, divide it, add to it, call `backward()`. In eval mode, or under `no_grad`, it is the
+    plain loss. The mode is the model's, however it was set. If a call fails, weights, gradients and buffers are as
+    before it.
+
+    Args:
+        model: the module to be trained. It stays the user's: save it, move it, wrap it as always.
+        method: `ERM()`, `SAM()`, `BiSAM()`, ... or any `(oracle, batch) -> Evaluation`.
+        loss: `(outputs, targets) -> losses`, one per example or a scalar. Some methods need one per example.
+        forward: `(model, *batch) -> (outputs, targets)`, for batches other than `(*inputs, targets)`.
+        scale: the `torch.amp.GradScaler` in use with float16, or a callable that returns its factor.
+        same_noise: whether all forward passes on a batch see the same dropout masks, as in the JAX original. By default
+            they are fresh, as in every PyTorch implementation.
+
+    Raises:
+        TypeError: an argument is not what it should be (a class in place of an instance, say).
+
+    Called, it raises:
+        TypeError: `forward` or `loss` return something else than they should.
+        ValueError: no parameter is trainable; the batch is empty; targets do not fit; losses have the wrong shape or no
+            gradient; a gradient is sparse.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        loss: Objective,
+        forward: Forward | None = None,
+        *,
+        scale: Scale | None = None,
+        same_noise: bool = False,
+    ) -> None:
+        super().__init__()
+        if not isinstance(cast(Any, model), nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        _instance("method", method, "SAM(), BiSAM() or another (oracle, batch) -> Evaluation")
+        _instance("loss", loss, "bisam.cross_entropy or another (outputs, targets) -> losses")
+        if forward is not None:
+            _instance("forward", forward, "a function (model, *batch) -> (outputs, targets)")
+        if scale is not None:
+            _instance(
+                "scale", scale, "a torch.amp.GradScaler or a function that returns the factor", torch.amp.GradScaler
+            )
+        self.model = model
+        self.method = method
+        self.loss = loss
+        self._forward = forward
+        self._scale = scale
+        self._same_noise = same_noise
+        self._step = 0
+        self._state: dict[str, Any] = {}
+        self._seen: list[Seen] = []
+        self._warned = False
+
+    def forward(self, *batch: Any) -> Tensor:
+        """The loss of a batch.
+
+        Args:
+            *batch: inputs and targets, as `forward` takes them; by default `(*inputs, targets)`.
+
+        Returns:
+            A scalar: in training the loss at the displaced weights, else the plain loss.
+        """
+        self._seen = []  # the last step's outputs need not live through this one
+        oracle = ModelOracle(
+            self.model,
+            self.loss,
+            self._forward,
+            scale=self._scale,
+            same_noise=self._same_noise,
+            step=self._step,
+            state=dict(self._state),  # what the method writes counts once the step has succeeded
+        )
+        if not (self.model.training and torch.is_grad_enabled()):
+            value = oracle.plain(batch)
+        else:
+            self._warn_of_half(oracle)
+            try:
+                value = oracle.differentiable(self.method(oracle, batch))
+            except BaseException:
+                oracle.rollback()
+                raise
+            self._step, self._state = self._step + 1, oracle.state
+        self._seen = oracle.seen
+        return value
+
+    @property
+    def clean(self) -> Evaluation:
+        """Training losses and outputs at the unperturbed weights in the last call, detached: metrics at no extra pass.
+
+        Raises:
+            RuntimeError: there was no call yet, or its method made no query at the weights.
+        """
+        if not self._seen:
+            raise RuntimeError(
+                "nothing was evaluated at the weights yet: `clean` is filled by calling the loss on a batch"
+            )
+        return clean(self._seen, self.loss)
+
+    def extra_repr(self) -> str:
+        """The method, for print(sharp)."""
+        return f"method={self.method!r}"
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """The step count and what the method remembers, as tensors and plain containers."""
+        return {"step": self._step, "state": _packed(self._state)}
+
+    def set_extra_state(self, state: Any) -> None:
+        """Continue from `get_extra_state`; used by `load_state_dict`.
+
+        Raises:
+            ValueError: the state belongs to another model.
+        """
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        self._state = _unpacked(state["state"], parameters)
+        self._step = int(state["step"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: everything but the last batch's outputs."""
+        return {**self.__dict__, "_seen": []}
+
+    def _warn_of_half(self, oracle: ModelOracle) -> None:
+        if self._warned:
+            return
+        self._warned = True
+        half = {p.dtype for p in oracle.parameters} & {torch.bfloat16, torch.float16}
+        if half:
+            warnings.warn(
+                f"the model has {half.pop()} parameters: a perturbation is much smaller than the weights and partly "
+                "rounds away, so that the method is weaker than its rho says. Keep the parameters in float32 and run "
+                "the model under torch.autocast instead",
+                stacklevel=4,
+            )
+
+
+def _instance(name: str, value: Any, remedy: str, *also: type) -> None:
+    if isinstance(value, type):
+        raise TypeError(f"{name} is the class {value.__name__}, not an instance: write {value.__name__}(...)")
+    if not (callable(value) or isinstance(value, also)):
+        raise TypeError(f"{name} must be {remedy}, got {value!r}")
+
+
+_VECTOR = "__vector__"
+
+
+def _packed(state: Any) -> Any:
+    """Vectors as lists of tensors, so that `torch.load(weights_only=True)` takes the file."""
+    if isinstance(state, Vector):
+        return {_VECTOR: list(state.tensors), "holes": sorted(state.holes)}
+    if isinstance(state, dict):
+        return {k: _packed(v) for k, v in cast("dict[str, Any]", state).items()}
+    return [_packed(v) for v in cast("list[Any]", state)] if isinstance(state, list | tuple) else state
+
+
+def _unpacked(state: Any, parameters: list[nn.Parameter]) -> Any:
+    if isinstance(state, list):
+        return [_unpacked(v, parameters) for v in cast("list[Any]", state)]
+    if not isinstance(state, dict):
+        return state
+    entries = cast("dict[str, Any]", state)
+    if _VECTOR not in entries:
+        return {k: _unpacked(v, parameters) for k, v in entries.items()}
+    tensors: list[Tensor] = entries[_VECTOR]
+    if [t.shape for t in tensors] != [p.shape for p in parameters]:
+        raise ValueError(
+            f"the saved state of the method has {len(tensors)} tensors, and the model {len(parameters)} trainable "
+            "parameters of other shapes: it was saved with another model, or with other parameters frozen"
+        )
+    # Copies: the caller may go on using the dictionary, as with a module's own state.
+    moved = [torch.empty_like(p.data).copy_(t) for t, p in zip(tensors, parameters, strict=True)]
+    return Vector(moved, frozenset(cast("list[int]", entries["holes"])))

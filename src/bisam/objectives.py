@@ -1,0 +1,330 @@
+"""Objectives: what is minimised, and what the adversary climbs.
+
+An objective maps `(outputs, targets)` to one loss per example. Two matter here. The minimiser descends an *upper* bound
+of the 0-1 loss (`cross_entropy`, or any loss of PyTorch with `reduction="none"`). The maximiser of BiSAM (Xie et al.,
+ICML 2024, https://arxiv.org/abs/2407.12993) climbs a differentiable *lower* bound: with the margins F_j = f_j - f_y
+against the label y,
+
+    Q = (1/mu) log sum_j exp(mu phi(F_j)),    phi(x) <= 1 where x > 0, else phi(x) <= 0,
+
+so that Q - log(K)/mu <= 1{some wrong class scores higher than y} for K classes. The constant log(K)/mu has no gradient;
+the losses below are Q, as in the paper.
+
+    NegLog()(logits, labels)                          # (N, K), (N,) -> (N,)
+    Tanh(mu=10, alpha=0.1)(logits, labels)            # (N, K, H, W), (N, H, W) -> (N, H, W), -100 left out
+    LowerBound(phi=my_bound, mu=5)(logits, mixed)     # (N, K), (N, K) class probabilities -> (N,)
+
+An objective may name an `ignore_index`: `mean` then leaves such targets out, as torch's own cross-entropy does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+Objective = Callable[[Any, Any], Tensor]
+"""`(outputs, targets) -> losses`: one per example, or a scalar."""
+
+GAMMA = math.log(math.e - 1)
+"""The offset that makes the -log bound pass through the origin (Xie et al., 2024, eq. 15)."""
+
+_BLOCK = 2**24  # entries of a soft-label block that are held at once: 64 MiB in float32
+_FAST_MU = 64.0  # exp(-mu) is still a normal float32, so that the sums below can neither overflow nor vanish
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """Cross-entropy, one loss per example: the default descent objective.
+
+    For smoothing or class weights pass `torch.nn.CrossEntropyLoss(..., reduction="none")` instead.
+    """
+
+    ignore_index: int = -100
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Losses of the shape of the labels; zero where a label is `ignore_index`.
+
+        Args:
+            outputs: logits (N, K) or (N, K, d1, ...), or (K,) for one example.
+            targets: int64 labels (N,) or (N, d1, ...), or class probabilities of the shape of `outputs`.
+
+        Raises:
+            TypeError: `outputs` or `targets` have the wrong type.
+            ValueError: their shapes do not match, or a label is outside [0, K) (on the CPU; a GPU asserts, as in
+                torch).
+        """
+        _check(outputs, targets)
+        loss = partial(F.cross_entropy, ignore_index=self.ignore_index, reduction="none")
+        return _in_range(loss, outputs, targets, self.ignore_index)
+
+
+cross_entropy = CrossEntropy()
+
+
+@dataclass(frozen=True)
+class LowerBound:
+    """Q of BiSAM for any `phi` below the 0-1 step (Xie et al., 2024, Lemma 3.1), differentiated by autograd.
+
+    Args:
+        phi: elementwise lower bound of the step function, differentiable: tensor -> tensor of the same shape.
+        mu: sharpness of the soft maximum over the classes, > 0. Larger is closer to the maximum: the gap is log(K)/mu.
+        ignore_index: label that marks examples to be left out.
+
+    Raises:
+        ValueError: `mu` is not positive and finite.
+    """
+
+    phi: Callable[[Tensor], Tensor]
+    mu: float
+    ignore_index: int = field(default=-100, kw_only=True)
+
+    def __post_init__(self) -> None:
+        positive("mu", self.mu)
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Q per example, in float32 at least; zero where a label is `ignore_index`.
+
+        Args:
+            outputs: logits (N, K), (N, K, d1, ...) or (K,), K >= 2. Never changed.
+            targets: int64 labels (N,), (N, d1, ...) or (); or class probabilities of the shape of `outputs` (mixup,
+                cutmix, smoothing), for which Q is the expectation over the label, at K times the cost.
+
+        Raises:
+            TypeError: `outputs` or `targets` have the wrong type.
+            ValueError: their shapes do not match, or a label is outside [0, K) (on the CPU; a GPU asserts, as in
+                torch).
+        """
+        classes = _check(outputs, targets)
+        if classes < 2:
+            raise ValueError(
+                f"a bound of the 0-1 loss compares classes, and outputs of shape {tuple(outputs.shape)} have only one: "
+                "for a binary task with one logit z, pass torch.stack([torch.zeros_like(z), z], dim=1)"
+            )
+        logits = outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
+        if logits.dim() == 1:
+            return self(logits.unsqueeze(0), targets.unsqueeze(0)).squeeze(0)
+        if targets.is_floating_point():
+            return self._expected(logits, targets)
+        return _in_range(self._labelled, logits, targets, self.ignore_index)
+
+    def _labelled(self, logits: Tensor, labels: Tensor) -> Tensor:
+        ignored, index = _split_labels(labels, self.ignore_index)
+        values = torch.logsumexp(self.mu * self.phi(logits - logits.gather(1, index)), 1) / self.mu
+        return values.masked_fill(ignored, 0.0)
+
+    def _expected(self, logits: Tensor, probabilities: Tensor) -> Tensor:
+        classes = logits.shape[1]
+        width = max(1, _BLOCK // logits.numel())
+        if width >= classes:
+            return self._against(logits, probabilities, 0)
+        # Blocks of labels, recomputed in the backward pass: N K K entries at once would not fit for many classes.
+        blocks = [
+            checkpoint(self._against, logits, part, start, use_reentrant=False)
+            for start, part in zip(range(0, classes, width), probabilities.split(width, 1), strict=True)
+        ]
+        return torch.stack(blocks).sum(0)
+
+    def _against(self, logits: Tensor, probabilities: Tensor, start: int) -> Tensor:
+        """Sum over the labels from `start` of probability times Q: a hard-label problem with one dimension more."""
+        n, classes, *rest = logits.shape
+        width = probabilities.shape[1]
+        labels = torch.arange(start, start + width, device=logits.device).view(1, width, *[1] * len(rest))
+        q = self._labelled(
+            logits.unsqueeze(2).expand(n, classes, width, *rest), labels.expand(n, width, *rest).contiguous()
+        )
+        return (probabilities * q).sum(1)
+
+
+@dataclass(frozen=True)
+class NegLog(LowerBound):
+    """BiSAM (-log): Q with phi(x) = 1 - log(1 + exp(gamma - x)), gamma = log(e - 1) (Xie et al., 2024, eq. 15).
+
+    Its gradient vanishes only where an example is already misclassified, so the adversary never gives up on a correct
+    one; the paper recommends it. Value and gradient are in closed form: phi(x) = 1 + log sigmoid(x - gamma), so for mu
+    = 1 Q = 1 + log sum_j sigmoid(f_j - f_y - gamma), which is cross-entropy with a sigmoid in place of the exponential.
+
+    Args:
+        mu: sharpness of the soft maximum, > 0 (the paper: 1).
+        ignore_index: label that marks examples to be left out.
+
+    Raises:
+        ValueError: `mu` is not positive and finite.
+    """
+
+    phi: Callable[[Tensor], Tensor] = field(init=False, repr=False, compare=False)
+    mu: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "phi", _neg_log)
+
+    def _labelled(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if self.mu > _FAST_MU:
+            return super()._labelled(logits, labels)
+        return cast(Tensor, _ClosedForm.apply(logits, labels, self))
+
+    def _terms(self, logits: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+        """With s = sigmoid(F - gamma): exp(mu (phi - 1)) = s^mu."""
+        s = torch.sub(logits, reference + GAMMA).sigmoid_()
+        return s, s if self.mu == 1 else s.pow(self.mu)
+
+    def _rows(self, weight: Tensor, s: Tensor, u: Tensor) -> Tensor:
+        """Phi' = 1 - s, so weight u phi' = weight s^(mu-1) s (1 - s)."""
+        slope = weight.expand_as(s) if self.mu == 1 else weight * s.pow(self.mu - 1)
+        return torch.ops.aten.sigmoid_backward(slope, s)
+
+
+@dataclass(frozen=True)
+class Tanh(LowerBound):
+    """BiSAM (tanh): Q with phi(x) = tanh(alpha x) (Xie et al., 2024, eq. 14), value and gradient in closed form.
+
+    The authors' training script overrides its own mu = 10 with 1; the paper's setting is the default here.
+
+    Args:
+        mu: sharpness of the soft maximum, > 0 (the paper: 10).
+        alpha: slope of phi at 0, > 0 (the paper: 0.1).
+        ignore_index: label that marks examples to be left out.
+
+    Raises:
+        ValueError: `mu` or `alpha` is not positive and finite.
+    """
+
+    phi: Callable[[Tensor], Tensor] = field(init=False, repr=False, compare=False)
+    mu: float = 10.0
+    alpha: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive("alpha", self.alpha)
+        object.__setattr__(self, "phi", partial(_tanh, self.alpha))
+
+    def _labelled(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if self.mu > _FAST_MU:
+            return super()._labelled(logits, labels)
+        return cast(Tensor, _ClosedForm.apply(logits, labels, self))
+
+    def _terms(self, logits: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+        """With s = sigmoid(2 alpha F), tanh(alpha F) = 2s - 1: exp(mu (phi - 1)) = exp(2 mu (s - 1))."""
+        s = torch.sub(logits, reference).mul_(2 * self.alpha).sigmoid_()
+        return s, torch.sub(s, 1.0).mul_(2 * self.mu).exp_()
+
+    def _rows(self, weight: Tensor, s: Tensor, u: Tensor) -> Tensor:
+        """Phi' = 4 alpha s (1 - s); sigmoid is about seven times cheaper than tanh on a CPU."""
+        return torch.ops.aten.sigmoid_backward(u * (weight * (4 * self.alpha)), s)
+
+
+def mean(losses: Tensor, targets: Any, objective: Objective) -> Tensor:
+    """The mean over the examples that count: not those whose target is the objective's `ignore_index`, if it has one.
+
+    Args:
+        losses: one per example, or a scalar (returned as it is).
+        targets: what the objective was given; labels are integers.
+        objective: `torch.nn.CrossEntropyLoss(reduction="none")` and the objectives here have an `ignore_index`.
+    """
+    if losses.dim() == 0:
+        return losses
+    ignored = getattr(objective, "ignore_index", None)
+    if ignored is None or not isinstance(targets, Tensor) or targets.is_floating_point():
+        return losses.mean()
+    return losses.sum() / (targets != ignored).sum()
+
+
+def positive(name: str, value: float) -> None:
+    """Refuse a hyper-parameter that is not a positive finite number.
+
+    Raises:
+        ValueError: with the name and the value.
+    """
+    if not (0 < value < math.inf):
+        raise ValueError(f"{name} must be positive and finite, got {value!r}")
+
+
+def _neg_log(x: Tensor) -> Tensor:
+    return 1 + F.logsigmoid(x - GAMMA)
+
+
+def _tanh(alpha: float, x: Tensor) -> Tensor:
+    return torch.tanh(alpha * x)
+
+
+def _split_labels(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Which labels are ignored, and an index along the classes that is valid for all (N, 1, d1, ...)."""
+    ignored = labels == ignore_index
+    return ignored, labels.masked_fill(ignored, 0).unsqueeze(1)
+
+
+class _ClosedForm(torch.autograd.Function):
+    """Q = 1 + log(sum u)/mu with u = exp(mu (phi - 1)); dQ/df_j = u_j phi'_j / sum u, less their sum at the label."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, bound: NegLog | Tanh) -> Tensor:
+        ignored, index = _split_labels(labels, bound.ignore_index)
+        s, u = bound._terms(logits, logits.gather(1, index))
+        total = u.sum(1)
+        ctx.bound = bound
+        ctx.save_for_backward(logits, labels, index, ignored, s, u, total)
+        return total.log().div_(bound.mu).add_(1.0).masked_fill_(ignored, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (grad,), bound = grads, ctx.bound
+        logits, labels, index, ignored, s, u, total = ctx.saved_tensors
+        if (
+            torch.is_grad_enabled()
+        ):  # create_graph=True: s, u and total are constants to autograd, so start from the logits
+            values = LowerBound._labelled(bound, logits, labels)
+            return torch.autograd.grad(values, logits, grad, create_graph=True)[0], None, None
+        rows = bound._rows((grad / total).masked_fill_(ignored, 0.0).unsqueeze(1), s, u)
+        return rows.scatter_add_(1, index, rows.sum(1, keepdim=True).neg_()), None, None
+
+
+def _check(outputs: Any, targets: Any) -> int:
+    """Number of classes, once types and shapes are those that cross-entropy takes."""
+    for name, value in (("outputs", outputs), ("targets", targets)):
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"{name} must be a tensor, got {type(value).__name__}: take it out of its container in "
+                "SharpnessAware's `forward`, which returns (outputs, targets)"
+            )
+    if not outputs.is_floating_point() or outputs.dim() == 0:
+        raise TypeError(
+            f"outputs must be floating-point logits (N, K, ...), got {outputs.dtype} of shape {tuple(outputs.shape)}"
+        )
+    shape = outputs.shape
+    if targets.is_floating_point():
+        if targets.shape != shape:
+            raise ValueError(
+                f"floating-point targets are class probabilities and need the shape of the outputs, {tuple(shape)}, "
+                f"got {tuple(targets.shape)}; for labels use targets.long()"
+            )
+    elif targets.dtype != torch.int64:
+        raise TypeError(f"labels must be int64, got {targets.dtype}: use targets.long()")
+    elif targets.shape != shape[:1] + shape[2:] and not (len(shape) == 1 and targets.dim() == 0):
+        raise ValueError(
+            f"labels for outputs of shape {tuple(shape)} need shape {tuple(shape[:1] + shape[2:])}, got "
+            f"{tuple(targets.shape)}: the classes are dimension 1 of the outputs"
+        )
+    return shape[1] if len(shape) > 1 else shape[0]
+
+
+def _in_range(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    """`loss(logits, labels)`, where torch's own complaint about a label's range becomes one that names the label."""
+    try:
+        return loss(logits, labels)
+    except (IndexError, RuntimeError) as error:
+        if labels.is_floating_point() or "out of bounds" not in str(error):
+            raise
+        classes = logits.shape[1] if logits.dim() > 1 else logits.shape[0]
+        bad = labels[(labels != ignore_index) & ((labels < 0) | (labels >= classes))]
+        raise ValueError(
+            f"label {int(bad[0])} is outside [0, {classes}): {bad.numel()} of {labels.numel()} labels are. Number the "
+            f"classes from 0, and mark what is to be left out with {ignore_index}"
+        ) from error

@@ -1,0 +1,395 @@
+"""Oracle: what a sharpness-aware method may ask of a model, and all that is easy to get wrong about answering.
+
+A method queries losses and their gradient at displaced weights, and never meets the model:
+
+    g = oracle.query(batch, NegLog())                 # Evaluation at the weights w: losses, value, grad, outputs
+    h = oracle.query(batch, at=g.grad * 0.1)          # the training loss at w + e
+
+`ModelOracle` answers for a torch module. After a query, whatever happened in it, weights are as they were bit for bit,
+`.grad` was not touched, and running statistics have moved only if the query was at the weights themselves.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from bisam import objectives, vector
+from bisam.evaluation import Batch, Evaluation, Seen, size
+from bisam.objectives import Objective
+from bisam.vector import Vector
+
+Forward = Callable[..., tuple[Any, Any]]
+"""`(model, *batch) -> (outputs, targets)`."""
+
+Scale = torch.amp.GradScaler | Callable[[], float | Tensor]
+"""What float16 gradients are multiplied by: a GradScaler, or a callable that returns the factor."""
+
+
+class Oracle(ABC):
+    """A first-order oracle of a loss around fixed weights: the whole world of a method.
+
+    Attributes:
+        weights: the point w that displacements are added to. Read-only.
+        names: the parameters' names, in the order of `weights`.
+        step: number of losses computed before this one.
+        state: what the method remembers between steps (numbers, tensors, Vectors, in dicts and lists); saved and
+            restored by `SharpnessAware.state_dict`.
+    """
+
+    weights: Vector
+    names: Sequence[str]
+    step: int = 0
+    state: dict[str, Any]
+
+    @abstractmethod
+    def query(
+        self,
+        batch: Batch,
+        objective: Objective | None = None,
+        *,
+        at: Vector | None = None,
+        grad: bool = True,
+        track: bool | None = None,
+    ) -> Evaluation:
+        """Evaluate `objective` (default: the training loss) on `batch` at `weights + at`.
+
+        Args:
+            batch: a batch, whole or a part of it.
+            objective: what to evaluate; None is the training loss.
+            at: displacement, given away: pass it without keeping it and its memory is free during the forward pass.
+            grad: whether the gradient is wanted.
+            track: whether running statistics move; None: exactly when `at` is None.
+        """
+
+    def together(self, *queries: Mapping[str, Any]) -> list[Evaluation]:
+        """Answers to queries that do not depend on each other, each given as the keyword arguments of `query`.
+
+        In series here; a subclass may answer them in parallel.
+        """
+        return [self.query(**query) for query in queries]
+
+    def shifted(self, by: Vector) -> Oracle:
+        """The same oracle, centred at `weights + by` (random smoothing, landscapes)."""
+        return _Shifted(self, by)
+
+
+class _Shifted(Oracle):
+    def __init__(self, oracle: Oracle, by: Vector) -> None:
+        self._oracle, self._by = oracle, by
+        self.weights, self.names, self.step, self.state = oracle.weights + by, oracle.names, oracle.step, oracle.state
+
+    def query(
+        self,
+        batch: Batch,
+        objective: Objective | None = None,
+        *,
+        at: Vector | None = None,
+        grad: bool = True,
+        track: bool | None = None,
+    ) -> Evaluation:
+        at = self._by if at is None else self._by + at
+        return self._oracle.query(batch, objective, at=at, grad=grad, track=track)
+
+
+class ModelOracle(Oracle):
+    """The oracle of a torch module, as the module is now: make one for each training step.
+
+    Args:
+        model: the module. Its trainable parameters (and the loss's, if the loss is a module) are the weights.
+        loss: `(outputs, targets) -> losses`, one per example or a scalar.
+        forward: `(model, *batch) -> (outputs, targets)`; by default all but the last element of the batch are inputs.
+        scale: a `torch.amp.GradScaler`, or a callable that returns the factor, by which float16 gradients are scaled.
+        same_noise: replay the random state, so that all queries on a batch see the same dropout masks.
+        step: see `Oracle`.
+        state: see `Oracle`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Objective,
+        forward: Forward | None = None,
+        *,
+        scale: Scale | None = None,
+        same_noise: bool = False,
+        step: int = 0,
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        self.model, self.loss = model, loss
+        self.step, self.state = step, {} if state is None else state
+        self.seen: list[Seen] = []
+        self._forward = forward or _inputs_then_targets
+        self._scale = scale
+        self._same_noise = same_noise
+        self._noise: tuple[Batch, RandomState] | None = None
+        self._overflow: Tensor | None = None  # 0 while the inner gradients are finite, else NaN
+
+        modules = [*model.modules(), *(loss.modules() if isinstance(loss, nn.Module) else ())]
+        found = [p for m in modules for p in m._parameters.values() if p is not None and p.requires_grad]
+        self.parameters = list({id(p): p for p in found}.values())  # tied parameters count once
+        self._buffers = [
+            (m._buffers, k, b) for m in modules if m._buffers for k, b in m._buffers.items() if b is not None
+        ]
+
+    @cached_property
+    def weights(self) -> Vector:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The trainable parameters; changing them changes the model."""
+        # .data, not .detach(): moves are undone, and a graph that the user still holds must not see them.
+        return Vector([p.data for p in self.parameters])
+
+    @cached_property
+    def names(self) -> Sequence[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The parameters' names in the model; those of the loss begin with `loss.`."""
+        named = {id(p): name for name, p in self.model.named_parameters()}
+        if isinstance(self.loss, nn.Module):
+            named = {id(p): f"loss.{name}" for name, p in self.loss.named_parameters()} | named
+        return [named[id(p)] for p in self.parameters]
+
+    def query(
+        self,
+        batch: Batch,
+        objective: Objective | None = None,
+        *,
+        at: Vector | None = None,
+        grad: bool = True,
+        track: bool | None = None,
+    ) -> Evaluation:
+        """See `Oracle.query`.
+
+        Raises:
+            TypeError: `forward` or the objective return something else than they should.
+            ValueError: the batch is empty; the losses have the wrong shape or no gradient; a gradient is sparse.
+        """
+        objective = self.loss if objective is None else objective
+        track = at is None if track is None else track
+        untouched = self._untouched
+        saved = None if at is None else self.weights.clone()
+        buffers = None if track else self._remember()
+        try:
+            if at is not None:
+                torch._foreach_add_(self.weights.tensors, at.tensors)
+                at = None  # its memory is free for the forward pass, if the method has let go of it too
+            if self._same_noise:
+                self._replay(batch)
+            return self._evaluate(batch, objective, grad, track)
+        except BaseException:
+            buffers = untouched  # a step that fails leaves nothing behind
+            raise
+        finally:
+            # Copied back, not subtracted: exact in every precision, and after a NaN.
+            if saved is not None:
+                torch._foreach_copy_(self.weights.tensors, saved.tensors)
+            if buffers is not None:
+                self._restore(buffers)
+
+    def plain(self, batch: Batch) -> Tensor:
+        """The training loss at the weights with its graph, as a loop without this library computes it."""
+        outputs, targets, losses = self._run(batch, self.loss)
+        value = objectives.mean(losses, targets, self.loss)
+        self.seen.append(
+            Seen(self.loss, targets, Evaluation(losses.detach(), None, _detached(outputs), value.detach()))
+        )
+        return value
+
+    def differentiable(self, evaluation: Evaluation) -> Tensor:
+        """`evaluation.value` as a loss whose gradient with respect to the parameters is `evaluation.grad`."""
+        grad = evaluation.gradient
+        kept = [i for i in range(len(grad)) if i not in grad.holes]
+        return cast(
+            Tensor,
+            _WithGradient.apply(
+                evaluation.value,
+                self._overflow,
+                [grad.tensors[i] for i in kept],
+                *[self.parameters[i] for i in kept],
+            ),
+        )
+
+    def rollback(self) -> None:
+        """Undo what queries did to running statistics: for a step that failed between two of them."""
+        self._restore(self._untouched)
+
+    def _evaluate(self, batch: Batch, objective: Objective, grad: bool, track: bool) -> Evaluation:
+        with torch.set_grad_enabled(grad):
+            outputs, targets, losses = self._run(batch, objective)
+            if grad:
+                self._check_trainable(losses)
+            value = objectives.mean(losses, targets, objective)
+        gradient = self._gradient(value) if grad else None
+        result = Evaluation(losses.detach(), gradient, _detached(outputs), value.detach())
+        if track:
+            self.seen.append(Seen(objective, targets, replace(result, grad=None)))
+        return result
+
+    def _run(self, batch: Batch, objective: Objective) -> tuple[Any, Any, Tensor]:
+        if size(batch) == 0:
+            raise ValueError("the batch is empty (0 examples): skip it, or use drop_last=True in the DataLoader")
+        pair: Any = self._forward(self.model, *batch)
+        if not (isinstance(pair, tuple) and len(pair) == 2):
+            raise TypeError(
+                f"`forward` must return a pair (outputs, targets), got {_describe(pair)}: for example "
+                "forward=lambda model, batch: (model(**batch['inputs']), batch['labels'])"
+            )
+        outputs, targets = pair
+        losses = objective(outputs, targets)
+        _check_losses(losses, targets)
+        return outputs, targets, losses
+
+    def _check_trainable(self, losses: Tensor) -> None:
+        if not self.parameters:
+            raise ValueError(
+                f"{type(self.model).__name__} has no trainable parameter: call requires_grad_() on those to be "
+                "trained, or model.eval() to evaluate"
+            )
+        if not losses.requires_grad:
+            raise ValueError(
+                "the loss does not depend on the trainable parameters: it was detached, computed under no_grad, or "
+                "made of something that has no gradient, such as an accuracy"
+            )
+
+    def _gradient(self, value: Tensor) -> Vector:
+        factor = None if self._scale is None else _factor(self._scale, value.device)
+        with _silenced(self.parameters):
+            # autograd.grad, not backward: .grad stays the user's, and no reducer of a distributed wrapper wakes up.
+            loss = value if factor is None else value * factor
+            grads: tuple[Any, ...] = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        holes = frozenset(i for i, g in enumerate(grads) if g is None)
+        tensors = [torch.zeros_like(p) if g is None else g for g, p in zip(grads, self.parameters, strict=True)]
+        for i, g in enumerate(tensors):
+            if g.layout is not torch.strided:
+                raise ValueError(
+                    f"the gradient of {self.names[i]} is sparse ({g.layout}), and a displacement of the weights is "
+                    "dense: use sparse=False in the embedding"
+                )
+        gradient = Vector(tensors, holes)
+        if factor is None:
+            return gradient
+        gradient = gradient / factor
+        # Any entry that overflowed makes the sharp loss's gradient NaN, so that the GradScaler skips the step.
+        overflow = gradient.norm() * 0
+        self._overflow = overflow if self._overflow is None else self._overflow + overflow
+        return gradient
+
+    def _replay(self, batch: Batch) -> None:
+        if self._noise is not None and self._noise[0] is batch:
+            self._noise[1].restore()
+        else:
+            self._noise = batch, RandomState(self.parameters)
+
+    @cached_property
+    def _untouched(self) -> list[Tensor]:
+        return self._remember()
+
+    @cached_property
+    def _by_dtype(self) -> list[list[Tensor]]:
+        # .data, as with the weights: the graph of another loss may hold the buffers.
+        groups: dict[torch.dtype, list[Tensor]] = {}
+        for _, _, buffer in self._buffers:
+            groups.setdefault(buffer.dtype, []).append(buffer.data)
+        return list(groups.values())
+
+    def _remember(self) -> list[Tensor]:
+        """Contents of all buffers, copied."""
+        return [c for group in self._by_dtype for c in vector.clone(group)]
+
+    def _restore(self, contents: list[Tensor]) -> None:
+        remaining = iter(contents)
+        for group in self._by_dtype:
+            torch._foreach_copy_(group, [next(remaining) for _ in group])
+        for owner, name, buffer in self._buffers:  # a module may also have put another tensor in a buffer's place
+            if owner.get(name) is not buffer:
+                owner[name] = buffer
+
+
+class _WithGradient(torch.autograd.Function):
+    """The whole bridge to autograd: value and gradient are given, the chain rule does the rest."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, overflow: Tensor | None, gradient: list[Tensor], *_: Tensor) -> Tensor:
+        ctx.overflow = overflow
+        ctx.save_for_backward(*gradient)  # freed by backward(), so that a loss kept for logging holds no memory
+        return value.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *factors: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        factor = factors[0] if ctx.overflow is None else factors[0] + ctx.overflow
+        return None, None, None, *torch._foreach_mul(ctx.saved_tensors, factor)
+
+
+class RandomState:
+    """The state of the random generators that a forward pass draws from: the CPU's and the parameters' devices'."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._cpu = torch.get_rng_state()
+        devices = {p.device for p in parameters if p.device.type not in ("cpu", "meta")}
+        self._others = [(d, torch.get_device_module(d).get_rng_state(d)) for d in devices]
+
+    def restore(self) -> None:
+        """Put the generators back."""
+        torch.set_rng_state(self._cpu)
+        for device, state in self._others:
+            torch.get_device_module(device).set_rng_state(state, device)
+
+
+@contextmanager
+def _silenced(parameters: Sequence[nn.Parameter]) -> Generator[None]:
+    """Without the tensor hooks of `parameters`: they act on the gradient that reaches `.grad`, once."""
+    hooked = [cast("dict[int, Any]", hooks) for p in parameters if (hooks := p._backward_hooks)]
+    kept = [dict(hooks) for hooks in hooked]
+    for hooks in hooked:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, contents in zip(hooked, kept, strict=True):
+            hooks.update(contents)
+
+
+def _inputs_then_targets(model: nn.Module, *batch: Any) -> tuple[Any, Any]:
+    if len(batch) < 2:
+        raise TypeError(
+            f"expected inputs and targets, as in sharp(x, y), got {len(batch)} argument(s): for any other batch give "
+            "SharpnessAware a forward=lambda model, batch: (outputs, targets)"
+        )
+    return model(*batch[:-1]), batch[-1]
+
+
+def _check_losses(losses: Any, targets: Any) -> None:
+    if not isinstance(losses, Tensor) or not losses.is_floating_point():
+        raise TypeError(f"the loss must return a floating-point tensor, got {_describe(losses)}")
+    if losses.dim() == 0 or not isinstance(targets, Tensor):
+        return
+    if losses.dim() > max(targets.dim(), 1) or losses.shape[:1] != (targets.shape or (1,))[:1]:
+        raise ValueError(
+            f"the loss returned shape {tuple(losses.shape)} for targets of shape {tuple(targets.shape)}: it must be a "
+            "scalar, or one loss per example (N,)"
+        )
+
+
+def _factor(scale: Scale, device: torch.device) -> Tensor:
+    one = torch.ones((), device=device)
+    if isinstance(scale, torch.amp.GradScaler):
+        return scale.scale(one)  # not get_scale(), which waits for the device
+    return one * scale()
+
+
+def _detached(outputs: Any) -> Any:
+    return tree_map_only(Tensor, Tensor.detach, outputs)
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)} and type {value.dtype}"
+    return f"a tuple of {len(cast('tuple[Any, ...]', value))}" if isinstance(value, tuple) else type(value).__name__

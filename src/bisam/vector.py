@@ -1,0 +1,121 @@
+"""Vector: the trainable weights, a gradient or a displacement, as one object that adds and scales.
+
+A network's parameters are a list of tensors; the papers write one letter. `Vector` closes the gap: `w + rho * g /
+g.norm()` is legal code, and each operation is one `_foreach` call, so its cost in launches does not grow with the
+number of tensors:
+
+    e = g * (0.05 / g.norm())       # two calls for the norm, one for the product
+    t = w.abs() + 0.01              # elementwise, with scalars
+    cosine = g.dot(h) / (g.norm() * h.norm())
+
+Vectors are values: no operation changes its operands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+Scalar = float | Tensor
+"""A Python number, or a tensor of no dimensions (which stays on its device: nothing waits for its value)."""
+
+Tensors = list[Tensor] | tuple[Tensor, ...]
+
+_HALF = frozenset({torch.float16, torch.bfloat16})
+
+
+class Vector:
+    """A list of tensors with the arithmetic of one flat vector.
+
+    `holes` are positions that are zero by structure: parameters that a loss does not depend on, whose gradient autograd
+    leaves undefined. They hold zeros, take part in every operation, and are remembered where the result is still
+    structurally zero, so that an optimizer meets `grad is None` exactly where it would in a plain loop.
+
+    Args:
+        tensors: the parts, in the order of the model's trainable parameters; at least one.
+        holes: positions of `tensors` that are structurally zero.
+    """
+
+    __slots__ = ("holes", "tensors")
+
+    def __init__(self, tensors: Tensors, holes: frozenset[int] = frozenset()) -> None:
+        self.tensors = tensors
+        self.holes = holes
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.tensors)
+
+    def __repr__(self) -> str:
+        return f"Vector({len(self)} tensors, {sum(t.numel() for t in self.tensors)} entries)"
+
+    def __add__(self, other: Vector | Scalar) -> Vector:
+        if isinstance(other, Vector):
+            return Vector(torch._foreach_add(self.tensors, other.tensors), self.holes & other.holes)
+        return Vector(torch._foreach_add(self.tensors, other))
+
+    def __sub__(self, other: Vector) -> Vector:
+        return Vector(torch._foreach_sub(self.tensors, other.tensors), self.holes & other.holes)
+
+    def __mul__(self, other: Vector | Scalar) -> Vector:
+        if isinstance(other, Vector):
+            return Vector(torch._foreach_mul(self.tensors, other.tensors), self.holes | other.holes)
+        return Vector(torch._foreach_mul(self.tensors, other), self.holes)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: Vector | Scalar) -> Vector:
+        if isinstance(other, Vector):
+            return Vector(torch._foreach_div(self.tensors, other.tensors), self.holes)
+        return Vector(torch._foreach_div(self.tensors, other), self.holes)
+
+    def __neg__(self) -> Vector:
+        return Vector(torch._foreach_neg(self.tensors), self.holes)
+
+    def abs(self) -> Vector:
+        """Elementwise magnitude (real for complex entries)."""
+        return Vector(torch._foreach_abs(self.tensors), self.holes)
+
+    def sqrt(self) -> Vector:
+        """Elementwise square root."""
+        return Vector(torch._foreach_sqrt(self.tensors), self.holes)
+
+    def norm(self) -> Tensor:
+        """Euclidean norm of the whole vector: a real tensor of no dimensions, in float32 at least."""
+        dtype = torch.float32 if any(t.dtype in _HALF for t in self.tensors) else None
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(self.tensors, 2, dtype)))
+
+    def dot(self, other: Vector) -> Tensor:
+        """Inner product with `other` (its real part for complex entries), a tensor of no dimensions.
+
+        A sum is the 1-norm of the positive entries less that of the negative ones: `_foreach` has a norm and no sum.
+        """
+        products = torch._foreach_mul(_as_real(self.tensors), _as_real(other.tensors))
+        dtype = torch.float32 if any(t.dtype in _HALF for t in products) else None
+        gain = torch._foreach_norm(torch._foreach_clamp_min(products, 0.0), 1, dtype)
+        loss = torch._foreach_norm(torch._foreach_clamp_max(products, 0.0), 1, dtype)
+        return (torch.stack(gain) - torch.stack(loss)).sum()
+
+    def clone(self) -> Vector:
+        """A copy with memory of its own, bit for bit."""
+        return Vector(clone(self.tensors), self.holes)
+
+    def where(self, mask: Sequence[bool], other: Vector) -> Vector:
+        """The parts of this vector where `mask` is true and those of `other` elsewhere; nothing is copied."""
+        tensors = [a if keep else b for keep, a, b in zip(mask, self.tensors, other.tensors, strict=True)]
+        return Vector(tensors, frozenset(i for i, keep in enumerate(mask) if i in (self if keep else other).holes))
+
+
+def clone(tensors: Tensors) -> Tensors:
+    """Copies of `tensors` bit for bit, in one call where torch has it (2.12 and later), else in one call a tensor."""
+    together = getattr(torch, "_foreach_clone", None)
+    return cast(Tensors, together(tensors)) if together else [t.clone() for t in tensors]
+
+
+def _as_real(tensors: Tensors) -> Tensors:
+    return [torch.view_as_real(t) if t.is_complex() else t for t in tensors]

@@ -1,0 +1,25 @@
+"""Shared fixtures: deterministic float64 by default, one thread per worker, and where the data is."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def data() -> Path:
+    """The development data, or skip."""
+    folder = Path(os.environ.get("BISAM_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no data at {folder}: set BISAM_DATA")
+    return folder
