@@ -87,7 +87,8 @@ def clean(seen: Sequence[Seen], loss: Objective) -> Evaluation:
 
 def size(batch: Any) -> int | None:
     """Number of examples: the first dimension of the first tensor that has one, or None where there is none."""
-    return next((len(t) for t in tree_flatten(batch)[0] if isinstance(t, Tensor) and t.dim()), None)
+    leaves: Any = batch if isinstance(batch, tuple) and isinstance(batch[0], Tensor) else tree_flatten(batch)[0]
+    return next((len(t) for t in leaves if isinstance(t, Tensor) and t.dim()), None)
 
 
 def split(batch: Batch, m: int) -> list[Batch]:

@@ -12,6 +12,7 @@ loss. So it goes where the loss goes, and the rest of a training loop stays as i
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -77,10 +78,7 @@ class SharpnessAware(nn.Module):
         self._forward = forward
         self._scale = scale
         self._same_noise = same_noise
-        self._step = 0
-        self._state: dict[str, Any] = {}
-        self._seen: list[Seen] = []
-        self._warned = False
+        self._memory = _Memory()
 
     def forward(self, *batch: Any) -> Tensor:
         """The loss of a batch.
@@ -91,27 +89,30 @@ class SharpnessAware(nn.Module):
         Returns:
             A scalar: in training the loss at the displaced weights, else the plain loss.
         """
-        self._seen = []  # the last step's outputs need not live through this one
+        memory = self._memory
+        memory.seen = []  # the last step's outputs need not live through this one
         oracle = ModelOracle(
             self.model,
             self.loss,
             self._forward,
             scale=self._scale,
             same_noise=self._same_noise,
-            step=self._step,
-            state=dict(self._state),  # what the method writes counts once the step has succeeded
+            step=memory.step,
+            state=dict(memory.state),  # what the method writes counts once the step has succeeded
         )
         if not (self.model.training and torch.is_grad_enabled()):
             value = oracle.plain(batch)
         else:
-            self._warn_of_half(oracle)
+            if not memory.checked:
+                _warn_of_half(oracle)
+                memory.checked = True
             try:
                 value = oracle.differentiable(self.method(oracle, batch))
             except BaseException:
                 oracle.rollback()
                 raise
-            self._step, self._state = self._step + 1, oracle.state
-        self._seen = oracle.seen
+            memory.step, memory.state = memory.step + 1, oracle.state
+        memory.seen = oracle.seen
         return value
 
     @property
@@ -121,11 +122,11 @@ class SharpnessAware(nn.Module):
         Raises:
             RuntimeError: there was no call yet, or its method made no query at the weights.
         """
-        if not self._seen:
+        if not self._memory.seen:
             raise RuntimeError(
                 "nothing was evaluated at the weights yet: `clean` is filled by calling the loss on a batch"
             )
-        return clean(self._seen, self.loss)
+        return clean(self._memory.seen, self.loss)
 
     def extra_repr(self) -> str:
         """The method, for print(sharp)."""
@@ -133,7 +134,7 @@ class SharpnessAware(nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         """The step count and what the method remembers, as tensors and plain containers."""
-        return {"step": self._step, "state": _packed(self._state)}
+        return {"step": self._memory.step, "state": _packed(self._memory.state)}
 
     def set_extra_state(self, state: Any) -> None:
         """Continue from `get_extra_state`; used by `load_state_dict`.
@@ -142,25 +143,33 @@ class SharpnessAware(nn.Module):
             ValueError: the state belongs to another model.
         """
         parameters = [p for p in self.parameters() if p.requires_grad]
-        self._state = _unpacked(state["state"], parameters)
-        self._step = int(state["step"])
+        self._memory.state = _unpacked(state["state"], parameters)
+        self._memory.step = int(state["step"])
+
+
+@dataclass
+class _Memory:
+    """What changes from call to call."""
+
+    step: int = 0
+    state: dict[str, Any] = field(default_factory=dict[str, Any])
+    seen: list[Seen] = field(default_factory=list[Seen])
+    checked: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: everything but the last batch's outputs."""
-        return {**self.__dict__, "_seen": []}
+        return {**self.__dict__, "seen": []}
 
-    def _warn_of_half(self, oracle: ModelOracle) -> None:
-        if self._warned:
-            return
-        self._warned = True
-        half = {p.dtype for p in oracle.parameters} & {torch.bfloat16, torch.float16}
-        if half:
-            warnings.warn(
-                f"the model has {half.pop()} parameters: a perturbation is much smaller than the weights and partly "
-                "rounds away, so that the method is weaker than its rho says. Keep the parameters in float32 and run "
-                "the model under torch.autocast instead",
-                stacklevel=4,
-            )
+
+def _warn_of_half(oracle: ModelOracle) -> None:
+    half = {p.dtype for p in oracle.parameters} & {torch.bfloat16, torch.float16}
+    if half:
+        warnings.warn(
+            f"the model has {half.pop()} parameters: a perturbation is much smaller than the weights and partly rounds "
+            "away, so that the method is weaker than its rho says. Keep the parameters in float32 and run the model "
+            "under torch.autocast instead",
+            stacklevel=5,
+        )
 
 
 def _instance(name: str, value: Any, remedy: str, *also: type) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -25,7 +24,7 @@ from torch.utils._pytree import tree_map_only
 from bisam import objectives, vector
 from bisam.evaluation import Batch, Evaluation, Seen, size
 from bisam.objectives import Objective
-from bisam.vector import Vector
+from bisam.vector import Tensors, Vector
 
 Forward = Callable[..., tuple[Any, Any]]
 """`(model, *batch) -> (outputs, targets)`."""
@@ -133,12 +132,26 @@ class ModelOracle(Oracle):
         self._noise: tuple[Batch, RandomState] | None = None
         self._overflow: Tensor | None = None  # 0 while the inner gradients are finite, else NaN
 
-        modules = [*model.modules(), *(loss.modules() if isinstance(loss, nn.Module) else ())]
-        found = [p for m in modules for p in m._parameters.values() if p is not None and p.requires_grad]
-        self.parameters = list({id(p): p for p in found}.values())  # tied parameters count once
-        self._buffers = [
-            (m._buffers, k, b) for m in modules if m._buffers for k, b in m._buffers.items() if b is not None
-        ]
+        # As nn.Module.parameters() and buffers(), without the names that those build on the way: this runs every step.
+        parameters: dict[int, nn.Parameter] = {}  # by identity: tied parameters count once
+        self._buffers: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
+        todo = [root for root in (cast(Any, loss), model) if isinstance(root, nn.Module)]
+        seen: set[nn.Module] = set()
+        while todo:
+            module = todo.pop()
+            if module in seen:
+                continue
+            seen.add(module)
+            if module._modules:
+                todo += [m for m in reversed(module._modules.values()) if m is not None]
+            for p in module._parameters.values():
+                if p is not None and p.requires_grad:
+                    parameters[id(p)] = p
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    self._buffers.append((module._buffers, name, buffer))
+        self.parameters = list(parameters.values())
+        self._hooked = [p for p in self.parameters if p._backward_hooks]
 
     @cached_property
     def weights(self) -> Vector:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -202,17 +215,12 @@ class ModelOracle(Oracle):
 
     def differentiable(self, evaluation: Evaluation) -> Tensor:
         """`evaluation.value` as a loss whose gradient with respect to the parameters is `evaluation.grad`."""
-        grad = evaluation.gradient
-        kept = [i for i in range(len(grad)) if i not in grad.holes]
-        return cast(
-            Tensor,
-            _WithGradient.apply(
-                evaluation.value,
-                self._overflow,
-                [grad.tensors[i] for i in kept],
-                *[self.parameters[i] for i in kept],
-            ),
-        )
+        grad, parameters = evaluation.gradient, self.parameters
+        tensors = grad.tensors
+        if grad.holes:
+            kept = [i for i in range(len(grad)) if i not in grad.holes]
+            tensors, parameters = [tensors[i] for i in kept], [parameters[i] for i in kept]
+        return cast(Tensor, _WithGradient.apply(evaluation.value, self._overflow, tensors, *parameters))
 
     def rollback(self) -> None:
         """Undo what queries did to running statistics: for a step that failed between two of them."""
@@ -225,10 +233,10 @@ class ModelOracle(Oracle):
                 self._check_trainable(losses)
             value = objectives.mean(losses, targets, objective)
         gradient = self._gradient(value) if grad else None
-        result = Evaluation(losses.detach(), gradient, _detached(outputs), value.detach())
+        losses, outputs, value = losses.detach(), _detached(outputs), value.detach()
         if track:
-            self.seen.append(Seen(objective, targets, replace(result, grad=None)))
-        return result
+            self.seen.append(Seen(objective, targets, Evaluation(losses, None, outputs, value)))
+        return Evaluation(losses, gradient, outputs, value)
 
     def _run(self, batch: Batch, objective: Objective) -> tuple[Any, Any, Tensor]:
         if size(batch) == 0:
@@ -258,19 +266,21 @@ class ModelOracle(Oracle):
 
     def _gradient(self, value: Tensor) -> Vector:
         factor = None if self._scale is None else _factor(self._scale, value.device)
-        with _silenced(self.parameters):
+        with _silenced(self._hooked):
             # autograd.grad, not backward: .grad stays the user's, and no reducer of a distributed wrapper wakes up.
             loss = value if factor is None else value * factor
             grads: tuple[Any, ...] = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-        holes = frozenset(i for i, g in enumerate(grads) if g is None)
-        tensors = [torch.zeros_like(p) if g is None else g for g, p in zip(grads, self.parameters, strict=True)]
-        for i, g in enumerate(tensors):
-            if g.layout is not torch.strided:
-                raise ValueError(
-                    f"the gradient of {self.names[i]} is sparse ({g.layout}), and a displacement of the weights is "
-                    "dense: use sparse=False in the embedding"
-                )
-        gradient = Vector(tensors, holes)
+        holes: frozenset[int] = frozenset()
+        if type(None) in {type(g) for g in grads}:
+            holes = frozenset([i for i, g in enumerate(grads) if g is None])
+            grads = tuple(torch.zeros_like(p) if i in holes else grads[i] for i, p in enumerate(self.parameters))
+        if {g.layout for g in grads} != {torch.strided}:
+            i, layout = next((i, g.layout) for i, g in enumerate(grads) if g.layout is not torch.strided)
+            raise ValueError(
+                f"the gradient of {self.names[i]} is sparse ({layout}), and a displacement of the weights is dense: "
+                "use sparse=False in the embedding"
+            )
+        gradient = Vector(grads, holes)
         if factor is None:
             return gradient
         gradient = gradient / factor
@@ -314,16 +324,14 @@ class _WithGradient(torch.autograd.Function):
     """The whole bridge to autograd: value and gradient are given, the chain rule does the rest."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, overflow: Tensor | None, gradient: list[Tensor], *_: Tensor) -> Tensor:
+    def forward(ctx: Any, value: Tensor, overflow: Tensor | None, gradient: Tensors, *_: Tensor) -> Tensor:
         ctx.overflow = overflow
-        ctx.save_for_backward(*gradient)  # freed by backward(), so that a loss kept for logging holds no memory
+        ctx.save_for_backward(*gradient)  # freed by backward(): a loss that is kept for logging holds no memory
         return value.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *factors: Tensor
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *factors: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         factor = factors[0] if ctx.overflow is None else factors[0] + ctx.overflow
         return None, None, None, *torch._foreach_mul(ctx.saved_tensors, factor)
 
@@ -344,17 +352,17 @@ class RandomState:
 
 
 @contextmanager
-def _silenced(parameters: Sequence[nn.Parameter]) -> Generator[None]:
-    """Without the tensor hooks of `parameters`: they act on the gradient that reaches `.grad`, once."""
-    hooked = [cast("dict[int, Any]", hooks) for p in parameters if (hooks := p._backward_hooks)]
-    kept = [dict(hooks) for hooks in hooked]
-    for hooks in hooked:
-        hooks.clear()
+def _silenced(hooked: Sequence[Tensor]) -> Generator[None]:
+    """Without the tensor hooks of these parameters: they act on the gradient that reaches `.grad`, once."""
+    hooks = [cast("dict[int, Any]", p._backward_hooks) for p in hooked]
+    kept = [dict(of_one) for of_one in hooks]
+    for of_one in hooks:
+        of_one.clear()
     try:
         yield
     finally:
-        for hooks, contents in zip(hooked, kept, strict=True):
-            hooks.update(contents)
+        for of_one, contents in zip(hooks, kept, strict=True):
+            of_one.update(contents)
 
 
 def _inputs_then_targets(model: nn.Module, *batch: Any) -> tuple[Any, Any]:
@@ -386,7 +394,7 @@ def _factor(scale: Scale, device: torch.device) -> Tensor:
 
 
 def _detached(outputs: Any) -> Any:
-    return tree_map_only(Tensor, Tensor.detach, outputs)
+    return outputs.detach() if isinstance(outputs, Tensor) else tree_map_only(Tensor, Tensor.detach, outputs)
 
 
 def _describe(value: Any) -> str:

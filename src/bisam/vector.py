@@ -87,7 +87,9 @@ class Vector:
 
     def norm(self) -> Tensor:
         """Euclidean norm of the whole vector: a real tensor of no dimensions, in float32 at least."""
-        dtype = torch.float32 if any(t.dtype in _HALF for t in self.tensors) else None
+        dtype = torch.float32 if _HALF & {t.dtype for t in self.tensors} else None
+        if _is_small_on_cpu(self.tensors):
+            return torch.linalg.vector_norm(torch._C._nn.flatten_dense_tensors(self.tensors), dtype=dtype)  # pyright: ignore
         return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(self.tensors, 2, dtype)))
 
     def dot(self, other: Vector) -> Tensor:
@@ -96,7 +98,7 @@ class Vector:
         A sum is the 1-norm of the positive entries less that of the negative ones: `_foreach` has a norm and no sum.
         """
         products = torch._foreach_mul(_as_real(self.tensors), _as_real(other.tensors))
-        dtype = torch.float32 if any(t.dtype in _HALF for t in products) else None
+        dtype = torch.float32 if _HALF & {t.dtype for t in products} else None
         gain = torch._foreach_norm(torch._foreach_clamp_min(products, 0.0), 1, dtype)
         loss = torch._foreach_norm(torch._foreach_clamp_max(products, 0.0), 1, dtype)
         return (torch.stack(gain) - torch.stack(loss)).sum()
@@ -115,6 +117,13 @@ def clone(tensors: Tensors) -> Tensors:
     """Copies of `tensors` bit for bit, in one call where torch has it (2.12 and later), else in one call a tensor."""
     together = getattr(torch, "_foreach_clone", None)
     return cast(Tensors, together(tensors)) if together else [t.clone() for t in tensors]
+
+
+def _is_small_on_cpu(tensors: Tensors) -> bool:
+    """Whether a call per tensor, which is what `_foreach` does on a CPU, costs more than copying them together."""
+    if {type(t) for t in tensors} != {Tensor} or not tensors[0].is_cpu:
+        return False
+    return sum([t.numel() for t in tensors]) <= 2**20
 
 
 def _as_real(tensors: Tensors) -> Tensors:
