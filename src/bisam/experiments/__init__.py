@@ -1,0 +1,1 @@
+"""Experiments: recipes, runs, studies and reports on top of the library (extra `experiments`)."""

@@ -1,0 +1,250 @@
+"""The command line: `bisam run`, `train`, `list`, `report`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, CycloptsError, Parameter
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column, Table
+
+from bisam import __version__
+from bisam.experiments.recipes import Recipe
+from bisam.experiments.runs import Run, RunError, finished, to_csv, write
+
+console = Console()
+errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+
+app = App(
+    name="bisam",
+    version=__version__,
+    help="Sharpness-aware training: run the studies, train one recipe, report from run folders.",
+    help_epilogue="Start with:  bisam run digits",
+)
+
+Out = Annotated[Path, Parameter(help="Folder that the run folders are in.")]
+Device = Annotated[str, Parameter(help="Where to compute: cpu, cuda, cuda:1, mps or auto.")]
+
+
+@app.command(help_epilogue="Examples:  bisam run digits   |   bisam run digits --seeds 2 --epochs 5 --workers 1")
+def run(
+    study: str,
+    *,
+    seeds: int | None = None,
+    epochs: int | None = None,
+    workers: int | None = None,
+    device: Device = "cpu",
+    out: Out = Path("runs"),
+) -> int:
+    """Run a study: what is finished is kept, what was interrupted goes on from its last epoch.
+
+    Args:
+        study: Name of the study, see `bisam list`.
+        seeds: Seeds per recipe; by default the study's own number.
+        epochs: Epochs per run (SGD gets twice as many); by default the study's own number.
+        workers: Processes; by default one per core.
+    """
+    from bisam.experiments.studies import expand, run_all
+
+    for name, value in (("seeds", seeds), ("epochs", epochs), ("workers", workers)):
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}")
+    chosen = _study(study)
+    recipes = expand(chosen.recipes(epochs), seeds or chosen.seeds)
+    _check_device(device)
+    root = out / chosen.name
+    with _Display(sum(recipe.epochs for recipe in recipes), len(recipes)) as display:
+        try:
+            outcomes = run_all(recipes, root, workers or os.cpu_count() or 1, device, display)
+        except KeyboardInterrupt:
+            display.stop()
+            errors.print(
+                f"interrupted: {display.finished} of {len(recipes)} runs are finished; the same command goes on"
+            )
+            return 130
+    if any(outcome.result for outcome in outcomes):
+        wanted = {replace(recipe, seed=0) for recipe in recipes}
+        _report(chosen.name, chosen.title, root, wanted)
+    failed = [outcome for outcome in outcomes if outcome.error]
+    for outcome in failed:
+        errors.print(f"bisam: {outcome.recipe.slug}, seed {outcome.recipe.seed} failed: {outcome.error}")
+    return 1 if failed else 0
+
+
+@app.command(
+    help_epilogue="Examples:  bisam train --method sam --noise 0.4 --rho 0.4   |   "
+    "bisam train --optim bisam_log --rho 0.05 --epochs 20 --learning_rate 0.1"
+)
+def train(
+    recipe: Annotated[Recipe, Parameter(name="*")] = Recipe(),  # noqa: B008
+    *,
+    device: Device = "cpu",
+    out: Out = Path("runs"),
+) -> int:
+    """Train one recipe; the flags are its fields, in the BiSAM authors' spelling too (--optim, --learning_rate)."""
+    from bisam.experiments.train import train as train_run
+
+    one = Run.under(out / "train", recipe)
+    with _Display(recipe.epochs, 1) as display:
+        try:
+            result = train_run(
+                one, device, lambda row: display.epoch(recipe, int(row["epoch"]), row["validation_accuracy"])
+            )
+        except KeyboardInterrupt:
+            display.stop()
+            errors.print(f"interrupted: {one.folder} is saved; the same command goes on from its last epoch")
+            return 130
+        display.done(recipe, None)
+    console.print(
+        f"test accuracy {100 * result['test_accuracy_best']:.1f} % at the best validation epoch "
+        f"({result['best_epoch']:g}), {100 * result['test_accuracy_last']:.1f} % at the last; {one.folder}",
+        soft_wrap=True,
+    )
+    return 0
+
+
+@app.command(name="list", help_epilogue="Example:  bisam list")
+def list_studies() -> int:
+    """List the studies, and the methods, data sets and models that `bisam train` takes."""
+    from typing import get_args
+
+    from bisam.experiments.recipes import MethodName
+    from bisam.experiments.studies import STUDIES
+
+    table = Table("study", "what", "runs", "methods", box=None, pad_edge=False, header_style="bold")
+    for study in STUDIES.values():
+        recipes = study.recipes(None)
+        methods = dict.fromkeys(recipe.method for recipe in recipes)
+        table.add_row(study.name, study.title, f"{len(recipes)} x {study.seeds} seeds", ", ".join(methods))
+    console.print(table)
+    methods = "|".join(get_args(MethodName))
+    console.print(f"\nbisam train --method {methods} --dataset digits --model convnet", soft_wrap=True)
+    return 0
+
+
+@app.command(help_epilogue="Examples:  bisam report digits   |   bisam report digits --out elsewhere")
+def report(study: str, *, out: Out = Path("runs")) -> int:
+    """Write report.md, report.csv and the figures from the run folders of a study, and print the table.
+
+    Args:
+        study: Name of the study, see `bisam list`.
+    """
+    chosen = _study(study)
+    _report(chosen.name, chosen.title, out / chosen.name)
+    return 0
+
+
+def _report(name: str, title: str, root: Path, wanted: set[Recipe] | None = None) -> None:
+    """Table on the terminal, report.md, report.csv and figures in `root`, of `wanted` recipes or of all there."""
+    from bisam.experiments import figures, report as tables
+
+    runs = [r for r in finished(root) if wanted is None or replace(r.recipe, seed=0) in wanted]
+    if not runs:
+        raise ValueError(f"no finished run in {root}: run `bisam run {name}` first, or give its --out")
+    table = Table(*(Column(name, no_wrap=True) for name in tables.HEADER), title=title, caption=tables.CAPTION)
+    rows = tables.summary(runs)
+    for row, following in zip(rows, [*rows[1:], None], strict=True):
+        table.add_row(*tables.cells(row), end_section=following is not None and following["noise"] != row["noise"])
+    console.print(table)
+    write(root / "report.md", tables.markdown(title, runs))
+    write(root / "report.csv", to_csv(rows))
+    figures.save(figures.accuracy(runs), root / "accuracy.png")
+    figures.save(figures.flips(runs), root / "flips.png")
+    console.print(f"{root}/: report.md, report.csv, accuracy.png, flips.png", soft_wrap=True)
+
+
+def _study(name: str) -> Any:
+    from bisam.experiments.studies import STUDIES
+
+    if name not in STUDIES:
+        near = get_close_matches(name, STUDIES, 1)
+        hint = f", did you mean {near[0]!r}?" if near else "."
+        raise ValueError(f"unknown study {name!r}{hint} There is: {', '.join(STUDIES)}")
+    return STUDIES[name]
+
+
+def _check_device(device: str) -> None:
+    from bisam.experiments.train import check_device
+
+    check_device(device)
+
+
+class _Display:
+    """A bar over all epochs with the last news, or a line per run where the output is no terminal."""
+
+    def __init__(self, epochs: int, runs: int) -> None:
+        self.finished = 0
+        self._runs = runs
+        self._epochs: dict[Recipe, int] = {}
+        self._bar = Progress(
+            TextColumn("{task.fields[runs]}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("epochs"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[news]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=epochs, runs=self._count(), news="")
+
+    def __enter__(self) -> _Display:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Leave the bar as it is."""
+        self._bar.stop()
+
+    def epoch(self, recipe: Recipe, epoch: int, validation: float) -> None:
+        """An epoch of a run is over."""
+        news = f"{recipe.method} noise {recipe.noise:g} seed {recipe.seed}: {100 * validation:.1f} % valid."
+        self._advance(recipe, epoch, news)
+
+    def done(self, recipe: Recipe, error: str | None) -> None:
+        """A run is over, or failed."""
+        self.finished += error is None
+        self._advance(recipe, recipe.epochs, None)
+        if not console.is_terminal:
+            state = "done" if error is None else "failed"
+            console.print(f"{self._count()}: {recipe.slug} seed {recipe.seed} {state}", soft_wrap=True, highlight=False)
+
+    def _advance(self, recipe: Recipe, epoch: int, news: str | None) -> None:
+        step = max(0, epoch - self._epochs.get(recipe, 0))
+        self._epochs[recipe] = max(epoch, self._epochs.get(recipe, 0))
+        fields: dict[str, Any] = {} if news is None else {"news": news}
+        self._bar.update(self._task, advance=step, runs=self._count(), **fields)
+
+    def _count(self) -> str:
+        return f"{self.finished}/{self._runs} runs"
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line and exit code 2."""
+    try:
+        code = app(sys.argv[1:], exit_on_error=False, print_error=False, result_action="return_value")
+    except (CycloptsError, RunError, ValueError) as error:
+        errors.print(f"bisam: {' '.join(str(error).split())}")
+        sys.exit(2)
+    except OSError as error:
+        place = error.filename or "the output folder"
+        errors.print(
+            f"bisam: cannot write {place}: {error.strerror or error}. Free space or give another --out; "
+            "finished runs are as they were"
+        )
+        sys.exit(2)
+    except KeyboardInterrupt:
+        errors.print("interrupted")
+        sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,235 @@
+"""Run: one training run as a folder, written atomically, resumed by the same command, held by one process at a time.
+
+runs/digits/sam-noise-0.4-1f0c22e9/seed-0/
+    recipe.json       what was asked for; its fingerprint is in the folder's name
+    metrics.csv       one row per epoch
+    checkpoint.pt     everything that the next epoch needs, and the weights of the best epoch
+    result.json       written once, at the end
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from bisam.experiments.recipes import Recipe
+
+Row = dict[str, float]
+
+
+class RunError(Exception):
+    """Something is wrong with a run folder; the message says what and what to do."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """The folder of one recipe and seed."""
+
+    folder: Path
+    recipe: Recipe
+
+    @classmethod
+    def under(cls, root: Path, recipe: Recipe) -> Run:
+        """The run of `recipe` among the runs in `root`."""
+        return cls(root / recipe.slug / f"seed-{recipe.seed}", recipe)
+
+    @contextmanager
+    def open(self) -> Generator[None]:
+        """Hold the folder; it is made, or found to be this recipe's.
+
+        Raises:
+            RunError: another process holds it, it is damaged, or it belongs to another recipe.
+            OSError: the disk is full or read-only.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.folder / ".lock", timeout=0)  # the system drops it when a process is killed
+        try:
+            with lock:
+                self._claim()
+                yield
+        except Timeout:
+            raise RunError(
+                f"{self.folder} is in use by another process: let it finish, or give another --out"
+            ) from None
+
+    def _claim(self) -> None:
+        path = self.folder / "recipe.json"
+        if not path.exists():
+            write(path, json.dumps(self.recipe.to_dict(), indent=2) + "\n")
+            return
+        found = read_recipe(self.folder)
+        if found != self.recipe:
+            ours, theirs = self.recipe.to_dict(), found.to_dict()
+            differ = ", ".join(f"{k}={theirs[k]!r} there, {v!r} here" for k, v in ours.items() if theirs[k] != v)
+            raise RunError(f"{self.folder} belongs to another recipe ({differ}): move it away, or give another --out")
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """What `finish` wrote, or None.
+
+        Raises:
+            RunError: the file is damaged.
+        """
+        return read_json(self.folder / "result.json")
+
+    def checkpoint(self) -> dict[str, Any] | None:
+        """The last epoch's checkpoint on the CPU, or None.
+
+        Raises:
+            RunError: the file is damaged.
+        """
+        path = self.folder / "checkpoint.pt"
+        if not path.exists():
+            return None
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises whatever its unpickler stumbles over
+            raise _damaged(path, error) from error
+
+    def save(self, checkpoint: Mapping[str, Any], history: Sequence[Row]) -> None:
+        """Replace checkpoint and metrics, each in one stroke."""
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        write(self.folder / "checkpoint.pt", buffer.getvalue())
+        write(self.folder / "metrics.csv", to_csv(history))
+
+    def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:
+        """Write the result, with where and when it was made; from now on the run is done."""
+        complete = {**result, **environment(), "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        write(self.folder / "result.json", json.dumps(complete, indent=2) + "\n")
+        return complete
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished run, read back from its folder."""
+
+    recipe: Recipe
+    result: dict[str, Any]
+    metrics: list[Row]
+
+
+def finished(root: Path) -> Iterator[Finished]:
+    """All finished runs in `root`, in the order of their folders.
+
+    Raises:
+        RunError: a folder is damaged.
+    """
+    for path in sorted(root.glob("*/seed-*/result.json")):
+        result = read_json(path)
+        assert result is not None
+        yield Finished(read_recipe(path.parent), result, _read_metrics(path.with_name("metrics.csv")))
+
+
+def read_recipe(folder: Path) -> Recipe:
+    """The recipe of a run folder.
+
+    Raises:
+        RunError: the file is missing or damaged.
+    """
+    path = folder / "recipe.json"
+    values = read_json(path)
+    try:
+        return Recipe.from_dict(values or {})
+    except (ValueError, TypeError) as error:
+        raise _damaged(path, error) from error
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file, or None where there is no file.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    if not path.exists():
+        return None
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise _damaged(path, error) from error
+    if not isinstance(values, dict):
+        raise _damaged(path, ValueError("it is not an object"))
+    return values
+
+
+def _read_metrics(path: Path) -> list[Row]:
+    try:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(io.StringIO(path.read_text()))]
+    except (OSError, ValueError, TypeError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> RunError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return RunError(f"{path} is damaged ({reason}): delete {path.parent} to run it again; other runs are not affected")
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Write a file so that it is there whole or not at all: to a neighbour first, then renamed.
+
+    Raises:
+        OSError: the disk is full or read-only; what was at `path` still is.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows of equal keys as CSV text."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+@cache
+def environment() -> dict[str, str]:
+    """Where results come from: versions, hardware, commit."""
+    return {
+        "bisam": version("bisam"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "hardware": f"{_processor()}, {os.cpu_count()} cores, {platform.system()}",
+        "commit": _commit(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    try:
+        describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+        done = subprocess.run(
+            describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=10
+        )
+        return done.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"

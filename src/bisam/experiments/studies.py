@@ -1,0 +1,187 @@
+"""Study: a set of recipes times seeds, run in parallel processes with live progress.
+
+Runs are independent. A run that fails is reported and does not stop the others; a study that is interrupted goes on
+where it was, by the same command.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from queue import Empty
+from typing import Any, Protocol
+
+import torch
+
+from bisam.experiments.recipes import MethodName, Recipe
+from bisam.experiments.runs import Run, RunError
+from bisam.experiments.train import train
+
+
+@dataclass(frozen=True)
+class Study:
+    """A named comparison."""
+
+    name: str
+    title: str
+    recipes: Callable[[int | None], list[Recipe]]
+    """From a number of epochs (None: the study's own) to its recipes, in the order of the table."""
+    seeds: int
+
+
+def _digits(epochs: int | None) -> list[Recipe]:
+    """SGD gets twice the epochs: all methods compute the same number of gradients.
+
+    SAM and both BiSAMs share one rho, which was chosen for SAM; ASAM's is ten times that, as its unit is the weight.
+    """
+    each = epochs or 30
+    rhos: dict[MethodName, float | None] = {"sgd": None, "sam": 0.4, "bisam_log": 0.4, "bisam_tanh": 0.4, "asam": 4.0}
+    return [
+        Recipe(method=method, noise=noise, rho=rho, epochs=2 * each if method == "sgd" else each)
+        for noise in (0.0, 0.4)
+        for method, rho in rhos.items()
+    ]
+
+
+STUDIES = {
+    "digits": Study("digits", "scikit-learn's digits, with and without label noise", _digits, seeds=5),
+}
+
+
+class Progress(Protocol):
+    """What a display must do."""
+
+    def epoch(self, recipe: Recipe, epoch: int, validation: float) -> None:
+        """An epoch of a run is over."""
+        ...
+
+    def done(self, recipe: Recipe, error: str | None) -> None:
+        """A run is over, or failed."""
+        ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run of a study ended."""
+
+    recipe: Recipe
+    result: dict[str, Any] | None
+    error: str | None = None
+
+
+def expand(recipes: Sequence[Recipe], seeds: int) -> list[Recipe]:
+    """Recipes times seeds, all recipes of one seed before the next, so that an early look compares like with like."""
+    return [replace(recipe, seed=seed) for seed in range(seeds) for recipe in recipes]
+
+
+def run_all(recipes: Sequence[Recipe], root: Path, workers: int, device: str, progress: Progress) -> list[Outcome]:
+    """Run what is not finished yet, in `workers` processes; outcomes in the order of `recipes`.
+
+    Raises:
+        KeyboardInterrupt: the user stopped it; the workers are gone and finished runs are on disk.
+    """
+    outcomes: dict[Recipe, Outcome] = {}
+    for recipe in recipes:
+        try:
+            if (result := Run.under(root, recipe).result) is not None:
+                outcomes[recipe] = Outcome(recipe, result)
+        except RunError as error:
+            outcomes[recipe] = Outcome(recipe, None, str(error))
+    for recipe, outcome in outcomes.items():
+        progress.done(recipe, outcome.error)
+
+    left = [recipe for recipe in recipes if recipe not in outcomes]
+    if left:
+        for outcome in _in_processes(left, root, min(workers, len(left)), device, progress):
+            outcomes[outcome.recipe] = outcome
+            progress.done(outcome.recipe, outcome.error)
+    return [outcomes[recipe] for recipe in recipes]
+
+
+def _in_processes(
+    recipes: Sequence[Recipe], root: Path, workers: int, device: str, progress: Progress
+) -> Iterator[Outcome]:
+    context = mp.get_context("spawn")  # fork is unsafe once torch has threads
+    events = context.Queue()
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(events, workers))
+    pending: dict[Future[dict[str, Any]], Recipe] = {pool.submit(_work, r, root, device): r for r in recipes}
+    with _stopping(pool):
+        while pending:
+            done, _ = wait(pending, timeout=0.1, return_when=FIRST_COMPLETED)
+            try:
+                while True:
+                    progress.epoch(*events.get_nowait())
+            except Empty:
+                pass
+            for future in done:
+                yield _outcome(pending.pop(future), future)
+
+
+@contextmanager
+def _stopping(pool: ProcessPoolExecutor) -> Generator[None]:
+    """End the pool's processes at once if the block is left by an exception; their runs resume from the last epoch."""
+    try:
+        yield
+        pool.shutdown()
+    except BaseException:
+        for process in list((pool._processes or {}).values()):
+            process.terminate()
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+
+
+def _outcome(recipe: Recipe, future: Future[dict[str, Any]]) -> Outcome:
+    try:
+        return Outcome(recipe, future.result())
+    except BrokenProcessPool:
+        return Outcome(
+            recipe, None, "its process was killed (out of memory?): the same command goes on from its last epoch"
+        )
+    except (RunError, ValueError) as error:
+        return Outcome(recipe, None, str(error))
+    except OSError as error:
+        return Outcome(
+            recipe, None, f"cannot write under {error.filename or 'the run folder'}: {error.strerror or error}"
+        )
+    except Exception as error:  # a study goes on; the type is what a bug report needs
+        return Outcome(recipe, None, f"{type(error).__name__}: {error}")
+
+
+_events: Any = None
+
+
+def _start(events: Any, workers: int) -> None:
+    """Set up a worker: its share of the cores, Ctrl-C is the parent's, and it does not outlive the parent."""
+    global _events
+    _events = events
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    parent = mp.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _work(recipe: Recipe, root: Path, device: str) -> dict[str, Any]:
+    last = 0.0
+
+    def report(row: dict[str, float]) -> None:
+        nonlocal last
+        if time.monotonic() - last > 0.1 or row["epoch"] == recipe.epochs:
+            last = time.monotonic()
+            _events.put((recipe, int(row["epoch"]), row["validation_accuracy"]))
+
+    return train(Run.under(root, recipe), device, report)
