@@ -70,7 +70,7 @@ def run(
             return 130
     if any(outcome.result for outcome in outcomes):
         wanted = {replace(recipe, seed=0) for recipe in recipes}
-        _report(chosen.name, chosen.title, root, wanted)
+        _report(chosen.name, chosen.title, root, root, wanted)
     failed = [outcome for outcome in outcomes if outcome.error]
     for outcome in failed:
         errors.print(f"bisam: {outcome.recipe.slug}, seed {outcome.recipe.seed} failed: {outcome.error}")
@@ -82,8 +82,8 @@ def run(
     "bisam train --optim bisam_log --rho 0.05 --epochs 20 --learning_rate 0.1"
 )
 def train(
-    recipe: Annotated[Recipe, Parameter(name="*")] = Recipe(),  # noqa: B008
     *,
+    recipe: Annotated[Recipe, Parameter(name="*")] = Recipe(),  # noqa: B008
     device: Device = "cpu",
     out: Out = Path("runs"),
 ) -> int:
@@ -128,20 +128,21 @@ def list_studies() -> int:
     return 0
 
 
-@app.command(help_epilogue="Examples:  bisam report digits   |   bisam report digits --out elsewhere")
-def report(study: str, *, out: Out = Path("runs")) -> int:
+@app.command(help_epilogue="Examples:  bisam report digits   |   bisam report digits --to docs/digits")
+def report(study: str, *, out: Out = Path("runs"), to: Path | None = None) -> int:
     """Write report.md, report.csv and the figures from the run folders of a study, and print the table.
 
     Args:
         study: Name of the study, see `bisam list`.
+        to: Folder to write to; by default that of the study's runs.
     """
     chosen = _study(study)
-    _report(chosen.name, chosen.title, out / chosen.name)
+    _report(chosen.name, chosen.title, out / chosen.name, to or out / chosen.name)
     return 0
 
 
-def _report(name: str, title: str, root: Path, wanted: set[Recipe] | None = None) -> None:
-    """Table on the terminal, report.md, report.csv and figures in `root`, of `wanted` recipes or of all there."""
+def _report(name: str, title: str, root: Path, to: Path, wanted: set[Recipe] | None = None) -> None:
+    """Table on the terminal, report.md, report.csv and figures in `to`, of `wanted` recipes or of all in `root`."""
     from bisam.experiments import figures, report as tables
 
     runs = [r for r in finished(root) if wanted is None or replace(r.recipe, seed=0) in wanted]
@@ -152,11 +153,11 @@ def _report(name: str, title: str, root: Path, wanted: set[Recipe] | None = None
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         table.add_row(*tables.cells(row), end_section=following is not None and following["noise"] != row["noise"])
     console.print(table)
-    write(root / "report.md", tables.markdown(title, runs))
-    write(root / "report.csv", to_csv(rows))
-    figures.save(figures.accuracy(runs), root / "accuracy.png")
-    figures.save(figures.flips(runs), root / "flips.png")
-    console.print(f"{root}/: report.md, report.csv, accuracy.png, flips.png", soft_wrap=True)
+    write(to / "report.md", tables.markdown(title, runs))
+    write(to / "report.csv", to_csv(rows))
+    figures.save(figures.accuracy(runs), to / "accuracy.png")
+    figures.save(figures.flips(runs), to / "flips.png")
+    console.print(f"{to}/: report.md, report.csv, accuracy.png, flips.png", soft_wrap=True)
 
 
 def _study(name: str) -> Any:

@@ -58,9 +58,8 @@ def load(dataset: str, noise: float, seed: int) -> Data:
         raise ValueError(f"{dataset} needs {_NEEDS[dataset]}, which this version does not have; --dataset digits runs")
     if dataset != "digits":
         near = get_close_matches(dataset, ["digits", *_NEEDS], 1)
-        raise ValueError(
-            f"unknown dataset {dataset!r}{f', did you mean {near[0]!r}?' if near else ''} There is: digits"
-        )
+        hint = f", did you mean {near[0]!r}?" if near else "."
+        raise ValueError(f"unknown dataset {dataset!r}{hint} There is: digits")
     data = _digits()
     return replace(
         data, train=replace(data.train, labels=symmetric_noise(data.train.labels, noise, data.classes, seed))

@@ -84,6 +84,10 @@ def markdown(title: str, runs: Sequence[Finished]) -> str:
         f"|{'---|' * len(HEADER)}",
         *(f"| {' | '.join(row)} |" for row in rows),
         "",
+        "![Test accuracy by method and label noise](accuracy.png)",
+        "",
+        "![Training samples that the perturbation flips](flips.png)",
+        "",
         *provenance(runs),
     ]
     return "\n".join(lines) + "\n"

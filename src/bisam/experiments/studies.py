@@ -153,7 +153,7 @@ def _outcome(recipe: Recipe, future: Future[dict[str, Any]]) -> Outcome:
             recipe, None, f"cannot write under {error.filename or 'the run folder'}: {error.strerror or error}"
         )
     except Exception as error:  # a study goes on; the type is what a bug report needs
-        return Outcome(recipe, None, f"{type(error).__name__}: {error}")
+        return Outcome(recipe, None, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 
 _events: Any = None

@@ -52,9 +52,9 @@ def train(run: Run, device: str = "cpu", on_epoch: OnEpoch | None = None) -> dic
             model.parameters(), recipe.learning_rate, momentum=recipe.momentum, weight_decay=recipe.weight_decay
         )
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.epochs)
-        model, optimizer = fabric.setup(model, optimizer)
         watch = Watch(recipe.build_method())
         sharp = SharpnessAware(model, watch, loss=_descent_loss(recipe.label_smoothing, splits.classes))
+        sharp, optimizer = fabric.setup(sharp, optimizer)
 
         history: list[Row] = []
         best: dict[str, Any] = {"accuracy": -1.0}
@@ -107,9 +107,7 @@ def train(run: Run, device: str = "cpu", on_epoch: OnEpoch | None = None) -> dic
         )
 
 
-def train_epoch(
-    fabric: Fabric, sharp: SharpnessAware, watch: Watch, optimizer: Any, split: Split, batch_size: int
-) -> Row:
+def train_epoch(fabric: Fabric, sharp: Any, watch: Watch, optimizer: Any, split: Split, batch_size: int) -> Row:
     """One pass over `split`: what anybody's loop looks like, and counts for the metrics."""
     sharp.train()
     start = time.perf_counter()
