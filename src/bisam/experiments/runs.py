@@ -20,13 +20,13 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 
+from bisam import __version__
 from bisam.experiments.recipes import Recipe
 
 Row = dict[str, float]
@@ -208,7 +208,7 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
 def environment() -> dict[str, str]:
     """Where results come from: versions, hardware, commit."""
     return {
-        "bisam": version("bisam"),
+        "bisam": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "hardware": f"{_processor()}, {os.cpu_count()} cores, {platform.system()}",

@@ -41,7 +41,8 @@ class Study:
 def _digits(epochs: int | None) -> list[Recipe]:
     """SGD gets twice the epochs: all methods compute the same number of gradients.
 
-    SAM and both BiSAMs share one rho, which was chosen for SAM; ASAM's is ten times that, as its unit is the weight.
+    rho by best validation accuracy at 40 % noise, mean of seeds 100 to 102 (`bisam train --noise 0.4 --rho ...`): SAM's
+    from {0.1, 0.2, 0.4, 0.8}, ASAM's from {1, 2, 4, 8}. Both BiSAMs take SAM's, as in the paper.
     """
     each = epochs or 30
     rhos: dict[MethodName, float | None] = {"sgd": None, "sam": 0.4, "bisam_log": 0.4, "bisam_tanh": 0.4, "asam": 4.0}

@@ -1,0 +1,478 @@
+"""Recipes, runs, the training loop, studies, reports and the command line."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+
+from bisam import ERM, SAM, SharpnessAware, cross_entropy
+from bisam.experiments import cli, data, figures, models, report, runs, studies
+from bisam.experiments.recipes import Recipe
+from bisam.experiments.runs import Run, RunError
+from bisam.experiments.train import Watch, train
+from bisam.perturbations import L2
+
+SHORT = Recipe(method="bisam_log", noise=0.4, rho=0.4, epochs=3, batch_size=256)
+
+
+# Recipes
+
+
+def test_a_recipe_survives_its_text():
+    assert Recipe.from_dict(json.loads(json.dumps(SHORT.to_dict()))) == SHORT
+
+
+def test_the_folder_name_depends_on_every_field_but_the_seed():
+    assert replace(SHORT, seed=7).slug == SHORT.slug
+    changed = {"method": "sam", "model": "other", "dataset": "other", "epochs": 4, "batch_size": 8}
+    for field in fields(Recipe):
+        if field.name != "seed":
+            other = replace(SHORT, **{field.name: changed.get(field.name, 0.25)})
+            assert other.slug != SHORT.slug, field.name
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("epochs", 0),
+        ("batch_size", 0),
+        ("noise", 1.0),
+        ("noise", -0.1),
+        ("rho", -1.0),
+        ("rho", float("nan")),
+        ("mu", 0.0),
+        ("alpha", float("inf")),
+        ("learning_rate", 0.0),
+        ("momentum", 1.0),
+        ("weight_decay", -1e-4),
+        ("label_smoothing", 1.0),
+        ("seed", -1),
+        ("method", "adam"),
+    ],
+)
+def test_a_recipe_refuses_what_is_out_of_range(field, value):
+    with pytest.raises(ValueError, match=f"{field} must be"):
+        Recipe(**{field: value})
+
+
+def test_the_authors_flags_keep_their_own_defaults():
+    """Their script passes mu = 1 to both bounds; here tanh keeps the paper's 10 unless told otherwise."""
+    tanh = Recipe(method="bisam_tanh").build_method()
+    assert (tanh.ascent.mu, tanh.ascent.alpha) == (10.0, 0.1)
+    assert Recipe(method="bisam_tanh", mu=1.0).build_method().ascent.mu == 1.0
+    assert Recipe(method="bisam_log").build_method().ascent.mu == 1.0
+    assert Recipe(method="sgd").build_method() == ERM()
+
+
+# Data
+
+
+def test_digits_are_split_without_overlap_and_scaled_by_the_training_part():
+    d = data.load("digits", 0.0, 0)
+    assert [len(part) for part in (d.train, d.validation, d.test)] == [1078, 270, 449]
+    torch.testing.assert_close(d.train.images.mean(), torch.tensor(0.0), atol=1e-5, rtol=0)
+    torch.testing.assert_close(d.train.images.std(), torch.tensor(1.0), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.4, 0.99])
+def test_label_noise_moves_exactly_its_share_to_other_classes(rate):
+    labels = torch.arange(1000) % 10
+    noisy = data.symmetric_noise(labels, rate, 10, seed=3)
+    assert (noisy != labels).sum() == round(rate * 1000)
+    assert noisy.min() >= 0
+    assert noisy.max() <= 9
+    assert torch.equal(noisy, data.symmetric_noise(labels, rate, 10, seed=3))
+
+
+def test_noise_is_on_the_training_labels_only():
+    clean, noisy = data.load("digits", 0.0, 1), data.load("digits", 0.4, 1)
+    assert not torch.equal(clean.train.labels, noisy.train.labels)
+    for part in ("validation", "test"):
+        assert torch.equal(getattr(clean, part).labels, getattr(noisy, part).labels)
+
+
+def test_batches_cover_the_split_once():
+    split = data.load("digits", 0.0, 0).validation
+    seen = torch.cat([x for x, _ in split.batches(64, shuffle=True)])
+    assert len(seen) == len(split)
+    assert torch.equal(seen.sum(0).round(decimals=2), split.images.sum(0).round(decimals=2))
+
+
+# Runs
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Run.under(tmp_path, SHORT)
+
+
+def weights(run: Run) -> dict:
+    return {k: v for k, v in run.checkpoint()["sharp"].items() if isinstance(v, torch.Tensor)}
+
+
+def same_outcome(a: Run, b: Run) -> bool:
+    skip = {"seconds_per_epoch", "finished"}
+    results = [{k: v for k, v in r.result.items() if k not in skip} for r in (a, b)]
+    histories = [
+        [{k: v for k, v in row.items() if k != "seconds"} for row in r.checkpoint()["history"]] for r in (a, b)
+    ]
+    ours, theirs = weights(a), weights(b)
+    same = all(torch.equal(ours[k], theirs[k]) for k in ours)
+    return results[0] == results[1] and histories[0] == histories[1] and same
+
+
+def test_a_run_leaves_recipe_metrics_checkpoint_and_result(run):
+    result = train(run)
+    assert {p.name for p in run.folder.iterdir()} >= {"recipe.json", "metrics.csv", "checkpoint.pt", "result.json"}
+    assert not list(run.folder.glob("*.tmp"))
+    rows = list(csv.DictReader(io.StringIO((run.folder / "metrics.csv").read_text())))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert 0 <= result["test_accuracy_last"] <= 1
+    assert {"torch", "python", "hardware", "commit", "bisam"} <= result.keys()
+    assert run.folder.parent.name == SHORT.slug
+
+
+def test_a_finished_run_is_not_run_again(run, monkeypatch):
+    first = train(run)
+    monkeypatch.setattr("bisam.experiments.train.train_epoch", lambda *_: pytest.fail("it ran again"))
+    assert train(run) == first
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3])
+def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, stop_after):
+    whole, broken = Run.under(tmp_path / "a", SHORT), Run.under(tmp_path / "b", SHORT)
+    train(whole)
+
+    def interrupt(row):
+        if row["epoch"] == stop_after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(broken, on_epoch=interrupt)
+    assert broken.result is None
+    train(broken)
+    assert same_outcome(whole, broken)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from bisam.experiments.recipes import Recipe
+from bisam.experiments.runs import Run
+from bisam.experiments.train import train
+
+calls, replace = 0, Path.replace
+def replaced(path, target):
+    global calls
+    calls += target.name == sys.argv[2]
+    if calls == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return replace(path, target)
+Path.replace = replaced
+train(Run.under(Path(sys.argv[1]), Recipe(method="bisam_log", noise=0.4, rho=0.4, epochs=3, batch_size=256)))
+"""
+
+
+@pytest.mark.parametrize("file", ["checkpoint.pt", "metrics.csv"])
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path, file):
+    """Killed with the second epoch's file written but not yet in its place."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    killed = subprocess.run([sys.executable, "-c", KILLED, tmp_path, file], env=environment, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    broken, whole = Run.under(tmp_path, SHORT), Run.under(tmp_path / "whole", SHORT)
+    assert broken.result is None
+    assert len(broken.checkpoint()["history"]) == (1 if file == "checkpoint.pt" else 2)
+    train(broken)
+    train(whole)
+    assert same_outcome(whole, broken)
+
+
+def test_a_run_in_use_is_refused(run):
+    run.folder.mkdir(parents=True)
+    with FileLock(run.folder / ".lock"), pytest.raises(RunError, match="in use by another process"):
+        train(run)
+
+
+def test_a_folder_of_another_recipe_is_refused_and_left_alone(run):
+    train(run)
+    other = Run(run.folder, replace(SHORT, rho=0.1))
+    before = (run.folder / "result.json").read_bytes()
+    with pytest.raises(RunError, match=r"another recipe \(rho=0\.4 there, 0\.1 here\)"):
+        train(other)
+    assert (run.folder / "result.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["recipe.json", "result.json", "checkpoint.pt"])
+@pytest.mark.parametrize("content", [b"", b"\x00garbage", b"[1]"])
+def test_a_damaged_folder_is_named(run, name, content):
+    train(run)
+    if name == "checkpoint.pt":
+        (run.folder / "result.json").unlink()
+    (run.folder / name).write_bytes(content)
+    with pytest.raises(RunError, match=rf"{name} is damaged .*delete .*other runs are not affected"):
+        train(run)
+
+
+def test_a_full_disk_leaves_the_last_epoch(run, monkeypatch):
+    original = Path.write_bytes
+
+    def full(path, content):
+        if path.name.startswith(".checkpoint") and run.checkpoint() is not None:
+            original(path, content[:100])
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return original(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(run)
+    assert len(run.checkpoint()["history"]) == 1
+    assert not list(run.folder.glob(".*.tmp"))
+    monkeypatch.undo()
+    train(run)
+    assert run.result is not None
+
+
+# The training loop
+
+
+def test_flipped_samples_are_right_at_w_and_wrong_at_w_plus_e():
+    d = data.load("digits", 0.0, 0)
+    model = models.build("convnet", 10)
+    watch = Watch(SAM(L2(2.0)))
+    sharp = SharpnessAware(model, watch, cross_entropy)
+    x, y = d.train.images[:256], d.train.labels[:256]
+    sharp(x, y)
+    plain = models.build("convnet", 10)
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(sharp.clean.outputs, plain.train()(x).detach())
+    assert not torch.equal(watch.outputs, sharp.clean.outputs)
+    still = Watch(ERM())
+    sharp = SharpnessAware(model, still, cross_entropy)
+    sharp(x, y)
+    assert torch.equal(still.outputs, sharp.clean.outputs)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (replace(SHORT, dataset="cifar10"), "cifar10 needs 10 classes .* cifar-10-batches-py"),
+        (replace(SHORT, dataset="digit"), "did you mean 'digits'"),
+        (replace(SHORT, model="resnet56"), "unknown model 'resnet56'"),
+    ],
+)
+def test_what_is_not_here_is_named(tmp_path, recipe, message):
+    with pytest.raises(ValueError, match=message):
+        train(Run.under(tmp_path, recipe))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("device", ["tpu9", "cuda:x", "cuda:97", ""])
+def test_an_unknown_device_is_named(tmp_path, device):
+    with pytest.raises(ValueError, match="--device takes"):
+        train(Run.under(tmp_path, SHORT), device)
+
+
+# Studies
+
+
+class Silent:
+    def __init__(self):
+        self.epochs, self.ended = [], {}
+
+    def epoch(self, recipe, epoch, validation):
+        self.epochs.append((recipe, epoch))
+
+    def done(self, recipe, error):
+        self.ended[recipe] = error
+
+
+def test_a_study_keeps_finished_runs_reports_failures_and_goes_on(tmp_path):
+    recipes = [replace(SHORT, epochs=1, method=method) for method in ("sgd", "sam", "bisam_log")]
+    done, damaged, fresh = (Run.under(tmp_path, recipe) for recipe in recipes)
+    kept = train(done)
+    damaged.folder.mkdir(parents=True)
+    (damaged.folder / "checkpoint.pt").write_bytes(b"garbage")
+    progress = Silent()
+    outcomes = studies.run_all(recipes, tmp_path, workers=2, device="cpu", progress=progress)
+    assert [outcome.recipe for outcome in outcomes] == recipes
+    assert outcomes[0].result == kept
+    assert "checkpoint.pt is damaged" in outcomes[1].error
+    assert outcomes[2].result == fresh.result
+    assert set(progress.ended) == set(recipes)
+    assert (recipes[2], 1) in progress.epochs
+    assert (recipes[0], 1) not in progress.epochs
+
+
+def test_the_digits_study_is_what_it_says():
+    study = studies.STUDIES["digits"]
+    recipes = study.recipes(None)
+    assert study.seeds == 5
+    assert {(r.method, r.noise) for r in recipes} == {
+        (method, noise) for method in ("sgd", "sam", "bisam_log", "bisam_tanh", "asam") for noise in (0.0, 0.4)
+    }
+    assert len({r.epochs for r in recipes if r.method != "sgd"}) == 1
+    assert all(r.epochs == 2 * recipes[1].epochs for r in recipes if r.method == "sgd")
+    assert len(studies.expand(recipes, 5)) == len(set(studies.expand(recipes, 5))) == 50
+
+
+# Reports
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """Two recipes with known results."""
+    for method, accuracies in (("sgd", (0.60, 0.70)), ("sam", (0.90, 0.94))):
+        for seed, value in enumerate(accuracies):
+            run = Run.under(tmp_path, replace(SHORT, method=method, seed=seed))
+            with run.open():
+                rows = [{"epoch": e, "validation_accuracy": value, "flipped": 10.0 * e} for e in (1, 2, 3)]
+                run.save({"history": rows}, rows)
+                run.finish(
+                    {
+                        "test_accuracy_best": value + 0.02,
+                        "test_accuracy_last": value,
+                        "seconds_per_epoch": 0.5,
+                        "best_epoch": 1,
+                        "device": "cpu",
+                    }
+                )
+    return tmp_path
+
+
+def test_the_summary_is_mean_and_standard_deviation_over_seeds(finished):
+    sgd, sam = report.summary(runs.finished(finished))
+    assert (sgd["method"], sam["method"]) == ("SGD", "SAM")
+    assert sgd["test_accuracy_last_mean"] == pytest.approx(0.65)
+    assert sgd["test_accuracy_last_std"] == pytest.approx(0.0707106781)
+    assert sam["test_accuracy_best_mean"] == pytest.approx(0.94)
+    assert (sam["n"], sam["seconds_per_epoch"], sam["rho"]) == (2, 0.5, 0.4)
+
+
+def test_the_report_has_numbers_and_where_they_come_from(finished):
+    text = report.markdown("Title", list(runs.finished(finished)))
+    assert "| SAM | 40 % | 0.4 | 3 | 94.0 ± 2.8 | 92.0 ± 2.8 | 2 | 0.500 |" in text
+    assert f"torch {torch.__version__}" in text
+    assert "commit " in text
+
+
+@pytest.mark.parametrize("draw", [figures.accuracy, figures.flips])
+@pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
+def test_figures_are_written(finished, tmp_path, draw, suffix):
+    path = tmp_path / f"figure{suffix}"
+    figures.save(draw(list(runs.finished(finished))), path)
+    assert path.read_bytes()[:4] in (b"\x89PNG", b"<?xm", b"%PDF")
+
+
+def test_flips_are_drawn_per_epoch_and_not_for_sgd(finished):
+    (ax,) = figures.flips(list(runs.finished(finished))).axes
+    (line,) = ax.get_lines()
+    assert list(line.get_ydata()) == [10.0, 20.0, 30.0]
+    assert line.get_label() == "SAM"
+
+
+def test_report_command_writes_markdown_csv_and_figures(finished, tmp_path, bisam):
+    (tmp_path / "digits").symlink_to(finished)
+    code, out, _ = bisam("report", "digits", "--out", tmp_path, "--to", tmp_path / "elsewhere")
+    assert code == 0
+    assert "BiSAM" not in out
+    assert "SAM" in out
+    names = {p.name for p in (tmp_path / "elsewhere").iterdir()}
+    assert names == {"report.md", "report.csv", "accuracy.png", "flips.png"}
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "elsewhere" / "report.csv").read_text())))
+    assert [row["method"] for row in rows] == ["SGD", "SAM"]
+
+
+# The command line
+
+
+@pytest.fixture
+def bisam(monkeypatch, capsys):
+    """The command in this process: (exit code, output, errors)."""
+
+    def call(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["bisam", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capsys.readouterr()
+        return stop.value.code, captured.out, captured.err
+
+    return call
+
+
+AUTHORS = ("train", "--optim", "bisam_log", "--rho", "0.05", "--epochs", "200", "--learning_rate", "0.1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("run", "digit"), "did you mean 'digits'"),
+        (("run",), "requires an argument"),
+        (("run", "digits", "--seeds", "0"), "--seeds must be at least 1, got 0"),
+        (("run", "digits", "--seeds", "many"), "unable to convert"),
+        (("run", "digits", "--seed", "3"), "Did you mean --seeds?"),
+        (("run", "digits", "--device", "tpu9"), "--device takes"),
+        (("report", "digits", "--out", "nowhere"), "no finished run in nowhere/digits"),
+        (("train", "--optim", "samm"), 'Did you mean "sam"?'),
+        (("train", "--rho", "-1"), "rho must be non-negative"),
+        (("train", "extra"), "extra"),
+        (("bogus",), "Available commands"),
+        (
+            (*AUTHORS, "--model", "resnet56", "--dataset", "cifar10"),
+            "cifar10 needs",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(bisam, arguments, message):
+    code, out, err = bisam(*arguments)
+    assert code == 2
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
+    assert out == ""
+
+
+def test_a_place_that_cannot_be_written_is_one_line(bisam, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, _, err = bisam("train", "--epochs", 1, "--out", tmp_path / "file")
+    assert code == 2
+    assert "cannot write" in err
+    assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", ["run", "train", "list", "report"])
+def test_every_command_has_help_with_an_example(bisam, command):
+    code, out, _ = bisam(command, "--help")
+    assert code == 0
+    assert f"bisam {command}" in out.split("xample", 1)[1]
+
+
+def test_train_and_list_run(bisam, tmp_path):
+    code, out, _ = bisam(
+        "train", "--optim", "bisam_log", "--rho", "0.05", "--learning_rate", "0.1", "--epochs", "1", "--out", tmp_path
+    )
+    assert code == 0
+    assert "test accuracy" in out
+    assert len(list(tmp_path.glob("train/bisam_log-noise-0-*/seed-0/result.json"))) == 1
+    code, out, _ = bisam("list")
+    assert code == 0
+    assert "digits" in out
+
+
+def test_a_short_digits_study_end_to_end(bisam, tmp_path):
+    code, out, err = bisam("run", "digits", "--seeds", "1", "--epochs", "1", "--workers", "2", "--out", tmp_path)
+    assert (code, err) == (0, "")
+    assert "10/10 runs" in out
+    assert len(list(tmp_path.glob("digits/*/seed-0/result.json"))) == 10
+    assert (tmp_path / "digits" / "accuracy.png").stat().st_size > 10_000
+    assert (tmp_path / "digits" / "flips.png").stat().st_size > 10_000
