@@ -87,7 +87,8 @@ def clean(seen: Sequence[Seen], loss: Objective) -> Evaluation:
 
 def size(batch: Any) -> int | None:
     """Number of examples: the first dimension of the first tensor that has one, or None where there is none."""
-    leaves: Any = batch if isinstance(batch, tuple) and isinstance(batch[0], Tensor) else tree_flatten(batch)[0]
+    flat = isinstance(batch, tuple) and batch and isinstance(batch[0], Tensor)
+    leaves: Any = batch if flat else tree_flatten(batch)[0]
     return next((len(t) for t in leaves if isinstance(t, Tensor) and t.dim()), None)
 
 
@@ -95,7 +96,7 @@ def split(batch: Batch, m: int) -> list[Batch]:
     """Parts of `m` examples, the last one smaller where `m` does not divide the batch.
 
     Raises:
-        ValueError: the tensors of the batch disagree about its size.
+        ValueError: the tensors of the batch disagree about its size, or there are none.
     """
     leaves, structure = tree_flatten(batch)
     sizes = sorted({len(t) for t in leaves if isinstance(t, Tensor) and t.dim()})
@@ -103,7 +104,12 @@ def split(batch: Batch, m: int) -> list[Batch]:
         raise ValueError(
             f"cannot split a batch whose tensors have {sizes} examples: pass what is not per example inside `forward`"
         )
-    if not sizes or sizes[0] <= m:
+    if not sizes:
+        raise ValueError(
+            f"cannot split a batch of {', '.join(type(leaf).__name__ for leaf in leaves) or 'nothing'}: its examples "
+            "must be in tensors, in tuples, lists or dicts (for a Hugging Face batch, dict(batch))"
+        )
+    if sizes[0] <= m:
         return [batch]
     parts = [t.split(m) if isinstance(t, Tensor) and t.dim() else None for t in leaves]
     return [

@@ -100,18 +100,18 @@ class SharpnessAware(nn.Module):
             step=memory.step,
             state=dict(memory.state),  # what the method writes counts once the step has succeeded
         )
-        if not (self.model.training and torch.is_grad_enabled()):
-            value = oracle.plain(batch)
-        else:
-            if not memory.checked:
-                _warn_of_half(oracle)
-                memory.checked = True
-            try:
+        try:
+            if not (self.model.training and torch.is_grad_enabled()):
+                value = oracle.plain(batch)
+            else:
+                if not memory.checked:
+                    _warn_of_half(oracle)
+                    memory.checked = True
                 value = oracle.differentiable(self.method(oracle, batch))
-            except BaseException:
-                oracle.rollback()
-                raise
-            memory.step, memory.state = memory.step + 1, oracle.state
+                memory.step, memory.state = memory.step + 1, oracle.state
+        except BaseException:
+            oracle.rollback()
+            raise
         memory.seen = oracle.seen
         return value
 

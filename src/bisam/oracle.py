@@ -33,6 +33,13 @@ Scale = torch.amp.GradScaler | Callable[[], float | Tensor]
 """What float16 gradients are multiplied by: a GradScaler, or a callable that returns the factor."""
 
 
+Slot = tuple[dict[str, Tensor | None], str, Tensor]
+"""A module's dictionary of buffers, a name in it, and the buffer."""
+
+Saved = tuple[list[Slot], list[tuple[Tensors, Tensors]]]
+"""Buffers, and their contents by type: (the buffers' memory, copies)."""
+
+
 class Oracle(ABC):
     """A first-order oracle of a loss around fixed weights: the whole world of a method.
 
@@ -41,7 +48,8 @@ class Oracle(ABC):
         names: the parameters' names, in the order of `weights`.
         step: number of losses computed before this one.
         state: what the method remembers between steps (numbers, tensors, Vectors, in dicts and lists); saved and
-            restored by `SharpnessAware.state_dict`.
+            restored by `SharpnessAware.state_dict`. Replace values, do not change them in place: a step that fails
+            leaves what was there.
     """
 
     weights: Vector
@@ -134,7 +142,7 @@ class ModelOracle(Oracle):
 
         # As nn.Module.parameters() and buffers(), without the names that those build on the way: this runs every step.
         parameters: dict[int, nn.Parameter] = {}  # by identity: tied parameters count once
-        self._buffers: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
+        self._buffers: list[Slot] = []
         todo = [root for root in (cast(Any, loss), model) if isinstance(root, nn.Module)]
         seen: set[nn.Module] = set()
         while todo:
@@ -191,9 +199,13 @@ class ModelOracle(Oracle):
             if at is not None:
                 torch._foreach_add_(self.weights.tensors, at.tensors)
                 at = None  # its memory is free for the forward pass, if the method has let go of it too
+                torch.clear_autocast_cache()  # of the weights as they were, in lower precision
             if self._same_noise:
                 self._replay(batch)
-            return self._evaluate(batch, objective, grad, track)
+            answer = self._evaluate(batch, objective, grad, track)
+            if track:
+                self._refresh()
+            return answer
         except BaseException:
             buffers = untouched  # a step that fails leaves nothing behind
             raise
@@ -201,11 +213,15 @@ class ModelOracle(Oracle):
             # Copied back, not subtracted: exact in every precision, and after a NaN.
             if saved is not None:
                 torch._foreach_copy_(self.weights.tensors, saved.tensors)
+            if saved is not None or not grad:
+                torch.clear_autocast_cache()  # of displaced weights, or of copies that have no graph
             if buffers is not None:
                 self._restore(buffers)
 
     def plain(self, batch: Batch) -> Tensor:
         """The training loss at the weights with its graph, as a loop without this library computes it."""
+        if self.model.training:  # under no_grad, where running statistics move all the same
+            _ = self._untouched
         outputs, targets, losses = self._run(batch, self.loss)
         value = objectives.mean(losses, targets, self.loss)
         self.seen.append(
@@ -296,7 +312,7 @@ class ModelOracle(Oracle):
             self._noise = batch, RandomState(self.parameters)
 
     @cached_property
-    def _untouched(self) -> list[Tensor]:
+    def _untouched(self) -> Saved:
         return self._remember()
 
     @cached_property
@@ -307,15 +323,22 @@ class ModelOracle(Oracle):
             groups.setdefault(buffer.dtype, []).append(buffer.data)
         return list(groups.values())
 
-    def _remember(self) -> list[Tensor]:
-        """Contents of all buffers, copied."""
-        return [c for group in self._by_dtype for c in vector.clone(group)]
+    def _refresh(self) -> None:
+        """A module may have put another tensor in a buffer's place: from now on that one is the buffer."""
+        if any(owner.get(name) is not buffer for owner, name, buffer in self._buffers):
+            now = [(owner, name, owner.get(name)) for owner, name, _ in self._buffers]
+            self._buffers = [(owner, name, b) for owner, name, b in now if b is not None]
+            del self._by_dtype
 
-    def _restore(self, contents: list[Tensor]) -> None:
-        remaining = iter(contents)
-        for group in self._by_dtype:
-            torch._foreach_copy_(group, [next(remaining) for _ in group])
-        for owner, name, buffer in self._buffers:  # a module may also have put another tensor in a buffer's place
+    def _remember(self) -> Saved:
+        """All buffers, and copies of their contents."""
+        return self._buffers, [(group, vector.clone(group)) for group in self._by_dtype]
+
+    def _restore(self, saved: Saved) -> None:
+        buffers, groups = saved
+        for group, contents in groups:
+            torch._foreach_copy_(group, contents)
+        for owner, name, buffer in buffers:
             if owner.get(name) is not buffer:
                 owner[name] = buffer
 

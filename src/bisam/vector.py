@@ -71,7 +71,7 @@ class Vector:
 
     def __truediv__(self, other: Vector | Scalar) -> Vector:
         if isinstance(other, Vector):
-            return Vector(torch._foreach_div(self.tensors, other.tensors), self.holes)
+            return Vector(torch._foreach_div(self.tensors, other.tensors), self.holes - other.holes)  # 0/0 is no zero
         return Vector(torch._foreach_div(self.tensors, other), self.holes)
 
     def __neg__(self) -> Vector:
@@ -87,18 +87,17 @@ class Vector:
 
     def norm(self) -> Tensor:
         """Euclidean norm of the whole vector: a real tensor of no dimensions, in float32 at least."""
-        dtype = torch.float32 if _HALF & {t.dtype for t in self.tensors} else None
-        if _is_small_on_cpu(self.tensors):
-            return torch.linalg.vector_norm(torch._C._nn.flatten_dense_tensors(self.tensors), dtype=dtype)  # pyright: ignore
-        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(self.tensors, 2, dtype)))
+        tensors, dtype = _wide(self.tensors)
+        if _is_small_on_cpu(tensors):
+            return torch.linalg.vector_norm(torch._C._nn.flatten_dense_tensors(tensors), dtype=dtype)  # pyright: ignore
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors, 2, dtype)))
 
     def dot(self, other: Vector) -> Tensor:
         """Inner product with `other` (its real part for complex entries), a tensor of no dimensions.
 
         A sum is the 1-norm of the positive entries less that of the negative ones: `_foreach` has a norm and no sum.
         """
-        products = torch._foreach_mul(_as_real(self.tensors), _as_real(other.tensors))
-        dtype = torch.float32 if _HALF & {t.dtype for t in products} else None
+        products, dtype = _wide(torch._foreach_mul(_as_real(self.tensors), _as_real(other.tensors)))
         gain = torch._foreach_norm(torch._foreach_clamp_min(products, 0.0), 1, dtype)
         loss = torch._foreach_norm(torch._foreach_clamp_max(products, 0.0), 1, dtype)
         return (torch.stack(gain) - torch.stack(loss)).sum()
@@ -124,6 +123,16 @@ def _is_small_on_cpu(tensors: Tensors) -> bool:
     if {type(t) for t in tensors} != {Tensor} or not tensors[0].is_cpu:
         return False
     return sum([t.numel() for t in tensors]) <= 2**20
+
+
+def _wide(tensors: Tensors) -> tuple[Tensors, torch.dtype | None]:
+    """Tensors and the type to sum them in: float32 for half precision, which among others is converted first."""
+    dtypes = {t.dtype for t in tensors}
+    if not dtypes & _HALF:
+        return tensors, None
+    if dtypes <= _HALF | {torch.float32}:
+        return tensors, torch.float32
+    return [t.float() if t.dtype in _HALF else t for t in tensors], None
 
 
 def _as_real(tensors: Tensors) -> Tensors:

@@ -1,0 +1,138 @@
+"""The public surface: names, signatures, documentation, and what an import costs."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+import pkgutil
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+
+import bisam
+from bisam import perturbations
+
+NAMES = {
+    "ABiSAM",
+    "ASAM",
+    "BiSAM",
+    "ERM",
+    "Evaluation",
+    "LowerBound",
+    "MSAM",
+    "ModelOracle",
+    "NegLog",
+    "Oracle",
+    "SAM",
+    "SharpnessAware",
+    "Tanh",
+    "Vector",
+    "cross_entropy",
+}
+PUBLIC = [getattr(bisam, name) for name in sorted(NAMES)] + [perturbations.L2, perturbations.Adaptive]
+CORE = ["vector", "objectives", "evaluation", "oracle", "perturbations", "methods", "loss"]
+
+
+def test_the_public_names_are_these():
+    public = {n for n, value in vars(bisam).items() if not n.startswith("_") and not isinstance(value, ModuleType)}
+    assert public == NAMES
+    assert bisam.perturbations is perturbations
+
+
+SAM = "SAM(perturb=L2(rho=0.05), ascent=None, descent=None)"
+
+
+@pytest.mark.parametrize(
+    ("function", "signature"),
+    [
+        (bisam.SharpnessAware, "(model, method, loss, forward=None, *, scale=None, same_noise=False)"),
+        (bisam.ERM, "()"),
+        (bisam.SAM, "(perturb=L2(rho=0.05), ascent=None, descent=None)"),
+        (bisam.BiSAM, "(rho=0.05, bound=NegLog(mu=1.0, ignore_index=-100), descent=None)"),
+        (bisam.ASAM, "(rho, eta=0.0)"),
+        (bisam.ABiSAM, "(rho, bound=NegLog(mu=1.0, ignore_index=-100), eta=0.0)"),
+        (bisam.MSAM, f"(m, method={SAM})"),
+        (bisam.LowerBound, "(phi, mu, *, ignore_index=-100)"),
+        (bisam.NegLog, "(mu=1.0, *, ignore_index=-100)"),
+        (bisam.Tanh, "(mu=10.0, alpha=0.1, *, ignore_index=-100)"),
+        (bisam.cross_entropy, "(outputs, targets)"),
+        (perturbations.L2, "(rho)"),
+        (perturbations.Adaptive, "(rho, eta=0.0, where=None)"),
+        (bisam.Vector, "(tensors, holes=frozenset())"),
+        (bisam.Evaluation, "(losses, grad=None, outputs=None, value=None)"),
+        (bisam.ModelOracle, "(model, loss, forward=None, *, scale=None, same_noise=False, step=0, state=None)"),
+        (bisam.Oracle.query, "(self, batch, objective=None, *, at=None, grad=True, track=None)"),
+        (bisam.ModelOracle.query, "(self, batch, objective=None, *, at=None, grad=True, track=None)"),
+    ],
+)
+def test_signatures(function, signature):
+    found = inspect.signature(function)
+    bare = [p.replace(annotation=inspect.Parameter.empty) for p in found.parameters.values()]
+    assert str(found.replace(parameters=bare, return_annotation=inspect.Signature.empty)) == signature
+
+
+@pytest.mark.parametrize("public", PUBLIC, ids=lambda public: getattr(public, "__name__", str(public)))
+def test_everything_public_is_documented_and_typed(public):
+    assert inspect.getdoc(public)
+    members = vars(public).items() if isinstance(public, type) else ()
+    for name, member in members:
+        if not name.startswith("_") and (inspect.isfunction(member) or isinstance(member, property)):
+            assert inspect.getdoc(getattr(public, name)), name
+    for parameter in inspect.signature(public).parameters.values():
+        assert parameter.annotation is not inspect.Parameter.empty, parameter
+
+
+def test_every_module_and_public_function_of_the_core_is_documented():
+    for name in CORE:
+        module = importlib.import_module(f"bisam.{name}")
+        assert module.__doc__
+        for member, value in vars(module).items():
+            ours = getattr(value, "__module__", "") == module.__name__ and callable(value)
+            if ours and not member.startswith("_"):
+                assert inspect.getdoc(value), f"{name}.{member}"
+
+
+def test_the_core_is_these_files():
+    modules = {m.name for m in pkgutil.iter_modules(bisam.__path__)}
+    assert modules - {"analysis", "integrations", "experiments"} == set(CORE)
+
+
+@pytest.mark.parametrize(
+    "method", [bisam.ERM(), bisam.SAM(), bisam.BiSAM(), bisam.MSAM(4), bisam.NegLog(), bisam.Tanh()]
+)
+def test_methods_and_bounds_are_frozen_values(method):
+    assert copy.deepcopy(method) == method
+    assert hash(copy.deepcopy(method)) == hash(method)
+    with pytest.raises(AttributeError):
+        method.mu = 3.0
+
+
+def test_defaults_are_those_of_the_papers():
+    assert bisam.BiSAM() == bisam.SAM(perturbations.L2(0.05), ascent=bisam.NegLog(1.0))
+    assert bisam.ASAM(0.5) == bisam.SAM(perturbations.Adaptive(0.5))
+    assert bisam.ABiSAM(0.5) == bisam.SAM(perturbations.Adaptive(0.5), ascent=bisam.NegLog(1.0))
+    assert bisam.NegLog(2.0) != bisam.NegLog() != bisam.Tanh()
+
+
+def test_an_import_loads_torch_and_no_extra():
+    code = "import sys, torch; before = set(sys.modules); import bisam; print(*(set(sys.modules) - before))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout
+    roots = {name.split(".")[0] for name in loaded.split()}
+    assert "bisam" in roots
+    extras = {
+        "lightning_fabric",
+        "lightning",
+        "sklearn",
+        "scipy",
+        "matplotlib",
+        "rich",
+        "tyro",
+        "torchvision",
+        "filelock",
+    }
+    assert not roots & extras
+    assert not {name for name in loaded.split() if name.startswith(("bisam.experiments", "bisam.integrations"))}
+    assert "numpy" not in roots
