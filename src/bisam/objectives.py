@@ -173,13 +173,14 @@ class NegLog(LowerBound):
 
     def _terms(self, logits: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
         """With s = sigmoid(F - gamma): exp(mu (phi - 1)) = s^mu."""
-        s = torch.sub(logits, reference + GAMMA).sigmoid_()
+        s = torch.sub(logits, reference).sub_(GAMMA).sigmoid_()  # gamma last: it would round away next to large logits
         return s, s if self.mu == 1 else s.pow(self.mu)
 
     def _rows(self, weight: Tensor, s: Tensor, u: Tensor) -> Tensor:
-        """Phi' = 1 - s, so weight u phi' = weight s^(mu-1) s (1 - s)."""
-        slope = weight.expand_as(s) if self.mu == 1 else weight * s.pow(self.mu - 1)
-        return torch.ops.aten.sigmoid_backward(slope, s)
+        """Phi' = 1 - s. Not weight s^(mu-1) s (1 - s), which is infinite times zero where s underflows and mu < 1."""
+        if self.mu == 1:
+            return torch.ops.aten.sigmoid_backward(weight.expand_as(s), s)
+        return (1.0 - s).mul_(u).mul_(weight)
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,8 @@ class Tanh(LowerBound):
 
     def _rows(self, weight: Tensor, s: Tensor, u: Tensor) -> Tensor:
         """Phi' = 4 alpha s (1 - s); sigmoid is about seven times cheaper than tanh on a CPU."""
-        return torch.ops.aten.sigmoid_backward(u * (weight * (4 * self.alpha)), s)
+        slope = u * (weight * (4 * self.alpha))
+        return torch.ops.aten.sigmoid_backward.grad_input(slope, s, grad_input=slope)  # in place: memory is what costs
 
 
 def mean(losses: Tensor, targets: Any, objective: Objective) -> Tensor:
@@ -307,10 +309,10 @@ def _check(outputs: Any, targets: Any) -> int:
             )
     elif targets.dtype != torch.int64:
         raise TypeError(f"labels must be int64, got {targets.dtype}: use targets.long()")
-    elif targets.shape != shape[:1] + shape[2:] and not (len(shape) == 1 and targets.dim() == 0):
+    elif targets.shape != (needed := shape[: len(shape) > 1] + shape[2:]):
         raise ValueError(
-            f"labels for outputs of shape {tuple(shape)} need shape {tuple(shape[:1] + shape[2:])}, got "
-            f"{tuple(targets.shape)}: the classes are dimension 1 of the outputs"
+            f"labels for outputs of shape {tuple(shape)} need shape {tuple(needed)}, got {tuple(targets.shape)}: the "
+            "classes are dimension 1 of the outputs"
         )
     return shape[1] if len(shape) > 1 else shape[0]
 

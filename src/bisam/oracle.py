@@ -150,14 +150,16 @@ class ModelOracle(Oracle):
             if module in seen:
                 continue
             seen.add(module)
-            if module._modules:
-                todo += [m for m in reversed(module._modules.values()) if m is not None]
-            for p in module._parameters.values():
-                if p is not None and p.requires_grad:
-                    parameters[id(p)] = p
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    self._buffers.append((module._buffers, name, buffer))
+            if children := module._modules:
+                todo += [m for m in reversed(children.values()) if m is not None]
+            if own := module._parameters:
+                for p in own.values():
+                    if p is not None and p.requires_grad:
+                        parameters[id(p)] = p
+            if buffers := module._buffers:
+                for name, buffer in buffers.items():
+                    if buffer is not None:
+                        self._buffers.append((buffers, name, buffer))
         self.parameters = list(parameters.values())
         self._hooked = [p for p in self.parameters if p._backward_hooks]
 

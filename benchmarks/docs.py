@@ -1,0 +1,98 @@
+"""The page docs/benchmarks.md from the JSON that the benchmarks write.
+
+python -m benchmarks.objective --json objective.json
+python -m benchmarks.step --json step.json
+python -m benchmarks.docs objective.json step.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bisam.experiments.runs import RunError, read_json, write
+
+PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+INTRODUCTION = """# Benchmarks
+
+Made by `python -m benchmarks.objective`, `python -m benchmarks.step` and `python -m benchmarks.docs`. Contestants run in
+turn within each round, so that whatever slows the machine slows all of them; a figure is the median over the rounds of
+the ratio to the reference, with the quartiles. Absolute times are left out: they mean little on a shared machine.
+"""
+
+
+def section(content: Mapping[str, Any]) -> list[str]:
+    """One benchmark as Markdown."""
+    makers = {"objective": _objective, "step": _step}
+    environment = ", ".join(f"{k} {v}" for k, v in content["environment"].items() if v is not None)
+    settings = ", ".join(f"{k} {v}" for k, v in content["settings"].items())
+    return [*makers[content["benchmark"]](content), "", f"{environment}; {settings}.", ""]
+
+
+def _objective(content: Mapping[str, Any]) -> list[str]:
+    rows = [
+        (f"{r['size'][0]} x {r['size'][1]}", r["contestant"], *_ratio(r))
+        for r in content["rows"]
+        if r.get("median") != 1.0
+    ]
+    heading = ("examples x classes", "objective", "ratio", "quartiles", "bar")
+    title = "## An objective's forward and backward pass, relative to cross-entropy with label smoothing 0.1"
+    return [title, "", *_table(heading, rows)]
+
+
+def _step(content: Mapping[str, Any]) -> list[str]:
+    rows = [
+        (f"{r['model']}, batch {r['batch']}", r["contestant"], *_ratio(r))
+        for r in content["rows"]
+        if r.get("median") != 1.0
+    ]
+    kept = [
+        (r["contestant"], str(r["at_second_loss"]), str(r["between_steps"]), f"{r['checkpoint_ratio']:.3f}")
+        for r in content["footprint"]
+    ]
+    allocator = ", with memory kept by the allocator" if content["settings"]["keep_memory"] else ""
+    return [
+        f"## A step, relative to two forward-backwards and the base optimizer's step{allocator}",
+        "",
+        *_table(("model", "step", "ratio", "quartiles", "bar"), rows),
+        "",
+        "Weight-sized storages alive (bars: 2 and 1; momentum not counted), and the checkpoint relative to the base "
+        "optimizer's:",
+        "",
+        *_table(("step", "at the second loss", "between steps", "checkpoint"), kept),
+    ]
+
+
+def _ratio(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    if "skipped" in row:
+        return f"not run: one call takes about {row['expected_seconds']:.0f} s", "", ""
+    bar = "" if row["passed"] is None else f"{row['bar']:g}: {'met' if row['passed'] else 'missed'}"
+    return f"{row['median']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}", bar
+
+
+def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (heading, ["---"] * len(heading), *rows)]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.docs", description=__doc__.splitlines()[0])
+    parser.add_argument("results", nargs="+", type=Path, help="JSON files of the benchmarks")
+    parser.add_argument("--to", type=Path, default=PAGE, help="page to write (default: docs/benchmarks.md)")
+    arguments = parser.parse_args(argv)
+    lines = INTRODUCTION.splitlines()
+    for path in arguments.results:
+        try:
+            content = read_json(path)
+            if content is None or content.get("benchmark") not in ("objective", "step"):
+                raise RunError(f"{path} is not what a benchmark's --json writes")
+        except RunError as error:
+            sys.exit(f"{parser.prog}: {error}")
+        lines += ["", *section(content)]
+    write(arguments.to, "\n".join(lines).rstrip() + "\n")
+
+
+if __name__ == "__main__":
+    main()

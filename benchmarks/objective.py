@@ -1,0 +1,118 @@
+"""How long a lower bound of the 0-1 loss takes, forward and backward, relative to cross-entropy.
+
+python -m benchmarks.objective
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.measure import Parser, interleaved, ratio, report, seconds, verdict, write
+from bisam import NegLog, Tanh
+from bisam.objectives import LowerBound
+
+REFERENCE = "cross-entropy"
+SIZES = [(128, 10), (128, 100), (512, 1000), (1024, 32000)]
+BARS = {"NegLog": 1.0, "Tanh": 1.2}
+PATIENCE = 3.0  # seconds for one call; whoever takes longer is left out
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def row_by_row(bound: LowerBound, logits: Tensor, labels: Tensor) -> Tensor:
+    """What the authors' public code does for a batch: a Python loop that shifts each row by its label's logit."""
+    margins = logits.clone()
+    for i, label in enumerate(labels.tolist()):
+        margins[i].sub_(margins[i, label].clone())
+    return torch.logsumexp(bound.mu * bound.phi(margins), 1) / bound.mu
+
+
+CONTESTANTS: dict[str, Loss] = {
+    REFERENCE: partial(F.cross_entropy, label_smoothing=0.1),
+    "NegLog": NegLog(),
+    "Tanh": Tanh(),
+    "NegLog, row by row": partial(row_by_row, NegLog()),
+    "Tanh, row by row": partial(row_by_row, Tanh()),
+}
+
+
+def forward_backward(loss: Loss, logits: Tensor, labels: Tensor) -> Tensor:
+    """The gradient of the mean loss."""
+    return torch.autograd.grad(loss(logits, labels).mean(), logits)[0]
+
+
+def expected_seconds(loss: Loss, logits: Tensor, labels: Tensor) -> float:
+    """Of a call, from one on a part of the batch: each in-place step of the loop copies the gradient of all rows."""
+    part = max(1, len(logits) // 16)
+    head = logits.detach()[:part].clone().requires_grad_()
+    call = partial(forward_backward, loss, head, labels[:part])
+    return min(seconds(call) for _ in range(3)) * (len(logits) / part) ** 2
+
+
+def size(text: str) -> tuple[int, int]:
+    """A batch and its classes, as in 128x10."""
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(p.isdecimal() for p in parts) or int(parts[0]) < 1 or int(parts[1]) < 2:
+        raise argparse.ArgumentTypeError(f"must be examples x classes, as in 128x10, got {text!r}")
+    return int(parts[0]), int(parts[1])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(
+        "benchmarks.objective",
+        "Time of a bound's forward and backward pass relative to F.cross_entropy(label_smoothing=0.1), on the CPU.",
+        "  python -m benchmarks.objective\n"
+        "  python -m benchmarks.objective --sizes 128x10 64x1000 --repeats 201 --threads 2 --json objective.json",
+        repeats=51,
+    )
+    parser.add_argument("--sizes", type=size, nargs="+", default=SIZES, metavar="NxK", help="default: the four above")
+    parser.epilog = f"default sizes: {' '.join(f'{n}x{k}' for n, k in SIZES)}\n\n{parser.epilog}"
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+
+    rows = []
+    for n, classes in arguments.sizes:
+        logits, labels = torch.randn(n, classes, requires_grad=True), torch.randint(classes, (n,))
+        calls, skipped = {}, {}
+        for name, loss in CONTESTANTS.items():
+            if "row" in name and (expected := expected_seconds(loss, logits, labels)) > PATIENCE:
+                skipped[name] = expected
+            else:
+                calls[name] = partial(forward_backward, loss, logits, labels)
+        times = interleaved(calls, arguments.repeats)
+        for name in CONTESTANTS:
+            row = {"size": [n, classes], "contestant": name}
+            if name in skipped:
+                rows.append(row | {"skipped": True, "expected_seconds": skipped[name]})
+                continue
+            r, bar = ratio(times, name, REFERENCE), BARS.get(name)
+            passed = None if bar is None else r.median <= bar
+            rows.append(row | {**vars(r), "bar": bar, "passed": passed})
+
+    report(
+        "Forward and backward, relative to F.cross_entropy(label_smoothing=0.1)",
+        {
+            "size": lambda r: f"{r['size'][0]} x {r['size'][1]}",
+            "objective": lambda r: r["contestant"],
+            "time": lambda r: "skipped" if "skipped" in r else f"{r['seconds'] * 1e6:,.0f} µs",
+            "ratio": lambda r: (
+                f"one call takes ~{r['expected_seconds']:.0f} s" if "skipped" in r else f"{r['median']:.2f}"
+            ),
+            "quartiles": lambda r: "" if "skipped" in r else f"{r['low']:.2f} to {r['high']:.2f}",
+            "verdict": verdict,
+        },
+        rows,
+    )
+    if arguments.json:
+        write(arguments.json, "objective", {"repeats": arguments.repeats}, {"rows": rows})
+
+
+if __name__ == "__main__":
+    main()

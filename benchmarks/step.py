@@ -1,0 +1,302 @@
+"""How long a sharpness-aware step takes relative to its limit, what it keeps in memory, and what it writes to disk.
+
+The limit is what no such step can do without: two forward and backward passes and one step of the base optimizer.
+
+    python -m benchmarks.step
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import pytorch_optimizer
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.measure import Parser, Ratio, interleaved, ratio, report, verdict, write
+from benchmarks.models import batch_for, mlp, resnet56
+from bisam import ASAM, SAM, BiSAM, SharpnessAware, cross_entropy
+from bisam.methods import Method
+
+LIMIT = "limit"
+RHO = 0.05
+SGD = partial(torch.optim.SGD, lr=1e-3, momentum=0.9)
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+Step = Callable[[Tensor, Tensor], Any]
+
+
+@dataclass
+class Training:
+    """A model in training: its step, which leaves the gradients empty, and what a checkpoint holds beside the model."""
+
+    step: Step
+    checkpoint: Callable[[], Any]
+
+
+def limit(model: nn.Module, loss: Loss) -> Training:
+    base = SGD(model.parameters())
+
+    def step(x: Tensor, y: Tensor) -> None:
+        loss(model(x), y).backward()
+        base.zero_grad()
+        loss(model(x), y).backward()
+        base.step()
+        base.zero_grad()
+
+    return Training(step, base.state_dict)
+
+
+def ours(method: Method, model: nn.Module, loss: Loss) -> Training:
+    # The default loss is per example here, and F.cross_entropy there: each as its documentation has it.
+    sharp = SharpnessAware(model, method, loss=cross_entropy if loss is F.cross_entropy else loss)
+    base = SGD(model.parameters())
+
+    def step(x: Tensor, y: Tensor) -> None:
+        sharp(x, y).backward()
+        base.step()
+        base.zero_grad()
+
+    return Training(step, lambda: {"base": base.state_dict(), "sharp": sharp.get_extra_state()})
+
+
+def peer(model: nn.Module, loss: Loss) -> Training:
+    optimizer = pytorch_optimizer.SAM(model.parameters(), torch.optim.SGD, rho=RHO, lr=1e-3, momentum=0.9)
+
+    def step(x: Tensor, y: Tensor) -> None:
+        loss(model(x), y).backward()
+        optimizer.first_step(zero_grad=True)
+        loss(model(x), y).backward()
+        optimizer.second_step(zero_grad=True)
+
+    return Training(step, optimizer.state_dict)
+
+
+def two_steps(model: nn.Module, loss: Loss) -> Training:
+    """The loop that most repositories share, tensor by tensor; its optimizer keeps, and saves, the old weights."""
+    base = SGD(model.parameters())
+    old: dict[Tensor, Tensor] = {}
+
+    @torch.no_grad()
+    def climb() -> None:
+        parameters = [p for p in model.parameters() if p.grad is not None]
+        norm = torch.norm(torch.stack([p.grad.norm(p=2) for p in parameters]), p=2)
+        scale = RHO / (norm + 1e-12)
+        for p in parameters:
+            old[p] = p.data.clone()
+            e_w = p.grad * scale
+            p.add_(e_w)
+
+    @torch.no_grad()
+    def descend() -> None:
+        for p in model.parameters():
+            if p.grad is not None:
+                p.data = old[p]
+        base.step()
+
+    def step(x: Tensor, y: Tensor) -> None:
+        loss(model(x), y).backward()
+        climb()
+        base.zero_grad()
+        loss(model(x), y).backward()
+        descend()
+        base.zero_grad()
+
+    return Training(step, lambda: {"base": base.state_dict(), "old": list(old.values())})
+
+
+CONTESTANTS: dict[str, Callable[[nn.Module, Loss], Training]] = {
+    LIMIT: limit,
+    "bisam SAM": partial(ours, SAM()),
+    "bisam BiSAM (-log)": partial(ours, BiSAM(RHO)),
+    "bisam ASAM": partial(ours, ASAM(RHO)),
+    "pytorch_optimizer SAM": peer,
+    "two-step loop": two_steps,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, the size of its batch and the bar for a step of bisam's SAM."""
+
+    model: Callable[[], nn.Module]
+    n: int
+    bar: float
+
+
+CASES = {
+    "resnet56": Case(resnet56, 32, 1.03),
+    "mlp-32": Case(mlp, 32, 1.20),
+    "mlp-128": Case(mlp, 128, 1.20),
+}
+
+
+def speed(case: Case, repeats: int) -> list[dict[str, Any]]:
+    """A row for each contestant."""
+    torch.manual_seed(0)
+    model = case.model()
+    x, y = batch_for(model, case.n)
+    steps = {
+        name: partial(make(copy.deepcopy(model), F.cross_entropy).step, x, y) for name, make in CONTESTANTS.items()
+    }
+    times = interleaved(steps, repeats)
+    rows: list[dict[str, Any]] = []
+    for name in CONTESTANTS:
+        r: Ratio = ratio(times, name, LIMIT)
+        bar = case.bar if name == "bisam SAM" else None
+        to_sam = ratio(times, name, "bisam SAM").median if name == "bisam BiSAM (-log)" else None
+        row = {"contestant": name, **vars(r), "bar": bar, "passed": None if bar is None else r.median <= bar}
+        rows.append(row | {"ratio_to_sam": to_sam})
+    return rows
+
+
+@dataclass
+class Storages(TorchDispatchMode):
+    """Counts the living storages of at least `least` bytes that appeared while it was on, and those given to it."""
+
+    least: int
+    seen: dict[int, StorageWeakRef] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            self.add(t)
+        return out
+
+    def add(self, t: Any) -> None:
+        if isinstance(t, Tensor) and t.untyped_storage().nbytes() >= self.least:
+            ref = StorageWeakRef(t.untyped_storage())
+            self.seen.setdefault(ref.cdata, ref)
+
+    def alive(self) -> int:
+        self.seen = {k: ref for k, ref in self.seen.items() if not ref.expired()}
+        return len(self.seen)
+
+
+def memory(make: Callable[[nn.Module, Loss], Training], width: int = 512) -> dict[str, int]:
+    """Weight-sized storages, the weights themselves counted: at the second loss, and after the step.
+
+    The base optimizer's momentum is not: one for all contestants, and there is none before the first step ends.
+    """
+    torch.manual_seed(0)
+    model = nn.Linear(width, width, bias=False)
+    x, y = torch.randn(4, width), torch.randint(width, (4,))
+    at_loss: list[int] = []
+    storages = Storages(least=model.weight.nbytes)
+    storages.add(model.weight)
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        at_loss.append(storages.alive())
+        return F.cross_entropy(outputs, targets)
+
+    training = make(model, loss)
+    with storages:
+        training.step(x, y)
+    momentum = 1
+    return {"at_second_loss": at_loss[-1], "between_steps": storages.alive() - momentum}
+
+
+def saved_bytes(content: Any) -> int:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.tell()
+
+
+def sizes(make: Callable[[nn.Module, Loss], Training], width: int = 512) -> int:
+    """Bytes of a checkpoint, without the model."""
+    torch.manual_seed(0)
+    model = nn.Linear(width, width, bias=False)
+    training = make(model, F.cross_entropy)
+    training.step(torch.randn(4, width), torch.randint(width, (4,)))
+    return saved_bytes(training.checkpoint())
+
+
+def footprints() -> list[dict[str, Any]]:
+    """Memory and checkpoints, a row for each contestant."""
+    base = sizes(limit)
+    rows: list[dict[str, Any]] = []
+    for name, make in CONTESTANTS.items():
+        row: dict[str, Any] = {"contestant": name, **memory(make), "checkpoint_bytes": sizes(make)}
+        row["checkpoint_ratio"] = row["checkpoint_bytes"] / base
+        row["passed"] = row["at_second_loss"] <= 2 and row["between_steps"] <= 1 if name.startswith("bisam") else None
+        rows.append(row)
+    return rows
+
+
+def kept_memory() -> bool:
+    """Have malloc return nothing to the system from here on; whether the C library is one that can."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    trim_threshold, mmap_threshold = -1, -3
+    return mallopt is not None and bool(mallopt(trim_threshold, 2**31 - 1) and mallopt(mmap_threshold, 2**25))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(
+        "benchmarks.step",
+        "Time of a training step relative to two forward and backward passes and one step of SGD with momentum; "
+        "memory and checkpoints.",
+        "  python -m benchmarks.step\n"
+        "  python -m benchmarks.step --models mlp-32 mlp-128 --repeats 101 --json step.json",
+        repeats=31,
+    )
+    parser.add_argument("--models", nargs="+", choices=list(CASES), default=list(CASES), help="default: all")
+    parser.add_argument(
+        "--keep-memory",
+        action="store_true",
+        help="have glibc keep freed memory: without the page faults of giving it back and asking for it again",
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.keep_memory and not kept_memory():
+        parser.error("argument --keep-memory: the C library is not glibc")
+    torch.set_num_threads(arguments.threads)
+
+    rows: list[dict[str, Any]] = []
+    for name in arguments.models:
+        case = CASES[name]
+        own = [{"model": name, "batch": case.n, **row} for row in speed(case, arguments.repeats)]
+        rows += own
+        report(
+            f"One step relative to its limit: {name}, batch {case.n}",
+            {
+                "step": lambda r: r["contestant"],
+                "time": lambda r: f"{r['seconds'] * 1e3:.2f} ms",
+                "ratio": lambda r: f"{r['median']:.3f}",
+                "quartiles": lambda r: f"{r['low']:.3f} to {r['high']:.3f}",
+                "BiSAM / SAM": lambda r: "" if r["ratio_to_sam"] is None else f"{r['ratio_to_sam']:.3f}",
+                "verdict": verdict,
+            },
+            own,
+        )
+    footprint = footprints()
+    report(
+        "Weight-sized storages alive, and the checkpoint relative to the base optimizer's",
+        {
+            "step": lambda r: r["contestant"],
+            "at the second loss": lambda r: str(r["at_second_loss"]),
+            "between steps": lambda r: str(r["between_steps"]),
+            "checkpoint": lambda r: f"{r['checkpoint_ratio']:.3f}",
+            "verdict": lambda r: "" if r["passed"] is None else "[green]pass[/]" if r["passed"] else "[red]fail[/]",
+        },
+        footprint,
+        ["Bars: 2 at the second loss and 1 between steps. Momentum is not counted."],
+    )
+    if arguments.json:
+        settings = {"repeats": arguments.repeats, "keep_memory": arguments.keep_memory}
+        write(arguments.json, "step", settings, {"rows": rows, "footprint": footprint})
+
+
+if __name__ == "__main__":
+    main()

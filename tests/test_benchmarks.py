@@ -1,0 +1,180 @@
+"""The benchmarks run, and write what they say; how fast anything is, is their business and not a test's."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("pytorch_optimizer")
+pytest.importorskip("rich")
+
+from benchmarks import docs, measure, models, objective, step
+
+RATIO = {"median", "low", "high", "rounds", "seconds", "bar", "passed"}
+
+
+def written(path):
+    content = json.loads(path.read_text())
+    environment = content["environment"]
+    assert {"hardware", "threads", "commit", "python", "bisam", "pytorch_optimizer"} <= environment.keys()
+    assert environment["torch"] == torch.__version__
+    assert environment["threads"] == 1
+    return content
+
+
+def test_the_model_of_the_paper():
+    assert sum(p.numel() for p in models.resnet56().parameters()) == 853_018
+    assert sum(p.numel() for p in models.resnet56(100).parameters()) == 858_868
+    assert models.resnet56()(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_the_model_of_small_tensors():
+    parameters = list(models.mlp().parameters())
+    assert len(parameters) == 172
+    assert sum(p.numel() for p in parameters) == 86 * (16 * 16 + 16)
+    assert models.mlp()(torch.randn(2, 16)).shape == (2, 16)
+
+
+@pytest.mark.parametrize("model", [models.resnet56, models.mlp])
+def test_a_batch_fits_the_model(model):
+    m = model()
+    x, y = models.batch_for(m, 2)
+    assert m(x).shape[0] == len(y) == 2
+    assert y.max() < m(x).shape[1]
+
+
+def test_objective(tmp_path, capsys):
+    path = tmp_path / "objective.json"
+    objective.main(["--sizes", "8x4", "16x3", "--repeats", "2", "--threads", "1", "--json", str(path)])
+    content = written(path)
+    assert [(r["size"], r["contestant"]) for r in content["rows"]] == [
+        (s, c) for s in ([8, 4], [16, 3]) for c in objective.CONTESTANTS
+    ]
+    assert all(r.keys() >= RATIO for r in content["rows"])
+    shown = capsys.readouterr().out
+    assert "16 x 3" in shown
+    assert "NegLog" in shown
+    assert "(bar 1)" in shown
+    assert [p.name for p in tmp_path.iterdir()] == ["objective.json"]
+
+
+def test_objective_leaves_out_what_takes_too_long(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(objective, "PATIENCE", 0.0)
+    objective.main(["--sizes", "8x4", "--repeats", "2", "--threads", "1", "--json", str(tmp_path / "o.json")])
+    assert "skipped" in capsys.readouterr().out
+    rows = {r["contestant"]: r for r in written(tmp_path / "o.json")["rows"]}
+    assert rows["NegLog, row by row"]["skipped"]
+    assert "skipped" not in rows["NegLog"]
+
+
+def test_the_loop_over_rows_is_the_objective():
+    z, y = torch.randn(6, 4, dtype=torch.double, requires_grad=True), torch.tensor([0, 1, 2, 3, 0, 1])
+    for name in ("NegLog", "Tanh"):
+        slow, ours = objective.CONTESTANTS[f"{name}, row by row"], objective.CONTESTANTS[name]
+        torch.testing.assert_close(slow(z, y), ours(z, y))
+        torch.testing.assert_close(objective.forward_backward(slow, z, y), objective.forward_backward(ours, z, y))
+
+
+def test_step(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(measure, "BLOCK", 0.0)
+    path = tmp_path / "step.json"
+    step.main(["--models", "mlp-32", "--repeats", "2", "--threads", "1", "--json", str(path)])
+    content = written(path)
+    assert [r["contestant"] for r in content["rows"]] == list(step.CONTESTANTS)
+    assert all(r.keys() >= RATIO | {"model", "batch", "ratio_to_sam"} for r in content["rows"])
+    ours = [r for r in content["footprint"] if r["contestant"].startswith("bisam")]
+    assert len(ours) == 3
+    for row in ours:
+        assert (row["at_second_loss"], row["between_steps"]) == (2, 1)
+        assert row["checkpoint_ratio"] < 1.01
+    shown = capsys.readouterr().out
+    assert "BiSAM / SAM" in shown
+    assert "checkpoint" in shown
+
+
+@pytest.mark.parametrize("name", step.CONTESTANTS)
+def test_every_contestant_trains(name):
+    model = torch.nn.Linear(3, 3).double()
+    before = model.weight.detach().clone()
+    training = step.CONTESTANTS[name](model, torch.nn.functional.cross_entropy)
+    x, y = torch.randn(4, 3, dtype=torch.double), torch.tensor([0, 1, 2, 0])
+    training.step(x, y)
+    assert not torch.equal(model.weight, before)
+    assert all(p.grad is None for p in model.parameters())
+    assert step.saved_bytes(training.checkpoint()) > 0
+
+
+def test_the_peers_take_the_same_step():
+    x, y = torch.randn(4, 3, dtype=torch.double), torch.tensor([0, 1, 2, 0])
+    ends = []
+    for name in ("bisam SAM", "pytorch_optimizer SAM", "two-step loop"):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 3).double()
+        training = step.CONTESTANTS[name](model, torch.nn.functional.cross_entropy)
+        for _ in range(3):
+            training.step(x, y)
+        ends.append(model.weight.detach())
+    torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=1e-8)
+    torch.testing.assert_close(ends[0], ends[2], rtol=0, atol=1e-12)
+
+
+def test_ratios_are_taken_round_by_round():
+    times = {"a": [1.0, 10.0, 2.0], "b": [2.0, 20.0, 5.0]}
+    r = measure.ratio(times, "b", "a")
+    assert (r.median, r.low, r.high, r.rounds, r.seconds) == (2.0, 2.0, 2.25, 3, 5.0)
+    assert measure.ratio({"a": [2.0], "b": [3.0]}, "b", "a").low == 1.5
+
+
+@pytest.mark.parametrize("main", [objective.main, step.main])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--repeats", "0"],
+        ["--repeats", "many"],
+        ["--threads", "-1"],
+        ["--json", "/nowhere/at/all.json"],
+        ["--sizes", "128"],
+        ["--sizes", "4x1"],
+        ["--models", "vgg"],
+        ["--frobnicate"],
+    ],
+)
+def test_a_mistake_in_a_flag_is_one_line(main, argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert len(captured.err.splitlines()) == 1
+    assert argv[0] in captured.err
+
+
+@pytest.mark.parametrize("main", [objective.main, step.main])
+def test_help_has_examples(main, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    assert "examples:\n  python -m benchmarks." in capsys.readouterr().out
+
+
+def test_the_page_has_every_row_and_where_it_comes_from(tmp_path):
+    paths = [tmp_path / "objective.json", tmp_path / "step.json"]
+    objective.main(["--sizes", "8x4", "--repeats", "2", "--json", str(paths[0])])
+    step.main(["--models", "mlp-32", "--repeats", "1", "--json", str(paths[1])])
+    docs.main([*map(str, paths), "--to", str(tmp_path / "page.md")])
+    page = (tmp_path / "page.md").read_text()
+    for path in paths:
+        content = json.loads(path.read_text())
+        assert f"commit {content['environment']['commit']}" in page
+        for row in content["rows"]:
+            assert row["median"] == 1.0 or f"| {row['contestant']} | {row['median']:.3f} |" in page
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]"])
+def test_the_page_refuses_what_no_benchmark_wrote(tmp_path, content):
+    (tmp_path / "other.json").write_text(content)
+    with pytest.raises(SystemExit, match=r"other\.json is"):
+        docs.main([str(tmp_path / "other.json"), "--to", str(tmp_path / "page.md")])
+    assert not (tmp_path / "page.md").exists()

@@ -1,0 +1,531 @@
+"""The lower bounds of the 0-1 loss against their slow twin, and everything a training loop may do to an objective."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+import shutil
+
+import pytest
+import references
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+from torch import nn
+
+from bisam import BiSAM, LowerBound, NegLog, SharpnessAware, Tanh, cross_entropy, objectives
+from bisam.objectives import CrossEntropy
+
+MUS = [0.3, 1.0, 5.0, 10.0, 64.0, 65.0, 300.0]
+ALPHAS = [0.1, 1.0, 7.0]
+BOUNDS = [
+    NegLog(),
+    NegLog(5.0),
+    NegLog(65.0),
+    Tanh(),
+    Tanh(1.0, 2.0),
+    Tanh(65.0),
+    LowerBound(references.phi_log, 3.0),
+]
+FAST = [NegLog(), NegLog(5.0), Tanh(), Tanh(64.0, 1.0)]  # closed form
+RESTS = [(), (2,), (2, 3)]
+
+
+def name(bound):
+    """As repr, but without addresses, which differ between the workers that collect the tests."""
+    return repr(bound).replace(f"phi={getattr(bound, 'phi', None)!r}, ", "")
+
+
+bounds = pytest.mark.parametrize("bound", BOUNDS, ids=name)
+fast = pytest.mark.parametrize("bound", FAST, ids=name)
+search = settings(deadline=None, derandomize=True, max_examples=200)
+
+
+def phi_of(bound):
+    return {NegLog: lambda: references.phi_log, Tanh: lambda: references.phi_tanh(bound.alpha)}.get(
+        type(bound), lambda: bound.phi
+    )()
+
+
+def twin(bound, logits, labels):
+    """`references.q` for any shape and for ignored labels."""
+    if logits.dim() == 1:
+        return twin(bound, logits[None], labels[None])[0]
+    rows, flat = logits.movedim(1, -1).reshape(-1, logits.shape[1]), labels.reshape(-1)
+    kept = flat != bound.ignore_index
+    values = torch.zeros(len(flat), dtype=logits.dtype)
+    if kept.any():
+        values = values.masked_scatter(kept, references.q(phi_of(bound), bound.mu, rows[kept], flat[kept]))
+    return values.view(labels.shape)
+
+
+def example(n=4, classes=5, rest=(), seed=0, scale=3.0, dtype=torch.double):
+    g = torch.Generator().manual_seed(seed)
+    logits = scale * torch.randn(n, classes, *rest, generator=g, dtype=torch.double)
+    labels = torch.randint(classes, (n, *rest), generator=g)
+    return logits.to(dtype).requires_grad_(), labels
+
+
+def mixed(logits, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    return torch.rand(logits.shape, generator=g, dtype=torch.double).softmax(1).to(logits.dtype)
+
+
+def gradient(values, *inputs, **options):
+    weights = torch.linspace(0.5, 1.5, max(values.numel(), 1), dtype=values.dtype)[: values.numel()]
+    grads = torch.autograd.grad((values * weights.view(values.shape)).sum(), inputs, **options)
+    return grads[0] if len(inputs) == 1 else grads
+
+
+def close(actual, expected, tolerance=1e-12):
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def same(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+# The slow twin
+
+
+@st.composite
+def problems(draw):
+    mu = draw(st.sampled_from(MUS))
+    options = {"ignore_index": draw(st.sampled_from([-100, 255, 1]))}
+    bound = draw(st.sampled_from([NegLog(mu, **options), Tanh(mu, draw(st.sampled_from(ALPHAS)), **options)]))
+    n, classes, rest = draw(st.integers(1, 4)), draw(st.integers(2, 6)), draw(st.sampled_from(RESTS))
+    logits, labels = example(
+        n, classes, rest, draw(st.integers(0, 2**16)), draw(st.sampled_from([0.0, 0.1, 3.0, 30.0]))
+    )
+    flat = labels.view(-1)
+    ignored = draw(st.lists(st.integers(0, len(flat) - 1), max_size=len(flat)))
+    flat[ignored] = bound.ignore_index
+    return bound, logits, labels
+
+
+@given(problems())
+@search
+def test_value_and_gradient_of_the_twin(problem):
+    bound, logits, labels = problem
+    values, expected = bound(logits, labels), twin(bound, logits, labels)
+    assert values.shape == labels.shape
+    close(values, expected)
+    if expected.requires_grad:
+        close(gradient(values, logits), gradient(expected, logits), 1e-10)
+    else:  # all are ignored
+        same(gradient(values, logits), torch.zeros_like(logits))
+
+
+@pytest.mark.parametrize("mu", MUS)
+def test_any_phi_is_the_twin(mu):
+    logits, labels = example()
+    bound = LowerBound(torch.erf, mu)
+    close(bound(logits, labels), twin(bound, logits, labels))
+    close(gradient(bound(logits, labels), logits), gradient(twin(bound, logits, labels), logits), 1e-10)
+
+
+@bounds
+def test_one_example_without_a_batch(bound):
+    logits, labels = example(n=1)
+    row = logits.detach()[0].requires_grad_()
+    close(bound(row, labels[0]), twin(bound, row, labels[0]))
+    same(gradient(bound(row, labels[0]), row), gradient(bound(logits, labels), logits)[0])
+    p = mixed(logits)
+    same(bound(row, p[0]), bound(logits, p)[0])
+
+
+@bounds
+@pytest.mark.parametrize("ignore_index", [-100, 255, 3])
+def test_ignored_labels_are_left_out(bound, ignore_index):
+    bound = copy.copy(bound)
+    object.__setattr__(bound, "ignore_index", ignore_index)
+    logits, labels = example(n=6, rest=(2,))
+    labels[labels == ignore_index] = 0
+    labels[[0, 2, 5], [0, 1, 0]] = ignore_index
+    values = bound(logits, labels)
+    close(values, twin(bound, logits, labels))
+    ignored = labels == ignore_index
+    assert (values[ignored] == 0).all()
+    assert (gradient(values, logits).movedim(1, -1)[ignored] == 0).all()
+    everything = torch.full_like(labels, ignore_index)
+    values = bound(logits, everything)
+    same(values, torch.zeros_like(values))
+    same(gradient(values, logits), torch.zeros_like(logits))
+
+
+# Class probabilities
+
+
+@bounds
+@pytest.mark.parametrize("rest", RESTS)
+def test_probabilities_give_the_expectation_over_labels(bound, rest):
+    logits, labels = example(n=3, rest=rest)
+    p = mixed(logits).requires_grad_()
+    of_label = torch.stack([bound(logits, torch.full_like(labels, k)) for k in range(logits.shape[1])], 1)
+    values, expected = bound(logits, p), (p * of_label).sum(1)
+    close(values, expected)
+    for ours, theirs in zip(gradient(values, logits, p), gradient(expected, logits, p), strict=True):
+        close(ours, theirs, 1e-10)
+    weights = torch.linspace(0.5, 1.5, values.numel(), dtype=values.dtype).view(values.shape).unsqueeze(1)
+    close(gradient(bound(logits, p), p), weights * of_label.detach(), 1e-10)
+
+
+@bounds
+@pytest.mark.parametrize("rest", RESTS)
+def test_one_hot_probabilities_are_labels(bound, rest):
+    logits, labels = example(rest=rest)
+    p = F.one_hot(labels, logits.shape[1]).movedim(-1, 1).double()
+    close(bound(logits, p), bound(logits, labels))
+    close(gradient(bound(logits, p), logits), gradient(bound(logits, labels), logits))
+
+
+@bounds
+@pytest.mark.parametrize("width", [0, 2, 3])
+def test_blocks_of_labels_give_the_whole(bound, width, monkeypatch):
+    logits, _ = example(n=3, rest=(2,))
+    p = mixed(logits).requires_grad_()
+    whole = bound(logits, p)
+    expected = gradient(whole, logits, p)
+    monkeypatch.setattr(objectives, "_BLOCK", width * logits.numel())
+    blocked = bound(logits, p)
+    close(blocked, whole)
+    for ours, theirs in zip(gradient(blocked, logits, p), expected, strict=True):
+        close(ours, theirs)
+    with torch.no_grad():
+        close(bound(logits, p), whole)
+
+
+# What makes it a bound
+
+HUGE = [0.0, 1.0, -1.0, 1e-3, 30.0, -30.0, 1e4, -1e4, 1e30, -1e30]
+
+
+@given(
+    st.integers(2, 6).flatmap(
+        lambda k: st.lists(
+            st.lists(st.sampled_from(HUGE) | st.floats(-50, 50, width=32), min_size=k, max_size=k),
+            max_size=5,
+            min_size=1,
+        )
+    ),
+    st.sampled_from(MUS),
+    st.sampled_from(ALPHAS),
+    st.sampled_from([torch.float32, torch.float64]),
+)
+@search
+def test_never_above_the_0_1_loss_and_always_finite(rows, mu, alpha, dtype):
+    logits = torch.tensor(rows, dtype=dtype, requires_grad=True)
+    labels = torch.arange(len(rows)) % logits.shape[1]
+    wrong = (logits > logits.gather(1, labels[:, None])).any(1).to(dtype)
+    for bound in (NegLog(mu), Tanh(mu, alpha)):
+        q = bound(logits, labels)
+        assert q.isfinite().all()
+        assert (q - math.log(logits.shape[1]) / mu <= wrong + 1e-5).all()
+        assert gradient(q, logits).isfinite().all()
+
+
+@pytest.mark.parametrize("bound", [NegLog(), *[Tanh(alpha=alpha) for alpha in ALPHAS]], ids=name)
+def test_phi_is_below_the_step(bound):
+    x = torch.cat([torch.linspace(-40, 40, 4001, dtype=torch.double), torch.tensor(HUGE, dtype=torch.double)])
+    assert (bound.phi(x) <= (x > 0).double() + 1e-15).all()
+    assert bound.phi(torch.zeros(())) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("mu", MUS)
+@pytest.mark.parametrize("height", [1e4, 1e30])
+@pytest.mark.parametrize("kind", [NegLog, Tanh])
+def test_saturated_logits_stay_finite(kind, mu, height):
+    logits = height * torch.eye(3).repeat(2, 1) - height * torch.eye(3).roll(1, 0).repeat(2, 1)
+    logits.requires_grad_()
+    for labels in (torch.arange(6) % 3, (torch.arange(6) + 1) % 3):
+        for targets in (labels, F.one_hot(labels, 3).float()):
+            q = kind(mu)(logits, targets)
+            assert q.isfinite().all()
+            assert gradient(q, logits).isfinite().all()
+
+
+@bounds
+@pytest.mark.parametrize("soft", [False, True])
+def test_a_constant_added_to_a_row_changes_nothing(bound, soft):
+    logits, labels = example()
+    targets = mixed(logits) if soft else labels
+    moved = (logits.detach() + torch.tensor([[1.0], [-7.0], [100.0], [0.1]])).requires_grad_()
+    close(bound(moved, targets), bound(logits, targets), 1e-11)
+    close(gradient(bound(moved, targets), moved), gradient(bound(logits, targets), logits), 1e-11)
+    close(gradient(bound(logits, targets), logits).sum(1), torch.zeros(4, dtype=torch.double))
+
+
+@bounds
+@pytest.mark.parametrize("soft", [False, True])
+def test_classes_permute(bound, soft):
+    logits, labels = example()
+    order = torch.tensor([3, 0, 4, 1, 2])
+    targets = mixed(logits) if soft else labels
+    reordered = targets[:, order] if soft else order.argsort()[labels]
+    turned = logits.detach()[:, order].requires_grad_()
+    close(bound(turned, reordered), bound(logits, targets))
+    close(gradient(bound(turned, reordered), turned), gradient(bound(logits, targets), logits)[:, order], 1e-11)
+
+
+# Precision, and what belongs to the caller
+
+
+@bounds
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_reduced_in_float32(bound, soft, dtype):
+    logits, labels = example(dtype=dtype)
+    wide = logits.detach().float().requires_grad_()
+    targets = mixed(logits) if soft else labels
+    q, expected = bound(logits, targets), bound(wide, targets)
+    assert q.dtype == torch.float32
+    same(q, expected)
+    g = gradient(q, logits)
+    assert g.dtype == dtype
+    same(g, gradient(expected, wide).to(dtype))
+
+
+LAYOUTS = {
+    "plain": ((4, 5), lambda t: t),
+    "transposed": ((5, 4), lambda t: t.t()),
+    "strided": ((4, 10), lambda t: t[:, ::2]),
+    "expanded": ((1, 5), lambda t: t.expand(4, 5)),
+}
+
+
+@bounds
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_the_callers_logits_are_never_changed(bound, soft, layout, requires_grad):
+    shape, view = LAYOUTS[layout]
+    base = 3 * torch.randn(shape)
+    before, version = base.clone(), base._version
+    base.requires_grad_(requires_grad)
+    logits = view(base)
+    targets = mixed(logits.detach()) if soft else torch.tensor([0, 4, 2, 2])
+    kept = targets.clone()
+    q = bound(logits, targets)
+    dense = view(before).clone().requires_grad_()
+    expected = bound(dense, targets)
+    close(q, expected, 1e-6)
+    if requires_grad:
+        actual, reference = torch.autograd.grad(q.sum(), logits)[0], torch.autograd.grad(expected.sum(), dense)[0]
+        close(actual, reference, 1e-6)
+    same(base.detach(), before)
+    same(targets, kept)
+    assert base._version == version
+
+
+@bounds
+def test_a_head_that_saves_its_output_trains(bound):
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh())
+    x, y = torch.randn(32, 3), torch.randint(5, (32,))
+    sharp = SharpnessAware(model, BiSAM(bound=bound), loss=cross_entropy)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = sharp(x, y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+# Autograd and compilers
+
+
+@bounds
+@pytest.mark.parametrize("soft", [False, True])
+def test_first_and_second_derivatives(bound, soft):
+    logits, labels = example(n=2, classes=3, scale=1.0)
+    if soft:
+        inputs = logits, mixed(logits).requires_grad_()
+        assert torch.autograd.gradcheck(bound, inputs)
+        assert torch.autograd.gradgradcheck(bound, inputs)
+    else:
+        assert torch.autograd.gradcheck(lambda z: bound(z, labels), logits)
+        assert torch.autograd.gradgradcheck(lambda z: bound(z, labels), logits)
+
+
+@fast
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("rest", RESTS)
+def test_double_backward_is_that_of_the_general_bound(bound, soft, rest):
+    logits, labels = example(rest=rest, scale=1.0)
+    targets = mixed(logits) if soft else labels.view(-1).index_fill(0, torch.tensor([1]), -100).view(labels.shape)
+    second = []
+    for objective in (bound, LowerBound(phi_of(bound), bound.mu)):
+        first = gradient(objective(logits, targets), logits, create_graph=True)
+        second.append((first.detach(), torch.autograd.grad((first**2).sum(), logits)[0]))
+    for ours, theirs in zip(*second, strict=True):
+        close(ours, theirs, 1e-10)
+
+
+@fast
+def test_backward_twice_through_a_retained_graph(bound):
+    logits, labels = example()
+    q = bound(logits, labels)
+    first = gradient(q, logits, retain_graph=True)
+    same(gradient(q, logits), first)
+
+
+def compiled(bound, logits, targets, backend):
+    torch.compiler.reset()
+    call = torch.compile(bound.__call__, fullgraph=True, backend=backend)
+    try:
+        q = call(logits, targets)
+        return q, gradient(q, logits)
+    finally:
+        torch.compiler.reset()
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("bound", [NegLog(), NegLog(5.0), Tanh(), Tanh(65.0)], ids=name)
+def test_compiles_to_one_graph(bound, soft):
+    logits, labels = example(dtype=torch.float32)
+    targets = mixed(logits) if soft else labels
+    q, g = compiled(bound, logits, targets, "aot_eager")
+    close(q, bound(logits, targets), 1e-6)
+    close(g, gradient(bound(logits, targets), logits), 1e-6)
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("soft", [False, True])
+def test_compiles_to_machine_code(soft):
+    logits, labels = example(dtype=torch.float32)
+    targets = mixed(logits) if soft else labels
+    q, g = compiled(NegLog(), logits, targets, "inductor")
+    close(q, NegLog()(logits, targets), 1e-6)
+    close(g, gradient(NegLog()(logits, targets), logits), 1e-6)
+
+
+@fast
+def test_without_gradient(bound):
+    logits, labels = example()
+    with torch.no_grad():
+        q = bound(logits, labels)
+    assert not q.requires_grad
+    same(q, bound(logits, labels).detach())
+    with torch.inference_mode():
+        same(bound(logits, labels), q)
+
+
+@bounds
+def test_under_autocast(bound):
+    model, x, y = nn.Linear(3, 5), torch.randn(4, 3), torch.tensor([0, 1, 2, 4])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(x)
+        q = bound(logits, y)
+    assert (logits.dtype, q.dtype) == (torch.bfloat16, torch.float32)
+    same(q, bound(logits, y))
+    q.mean().backward()
+    assert model.weight.grad.isfinite().all()
+
+
+# Mean and cross-entropy
+
+
+@pytest.mark.parametrize("rest", RESTS)
+@pytest.mark.parametrize("ignored", [0, 2, None], ids=["none", "some", "all"])
+@pytest.mark.parametrize("ignore_index", [-100, 255])
+def test_mean_is_that_of_torch(rest, ignored, ignore_index):
+    logits, labels = example(rest=rest)
+    labels.view(-1)[:ignored] = ignore_index
+    expected = F.cross_entropy(logits, labels, ignore_index=ignore_index)
+    for loss in (CrossEntropy(ignore_index), nn.CrossEntropyLoss(ignore_index=ignore_index, reduction="none")):
+        value = objectives.mean(loss(logits, labels), labels, loss)
+        torch.testing.assert_close(value, expected, equal_nan=True)
+        if ignored is not None:
+            close(gradient(value, logits), gradient(F.cross_entropy(logits, labels, ignore_index=ignore_index), logits))
+
+
+def test_mean_of_what_has_no_labels():
+    losses = torch.tensor([1.0, 3.0])
+    same(objectives.mean(losses.sum(), None, cross_entropy), torch.tensor(4.0))
+    same(objectives.mean(losses, torch.full((2, 3), -100.0), cross_entropy), torch.tensor(2.0))
+    same(objectives.mean(losses, torch.tensor([-100, 0]), lambda outputs, targets: losses), torch.tensor(2.0))
+    same(objectives.mean(losses, None, cross_entropy), torch.tensor(2.0))
+
+
+@pytest.mark.parametrize("rest", RESTS)
+@pytest.mark.parametrize("soft", [False, True])
+def test_cross_entropy_is_torchs(rest, soft):
+    logits, labels = example(rest=rest)
+    labels.view(-1)[0] = -100
+    targets = mixed(logits) if soft else labels
+    same(cross_entropy(logits, targets), F.cross_entropy(logits, targets, reduction="none"))
+    row = logits[(0, slice(None), *[0] * len(rest))]
+    same(cross_entropy(row, torch.tensor(2)), F.cross_entropy(row, torch.tensor(2), reduction="none"))
+
+
+# Values
+
+
+@pytest.mark.parametrize("bound", [NegLog(), NegLog(5.0, ignore_index=3), Tanh(), Tanh(2.0, 0.3), CrossEntropy(7)])
+def test_are_values(bound):
+    again = pickle.loads(pickle.dumps(bound))
+    assert again == bound
+    assert hash(again) == hash(bound)
+    assert eval(repr(bound)) == bound
+    assert copy.deepcopy(bound) == bound
+    if not isinstance(bound, CrossEntropy):
+        logits, labels = example()
+        same(again(logits, labels), bound(logits, labels))
+
+
+def test_differ_by_their_parameters():
+    distinct = [NegLog(), NegLog(2.0), NegLog(ignore_index=0), Tanh(1.0), Tanh(1.0, 1.0), Tanh(), CrossEntropy()]
+    assert len(set(distinct)) == len(distinct)
+    assert LowerBound(torch.erf, 1.0) == LowerBound(torch.erf, 1.0) != LowerBound(torch.tanh, 1.0)
+    with pytest.raises(AttributeError):
+        NegLog().mu = 2.0
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize("bad", [0, 0.0, -1.0, math.nan, math.inf, -math.inf])
+def test_a_parameter_that_is_not_positive_is_refused(bad):
+    for make in (lambda: NegLog(bad), lambda: Tanh(bad), lambda: LowerBound(torch.tanh, bad)):
+        with pytest.raises(ValueError, match=f"mu must be positive and finite, got {bad!r}"):
+            make()
+    with pytest.raises(ValueError, match=f"alpha must be positive and finite, got {bad!r}"):
+        Tanh(alpha=bad)
+
+
+Z, Y = torch.zeros(4, 3), torch.zeros(4, dtype=torch.long)
+MISTAKES = [
+    (Z, Y.float(), ValueError, r"floating-point targets are class probabilities.*\(4, 3\), got \(4,\).*targets.long"),
+    (Z, torch.zeros(4, 2), ValueError, r"got \(4, 2\)"),
+    (Z, Y.int(), TypeError, r"labels must be int64, got torch.int32: use targets.long\(\)"),
+    (Z, Y.bool(), TypeError, "got torch.bool"),
+    (Z, Y[:3], ValueError, r"labels for outputs of shape \(4, 3\) need shape \(4,\), got \(3,\)"),
+    (Z, Y[:, None], ValueError, r"got \(4, 1\)"),
+    (Z[..., None], Y, ValueError, r"need shape \(4, 1\), got \(4,\)"),
+    (Z[0], Y[:1], ValueError, r"outputs of shape \(3,\) need shape \(\), got \(1,\)"),
+    (Z[0], Y[:3], ValueError, r"outputs of shape \(3,\) need shape \(\), got \(3,\)"),
+    (Z, torch.tensor([0, 3, 1, 7]), ValueError, r"label 3 is outside \[0, 3\): 2 of 4 labels are"),
+    (Z, torch.tensor([0, -100, -1, 2]), ValueError, r"label -1 is outside \[0, 3\): 1 of 4 labels are"),
+    (Z[0], torch.tensor(5), ValueError, r"label 5 is outside \[0, 3\): 1 of 1 labels are"),
+    ((Z,), Y, TypeError, "outputs must be a tensor, got tuple"),
+    (Z, [0, 1, 2, 0], TypeError, "targets must be a tensor, got list"),
+    (Z.long(), Y, TypeError, r"outputs must be floating-point logits .*got torch.int64"),
+    (torch.tensor(1.0), torch.tensor(0), TypeError, r"outputs must be floating-point logits .*shape \(\)"),
+]
+
+
+@pytest.mark.parametrize(("outputs", "targets", "kind", "message"), MISTAKES)
+@pytest.mark.parametrize("objective", [cross_entropy, NegLog(), NegLog(65.0), Tanh()], ids=name)
+def test_a_mistake_is_named(objective, outputs, targets, kind, message):
+    with pytest.raises(kind, match=message):
+        objective(outputs, targets)
+
+
+@bounds
+def test_one_class_is_refused(bound):
+    for outputs, targets in ((Z[:, :1], Y), (Z[:, :1], Z[:, :1]), (Z[0, :1], Y[0])):
+        with pytest.raises(ValueError, match=r"compares classes, and outputs of shape .* have only one: .*torch.stack"):
+            bound(outputs, targets)
