@@ -18,7 +18,7 @@ from bisam.experiments.runs import RunError, read_json, write
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 INTRODUCTION = """# Benchmarks
 
-Made by `python -m benchmarks.objective`, `python -m benchmarks.step` and `python -m benchmarks.docs`. Contestants run in
+Made by `python -m benchmarks.objective`, `benchmarks.step` and `benchmarks.docs`. Contestants run in
 turn within each round, so that whatever slows the machine slows all of them; a figure is the median over the rounds of
 the ratio to the reference, with the quartiles. Absolute times are left out: they mean little on a shared machine.
 """
