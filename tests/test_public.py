@@ -33,7 +33,7 @@ NAMES = {
     "cross_entropy",
 }
 PUBLIC = [getattr(bisam, name) for name in sorted(NAMES)] + [perturbations.L2, perturbations.Adaptive]
-CORE = ["vector", "objectives", "evaluation", "oracle", "perturbations", "methods", "loss"]
+CORE = ["arguments", "vector", "objectives", "evaluation", "oracle", "perturbations", "methods", "loss"]
 
 
 def test_the_public_names_are_these():
@@ -62,8 +62,11 @@ SAM = "SAM(perturb=L2(rho=0.05), ascent=None, descent=None)"
         (perturbations.L2, "(rho)"),
         (perturbations.Adaptive, "(rho, eta=0.0, where=None)"),
         (bisam.Vector, "(tensors, holes=frozenset())"),
-        (bisam.Evaluation, "(losses, grad=None, outputs=None, value=None)"),
-        (bisam.ModelOracle, "(model, loss, forward=None, *, scale=None, same_noise=False, step=0, state=None)"),
+        (bisam.Evaluation, "(losses, grad=None, outputs=None, value=None, count=None)"),
+        (
+            bisam.ModelOracle,
+            "(model, loss, forward=None, *, scale=None, same_noise=False, step=0, state=None, check=True)",
+        ),
         (bisam.Oracle.query, "(self, batch, objective=None, *, at=None, grad=True, track=None)"),
         (bisam.ModelOracle.query, "(self, batch, objective=None, *, at=None, grad=True, track=None)"),
     ],

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from bisam import objectives
-from bisam.objectives import Objective
+from bisam.objectives import Count, Objective
 from bisam.vector import Vector
 
 Batch = tuple[Any, ...]
@@ -31,16 +31,20 @@ class Evaluation:
         grad: gradient of `value` with respect to the weights, or None where none was asked for.
         outputs: what the model returned, detached.
         value: the scalar that `grad` belongs to: the mean of the losses that count.
+        count: how many count; where the objective gives a scalar, that is taken to be the mean over the batch.
     """
 
     losses: Tensor
     grad: Vector | None = None
     outputs: Any = None
     value: Tensor = None  # pyright: ignore[reportAssignmentType]
+    count: Count = None  # pyright: ignore[reportAssignmentType]
 
     def __post_init__(self) -> None:
         if self.value is None:  # pyright: ignore[reportUnnecessaryComparison]
             object.__setattr__(self, "value", self.losses.mean())
+        if self.count is None:  # pyright: ignore[reportUnnecessaryComparison]
+            object.__setattr__(self, "count", self.losses.numel())
 
     @property
     def gradient(self) -> Vector:
@@ -79,8 +83,10 @@ def clean(seen: Sequence[Seen], loss: Objective) -> Evaluation:
         for s in seen:
             part = s.evaluation
             if s.objective is not loss:
-                losses = loss(part.outputs, s.targets)
-                part = Evaluation(losses, None, part.outputs, objectives.mean(losses, s.targets, loss))
+                outputs = tree_map_only(Tensor, _widened, part.outputs)  # as under the autocast that may be over by now
+                losses = loss(outputs, s.targets)
+                counted = objectives.count(losses, s.targets, loss) if losses.dim() else part.count
+                part = Evaluation(losses, None, part.outputs, objectives.mean(losses, counted), counted)
             parts.append(part)
     return join(parts)
 
@@ -119,14 +125,22 @@ def split(batch: Batch, m: int) -> list[Batch]:
 
 
 def join(parts: Sequence[Evaluation]) -> Evaluation:
-    """Evaluations of the parts of a batch as one of the whole, without gradient; a part counts by its examples."""
+    """Evaluations of the parts of a batch as one of the whole, without gradient; a part weighs what counts in it."""
     if len(parts) == 1:
         return replace(parts[0], grad=None)
-    scalar = parts[0].losses.dim() == 0
-    counts = [(size(p.outputs) or 1) if scalar else len(p.losses) for p in parts]
-    value = torch.stack([p.value * (n / sum(counts)) for n, p in zip(counts, parts, strict=True)]).sum()
-    losses = value if scalar else torch.cat([p.losses for p in parts])
+    total: Count = sum(p.count for p in parts)
+    value = torch.stack([p.value * p.count for p in parts]).sum() / divisor(total)
+    losses = torch.cat([p.losses for p in parts]) if parts[0].losses.dim() else value
     leaves = zip(*[tree_flatten(p.outputs)[0] for p in parts], strict=True)
     structure = tree_flatten(parts[0].outputs)[1]
     outputs = [torch.cat(same) if isinstance(same[0], Tensor) and same[0].dim() else same[0] for same in leaves]
-    return Evaluation(losses, None, tree_unflatten(outputs, structure), value)
+    return Evaluation(losses, None, tree_unflatten(outputs, structure), value, total)
+
+
+def divisor(total: Count) -> Count:
+    """`total`, or 1 where nothing counts and the sum is 0 too."""
+    return max(total, 1) if isinstance(total, int) else total.clamp_min(1)
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from bisam.arguments import instance
 from bisam.evaluation import Evaluation, Seen, clean
 from bisam.methods import Method
 from bisam.objectives import Objective
@@ -64,12 +65,12 @@ class SharpnessAware(nn.Module):
         super().__init__()
         if not isinstance(cast(Any, model), nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        _instance("method", method, "SAM(), BiSAM() or another (oracle, batch) -> Evaluation")
-        _instance("loss", loss, "bisam.cross_entropy or another (outputs, targets) -> losses")
+        instance("method", method, "SAM(), BiSAM() or another (oracle, batch) -> Evaluation")
+        instance("loss", loss, "bisam.cross_entropy or another (outputs, targets) -> losses")
         if forward is not None:
-            _instance("forward", forward, "a function (model, *batch) -> (outputs, targets)")
+            instance("forward", forward, "a function (model, *batch) -> (outputs, targets)")
         if scale is not None:
-            _instance(
+            instance(
                 "scale", scale, "a torch.amp.GradScaler or a function that returns the factor", torch.amp.GradScaler
             )
         self.model = model
@@ -90,7 +91,7 @@ class SharpnessAware(nn.Module):
             A scalar: in training the loss at the displaced weights, else the plain loss.
         """
         memory = self._memory
-        memory.seen = []  # the last step's outputs need not live through this one
+        memory.seen, memory.clean = [], None  # the last step's outputs need not live through this one
         oracle = ModelOracle(
             self.model,
             self.loss,
@@ -99,16 +100,16 @@ class SharpnessAware(nn.Module):
             same_noise=self._same_noise,
             step=memory.step,
             state=dict(memory.state),  # what the method writes counts once the step has succeeded
+            check=not memory.checked,
         )
         try:
-            if not (self.model.training and torch.is_grad_enabled()):
+            if not (_innermost(self.model).training and torch.is_grad_enabled()):
                 value = oracle.plain(batch)
             else:
                 if not memory.checked:
                     _warn_of_half(oracle)
-                    memory.checked = True
                 value = oracle.differentiable(self.method(oracle, batch))
-                memory.step, memory.state = memory.step + 1, oracle.state
+                memory.step, memory.state, memory.checked = memory.step + 1, oracle.state, True
         except BaseException:
             oracle.rollback()
             raise
@@ -126,7 +127,9 @@ class SharpnessAware(nn.Module):
             raise RuntimeError(
                 "nothing was evaluated at the weights yet: `clean` is filled by calling the loss on a batch"
             )
-        return clean(self._memory.seen, self.loss)
+        if self._memory.clean is None:
+            self._memory.clean = clean(self._memory.seen, self.loss)
+        return self._memory.clean
 
     def extra_repr(self) -> str:
         """The method, for print(sharp)."""
@@ -154,11 +157,19 @@ class _Memory:
     step: int = 0
     state: dict[str, Any] = field(default_factory=dict[str, Any])
     seen: list[Seen] = field(default_factory=list[Seen])
+    clean: Evaluation | None = None
     checked: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: everything but the last batch's outputs."""
-        return {**self.__dict__, "seen": []}
+        return {**self.__dict__, "seen": [], "clean": None}
+
+
+def _innermost(model: nn.Module) -> nn.Module:
+    """The user's own module inside DistributedDataParallel and its like, which hold it as `module` and nothing else."""
+    while list(model._modules) == ["module"] and not model._parameters and not model._buffers:
+        model = cast(nn.Module, model._modules["module"])
+    return model
 
 
 def _warn_of_half(oracle: ModelOracle) -> None:
@@ -170,13 +181,6 @@ def _warn_of_half(oracle: ModelOracle) -> None:
             "under torch.autocast instead",
             stacklevel=5,
         )
-
-
-def _instance(name: str, value: Any, remedy: str, *also: type) -> None:
-    if isinstance(value, type):
-        raise TypeError(f"{name} is the class {value.__name__}, not an instance: write {value.__name__}(...)")
-    if not (callable(value) or isinstance(value, also)):
-        raise TypeError(f"{name} must be {remedy}, got {value!r}")
 
 
 _VECTOR = "__vector__"

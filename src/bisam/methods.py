@@ -14,8 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
-from bisam.evaluation import Batch, Evaluation, join, size, split
+from bisam.arguments import instance
+from bisam.evaluation import Batch, Evaluation, divisor, join, split
 from bisam.objectives import LowerBound, NegLog, Objective
 from bisam.oracle import Oracle
 from bisam.perturbations import L2, Adaptive, Perturbation
@@ -41,11 +43,20 @@ class SAM:
         perturb: from the ascent gradient to the displacement.
         ascent: what the adversary climbs; None is the training loss, a `LowerBound` makes it BiSAM.
         descent: what is minimised at the displaced weights; None is the training loss.
+
+    Raises:
+        TypeError: an argument is not what it should be (a radius in place of a perturbation, say).
     """
 
     perturb: Perturbation = field(default=L2(0.05))
     ascent: Objective | None = None
     descent: Objective | None = None
+
+    def __post_init__(self) -> None:
+        instance("perturb", self.perturb, "a perturbation such as L2(0.05)")
+        for name, objective in (("ascent", self.ascent), ("descent", self.descent)):
+            if objective is not None:
+                instance(name, objective, "an objective such as NegLog()")
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
         """Two queries: at w, and at w + e."""
@@ -82,10 +93,11 @@ class MSAM:
     does with `m` the batch of one replica. Running statistics move once per micro-batch.
 
     Args:
-        m: examples in a micro-batch, >= 1; the last one may be smaller and counts by its size.
+        m: examples in a micro-batch, >= 1; the last one may be smaller. Each weighs the examples that count in it.
         method: what each micro-batch does.
 
     Raises:
+        TypeError: `m` is no whole number, or `method` no method.
         ValueError: `m` is less than 1.
     """
 
@@ -93,6 +105,9 @@ class MSAM:
     method: Method = field(default=SAM())
 
     def __post_init__(self) -> None:
+        if isinstance(self.m, bool) or not isinstance(cast(Any, self.m), int):
+            raise TypeError(f"m is the number of examples in a micro-batch and must be an int, got {self.m!r}")
+        instance("method", self.method, "SAM(), BiSAM() or another (oracle, batch) -> Evaluation")
         if self.m < 1:
             raise ValueError(f"m is the number of examples in a micro-batch and must be at least 1, got {self.m!r}")
 
@@ -101,10 +116,11 @@ class MSAM:
         parts = split(batch, self.m)
         if len(parts) == 1:
             return self.method(oracle, batch)
-        n, g, answers = size(batch) or 1, None, list[Evaluation]()
+        g, answers = None, list[Evaluation]()
         for part in parts:
             answer = self.method(oracle, part)
-            share = answer.gradient * ((size(part) or 1) / n)
+            share = answer.gradient * answer.count
             g = share if g is None else g + share
             answers.append(replace(answer, grad=None))
-        return replace(join(answers), grad=g)
+        whole = join(answers)
+        return replace(whole, grad=None if g is None else g / divisor(whole.count))

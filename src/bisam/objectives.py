@@ -14,7 +14,7 @@ the losses below are Q, as in the paper.
     Tanh(mu=10, alpha=0.1)(logits, labels)            # (N, K, H, W), (N, H, W) -> (N, H, W), -100 left out
     LowerBound(phi=my_bound, mu=5)(logits, mixed)     # (N, K), (N, K) class probabilities -> (N,)
 
-An objective may name an `ignore_index`: `mean` then leaves such targets out, as torch's own cross-entropy does.
+An objective may name an `ignore_index`: training then averages over the other targets, as torch's cross-entropy does.
 """
 
 from __future__ import annotations
@@ -30,8 +30,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from bisam.arguments import positive
+
 Objective = Callable[[Any, Any], Tensor]
 """`(outputs, targets) -> losses`: one per example, or a scalar."""
+
+Count = int | Tensor
+"""A number of examples; a tensor of no dimensions where targets decide, as nothing may wait for its value."""
 
 GAMMA = math.log(math.e - 1)
 """The offset that makes the -log bound pass through the origin (Xie et al., 2024, eq. 15)."""
@@ -44,7 +49,8 @@ _FAST_MU = 64.0  # exp(-mu) is still a normal float32, so that the sums below ca
 class CrossEntropy:
     """Cross-entropy, one loss per example: the default descent objective.
 
-    For smoothing or class weights pass `torch.nn.CrossEntropyLoss(..., reduction="none")` instead.
+    For smoothing pass `torch.nn.CrossEntropyLoss(label_smoothing=..., reduction="none")`; for class weights one with
+    `reduction="mean"`, because torch divides by the sum of the weights and not by the number of examples.
     """
 
     ignore_index: int = -100
@@ -223,30 +229,25 @@ class Tanh(LowerBound):
         return torch.ops.aten.sigmoid_backward.grad_input(slope, s, grad_input=slope)  # in place: memory is what costs
 
 
-def mean(losses: Tensor, targets: Any, objective: Objective) -> Tensor:
-    """The mean over the examples that count: not those whose target is the objective's `ignore_index`, if it has one.
+def count(losses: Tensor, targets: Any, objective: Objective) -> Count:
+    """How many losses count: not those whose target is the objective's `ignore_index`, if it has one.
 
     Args:
-        losses: one per example, or a scalar (returned as it is).
+        losses: one per example.
         targets: what the objective was given; labels are integers.
         objective: `torch.nn.CrossEntropyLoss(reduction="none")` and the objectives here have an `ignore_index`.
     """
-    if losses.dim() == 0:
-        return losses
     ignored = getattr(objective, "ignore_index", None)
     if ignored is None or not isinstance(targets, Tensor) or targets.is_floating_point():
-        return losses.mean()
-    return losses.sum() / (targets != ignored).sum()
+        return losses.numel()
+    return (targets != ignored).sum(dtype=torch.float32)
 
 
-def positive(name: str, value: float) -> None:
-    """Refuse a hyper-parameter that is not a positive finite number.
-
-    Raises:
-        ValueError: with the name and the value.
-    """
-    if not (0 < value < math.inf):
-        raise ValueError(f"{name} must be positive and finite, got {value!r}")
+def mean(losses: Tensor, counted: Count) -> Tensor:
+    """The mean over the losses that count, 0 where none does; ignored ones are 0. A scalar is returned as it is."""
+    if losses.dim() == 0:
+        return losses
+    return losses.mean() if isinstance(counted, int) else losses.sum() / counted.clamp_min(1)
 
 
 def _neg_log(x: Tensor) -> Tensor:
@@ -328,5 +329,5 @@ def _in_range(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, labels: 
         bad = labels[(labels != ignore_index) & ((labels < 0) | (labels >= classes))]
         raise ValueError(
             f"label {int(bad[0])} is outside [0, {classes}): {bad.numel()} of {labels.numel()} labels are. Number the "
-            f"classes from 0, and mark what is to be left out with {ignore_index}"
+            f"classes from 0, and mark what is to be left out with {ignore_index} or name another ignore_index"
         ) from error

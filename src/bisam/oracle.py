@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map_only
 
 from bisam import objectives, vector
 from bisam.evaluation import Batch, Evaluation, Seen, size
-from bisam.objectives import Objective
+from bisam.objectives import Count, Objective
 from bisam.vector import Tensors, Vector
 
 Forward = Callable[..., tuple[Any, Any]]
@@ -118,6 +118,7 @@ class ModelOracle(Oracle):
         same_noise: replay the random state, so that all queries on a batch see the same dropout masks.
         step: see `Oracle`.
         state: see `Oracle`.
+        check: look, once, for what would go wrong silently; it takes a walk over the graph of the first query.
     """
 
     def __init__(
@@ -130,8 +131,10 @@ class ModelOracle(Oracle):
         same_noise: bool = False,
         step: int = 0,
         state: dict[str, Any] | None = None,
+        check: bool = True,
     ) -> None:
         self.model, self.loss = model, loss
+        self._check = check
         self.step, self.state = step, {} if state is None else state
         self.seen: list[Seen] = []
         self._forward = forward or _inputs_then_targets
@@ -163,10 +166,11 @@ class ModelOracle(Oracle):
         self.parameters = list(parameters.values())
         self._hooked = [p for p in self.parameters if p._backward_hooks]
 
-    @cached_property
+    @property
     def weights(self) -> Vector:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The trainable parameters; changing them changes the model."""
-        # .data, not .detach(): moves are undone, and a graph that the user still holds must not see them.
+        # .data, not .detach(): moves are undone, and a graph that the user still holds must not see them. New each
+        # time: a layer that constrains its weights may give them other memory in a forward pass.
         return Vector([p.data for p in self.parameters])
 
     @cached_property
@@ -195,11 +199,12 @@ class ModelOracle(Oracle):
         objective = self.loss if objective is None else objective
         track = at is None if track is None else track
         untouched = self._untouched
-        saved = None if at is None else self.weights.clone()
+        weights = None if at is None else self.weights
+        saved = None if weights is None else weights.clone()
         buffers = None if track else self._remember()
         try:
-            if at is not None:
-                torch._foreach_add_(self.weights.tensors, at.tensors)
+            if at is not None and weights is not None:
+                torch._foreach_add_(weights.tensors, at.tensors)
                 at = None  # its memory is free for the forward pass, if the method has let go of it too
                 torch.clear_autocast_cache()  # of the weights as they were, in lower precision
             if self._same_noise:
@@ -225,10 +230,10 @@ class ModelOracle(Oracle):
         if self.model.training:  # under no_grad, where running statistics move all the same
             _ = self._untouched
         outputs, targets, losses = self._run(batch, self.loss)
-        value = objectives.mean(losses, targets, self.loss)
-        self.seen.append(
-            Seen(self.loss, targets, Evaluation(losses.detach(), None, _detached(outputs), value.detach()))
-        )
+        counted = self._count(batch, losses, targets, self.loss)
+        value = objectives.mean(losses, counted)
+        answer = Evaluation(losses.detach(), None, _detached(outputs), value.detach(), counted)
+        self.seen.append(Seen(self.loss, targets, answer))
         return value
 
     def differentiable(self, evaluation: Evaluation) -> Tensor:
@@ -247,14 +252,18 @@ class ModelOracle(Oracle):
     def _evaluate(self, batch: Batch, objective: Objective, grad: bool, track: bool) -> Evaluation:
         with torch.set_grad_enabled(grad):
             outputs, targets, losses = self._run(batch, objective)
-            if grad:
-                self._check_trainable(losses)
-            value = objectives.mean(losses, targets, objective)
+            counted = self._count(batch, losses, targets, objective)
+            value = objectives.mean(losses, counted)
+        if grad:
+            self._check_trainable(batch, losses)
         gradient = self._gradient(value) if grad else None
         losses, outputs, value = losses.detach(), _detached(outputs), value.detach()
         if track:
-            self.seen.append(Seen(objective, targets, Evaluation(losses, None, outputs, value)))
-        return Evaluation(losses, gradient, outputs, value)
+            self.seen.append(Seen(objective, targets, Evaluation(losses, None, outputs, value, counted)))
+        return Evaluation(losses, gradient, outputs, value, counted)
+
+    def _count(self, batch: Batch, losses: Tensor, targets: Any, objective: Objective) -> Count:
+        return objectives.count(losses, targets, objective) if losses.dim() else size(batch) or 1
 
     def _run(self, batch: Batch, objective: Objective) -> tuple[Any, Any, Tensor]:
         if size(batch) == 0:
@@ -266,11 +275,16 @@ class ModelOracle(Oracle):
                 "forward=lambda model, batch: (model(**batch['inputs']), batch['labels'])"
             )
         outputs, targets = pair
+        mine, theirs = (getattr(o, "ignore_index", None) for o in (self.loss, objective))
+        if mine != theirs and mine is not None and theirs is not None:
+            raise ValueError(
+                f"the loss leaves out label {mine}, and {objective!r} {theirs}: give both the same ignore_index"
+            )
         losses = objective(outputs, targets)
         _check_losses(losses, targets)
         return outputs, targets, losses
 
-    def _check_trainable(self, losses: Tensor) -> None:
+    def _check_trainable(self, batch: Batch, losses: Tensor) -> None:
         if not self.parameters:
             raise ValueError(
                 f"{type(self.model).__name__} has no trainable parameter: call requires_grad_() on those to be "
@@ -280,6 +294,35 @@ class ModelOracle(Oracle):
             raise ValueError(
                 "the loss does not depend on the trainable parameters: it was detached, computed under no_grad, or "
                 "made of something that has no gradient, such as an accuracy"
+            )
+        if any(isinstance(t, Tensor) and t.requires_grad for t in batch):
+            raise ValueError(
+                "a tensor of the batch needs a gradient, and none would reach it: detach it, or put the module that "
+                "made it into the model"
+            )
+        if self._check:
+            self._check = False
+            _check_wrapper(self.model)
+            self._check_strangers(losses)
+
+    def _check_strangers(self, losses: Tensor) -> None:
+        """Make sure that the loss depends on no leaves but the parameters: others would silently not be trained."""
+        known = {id(p) for p in self.parameters}
+        todo, seen, shapes = [losses.grad_fn], set[Any](), list[tuple[int, ...]]()
+        while todo:
+            node = todo.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            leaf: Tensor | None = getattr(node, "variable", None)
+            if leaf is not None and id(leaf) not in known:
+                shapes.append(tuple(leaf.shape))
+            todo += [following for following, _ in node.next_functions]
+        if shapes:
+            raise ValueError(
+                f"the loss depends on {len(shapes)} tensors that need a gradient and are no parameters of the model "
+                f"(shapes {', '.join(map(str, shapes[:3]))}{', ...' if len(shapes) > 3 else ''}): they would not be "
+                "trained. Put them into the model, or pass a loss with parameters as an nn.Module"
             )
 
     def _gradient(self, value: Tensor) -> Vector:
@@ -408,6 +451,20 @@ def _check_losses(losses: Any, targets: Any) -> None:
         raise ValueError(
             f"the loss returned shape {tuple(losses.shape)} for targets of shape {tuple(targets.shape)}: it must be a "
             "scalar, or one loss per example (N,)"
+        )
+
+
+def _check_wrapper(model: nn.Module) -> None:
+    for module in model.modules():
+        if getattr(module, "static_graph", False) and hasattr(module, "reducer"):
+            raise ValueError(
+                "DistributedDataParallel(static_graph=True) inside the loss would never average gradients: wrap the "
+                "other way round, DistributedDataParallel(SharpnessAware(model, ...), static_graph=True)"
+            )
+    if any(type(p.data).__name__ == "DTensor" for p in model.parameters()):
+        raise ValueError(
+            "the parameters are DTensors (FSDP2, tensor parallelism), which this version cannot move: use "
+            "DistributedDataParallel"
         )
 
 

@@ -9,12 +9,12 @@ A perturbation is any callable `(gradient, oracle) -> displacement`; a zero grad
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from bisam.arguments import non_negative
 from bisam.oracle import Oracle
 from bisam.vector import Vector
 
@@ -83,13 +83,3 @@ class Adaptive:
         chosen = [self.where(name, w) for name, w in zip(oracle.names, oracle.weights, strict=True)]
         tg = tg.where(chosen, gradient)
         return (t * tg).where(chosen, tg) * (self.rho / (tg.norm() + _TINY))
-
-
-def non_negative(name: str, value: float) -> None:
-    """Refuse a hyper-parameter that is negative or not finite.
-
-    Raises:
-        ValueError: with the name and the value.
-    """
-    if not (0 <= value < math.inf):
-        raise ValueError(f"{name} must be non-negative and finite, got {value!r}")
