@@ -6,7 +6,9 @@ import csv
 import errno
 import io
 import json
+import multiprocessing as mp
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -177,7 +179,7 @@ calls, replace = 0, Path.replace
 def replaced(path, target):
     global calls
     calls += target.name == sys.argv[2]
-    if calls == 2:
+    if calls == int(sys.argv[3]):
         os.kill(os.getpid(), signal.SIGKILL)
     return replace(path, target)
 Path.replace = replaced
@@ -185,18 +187,32 @@ train(Run.under(Path(sys.argv[1]), Recipe(method="bisam_log", noise=0.4, rho=0.4
 """
 
 
-@pytest.mark.parametrize("file", ["checkpoint.pt", "metrics.csv"])
-def test_a_killed_run_resumes_to_the_same_bits(tmp_path, file):
-    """Killed with the second epoch's file written but not yet in its place."""
+@pytest.mark.parametrize(
+    ("file", "call", "kept"),
+    [
+        ("checkpoint.pt", 2, 1),
+        ("metrics.csv", 2, 1),
+        ("checkpoint.pt", 3, 2),
+        ("metrics.csv", 3, 2),
+        ("result.json", 1, 3),
+    ],
+)
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path, file, call, kept):
+    """Killed with a file written but not yet in its place."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    killed = subprocess.run([sys.executable, "-c", KILLED, tmp_path, file], env=environment, check=False)
+    killed = subprocess.run([sys.executable, "-c", KILLED, tmp_path, file, str(call)], env=environment, check=False)
     assert killed.returncode == -signal.SIGKILL
     broken, whole = Run.under(tmp_path, SHORT), Run.under(tmp_path / "whole", SHORT)
     assert broken.result is None
-    assert len(broken.checkpoint()["history"]) == (1 if file == "checkpoint.pt" else 2)
+    assert len(broken.checkpoint()["history"]) == kept
+    assert list(broken.folder.glob(".*.tmp"))
     train(broken)
+    assert not list(broken.folder.glob(".*.tmp"))
     train(whole)
     assert same_outcome(whole, broken)
+    metrics = [[row["flipped"] for row in next(runs.finished(root)).metrics] for root in (tmp_path, tmp_path / "whole")]
+    assert metrics[0] == metrics[1]
+    assert len(metrics[0]) == SHORT.epochs
 
 
 def test_a_run_in_use_is_refused(run):
@@ -315,6 +331,29 @@ def test_a_study_keeps_finished_runs_reports_failures_and_goes_on(tmp_path):
     assert (recipes[0], 1) not in progress.epochs
 
 
+def test_a_killed_worker_costs_no_run(tmp_path):
+    recipes = [replace(SHORT, epochs=30, batch_size=64, method=method) for method in ("sgd", "sam", "bisam_log")]
+
+    class Killer(Silent):
+        def epoch(self, recipe, epoch, validation):
+            if not self.epochs:
+                mp.active_children()[0].kill()
+            super().epoch(recipe, epoch, validation)
+
+    progress = Killer()
+    outcomes = studies.run_all(recipes, tmp_path, workers=2, device="cpu", progress=progress)
+    assert [(outcome.recipe, outcome.error) for outcome in outcomes] == [(recipe, None) for recipe in recipes]
+    assert len(list(runs.finished(tmp_path))) == 3
+
+
+def test_a_result_in_another_recipes_folder_is_not_taken_for_its_own(tmp_path):
+    train(Run.under(tmp_path, SHORT))
+    other = replace(SHORT, rho=0.1)
+    Run.under(tmp_path, SHORT).folder.parent.rename(tmp_path / other.slug)
+    (outcome,) = studies.run_all([other], tmp_path, workers=1, device="cpu", progress=Silent())
+    assert "belongs to another recipe" in outcome.error
+
+
 def test_the_digits_study_is_what_it_says():
     study = studies.STUDIES["digits"]
     recipes = study.recipes(None)
@@ -394,6 +433,42 @@ def test_report_command_writes_markdown_csv_and_figures(finished, tmp_path, bisa
     assert [row["method"] for row in rows] == ["SGD", "SAM"]
 
 
+@pytest.mark.parametrize(
+    ("file", "content"), [("result.json", "{}"), ("metrics.csv", "epoch\n1\n"), ("recipe.json", "[")]
+)
+def test_a_damaged_run_is_named_and_the_others_are_reported(finished, tmp_path, bisam, file, content):
+    (tmp_path / "digits").symlink_to(finished)
+    folder = Run.under(finished, replace(SHORT, method="sam", seed=1)).folder
+    (folder / file).write_text(content)
+    code, out, err = bisam("report", "digits", "--out", tmp_path, "--to", tmp_path / "elsewhere")
+    assert code == 0
+    assert f"{file} is damaged" in err
+    assert "SGD" in out
+    assert "SAM" in out
+
+
+def test_a_report_of_sgd_alone_has_no_figure_of_flips(finished, tmp_path, bisam):
+    (tmp_path / "digits").symlink_to(finished)
+    shutil.rmtree(finished / replace(SHORT, method="sam").slug)
+    code, _, _ = bisam("report", "digits", "--out", tmp_path, "--to", tmp_path / "elsewhere")
+    assert code == 0
+    assert {p.name for p in (tmp_path / "elsewhere").iterdir()} == {"report.md", "report.csv", "accuracy.png"}
+    assert "flips" not in (tmp_path / "elsewhere" / "report.md").read_text()
+
+
+def test_the_commit_is_this_projects_or_unknown(tmp_path, monkeypatch):
+    """A copy inside another project's repository must not claim that project's commit."""
+    package = tmp_path / "venv" / "bisam" / "experiments"
+    package.mkdir(parents=True)
+    for command in (
+        ["init", "-q"],
+        ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "x", "--allow-empty"],
+    ):
+        subprocess.run(["git", "-C", tmp_path, *command], check=True)
+    monkeypatch.setattr(runs, "__file__", str(package / "runs.py"))
+    assert runs._commit() == "unknown"
+
+
 # The command line
 
 
@@ -420,10 +495,12 @@ AUTHORS = ("train", "--optim", "bisam_log", "--rho", "0.05", "--epochs", "200", 
         (("run", "digit"), "did you mean 'digits'"),
         (("run",), "requires an argument"),
         (("run", "digits", "--seeds", "0"), "--seeds must be at least 1, got 0"),
-        (("run", "digits", "--seeds", "many"), "unable to convert"),
+        (("run", "digits", "--seeds", "many"), "--seeds: 'many' is not a whole number"),
+        (("run", "digits", "--seeds", "1.5"), "--seeds: '1.5' is not a whole number"),
+        (("train", "--epochs", "1.5"), "--epochs: '1.5' is not a whole number"),
         (("run", "digits", "--seed", "3"), "Did you mean --seeds?"),
         (("run", "digits", "--device", "tpu9"), "--device takes"),
-        (("report", "digits", "--out", "nowhere"), "no finished run in nowhere/digits"),
+        (("report", "digits", "--out", "nowhere"), "no finished run of digits there"),
         (("train", "--optim", "samm"), 'Did you mean "sam"?'),
         (("train", "--rho", "-1"), "rho must be non-negative"),
         (("train", "extra"), "extra"),

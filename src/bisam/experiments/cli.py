@@ -15,8 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from bisam import __version__
-from bisam.experiments.recipes import Recipe
-from bisam.experiments.runs import Run, RunError, finished, to_csv, write
+from bisam.experiments.recipes import Recipe, Whole
+from bisam.experiments.runs import Finished, Run, RunError, finished, to_csv, write
 
 console = Console()
 errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
@@ -36,9 +36,9 @@ Device = Annotated[str, Parameter(help="Where to compute: cpu, cuda, cuda:1, mps
 def run(
     study: str,
     *,
-    seeds: int | None = None,
-    epochs: int | None = None,
-    workers: int | None = None,
+    seeds: Whole | None = None,
+    epochs: Whole | None = None,
+    workers: Whole | None = None,
     device: Device = "cpu",
     out: Out = Path("runs"),
 ) -> int:
@@ -70,7 +70,7 @@ def run(
             return 130
     if any(outcome.result for outcome in outcomes):
         wanted = {replace(recipe, seed=0) for recipe in recipes}
-        _report(chosen.name, chosen.title, root, root, wanted)
+        _report(chosen.name, chosen.title, [run for run in _finished(root) if _without_seed(run) in wanted], root)
     failed = [outcome for outcome in outcomes if outcome.error]
     for outcome in failed:
         errors.print(f"bisam: {outcome.recipe.slug}, seed {outcome.recipe.seed} failed: {outcome.error}")
@@ -137,17 +137,34 @@ def report(study: str, *, out: Out = Path("runs"), to: Path | None = None) -> in
         to: Folder to write to; by default that of the study's runs.
     """
     chosen = _study(study)
-    _report(chosen.name, chosen.title, out / chosen.name, to or out / chosen.name)
+    runs, standard = _finished(out / chosen.name), set(chosen.recipes(None))
+    # Shorter trials may lie beside the study; they are reported where there is nothing else.
+    runs = [run for run in runs if _without_seed(run) in standard] or runs
+    _report(chosen.name, chosen.title, runs, to or out / chosen.name)
     return 0
 
 
-def _report(name: str, title: str, root: Path, to: Path, wanted: set[Recipe] | None = None) -> None:
-    """Table on the terminal, report.md, report.csv and figures in `to`, of `wanted` recipes or of all in `root`."""
+def _finished(root: Path) -> list[Finished]:
+    """The finished runs in `root`; of damaged ones it says what is wrong."""
+    runs: list[Finished] = []
+    for run in finished(root):
+        if isinstance(run, RunError):
+            errors.print(f"bisam: left out: {run}")
+        else:
+            runs.append(run)
+    return runs
+
+
+def _without_seed(run: Finished) -> Recipe:
+    return replace(run.recipe, seed=0)
+
+
+def _report(name: str, title: str, runs: list[Finished], to: Path) -> None:
+    """Table on the terminal, report.md, report.csv and figures in `to`."""
     from bisam.experiments import figures, report as tables
 
-    runs = [r for r in finished(root) if wanted is None or replace(r.recipe, seed=0) in wanted]
     if not runs:
-        raise ValueError(f"no finished run in {root}: run `bisam run {name}` first, or give its --out")
+        raise ValueError(f"no finished run of {name} there: run `bisam run {name}` first, or give its --out")
     table = Table(*(Column(name, no_wrap=True) for name in tables.HEADER), title=title, caption=tables.CAPTION)
     rows = tables.summary(runs)
     for row, following in zip(rows, [*rows[1:], None], strict=True):
@@ -155,9 +172,12 @@ def _report(name: str, title: str, root: Path, to: Path, wanted: set[Recipe] | N
     console.print(table)
     write(to / "report.md", tables.markdown(title, runs))
     write(to / "report.csv", to_csv(rows))
-    figures.save(figures.accuracy(runs), to / "accuracy.png")
-    figures.save(figures.flips(runs), to / "flips.png")
-    console.print(f"{to}/: report.md, report.csv, accuracy.png, flips.png", soft_wrap=True)
+    drawings = {"accuracy.png": figures.accuracy}
+    if tables.perturbed(runs):
+        drawings["flips.png"] = figures.flips
+    for file, draw in drawings.items():
+        figures.save(draw(runs), to / file)
+    console.print(f"{to}/: {', '.join(['report.md', 'report.csv', *drawings])}", soft_wrap=True)
 
 
 def _study(name: str) -> Any:

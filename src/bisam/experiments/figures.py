@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bisam.experiments.recipes import Recipe
-from bisam.experiments.report import NAMES, grouped
+from bisam.experiments.report import NAMES, grouped, perturbed
 from bisam.experiments.runs import Finished, write
 
 COLOURS = {
@@ -65,7 +65,7 @@ def accuracy(runs: Sequence[Finished]) -> Figure:
 
 def flips(runs: Sequence[Finished]) -> Figure:
     """Training samples that are right at w and wrong at w + e, per epoch (figure 2 of Xie et al., 2024)."""
-    groups = {recipe: group for recipe, group in grouped(runs).items() if recipe.method != "sgd"}
+    groups = grouped(perturbed(runs))
     noises = sorted({recipe.noise for recipe in groups})
     figure, axes = _panels(len(noises))
     for ax, noise in zip(axes, noises, strict=True):

@@ -12,10 +12,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Annotated, Any, Literal, get_args
 
-from cyclopts import Parameter
+from cyclopts import Parameter, Token
 
 from bisam import ASAM, ERM, SAM, ABiSAM, BiSAM, NegLog, Tanh
 from bisam.methods import Method
@@ -23,8 +24,23 @@ from bisam.perturbations import L2
 
 MethodName = Literal["sgd", "sam", "bisam_log", "bisam_tanh", "asam", "abisam_log", "abisam_tanh"]
 
-DEFAULT_RHO: dict[str, float] = {"asam": 0.5, "abisam_log": 0.5, "abisam_tanh": 0.5}
-"""Where it is not SAM's 0.05. The adaptive neighbourhood is in units of the weights (Kwon et al., 2021, CIFAR-10)."""
+DEFAULT_RHO: dict[str, float] = {"asam": 2.0, "abisam_log": 2.0, "abisam_tanh": 2.0}
+"""Where it is not SAM's 0.05: the adaptive neighbourhood, here of all parameters, is in units of the weights."""
+
+
+def whole(type_: Any, tokens: Sequence[Token]) -> int:
+    """A flag's value as a whole number; the command line would else round 1.5 to 2.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        return int(tokens[0].value)
+    except ValueError:
+        raise ValueError(f"{tokens[0].value!r} is not a whole number") from None
+
+
+Whole = Annotated[int, Parameter(converter=whole)]
 
 
 @dataclass(frozen=True)
@@ -44,16 +60,16 @@ class Recipe:
     noise: float = 0.0
     """Share of the training labels that are replaced by another class, in [0, 1)."""
     rho: float | None = None
-    """Radius of the neighbourhood; by default 0.05, or 0.5 for the adaptive methods."""
+    """Radius of the neighbourhood; by default 0.05, or 2 for the adaptive methods."""
     mu: float | None = None
     """Sharpness of BiSAM's soft maximum; by default 1 for -log and 10 for tanh."""
     alpha: float | None = None
     """Slope of the tanh bound; by default 0.1."""
     eta: float = 0.0
     """Added to |w| in the adaptive methods."""
-    epochs: int = 30
+    epochs: Whole = 30
     """Passes over the training data (the digits study gives SGD twice as many)."""
-    batch_size: int = 64
+    batch_size: Whole = 64
     """Examples per step."""
     learning_rate: Annotated[float, Parameter(alias="--lr")] = 0.1
     """Initial learning rate; it follows a cosine to 0, epoch by epoch."""
@@ -63,7 +79,7 @@ class Recipe:
     """Weight decay on all parameters."""
     label_smoothing: float = 0.0
     """Smoothing of the descent loss, spread over the wrong classes as in the BiSAM authors' code."""
-    seed: int = 0
+    seed: Whole = 0
     """Seed of the initial weights, the label noise and the order of the batches."""
 
     def __post_init__(self) -> None:
@@ -115,9 +131,12 @@ class Recipe:
             ValueError: a field is unknown or missing.
         """
         known = {f.name for f in fields(cls)}
-        if set(values) != known:
-            wrong = sorted(set(values) ^ known)
-            raise ValueError(f"a recipe has no or lacks {', '.join(wrong)}: it was written by another version")
+        unknown, missing = sorted(set(values) - known), sorted(known - set(values))
+        if unknown or missing:
+            wrong = [
+                f"{what} {', '.join(names)}" for what, names in (("unknown", unknown), ("missing", missing)) if names
+            ]
+            raise ValueError(f"{'; '.join(wrong)}: not a recipe, or one of another version")
         return cls(**values)
 
 

@@ -55,7 +55,8 @@ def summary(runs: Iterable[Finished]) -> list[dict[str, Any]]:
 HEADER = ("method", "noise", "rho", "epochs", "best val.", "last", "n", "s/epoch")
 CAPTION = (
     "Test accuracy in per cent, mean ± standard deviation over n seeds, with the weights of the epoch of best "
-    "validation accuracy and with the last ones. The test set was looked at once, at the end of each run."
+    "validation accuracy and with the last ones. The test set was looked at once, at the end of each run. Noise is on "
+    "the training labels only. Seeds vary the initial weights, the noise and the order of the batches, not the split."
 )
 
 
@@ -86,11 +87,15 @@ def markdown(title: str, runs: Sequence[Finished]) -> str:
         "",
         "![Test accuracy by method and label noise](accuracy.png)",
         "",
-        "![Training samples that the perturbation flips](flips.png)",
-        "",
+        *(["![Training samples that the perturbation flips](flips.png)", ""] if perturbed(runs) else []),
         *provenance(runs),
     ]
     return "\n".join(lines) + "\n"
+
+
+def perturbed(runs: Iterable[Finished]) -> list[Finished]:
+    """The runs whose method perturbs the weights."""
+    return [run for run in runs if run.recipe.method != "sgd"]
 
 
 def provenance(runs: Sequence[Finished]) -> list[str]:

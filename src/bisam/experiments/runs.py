@@ -68,9 +68,21 @@ class Run:
             ) from None
 
     def _claim(self) -> None:
+        for leftover in self.folder.glob(".*.tmp"):  # of a process that was killed while it wrote
+            leftover.unlink(missing_ok=True)
         path = self.folder / "recipe.json"
         if not path.exists():
             write(path, json.dumps(self.recipe.to_dict(), indent=2) + "\n")
+            return
+        self.check_recipe()
+
+    def check_recipe(self) -> None:
+        """Make sure that the folder, if there is one, is this recipe's.
+
+        Raises:
+            RunError: it is damaged, or another recipe's.
+        """
+        if not self.folder.exists():
             return
         found = read_recipe(self.folder)
         if found != self.recipe:
@@ -85,7 +97,7 @@ class Run:
         Raises:
             RunError: the file is damaged.
         """
-        return read_json(self.folder / "result.json")
+        return _read_result(self.folder)
 
     def checkpoint(self) -> dict[str, Any] | None:
         """The last epoch's checkpoint on the CPU, or None.
@@ -96,17 +108,18 @@ class Run:
         path = self.folder / "checkpoint.pt"
         if not path.exists():
             return None
+        content = path.read_bytes()
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises whatever its unpickler stumbles over
-            raise _damaged(path, error) from error
+            raise damaged(path, error) from error
 
     def save(self, checkpoint: Mapping[str, Any], history: Sequence[Row]) -> None:
-        """Replace checkpoint and metrics, each in one stroke."""
+        """Replace metrics and checkpoint, each in one stroke; the epoch is over once the checkpoint is there."""
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
-        write(self.folder / "checkpoint.pt", buffer.getvalue())
         write(self.folder / "metrics.csv", to_csv(history))
+        write(self.folder / "checkpoint.pt", buffer.getvalue())
 
     def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:
         """Write the result, with where and when it was made; from now on the run is done."""
@@ -124,16 +137,15 @@ class Finished:
     metrics: list[Row]
 
 
-def finished(root: Path) -> Iterator[Finished]:
-    """All finished runs in `root`, in the order of their folders.
-
-    Raises:
-        RunError: a folder is damaged.
-    """
+def finished(root: Path) -> Iterator[Finished | RunError]:
+    """All finished runs in `root`, in the order of their folders; in a damaged one's place, what is wrong with it."""
     for path in sorted(root.glob("*/seed-*/result.json")):
-        result = read_json(path)
-        assert result is not None
-        yield Finished(read_recipe(path.parent), result, _read_metrics(path.with_name("metrics.csv")))
+        try:
+            recipe, result = read_recipe(path.parent), _read_result(path.parent)
+            assert result is not None
+            yield Finished(recipe, result, _read_metrics(path.with_name("metrics.csv"), recipe.epochs))
+        except RunError as error:
+            yield error
 
 
 def read_recipe(folder: Path) -> Recipe:
@@ -147,7 +159,7 @@ def read_recipe(folder: Path) -> Recipe:
     try:
         return Recipe.from_dict(values or {})
     except (ValueError, TypeError) as error:
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -161,20 +173,35 @@ def read_json(path: Path) -> dict[str, Any] | None:
     try:
         values = json.loads(path.read_text())
     except ValueError as error:
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
     if not isinstance(values, dict):
-        raise _damaged(path, ValueError("it is not an object"))
+        raise damaged(path, ValueError("it is not an object"))
     return values
 
 
-def _read_metrics(path: Path) -> list[Row]:
+_RESULT = ("test_accuracy_best", "test_accuracy_last", "best_epoch", "seconds_per_epoch", "finished")
+
+
+def _read_result(folder: Path) -> dict[str, Any] | None:
+    path = folder / "result.json"
+    result = read_json(path)
+    if result is not None and (missing := [key for key in _RESULT if key not in result]):
+        raise damaged(path, ValueError(f"it has no {', '.join(missing)}"))
+    return result
+
+
+def _read_metrics(path: Path, epochs: int) -> list[Row]:
     try:
-        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(io.StringIO(path.read_text()))]
+        rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(io.StringIO(path.read_text()))]
     except (OSError, ValueError, TypeError) as error:
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
+    if len(rows) != epochs or any("flipped" not in row for row in rows):
+        raise damaged(path, ValueError(f"it has not the {epochs} epochs of the recipe"))
+    return rows
 
 
-def _damaged(path: Path, error: Exception) -> RunError:
+def damaged(path: Path, error: Exception) -> RunError:
+    """The error that names a damaged file, what is wrong with it, and the remedy."""
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return RunError(f"{path} is damaged ({reason}): delete {path.parent} to run it again; other runs are not affected")
 
@@ -225,11 +252,15 @@ def _processor() -> str:
 
 
 def _commit() -> str:
+    package = Path(__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(package), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
     try:
-        describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-        done = subprocess.run(
-            describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=10
-        )
-        return done.stdout.strip()
+        if package != Path(git("rev-parse", "--show-toplevel")).resolve() / "src" / "bisam":
+            return "unknown"  # installed somewhere inside another project's repository
+        return git("describe", "--always", "--dirty", "--abbrev=12")
     except (OSError, subprocess.SubprocessError):
         return "unknown"

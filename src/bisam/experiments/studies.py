@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -92,8 +93,10 @@ def run_all(recipes: Sequence[Recipe], root: Path, workers: int, device: str, pr
     """
     outcomes: dict[Recipe, Outcome] = {}
     for recipe in recipes:
+        run = Run.under(root, recipe)
         try:
-            if (result := Run.under(root, recipe).result) is not None:
+            if (result := run.result) is not None:
+                run.check_recipe()
                 outcomes[recipe] = Outcome(recipe, result)
         except RunError as error:
             outcomes[recipe] = Outcome(recipe, None, str(error))
@@ -111,20 +114,38 @@ def run_all(recipes: Sequence[Recipe], root: Path, workers: int, device: str, pr
 def _in_processes(
     recipes: Sequence[Recipe], root: Path, workers: int, device: str, progress: Progress
 ) -> Iterator[Outcome]:
-    context = mp.get_context("spawn")  # fork is unsafe once torch has threads
-    events = context.Queue()
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(events, workers))
-    pending: dict[Future[dict[str, Any]], Recipe] = {pool.submit(_work, r, root, device): r for r in recipes}
-    with _stopping(pool):
-        while pending:
-            done, _ = wait(pending, timeout=0.1, return_when=FIRST_COMPLETED)
-            try:
-                while True:
-                    progress.epoch(*events.get_nowait())
-            except Empty:
-                pass
-            for future in done:
-                yield _outcome(pending.pop(future), future)
+    """Outcomes as they come. A process that is killed takes its pool along: a new one gets what was not finished."""
+    left, killed = list(recipes), Counter[Recipe]()
+    while left:
+        events, running = _SPAWN.Queue(), set[Recipe]()
+        pool = ProcessPoolExecutor(workers, mp_context=_SPAWN, initializer=_start, initargs=(events, workers))
+        with _stopping(pool):
+            with _deaf():
+                pending = {pool.submit(_work, recipe, root, device): recipe for recipe in left}
+            while pending:
+                done, _ = wait(pending, timeout=0.1, return_when=FIRST_COMPLETED)
+                for recipe, epoch, validation in _drained(events):
+                    running.add(recipe)
+                    if epoch:
+                        progress.epoch(recipe, epoch, validation)
+                for future in done:
+                    recipe = pending.pop(future)
+                    if isinstance(future.exception(), BrokenProcessPool):
+                        killed[recipe] += recipe in running or not running
+                        if killed[recipe] <= 1:
+                            continue
+                    left.remove(recipe)
+                    running.discard(recipe)
+                    yield _outcome(recipe, future)
+        pool.shutdown()
+
+
+def _drained(events: Any) -> Iterator[tuple[Recipe, int, float]]:
+    try:
+        while True:
+            yield events.get_nowait()
+    except Empty:
+        return
 
 
 @contextmanager
@@ -132,7 +153,6 @@ def _stopping(pool: ProcessPoolExecutor) -> Generator[None]:
     """End the pool's processes at once if the block is left by an exception; their runs resume from the last epoch."""
     try:
         yield
-        pool.shutdown()
     except BaseException:
         for process in list((pool._processes or {}).values()):
             process.terminate()
@@ -140,31 +160,42 @@ def _stopping(pool: ProcessPoolExecutor) -> Generator[None]:
         raise
 
 
+@contextmanager
+def _deaf() -> Generator[None]:
+    """Without Ctrl-C, which processes that start here inherit: they must not hear it, even while they import."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _outcome(recipe: Recipe, future: Future[dict[str, Any]]) -> Outcome:
     try:
         return Outcome(recipe, future.result())
     except BrokenProcessPool:
         return Outcome(
-            recipe, None, "its process was killed (out of memory?): the same command goes on from its last epoch"
+            recipe, None, "its process was killed twice (out of memory?): the same command goes on from there"
         )
     except (RunError, ValueError) as error:
         return Outcome(recipe, None, str(error))
     except OSError as error:
-        return Outcome(
-            recipe, None, f"cannot write under {error.filename or 'the run folder'}: {error.strerror or error}"
-        )
+        return Outcome(recipe, None, f"cannot write under {error.filename or 'its folder'}: {error.strerror or error}")
     except Exception as error:  # a study goes on; the type is what a bug report needs
         return Outcome(recipe, None, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 
+_SPAWN = mp.get_context("spawn")  # fork is unsafe once torch has threads
 _events: Any = None
 
 
 def _start(events: Any, workers: int) -> None:
-    """Set up a worker: its share of the cores, Ctrl-C is the parent's, and it does not outlive the parent."""
+    """Set up a worker: its share of the cores, and it does not outlive the parent."""
     global _events
     _events = events
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
     parent = mp.parent_process()
     assert parent is not None
@@ -178,6 +209,7 @@ def _start(events: Any, workers: int) -> None:
 
 def _work(recipe: Recipe, root: Path, device: str) -> dict[str, Any]:
     last = 0.0
+    _events.put((recipe, 0, 0.0))
 
     def report(row: dict[str, float]) -> None:
         nonlocal last

@@ -20,7 +20,7 @@ from bisam import Evaluation, Oracle, SharpnessAware
 from bisam.evaluation import Batch
 from bisam.experiments import data, models
 from bisam.experiments.data import Split
-from bisam.experiments.runs import Row, Run
+from bisam.experiments.runs import Row, Run, damaged
 from bisam.methods import Method
 
 OnEpoch = Callable[[Row], None]
@@ -59,10 +59,13 @@ def train(run: Run, device: str = "cpu", on_epoch: OnEpoch | None = None) -> dic
         history: list[Row] = []
         best: dict[str, Any] = {"accuracy": -1.0}
         if (checkpoint := run.checkpoint()) is not None:
-            sharp.load_state_dict(checkpoint["sharp"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            scheduler.load_state_dict(checkpoint["scheduler"])
-            history, best = checkpoint["history"], checkpoint["best"]
+            try:
+                sharp.load_state_dict(checkpoint["sharp"])
+                optimizer.load_state_dict(checkpoint["optimizer"])
+                scheduler.load_state_dict(checkpoint["scheduler"])
+                history, best = checkpoint["history"], checkpoint["best"]
+            except (LookupError, TypeError, ValueError, RuntimeError) as error:
+                raise damaged(run.folder / "checkpoint.pt", error) from error
 
         board = TensorBoardLogger(run.folder, name="tensorboard", version="")
         for epoch in range(len(history) + 1, recipe.epochs + 1):
