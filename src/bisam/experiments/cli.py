@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from dataclasses import replace
 from difflib import get_close_matches
@@ -63,6 +64,7 @@ def run(
         try:
             outcomes = run_all(recipes, root, workers or os.cpu_count() or 1, device, display)
         except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # one is enough
             display.stop()
             errors.print(
                 f"interrupted: {display.finished} of {len(recipes)} runs are finished; the same command goes on"
@@ -97,6 +99,7 @@ def train(
                 one, device, lambda row: display.epoch(recipe, int(row["epoch"]), row["validation_accuracy"])
             )
         except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # one is enough
             display.stop()
             errors.print(f"interrupted: {one.folder} is saved; the same command goes on from its last epoch")
             return 130

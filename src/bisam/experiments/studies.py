@@ -154,15 +154,16 @@ def _stopping(pool: ProcessPoolExecutor) -> Generator[None]:
     try:
         yield
     except BaseException:
-        for process in list((pool._processes or {}).values()):
-            process.terminate()
-        pool.shutdown(wait=False, cancel_futures=True)
+        with _deaf():  # to a second Ctrl-C
+            for process in list((pool._processes or {}).values()):
+                process.terminate()
+            pool.shutdown(cancel_futures=True)
         raise
 
 
 @contextmanager
 def _deaf() -> Generator[None]:
-    """Without Ctrl-C, which processes that start here inherit: they must not hear it, even while they import."""
+    """Without Ctrl-C. Processes that start here inherit that: they must not hear it, even while they import."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
