@@ -39,7 +39,7 @@ def _objective(content: Mapping[str, Any]) -> list[str]:
         if r.get("median") != 1.0
     ]
     heading = ("examples x classes", "objective", "ratio", "quartiles", "bar")
-    title = "## An objective's forward and backward pass, relative to cross-entropy with label smoothing 0.1"
+    title = f"## An objective's passes, relative to cross-entropy with label smoothing 0.1{_threads(content)}"
     return [title, "", *_table(heading, rows)]
 
 
@@ -55,7 +55,7 @@ def _step(content: Mapping[str, Any]) -> list[str]:
     ]
     allocator = ", with memory kept by the allocator" if content["settings"]["keep_memory"] else ""
     return [
-        f"## A step, relative to two forward-backwards and the base optimizer's step{allocator}",
+        f"## A step, relative to two forward-backwards and the base optimizer's step{_threads(content)}{allocator}",
         "",
         *_table(("model", "step", "ratio", "quartiles", "bar"), rows),
         "",
@@ -64,6 +64,11 @@ def _step(content: Mapping[str, Any]) -> list[str]:
         "",
         *_table(("step", "at the second loss", "between steps", "checkpoint"), kept),
     ]
+
+
+def _threads(content: Mapping[str, Any]) -> str:
+    threads = content["environment"]["threads"]
+    return f" ({threads} thread{'s' if threads > 1 else ''})"
 
 
 def _ratio(row: Mapping[str, Any]) -> tuple[str, str, str]:

@@ -49,7 +49,8 @@ class SharpnessAware(nn.Module):
     Called, it raises:
         TypeError: `forward` or `loss` return something else than they should.
         ValueError: no parameter is trainable; the batch is empty; targets do not fit; losses have the wrong shape or no
-            gradient; a gradient is sparse.
+            gradient; a gradient is sparse; the loss depends on tensors that need a gradient and would not get one; the
+            model's wrapper or its parameters are of a kind that this version cannot serve.
     """
 
     def __init__(

@@ -290,6 +290,8 @@ class ModelOracle(Oracle):
                 f"{type(self.model).__name__} has no trainable parameter: call requires_grad_() on those to be "
                 "trained, or model.eval() to evaluate"
             )
+        if self._check:
+            _check_wrapper(self.model)
         if not losses.requires_grad:
             raise ValueError(
                 "the loss does not depend on the trainable parameters: it was detached, computed under no_grad, or "
@@ -301,9 +303,8 @@ class ModelOracle(Oracle):
                 "made it into the model"
             )
         if self._check:
-            self._check = False
-            _check_wrapper(self.model)
             self._check_strangers(losses)
+            self._check = False
 
     def _check_strangers(self, losses: Tensor) -> None:
         """Make sure that the loss depends on no leaves but the parameters: others would silently not be trained."""

@@ -113,7 +113,7 @@ class Vector:
 
 
 def clone(tensors: Tensors) -> Tensors:
-    """Copies of `tensors` bit for bit, in one call where torch has it (2.12 and later), else in one call a tensor."""
+    """Copies of `tensors` bit for bit, in one call where this torch has it, else in one call a tensor."""
     together = getattr(torch, "_foreach_clone", None)
     return cast(Tensors, together(tensors)) if together else [t.clone() for t in tensors]
 
