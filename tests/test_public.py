@@ -33,7 +33,7 @@ NAMES = {
     "cross_entropy",
 }
 PUBLIC = [getattr(bisam, name) for name in sorted(NAMES)] + [perturbations.L2, perturbations.Adaptive]
-CORE = ["arguments", "vector", "objectives", "evaluation", "oracle", "perturbations", "methods", "loss"]
+CORE = ["arguments", "vector", "buffers", "objectives", "evaluation", "oracle", "perturbations", "methods", "loss"]
 
 
 def test_the_public_names_are_these():

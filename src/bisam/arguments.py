@@ -1,10 +1,13 @@
-"""Arguments: refuse, where it is given, what would fail late or silently; messages show the value and the remedy."""
+"""Arguments: refuse what would fail late or silently, where it is given; messages show the value and the remedy."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from numbers import Real
-from typing import Any
+from typing import Any, cast
+
+from torch import Tensor, nn
 
 
 def positive(name: str, value: Any) -> None:
@@ -51,3 +54,72 @@ def instance(name: str, value: Any, remedy: str, *also: type) -> None:
         raise TypeError(f"{name} is the class {value.__name__}, not an instance: write {value.__name__}(...)")
     if not (callable(value) or isinstance(value, also)):
         raise TypeError(f"{name} must be {remedy}, got {value!r}")
+
+
+def check_losses(losses: Any, targets: Any) -> None:
+    """Make sure that an objective returned a scalar, or one loss per example.
+
+    Raises:
+        TypeError: it returned no floating-point tensor.
+        ValueError: its shape does not fit that of the targets.
+    """
+    if not isinstance(losses, Tensor) or not losses.is_floating_point():
+        raise TypeError(f"the loss must return a floating-point tensor, got {describe(losses)}")
+    if losses.dim() == 0 or not isinstance(targets, Tensor):
+        return
+    if losses.dim() > max(targets.dim(), 1) or losses.shape[:1] != (targets.shape or (1,))[:1]:
+        raise ValueError(
+            f"the loss returned shape {tuple(losses.shape)} for targets of shape {tuple(targets.shape)}: it must be a "
+            "scalar, or one loss per example (N,)"
+        )
+
+
+def check_strangers(losses: Tensor, parameters: Iterable[Tensor]) -> None:
+    """Make sure that the loss depends on no leaves but the parameters: others would silently not be trained.
+
+    Raises:
+        ValueError: with the number of the others and their shapes.
+    """
+    known = {id(p) for p in parameters}
+    todo, seen, shapes = [losses.grad_fn], set[Any](), list[tuple[int, ...]]()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf: Tensor | None = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in known:
+            shapes.append(tuple(leaf.shape))
+        todo += [following for following, _ in node.next_functions]
+    if shapes:
+        raise ValueError(
+            f"the loss depends on {len(shapes)} tensors that need a gradient and are no parameters of the model "
+            f"(shapes {', '.join(map(str, shapes[:3]))}{', ...' if len(shapes) > 3 else ''}): they would not be "
+            "trained. Put them into the model, or pass a loss with parameters as an nn.Module"
+        )
+
+
+def check_wrapper(model: nn.Module) -> None:
+    """Make sure that the model is not wrapped in what would train it wrongly or not at all.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    for module in model.modules():
+        if getattr(module, "static_graph", False) and hasattr(module, "reducer"):
+            raise ValueError(
+                "DistributedDataParallel(static_graph=True) inside the loss would never average gradients: wrap the "
+                "other way round, DistributedDataParallel(SharpnessAware(model, ...), static_graph=True)"
+            )
+    if any(type(p.data).__name__ == "DTensor" for p in model.parameters()):
+        raise ValueError(
+            "the parameters are DTensors (FSDP2, tensor parallelism), which this version cannot move: use "
+            "DistributedDataParallel"
+        )
+
+
+def describe(value: Any) -> str:
+    """What a value is, for a message."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)} and type {value.dtype}"
+    return f"a tuple of {len(cast('tuple[Any, ...]', value))}" if isinstance(value, tuple) else type(value).__name__

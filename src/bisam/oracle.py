@@ -21,7 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from bisam import objectives, vector
+from bisam import objectives
+from bisam.arguments import check_losses, check_strangers, check_wrapper, describe
+from bisam.buffers import Buffers, Slot
 from bisam.evaluation import Batch, Evaluation, Seen, size
 from bisam.objectives import Count, Objective
 from bisam.vector import Tensors, Vector
@@ -31,13 +33,6 @@ Forward = Callable[..., tuple[Any, Any]]
 
 Scale = torch.amp.GradScaler | Callable[[], float | Tensor]
 """What float16 gradients are multiplied by: a GradScaler, or a callable that returns the factor."""
-
-
-Slot = tuple[dict[str, Tensor | None], str, Tensor]
-"""A module's dictionary of buffers, a name in it, and the buffer."""
-
-Saved = tuple[list[Slot], list[tuple[Tensors, Tensors]]]
-"""Buffers, and their contents by type: (the buffers' memory, copies)."""
 
 
 class Oracle(ABC):
@@ -145,7 +140,7 @@ class ModelOracle(Oracle):
 
         # As nn.Module.parameters() and buffers(), without the names that those build on the way: this runs every step.
         parameters: dict[int, nn.Parameter] = {}  # by identity: tied parameters count once
-        self._buffers: list[Slot] = []
+        slots: list[Slot] = []
         todo = [root for root in (cast(Any, loss), model) if isinstance(root, nn.Module)]
         seen: set[nn.Module] = set()
         while todo:
@@ -162,8 +157,9 @@ class ModelOracle(Oracle):
             if buffers := module._buffers:
                 for name, buffer in buffers.items():
                     if buffer is not None:
-                        self._buffers.append((buffers, name, buffer))
+                        slots.append((buffers, name, buffer))
         self.parameters = list(parameters.values())
+        self._buffers = Buffers(slots)
         self._hooked = [p for p in self.parameters if p._backward_hooks]
 
     @property
@@ -198,10 +194,10 @@ class ModelOracle(Oracle):
         """
         objective = self.loss if objective is None else objective
         track = at is None if track is None else track
-        untouched = self._untouched
+        untouched = self._buffers.untouched
         weights = None if at is None else self.weights
         saved = None if weights is None else weights.clone()
-        buffers = None if track else self._remember()
+        buffers = None if track else self._buffers.remember()
         try:
             if at is not None and weights is not None:
                 torch._foreach_add_(weights.tensors, at.tensors)
@@ -211,7 +207,7 @@ class ModelOracle(Oracle):
                 self._replay(batch)
             answer = self._evaluate(batch, objective, grad, track)
             if track:
-                self._refresh()
+                self._buffers.refresh()
             return answer
         except BaseException:
             buffers = untouched  # a step that fails leaves nothing behind
@@ -223,12 +219,12 @@ class ModelOracle(Oracle):
             if saved is not None or not grad:
                 torch.clear_autocast_cache()  # of displaced weights, or of copies that have no graph
             if buffers is not None:
-                self._restore(buffers)
+                self._buffers.restore(buffers)
 
     def plain(self, batch: Batch) -> Tensor:
         """The training loss at the weights with its graph, as a loop without this library computes it."""
         if self.model.training:  # under no_grad, where running statistics move all the same
-            _ = self._untouched
+            _ = self._buffers.untouched
         outputs, targets, losses = self._run(batch, self.loss)
         counted = self._count(batch, losses, targets, self.loss)
         value = objectives.mean(losses, counted)
@@ -247,7 +243,7 @@ class ModelOracle(Oracle):
 
     def rollback(self) -> None:
         """Undo what queries did to running statistics: for a step that failed between two of them."""
-        self._restore(self._untouched)
+        self._buffers.restore(self._buffers.untouched)
 
     def _evaluate(self, batch: Batch, objective: Objective, grad: bool, track: bool) -> Evaluation:
         with torch.set_grad_enabled(grad):
@@ -271,7 +267,7 @@ class ModelOracle(Oracle):
         pair: Any = self._forward(self.model, *batch)
         if not (isinstance(pair, tuple) and len(pair) == 2):
             raise TypeError(
-                f"`forward` must return a pair (outputs, targets), got {_describe(pair)}: for example "
+                f"`forward` must return a pair (outputs, targets), got {describe(pair)}: for example "
                 "forward=lambda model, batch: (model(**batch['inputs']), batch['labels'])"
             )
         outputs, targets = pair
@@ -281,7 +277,7 @@ class ModelOracle(Oracle):
                 f"the loss leaves out label {mine}, and {objective!r} {theirs}: give both the same ignore_index"
             )
         losses = objective(outputs, targets)
-        _check_losses(losses, targets)
+        check_losses(losses, targets)
         return outputs, targets, losses
 
     def _check_trainable(self, batch: Batch, losses: Tensor) -> None:
@@ -291,7 +287,7 @@ class ModelOracle(Oracle):
                 "trained, or model.eval() to evaluate"
             )
         if self._check:
-            _check_wrapper(self.model)
+            check_wrapper(self.model)
         if not losses.requires_grad:
             raise ValueError(
                 "the loss does not depend on the trainable parameters: it was detached, computed under no_grad, or "
@@ -303,28 +299,8 @@ class ModelOracle(Oracle):
                 "made it into the model"
             )
         if self._check:
-            self._check_strangers(losses)
+            check_strangers(losses, self.parameters)
             self._check = False
-
-    def _check_strangers(self, losses: Tensor) -> None:
-        """Make sure that the loss depends on no leaves but the parameters: others would silently not be trained."""
-        known = {id(p) for p in self.parameters}
-        todo, seen, shapes = [losses.grad_fn], set[Any](), list[tuple[int, ...]]()
-        while todo:
-            node = todo.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            leaf: Tensor | None = getattr(node, "variable", None)
-            if leaf is not None and id(leaf) not in known:
-                shapes.append(tuple(leaf.shape))
-            todo += [following for following, _ in node.next_functions]
-        if shapes:
-            raise ValueError(
-                f"the loss depends on {len(shapes)} tensors that need a gradient and are no parameters of the model "
-                f"(shapes {', '.join(map(str, shapes[:3]))}{', ...' if len(shapes) > 3 else ''}): they would not be "
-                "trained. Put them into the model, or pass a loss with parameters as an nn.Module"
-            )
 
     def _gradient(self, value: Tensor) -> Vector:
         factor = None if self._scale is None else _factor(self._scale, value.device)
@@ -356,37 +332,6 @@ class ModelOracle(Oracle):
             self._noise[1].restore()
         else:
             self._noise = batch, RandomState(self.parameters)
-
-    @cached_property
-    def _untouched(self) -> Saved:
-        return self._remember()
-
-    @cached_property
-    def _by_dtype(self) -> list[list[Tensor]]:
-        # .data, as with the weights: the graph of another loss may hold the buffers.
-        groups: dict[torch.dtype, list[Tensor]] = {}
-        for _, _, buffer in self._buffers:
-            groups.setdefault(buffer.dtype, []).append(buffer.data)
-        return list(groups.values())
-
-    def _refresh(self) -> None:
-        """A module may have put another tensor in a buffer's place: from now on that one is the buffer."""
-        if any(owner.get(name) is not buffer for owner, name, buffer in self._buffers):
-            now = [(owner, name, owner.get(name)) for owner, name, _ in self._buffers]
-            self._buffers = [(owner, name, b) for owner, name, b in now if b is not None]
-            del self._by_dtype
-
-    def _remember(self) -> Saved:
-        """All buffers, and copies of their contents."""
-        return self._buffers, [(group, vector.clone(group)) for group in self._by_dtype]
-
-    def _restore(self, saved: Saved) -> None:
-        buffers, groups = saved
-        for group, contents in groups:
-            torch._foreach_copy_(group, contents)
-        for owner, name, buffer in buffers:
-            if owner.get(name) is not buffer:
-                owner[name] = buffer
 
 
 class _WithGradient(torch.autograd.Function):
@@ -443,32 +388,6 @@ def _inputs_then_targets(model: nn.Module, *batch: Any) -> tuple[Any, Any]:
     return model(*batch[:-1]), batch[-1]
 
 
-def _check_losses(losses: Any, targets: Any) -> None:
-    if not isinstance(losses, Tensor) or not losses.is_floating_point():
-        raise TypeError(f"the loss must return a floating-point tensor, got {_describe(losses)}")
-    if losses.dim() == 0 or not isinstance(targets, Tensor):
-        return
-    if losses.dim() > max(targets.dim(), 1) or losses.shape[:1] != (targets.shape or (1,))[:1]:
-        raise ValueError(
-            f"the loss returned shape {tuple(losses.shape)} for targets of shape {tuple(targets.shape)}: it must be a "
-            "scalar, or one loss per example (N,)"
-        )
-
-
-def _check_wrapper(model: nn.Module) -> None:
-    for module in model.modules():
-        if getattr(module, "static_graph", False) and hasattr(module, "reducer"):
-            raise ValueError(
-                "DistributedDataParallel(static_graph=True) inside the loss would never average gradients: wrap the "
-                "other way round, DistributedDataParallel(SharpnessAware(model, ...), static_graph=True)"
-            )
-    if any(type(p.data).__name__ == "DTensor" for p in model.parameters()):
-        raise ValueError(
-            "the parameters are DTensors (FSDP2, tensor parallelism), which this version cannot move: use "
-            "DistributedDataParallel"
-        )
-
-
 def _factor(scale: Scale, device: torch.device) -> Tensor:
     one = torch.ones((), device=device)
     if isinstance(scale, torch.amp.GradScaler):
@@ -478,9 +397,3 @@ def _factor(scale: Scale, device: torch.device) -> Tensor:
 
 def _detached(outputs: Any) -> Any:
     return outputs.detach() if isinstance(outputs, Tensor) else tree_map_only(Tensor, Tensor.detach, outputs)
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)} and type {value.dtype}"
-    return f"a tuple of {len(cast('tuple[Any, ...]', value))}" if isinstance(value, tuple) else type(value).__name__

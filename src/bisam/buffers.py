@@ -1,0 +1,65 @@
+"""Buffers: the running statistics and other buffers of a module, as they are and as they were.
+
+then = buffers.remember()
+model(x)                                          # BatchNorm moves its statistics
+buffers.restore(then)                             # bit for bit, even where a module put another tensor in their place
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from bisam.vector import Tensors, clone
+
+Slot = tuple[dict[str, Tensor | None], str, Tensor]
+"""A module's dictionary of buffers, a name in it, and the buffer."""
+
+Saved = tuple[list[Slot], list[tuple[Tensors, Tensors]]]
+"""Buffers, and by type their memory and copies of its contents."""
+
+
+class Buffers:
+    """All buffers of a model, of any type; one `_foreach` call per type.
+
+    Args:
+        slots: where they are.
+    """
+
+    def __init__(self, slots: list[Slot]) -> None:
+        self._slots = slots
+
+    @cached_property
+    def untouched(self) -> Saved:
+        """What they were when this was first asked for: ask before anything moves them."""
+        return self.remember()
+
+    @cached_property
+    def _by_type(self) -> list[list[Tensor]]:
+        # .data: the graph of another loss may hold the buffers, and must not see them move.
+        groups: dict[torch.dtype, list[Tensor]] = {}
+        for _, _, buffer in self._slots:
+            groups.setdefault(buffer.dtype, []).append(buffer.data)
+        return list(groups.values())
+
+    def refresh(self) -> None:
+        """Take the tensors that modules have put in their buffers' place for the buffers."""
+        if any(owner.get(name) is not buffer for owner, name, buffer in self._slots):
+            now = [(owner, name, owner.get(name)) for owner, name, _ in self._slots]
+            self._slots = [(owner, name, buffer) for owner, name, buffer in now if buffer is not None]
+            del self._by_type
+
+    def remember(self) -> Saved:
+        """All buffers, and copies of their contents."""
+        return self._slots, [(group, clone(group)) for group in self._by_type]
+
+    def restore(self, saved: Saved) -> None:
+        """Put back what `remember` returned."""
+        slots, groups = saved
+        for group, contents in groups:
+            torch._foreach_copy_(group, contents)
+        for owner, name, buffer in slots:
+            if owner.get(name) is not buffer:
+                owner[name] = buffer
