@@ -19,7 +19,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from bisam import ERM, SAM, SharpnessAware, cross_entropy
+from bisam import ERM, SAM, SharpnessAware, cross_entropy, experiments
 from bisam.experiments import cli, data, figures, models, report, runs, studies
 from bisam.experiments.recipes import Recipe
 from bisam.experiments.runs import Run, RunError
@@ -517,6 +517,15 @@ def test_a_mistake_is_one_line_and_exit_code_2(bisam, arguments, message):
     assert message in err
     assert len(err.strip().splitlines()) == 1
     assert out == ""
+
+
+def test_without_the_extra_the_command_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "bisam.experiments.cli")
+    monkeypatch.setitem(sys.modules, "cyclopts", None)
+    with pytest.raises(SystemExit) as stop:
+        experiments.main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "bisam: the command needs cyclopts: pip install 'bisam[experiments]'\n"
 
 
 def test_a_place_that_cannot_be_written_is_one_line(bisam, tmp_path):
