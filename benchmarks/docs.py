@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.objective import REFERENCE
+from benchmarks.step import LIMIT
 from bisam.experiments.runs import RunError, read_json, write
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
@@ -36,7 +38,7 @@ def _objective(content: Mapping[str, Any]) -> list[str]:
     rows = [
         (f"{r['size'][0]} x {r['size'][1]}", r["contestant"], *_ratio(r))
         for r in content["rows"]
-        if r.get("median") != 1.0
+        if r["contestant"] != REFERENCE
     ]
     heading = ("examples x classes", "objective", "ratio", "quartiles", "bar")
     title = f"## An objective's passes, relative to cross-entropy with label smoothing 0.1{_threads(content)}"
@@ -47,7 +49,7 @@ def _step(content: Mapping[str, Any]) -> list[str]:
     rows = [
         (f"{r['model']}, batch {r['batch']}", r["contestant"], *_ratio(r))
         for r in content["rows"]
-        if r.get("median") != 1.0
+        if r["contestant"] != LIMIT
     ]
     kept = [
         (r["contestant"], str(r["at_second_loss"]), str(r["between_steps"]), f"{r['checkpoint_ratio']:.3f}")

@@ -1,4 +1,4 @@
-"""Shared fixtures: deterministic float64 by default, one thread per worker, and where the data is."""
+"""Shared fixtures: a seed for each test, one thread for each worker, and where the data is."""
 
 from __future__ import annotations
 

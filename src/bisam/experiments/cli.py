@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 from dataclasses import replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from bisam import __version__
-from bisam.experiments.recipes import Recipe, Whole
+from bisam.experiments.recipes import Recipe, Whole, unknown
 from bisam.experiments.runs import Finished, Run, RunError, finished, to_csv, write
 
 console = Console()
@@ -187,9 +186,7 @@ def _study(name: str) -> Any:
     from bisam.experiments.studies import STUDIES
 
     if name not in STUDIES:
-        near = get_close_matches(name, STUDIES, 1)
-        hint = f", did you mean {near[0]!r}?" if near else "."
-        raise ValueError(f"unknown study {name!r}{hint} There is: {', '.join(STUDIES)}")
+        raise unknown("study", name, STUDIES)
     return STUDIES[name]
 
 

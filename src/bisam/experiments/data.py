@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 
 import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
+
+from bisam.experiments.recipes import unknown
 
 _NEEDS = {
     name: f"{classes} classes of 32x32 images in {folder}, the 32x32 networks and their augmentation"
@@ -57,9 +58,7 @@ def load(dataset: str, noise: float, seed: int) -> Data:
     if dataset in _NEEDS:
         raise ValueError(f"{dataset} needs {_NEEDS[dataset]}, which this version does not have; --dataset digits runs")
     if dataset != "digits":
-        near = get_close_matches(dataset, ["digits", *_NEEDS], 1)
-        hint = f", did you mean {near[0]!r}?" if near else "."
-        raise ValueError(f"unknown dataset {dataset!r}{hint} There is: digits")
+        raise unknown("dataset", dataset, ["digits"])
     data = _digits()
     return replace(
         data, train=replace(data.train, labels=symmetric_noise(data.train.labels, noise, data.classes, seed))

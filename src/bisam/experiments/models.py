@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
-
 from torch import nn
+
+from bisam.experiments.recipes import unknown
 
 
 def build(name: str, classes: int) -> nn.Module:
@@ -14,9 +14,7 @@ def build(name: str, classes: int) -> nn.Module:
         ValueError: the name is unknown.
     """
     if name != "convnet":
-        near = get_close_matches(name, ["convnet"], 1)
-        hint = f", did you mean {near[0]!r}?" if near else ": it comes with the data set it is for."
-        raise ValueError(f"unknown model {name!r}{hint} There is: convnet")
+        raise unknown("model", name, ["convnet"])
     return nn.Sequential(
         *_block(1, 16),
         *_block(16, 32, stride=2),

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal, get_args
 
 from cyclopts import Parameter, Token
 
 from bisam import ASAM, ERM, SAM, ABiSAM, BiSAM, NegLog, Tanh
+from bisam.arguments import non_negative, positive
 from bisam.methods import Method
 from bisam.perturbations import L2
 
@@ -48,6 +49,7 @@ class Recipe:
     """One training run.
 
     Raises:
+        TypeError: a field that is a number is given something else.
         ValueError: a field is outside its range.
     """
 
@@ -87,12 +89,11 @@ class Recipe:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("noise", "momentum", "label_smoothing"):
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
-        for name in ("rho", "eta", "weight_decay"):
-            value = getattr(self, name)
-            _require(value is None or 0 <= value < math.inf, name, value, "non-negative and finite")
-        for name in ("learning_rate", "mu", "alpha"):
-            value = getattr(self, name)
-            _require(value is None or 0 < value < math.inf, name, value, "positive and finite")
+        ranges = {non_negative: ("rho", "eta", "weight_decay"), positive: ("learning_rate", "mu", "alpha")}
+        for check, names in ranges.items():
+            for name in names:
+                if (value := getattr(self, name)) is not None:
+                    check(name, value)
         _require(self.seed >= 0, "seed", self.seed, "non-negative")
         names = get_args(MethodName)
         _require(self.method in names, "method", self.method, f"one of {', '.join(names)}")
@@ -138,6 +139,14 @@ class Recipe:
             ]
             raise ValueError(f"{'; '.join(wrong)}: not a recipe, or one of another version")
         return cls(**values)
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> ValueError:
+    """The error for a name that is none of `known`, with the nearest of them."""
+    names = list(known)
+    near = get_close_matches(name, names, 1)
+    hint = f", did you mean {near[0]!r}?" if near else "."
+    return ValueError(f"unknown {kind} {name!r}{hint} There is: {', '.join(names)}")
 
 
 def _require(fits: bool, name: str, value: object, range_: str) -> None:

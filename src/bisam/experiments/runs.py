@@ -77,13 +77,11 @@ class Run:
         self.check_recipe()
 
     def check_recipe(self) -> None:
-        """Make sure that the folder, if there is one, is this recipe's.
+        """Make sure that the folder is this recipe's.
 
         Raises:
             RunError: it is damaged, or another recipe's.
         """
-        if not self.folder.exists():
-            return
         found = read_recipe(self.folder)
         if found != self.recipe:
             ours, theirs = self.recipe.to_dict(), found.to_dict()

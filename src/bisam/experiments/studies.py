@@ -128,10 +128,11 @@ def _in_processes(
                     running.add(recipe)
                     if epoch:
                         progress.epoch(recipe, epoch, validation)
+                suspects = running.copy() or {pending[future] for future in done}
                 for future in done:
                     recipe = pending.pop(future)
                     if isinstance(future.exception(), BrokenProcessPool):
-                        killed[recipe] += recipe in running or not running
+                        killed[recipe] += recipe in suspects
                         if killed[recipe] <= 1:
                             continue
                     left.remove(recipe)

@@ -69,9 +69,8 @@ def train(run: Run, device: str = "cpu", on_epoch: OnEpoch | None = None) -> dic
 
         board = TensorBoardLogger(run.folder, name="tensorboard", version="")
         for epoch in range(len(history) + 1, recipe.epochs + 1):
-            torch.manual_seed(
-                recipe.seed * 1_000_003 + epoch
-            )  # an epoch draws the same whether or not it follows a resume
+            # An epoch draws the same whether or not it follows a resume.
+            torch.manual_seed(recipe.seed * 1_000_003 + epoch)
             row: Row = {"epoch": epoch, "learning_rate": float(scheduler.get_last_lr()[0])}
             row |= train_epoch(fabric, sharp, watch, optimizer, training, recipe.batch_size)
             scheduler.step()
