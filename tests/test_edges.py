@@ -156,7 +156,7 @@ def test_clean_is_the_same_under_autocast_and_after_it():
         (lambda: SAM(0.05), r"perturb must be a perturbation such as L2\(0.05\), got 0.05"),
         (lambda: SAM(L2), "perturb is the class L2"),
         (lambda: SAM(ascent=NegLog), "ascent is the class NegLog"),
-        (lambda: BiSAM(NegLog()), "rho must be a number, got NegLog"),
+        (lambda: BiSAM(NegLog()), "rho must be a number or a schedule, .* got NegLog"),
         (lambda: BiSAM(bound=NegLog), "ascent is the class NegLog"),
         (lambda: MSAM(32, SAM), "method is the class SAM"),
         (lambda: MSAM(4.0), "must be an int, got 4.0"),

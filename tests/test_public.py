@@ -13,33 +13,83 @@ from types import ModuleType
 import pytest
 
 import bisam
-from bisam import perturbations
+from bisam import masks, perturbations, schedules
 
 NAMES = {
     "ABiSAM",
+    "AESAM",
     "ASAM",
     "BiSAM",
+    "BSAM",
+    "cross_entropy",
+    "CRSAM",
+    "During",
+    "EBiSAM",
     "ERM",
+    "ESAM",
     "Evaluation",
+    "Every",
+    "ExtraGradient",
+    "FisherSAM",
+    "FSAM",
+    "FunctionalSAM",
+    "GBiSAM",
+    "GSAM",
+    "KSAM",
+    "LESAM",
+    "Lookahead",
+    "lookahead",
+    "LookSAM",
     "LowerBound",
-    "MSAM",
     "ModelOracle",
+    "MomentumSAM",
+    "MSAM",
+    "MultiStepSAM",
     "NegLog",
     "Oracle",
+    "RAPP",
+    "RSAM",
     "SAM",
+    "SAMON",
+    "SAMPa",
     "SharpnessAware",
+    "SSAMD",
+    "SSAMF",
     "Tanh",
+    "VaSSO",
     "Vector",
-    "cross_entropy",
+    "WSAM",
+    "XSAM",
+    "ZSharp",
 }
-PUBLIC = [getattr(bisam, name) for name in sorted(NAMES)] + [perturbations.L2, perturbations.Adaptive]
-CORE = ["arguments", "vector", "buffers", "objectives", "evaluation", "oracle", "perturbations", "methods", "loss"]
+MODULES = {
+    perturbations: "Adaptive Friendly L2 LossEquated NormLayers Smoothed ZScore",
+    masks: "DropGrow FisherMask RandomMask",
+    schedules: "Constant Cosine Follow Linear Warmup",
+}
+IN_MODULES = [getattr(module, name) for module, names in MODULES.items() for name in names.split()]
+PUBLIC = [getattr(bisam, name) for name in sorted(NAMES)] + IN_MODULES
+CORE = [
+    "arguments",
+    "buffers",
+    "evaluation",
+    "lookahead",
+    "loss",
+    "masks",
+    "memory",
+    "methods",
+    "objectives",
+    "oracle",
+    "perturbations",
+    "schedules",
+    "vector",
+]
 
 
 def test_the_public_names_are_these():
     public = {n for n, value in vars(bisam).items() if not n.startswith("_") and not isinstance(value, ModuleType)}
     assert public == NAMES
-    assert bisam.perturbations is perturbations
+    assert (bisam.perturbations, bisam.masks, bisam.schedules) == (perturbations, masks, schedules)
 
 
 SAM = "SAM(perturb=L2(rho=0.05), ascent=None, descent=None)"
@@ -52,9 +102,9 @@ SAM = "SAM(perturb=L2(rho=0.05), ascent=None, descent=None)"
         (bisam.ERM, "()"),
         (bisam.SAM, "(perturb=L2(rho=0.05), ascent=None, descent=None)"),
         (bisam.BiSAM, "(rho=0.05, bound=NegLog(mu=1.0, ignore_index=-100), descent=None)"),
-        (bisam.ASAM, "(rho, eta=0.0)"),
+        (bisam.ASAM, "(rho, eta=0.0, ascent=None)"),
         (bisam.ABiSAM, "(rho, bound=NegLog(mu=1.0, ignore_index=-100), eta=0.0)"),
-        (bisam.MSAM, f"(m, method={SAM})"),
+        (bisam.MSAM, f"(m, method={SAM}, separate=False)"),
         (bisam.LowerBound, "(phi, mu, *, ignore_index=-100)"),
         (bisam.NegLog, "(mu=1.0, *, ignore_index=-100)"),
         (bisam.Tanh, "(mu=10.0, alpha=0.1, *, ignore_index=-100)"),
@@ -62,7 +112,7 @@ SAM = "SAM(perturb=L2(rho=0.05), ascent=None, descent=None)"
         (perturbations.L2, "(rho)"),
         (perturbations.Adaptive, "(rho, eta=0.0, where=None)"),
         (bisam.Vector, "(tensors, holes=frozenset())"),
-        (bisam.Evaluation, "(losses, grad=None, outputs=None, value=None, count=None)"),
+        (bisam.Evaluation, "(losses, grad=None, outputs=None, value=None, count=None, targets=None, objective=None)"),
         (
             bisam.ModelOracle,
             "(model, loss, forward=None, *, scale=None, same_noise=False, step=0, state=None, check=True)",

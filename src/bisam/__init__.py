@@ -1,15 +1,44 @@
-"""bisam: sharpness-aware training as a loss (SAM, ASAM, mSAM, BiSAM)."""
+"""bisam: sharpness-aware training as a loss: SAM, BiSAM and the whole family, each with each."""
 
-from bisam import perturbations as perturbations
+from bisam import masks as masks, perturbations as perturbations, schedules as schedules
 from bisam.evaluation import Evaluation as Evaluation
+from bisam.lookahead import Lookahead as Lookahead, lookahead as lookahead
 from bisam.loss import SharpnessAware as SharpnessAware
 from bisam.methods import (
+    AESAM as AESAM,
     ASAM as ASAM,
+    BSAM as BSAM,
+    CRSAM as CRSAM,
     ERM as ERM,
+    ESAM as ESAM,
+    FSAM as FSAM,
+    GSAM as GSAM,
+    KSAM as KSAM,
+    LESAM as LESAM,
     MSAM as MSAM,
+    RAPP as RAPP,
+    RSAM as RSAM,
     SAM as SAM,
+    SAMON as SAMON,
+    SSAMD as SSAMD,
+    SSAMF as SSAMF,
+    WSAM as WSAM,
+    XSAM as XSAM,
     ABiSAM as ABiSAM,
     BiSAM as BiSAM,
+    During as During,
+    EBiSAM as EBiSAM,
+    Every as Every,
+    ExtraGradient as ExtraGradient,
+    FisherSAM as FisherSAM,
+    FunctionalSAM as FunctionalSAM,
+    GBiSAM as GBiSAM,
+    LookSAM as LookSAM,
+    MomentumSAM as MomentumSAM,
+    MultiStepSAM as MultiStepSAM,
+    SAMPa as SAMPa,
+    VaSSO as VaSSO,
+    ZSharp as ZSharp,
 )
 from bisam.objectives import (
     LowerBound as LowerBound,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import fields, is_dataclass
 from numbers import Real
 from typing import Any, cast
 
@@ -44,6 +45,36 @@ def non_negative(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be non-negative and finite, got {value!r}")
 
 
+def share(name: str, value: Any, *, zero: bool = False) -> None:
+    """Refuse what is not in (0, 1], or in [0, 1] where `zero` is allowed.
+
+    Raises:
+        TypeError: it is no number; with the name and the value.
+        ValueError: it is outside; with the name and the value.
+    """
+    number(name, value)
+    if not (0 <= value <= 1) or (value == 0 and not zero):
+        raise ValueError(f"{name} must be in {'[' if zero else '('}0, 1], got {value!r}")
+
+
+def portion(share: float, n: int) -> int:
+    """How many of n are a share of them, rounded up: at least 1; 0.07 of 100 are 7, though 0.07 * 100 > 7."""
+    return max(1, math.ceil(share * n - 1e-9))
+
+
+def whole(name: str, value: Any, least: int = 1) -> None:
+    """Refuse what is not a whole number of at least `least`.
+
+    Raises:
+        TypeError: it is no int; with the name and the value.
+        ValueError: it is less; with the name and the value.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value!r}")
+
+
 def instance(name: str, value: Any, remedy: str, *also: type) -> None:
     """Refuse a class where an instance is needed, and what cannot be called.
 
@@ -54,6 +85,14 @@ def instance(name: str, value: Any, remedy: str, *also: type) -> None:
         raise TypeError(f"{name} is the class {value.__name__}, not an instance: write {value.__name__}(...)")
     if not (callable(value) or isinstance(value, also)):
         raise TypeError(f"{name} must be {remedy}, got {value!r}")
+
+
+def remembering(value: Any) -> str | None:
+    """The name of the first class in a nest of methods and perturbations that keeps a memory between steps, or None."""
+    if getattr(value, "remembers", False):
+        return type(value).__name__
+    parts = [getattr(value, f.name) for f in fields(value)] if is_dataclass(value) else []
+    return next((found for part in parts if (found := remembering(part))), None)
 
 
 def check_losses(losses: Any, targets: Any) -> None:

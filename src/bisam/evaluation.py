@@ -32,6 +32,8 @@ class Evaluation:
         outputs: what the model returned, detached.
         value: the scalar that `grad` belongs to: the mean of the losses that count.
         count: how many count; where the objective gives a scalar, that is taken to be the mean over the batch.
+        targets: what the objective compared the outputs with.
+        objective: what was evaluated.
     """
 
     losses: Tensor
@@ -39,6 +41,8 @@ class Evaluation:
     outputs: Any = None
     value: Tensor = None  # pyright: ignore[reportAssignmentType]
     count: Count = None  # pyright: ignore[reportAssignmentType]
+    targets: Any = None
+    objective: Objective | None = None
 
     def __post_init__(self) -> None:
         if self.value is None:  # pyright: ignore[reportUnnecessaryComparison]
@@ -54,7 +58,7 @@ class Evaluation:
 
     @property
     def per_example(self) -> Tensor:
-        """The losses, one per example.
+        """The losses, one per example (N,): the mean over the positions of an example that has several.
 
         Raises:
             TypeError: the objective returned a scalar.
@@ -64,31 +68,18 @@ class Evaluation:
                 "this method needs one loss per example, and the loss returned a scalar: pass bisam.cross_entropy, or "
                 'your criterion with reduction="none"'
             )
-        return self.losses
+        return self.losses.flatten(1).mean(1) if self.losses.dim() > 1 else self.losses
 
-
-@dataclass(frozen=True)
-class Seen:
-    """What a query at the weights saw, kept for metrics."""
-
-    objective: Objective
-    targets: Any
-    evaluation: Evaluation
-
-
-def clean(seen: Sequence[Seen], loss: Objective) -> Evaluation:
-    """Training losses and outputs at the weights, from what queries with any objective saw there: no forward pass."""
-    parts: list[Evaluation] = []
-    with torch.no_grad():
-        for s in seen:
-            part = s.evaluation
-            if s.objective is not loss:
-                outputs = tree_map_only(Tensor, _widened, part.outputs)  # as under the autocast that may be over by now
-                losses = loss(outputs, s.targets)
-                counted = objectives.count(losses, s.targets, loss) if losses.dim() else part.count
-                part = Evaluation(losses, None, part.outputs, objectives.mean(losses, counted), counted)
-            parts.append(part)
-    return join(parts)
+    @torch.no_grad()
+    def under(self, objective: Objective) -> Evaluation:
+        """The same outputs under another objective: no forward pass, no gradient."""
+        if objective is self.objective:
+            return replace(self, grad=None)
+        outputs = tree_map_only(Tensor, _widened, self.outputs)  # as under the autocast that may be over by now
+        losses = objective(outputs, self.targets)
+        counted = objectives.count(losses, self.targets, objective) if losses.dim() else self.count
+        value = objectives.mean(losses, counted)
+        return Evaluation(losses, None, self.outputs, value, counted, self.targets, objective)
 
 
 def size(batch: Any) -> int | None:
@@ -105,11 +96,9 @@ def split(batch: Batch, m: int) -> list[Batch]:
         ValueError: the tensors of the batch disagree about its size, or there are none.
     """
     leaves, structure = tree_flatten(batch)
-    sizes = sorted({len(t) for t in leaves if isinstance(t, Tensor) and t.dim()})
+    sizes = _sizes(leaves)
     if len(sizes) > 1:
-        raise ValueError(
-            f"cannot split a batch whose tensors have {sizes} examples: pass what is not per example inside `forward`"
-        )
+        raise ValueError(f"cannot split a batch whose tensors have {sizes} examples: {_INSIDE}")
     if not sizes:
         raise ValueError(
             f"cannot split a batch of {', '.join(type(leaf).__name__ for leaf in leaves) or 'nothing'}: its examples "
@@ -124,6 +113,27 @@ def split(batch: Batch, m: int) -> list[Batch]:
     ]
 
 
+def take(batch: Batch, index: Tensor) -> Batch:
+    """The examples `index` (k,) of a batch.
+
+    Raises:
+        ValueError: the tensors of the batch disagree about its size.
+    """
+    leaves, structure = tree_flatten(batch)
+    sizes = _sizes(leaves)
+    if len(sizes) > 1:
+        raise ValueError(f"cannot choose examples of a batch whose tensors have {sizes}: {_INSIDE}")
+    chosen = [t[index.to(t.device)] if isinstance(t, Tensor) and t.dim() else t for t in leaves]
+    return tree_unflatten(chosen, structure)
+
+
+_INSIDE = "pass what is not per example inside `forward`"
+
+
+def _sizes(leaves: Sequence[Any]) -> list[int]:
+    return sorted({len(t) for t in leaves if isinstance(t, Tensor) and t.dim()})
+
+
 def join(parts: Sequence[Evaluation]) -> Evaluation:
     """Evaluations of the parts of a batch as one of the whole, without gradient; a part weighs what counts in it."""
     if len(parts) == 1:
@@ -131,10 +141,14 @@ def join(parts: Sequence[Evaluation]) -> Evaluation:
     total: Count = sum(p.count for p in parts)
     value = torch.stack([p.value * p.count for p in parts]).sum() / divisor(total)
     losses = torch.cat([p.losses for p in parts]) if parts[0].losses.dim() else value
-    leaves = zip(*[tree_flatten(p.outputs)[0] for p in parts], strict=True)
-    structure = tree_flatten(parts[0].outputs)[1]
-    outputs = [torch.cat(same) if isinstance(same[0], Tensor) and same[0].dim() else same[0] for same in leaves]
-    return Evaluation(losses, None, tree_unflatten(outputs, structure), value, total)
+    outputs, targets = (_joined([getattr(p, name) for p in parts]) for name in ("outputs", "targets"))
+    return Evaluation(losses, None, outputs, value, total, targets, parts[0].objective)
+
+
+def _joined(trees: Sequence[Any]) -> Any:
+    leaves = zip(*[tree_flatten(tree)[0] for tree in trees], strict=True)
+    together = [torch.cat(same) if isinstance(same[0], Tensor) and same[0].dim() else same[0] for same in leaves]
+    return tree_unflatten(together, tree_flatten(trees[0])[1])
 
 
 def divisor(total: Count) -> Count:

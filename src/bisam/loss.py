@@ -18,12 +18,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from bisam import memory as memories
 from bisam.arguments import instance
-from bisam.evaluation import Evaluation, Seen, clean
+from bisam.evaluation import Evaluation, join
 from bisam.methods import Method
 from bisam.objectives import Objective
 from bisam.oracle import Forward, ModelOracle, Scale
-from bisam.vector import Vector
 
 
 class SharpnessAware(nn.Module):
@@ -110,7 +110,8 @@ class SharpnessAware(nn.Module):
                 if not memory.checked:
                     _warn_of_half(oracle)
                 value = oracle.differentiable(self.method(oracle, batch))
-                memory.step, memory.state, memory.checked = memory.step + 1, oracle.state, True
+                memory.state = memories.settled(oracle.state, memory.state, oracle.overflow)
+                memory.step, memory.checked = memory.step + 1, True
         except BaseException:
             oracle.rollback()
             raise
@@ -129,7 +130,7 @@ class SharpnessAware(nn.Module):
                 "nothing was evaluated at the weights yet: `clean` is filled by calling the loss on a batch"
             )
         if self._memory.clean is None:
-            self._memory.clean = clean(self._memory.seen, self.loss)
+            self._memory.clean = join([evaluation.under(self.loss) for evaluation in self._memory.seen])
         return self._memory.clean
 
     def extra_repr(self) -> str:
@@ -138,16 +139,16 @@ class SharpnessAware(nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         """The step count and what the method remembers, as tensors and plain containers."""
-        return {"step": self._memory.step, "state": _packed(self._memory.state)}
+        return {"step": self._memory.step, **memories.save(self._memory.state, self.method)}
 
     def set_extra_state(self, state: Any) -> None:
         """Continue from `get_extra_state`; used by `load_state_dict`.
 
         Raises:
-            ValueError: the state belongs to another model.
+            ValueError: the state is the memory of another method or belongs to another model.
         """
         parameters = [p for p in self.parameters() if p.requires_grad]
-        self._memory.state = _unpacked(state["state"], parameters)
+        self._memory.state = memories.load(state, self.method, parameters)
         self._memory.step = int(state["step"])
 
 
@@ -157,7 +158,7 @@ class _Memory:
 
     step: int = 0
     state: dict[str, Any] = field(default_factory=dict[str, Any])
-    seen: list[Seen] = field(default_factory=list[Seen])
+    seen: list[Evaluation] = field(default_factory=list[Evaluation])
     clean: Evaluation | None = None
     checked: bool = False
 
@@ -182,34 +183,3 @@ def _warn_of_half(oracle: ModelOracle) -> None:
             "under torch.autocast instead",
             stacklevel=5,
         )
-
-
-_VECTOR = "__vector__"
-
-
-def _packed(state: Any) -> Any:
-    """Vectors as lists of tensors, so that `torch.load(weights_only=True)` takes the file."""
-    if isinstance(state, Vector):
-        return {_VECTOR: list(state.tensors), "holes": sorted(state.holes)}
-    if isinstance(state, dict):
-        return {k: _packed(v) for k, v in cast("dict[str, Any]", state).items()}
-    return [_packed(v) for v in cast("list[Any]", state)] if isinstance(state, list | tuple) else state
-
-
-def _unpacked(state: Any, parameters: list[nn.Parameter]) -> Any:
-    if isinstance(state, list):
-        return [_unpacked(v, parameters) for v in cast("list[Any]", state)]
-    if not isinstance(state, dict):
-        return state
-    entries = cast("dict[str, Any]", state)
-    if _VECTOR not in entries:
-        return {k: _unpacked(v, parameters) for k, v in entries.items()}
-    tensors: list[Tensor] = entries[_VECTOR]
-    if [t.shape for t in tensors] != [p.shape for p in parameters]:
-        raise ValueError(
-            f"the saved state of the method has {len(tensors)} tensors, and the model {len(parameters)} trainable "
-            "parameters of other shapes: it was saved with another model, or with other parameters frozen"
-        )
-    # Copies: the caller may go on using the dictionary, as with a module's own state.
-    moved = [torch.empty_like(p.data).copy_(t) for t, p in zip(tensors, parameters, strict=True)]
-    return Vector(moved, frozenset(cast("list[int]", entries["holes"])))

@@ -14,6 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -24,7 +25,7 @@ from torch.utils._pytree import tree_map_only
 from bisam import objectives
 from bisam.arguments import check_losses, check_strangers, check_wrapper, describe
 from bisam.buffers import Buffers, Slot
-from bisam.evaluation import Batch, Evaluation, Seen, size
+from bisam.evaluation import Batch, Evaluation, size
 from bisam.objectives import Count, Objective
 from bisam.vector import Tensors, Vector
 
@@ -41,14 +42,20 @@ class Oracle(ABC):
     Attributes:
         weights: the point w that displacements are added to. Read-only.
         names: the parameters' names, in the order of `weights`.
+        layers: the class names of the modules they belong to, in that order.
+        parameters: the tensors that an optimizer holds, in that order.
+        loss: the training loss, which is what a query evaluates unless told otherwise.
         step: number of losses computed before this one.
-        state: what the method remembers between steps (numbers, tensors, Vectors, in dicts and lists); saved and
-            restored by `SharpnessAware.state_dict`. Replace values, do not change them in place: a step that fails
+        state: what the method remembers between steps (numbers, tensors, Vectors, in dicts, lists and tuples); saved
+            and restored by `SharpnessAware.state_dict`. Replace values, do not change them in place: a step that fails
             leaves what was there.
     """
 
     weights: Vector
     names: Sequence[str]
+    layers: Sequence[str]
+    parameters: Sequence[Tensor]
+    loss: Objective
     step: int = 0
     state: dict[str, Any]
 
@@ -79,15 +86,66 @@ class Oracle(ABC):
         """
         return [self.query(**query) for query in queries]
 
-    def shifted(self, by: Vector) -> Oracle:
-        """The same oracle, centred at `weights + by` (random smoothing, landscapes)."""
-        return _Shifted(self, by)
+    def shifted(self, by: Vector, *, track: bool = False) -> Oracle:
+        """The same oracle, centred at `weights + by` (random smoothing, landscapes).
+
+        Args:
+            by: the displacement.
+            track: whether a query at the new centre moves running statistics, as one at the weights does.
+        """
+        return _View(self, by=by, track=track)
+
+    def still(self) -> Oracle:
+        """The same oracle, where no query moves running statistics: they moved already."""
+        return _View(self, still=True)
+
+    def within(self, part: str, step: int | None = None) -> Oracle:
+        """The same oracle for a part of a method, with a state of its own: two parts never share what they remember.
+
+        Args:
+            part: the name of the part, under which its state is kept.
+            step: how often the part was called before; by default as often as the whole.
+        """
+        self.state[part] = own = dict(self.state.get(part, {}))  # a copy: see `state`
+        return _View(self, state=own, step=step)
 
 
-class _Shifted(Oracle):
-    def __init__(self, oracle: Oracle, by: Vector) -> None:
-        self._oracle, self._by = oracle, by
-        self.weights, self.names, self.step, self.state = oracle.weights + by, oracle.names, oracle.step, oracle.state
+class _View(Oracle):
+    """Another oracle with another centre, other statistics or another state."""
+
+    def __init__(
+        self,
+        oracle: Oracle,
+        *,
+        by: Vector | None = None,
+        track: bool = False,
+        still: bool = False,
+        state: dict[str, Any] | None = None,
+        step: int | None = None,
+    ) -> None:
+        self._oracle, self._by, self._track, self._still = oracle, by, track, still
+        self.state = oracle.state if state is None else state
+        self.step = oracle.step if step is None else step
+
+    @property
+    def weights(self) -> Vector:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self._oracle.weights if self._by is None else self._oracle.weights + self._by
+
+    @property
+    def names(self) -> Sequence[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self._oracle.names
+
+    @property
+    def layers(self) -> Sequence[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self._oracle.layers
+
+    @property
+    def parameters(self) -> Sequence[Tensor]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self._oracle.parameters
+
+    @property
+    def loss(self) -> Objective:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self._oracle.loss
 
     def query(
         self,
@@ -98,8 +156,23 @@ class _Shifted(Oracle):
         grad: bool = True,
         track: bool | None = None,
     ) -> Evaluation:
-        at = self._by if at is None else self._by + at
-        return self._oracle.query(batch, objective, at=at, grad=grad, track=track)
+        return self._oracle.query(batch, objective, at=self._seen_from(at), grad=grad, track=self._tracks(at, track))
+
+    def together(self, *queries: Mapping[str, Any]) -> list[Evaluation]:
+        moved = [
+            {**q, "at": self._seen_from(q.get("at")), "track": self._tracks(q.get("at"), q.get("track"))}
+            for q in queries
+        ]
+        return self._oracle.together(*moved)
+
+    def _seen_from(self, at: Vector | None) -> Vector | None:
+        return at if self._by is None else self._by if at is None else self._by + at
+
+    def _tracks(self, at: Vector | None, track: bool | None) -> bool | None:
+        if self._still:
+            return False
+        # To the oracle below, a query at this centre is one somewhere else: what that means is decided here.
+        return self._track and at is None if track is None and self._by is not None else track
 
 
 class ModelOracle(Oracle):
@@ -131,7 +204,7 @@ class ModelOracle(Oracle):
         self.model, self.loss = model, loss
         self._check = check
         self.step, self.state = step, {} if state is None else state
-        self.seen: list[Seen] = []
+        self.seen: list[Evaluation] = []
         self._forward = forward or _inputs_then_targets
         self._scale = scale
         self._same_noise = same_noise
@@ -158,7 +231,7 @@ class ModelOracle(Oracle):
                 for name, buffer in buffers.items():
                     if buffer is not None:
                         slots.append((buffers, name, buffer))
-        self.parameters = list(parameters.values())
+        self.parameters: list[nn.Parameter] = list(parameters.values())  # pyright: ignore[reportIncompatibleVariableOverride]
         self._buffers = Buffers(slots)
         self._hooked = [p for p in self.parameters if p._backward_hooks]
 
@@ -176,6 +249,23 @@ class ModelOracle(Oracle):
         if isinstance(self.loss, nn.Module):
             named = {id(p): f"loss.{name}" for name, p in self.loss.named_parameters()} | named
         return [named[id(p)] for p in self.parameters]
+
+    @cached_property
+    def layers(self) -> Sequence[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The class names of the modules that the parameters belong to."""
+        roots = [root for root in (cast(Any, self.loss), self.model) if isinstance(root, nn.Module)]
+        owners = {
+            id(p): type(module).__name__
+            for root in roots
+            for module in root.modules()
+            for p in module.parameters(recurse=False)
+        }
+        return [owners[id(p)] for p in self.parameters]
+
+    @property
+    def overflow(self) -> Tensor | None:
+        """0 while all inner gradients were finite, else NaN; None where no scale is in use."""
+        return self._overflow
 
     def query(
         self,
@@ -228,8 +318,9 @@ class ModelOracle(Oracle):
         outputs, targets, losses = self._run(batch, self.loss)
         counted = self._count(batch, losses, targets, self.loss)
         value = objectives.mean(losses, counted)
-        answer = Evaluation(losses.detach(), None, _detached(outputs), value.detach(), counted)
-        self.seen.append(Seen(self.loss, targets, answer))
+        self.seen.append(
+            Evaluation(losses.detach(), None, _detached(outputs), value.detach(), counted, targets, self.loss)
+        )
         return value
 
     def differentiable(self, evaluation: Evaluation) -> Tensor:
@@ -253,10 +344,10 @@ class ModelOracle(Oracle):
         if grad:
             self._check_trainable(batch, losses)
         gradient = self._gradient(value) if grad else None
-        losses, outputs, value = losses.detach(), _detached(outputs), value.detach()
+        answer = Evaluation(losses.detach(), None, _detached(outputs), value.detach(), counted, targets, objective)
         if track:
-            self.seen.append(Seen(objective, targets, Evaluation(losses, None, outputs, value, counted)))
-        return Evaluation(losses, gradient, outputs, value, counted)
+            self.seen.append(answer)
+        return replace(answer, grad=gradient)
 
     def _count(self, batch: Batch, losses: Tensor, targets: Any, objective: Objective) -> Count:
         return objectives.count(losses, targets, objective) if losses.dim() else size(batch) or 1

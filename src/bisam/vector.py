@@ -102,6 +102,11 @@ class Vector:
         loss = torch._foreach_norm(torch._foreach_clamp_max(products, 0.0), 1, dtype)
         return (torch.stack(gain) - torch.stack(loss)).sum()
 
+    def onto(self, other: Vector) -> Vector:
+        """The part of this vector along `other`: its projection, 0 where `other` is 0."""
+        squared = other.dot(other)
+        return other * (self.dot(other) / squared.clamp_min(torch.finfo(squared.dtype).tiny))
+
     def clone(self) -> Vector:
         """A copy with memory of its own, bit for bit."""
         return Vector(clone(self.tensors), self.holes)

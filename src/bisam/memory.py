@@ -1,0 +1,128 @@
+"""Memory: what a method remembers between steps, how it is saved and restored, and kept clean of overflows.
+
+A method writes numbers, tensors and Vectors into `oracle.state`. On its way to a file a Vector is a list of tensors, so
+that `torch.load(weights_only=True)` takes it; on its way back it is checked against the method and the model at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from bisam.vector import Vector
+
+State = dict[str, Any]
+
+_VECTOR, _TUPLE = "__vector__", "__tuple__"
+
+
+def kind(method: Any) -> str:
+    """The classes that a method is nested of, such as `KSAM(LookSAM(L2))`: whose memory it is, whatever the numbers."""
+    parts = [getattr(method, f.name) for f in fields(method)] if is_dataclass(method) else []
+    inner = ", ".join(kind(part) for part in parts if is_dataclass(part))
+    name = getattr(method, "__qualname__", type(method).__name__)
+    return f"{name}({inner})" if inner else name
+
+
+def save(state: State, method: Any) -> dict[str, Any]:
+    """The memory of `method` as a file takes it."""
+    remembered = _without_empty(state)
+    return {"method": kind(method), "state": _packed(remembered)} if remembered else {"state": {}}
+
+
+def load(saved: dict[str, Any], method: Any, parameters: Sequence[nn.Parameter]) -> State:
+    """The memory that `save` was given.
+
+    Raises:
+        ValueError: it belongs to another method, or to another model.
+    """
+    if saved["state"] and (other := saved.get("method", kind(method))) != kind(method):
+        raise ValueError(
+            f"the saved state is the memory of {other}, and the method here is {kind(method)}: give the loss the same "
+            "method, or load the weights alone, sharp.model.load_state_dict(...), and begin with an empty memory"
+        )
+    return cast(State, _unpacked(saved["state"], parameters))
+
+
+def settled(new: State, old: State, overflow: Tensor | None) -> State:
+    """`new`, or `old` if a float16 gradient overflowed in the step: an average that took in a NaN would keep it.
+
+    Args:
+        new: after the step.
+        old: before it.
+        overflow: see `ModelOracle.overflow`.
+    """
+    if overflow is None or not _without_empty(new):
+        return new
+    bad = overflow.isnan()
+    (after, structure), (before, other) = tree_flatten(new), tree_flatten(old)
+    if structure == other and all(_alike(a, b) for a, b in zip(after, before, strict=True)):
+        return tree_unflatten([_chosen(bad, b, a) for a, b in zip(after, before, strict=True)], structure)
+    return old if bool(bad) else new  # waits for the device, in the few steps that change what is remembered
+
+
+def _alike(a: Any, b: Any) -> bool:
+    if isinstance(a, Vector) and isinstance(b, Vector):
+        return True
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+    return type(a) is type(b) and not isinstance(a, Tensor | Vector) and a == b
+
+
+def _chosen(condition: Tensor, yes: Any, no: Any) -> Any:
+    if isinstance(no, Vector):
+        tensors = [cast(Tensor, _chosen(condition, a, b)) for a, b in zip(yes.tensors, no.tensors, strict=True)]
+        return Vector(tensors, yes.holes & no.holes)
+    return torch.where(condition.to(no.device), yes, no) if isinstance(no, Tensor) else no
+
+
+def _without_empty(state: State) -> State:
+    """Without the parts of the method that remember nothing."""
+    parts = {k: _without_empty(cast(State, v)) if isinstance(v, dict) else v for k, v in state.items()}
+    return {k: v for k, v in parts.items() if not (isinstance(v, dict) and not v)}
+
+
+def _packed(state: Any) -> Any:
+    if isinstance(state, Vector):
+        return {_VECTOR: [_compact(t) for t in state.tensors], "holes": sorted(state.holes)}
+    if isinstance(state, Tensor):
+        return _compact(state)
+    if isinstance(state, dict):
+        return {k: _packed(v) for k, v in cast(State, state).items()}
+    if isinstance(state, list | tuple):
+        items = [_packed(v) for v in cast("list[Any]", state)]
+        return items if isinstance(state, list) else {_TUPLE: items}
+    return state
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    """A file takes all the memory that a tensor is a view of: a slice of a data set would bring the data set."""
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+
+
+def _unpacked(state: Any, parameters: Sequence[nn.Parameter]) -> Any:
+    # Copies: the caller may go on using the dictionary, as with a module's own state.
+    if isinstance(state, Tensor):
+        return state.to(parameters[0].device, copy=True)
+    if isinstance(state, list):
+        return [_unpacked(v, parameters) for v in cast("list[Any]", state)]
+    if not isinstance(state, dict):
+        return state
+    entries = cast(State, state)
+    if _TUPLE in entries:
+        return tuple(_unpacked(v, parameters) for v in entries[_TUPLE])
+    if _VECTOR not in entries:
+        return {k: _unpacked(v, parameters) for k, v in entries.items()}
+    tensors: list[Tensor] = entries[_VECTOR]
+    if [t.shape for t in tensors] != [p.shape for p in parameters]:
+        raise ValueError(
+            f"the saved state of the method has {len(tensors)} tensors, and the model {len(parameters)} trainable "
+            "parameters of other shapes: it was saved with another model, or with other parameters frozen"
+        )
+    moved = [torch.empty_like(p.data, dtype=t.dtype).copy_(t) for t, p in zip(tensors, parameters, strict=True)]
+    return Vector(moved, frozenset(cast("list[int]", entries["holes"])))

@@ -1,0 +1,47 @@
+"""Methods: the papers. Which queries, where, and how their gradients combine.
+
+A method is a value, `(oracle, batch) -> Evaluation`: the loss to report and the gradient to descend. It does no I/O,
+knows no model and keeps nothing: what it remembers between steps is in `oracle.state`, so the same object may serve two
+losses. Letters are the papers': g the ascent gradient, h the descent gradient, e the displacement.
+
+    SAM(L2(0.1), ascent=Tanh())                  # climb a lower bound of the 0-1 loss: BiSAM (tanh)
+    GSAM(Friendly(L2(0.05)), alpha=0.4)          # any perturbation
+    KSAM(64, RSAM(0.01, EBiSAM()))               # any nest
+"""
+
+from bisam.methods.bayes import BSAM as BSAM
+from bisam.methods.combining import (
+    CRSAM as CRSAM,
+    GSAM as GSAM,
+    WSAM as WSAM,
+    XSAM as XSAM,
+    FunctionalSAM as FunctionalSAM,
+    GBiSAM as GBiSAM,
+)
+from bisam.methods.games import RAPP as RAPP, ExtraGradient as ExtraGradient
+from bisam.methods.sam import (
+    ASAM as ASAM,
+    ERM as ERM,
+    FSAM as FSAM,
+    LESAM as LESAM,
+    SAM as SAM,
+    SAMON as SAMON,
+    SSAMD as SSAMD,
+    ABiSAM as ABiSAM,
+    BiSAM as BiSAM,
+    FisherSAM as FisherSAM,
+    Method as Method,
+    MultiStepSAM as MultiStepSAM,
+    VaSSO as VaSSO,
+    ZSharp as ZSharp,
+)
+from bisam.methods.saving import (
+    AESAM as AESAM,
+    ESAM as ESAM,
+    SSAMF as SSAMF,
+    EBiSAM as EBiSAM,
+    LookSAM as LookSAM,
+    MomentumSAM as MomentumSAM,
+    SAMPa as SAMPa,
+)
+from bisam.methods.wrappers import KSAM as KSAM, MSAM as MSAM, RSAM as RSAM, During as During, Every as Every

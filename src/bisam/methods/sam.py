@@ -1,0 +1,171 @@
+"""SAM, and what is SAM with another perturbation or another adversary.
+
+SAM()                                        # rho 0.05
+SAM(L2(0.1), ascent=Tanh())                  # climb a lower bound of the 0-1 loss: BiSAM (tanh)
+SAM(Adaptive(0.5, eta=0.01), ascent=NegLog())
+SAM(Friendly(Adaptive(2.0)), ascent=NegLog())    # what nobody has named
+MultiStepSAM(L2(0.1), steps=3)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from bisam.arguments import instance, whole
+from bisam.evaluation import Batch, Evaluation
+from bisam.masks import DropGrow, FisherMask
+from bisam.objectives import LowerBound, NegLog, Objective
+from bisam.oracle import Oracle
+from bisam.perturbations import L2, Adaptive, Friendly, LossEquated, NormLayers, Perturbation, Smoothed, ZScore
+from bisam.schedules import Radius
+from bisam.vector import Vector
+
+Method = Callable[[Oracle, Batch], Evaluation]
+
+
+@dataclass(frozen=True)
+class ERM:
+    """The plain gradient at the weights (empirical risk minimisation): the base optimizer without a second query."""
+
+    def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
+        """One query, at the weights."""
+        return oracle.query(batch)
+
+
+@dataclass(frozen=True)
+class SAM:
+    """Climb to the worst nearby point, take the gradient there (Foret et al., 2021, https://arxiv.org/abs/2010.01412).
+
+    Args:
+        perturb: from the ascent gradient to the displacement.
+        ascent: what the adversary climbs; None is the training loss, a `LowerBound` makes it BiSAM.
+        descent: what is minimised at the displaced weights; None is the training loss.
+
+    Raises:
+        TypeError: an argument is not what it should be (a radius in place of a perturbation, say).
+    """
+
+    perturb: Perturbation = field(default=L2(0.05))
+    ascent: Objective | None = None
+    descent: Objective | None = None
+
+    def __post_init__(self) -> None:
+        instance("perturb", self.perturb, "a perturbation such as L2(0.05)")
+        for name, objective in (("ascent", self.ascent), ("descent", self.descent)):
+            if objective is not None:
+                instance(name, objective, "an objective such as NegLog()")
+
+    def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
+        """Two queries: at w, and at w + e."""
+        return oracle.query(batch, self.descent, at=self.climb(oracle, batch))
+
+    def climb(self, oracle: Oracle, batch: Batch) -> Vector:
+        """The displacement e. A method of its own, so that the ascent gradient dies with its frame."""
+        return self.perturb(oracle.query(batch, self.ascent).gradient, oracle.within("perturb"))
+
+    def both(self, oracle: Oracle, batch: Batch) -> tuple[Vector, Vector]:
+        """For methods that combine gradients: that of the descent loss at the weights, and the displacement.
+
+        An adversary that climbs something else costs one more query.
+        """
+        g = oracle.query(batch, self.ascent).gradient
+        e = self.perturb(g, oracle.within("perturb"))
+        return (g if self.ascent == self.descent else oracle.query(batch, self.descent, track=False).gradient), e
+
+
+def BiSAM(rho: Radius = 0.05, bound: LowerBound = NegLog(), descent: Objective | None = None) -> SAM:  # noqa: B008
+    """SAM whose adversary climbs a lower bound of the 0-1 loss (Xie et al., 2024, https://arxiv.org/abs/2407.12993)."""
+    return SAM(L2(rho), ascent=bound, descent=descent)
+
+
+def ASAM(rho: Radius, eta: float = 0.0, ascent: Objective | None = None) -> SAM:
+    """SAM in a neighbourhood that follows the weights' scale (Kwon et al., 2021, https://arxiv.org/abs/2102.11600).
+
+    All parameters, as most ports; `SAM(Adaptive(rho, eta, where=...))` is the authors' choice of parameters.
+    """
+    return SAM(Adaptive(rho, eta), ascent=ascent)
+
+
+def ABiSAM(rho: Radius, bound: LowerBound = NegLog(), eta: float = 0.0) -> SAM:  # noqa: B008
+    """Adaptive BiSAM: ASAM's neighbourhood, BiSAM's adversary (Xie et al., 2024, Algorithm 2)."""
+    return SAM(Adaptive(rho, eta), ascent=bound)
+
+
+def FSAM(rho: Radius = 0.05, sigma: float = 1.0, lam: float = 0.9, ascent: Objective | None = None) -> SAM:
+    """Friendly SAM: climb what is particular to the batch (Li et al., 2024, https://arxiv.org/abs/2403.12350)."""
+    return SAM(Friendly(L2(rho), sigma, lam), ascent=ascent)
+
+
+def VaSSO(rho: Radius = 0.05, theta: float = 0.9, ascent: Objective | None = None) -> SAM:
+    """SAM along an average gradient (Li and Giannakis, 2023, https://arxiv.org/abs/2309.15639)."""
+    return SAM(Smoothed(L2(rho), theta), ascent=ascent)
+
+
+def ZSharp(rho: Radius = 0.05, keep: float = 0.05, ascent: Objective | None = None) -> SAM:
+    """SAM along the entries of the gradient that stand out (Yun, 2025, https://arxiv.org/abs/2505.02369)."""
+    return SAM(ZScore(L2(rho), keep), ascent=ascent)
+
+
+def SAMON(rho: Radius = 0.05, ascent: Objective | None = None) -> SAM:
+    """SAM-ON: perturb normalisation layers alone (Mueller et al., 2023, https://arxiv.org/abs/2306.04226).
+
+    `SAM(NormLayers(Adaptive(rho)))` is the authors' adaptive form.
+    """
+    return SAM(NormLayers(L2(rho)), ascent=ascent)
+
+
+def LESAM(sigma: Radius = 0.05, rho_max: float = 0.5, ascent: Objective | None = None) -> SAM:
+    """LE-SAM: a rise of the loss in place of a radius (Wang et al., 2026, https://arxiv.org/abs/2605.10183).
+
+    The authors' values of `sigma` and `rho_max` were not found in a public source; these are ours. They anneal sigma to
+    0 over the final epochs: `Cosine(sigma, 0.0, steps=..., begin=...)`.
+    """
+    return SAM(LossEquated(sigma, rho_max), ascent=ascent)
+
+
+def FisherSAM(rho: Radius = 0.05, keep: float = 0.1, every: int = 100, ascent: Objective | None = None) -> SAM:
+    """SAM on the weights of the largest Fisher information (Zhong et al., 2022, https://arxiv.org/abs/2210.05497)."""
+    return SAM(FisherMask(L2(rho), keep, every), ascent=ascent)
+
+
+def SSAMD(
+    rho: Radius = 0.05, keep: float = 0.5, drop: float = 0.5, every: int = 1000, ascent: Objective | None = None
+) -> SAM:
+    """Sparse SAM with a dynamic mask, SSAM-D (Mi et al., 2022, https://arxiv.org/abs/2210.05177).
+
+    `SAM(DropGrow(L2(rho), keep, drop, every, steps=...))` lets the mask settle by the end of a run, as the authors do.
+    """
+    return SAM(DropGrow(L2(rho), keep, drop, every), ascent=ascent)
+
+
+@dataclass(frozen=True)
+class MultiStepSAM(SAM):
+    """SAM that climbs in several steps, each of a share of the radius (Foret et al., 2021, section 3).
+
+    The displacement is the sum of the steps, so it is no longer than one step of plain SAM.
+
+    Args:
+        perturb: the displacement of a single step; each of the steps takes 1 / `steps` of it.
+        ascent: see `SAM`.
+        descent: see `SAM`.
+        steps: gradients that are climbed, >= 1; 1 is SAM.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: `steps` is less than 1.
+    """
+
+    steps: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        whole("steps", self.steps)
+
+    def climb(self, oracle: Oracle, batch: Batch) -> Vector:
+        """The displacement, of `steps` queries."""
+        e = super().climb(oracle, batch) * (1 / self.steps)
+        for _ in range(1, self.steps):
+            g = oracle.query(batch, self.ascent, at=e).gradient
+            e = e + self.perturb(g, oracle.within("perturb")) * (1 / self.steps)
+        return e

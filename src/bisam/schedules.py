@@ -1,0 +1,190 @@
+"""Schedules: a radius over the steps of training, where a number is not enough.
+
+    L2(Linear(0.6, 0.1, steps=10_000))                       # from 0.6 down to 0.1, and 0.1 from then on
+    L2(Warmup(0.05, steps=500))                              # from nothing up to 0.05
+    L2(Follow(optimizer, high=0.6, low=0.1))                 # as the learning rate goes: GSAM
+    LossEquated(Cosine(0.1, 0.0, steps=2_000, begin=8_000))  # constant, then to 0 in the last 2,000 steps
+
+A schedule is any callable from the number of losses computed before to a radius. Under gradient accumulation that
+counts micro-batches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from bisam.arguments import non_negative, whole
+
+Schedule = Callable[[int], float | Tensor]
+"""From a step to a value: a number, or a tensor of no dimensions."""
+
+Radius = float | Schedule
+"""A number, or a schedule."""
+
+
+def at(radius: Radius, step: int) -> float | Tensor:
+    """The value of a number or a schedule at a step."""
+    return radius(step) if callable(radius) else radius
+
+
+def check(name: str, radius: Any) -> None:
+    """Refuse what is neither a non-negative finite number nor a schedule of such.
+
+    Raises:
+        TypeError: it is neither; with the name and the value.
+        ValueError: the number, or the schedule's first value, is negative or not finite.
+    """
+    if isinstance(radius, type):
+        raise TypeError(f"{name} is the class {radius.__name__}, not an instance: write {radius.__name__}(...)")
+    if not callable(radius):
+        return non_negative(name, radius)
+    try:
+        first: Any = radius(0)
+    except TypeError as error:
+        raise TypeError(f"{name} must be a number or a schedule, step -> number, got {radius!r}") from error
+    if not isinstance(first, Tensor):  # a tensor may be on a device, which would have to be waited for
+        non_negative(f"{name} at step 0", first)
+    return None
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The same value at every step.
+
+    Args:
+        value: >= 0.
+
+    Raises:
+        ValueError: it is negative or not finite.
+    """
+
+    value: float
+
+    def __post_init__(self) -> None:
+        non_negative("value", self.value)
+
+    def __call__(self, step: int) -> float:
+        """The value."""
+        return self.value
+
+
+@dataclass(frozen=True)
+class Linear:
+    """From `start` to `end` on a straight line, and `end` from then on.
+
+    Args:
+        start: value until step `begin`, >= 0.
+        end: value from step `begin + steps` on, >= 0.
+        steps: length of the way, >= 1.
+        begin: first step of the way, >= 0.
+
+    Raises:
+        TypeError: `steps` or `begin` is no int.
+        ValueError: an argument is outside its range.
+    """
+
+    start: float
+    end: float
+    steps: int
+    begin: int = 0
+
+    def __post_init__(self) -> None:
+        non_negative("start", self.start)
+        non_negative("end", self.end)
+        whole("steps", self.steps)
+        whole("begin", self.begin, least=0)
+
+    def __call__(self, step: int) -> float:
+        """The value at a step."""
+        way = self._way(min(max((step - self.begin) / self.steps, 0.0), 1.0))
+        return self.start * (1 - way) + self.end * way
+
+    def _way(self, time: float) -> float:
+        return time
+
+
+@dataclass(frozen=True)
+class Cosine(Linear):
+    """From `start` to `end` on half a cosine, and `end` from then on; arguments as `Linear`."""
+
+    def _way(self, time: float) -> float:
+        return (1 - math.cos(math.pi * time)) / 2
+
+
+@dataclass(frozen=True)
+class Warmup:
+    """`radius`, which grows to its full size over the first `steps` steps.
+
+    Args:
+        radius: a number or a schedule.
+        steps: length of the warm-up, >= 1; the first step has 1 / `steps` of the radius, step number `steps` all of it.
+
+    Raises:
+        TypeError: `radius` is neither a number nor a schedule, or `steps` no int.
+        ValueError: an argument is outside its range.
+    """
+
+    radius: Radius
+    steps: int
+
+    def __post_init__(self) -> None:
+        check("radius", self.radius)
+        whole("steps", self.steps)
+
+    def __call__(self, step: int) -> float | Tensor:
+        """The value at a step."""
+        return at(self.radius, step) * min(1.0, (step + 1) / self.steps)
+
+
+@dataclass(frozen=True)
+class Follow:
+    """A radius that follows an optimizer's learning rate on a straight line (Zhuang et al., 2022).
+
+    radius = low + (high - low) (lr - lr_low) / (lr_high - lr_low); with `low` and `lr_low` 0 it is proportional to the
+    learning rate. Source: https://arxiv.org/abs/2203.08065, section 4.3.
+
+    Args:
+        optimizer: whose first parameter group has the learning rate; any learning-rate scheduler may drive it.
+        high: radius at `lr_high`, >= 0.
+        low: radius at `lr_low`, >= 0.
+        lr_high: the largest learning rate; by default the peak that a scheduler has noted in the group, else the
+            present one.
+        lr_low: the smallest learning rate.
+
+    Raises:
+        TypeError: `optimizer` has no parameter groups.
+        ValueError: `high` or `low` is negative, or the learning rates are the same.
+    """
+
+    optimizer: Any
+    high: float
+    low: float = 0.0
+    lr_high: float | None = None
+    lr_low: float = 0.0
+
+    def __post_init__(self) -> None:
+        non_negative("high", self.high)
+        non_negative("low", self.low)
+        if not isinstance(getattr(self.optimizer, "param_groups", None), list):
+            raise TypeError(f"optimizer must have parameter groups with a learning rate, got {self.optimizer!r}")
+        if self.lr_high is None:
+            group = self._group
+            peak = group.get("max_lr", group.get("initial_lr", group["lr"]))
+            object.__setattr__(self, "lr_high", float(peak))
+        if self.lr_high == self.lr_low:
+            raise ValueError(f"the largest and the smallest learning rate must differ, got {self.lr_high!r} for both")
+
+    def __call__(self, step: int) -> float | Tensor:
+        """The value at the present learning rate."""
+        share = (self._group["lr"] - self.lr_low) / (cast(float, self.lr_high) - self.lr_low)
+        return self.low + (self.high - self.low) * (share.detach() if isinstance(share, torch.Tensor) else share)
+
+    @property
+    def _group(self) -> dict[str, Any]:
+        return self.optimizer.param_groups[0]
