@@ -19,14 +19,17 @@ import pytest
 import torch
 from filelock import FileLock
 
-from bisam import ERM, SAM, SharpnessAware, cross_entropy, experiments
+from bisam import ERM, KSAM, RSAM, SAM, EBiSAM, SharpnessAware, cross_entropy, experiments
 from bisam.experiments import cli, data, figures, models, report, runs, studies
+from bisam.experiments.catalogue import METHODS
 from bisam.experiments.recipes import Recipe
 from bisam.experiments.runs import Run, RunError
 from bisam.experiments.train import Watch, train
 from bisam.perturbations import L2
 
 SHORT = Recipe(method="bisam_log", noise=0.4, rho=0.4, epochs=3, batch_size=256)
+SGD = replace(SHORT, method="sgd", rho=None)
+NO_RHO = {method for method, entry in METHODS.items() if entry.rho is None}
 
 
 # Recipes
@@ -37,12 +40,13 @@ def test_a_recipe_survives_its_text():
 
 
 def test_the_folder_name_depends_on_every_field_but_the_seed():
-    assert replace(SHORT, seed=7).slug == SHORT.slug
-    changed = {"method": "sam", "model": "other", "dataset": "other", "epochs": 4, "batch_size": 8}
+    one = replace(SHORT, method="abisam_tanh")  # which takes them all
+    assert replace(one, seed=7).slug == one.slug
+    changed = {"method": "abisam_log", "model": "other", "dataset": "other", "epochs": 4, "batch_size": 8}
     for field in fields(Recipe):
         if field.name != "seed":
-            other = replace(SHORT, **{field.name: changed.get(field.name, 0.25)})
-            assert other.slug != SHORT.slug, field.name
+            other = replace(one, **{field.name: changed.get(field.name, 0.25)})
+            assert other.slug != one.slug, field.name
 
 
 @pytest.mark.parametrize(
@@ -61,12 +65,57 @@ def test_the_folder_name_depends_on_every_field_but_the_seed():
         ("weight_decay", -1e-4),
         ("label_smoothing", 1.0),
         ("seed", -1),
-        ("method", "adam"),
     ],
 )
 def test_a_recipe_refuses_what_is_out_of_range(field, value):
     with pytest.raises(ValueError, match=f"{field} must be"):
         Recipe(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "adam"}, "unknown method 'adam', did you mean 'asam'"),
+        ({"method": "SAM"}, r"write a call, such as SAM\(\)"),
+        ({"method": "SAM(L2(0.1)"}, "is no expression"),
+        ({"method": "SAM(L3(0.1))"}, "unknown name 'L3'"),
+        ({"method": "SAM(L2(-1))"}, r"SAM\(L2\(-1\)\): rho must be non-negative"),
+        ({"method": "KSAM(0)"}, "k must be at least 1, got 0"),
+        ({"method": "NegLog(1).mu()"}, "neither a number nor a call"),
+        ({"method": "SAM(L2(rho))"}, "unknown name 'rho'"),
+        ({"method": "SAM(rho=0.1)"}, "unexpected keyword"),
+        ({"method": "SAM(*[1])"}, "neither a number"),
+        ({"method": "sgd", "rho": 0.1}, "rho is no setting of the method sgd"),
+        ({"method": "sam", "mu": 1.0}, "mu is no setting of the method sam: it takes rho"),
+        ({"method": "SAM(L2(0.1))", "rho": 0.1}, "written in its expression"),
+    ],
+)
+def test_a_recipe_refuses_what_is_no_method(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(**settings)
+
+
+def test_a_recipe_takes_any_nest_as_an_expression(tmp_path):
+    recipe = replace(SHORT, method="KSAM(32, RSAM(0.01, EBiSAM(0.05 + 2 * 0.1)))", rho=None, epochs=1)
+    assert recipe.build_method() == KSAM(32, RSAM(0.01, EBiSAM(0.25)))
+    assert recipe.slug.startswith("KSAM-32-RSAM-0.01-EBiSAM-0.05-2-0.1-noise-0.4-")
+    result = train(Run.under(tmp_path, recipe))
+    assert 0 < result["gradients_per_step"] < 1
+    assert result["forwards_per_step"] > 1
+
+
+def test_an_expression_knows_the_run():
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+    follow = Recipe(method="gsam", rho=0.2).build_method(optimizer=optimizer).perturb.rho
+    assert (follow.optimizer, follow.high, follow.low) == (optimizer, 0.2, 0.1)
+    assert Recipe(method="xsam").build_method(epoch=17).every == 17
+    assert Recipe(method="ae_sam").build_method(steps=510).steps == 510
+
+
+@pytest.mark.parametrize(("method", "gradients"), [("sgd", 1.0), ("sam", 2.0), ("esam", 1.5), ("looksam", 1.2)])
+def test_a_run_counts_its_gradients(tmp_path, method, gradients):
+    recipe = replace(SHORT, method=method, rho=None, epochs=5, batch_size=216)  # 5 steps an epoch, the last one smaller
+    assert train(Run.under(tmp_path, recipe))["gradients_per_step"] == pytest.approx(gradients, abs=0.02)
 
 
 def test_the_authors_flags_keep_their_own_defaults():
@@ -125,10 +174,11 @@ def weights(run: Run) -> dict:
 
 
 def same_outcome(a: Run, b: Run) -> bool:
-    skip = {"seconds_per_epoch", "finished"}
+    skip = {"seconds_per_epoch", "relative_time", "finished"}
     results = [{k: v for k, v in r.result.items() if k not in skip} for r in (a, b)]
     histories = [
-        [{k: v for k, v in row.items() if k != "seconds"} for row in r.checkpoint()["history"]] for r in (a, b)
+        [{k: v for k, v in row.items() if k not in ("seconds", "relative_time")} for row in r.checkpoint()["history"]]
+        for r in (a, b)
     ]
     ours, theirs = weights(a), weights(b)
     same = all(torch.equal(ours[k], theirs[k]) for k in ours)
@@ -315,7 +365,7 @@ class Silent:
 
 
 def test_a_study_keeps_finished_runs_reports_failures_and_goes_on(tmp_path):
-    recipes = [replace(SHORT, epochs=1, method=method) for method in ("sgd", "sam", "bisam_log")]
+    recipes = [replace(recipe, epochs=1) for recipe in (SGD, replace(SHORT, method="sam"), SHORT)]
     done, damaged, fresh = (Run.under(tmp_path, recipe) for recipe in recipes)
     kept = train(done)
     damaged.folder.mkdir(parents=True)
@@ -332,7 +382,7 @@ def test_a_study_keeps_finished_runs_reports_failures_and_goes_on(tmp_path):
 
 
 def test_a_killed_worker_costs_no_run(tmp_path):
-    recipes = [replace(SHORT, epochs=30, batch_size=64, method=method) for method in ("sgd", "sam", "bisam_log")]
+    recipes = [replace(recipe, epochs=30, batch_size=64) for recipe in (SGD, replace(SHORT, method="sam"), SHORT)]
 
     class Killer(Silent):
         def epoch(self, recipe, epoch, validation):
@@ -372,9 +422,9 @@ def test_the_digits_study_is_what_it_says():
 @pytest.fixture
 def finished(tmp_path):
     """Two recipes with known results."""
-    for method, accuracies in (("sgd", (0.60, 0.70)), ("sam", (0.90, 0.94))):
+    for recipe, accuracies in ((SGD, (0.60, 0.70)), (replace(SHORT, method="sam"), (0.90, 0.94))):
         for seed, value in enumerate(accuracies):
-            run = Run.under(tmp_path, replace(SHORT, method=method, seed=seed))
+            run = Run.under(tmp_path, replace(recipe, seed=seed))
             with run.open():
                 rows = [{"epoch": e, "validation_accuracy": value, "flipped": 10.0 * e} for e in (1, 2, 3)]
                 run.save({"history": rows}, rows)
@@ -382,7 +432,11 @@ def finished(tmp_path):
                     {
                         "test_accuracy_best": value + 0.02,
                         "test_accuracy_last": value,
+                        "validation_accuracy_best": value,
                         "seconds_per_epoch": 0.5,
+                        "relative_time": 2.0 + seed,
+                        "gradients_per_step": 1.5,
+                        "forwards_per_step": 1.0,
                         "best_epoch": 1,
                         "device": "cpu",
                     }
@@ -400,18 +454,38 @@ def test_the_summary_is_mean_and_standard_deviation_over_seeds(finished):
 
 
 def test_the_report_has_numbers_and_where_they_come_from(finished):
-    text = report.markdown("Title", list(runs.finished(finished)))
-    assert "| SAM | 40 % | 0.4 | 3 | 94.0 ± 2.8 | 92.0 ± 2.8 | 2 | 0.500 |" in text
+    text = report.markdown("Title", list(runs.finished(finished)), {"flips.png": "What flips"})
+    assert "| SAM | 40 % | 0.4 | 3 | 94.0 ± 2.8 | 92.0 ± 2.8 | 2 | 1.5 + 1 f | 2.50 ± 0.71 |" in text
+    assert "![What flips](flips.png)" in text
     assert f"torch {torch.__version__}" in text
     assert "commit " in text
 
 
-@pytest.mark.parametrize("draw", [figures.accuracy, figures.flips])
+@pytest.mark.parametrize("draw", [figures.accuracy, figures.flips, figures.time, figures.radius])
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
 def test_figures_are_written(finished, tmp_path, draw, suffix):
     path = tmp_path / f"figure{suffix}"
     figures.save(draw(list(runs.finished(finished))), path)
     assert path.read_bytes()[:4] in (b"\x89PNG", b"<?xm", b"%PDF")
+
+
+def test_many_methods_are_ranked_and_numbered(finished, tmp_path):
+    (some, *_) = [run for run in runs.finished(finished) if run.recipe.method == "sam"]
+    many = [replace(some, recipe=replace(some.recipe, method=method)) for method in METHODS if method not in NO_RHO]
+    ax, legend = figures.time(many).axes
+    numbers = {int(text.get_text()) for text in ax.texts}
+    assert numbers == set(range(1, len(many) + 1))
+    assert {METHODS[run.recipe.method].name for run in many} <= {text.get_text() for text in legend.texts}
+    labels = [text.get_text() for text in figures.accuracy(many).axes[0].get_yticklabels()]
+    assert sorted(labels) == sorted(METHODS[run.recipe.method].name for run in many)
+
+
+def test_the_methods_study_runs_every_method():
+    recipes = studies.STUDIES["methods"].recipes(None)
+    assert {recipe.method for recipe in recipes} == set(METHODS)
+    assert all(recipe.rho is not None for recipe in recipes if recipe.method not in NO_RHO)
+    trials = studies.STUDIES["methods-rho"].recipes(None)
+    assert all(any(same == recipe for same in trials) for recipe in recipes if recipe.method not in NO_RHO)
 
 
 def test_flips_are_drawn_per_epoch_and_not_for_sgd(finished):
@@ -501,7 +575,8 @@ AUTHORS = ("train", "--optim", "bisam_log", "--rho", "0.05", "--epochs", "200", 
         (("run", "digits", "--seed", "3"), "Did you mean --seeds?"),
         (("run", "digits", "--device", "tpu9"), "--device takes"),
         (("report", "digits", "--out", "nowhere"), "no finished run of digits there"),
-        (("train", "--optim", "samm"), 'Did you mean "sam"?'),
+        (("train", "--optim", "samm"), "did you mean 'sam'?"),
+        (("train", "--method", "SAM(L2(0.1)"), "is no expression"),
         (("train", "--rho", "-1"), "rho must be non-negative"),
         (("train", "extra"), "extra"),
         (("bogus",), "Available commands"),

@@ -93,11 +93,11 @@ class Oracle(ABC):
             by: the displacement.
             track: whether a query at the new centre moves running statistics, as one at the weights does.
         """
-        return _View(self, by=by, track=track)
+        return View(self, by=by, track=track)
 
     def still(self) -> Oracle:
         """The same oracle, where no query moves running statistics: they moved already."""
-        return _View(self, still=True)
+        return View(self, still=True)
 
     def within(self, part: str, step: int | None = None) -> Oracle:
         """The same oracle for a part of a method, with a state of its own: two parts never share what they remember.
@@ -107,11 +107,20 @@ class Oracle(ABC):
             step: how often the part was called before; by default as often as the whole.
         """
         self.state[part] = own = dict(self.state.get(part, {}))  # a copy: see `state`
-        return _View(self, state=own, step=step)
+        return View(self, state=own, step=step)
 
 
-class _View(Oracle):
-    """Another oracle with another centre, other statistics or another state."""
+class View(Oracle):
+    """Another oracle with another centre, other statistics or another state; as it is, to watch it in a subclass.
+
+    Args:
+        oracle: the one below.
+        by: displacement of the centre.
+        track: whether queries at a displaced centre move running statistics.
+        still: whether no query does.
+        state: what the method remembers, by default that of the oracle below.
+        step: by default that of the oracle below.
+    """
 
     def __init__(
         self,
@@ -129,22 +138,27 @@ class _View(Oracle):
 
     @property
     def weights(self) -> Vector:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """See `Oracle`."""
         return self._oracle.weights if self._by is None else self._oracle.weights + self._by
 
     @property
     def names(self) -> Sequence[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """See `Oracle`."""
         return self._oracle.names
 
     @property
     def layers(self) -> Sequence[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """See `Oracle`."""
         return self._oracle.layers
 
     @property
     def parameters(self) -> Sequence[Tensor]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """See `Oracle`."""
         return self._oracle.parameters
 
     @property
     def loss(self) -> Objective:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """See `Oracle`."""
         return self._oracle.loss
 
     def query(
@@ -156,9 +170,13 @@ class _View(Oracle):
         grad: bool = True,
         track: bool | None = None,
     ) -> Evaluation:
-        return self._oracle.query(batch, objective, at=self._seen_from(at), grad=grad, track=self._tracks(at, track))
+        """See `Oracle.query`."""
+        track, given = self._tracks(at, track), [self._seen_from(at)]
+        at = None  # given away: this frame must not keep it through the forward pass
+        return self._oracle.query(batch, objective, at=given.pop(), grad=grad, track=track)
 
     def together(self, *queries: Mapping[str, Any]) -> list[Evaluation]:
+        """See `Oracle.together`."""
         moved = [
             {**q, "at": self._seen_from(q.get("at")), "track": self._tracks(q.get("at"), q.get("track"))}
             for q in queries

@@ -13,6 +13,7 @@ from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
+from rich.text import Text
 
 from bisam import __version__
 from bisam.experiments.recipes import Recipe, Whole, unknown
@@ -56,7 +57,7 @@ def run(
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}")
     chosen = _study(study)
-    recipes = expand(chosen.recipes(epochs), seeds or chosen.seeds)
+    recipes = expand(chosen.recipes(epochs), seeds or chosen.seeds, chosen.first_seed)
     _check_device(device)
     root = out / chosen.name
     with _Display(sum(recipe.epochs for recipe in recipes), len(recipes)) as display:
@@ -71,7 +72,7 @@ def run(
             return 130
     if any(outcome.result for outcome in outcomes):
         wanted = {replace(recipe, seed=0) for recipe in recipes}
-        _report(chosen.name, chosen.title, [run for run in _finished(root) if _without_seed(run) in wanted], root)
+        _report(chosen, [run for run in _finished(root) if _without_seed(run) in wanted], root)
     failed = [outcome for outcome in outcomes if outcome.error]
     for outcome in failed:
         errors.print(f"bisam: {outcome.recipe.slug}, seed {outcome.recipe.seed} failed: {outcome.error}")
@@ -114,19 +115,44 @@ def train(
 @app.command(name="list", help_epilogue="Example:  bisam list")
 def list_studies() -> int:
     """List the studies, and the methods, data sets and models that `bisam train` takes."""
-    from typing import get_args
-
-    from bisam.experiments.recipes import MethodName
+    from bisam.experiments.catalogue import METHODS
     from bisam.experiments.studies import STUDIES
 
     table = Table("study", "what", "runs", "methods", box=None, pad_edge=False, header_style="bold")
     for study in STUDIES.values():
         recipes = study.recipes(None)
-        methods = dict.fromkeys(recipe.method for recipe in recipes)
-        table.add_row(study.name, study.title, f"{len(recipes)} x {study.seeds} seeds", ", ".join(methods))
+        methods = list(dict.fromkeys(recipe.method for recipe in recipes))
+        shown = ", ".join(methods) if len(methods) < 10 else f"{len(methods)}, see bisam methods"
+        table.add_row(study.name, study.title, f"{len(recipes)} x {study.seeds} seeds", shown)
     console.print(table)
-    methods = "|".join(get_args(MethodName))
+    methods = "|".join(METHODS)
     console.print(f"\nbisam train --method {methods} --dataset digits --model convnet", soft_wrap=True)
+    return 0
+
+
+@app.command(help_epilogue="Examples:  bisam methods   |   bisam methods --to docs/methods.md")
+def methods(*, to: Path | None = None) -> int:
+    """List the methods: how each is written, what it costs, what to set its radius to.
+
+    Args:
+        to: Markdown file to write, with the references, in place of the table on the terminal.
+    """
+    from bisam.experiments import catalogue
+
+    if to is not None:
+        write(to, catalogue.markdown())
+        console.print(f"{to}", soft_wrap=True)
+        return 0
+    wide = console.width >= 130  # else what it costs, and the rest is in the docs
+    table = Table(box=None, pad_edge=False, header_style="bold", caption=catalogue.CAPTION, caption_justify="left")
+    table.add_column("--method", no_wrap=True)
+    table.add_column("expression", overflow="fold", min_width=30)
+    for header in ("gradients", "memory", *(("state", "source", "set rho to") if wide else ())):
+        table.add_column(header, overflow="fold")
+    for key, entry in catalogue.METHODS.items():
+        more = (entry.state or "–", entry.reference or "–", entry.advice or "–") if wide else ()
+        table.add_row(key, Text(entry.written()), entry.cost, f"{entry.memory:g}", *more)
+    console.print(table)
     return 0
 
 
@@ -142,7 +168,7 @@ def report(study: str, *, out: Out = Path("runs"), to: Path | None = None) -> in
     runs, standard = _finished(out / chosen.name), set(chosen.recipes(None))
     # Shorter trials may lie beside the study; they are reported where there is nothing else.
     runs = [run for run in runs if _without_seed(run) in standard] or runs
-    _report(chosen.name, chosen.title, runs, to or out / chosen.name)
+    _report(chosen, runs, to or out / chosen.name)
     return 0
 
 
@@ -161,24 +187,24 @@ def _without_seed(run: Finished) -> Recipe:
     return replace(run.recipe, seed=0)
 
 
-def _report(name: str, title: str, runs: list[Finished], to: Path) -> None:
+def _report(study: Any, runs: list[Finished], to: Path) -> None:
     """Table on the terminal, report.md, report.csv and figures in `to`."""
     from bisam.experiments import figures, report as tables
 
     if not runs:
-        raise ValueError(f"no finished run of {name} there: run `bisam run {name}` first, or give its --out")
-    table = Table(*(Column(name, no_wrap=True) for name in tables.HEADER), title=title, caption=tables.CAPTION)
+        raise ValueError(
+            f"no finished run of {study.name} there: run `bisam run {study.name}` first, or give its --out"
+        )
+    table = Table(*(Column(name, no_wrap=True) for name in tables.HEADER), title=study.title, caption=tables.CAPTION)
     rows = tables.summary(runs)
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         table.add_row(*tables.cells(row), end_section=following is not None and following["noise"] != row["noise"])
     console.print(table)
-    write(to / "report.md", tables.markdown(title, runs))
+    drawings = {f"{name}.png": name for name in study.figures if name != "flips" or tables.perturbed(runs)}
+    write(to / "report.md", tables.markdown(study.title, runs, {f: figures.WHAT[n] for f, n in drawings.items()}))
     write(to / "report.csv", to_csv(rows))
-    drawings = {"accuracy.png": figures.accuracy}
-    if tables.perturbed(runs):
-        drawings["flips.png"] = figures.flips
-    for file, draw in drawings.items():
-        figures.save(draw(runs), to / file)
+    for file, name in drawings.items():
+        figures.save(getattr(figures, name)(runs), to / file)
     console.print(f"{to}/: {', '.join(['report.md', 'report.csv', *drawings])}", soft_wrap=True)
 
 

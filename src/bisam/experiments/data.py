@@ -10,7 +10,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from bisam.experiments.recipes import unknown
+from bisam.experiments.names import unknown
 
 _NEEDS = {
     name: f"{classes} classes of 32x32 images in {folder}, the 32x32 networks and their augmentation"

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from bisam.experiments.catalogue import FAMILIES, METHODS
 from bisam.experiments.recipes import Recipe
-from bisam.experiments.report import NAMES, grouped, perturbed
+from bisam.experiments.report import grouped, perturbed, title
 from bisam.experiments.runs import Finished, write
 
 COLOURS = {
@@ -23,10 +25,31 @@ COLOURS = {
     "abisam_log": "#D55E00",
     "abisam_tanh": "#CC79A7",
 }
+FAMILY_COLOURS = {
+    "plain": "#000000",
+    "adversary": "#0072B2",
+    "geometry": "#E69F00",
+    "combining": "#009E73",
+    "saving": "#CC79A7",
+    "around": "#D55E00",
+}
+_MANY = 10
+
+
+def _family_colour(recipe: Recipe) -> str:
+    return FAMILY_COLOURS[METHODS[recipe.method].family] if recipe.method in METHODS else "#666666"
+
+
+def _colour(recipe: Recipe) -> str:
+    if recipe.method in COLOURS:
+        return COLOURS[recipe.method]
+    return _family_colour(recipe)
 
 
 def accuracy(runs: Sequence[Finished]) -> Figure:
     """Test accuracy by method, one panel for each label noise: with the best-validation and with the last weights."""
+    if len({recipe.method for recipe in grouped(runs)}) > _MANY:
+        return _ranking(runs)
     groups = grouped(runs)
     noises = sorted({recipe.noise for recipe in groups})
     figure, axes = _panels(len(noises))
@@ -41,7 +64,7 @@ def accuracy(runs: Sequence[Finished]) -> Figure:
                     0.38,
                     yerr=np.std(values, ddof=1) if len(values) > 1 else None,
                     capsize=3,
-                    color=COLOURS[recipe.method],
+                    color=_colour(recipe),
                     alpha=1.0 if when == "best" else 0.55,
                     hatch=None if when == "best" else "//",
                     edgecolor="white",
@@ -49,7 +72,7 @@ def accuracy(runs: Sequence[Finished]) -> Figure:
                     zorder=2,
                 )
                 ax.plot(np.full(len(values), i + shift), values, ".", color="#333333", markersize=4, zorder=3)
-        ax.set_xticks(range(len(shown)), [NAMES[recipe.method].replace(" ", "\n") for recipe, _ in shown])
+        ax.set_xticks(range(len(shown)), [title(recipe.method).replace(" ", "\n") for recipe, _ in shown])
         lowest = min(100 * run.result[f"test_accuracy_{w}"] for _, g in shown for run in g for w in ("best", "last"))
         ax.set_ylim(max(0.0, 5 * np.floor((lowest - 3) / 5)), 100)
         ax.set_title(f"label noise {100 * noise:g} %")
@@ -61,6 +84,105 @@ def accuracy(runs: Sequence[Finished]) -> Figure:
     figure.supylabel("test accuracy (%)", fontsize="medium")
     figure.suptitle(f"Test accuracy, mean and standard deviation of {_range(n)} seeds (the axes do not start at 0)")
     return figure
+
+
+def _ranking(runs: Sequence[Finished]) -> Figure:
+    """Methods from the best to the worst, as dots: for more of them than bars can show."""
+    groups = sorted(grouped(runs).items(), key=lambda item: np.mean(_accuracies(item[1], "last")))
+    figure = Figure(figsize=(7.6, 0.24 * len(groups) + 1.4), layout="constrained")
+    ax = figure.subplots()
+    for i, (recipe, group) in enumerate(groups):
+        for when, marker in (("best", "o"), ("last", "D")):
+            values = _accuracies(group, when)
+            filled = _family_colour(recipe) if when == "last" else "white"
+            style: dict[str, Any] = {"color": _family_colour(recipe), "mfc": filled, "ms": 5, "capsize": 2, "lw": 1}
+            shift = 0.12 if when == "best" else -0.12
+            ax.errorbar(np.mean(values), i + shift, xerr=_std(values), fmt=marker, **style)
+    ax.set_yticks(range(len(groups)), [_label(recipe) for recipe, _ in groups], fontsize=8)
+    ax.set_ylim(-0.7, len(groups) - 0.3)
+    ax.set_xlabel("test accuracy (%)")
+    ax.grid(alpha=0.3)
+    ax.plot([], [], "D", color="#444444", ms=5, label="last epoch")
+    ax.plot([], [], "o", color="#444444", mfc="white", ms=5, label="best validation epoch")
+    ax.legend(loc="lower right", fontsize=8)
+    ax.set_title(f"{_noise(groups)}, mean and standard deviation of {_seeds(groups)} seeds", fontsize=10)
+    return figure
+
+
+def time(runs: Sequence[Finished]) -> Figure:
+    """Accuracy against the time of a step: what each method gives for what it costs."""
+    groups = sorted(grouped(runs).items(), key=lambda item: np.mean(_times(item[1])))
+    figure = Figure(figsize=(11.5, 7.2), layout="constrained")
+    ax, legend = figure.subplots(1, 2, width_ratios=(3.3, 1))
+    drawn = list[tuple[float, float]]()
+    for number, (recipe, group) in enumerate(groups, 1):
+        colour, times, values = _family_colour(recipe), _times(group), _accuracies(group, "last")
+        x, y = float(np.mean(times)), float(np.mean(values))
+        drawn.append((x, y))
+        ax.errorbar(x, y, _std(values), _std(times), fmt="o", color=colour, ms=4, lw=0.8, alpha=0.45, zorder=2)
+        ax.plot(x, y, "o", color=colour, ms=4, zorder=3)
+        legend.text(0.0, -number, f"{number}", color=colour, fontsize=8.5, weight="bold", ha="right")
+        legend.text(0.06, -number, _label(recipe), fontsize=8.5)
+    ax.set_xlabel("time of a step, relative to plain training")
+    ax.set_ylabel("test accuracy with the last weights (%)")
+    ax.grid(alpha=0.3)
+    for number, ((x, y), (recipe, _)) in enumerate(zip(_apart(ax, drawn), groups, strict=True), 1):
+        ax.annotate(
+            f"{number}",
+            drawn[number - 1],
+            (x, y),
+            color=_family_colour(recipe),
+            fontsize=9,
+            weight="bold",
+            ha="center",
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": "#999999", "lw": 0.5},
+            zorder=4,
+        )
+    for family, colour in FAMILY_COLOURS.items():
+        ax.plot([], [], "o", color=colour, label=FAMILIES[family])
+    ax.legend(loc="lower right", fontsize=8.5)
+    legend.set_xlim(-0.1, 1)
+    legend.set_ylim(-len(groups) - 0.5, 0)
+    legend.axis("off")
+    figure.suptitle(f"Accuracy against time, {_noise(groups)}, mean and standard deviation of {_seeds(groups)} seeds")
+    return figure
+
+
+def radius(runs: Sequence[Finished]) -> Figure:
+    """Validation accuracy against the radius, a small panel for each method."""
+    groups = grouped(perturbed(runs))
+    methods = list(dict.fromkeys(recipe.method for recipe in groups))
+    columns = min(6, len(methods))
+    rows = -(-len(methods) // columns)
+    figure = Figure(figsize=(2.1 * columns, 1.6 * rows + 0.6), layout="constrained")
+    axes = figure.subplots(rows, columns, sharey=True, squeeze=False).flat
+    for ax, method in zip(axes, methods, strict=False):
+        shown = [(r, [100 * run.result["validation_accuracy_best"] for run in g]) for r, g in groups.items()]
+        shown = [(r, values) for r, values in shown if r.method == method]
+        rhos = [METHODS[method].rho if r.rho is None and method in METHODS else r.rho for r, _ in shown]
+        means, spreads = [np.mean(values) for _, values in shown], [_std(values) or 0 for _, values in shown]
+        ax.errorbar(rhos, means, spreads, fmt="o-", color=_family_colour(shown[0][0]), ms=3, lw=1, capsize=2)
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(rhos, [f"{rho:g}" for rho in rhos], fontsize=7)
+        ax.minorticks_off()
+        ax.set_title(title(method), fontsize=8)
+        ax.grid(alpha=0.3)
+    for ax in list(axes)[len(methods) :]:
+        ax.axis("off")
+    figure.supxlabel("rho, or what stands in its place", fontsize=9)
+    figure.supylabel("best validation accuracy (%)", fontsize=9)
+    figure.suptitle(f"The radius, {_noise(groups.items())}, {_seeds(groups.items())} seeds", fontsize=10)
+    return figure
+
+
+WHAT = {
+    "accuracy": "Test accuracy by method",
+    "flips": "Training samples that the perturbation flips",
+    "time": "Test accuracy against the time of a step",
+    "radius": "Validation accuracy against the radius",
+}
+"""What the figures show, by the names of the functions here."""
 
 
 def flips(runs: Sequence[Finished]) -> Figure:
@@ -91,6 +213,54 @@ def save(figure: Figure, path: Path) -> None:
     write(path, buffer.getvalue())
 
 
+_Groups = Iterable[tuple[Recipe, Sequence[Finished]]]
+
+
+def _accuracies(group: Iterable[Finished], when: str) -> list[float]:
+    return [100 * run.result[f"test_accuracy_{when}"] for run in group]
+
+
+def _times(group: Iterable[Finished]) -> list[float]:
+    return [run.result["relative_time"] for run in group]
+
+
+def _std(values: Sequence[float]) -> float | None:
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def _noise(groups: _Groups) -> str:
+    noises = sorted({recipe.noise for recipe, _ in groups})
+    return f"label noise {' and '.join(f'{100 * noise:g}' for noise in noises)} %"
+
+
+def _seeds(groups: _Groups) -> str:
+    return _range(sorted({len(group) for _, group in groups}))
+
+
+def _label(recipe: Recipe) -> str:
+    """The method; SGD with its epochs, of which it may have more than the others."""
+    return f"{title(recipe.method)}, {recipe.epochs} epochs" if recipe.method == "sgd" else title(recipe.method)
+
+
+def _apart(ax: Axes, points: Sequence[tuple[float, float]]) -> np.ndarray:
+    """Places for labels near the points, in the axes' units: each pushes the others and the points away."""
+    ax.autoscale_view()
+    (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
+    size = np.array([right - left, top - bottom])
+    anchors = (np.array(points) - [left, bottom]) / size
+    random = np.random.default_rng(0)
+    places = anchors + random.normal(0, 0.004, anchors.shape) + [0, 0.02]
+    for _ in range(300):
+        push = np.zeros_like(places)
+        for others, reach in ((places, 0.036), (anchors, 0.026)):
+            gap = places[:, None] - others[None]
+            distance = np.linalg.norm(gap * [1.25, 1.0], axis=-1)  # the axes are wider than high
+            near = (distance < reach) & (distance > 0)
+            push += (gap / np.maximum(distance, 1e-6)[..., None] * ((reach - distance) * near)[..., None]).sum(1)
+        places = np.clip(places + 0.5 * push - 0.02 * (places - anchors), 0.012, 0.985)
+    return places * size + [left, bottom]
+
+
 def _panels(count: int) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(5.2 * count + 0.8, 4.4), layout="constrained")
     return figure, list(figure.subplots(1, count, squeeze=False)[0])
@@ -98,10 +268,10 @@ def _panels(count: int) -> tuple[Figure, list[Axes]]:
 
 def _band(ax: Axes, recipe: Recipe, values: np.ndarray) -> None:
     epochs, centre = np.arange(1, values.shape[1] + 1), values.mean(0)
-    ax.plot(epochs, centre, color=COLOURS[recipe.method], label=NAMES[recipe.method])
+    ax.plot(epochs, centre, color=_colour(recipe), label=title(recipe.method))
     if len(values) > 1:
         spread = values.std(0, ddof=1)
-        ax.fill_between(epochs, centre - spread, centre + spread, color=COLOURS[recipe.method], alpha=0.18, linewidth=0)
+        ax.fill_between(epochs, centre - spread, centre + spread, color=_colour(recipe), alpha=0.18, linewidth=0)
 
 
 def _range(n: list[int]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from bisam.experiments.recipes import unknown
+from bisam.experiments.names import unknown
 
 
 def build(name: str, classes: int) -> nn.Module:

@@ -11,22 +11,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from difflib import get_close_matches
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any
 
 from cyclopts import Parameter, Token
 
-from bisam import ASAM, ERM, SAM, ABiSAM, BiSAM, NegLog, Tanh
 from bisam.arguments import non_negative, positive
+from bisam.experiments.catalogue import METHODS
+from bisam.experiments.expressions import VOCABULARY, build, check
+from bisam.experiments.names import unknown
 from bisam.methods import Method
-from bisam.perturbations import L2
-
-MethodName = Literal["sgd", "sam", "bisam_log", "bisam_tanh", "asam", "abisam_log", "abisam_tanh"]
-
-DEFAULT_RHO: dict[str, float] = {"asam": 2.0, "abisam_log": 2.0, "abisam_tanh": 2.0}
-"""Where it is not SAM's 0.05: the adaptive neighbourhood, here of all parameters, is in units of the weights."""
 
 
 def whole(type_: Any, tokens: Sequence[Token]) -> int:
@@ -57,18 +53,18 @@ class Recipe:
     """Data set: digits (scikit-learn's 1,797 images, no download)."""
     model: str = "convnet"
     """Network: convnet (three Conv-BN layers, for 8x8 images)."""
-    method: Annotated[MethodName, Parameter(alias="--optim")] = "bisam_log"
-    """How the gradient is computed."""
+    method: Annotated[str, Parameter(alias="--optim")] = "bisam_log"
+    """How the gradient is computed: a name from `bisam methods`, or an expression such as "KSAM(32, BiSAM(0.1))"."""
     noise: float = 0.0
     """Share of the training labels that are replaced by another class, in [0, 1)."""
     rho: float | None = None
-    """Radius of the neighbourhood; by default 0.05, or 2 for the adaptive methods."""
+    """Radius of the neighbourhood; its default depends on the method, see `bisam methods`."""
     mu: float | None = None
     """Sharpness of BiSAM's soft maximum; by default 1 for -log and 10 for tanh."""
     alpha: float | None = None
     """Slope of the tanh bound; by default 0.1."""
-    eta: float = 0.0
-    """Added to |w| in the adaptive methods."""
+    eta: float | None = None
+    """Added to |w| in the adaptive methods; by default 0."""
     epochs: Whole = 30
     """Passes over the training data (the digits study gives SGD twice as many)."""
     batch_size: Whole = 64
@@ -90,35 +86,53 @@ class Recipe:
         for name in ("noise", "momentum", "label_smoothing"):
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
         ranges = {non_negative: ("rho", "eta", "weight_decay"), positive: ("learning_rate", "mu", "alpha")}
-        for check, names in ranges.items():
+        for in_range, names in ranges.items():
             for name in names:
                 if (value := getattr(self, name)) is not None:
-                    check(name, value)
+                    in_range(name, value)
         _require(self.seed >= 0, "seed", self.seed, "non-negative")
-        names = get_args(MethodName)
-        _require(self.method in names, "method", self.method, f"one of {', '.join(names)}")
+        self._check_method()
 
-    def build_method(self) -> Method:
-        """The library's method that the fields describe."""
-        rho = DEFAULT_RHO.get(self.method, 0.05) if self.rho is None else self.rho
-        log = NegLog(1.0 if self.mu is None else self.mu)
-        tanh = Tanh(10.0 if self.mu is None else self.mu, 0.1 if self.alpha is None else self.alpha)
-        methods: dict[str, Method] = {
-            "sgd": ERM(),
-            "sam": SAM(L2(rho)),
-            "bisam_log": BiSAM(rho, log),
-            "bisam_tanh": BiSAM(rho, tanh),
-            "asam": ASAM(rho, self.eta),
-            "abisam_log": ABiSAM(rho, log, self.eta),
-            "abisam_tanh": ABiSAM(rho, tanh, self.eta),
-        }
-        return methods[self.method]
+    def _check_method(self) -> None:
+        if "(" in self.method:
+            takes = set[str]()
+            check(self.method)
+        elif self.method in METHODS:
+            takes = METHODS[self.method].settings
+        elif self.method in VOCABULARY:
+            raise ValueError(f"method {self.method!r} is no expression: write a call, such as {self.method}()")
+        else:
+            raise unknown("method", self.method, METHODS)
+        given = {name for name in ("rho", "eta", "mu", "alpha") if getattr(self, name) is not None}
+        if idle := sorted(given - takes):
+            has = f"it takes {', '.join(sorted(takes))}" if takes else "what it takes is written in its expression"
+            raise ValueError(f"{idle[0]} is no setting of the method {self.method}: {has}")
+
+    @property
+    def expression(self) -> str:
+        """The method as an expression of the library."""
+        if self.method not in METHODS:
+            return self.method
+        return METHODS[self.method].written(rho=self.rho, eta=self.eta, mu=self.mu, alpha=self.alpha)
+
+    def build_method(self, **names: Any) -> Method:
+        """The library's method that the fields describe.
+
+        Args:
+            **names: what its expression may speak of: `optimizer`, `steps` of the run, steps of an `epoch`, training
+                `examples`.
+
+        Raises:
+            ValueError: the expression does not describe one.
+        """
+        return build(self.expression, **names)
 
     @property
     def slug(self) -> str:
         """Name of the recipe's folder: what people look for, then a fingerprint of everything but the seed."""
         text = json.dumps(asdict(replace(self, seed=0)), sort_keys=True)
-        return f"{self.method}-noise-{self.noise:g}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+        method = re.sub(r"[^A-Za-z0-9_.]+", "-", self.method).strip("-")[:60]
+        return f"{method}-noise-{self.noise:g}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
     def to_dict(self) -> dict[str, Any]:
         """Fields and values, for `recipe.json`."""
@@ -139,14 +153,6 @@ class Recipe:
             ]
             raise ValueError(f"{'; '.join(wrong)}: not a recipe, or one of another version")
         return cls(**values)
-
-
-def unknown(kind: str, name: str, known: Iterable[str]) -> ValueError:
-    """The error for a name that is none of `known`, with the nearest of them."""
-    names = list(known)
-    near = get_close_matches(name, names, 1)
-    hint = f", did you mean {near[0]!r}?" if near else "."
-    return ValueError(f"unknown {kind} {name!r}{hint} There is: {', '.join(names)}")
 
 
 def _require(fits: bool, name: str, value: object, range_: str) -> None:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from statistics import mean, median, stdev
 from typing import Any
 
+from bisam.experiments.catalogue import METHODS
 from bisam.experiments.recipes import Recipe
 from bisam.experiments.runs import Finished
 
-NAMES = {
-    "sgd": "SGD",
-    "sam": "SAM",
-    "bisam_log": "BiSAM (-log)",
-    "bisam_tanh": "BiSAM (tanh)",
-    "asam": "ASAM",
-    "abisam_log": "A-BiSAM (-log)",
-    "abisam_tanh": "A-BiSAM (tanh)",
-}
+
+def title(method: str) -> str:
+    """A method as people write it: its name, or the expression."""
+    return METHODS[method].name if method in METHODS else method
 
 
 def grouped(runs: Iterable[Finished]) -> dict[Recipe, list[Finished]]:
@@ -26,8 +22,8 @@ def grouped(runs: Iterable[Finished]) -> dict[Recipe, list[Finished]]:
     groups: dict[Recipe, list[Finished]] = {}
     for run in runs:
         groups.setdefault(replace(run.recipe, seed=0), []).append(run)
-    order = list(NAMES)
-    keys = sorted(groups, key=lambda r: (r.noise, order.index(r.method), r.epochs, r.slug))
+    order = {name: i for i, name in enumerate(METHODS)}
+    keys = sorted(groups, key=lambda r: (r.noise, order.get(r.method, len(order)), r.epochs, r.rho or 0, r.slug))
     return {key: sorted(groups[key], key=lambda run: run.recipe.seed) for key in keys}
 
 
@@ -36,45 +32,58 @@ def summary(runs: Iterable[Finished]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for recipe, group in grouped(runs).items():
         row: dict[str, Any] = {
-            "method": NAMES[recipe.method],
+            "method": title(recipe.method),
             "noise": recipe.noise,
-            "rho": "" if recipe.method == "sgd" else recipe.rho,
+            "rho": "" if recipe.rho is None else recipe.rho,
             "epochs": recipe.epochs,
         }
-        for when in ("best", "last"):
-            values = [run.result[f"test_accuracy_{when}"] for run in group]
-            row[f"test_accuracy_{when}_mean"] = mean(values)
-            row[f"test_accuracy_{when}_std"] = stdev(values) if len(values) > 1 else float("nan")
+        for key in ("test_accuracy_best", "test_accuracy_last", "validation_accuracy_best", "relative_time"):
+            values = [run.result[key] for run in group]
+            row[f"{key}_mean"] = mean(values)
+            row[f"{key}_std"] = stdev(values) if len(values) > 1 else float("nan")
         row["n"] = len(group)
+        row["gradients_per_step"] = mean(run.result["gradients_per_step"] for run in group)
+        row["forwards_per_step"] = mean(run.result["forwards_per_step"] for run in group)
         row["seconds_per_epoch"] = median(run.result["seconds_per_epoch"] for run in group)
         row["recipe"] = recipe.slug
         rows.append(row)
     return rows
 
 
-HEADER = ("method", "noise", "rho", "epochs", "best val.", "last", "n", "s/epoch")
+HEADER = ("method", "noise", "rho", "epochs", "best val.", "last", "n", "gradients", "time")
 CAPTION = (
     "Test accuracy in per cent, mean ± standard deviation over n seeds, with the weights of the epoch of best "
     "validation accuracy and with the last ones. The test set was looked at once, at the end of each run. Noise is on "
-    "the training labels only. Seeds vary the initial weights, the noise and the order of the batches, not the split."
+    "the training labels only. Seeds vary the initial weights, the noise and the order of the batches, not the split. "
+    "Gradients: batch gradients per step, and forward passes besides, as counted. Time: of an epoch, relative to plain "
+    "training that was measured between the epochs of the same run."
 )
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
     """A row of `summary` as text, accuracies in per cent."""
+    forwards = f" + {row['forwards_per_step']:.2g} f" if row["forwards_per_step"] else ""
     return (
         row["method"],
         f"{100 * row['noise']:g} %",
         f"{row['rho']}" or "–",
         f"{row['epochs']}",
-        *(_accuracy(row, when) for when in ("best", "last")),
+        _spread(row, "test_accuracy_best", 100),
+        _spread(row, "test_accuracy_last", 100),
         f"{row['n']}",
-        f"{row['seconds_per_epoch']:.3f}",
+        f"{row['gradients_per_step']:.3g}{forwards}",
+        _spread(row, "relative_time", 1),
     )
 
 
-def markdown(title: str, runs: Sequence[Finished]) -> str:
-    """The whole report as Markdown."""
+def markdown(title: str, runs: Sequence[Finished], pictures: Mapping[str, str]) -> str:
+    """The whole report as Markdown.
+
+    Args:
+        title: of the study.
+        runs: what it is about.
+        pictures: files beside the report, and what they show.
+    """
     rows = [cells(row) for row in summary(runs)]
     lines = [
         f"# {title}",
@@ -85,9 +94,7 @@ def markdown(title: str, runs: Sequence[Finished]) -> str:
         f"|{'---|' * len(HEADER)}",
         *(f"| {' | '.join(row)} |" for row in rows),
         "",
-        "![Test accuracy by method and label noise](accuracy.png)",
-        "",
-        *(["![Training samples that the perturbation flips](flips.png)", ""] if perturbed(runs) else []),
+        *(line for file, what in pictures.items() for line in (f"![{what}]({file})", "")),
         *provenance(runs),
     ]
     return "\n".join(lines) + "\n"
@@ -107,6 +114,7 @@ def provenance(runs: Sequence[Finished]) -> list[str]:
     return [f"Made {when} on {', '.join(f'{k} {v}' for k, v in zip(keys, env, strict=True))}." for env in made]
 
 
-def _accuracy(row: dict[str, Any], when: str) -> str:
-    centre, spread = 100 * row[f"test_accuracy_{when}_mean"], 100 * row[f"test_accuracy_{when}_std"]
-    return f"{centre:.1f}" if spread != spread else f"{centre:.1f} ± {spread:.1f}"
+def _spread(row: dict[str, Any], key: str, unit: float) -> str:
+    centre, spread = unit * row[f"{key}_mean"], unit * row[f"{key}_std"]
+    digits = 1 if unit == 100 else 2
+    return f"{centre:.{digits}f}" if spread != spread else f"{centre:.{digits}f} ± {spread:.{digits}f}"

@@ -177,7 +177,17 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return values
 
 
-_RESULT = ("test_accuracy_best", "test_accuracy_last", "best_epoch", "seconds_per_epoch", "finished")
+_RESULT = (
+    "test_accuracy_best",
+    "test_accuracy_last",
+    "validation_accuracy_best",
+    "best_epoch",
+    "seconds_per_epoch",
+    "relative_time",
+    "gradients_per_step",
+    "forwards_per_step",
+    "finished",
+)
 
 
 def _read_result(folder: Path) -> dict[str, Any] | None:

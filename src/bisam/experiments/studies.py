@@ -23,7 +23,8 @@ from typing import Any, Protocol
 
 import torch
 
-from bisam.experiments.recipes import MethodName, Recipe
+from bisam.experiments.catalogue import METHODS
+from bisam.experiments.recipes import Recipe
 from bisam.experiments.runs import Run, RunError
 from bisam.experiments.train import train
 
@@ -37,6 +38,9 @@ class Study:
     recipes: Callable[[int | None], list[Recipe]]
     """From a number of epochs (None: the study's own) to its recipes, in the order of the table."""
     seeds: int
+    figures: tuple[str, ...] = ("accuracy", "flips")
+    """Names of functions in `figures`."""
+    first_seed: int = 0
 
 
 def _digits(epochs: int | None) -> list[Recipe]:
@@ -46,7 +50,7 @@ def _digits(epochs: int | None) -> list[Recipe]:
     from {0.1, 0.2, 0.4, 0.8}, ASAM's from {1, 2, 4, 8}. Both BiSAMs take SAM's, as in the paper.
     """
     each = epochs or 30
-    rhos: dict[MethodName, float | None] = {"sgd": None, "sam": 0.4, "bisam_log": 0.4, "bisam_tanh": 0.4, "asam": 4.0}
+    rhos: dict[str, float | None] = {"sgd": None, "sam": 0.4, "bisam_log": 0.4, "bisam_tanh": 0.4, "asam": 4.0}
     return [
         Recipe(method=method, noise=noise, rho=rho, epochs=2 * each if method == "sgd" else each)
         for noise in (0.0, 0.4)
@@ -54,8 +58,51 @@ def _digits(epochs: int | None) -> list[Recipe]:
     ]
 
 
+_GRID = (0.1, 0.2, 0.4, 0.8)
+_GRIDS: dict[str, tuple[float, ...]] = {
+    **dict.fromkeys(("asam", "abisam_log", "abisam_tanh"), (1.0, 2.0, 4.0, 8.0)),
+    **dict.fromkeys(("sam_on", "fisher_sam"), (0.2, 0.4, 0.8, 1.6)),
+    **dict.fromkeys(("le_sam", "wsam"), (0.05, 0.1, 0.2, 0.4)),
+    "momentum_sam": (0.3, 0.6, 1.2, 2.4),
+    "bsam": (0.02, 0.05, 0.1, 0.2),
+}
+"""The radii that are tried, where they are not `_GRID`: four for each method."""
+
+_RHOS: dict[str, float] = {}
+"""What `bisam run methods-rho` finds: the radius with the best validation accuracy."""
+
+
+def _one(method: str, rho: float | None, epochs: int) -> Recipe:
+    recipe = Recipe(method=method, noise=0.4, rho=rho, epochs=epochs)
+    # bSAM brings its own momentum and its own prior.
+    return replace(recipe, momentum=0.0, weight_decay=0.0) if method == "bsam" else recipe
+
+
+def _methods(epochs: int | None) -> list[Recipe]:
+    """Every method, with the radius that `_methods_rho` chose for it, and SGD also with twice the epochs."""
+    each = epochs or 30
+    return [_one("sgd", None, 2 * each)] + [_one(method, _RHOS.get(method), each) for method in METHODS]
+
+
+def _methods_rho(epochs: int | None) -> list[Recipe]:
+    """Every method with four radii; to choose by validation accuracy, on other seeds than those of the comparison."""
+    grids = {method: _GRIDS.get(method, _GRID) for method, entry in METHODS.items() if entry.rho is not None}
+    return [_one(method, rho, epochs or 30) for method, grid in grids.items() for rho in grid]
+
+
 STUDIES = {
     "digits": Study("digits", "scikit-learn's digits, with and without label noise", _digits, seeds=5),
+    "methods": Study(
+        "methods", "Every method on digits with 40 % label noise", _methods, seeds=5, figures=("time", "accuracy")
+    ),
+    "methods-rho": Study(
+        "methods-rho",
+        "The radius of every method, by validation accuracy",
+        _methods_rho,
+        3,
+        ("radius",),
+        first_seed=100,
+    ),
 }
 
 
@@ -80,9 +127,9 @@ class Outcome:
     error: str | None = None
 
 
-def expand(recipes: Sequence[Recipe], seeds: int) -> list[Recipe]:
+def expand(recipes: Sequence[Recipe], seeds: int, first: int = 0) -> list[Recipe]:
     """Recipes times seeds, all recipes of one seed before the next, so that an early look compares like with like."""
-    return [replace(recipe, seed=seed) for seed in range(seeds) for recipe in recipes]
+    return [replace(recipe, seed=seed) for seed in range(first, first + seeds) for recipe in recipes]
 
 
 def run_all(recipes: Sequence[Recipe], root: Path, workers: int, device: str, progress: Progress) -> list[Outcome]:

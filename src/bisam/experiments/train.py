@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
-from collections.abc import Callable
-from statistics import median
+from collections import Counter
+from collections.abc import Callable, Mapping
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -16,12 +18,15 @@ from lightning_fabric import Fabric
 from lightning_fabric.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
-from bisam import Evaluation, Oracle, SharpnessAware
-from bisam.evaluation import Batch
+from bisam import ERM, Evaluation, Oracle, SharpnessAware, Vector
+from bisam.evaluation import Batch, size
 from bisam.experiments import data, models
 from bisam.experiments.data import Split
+from bisam.experiments.recipes import Recipe
 from bisam.experiments.runs import Row, Run, damaged
 from bisam.methods import Method
+from bisam.objectives import Objective
+from bisam.oracle import View
 
 OnEpoch = Callable[[Row], None]
 
@@ -52,7 +57,11 @@ def train(run: Run, device: str = "cpu", on_epoch: OnEpoch | None = None) -> dic
             model.parameters(), recipe.learning_rate, momentum=recipe.momentum, weight_decay=recipe.weight_decay
         )
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.epochs)
-        watch = Watch(recipe.build_method())
+        epoch_steps = -(-len(training) // recipe.batch_size)
+        method = recipe.build_method(
+            optimizer=optimizer, steps=epoch_steps * recipe.epochs, epoch=epoch_steps, examples=len(training)
+        )
+        watch, pace = Watch(method), Pace(fabric, model, training, recipe)
         sharp = SharpnessAware(model, watch, loss=_descent_loss(recipe.label_smoothing, splits.classes))
         sharp, optimizer = fabric.setup(sharp, optimizer)
 
@@ -73,6 +82,7 @@ def train(run: Run, device: str = "cpu", on_epoch: OnEpoch | None = None) -> dic
             torch.manual_seed(recipe.seed * 1_000_003 + epoch)
             row: Row = {"epoch": epoch, "learning_rate": float(scheduler.get_last_lr()[0])}
             row |= train_epoch(fabric, sharp, watch, optimizer, training, recipe.batch_size)
+            row["relative_time"] = row["seconds"] / (epoch_steps * pace.seconds())
             scheduler.step()
             row["validation_accuracy"] = accuracy(model, validation)
             if row["validation_accuracy"] > best["accuracy"]:
@@ -104,6 +114,9 @@ def train(run: Run, device: str = "cpu", on_epoch: OnEpoch | None = None) -> dic
                 "validation_accuracy_best": best["accuracy"],
                 "best_epoch": best["epoch"],
                 "seconds_per_epoch": median(r["seconds"] for r in history),
+                "relative_time": median(r["relative_time"] for r in history),
+                "gradients_per_step": fmean(r["gradients"] for r in history),
+                "forwards_per_step": fmean(r["forwards"] for r in history),
                 "device": str(fabric.device),
             }
         )
@@ -114,6 +127,7 @@ def train_epoch(fabric: Fabric, sharp: Any, watch: Watch, optimizer: Any, split:
     sharp.train()
     start = time.perf_counter()
     losses, correct, flipped = (torch.zeros((), device=fabric.device) for _ in range(3))
+    watch.counts.clear()
     for x, y in split.batches(batch_size, shuffle=True):
         loss = sharp(x, y)
         fabric.backward(loss)
@@ -124,12 +138,17 @@ def train_epoch(fabric: Fabric, sharp: Any, watch: Watch, optimizer: Any, split:
         right = clean.outputs.argmax(1) == y
         losses += clean.value * len(y)
         correct += right.sum()
-        flipped += (right & (watch.outputs.argmax(1) != y)).sum()
+        if len(watch.outputs) == len(y):
+            flipped += (right & (watch.outputs.argmax(1) != y)).sum()
+        else:
+            flipped += float("nan")  # the method descended on a part of the batch
     n = len(split)
     return {
         "train_loss": losses.item() / n,
         "train_accuracy": correct.item() / n,
         "flipped": flipped.item(),
+        "gradients": watch.counts[True] / n,
+        "forwards": watch.counts[False] / n,
         "seconds": time.perf_counter() - start,
     }
 
@@ -144,17 +163,65 @@ def accuracy(model: nn.Module, split: Split) -> float:
 
 
 class Watch:
-    """A method, and what the model answered where it took the last descent gradient (figure 2 of the BiSAM paper)."""
+    """A method, what it costs, and what the model answered where it took the last descent gradient."""
 
     def __init__(self, method: Method) -> None:
         self.method = method
         self.outputs = torch.empty(0)
+        self.counts = Counter[bool]()
+        """Examples in queries with and without gradient."""
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
         """As the method, with one look at its answer."""
-        answer = self.method(oracle, batch)
+        answer = self.method(_Counted(oracle, self.counts), batch)
         self.outputs = answer.outputs
         return answer
+
+
+class _Counted(View):
+    def __init__(self, oracle: Oracle, counts: Counter[bool]) -> None:
+        super().__init__(oracle)
+        self._counts = counts
+
+    def query(
+        self,
+        batch: Batch,
+        objective: Objective | None = None,
+        *,
+        at: Vector | None = None,
+        grad: bool = True,
+        track: bool | None = None,
+    ) -> Evaluation:
+        self._counts[grad] += size(batch) or 1
+        given, at = [at], None  # not held through the forward pass, see Oracle.query
+        return super().query(batch, objective, at=given.pop(), grad=grad, track=track)
+
+    def together(self, *queries: Mapping[str, Any]) -> list[Evaluation]:
+        for query in queries:
+            self._counts[query.get("grad", True)] += size(query["batch"]) or 1
+        return super().together(*queries)
+
+
+class Pace:
+    """Plain training beside the run, on a copy of its model: of noisy times, a ratio of neighbours is the least so."""
+
+    def __init__(self, fabric: Fabric, model: nn.Module, split: Split, recipe: Recipe) -> None:
+        copied = copy.deepcopy(model)
+        self._watch, self._fabric, self._batch_size = Watch(ERM()), fabric, recipe.batch_size
+        self._split = Split(*(part[: _PACE * recipe.batch_size] for part in (split.images, split.labels)))
+        loss = SharpnessAware(copied, self._watch, nn.CrossEntropyLoss(reduction="none"))
+        optimizer = torch.optim.SGD(copied.parameters(), recipe.learning_rate, momentum=0.9, weight_decay=5e-4)
+        self._sharp, self._optimizer = fabric.setup(loss, optimizer)
+
+    def seconds(self) -> float:
+        """Seconds per step, now."""
+        device = self._fabric.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            row = train_epoch(self._fabric, self._sharp, self._watch, self._optimizer, self._split, self._batch_size)
+        return row["seconds"] / -(-len(self._split) // self._batch_size)
+
+
+_PACE = 8  # steps beside each epoch
 
 
 def _descent_loss(smoothing: float, classes: int) -> nn.Module:

@@ -66,12 +66,14 @@ class BSAM:
         """Two queries; three with another ascent."""
         w, delta = oracle.weights, self.prior / self.examples
         s: Vector = oracle.state.get("s") or w * 0 + self.s
-        noise = Vector([torch.randn_like(t) for t in w]) / (s * self.examples).sqrt()
-        around = oracle.shifted(noise, track=True)
+        noise = Vector([torch.randn_like(t) for t in w])
+        around = oracle.shifted(noise / (s * self.examples).sqrt(), track=True)
         g = around.query(batch, self.descent).gradient
         other = self.ascent != self.descent
         a = around.query(batch, self.ascent, track=False).gradient if other else g
-        answer = oracle.query(batch, self.descent, at=a / s * self.rho)
+        e = a / s * self.rho
+        del noise, around, a
+        answer = oracle.query(batch, self.descent, at=e)
         m = (answer.gradient + w * delta) * (1 - self.beta1)
         oracle.state["m"] = m = m if "m" not in oracle.state else oracle.state["m"] * self.beta1 + m
         oracle.state["s"] = s * self.beta2 + (s.sqrt() * g.abs() + (self.damping + delta)) * (1 - self.beta2)

@@ -50,8 +50,7 @@ class GSAM(SAM):
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
         """Two queries; three with another ascent."""
-        g, e = self.both(oracle, batch)
-        answer = oracle.query(batch, self.descent, at=e)
+        g, answer = self.both(oracle, batch)
         h = answer.gradient
         return replace(answer, grad=h - (g - g.onto(h)) * self.alpha)
 
@@ -91,8 +90,7 @@ class WSAM(SAM):
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
         """Two queries; three with another ascent."""
         weight = self.gamma / (1 - self.gamma)
-        g, e = self.both(oracle, batch)
-        answer = oracle.query(batch, self.descent, at=e)
+        g, answer = self.both(oracle, batch)
         return replace(answer, grad=answer.gradient * weight + g * (1 - weight))
 
 
@@ -126,7 +124,9 @@ class CRSAM(SAM):
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
         """Three queries, two of which do not depend on each other; four with another ascent."""
-        g, e = self.both(oracle, batch)
+        plain = None if self.ascent == self.descent else oracle.query(batch, self.descent, track=False)
+        a = oracle.query(batch, self.ascent)
+        g, e = (plain or a).gradient, self.perturb(a.gradient, oracle.within("perturb"))
         ahead, behind = oracle.together(
             {"batch": batch, "objective": self.descent, "at": e}, {"batch": batch, "objective": self.descent, "at": -e}
         )
@@ -219,8 +219,8 @@ class FunctionalSAM(SAM):
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
         """Two queries; the loss that is reported is the one at the weights."""
         g = oracle.query(batch, self.ascent)
-        e = self.perturb(g.gradient, oracle.within("perturb"))
-        plain = g.under(self.descent or oracle.loss)
+        e, plain = self.perturb(g.gradient, oracle.within("perturb")), g.under(self.descent or oracle.loss)
+        del g  # and its gradient
         answer = oracle.query(batch, _Tangent.of(plain), at=e)
         return replace(answer, losses=plain.losses, value=plain.value, count=plain.count)
 

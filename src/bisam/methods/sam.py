@@ -64,14 +64,16 @@ class SAM:
         """The displacement e. A method of its own, so that the ascent gradient dies with its frame."""
         return self.perturb(oracle.query(batch, self.ascent).gradient, oracle.within("perturb"))
 
-    def both(self, oracle: Oracle, batch: Batch) -> tuple[Vector, Vector]:
-        """For methods that combine gradients: that of the descent loss at the weights, and the displacement.
+    def both(self, oracle: Oracle, batch: Batch) -> tuple[Vector, Evaluation]:
+        """For methods that combine gradients: the descent loss's gradient at the weights, and the answer at w + e.
 
         An adversary that climbs something else costs one more query.
         """
-        g = oracle.query(batch, self.ascent).gradient
-        e = self.perturb(g, oracle.within("perturb"))
-        return (g if self.ascent == self.descent else oracle.query(batch, self.descent, track=False).gradient), e
+        if self.ascent == self.descent:
+            g = oracle.query(batch, self.descent).gradient
+            return g, oracle.query(batch, self.descent, at=self.perturb(g, oracle.within("perturb")))
+        g = oracle.query(batch, self.descent, track=False).gradient
+        return g, oracle.query(batch, self.descent, at=self.climb(oracle, batch))
 
 
 def BiSAM(rho: Radius = 0.05, bound: LowerBound = NegLog(), descent: Objective | None = None) -> SAM:  # noqa: B008
@@ -130,13 +132,15 @@ def FisherSAM(rho: Radius = 0.05, keep: float = 0.1, every: int = 100, ascent: O
 
 
 def SSAMD(
-    rho: Radius = 0.05, keep: float = 0.5, drop: float = 0.5, every: int = 1000, ascent: Objective | None = None
+    rho: Radius = 0.05,
+    keep: float = 0.5,
+    drop: float = 0.5,
+    every: int = 1000,
+    steps: int | None = None,
+    ascent: Objective | None = None,
 ) -> SAM:
-    """Sparse SAM with a dynamic mask, SSAM-D (Mi et al., 2022, https://arxiv.org/abs/2210.05177).
-
-    `SAM(DropGrow(L2(rho), keep, drop, every, steps=...))` lets the mask settle by the end of a run, as the authors do.
-    """
-    return SAM(DropGrow(L2(rho), keep, drop, every), ascent=ascent)
+    """Sparse SAM with a mask that wanders, SSAM-D (Mi et al., 2022, https://arxiv.org/abs/2210.05177)."""
+    return SAM(DropGrow(L2(rho), keep, drop, every, steps), ascent=ascent)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -57,10 +57,11 @@ class ESAM(SAM):
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
         """A query at w, a forward pass and a query on the chosen examples at w + e."""
         g = oracle.query(batch, self.ascent)
-        e = self.perturb(g.gradient, oracle.within("perturb"))
+        e, before = self.perturb(g.gradient, oracle.within("perturb")), replace(g, grad=None)
+        del g  # and its gradient
         if self.gamma < 1:
             select = self.select or oracle.loss
-            before = g.under(select).per_example
+            before = before.under(select).per_example
             rise = oracle.query(batch, select, at=e, grad=False).per_example - before
             chosen = rise.topk(portion(self.gamma, len(rise))).indices
             batch = take(batch, chosen.sort().values)
@@ -116,8 +117,7 @@ class LookSAM(SAM):
             answer, v = oracle.query(batch, self.descent), oracle.state["v"]
             g = answer.gradient
             return replace(answer, grad=g + v * (self.alpha * g.norm() / (v.norm() + _TINY)))
-        g, e = self.both(oracle, batch)
-        answer = oracle.query(batch, self.descent, at=e)
+        g, answer = self.both(oracle, batch)
         oracle.state["v"] = answer.gradient - answer.gradient.onto(g)
         return answer
 
@@ -211,10 +211,11 @@ class SSAMF(SAM):
         """The displacement where the mask is."""
         if oracle.step % self.every == 0 or "mask" not in oracle.state:
             count = min(self.samples, size(batch) or 1)
-            singles = [
-                oracle.query(take(batch, torch.tensor([i])), self.descent, track=False).gradient for i in range(count)
-            ]
-            oracle.state["mask"] = top(sum((g * g for g in singles[1:]), singles[0] * singles[0]), self.keep)
+            fisher = None
+            for i in range(count):
+                g = oracle.query(take(batch, torch.tensor([i])), self.descent, track=False).gradient
+                fisher = g * g if fisher is None else fisher + g * g
+            oracle.state["mask"] = top(cast(Vector, fisher), self.keep)
         return super().climb(oracle, batch) * oracle.state["mask"]
 
 
@@ -250,8 +251,8 @@ class MomentumSAM:
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
         """One query."""
         v: Vector | None = oracle.state.get("v")
-        e = None if v is None else self.perturb(-v, oracle.within("perturb"))
-        answer = oracle.query(batch, self.descent, at=e, track=True)
+        inside = oracle.within("perturb")
+        answer = oracle.query(batch, self.descent, at=None if v is None else self.perturb(-v, inside), track=True)
         oracle.state["v"] = answer.gradient if v is None else v * self.momentum + answer.gradient
         return answer
 

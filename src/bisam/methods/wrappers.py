@@ -62,6 +62,7 @@ class MSAM:
             share = answer.gradient * answer.count
             g = share if g is None else g + share
             answers.append(replace(answer, grad=None))
+            del answer, share  # not through the next part's passes
         whole = join(answers)
         return replace(whole, grad=None if g is None else g / divisor(whole.count))
 

@@ -1,0 +1,154 @@
+"""The catalogue of methods: every expression is one, and costs what its row says, by count."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import bisam
+from bisam import Evaluation, Oracle, SharpnessAware, cross_entropy
+from bisam.experiments import catalogue, cli
+from bisam.experiments.expressions import VOCABULARY, build
+from bisam.oracle import View
+
+N, WIDTH, STEPS = 64, 400, 120
+ENTRIES = {**catalogue.METHODS, **catalogue.GAMES}
+each_entry = pytest.mark.parametrize("key", ENTRIES)
+
+
+class Counting(View):
+    """Counts queries in batches of N."""
+
+    def __init__(self, oracle: Oracle, counts: dict[str, float]) -> None:
+        super().__init__(oracle)
+        self.counts = counts
+
+    def query(self, batch, objective=None, *, at=None, grad=True, track=None) -> Evaluation:
+        self._count(batch, grad)
+        return super().query(batch, objective, at=at, grad=grad, track=track)
+
+    def together(self, *queries: Mapping[str, Any]) -> list[Evaluation]:
+        for query in queries:
+            self._count(query["batch"], query.get("grad", True))
+        return super().together(*queries)
+
+    def _count(self, batch, grad) -> None:
+        self.counts["gradients" if grad else "forwards"] += len(batch[0]) / N
+
+
+class Weights(TorchDispatchMode):
+    """Memory that was born under the mode in tensors as large as a mask of the weights, in weights of 4 bytes."""
+
+    def __init__(self, entries: int) -> None:
+        super().__init__()
+        self.entries, self.born = entries, dict[int, tuple[StorageWeakRef, int]]()
+
+    def held(self) -> float:
+        return sum(size for ref, size in self.born.values() if not ref.expired()) / (4 * self.entries)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for t in tree_leaves(result):
+            if isinstance(t, Tensor) and (size := t.untyped_storage().nbytes()) >= self.entries:
+                ref = StorageWeakRef(t.untyped_storage())
+                self.born.setdefault(ref.cdata, (ref, size))
+        return result
+
+
+def settings(method: Any) -> dict[str, Any]:
+    """The hyper-parameters of a nest; the outer ones win."""
+    found: dict[str, Any] = {}
+    for f in fields(method) if is_dataclass(method) else ():
+        value = getattr(method, f.name)
+        found = {**settings(value), **found, f.name: value}
+    return found
+
+
+def train(key: str, watch=lambda method: method) -> tuple[Any, list[float], float]:
+    """The method, and the memory in use in each forward pass and at the end, of a run on nearly one matrix."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False), nn.LayerNorm(WIDTH))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    method = build(ENTRIES[key].written(), optimizer=optimizer, steps=STEPS, epoch=4, examples=1000)
+    sharp, held, memory = SharpnessAware(model, watch(method), cross_entropy), list[float](), Weights(WIDTH * WIDTH)
+    model.register_forward_pre_hook(lambda *_: held.append(memory.held()))
+    with memory:
+        for _ in range(STEPS):
+            sharp(torch.randn(N, WIDTH), torch.randint(WIDTH, (N,))).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return method, held, memory.held()
+
+
+def counted(key: str) -> tuple[float, float]:
+    """Gradients and forward passes per step."""
+    counts = {"gradients": 0.0, "forwards": 0.0}
+    train(key, lambda method: lambda oracle, batch: method(Counting(oracle, counts), batch))
+    return counts["gradients"] / STEPS, counts["forwards"] / STEPS
+
+
+def evaluated(formula: str, method: Any) -> tuple[float, float]:
+    """The least and the most that a formula of the catalogue allows."""
+    names = {**settings(method), "n": N}
+    bounds = [eval(part, {"__builtins__": {}}, names) for part in formula.split(" to ")]
+    return bounds[0], bounds[-1]
+
+
+@each_entry
+def test_it_takes_the_gradients_and_forward_passes_that_it_claims(key):
+    entry, method = ENTRIES[key], train(key)[0]
+    gradients, forwards = counted(key)
+    first = 1 / STEPS if key.startswith("sampa") else 0  # its docstring: one more at the first step
+    least, most = evaluated(entry.gradients, method)
+    assert least - 1e-9 <= gradients - first <= most + 1e-9
+    if " to " in entry.gradients:
+        assert least < gradients < most  # it does both
+    assert evaluated(entry.forwards, method) == pytest.approx((forwards, forwards))
+
+
+@each_entry
+def test_it_takes_the_memory_that_it_claims(key):
+    _, held, kept = train(key)
+    assert max(held) - 1 == pytest.approx(ENTRIES[key].memory, abs=0.02)  # 1: the weights
+    assert kept - 1 == pytest.approx(ENTRIES[key].kept, abs=0.02)
+    assert (ENTRIES[key].kept > 0) <= (ENTRIES[key].state != "")
+
+
+def test_every_public_method_has_a_row():
+    written = " ".join(entry.expression for entry in ENTRIES.values())
+    functions = {"Follow", "L2", "lookahead", "cross_entropy", "NegLog", "Tanh"}
+    public = {name for name in VOCABULARY if hasattr(bisam, name)} - functions
+    assert {name for name in public if f"{name}(" not in written} == set()
+
+
+def test_the_page_in_the_docs_is_the_present_one():
+    page = Path(__file__).parent.parent / "docs" / "methods.md"
+    assert page.read_text() == catalogue.markdown(), "run: bisam methods --to docs/methods.md"
+
+
+def test_the_command_lists_every_method(capsys, monkeypatch):
+    for width in (60, 200):
+        monkeypatch.setattr(cli, "console", Console(width=width))
+        assert cli.methods() == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert {line.split()[0] for line in lines if line.strip()} >= set(catalogue.METHODS)
+        assert max(map(len, lines)) <= width
+
+
+def test_memory_of_masks_is_counted():
+    held = Weights(100)
+    with held:
+        kept = [torch.zeros(100), torch.zeros(100, dtype=torch.bool), torch.zeros(10)]
+    assert held.held() == 1.25
+    kept.pop(0)
+    assert held.held() == 0.25
