@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import importlib
 import inspect
 import pkgutil
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -189,3 +191,26 @@ def test_an_import_loads_torch_and_no_extra():
     assert not roots & extras
     assert not {name for name in loaded.split() if name.startswith(("bisam.experiments", "bisam.integrations"))}
     assert "numpy" not in roots
+
+
+def code(node: ast.AST, source: list[str]) -> int:
+    """Lines of code of a class or function: no docstrings, comments and blanks, and no settings and their checks."""
+    skip = set()
+    for part in ast.walk(node):
+        if isinstance(part, ast.ClassDef | ast.FunctionDef) and ast.get_docstring(part) is not None:
+            skip |= set(range(part.body[0].lineno, part.body[0].end_lineno + 1))
+        if isinstance(part, ast.AnnAssign) and part in getattr(node, "body", ()):
+            skip |= set(range(part.lineno, part.end_lineno + 1))
+        if isinstance(part, ast.FunctionDef) and part.name == "__post_init__":
+            skip |= set(range(part.lineno, part.end_lineno + 1))
+    lines = [source[i - 1].strip() for i in range(node.lineno, node.end_lineno + 1) if i not in skip]
+    return sum(bool(line) and not line.startswith("#") for line in lines)
+
+
+@pytest.mark.parametrize("path", sorted(Path(bisam.methods.__file__).parent.glob("*.py")), ids=lambda path: path.name)
+def test_a_method_is_short(path):
+    text = path.read_text()
+    classes = [node for node in ast.parse(text).body if isinstance(node, ast.ClassDef | ast.FunctionDef)]
+    lengths = {node.name: code(node, text.splitlines()) for node in classes}
+    assert {name: lines for name, lines in lengths.items() if lines > 16} == {}  # 15, and the line that names it
+    assert len(text.splitlines()) <= 400

@@ -291,20 +291,18 @@ class SAMPa(SAM):
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
         """Two independent queries (three with another ascent); at the first step those at the weights come before."""
         state = oracle.state
-        if "g" not in state:
-            self._remember(state, batch, oracle.together(*self._looks(batch, None, track=False)))
-        e = self.perturb(state.get("a", state["g"]), oracle.within("perturb"))
+        if "batch" not in state:
+            state.update(self._memory(batch, oracle.together(*self._looks(batch, None, track=False))))
+        g, a = state["gradients"][0], state["gradients"][-1]
+        e = self.perturb(a, oracle.within("perturb"))
         late = {"batch": state["batch"], "objective": self.descent, "at": e, "track": False}
-        h, *seen = oracle.together(late, *self._looks(batch, self.ahead(state["g"], oracle), track=True))
-        self._remember(state, batch, seen)
+        h, *seen = oracle.together(late, *self._looks(batch, self.ahead(g, oracle), track=True))
+        state.update(self._memory(batch, seen))
         return replace(seen[0], grad=h.gradient * (1 - self.lam) + seen[0].gradient * self.lam)
 
     def _looks(self, batch: Batch, at: Vector | None, track: bool) -> list[dict[str, Any]]:
-        looks: list[dict[str, Any]] = [{"batch": batch, "objective": self.descent, "at": at, "track": track}]
-        if self.ascent != self.descent:
-            looks.append({"batch": batch, "objective": self.ascent, "at": at, "track": False})
-        return looks
+        look = {"batch": batch, "objective": self.descent, "at": at, "track": track}
+        return [look] if self.ascent == self.descent else [look, {**look, "objective": self.ascent, "track": False}]
 
-    def _remember(self, state: dict[str, Any], batch: Batch, seen: list[Evaluation]) -> None:
-        names = ["g", "a"][: len(seen)]
-        state.update({name: s.gradient for name, s in zip(names, seen, strict=True)}, batch=batch)
+    def _memory(self, batch: Batch, seen: list[Evaluation]) -> dict[str, Any]:
+        return {"batch": batch, "gradients": [s.gradient for s in seen]}
