@@ -17,7 +17,7 @@ FLOORS = [
     {"objectives", "buffers", "memory", "schedules"},
     {"evaluation"},
     {"oracle"},
-    {"perturbations", "lookahead"},
+    {"perturbations", "optimizers"},
     {"masks"},
     {"methods"},
     {"loss"},

@@ -2,7 +2,6 @@
 
 from bisam import masks as masks, perturbations as perturbations, schedules as schedules
 from bisam.evaluation import Evaluation as Evaluation
-from bisam.lookahead import Lookahead as Lookahead, lookahead as lookahead
 from bisam.loss import SharpnessAware as SharpnessAware
 from bisam.methods import (
     AESAM as AESAM,
@@ -46,6 +45,7 @@ from bisam.objectives import (
     Tanh as Tanh,
     cross_entropy as cross_entropy,
 )
+from bisam.optimizers import Lookahead as Lookahead, lookahead as lookahead
 from bisam.oracle import ModelOracle as ModelOracle, Oracle as Oracle
 from bisam.vector import Vector as Vector
 

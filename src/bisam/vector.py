@@ -97,7 +97,7 @@ class Vector:
 
         A sum is the 1-norm of the positive entries less that of the negative ones: `_foreach` has a norm and no sum.
         """
-        products, dtype = _wide(torch._foreach_mul(_as_real(self.tensors), _as_real(other.tensors)))
+        products, dtype = _wide(torch._foreach_mul(as_real(self.tensors), as_real(other.tensors)))
         gain = torch._foreach_norm(torch._foreach_clamp_min(products, 0.0), 1, dtype)
         loss = torch._foreach_norm(torch._foreach_clamp_max(products, 0.0), 1, dtype)
         return (torch.stack(gain) - torch.stack(loss)).sum()
@@ -140,5 +140,6 @@ def _wide(tensors: Tensors) -> tuple[Tensors, torch.dtype | None]:
     return [t.float() if t.dtype in _HALF else t for t in tensors], None
 
 
-def _as_real(tensors: Tensors) -> Tensors:
+def as_real(tensors: Tensors) -> Tensors:
+    """Complex tensors as real ones with a last dimension of two; others as they are."""
     return [torch.view_as_real(t) if t.is_complex() else t for t in tensors]

@@ -156,7 +156,7 @@ def radius(runs: Sequence[Finished]) -> Figure:
     columns = min(6, len(methods))
     rows = -(-len(methods) // columns)
     figure = Figure(figsize=(2.1 * columns, 1.6 * rows + 0.6), layout="constrained")
-    axes = figure.subplots(rows, columns, sharey=True, squeeze=False).flat
+    axes = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
     for ax, method in zip(axes, methods, strict=False):
         shown = [(r, [100 * run.result["validation_accuracy_best"] for run in g]) for r, g in groups.items()]
         shown = [(r, values) for r, values in shown if r.method == method]
@@ -168,7 +168,7 @@ def radius(runs: Sequence[Finished]) -> Figure:
         ax.minorticks_off()
         ax.set_title(title(method), fontsize=8)
         ax.grid(alpha=0.3)
-    for ax in list(axes)[len(methods) :]:
+    for ax in axes[len(methods) :]:
         ax.axis("off")
     figure.supxlabel("rho, or what stands in its place", fontsize=9)
     figure.supylabel("best validation accuracy (%)", fontsize=9)

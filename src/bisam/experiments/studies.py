@@ -61,12 +61,16 @@ def _digits(epochs: int | None) -> list[Recipe]:
 _GRID = (0.1, 0.2, 0.4, 0.8)
 _GRIDS: dict[str, tuple[float, ...]] = {
     **dict.fromkeys(("asam", "abisam_log", "abisam_tanh"), (1.0, 2.0, 4.0, 8.0)),
-    **dict.fromkeys(("sam_on", "fisher_sam"), (0.2, 0.4, 0.8, 1.6)),
-    **dict.fromkeys(("le_sam", "wsam"), (0.05, 0.1, 0.2, 0.4)),
-    "momentum_sam": (0.3, 0.6, 1.2, 2.4),
+    **dict.fromkeys(("fsam", "ssam_d", "sampa"), (0.2, 0.4, 0.8, 1.6)),
+    **dict.fromkeys(("zsharp", "ae_sam", "every", "during"), (0.4, 0.8, 1.6, 3.2)),
+    **dict.fromkeys(("sam_on", "fisher_sam"), (0.8, 1.6, 3.2, 6.4)),
+    "le_sam": (0.1, 0.2, 0.4, 0.8),
+    "looksam": (0.025, 0.05, 0.1, 0.2),
+    "wsam": (0.0125, 0.025, 0.05, 0.1),
+    "momentum_sam": (1.2, 2.4, 4.8, 9.6),
     "bsam": (0.02, 0.05, 0.1, 0.2),
 }
-"""The radii that are tried, where they are not `_GRID`: four for each method."""
+"""The radii that are tried, where they are not `_GRID`: four for each method, moved until the best was not the last."""
 
 _RHOS: dict[str, float] = {}
 """What `bisam run methods-rho` finds: the radius with the best validation accuracy."""

@@ -1,4 +1,4 @@
-"""Lookahead: where an optimizer is about to go, and an optimizer that goes there and comes part of the way back.
+"""Optimizers: where one is about to go, and one that goes there and comes part of the way back.
 
     e = lookahead(optimizer)(g, oracle)             # what optimizer.step() would add to the weights if g were in .grad
     optimizer = Lookahead(SGD(model.parameters(), lr=0.1), k=5, lam=0.5)
@@ -20,7 +20,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from bisam.arguments import share, whole
 from bisam.oracle import Oracle
-from bisam.vector import Scalar, Tensors, Vector, _as_real, clone
+from bisam.vector import Scalar, Tensors, Vector, as_real, clone
 
 Group = Mapping[str, Any]
 """Settings of a parameter group, or what an optimizer remembers of one parameter."""
@@ -121,7 +121,7 @@ class Lookahead(Optimizer):
     k: int
     lam: float
     _count: int  # steps since the last pull
-    _slow: dict[Tensor, Tensor]  # the weights as they were then
+    _slow: dict[Tensor, Tensor]  # for each parameter, its weights as they were then
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -140,16 +140,11 @@ class Lookahead(Optimizer):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One step of the optimizer inside; every k-th is followed by the pull."""
-        if new := [p for p in self._parameters() if p not in self._slow]:
-            self._slow.update(zip(new, clone([p.detach() for p in new]), strict=True))
+        self._remember()
         loss = self.optimizer.step() if closure is None else self.optimizer.step(closure)
         self._count += 1
         if self._count >= self.k:
-            with torch.no_grad():
-                fast, slow = list(self._slow), list(self._slow.values())
-                torch._foreach_lerp_(slow, fast, self.lam)
-                torch._foreach_copy_(fast, slow)
-            self._count, self._slow = 0, {}
+            self._pull()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -165,7 +160,7 @@ class Lookahead(Optimizer):
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         state = self.optimizer.state_dict()
-        slow = {i: self._slow[p] for i, p in enumerate(self._parameters()) if p in self._slow}
+        slow = {i: self._slow[p] for i, p in enumerate(self._parameters()) if self._count and p in self._slow}
         # A list: a Lookahead inside this one has put its own there.
         state["lookahead"] = [{"count": self._count, "slow": slow}, *state.get("lookahead", [])]
         for after in self._optimizer_state_dict_post_hooks.values():
@@ -198,6 +193,20 @@ class Lookahead(Optimizer):
     def __repr__(self) -> str:
         return f"Lookahead({self.optimizer!r}, k={self.k}, lam={self.lam})"
 
+    @torch.no_grad()
+    def _remember(self) -> None:
+        if self._slow and not self._count:  # anew, for the weights may have been changed since the pull
+            torch._foreach_copy_(list(self._slow.values()), list(self._slow))
+        if new := [p for p in self._parameters() if p not in self._slow]:
+            self._slow.update(zip(new, clone([p.detach() for p in new]), strict=True))
+
+    @torch.no_grad()
+    def _pull(self) -> None:
+        fast, slow = list(self._slow), list(self._slow.values())
+        torch._foreach_lerp_(slow, fast, self.lam)
+        torch._foreach_copy_(fast, slow)
+        self._count = 0
+
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
@@ -219,7 +228,7 @@ def _adam_step(group: Group, states: Sequence[Group], w: Vector, g: Vector, *, d
     g = _downhill(group, w, g, 0 if decoupled else decay)
     names = ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else []))
     vectors = (g, *(_remembered(name, states, w) for name in names))
-    g, m, v, *top = (Vector(_as_real(vector.tensors)) for vector in vectors)  # a complex number is two
+    g, m, v, *top = (Vector(as_real(vector.tensors)) for vector in vectors)  # a complex number is two
     m, v = m * b1 + g * (1 - b1), v * b2 + g * g * (1 - b2)
     if top:
         v = Vector(torch._foreach_maximum(v.tensors, top[0].tensors))
