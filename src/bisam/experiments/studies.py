@@ -62,8 +62,8 @@ _GRID = (0.1, 0.2, 0.4, 0.8)
 _GRIDS: dict[str, tuple[float, ...]] = {
     **dict.fromkeys(("asam", "abisam_log", "abisam_tanh"), (1.0, 2.0, 4.0, 8.0)),
     **dict.fromkeys(("fsam", "ssam_d", "sampa"), (0.2, 0.4, 0.8, 1.6)),
-    **dict.fromkeys(("zsharp", "ae_sam", "every", "during"), (0.4, 0.8, 1.6, 3.2)),
-    **dict.fromkeys(("sam_on", "fisher_sam"), (0.8, 1.6, 3.2, 6.4)),
+    **dict.fromkeys(("zsharp", "every", "during"), (0.4, 0.8, 1.6, 3.2)),
+    **dict.fromkeys(("sam_on", "fisher_sam", "ae_sam"), (0.8, 1.6, 3.2, 6.4)),
     "le_sam": (0.1, 0.2, 0.4, 0.8),
     "looksam": (0.025, 0.05, 0.1, 0.2),
     "wsam": (0.0125, 0.025, 0.05, 0.1),
@@ -72,7 +72,42 @@ _GRIDS: dict[str, tuple[float, ...]] = {
 }
 """The radii that are tried, where they are not `_GRID`: four for each method, moved until the best was not the last."""
 
-_RHOS: dict[str, float] = {}
+_RHOS: dict[str, float] = {
+    "sam": 0.4,
+    "bisam_log": 0.4,
+    "bisam_tanh": 0.4,
+    "abisam_log": 4.0,
+    "abisam_tanh": 4.0,
+    "ebisam": 0.4,
+    "gbisam": 0.4,
+    "asam": 4.0,
+    "sam_on": 3.2,
+    "fsam": 0.8,
+    "vasso": 0.4,
+    "zsharp": 0.8,
+    "le_sam": 0.4,
+    "fisher_sam": 1.6,
+    "ssam_f": 0.4,
+    "ssam_d": 0.8,
+    "multistep_sam": 0.4,
+    "gsam": 0.4,
+    "wsam": 0.05,
+    "cr_sam": 0.4,
+    "xsam": 0.4,
+    "functional_sam": 0.4,
+    "esam": 0.2,
+    "ksam": 0.2,
+    "looksam": 0.1,
+    "ae_sam": 3.2,
+    "momentum_sam": 2.4,
+    "sampa": 0.8,
+    "sampa_0": 0.4,
+    "every": 1.6,
+    "during": 1.6,
+    "msam": 0.4,
+    "rsam": 0.2,
+    "bsam": 0.05,
+}
 """What `bisam run methods-rho` finds: the radius with the best validation accuracy."""
 
 
