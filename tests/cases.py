@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from math import cos, pi
 from typing import Any
 
 import references
@@ -11,8 +12,51 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bisam import ASAM, MSAM, SAM, ABiSAM, BiSAM, Evaluation, NegLog, Oracle, Tanh, Vector
-from bisam.perturbations import L2, Adaptive
+from bisam import (
+    AESAM,
+    ASAM,
+    BSAM,
+    CRSAM,
+    ERM,
+    ESAM,
+    FSAM,
+    GSAM,
+    KSAM,
+    LESAM,
+    MSAM,
+    RAPP,
+    RSAM,
+    SAM,
+    SAMON,
+    SSAMD,
+    SSAMF,
+    WSAM,
+    XSAM,
+    ABiSAM,
+    BiSAM,
+    During,
+    EBiSAM,
+    Evaluation,
+    Every,
+    ExtraGradient,
+    FisherSAM,
+    FunctionalSAM,
+    GBiSAM,
+    LookSAM,
+    MomentumSAM,
+    MultiStepSAM,
+    NegLog,
+    Oracle,
+    SAMPa,
+    Tanh,
+    VaSSO,
+    Vector,
+    ZSharp,
+    lookahead,
+)
+from bisam.masks import DropGrow, FisherMask, RandomMask
+from bisam.perturbations import L2, Adaptive, Friendly, LossEquated, NormLayers, Smoothed, ZScore
+from bisam.schedules import Cosine, Follow, Linear, Warmup
 
 CLASSES = 4
 
@@ -81,6 +125,14 @@ def micro(w: Tensor, at: Callable[..., references.Grad], scaled: Tensor) -> Tens
     return sum(references.sam(w, at(CE, p), at(CE, p), 0.1) * ((p.stop - p.start) / 8) for p in parts)
 
 
+def is_norm(name: str, p: Tensor) -> bool:
+    return p.dim() == 1 and (name.startswith(("1.", "2.", "5.")))  # of `convnet` and of `mlp(norm)`
+
+
+def lr(step: references.Step) -> float:
+    return step.optimizer.param_groups[0]["lr"]
+
+
 METHODS: dict[str, tuple[Any, Twin]] = {
     "SAM": (SAM(L2(0.1)), lambda w, at, s: references.sam(w, at(CE), at(CE), 0.1)),
     "BiSAM-log": (BiSAM(0.1), lambda w, at, s: references.sam(w, at(LOG), at(CE), 0.1)),
@@ -95,6 +147,232 @@ METHODS: dict[str, tuple[Any, Twin]] = {
         lambda w, at, s: references.asam(w, at(LOG), at(CE), 0.5, 0.01, everywhere(s)),
     ),
     "MSAM": (MSAM(3, SAM(L2(0.1))), micro),
+}
+
+
+# The family: a method for an optimizer, and its slow twin. Intervals are short, so that few steps see all that happens.
+
+A_MODEL = partial(mlp, nn.LayerNorm)  # with norm layers, for the methods that know them
+B = references.l2(0.1)
+FAMILY: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], references.Twin]] = {
+    "ERM": (lambda o: ERM(), references.erm(CE)),
+    "SAM": (lambda o: SAM(L2(0.1)), references.climbing(B, CE, CE)),
+    "SAM-descent": (lambda o: SAM(L2(0.1), Tanh(), NegLog()), references.climbing(B, TANH, LOG)),
+    "BiSAM": (lambda o: BiSAM(0.1), references.climbing(B, LOG, CE)),
+    "MultiStepSAM": (lambda o: MultiStepSAM(L2(0.1), steps=3), references.multi_step(B, CE, CE, 3)),
+    "MultiStepSAM-tanh": (lambda o: MultiStepSAM(L2(0.1), Tanh(), NegLog()), references.multi_step(B, TANH, LOG, 2)),
+    "MultiStepSAM-adaptive": (
+        lambda o: MultiStepSAM(Adaptive(0.5), steps=2),
+        references.multi_step(references.adaptive(0.5), CE, CE, 2),
+    ),
+    # Masks and what else is done to a gradient or a displacement.
+    "RandomMask-entry": (
+        lambda o: SAM(RandomMask(L2(0.1), beta=0.3, per="entry"), ascent=NegLog()),
+        references.climbing(references.random_mask(B, 0.3, "entry"), LOG, CE),
+    ),
+    "RandomMask-friendly": (
+        lambda o: SAM(RandomMask(Friendly(Adaptive(0.5)), beta=0.7)),
+        references.climbing(
+            references.random_mask(references.friendly(references.adaptive(0.5), 1.0, 0.9), 0.7, "tensor"), CE, CE
+        ),
+    ),
+    "FSAM": (lambda o: FSAM(0.1, lam=0.6), references.climbing(references.friendly(B, 1.0, 0.6), CE, CE)),
+    "FSAM-log": (
+        lambda o: FSAM(0.1, sigma=0.5, ascent=NegLog()),
+        references.climbing(references.friendly(B, 0.5, 0.9), LOG, CE),
+    ),
+    "VaSSO": (lambda o: VaSSO(0.1, theta=0.4), references.climbing(references.smoothed(B, 0.4), CE, CE)),
+    "VaSSO-tanh": (
+        lambda o: VaSSO(0.1, ascent=Tanh()),
+        references.climbing(references.smoothed(B, 0.9), TANH, CE),
+    ),
+    "Smoothed-friendly-adaptive": (
+        lambda o: SAM(Smoothed(Friendly(Adaptive(0.5, 0.01), sigma=0.7), theta=0.4)),
+        references.climbing(
+            references.smoothed(references.friendly(references.adaptive(0.5, 0.01), 0.7, 0.9), 0.4), CE, CE
+        ),
+    ),
+    "ZSharp": (lambda o: ZSharp(0.1, keep=0.3), references.climbing(references.outstanding(B, 0.3), CE, CE)),
+    "ZSharp-log": (
+        lambda o: ZSharp(0.1, ascent=NegLog()),
+        references.climbing(references.outstanding(B, 0.05), LOG, CE),
+    ),
+    "ZScore-adaptive": (
+        lambda o: SAM(ZScore(Adaptive(0.5), keep=0.21)),
+        references.climbing(references.outstanding(references.adaptive(0.5), 0.21), CE, CE),
+    ),
+    "SAMON": (lambda o: SAMON(0.1), references.climbing(references.norm_layers(B, is_norm), CE, CE)),
+    "SAMON-adaptive-log": (
+        lambda o: SAM(NormLayers(Adaptive(0.5, 0.01)), ascent=NegLog()),
+        references.climbing(references.norm_layers(references.adaptive(0.5, 0.01), is_norm), LOG, CE),
+    ),
+    "LESAM": (
+        lambda o: LESAM(sigma=0.05, rho_max=0.1),
+        references.climbing(references.loss_equated(lambda s: 0.05, 0.1), CE, CE),
+    ),
+    "LESAM-annealed-log": (
+        lambda o: SAM(LossEquated(Cosine(0.1, 0.0, steps=8, begin=10), rho_max=1.0), ascent=NegLog()),
+        references.climbing(
+            references.loss_equated(lambda s: 0.05 * (1 + cos(pi * min(max(s.number - 10, 0) / 8, 1))), 1.0), LOG, CE
+        ),
+    ),
+    "FisherSAM": (
+        lambda o: FisherSAM(0.1, keep=0.3, every=4),
+        references.climbing(references.fisher_mask(B, 0.3, 4), CE, CE),
+    ),
+    "FisherMask-friendly-log": (
+        lambda o: SAM(FisherMask(Friendly(L2(0.1)), keep=0.1, every=3), ascent=NegLog()),
+        references.climbing(references.fisher_mask(references.friendly(B, 1.0, 0.9), 0.1, 3), LOG, CE),
+    ),
+    "SSAMF": (
+        lambda o: SSAMF(L2(0.1), keep=0.3, every=3, samples=5),
+        references.ssamf(B, CE, CE, keep=0.3, every=3, samples=5),
+    ),
+    "SSAMF-log": (
+        lambda o: SSAMF(Friendly(L2(0.1)), NegLog(), keep=0.5, every=4),
+        references.ssamf(references.friendly(B, 1.0, 0.9), LOG, CE, keep=0.5, every=4, samples=16),
+    ),
+    "SSAMF-descent": (
+        lambda o: SSAMF(L2(0.1), descent=Tanh(), keep=0.2, every=6, samples=1),
+        references.ssamf(B, CE, TANH, keep=0.2, every=6, samples=1),
+    ),
+    "SSAMD": (
+        lambda o: SSAMD(0.1, keep=0.3, every=3),
+        references.climbing(references.drop_grow(B, 0.3, 0.5, 3), CE, CE),
+    ),
+    "DropGrow-settling-log": (
+        lambda o: SAM(DropGrow(Friendly(L2(0.1)), keep=0.6, drop=0.3, every=2, steps=20), ascent=NegLog()),
+        references.climbing(references.drop_grow(references.friendly(B, 1.0, 0.9), 0.6, 0.3, 2, 20), LOG, CE),
+    ),
+    # Fewer examples, fewer gradients.
+    "ESAM": (
+        lambda o: ESAM(RandomMask(L2(0.1), beta=0.6), gamma=0.5),
+        references.esam(references.random_mask(B, 0.6, "tensor"), CE, CE, CE, 0.5),
+    ),
+    "ESAM-entry-tanh": (
+        lambda o: ESAM(RandomMask(L2(0.1), beta=0.5, per="entry"), Tanh(), gamma=0.3),
+        references.esam(references.random_mask(B, 0.5, "entry"), TANH, CE, CE, 0.3),
+    ),
+    "EBiSAM": (
+        lambda o: EBiSAM(0.1, beta=0.8, gamma=0.4),
+        references.esam(references.random_mask(B, 0.8, "tensor"), LOG, CE, CE, 0.4),
+    ),
+    "EBiSAM-select": (
+        lambda o: EBiSAM(0.1, Tanh(), beta=0.8, select=NegLog()),
+        references.esam(references.random_mask(B, 0.8, "tensor"), TANH, CE, LOG, 0.5),
+    ),
+    "KSAM": (lambda o: KSAM(5, SAM(L2(0.1))), references.ksam(CE, 5, references.climbing(B, CE, CE))),
+    "LookSAM": (lambda o: LookSAM(L2(0.1), k=3), references.looksam(B, CE, CE, 3, 0.7)),
+    "LookSAM-log": (
+        lambda o: LookSAM(Friendly(L2(0.1)), NegLog(), k=2, alpha=0.3),
+        references.looksam(references.friendly(B, 1.0, 0.9), LOG, CE, 2, 0.3),
+    ),
+    "AESAM": (
+        lambda o: AESAM(L2(0.1), steps=20),
+        references.aesam(B, CE, CE, steps=20, first=1.0, last=-1.0, delta=0.9),
+    ),
+    "AESAM-log": (
+        lambda o: AESAM(L2(0.1), NegLog(), steps=30, first=0.5, last=-0.5, delta=0.5),
+        references.aesam(B, LOG, CE, steps=30, first=0.5, last=-0.5, delta=0.5),
+    ),
+    "MomentumSAM": (lambda o: MomentumSAM(L2(0.1)), references.momentum_sam(B, CE, 0.9)),
+    "MomentumSAM-log": (
+        lambda o: MomentumSAM(Adaptive(0.5), NegLog(), momentum=0.5),
+        references.momentum_sam(references.adaptive(0.5), LOG, 0.5),
+    ),
+    "SAMPa": (lambda o: SAMPa(L2(0.1), ahead=lookahead(o)), references.sampa(B, CE, CE, 0.2)),
+    "SAMPa-0": (lambda o: SAMPa(L2(0.1), ahead=lookahead(o), lam=0.0), references.sampa(B, CE, CE, 0.0)),
+    "SAMPa-log": (
+        lambda o: SAMPa(Friendly(L2(0.1)), NegLog(), ahead=lookahead(o), lam=0.5),
+        references.sampa(references.friendly(B, 1.0, 0.9), LOG, CE, 0.5),
+    ),
+    # Two gradients combined.
+    "GSAM": (lambda o: GSAM(L2(0.1)), references.gsam(B, CE, CE, 0.4)),
+    "GSAM-follow": (
+        lambda o: GSAM(L2(Follow(o, high=0.5, low=0.1, lr_low=1e-4)), alpha=0.3),
+        references.gsam(
+            references.l2(lambda s: 0.1 + 0.4 * (lr(s) - 1e-4) / (s.memory.setdefault("lr", lr(s)) - 1e-4)), CE, CE, 0.3
+        ),
+    ),
+    "GSAM-warmup": (
+        lambda o: GSAM(L2(Warmup(Linear(0.3, 0.1, steps=8, begin=4), steps=6)), NegLog(), Tanh()),
+        references.gsam(
+            references.l2(lambda s: min((s.number + 1) / 6, 1) * (0.3 - 0.2 * min(max(s.number - 4, 0) / 8, 1))),
+            LOG,
+            TANH,
+            0.4,
+        ),
+    ),
+    "GSAM-friendly": (
+        lambda o: GSAM(Friendly(L2(0.1)), NegLog(), alpha=1.0),
+        references.gsam(references.friendly(B, 1.0, 0.9), LOG, CE, 1.0),
+    ),
+    "GBiSAM": (lambda o: GBiSAM(0.1, Tanh(), alpha=0.7), references.gsam(B, TANH, CE, 0.7)),
+    "WSAM": (lambda o: WSAM(L2(0.1), gamma=0.8), references.wsam(B, CE, CE, 0.8)),
+    "WSAM-log": (lambda o: WSAM(L2(0.1), NegLog(), gamma=0.3), references.wsam(B, LOG, CE, 0.3)),
+    "CRSAM": (lambda o: CRSAM(), references.crsam(B, CE, CE, 0.1, 0.01)),
+    "CRSAM-tanh": (lambda o: CRSAM(L2(0.1), Tanh(), gamma=0.3, beta=0.2), references.crsam(B, TANH, CE, 0.3, 0.2)),
+    "XSAM": (lambda o: XSAM(L2(0.5), rho_max=3.0, every=3), references.xsam(references.l2(0.5), CE, CE, 3.0, 3, None)),
+    "XSAM-log": (lambda o: XSAM(L2(0.1), NegLog(), alpha=1.3), references.xsam(B, LOG, CE, 0.3, 1, 1.3)),
+    "FunctionalSAM": (lambda o: FunctionalSAM(L2(0.1)), references.functional(B, CE, CE)),
+    "FunctionalSAM-log": (
+        lambda o: FunctionalSAM(L2(0.1), NegLog(), Tanh()),
+        references.functional(B, LOG, TANH),
+    ),
+    "BSAM": (
+        lambda o: BSAM(1000, 0.05),
+        references.bsam(CE, CE, 1000, 0.05, prior=40, damping=0.1, b1=0.9, b2=0.999),
+    ),
+    "BSAM-log": (
+        lambda o: BSAM(300, 0.1, ascent=NegLog(), prior=10.0, damping=0.3, beta1=0.5, beta2=0.8),
+        references.bsam(LOG, CE, 300, 0.1, prior=10, damping=0.3, b1=0.5, b2=0.8),
+    ),
+    "RAPP": (lambda o: RAPP(0.2), references.rapp(CE, 0.2, 3)),
+    "ExtraGradient": (lambda o: ExtraGradient(0.3), references.rapp(CE, 0.3, 2)),
+    # Around any method.
+    "RSAM": (lambda o: RSAM(0.05, SAM(L2(0.1))), references.rsam(0.05, references.climbing(B, CE, CE))),
+    "RSAM-plain-adaptive": (
+        lambda o: RSAM(0.1, SAM(Adaptive(0.5)), filters=False),
+        references.rsam(0.1, references.climbing(references.adaptive(0.5), CE, CE), filters=False),
+    ),
+    "KSAM-RSAM-EBiSAM": (
+        lambda o: KSAM(6, RSAM(0.01, EBiSAM(0.1, beta=0.8))),
+        references.ksam(
+            CE, 6, references.rsam(0.01, references.esam(references.random_mask(B, 0.8, "tensor"), LOG, CE, CE, 0.5))
+        ),
+    ),
+    "MSAM-LookSAM": (
+        lambda o: MSAM(3, LookSAM(L2(0.1), k=2), separate=True),
+        references.msam(3, references.looksam(B, CE, CE, 2, 0.7)),
+    ),
+    "Every": (
+        lambda o: Every(3, SAM(L2(0.1))),
+        references.every(3, references.climbing(B, CE, CE), references.erm(CE)),
+    ),
+    "Every-LookSAM": (
+        lambda o: Every(2, LookSAM(L2(0.1), k=2), BiSAM(0.1)),
+        references.every(2, references.looksam(B, CE, CE, 2, 0.7), references.climbing(B, LOG, CE)),
+    ),
+    "Every-other-LookSAM": (
+        lambda o: Every(3, RSAM(0.05, SAM(L2(0.1))), LookSAM(L2(0.1), k=2)),
+        references.every(
+            3, references.rsam(0.05, references.climbing(B, CE, CE)), references.looksam(B, CE, CE, 2, 0.7)
+        ),
+    ),
+    "Every-two-memories": (
+        lambda o: Every(2, VaSSO(0.1), VaSSO(0.2, theta=0.2)),
+        references.every(
+            2,
+            references.climbing(references.smoothed(B, 0.9), CE, CE),
+            references.climbing(references.smoothed(references.l2(0.2), 0.2), CE, CE),
+        ),
+    ),
+    "During": (
+        lambda o: During(LookSAM(L2(0.1), k=3), start=4, stop=11, otherwise=FisherSAM(0.1, keep=0.3, every=5)),
+        references.during(
+            references.looksam(B, CE, CE, 3, 0.7), 4, 11, references.climbing(references.fisher_mask(B, 0.3, 5), CE, CE)
+        ),
+    ),
 }
 
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from math import e as euler, log
+from dataclasses import dataclass, field, replace
+from math import ceil, cos, e as euler, inf, log, pi
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 Grad = Callable[[Tensor], Tensor]  # gradient at a flat point
+Loss = Callable[[Tensor, Tensor], Tensor]  # outputs and labels to one loss per example
+Climb = Callable[[Tensor, Tensor, "Step"], Tensor]  # gradient, weights and step to a displacement
+Twin = Callable[[Tensor, "Step"], Tensor]  # weights and step to a gradient
 
 
 def sam(w: Tensor, ascent: Grad, descent: Grad, rho: float) -> Tensor:
@@ -25,10 +31,8 @@ def asam(w: Tensor, ascent: Grad, descent: Grad, rho: float, eta: float, scaled:
 
 def q(phi: Callable[[Tensor], Tensor], mu: float, logits: Tensor, labels: Tensor) -> Tensor:
     """Xie et al., 2024, Lemma 3.1, with its sums written out."""
-    rows = []
-    for f, y in zip(logits, labels, strict=True):
-        rows.append(sum(torch.exp(mu * phi(f[j] - f[y])) for j in range(len(f))).log() / mu)
-    return torch.stack(rows)
+    right = logits.gather(1, labels[:, None])[:, 0]
+    return sum(torch.exp(mu * phi(logits[:, j] - right)) for j in range(logits.shape[1])).log() / mu
 
 
 def phi_log(x: Tensor) -> Tensor:
@@ -63,3 +67,360 @@ def gradient(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], x: Tens
         return torch.autograd.grad(loss(functional_call(model, {**weights, **copies}, x), y).mean(), w)[0]
 
     return at
+
+
+# The family. A twin maps weights to the gradient that an optimizer gets; a climber maps a gradient to a displacement.
+
+
+@dataclass
+class Step:
+    """A training step as a slow twin sees it; random numbers are the global generator's, one tensor per parameter."""
+
+    model: nn.Module  # never trained: its shapes, names and buffers
+    batch: tuple[Tensor, Tensor]
+    optimizer: torch.optim.Optimizer  # of the flat weights
+    number: int = 0
+    memory: dict[str, Any] = field(default_factory=dict)
+
+    def grad(self, w: Tensor, loss: Loss, batch: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        return gradient(self.model, loss, *(batch or self.batch))(w)
+
+    def losses(self, w: Tensor, loss: Loss) -> Tensor:
+        return loss(self.outputs(w), self.batch[1])
+
+    def outputs(self, w: Tensor) -> Tensor:
+        names = [n for n, _ in self.model.named_parameters()]
+        copies = {n: b.clone() for n, b in self.model.named_buffers()}
+        return functional_call(self.model, dict(zip(names, self.parts(w), strict=True)) | copies, self.batch[0])
+
+    def parts(self, w: Tensor) -> list[Tensor]:
+        shapes = [p.shape for p in self.model.parameters()]
+        return [part.view(s) for part, s in zip(w.split([s.numel() for s in shapes]), shapes, strict=True)]
+
+    def which(self, rule: Callable[[str, Tensor], bool]) -> Tensor:
+        """1 in the entries of the parameters that the rule of name and shape takes, else 0."""
+        return join([torch.full_like(p, float(rule(name, p))) for name, p in self.model.named_parameters()])
+
+    def noise(self) -> list[Tensor]:
+        return [torch.randn(p.shape, dtype=p.dtype) for p in self.model.parameters()]
+
+    def part(self, name: str, number: int | None = None) -> Step:
+        """For a twin inside another: the same step with a memory of its own."""
+        number = self.number if number is None else number
+        return replace(self, number=number, memory=self.memory.setdefault(name, {}))
+
+    def on(self, rows: Tensor) -> Step:
+        return replace(self, batch=(self.batch[0][rows], self.batch[1][rows]))
+
+
+def join(parts: list[Tensor]) -> Tensor:
+    return torch.cat([p.reshape(-1) for p in parts])
+
+
+def unit(v: Tensor) -> Tensor:
+    return v / v.norm()
+
+
+def share(keep: float, n: int) -> int:
+    return ceil(keep * n - 1e-9)
+
+
+def largest(scores: Tensor, k: int) -> Tensor:
+    """1 at the k largest scores, else 0."""
+    return torch.zeros_like(scores).index_fill(0, scores.argsort(descending=True)[:k], 1.0)
+
+
+def biased(name: str, p: Tensor) -> bool:
+    return p.dim() < 2  # in the models of the tests: biases and norm layers
+
+
+# Climbers.
+
+
+def l2(rho: float | Callable[[Step], float]) -> Climb:
+    return lambda g, w, s: (rho(s) if callable(rho) else rho) * unit(g)
+
+
+def adaptive(rho: float, eta: float = 0.0) -> Climb:
+    return lambda g, w, s: rho * (w.abs() + eta) ** 2 * g / ((w.abs() + eta) * g).norm()
+
+
+def loss_equated(sigma: Callable[[Step], float], rho_max: float) -> Climb:
+    return lambda g, w, s: min(sigma(s) / g.norm(), rho_max) * unit(g)
+
+
+def friendly(climb: Climb, sigma: float, lam: float) -> Climb:
+    def climber(g: Tensor, w: Tensor, s: Step) -> Tensor:
+        d = g - sigma * s.memory["m"] if "m" in s.memory else g
+        s.memory["m"] = lam * s.memory.get("m", g) + (1 - lam) * g
+        return climb(d, w, s.part("inner"))
+
+    return climber
+
+
+def smoothed(climb: Climb, theta: float) -> Climb:
+    def climber(g: Tensor, w: Tensor, s: Step) -> Tensor:
+        s.memory["d"] = (1 - theta) * s.memory.get("d", g) + theta * g
+        return climb(s.memory["d"], w, s.part("inner"))
+
+    return climber
+
+
+def outstanding(climb: Climb, keep: float) -> Climb:
+    def filtered(g: Tensor) -> Tensor:
+        if g.dim() < 2:
+            return g
+        z = ((g - g.mean()) / g.std()).abs().reshape(-1)
+        return largest(z, share(keep, g.numel())).view_as(g) * g
+
+    return lambda g, w, s: climb(join([filtered(p) for p in s.parts(g)]), w, s)
+
+
+def norm_layers(climb: Climb, rule: Callable[[str, Tensor], bool]) -> Climb:
+    return lambda g, w, s: climb(s.which(rule) * g, w, s)
+
+
+def random_mask(climb: Climb, beta: float, per: str) -> Climb:
+    def climber(g: Tensor, w: Tensor, s: Step) -> Tensor:
+        e, parts = climb(g, w, s.part("inner")), s.parts(g)
+        draws = torch.rand(len(parts)) if per == "tensor" else [torch.rand(p.shape) for p in parts]
+        return e / beta * join([torch.ones_like(p) * (u < beta) for p, u in zip(parts, draws, strict=True)])
+
+    return climber
+
+
+def fisher_mask(climb: Climb, keep: float, every: int) -> Climb:
+    def climber(g: Tensor, w: Tensor, s: Step) -> Tensor:
+        free = s.which(biased)
+        if s.number % every == 0:
+            s.memory["mask"] = free + largest(torch.where(free > 0, -1, g**2), share(keep, int((1 - free).sum())))
+        return s.memory["mask"] * climb(g, w, s.part("inner"))
+
+    return climber
+
+
+def drop_grow(climb: Climb, keep: float, drop: float, every: int, steps: int | None = None) -> Climb:
+    def climber(g: Tensor, w: Tensor, s: Step) -> Tensor:
+        n = share(keep, len(g))
+        if s.number % every == 0:
+            noise, mask = join([torch.rand(p.shape) for p in s.parts(g)]), s.memory.get("mask", torch.zeros_like(g))
+            dropped = n if s.number == 0 else int(n * drop * (1 + cos(pi * s.number / (steps or inf))) / 2)
+            kept = largest(torch.where(mask > 0, g.abs(), -1), n - dropped)
+            s.memory["mask"] = kept + largest(torch.where(mask > 0, -1, noise), dropped)
+        return s.memory["mask"] * climb(g, w, s.part("inner"))
+
+    return climber
+
+
+# Twins.
+
+
+def erm(loss: Loss) -> Twin:
+    return lambda w, s: s.grad(w, loss)
+
+
+def climbing(climb: Climb, ascent: Loss, descent: Loss) -> Twin:
+    return lambda w, s: s.grad(w + climb(s.grad(w, ascent), w, s), descent)
+
+
+def multi_step(climb: Climb, ascent: Loss, descent: Loss, n: int) -> Twin:
+    def twin(w: Tensor, s: Step) -> Tensor:
+        e = torch.zeros_like(w)
+        for i in range(n):
+            e = e + climb(s.grad(w + e, ascent), w, s.part(str(i))) / n
+        return s.grad(w + e, descent)
+
+    return twin
+
+
+def esam(climb: Climb, ascent: Loss, descent: Loss, select: Loss, gamma: float) -> Twin:
+    def twin(w: Tensor, s: Step) -> Tensor:
+        e = climb(s.grad(w, ascent), w, s)
+        rise = s.losses(w + e, select) - s.losses(w, select)
+        return s.on(rise.topk(share(gamma, len(rise))).indices).grad(w + e, descent)
+
+    return twin
+
+
+def gsam(climb: Climb, ascent: Loss, descent: Loss, alpha: float) -> Twin:
+    def twin(w: Tensor, s: Step) -> Tensor:
+        g, h = s.grad(w, descent), climbing(climb, ascent, descent)(w, s)
+        return h - alpha * (g - (g @ h) / (h @ h) * h)
+
+    return twin
+
+
+def wsam(climb: Climb, ascent: Loss, descent: Loss, gamma: float) -> Twin:
+    def twin(w: Tensor, s: Step) -> Tensor:
+        g, h = s.grad(w, descent), climbing(climb, ascent, descent)(w, s)
+        return g + gamma / (1 - gamma) * (h - g)
+
+    return twin
+
+
+def crsam(climb: Climb, ascent: Loss, descent: Loss, gamma: float, beta: float) -> Twin:
+    def twin(w: Tensor, s: Step) -> Tensor:
+        e = climb(s.grad(w, ascent), w, s)
+        g, plus, minus = s.grad(w, descent), s.grad(w + e, descent), s.grad(w - e, descent)
+        return plus + gamma * (plus + minus - 2 * g) + beta * (plus - minus)
+
+    return twin
+
+
+def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
+    angle = (a @ b).acos()
+    return ((1 - t) * angle).sin() / angle.sin() * a + (t * angle).sin() / angle.sin() * b
+
+
+def xsam(climb: Climb, ascent: Loss, descent: Loss, rho_max: float, every: int, alpha: float | None) -> Twin:
+    def twin(w: Tensor, s: Step) -> Tensor:
+        e = climb(s.grad(w, ascent), w, s)
+        h = s.grad(w + e, descent)
+        ways = [slerp(unit(e), unit(h), t / 10) for t in range(21)]
+        if alpha is None and s.number % every == 0:
+            s.memory["best"] = torch.stack([s.losses(w + rho_max * v, descent).mean() for v in ways]).argmax()
+        return h.norm() * (ways[s.memory["best"]] if alpha is None else slerp(unit(e), unit(h), alpha))
+
+    return twin
+
+
+def functional(climb: Climb, ascent: Loss, descent: Loss) -> Twin:
+    def twin(w: Tensor, s: Step) -> Tensor:
+        logits = s.outputs(w).detach().requires_grad_()
+        c = torch.autograd.grad(descent(logits, s.batch[1]).mean(), logits)[0]
+        at = (w + climb(s.grad(w, ascent), w, s)).detach().requires_grad_()
+        return torch.autograd.grad(s.outputs(at), at, c)[0]
+
+    return twin
+
+
+def looksam(climb: Climb, ascent: Loss, descent: Loss, k: int, alpha: float) -> Twin:
+    def twin(w: Tensor, s: Step) -> Tensor:
+        g = s.grad(w, descent)
+        if s.number % k:
+            return g + alpha * g.norm() * unit(s.memory["v"])
+        h = climbing(climb, ascent, descent)(w, s)
+        s.memory["v"] = h - (h @ g) / (g @ g) * g
+        return h
+
+    return twin
+
+
+def aesam(climb: Climb, ascent: Loss, descent: Loss, steps: int, first: float, last: float, delta: float) -> Twin:
+    def twin(w: Tensor, s: Step) -> Tensor:
+        g = s.grad(w, descent)
+        square = g @ g
+        mu = s.memory["mu"] = delta * s.memory.get("mu", square) + (1 - delta) * square
+        var = s.memory["var"] = delta * s.memory.get("var", 0) + (1 - delta) * (square - mu) ** 2
+        c = s.number / steps * last + (1 - s.number / steps) * first
+        large = square >= mu + c * var**0.5
+        s.memory.setdefault("decisions", []).append(bool(large))
+        return climbing(climb, ascent, descent)(w, s) if large else g
+
+    return twin
+
+
+def ssamf(climb: Climb, ascent: Loss, descent: Loss, keep: float, every: int, samples: int) -> Twin:
+    def twin(w: Tensor, s: Step) -> Tensor:
+        if s.number % every == 0:
+            singles = [s.on(torch.tensor([i])).grad(w, descent) for i in range(min(samples, len(s.batch[0])))]
+            s.memory["mask"] = largest(torch.stack(singles).square().mean(0), share(keep, len(w)))
+        return s.grad(w + s.memory["mask"] * climb(s.grad(w, ascent), w, s.part("inner")), descent)
+
+    return twin
+
+
+def momentum_sam(climb: Climb, descent: Loss, momentum: float) -> Twin:
+    def twin(w: Tensor, s: Step) -> Tensor:
+        v = s.memory.get("v")
+        h = s.grad(w if v is None else w + climb(-v, w, s), descent)
+        s.memory["v"] = h if v is None else momentum * v + h
+        return h
+
+    return twin
+
+
+def sampa(climb: Climb, ascent: Loss, descent: Loss, lam: float) -> Twin:
+    def stepped(w: Tensor, g: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+        y = nn.Parameter(w.clone())
+        twin = type(optimizer)([y])
+        twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        y.grad = g.clone()
+        twin.step()
+        return y.detach()
+
+    def twin(w: Tensor, s: Step) -> Tensor:
+        before, slope, up = s.memory.get("y", (s.batch, s.grad(w, descent), s.grad(w, ascent)))
+        y = stepped(w, slope, s.optimizer)
+        h = s.grad(w + climb(up, w, s.part("inner")), descent, before)
+        s.memory["y"] = s.batch, s.grad(y, descent), s.grad(y, ascent)
+        return (1 - lam) * h + lam * s.memory["y"][1]
+
+    return twin
+
+
+def bsam(ascent: Loss, descent: Loss, n: float, rho: float, prior: float, damping: float, b1: float, b2: float) -> Twin:
+    def twin(w: Tensor, s: Step) -> Tensor:
+        m, v = s.memory.get("m", torch.zeros_like(w)), s.memory.get("s", torch.ones_like(w))
+        theta = w + join(s.noise()) / (n * v).sqrt()
+        g, delta = s.grad(theta, descent), prior / n
+        h = s.grad(w + rho * s.grad(theta, ascent) / v, descent)
+        s.memory["m"] = b1 * m + (1 - b1) * (h + delta * w)
+        s.memory["s"] = b2 * v + (1 - b2) * (v.sqrt() * g.abs() + damping + delta)
+        return s.memory["m"] / v
+
+    return twin
+
+
+def rapp(loss: Loss, gamma: float, inner: int) -> Twin:
+    def twin(w: Tensor, s: Step) -> Tensor:
+        z = w
+        for _ in range(inner):
+            f = s.grad(z, loss)
+            z = w - gamma * f
+        return f
+
+    return twin
+
+
+# Twins around twins.
+
+
+def msam(m: int, twin: Twin) -> Twin:
+    def outer(w: Tensor, s: Step) -> Tensor:
+        parts = torch.arange(len(s.batch[0])).split(m)
+        return sum(len(p) * twin(w, s.part(str(p[0])).on(p)) for p in parts) / len(s.batch[0])
+
+    return outer
+
+
+def ksam(loss: Loss, k: int, twin: Twin) -> Twin:
+    return lambda w, s: twin(w, s.on(s.losses(w, loss).topk(k).indices))
+
+
+def rsam(sigma: float, twin: Twin, filters: bool = True) -> Twin:
+    def scale(p: Tensor) -> Tensor:
+        return p.norm() if p.dim() < 2 else p.flatten(1).norm(dim=1).view(-1, *[1] * (p.dim() - 1))
+
+    def outer(w: Tensor, s: Step) -> Tensor:
+        noise = [n * scale(p) if filters else n for n, p in zip(s.noise(), s.parts(w), strict=True)]
+        return twin(w + sigma * join(noise), s)
+
+    return outer
+
+
+def every(k: int, twin: Twin, otherwise: Twin) -> Twin:
+    def outer(w: Tensor, s: Step) -> Tensor:
+        n, rest = divmod(s.number, k)
+        return otherwise(w, s.part("otherwise", s.number - n - 1)) if rest else twin(w, s.part("method", n))
+
+    return outer
+
+
+def during(twin: Twin, start: int, stop: int, otherwise: Twin) -> Twin:
+    def outer(w: Tensor, s: Step) -> Tensor:
+        if start <= s.number < stop:
+            return twin(w, s.part("method", s.number - start))
+        return otherwise(w, s.part("otherwise", s.number - (stop - start) * (s.number >= stop)))
+
+    return outer

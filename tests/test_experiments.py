@@ -83,11 +83,20 @@ def test_a_recipe_refuses_what_is_out_of_range(field, value):
         ({"method": "KSAM(0)"}, "k must be at least 1, got 0"),
         ({"method": "NegLog(1).mu()"}, "neither a number nor a call"),
         ({"method": "SAM(L2(rho))"}, "unknown name 'rho'"),
+        ({"method": "L2(0.1)"}, "no method that can take a step"),
+        ({"method": "SAM(NegLog())"}, "no method that can take a step"),
+        ({"method": "KSAM(32, ERM)"}, r"ERM is no value: write a call, such as ERM\(...\)"),
+        ({"method": "KSAM(65)", "batch_size": 64}, "k is 65, and the batch has only 64"),
+        ({"method": "SAM(L2(1 / 0))"}, "division by zero"),
+        ({"method": "SAM(L2('x' * 10))"}, "'x'\" is no number|is no number"),
+        ({"method": "SAM(**L2(0.1))"}, "must name each argument once"),
+        ({"method": "SAM(perturb=L2(1), perturb=L2(2))"}, "repeated|once"),
+        ({"method": "SAM(L2(" + "-" * 2000 + "1))"}, "at most 1000 characters"),
         ({"method": "SAM(rho=0.1)"}, "unexpected keyword"),
         ({"method": "SAM(*[1])"}, "neither a number"),
         ({"method": "sgd", "rho": 0.1}, "rho is no setting of the method sgd"),
         ({"method": "sam", "mu": 1.0}, "mu is no setting of the method sam: it takes rho"),
-        ({"method": "SAM(L2(0.1))", "rho": 0.1}, "written in its expression"),
+        ({"method": "SAM(L2(0.1))", "rho": 0.1}, "written inside"),
     ],
 )
 def test_a_recipe_refuses_what_is_no_method(settings, message):
@@ -110,6 +119,7 @@ def test_an_expression_knows_the_run():
     assert (follow.optimizer, follow.high, follow.low) == (optimizer, 0.2, 0.1)
     assert Recipe(method="xsam").build_method(epoch=17).every == 17
     assert Recipe(method="ae_sam").build_method(steps=510).steps == 510
+    assert Recipe(method="During(SAM(), start=2000, stop=steps)").method  # steps are not known yet
 
 
 @pytest.mark.parametrize(("method", "gradients"), [("sgd", 1.0), ("sam", 2.0), ("esam", 1.5), ("looksam", 1.2)])
@@ -472,10 +482,11 @@ def test_figures_are_written(finished, tmp_path, draw, suffix):
 def test_many_methods_are_ranked_and_numbered(finished, tmp_path):
     (some, *_) = [run for run in runs.finished(finished) if run.recipe.method == "sam"]
     many = [replace(some, recipe=replace(some.recipe, method=method)) for method in METHODS if method not in NO_RHO]
-    ax, legend = figures.time(many).axes
-    numbers = {int(text.get_text()) for text in ax.texts}
-    assert numbers == set(range(1, len(many) + 1))
-    assert {METHODS[run.recipe.method].name for run in many} <= {text.get_text() for text in legend.texts}
+    ax, names = figures.time(many).axes
+    numbers = [int(text.get_text()) for axis in (ax, *ax.child_axes) for text in axis.texts]
+    assert sorted(numbers) == list(range(1, len(many) + 1))
+    assert len(ax.child_axes) == 1  # they are all in one place, which is enlarged
+    assert {METHODS[run.recipe.method].name for run in many} <= {text.get_text() for text in names.texts}
     labels = [text.get_text() for text in figures.accuracy(many).axes[0].get_yticklabels()]
     assert sorted(labels) == sorted(METHODS[run.recipe.method].name for run in many)
 

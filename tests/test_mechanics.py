@@ -19,7 +19,24 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bisam import ASAM, ERM, MSAM, SAM, BiSAM, Evaluation, ModelOracle, SharpnessAware, Vector, cross_entropy, vector
+from bisam import (
+    ASAM,
+    ERM,
+    ESAM,
+    FSAM,
+    KSAM,
+    MSAM,
+    SAM,
+    SAMON,
+    BiSAM,
+    Evaluation,
+    FunctionalSAM,
+    ModelOracle,
+    SharpnessAware,
+    Vector,
+    cross_entropy,
+    vector,
+)
 from bisam.perturbations import L2
 
 METHODS = [SAM(L2(0.5)), BiSAM(0.5), ASAM(0.5), MSAM(3, SAM(L2(0.5)))]
@@ -1018,3 +1035,73 @@ def test_nothing_of_the_last_batch_lives_through_the_next_one():
     model.register_forward_pre_hook(lambda *_: alive.append(not outputs.expired()))
     sharp(*cases.batch())
     assert alive == [False, False]
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_same_noise_leaves_what_a_perturbation_draws_alone(dropout):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5 if dropout else 0.0), nn.Linear(8, cases.CLASSES)).double()
+    drawn = []
+
+    def method(oracle, batch):
+        g = oracle.query(batch).gradient
+        drawn.append(tuple(torch.rand(8).lt(0.5).tolist()))
+        return oracle.query(batch, at=g * 0.01)
+
+    sharp = SharpnessAware(model, method, cross_entropy, same_noise=True)
+    batch = cases.batch()
+    for _ in range(8):
+        sharp(*batch)
+    assert len(set(drawn)) > 6
+
+
+def test_freezing_parameters_under_a_memory_is_refused():
+    model = cases.mlp()
+    sharp = SharpnessAware(model, FSAM(), cross_entropy)
+    sharp(*cases.batch())
+    model[0].requires_grad_(False)
+    with pytest.raises(ValueError, match="frozen or unfrozen since"):
+        sharp(*cases.batch())
+    model[0].requires_grad_()
+    sharp(*cases.batch())
+
+
+def test_functional_sam_refuses_a_loss_with_parameters():
+    class Tempered(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.heat = nn.Parameter(torch.ones((), dtype=torch.double))
+
+        def forward(self, outputs, targets):
+            return cross_entropy(outputs * self.heat, targets)
+
+    with pytest.raises(ValueError, match="cannot train the parameters of the loss Tempered"):
+        SharpnessAware(cases.mlp(), FunctionalSAM(), Tempered())(*cases.batch())
+
+
+@pytest.mark.parametrize("method", [KSAM(2), ESAM()], ids=["KSAM", "ESAM"])
+def test_choosing_examples_by_flattened_losses_is_refused(method):
+    def forward(model, x, y):
+        return model(x.flatten(0, 1)), y.flatten()
+
+    x, y = torch.randn(4, 5, 6, dtype=torch.double), torch.zeros(4, 5, dtype=torch.long)
+    with pytest.raises(ValueError, match="20 losses for 4 examples"):
+        SharpnessAware(cases.mlp(), method, cross_entropy, forward)(x, y)
+
+
+def test_a_subnet_is_no_norm_layer():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.subnet, self.bn1, self.normal = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
+            self.layers = nn.ModuleList([nn.LayerNorm(2)])
+
+        def forward(self, x):
+            return self.normal(self.layers[0](self.bn1(self.subnet(x))))
+
+    oracle = ModelOracle(Model(), cross_entropy)
+    e = SAMON(0.1).climb(oracle, (torch.randn(4, 2), torch.zeros(4, dtype=torch.long)))
+    moved = {name for name, t in zip(oracle.names, e, strict=True) if t.abs().max() > 0}
+    assert moved <= {"bn1.weight", "bn1.bias", "layers.0.weight", "layers.0.bias"}
+    assert "bn1.weight" in moved
+    assert "layers.0.weight" in moved

@@ -8,9 +8,25 @@ import cases
 import pytest
 import references
 import torch
+from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 
-from bisam import ASAM, ERM, MSAM, SAM, BiSAM, LowerBound, ModelOracle, NegLog, SharpnessAware, Tanh, cross_entropy
+from bisam import (
+    ASAM,
+    ERM,
+    MSAM,
+    SAM,
+    BiSAM,
+    LowerBound,
+    ModelOracle,
+    NegLog,
+    SharpnessAware,
+    Tanh,
+    Vector,
+    cross_entropy,
+)
+from bisam.arguments import portion, share, whole
+from bisam.masks import top
 from bisam.perturbations import L2, Adaptive
 
 
@@ -255,3 +271,118 @@ def test_complex_parameters_climb_as_their_real_and_imaginary_parts():
         SharpnessAware(model, SAM(L2(0.3)), lambda outputs, targets: outputs)(x, x[:, 0, 0]).backward()
         grads.append(model.w.grad)
     close(torch.view_as_real(grads[0]), grads[1], 1e-12)
+
+
+# What methods compute with.
+
+entries = st.lists(st.floats(-1e3, 1e3), min_size=3, max_size=3)
+
+
+def pieces(values: list[float]) -> Vector:
+    t = torch.tensor(values, dtype=torch.double)
+    return Vector([t[:1].reshape(()), t[1:]])
+
+
+def joined(v: Vector) -> Tensor:
+    return torch.cat([t.reshape(-1) for t in v])
+
+
+@settings(deadline=None, derandomize=True)
+@given(entries, entries)
+def test_the_part_along_another_vector_is_its_projection(a, b):
+    v, other = pieces(a), pieces(b)
+    flat, direction = joined(v), joined(other)
+    length = direction.norm()
+    if length < 1e-6:
+        return
+    along = joined(v.onto(other))
+    close(along, (flat @ direction / length) * direction / length, 1e-9)
+    close((flat - along) @ direction / length, torch.tensor(0.0).double(), 1e-9)
+
+
+def test_the_part_along_zero_is_zero_and_along_itself_is_all():
+    v, zero = pieces([1.0, -2.0, 3.0]), pieces([0.0, 0.0, 0.0])
+    assert (
+        joined(v.onto(zero)).tolist() == joined(zero.onto(v)).tolist() == joined(zero.onto(zero)).tolist() == [0.0] * 3
+    )
+    assert torch.equal(joined(v.onto(v)), joined(v))
+
+
+def test_the_part_along_a_vector_has_its_holes_and_its_type():
+    v = Vector([torch.ones(2).half(), torch.zeros(2).half()], frozenset({1}))
+    other = Vector([torch.zeros(2).half(), torch.ones(2).half()], frozenset({0}))
+    assert v.onto(other).holes == {0}
+    assert all(t.dtype == torch.half for t in v.onto(other))
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(1, n), st.just(n))))
+def test_a_portion_of_n_is_exact_where_the_share_is_a_fraction_of_n(k_n):
+    k, n = k_n
+    assert portion(k / n, n) == k
+    assert portion(float(f"{k / n:.15g}"), n) == k
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.floats(0, 1, exclude_min=True), st.integers(1, 10**9))
+def test_a_portion_is_rounded_up_and_never_nothing(share, n):
+    k = portion(share, n)
+    assert 1 <= k <= n
+    assert k - 1 < share * n <= k * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("share", "n", "expected"), [(0.07, 100, 7), (0.29, 100, 29), (1e-9, 8, 1), (1.0, 7, 7), (0.5, 7, 4)]
+)
+def test_portions(share, n, expected):
+    assert portion(share, n) == expected
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.lists(st.integers(0, 20), min_size=4, max_size=12), st.floats(0.01, 1), st.booleans())
+def test_the_mask_of_the_largest_holds_the_largest(scores, keep, free):
+    flat = torch.tensor(scores).double()
+    vector = Vector([flat[:2].clone(), flat[2:].view(1, -1).clone()])
+    mask = top(vector, keep, [not free, True])
+    inside = torch.cat([m.reshape(-1) for m in mask])
+    assert mask.tensors[1].shape == (1, len(scores) - 2)
+    if free:
+        assert inside[:2].all()
+        flat, inside = flat[2:], inside[2:]
+    assert inside.sum() == portion(keep, len(flat))
+    if not inside.all():
+        assert flat[inside].min() >= flat[~inside].max()
+
+
+def test_a_mask_where_nothing_is_maskable_is_all():
+    assert all(m.all() for m in top(Vector([torch.ones(2), torch.ones(())]), 0.1, [False, False]))
+
+
+@pytest.mark.parametrize("value", [1, 5, 10**9])
+def test_whole_numbers_are_taken(value):
+    whole("k", value)
+    whole("k", 0, least=0)
+
+
+@pytest.mark.parametrize(
+    ("value", "error"), [(0, ValueError), (-3, ValueError), (2.0, TypeError), (True, TypeError), ("2", TypeError)]
+)
+def test_other_numbers_are_not_whole(value, error):
+    with pytest.raises(error, match=rf"k .*{value!r}"):
+        whole("k", value)
+
+
+@pytest.mark.parametrize(
+    ("value", "zero"), [(1e-9, False), (0.5, False), (1, False), (1.0, True), (0, True), (0.0, True)]
+)
+def test_shares_are_taken(value, zero):
+    share("keep", value, zero=zero)
+
+
+@pytest.mark.parametrize("value", [0, 0.0, -0.1, 1.1, float("nan"), float("inf"), True, "0.5", None])
+def test_what_is_no_share_is_named(value):
+    with pytest.raises((TypeError, ValueError), match=rf"keep .*{value!r}"):
+        share("keep", value)
+    if value != 0:
+        with pytest.raises((TypeError, ValueError), match=rf"keep .*{value!r}"):
+            share("keep", value, zero=True)

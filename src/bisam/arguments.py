@@ -33,6 +33,18 @@ def number(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a number, got {value!r}")
 
 
+def finite(name: str, value: Any) -> None:
+    """Refuse a hyper-parameter that is no finite number.
+
+    Raises:
+        TypeError: it is no number; with the name and the value.
+        ValueError: it is not finite.
+    """
+    number(name, value)
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value!r}")
+
+
 def non_negative(name: str, value: Any) -> None:
     """Refuse a hyper-parameter that is negative or not finite.
 
@@ -45,21 +57,21 @@ def non_negative(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be non-negative and finite, got {value!r}")
 
 
-def share(name: str, value: Any, *, zero: bool = False) -> None:
-    """Refuse what is not in (0, 1], or in [0, 1] where `zero` is allowed.
+def share(name: str, value: Any, *, zero: bool = False, one: bool = True) -> None:
+    """Refuse what is not in (0, 1], or in [0, 1] where `zero` is allowed, or in [0, 1) where `one` is not.
 
     Raises:
         TypeError: it is no number; with the name and the value.
         ValueError: it is outside; with the name and the value.
     """
     number(name, value)
-    if not (0 <= value <= 1) or (value == 0 and not zero):
-        raise ValueError(f"{name} must be in {'[' if zero else '('}0, 1], got {value!r}")
+    if not (0 <= value <= 1) or (value == 0 and not zero) or (value == 1 and not one):
+        raise ValueError(f"{name} must be in {'[' if zero else '('}0, 1{']' if one else ')'}, got {value!r}")
 
 
 def portion(share: float, n: int) -> int:
-    """How many of n are a share of them, rounded up: at least 1; 0.07 of 100 are 7, though 0.07 * 100 > 7."""
-    return max(1, math.ceil(share * n - 1e-9))
+    """How many of n are a share of them, rounded up: at least 1 of them; 0.07 of 100 are 7, though 0.07 * 100 > 7."""
+    return min(n, max(1, math.ceil(share * n - 1e-9)))
 
 
 def whole(name: str, value: Any, least: int = 1) -> None:

@@ -58,7 +58,7 @@ class Evaluation:
 
     @property
     def per_example(self) -> Tensor:
-        """The losses, one per example (N,): the mean over the positions of an example that has several.
+        """The losses, one per example (N,): the mean over the positions of an example that count, where it has several.
 
         Raises:
             TypeError: the objective returned a scalar.
@@ -68,7 +68,12 @@ class Evaluation:
                 "this method needs one loss per example, and the loss returned a scalar: pass bisam.cross_entropy, or "
                 'your criterion with reduction="none"'
             )
-        return self.losses.flatten(1).mean(1) if self.losses.dim() > 1 else self.losses
+        if self.losses.dim() == 1:
+            return self.losses
+        losses, ignored = self.losses.flatten(1), getattr(self.objective, "ignore_index", None)
+        if ignored is None or not isinstance(self.targets, Tensor) or self.targets.is_floating_point():
+            return losses.mean(1)
+        return losses.sum(1) / (self.targets != ignored).flatten(1).sum(1).clamp_min(1)
 
     @torch.no_grad()
     def under(self, objective: Objective) -> Evaluation:
@@ -125,6 +130,20 @@ def take(batch: Batch, index: Tensor) -> Batch:
         raise ValueError(f"cannot choose examples of a batch whose tensors have {sizes}: {_INSIDE}")
     chosen = [t[index.to(t.device)] if isinstance(t, Tensor) and t.dim() else t for t in leaves]
     return tree_unflatten(chosen, structure)
+
+
+def largest(scores: Tensor, k: int, batch: Batch) -> Batch:
+    """The `k` examples of a batch with the largest scores (N,), in their order.
+
+    Raises:
+        ValueError: there are not as many scores as examples.
+    """
+    if (n := size(batch)) != len(scores):
+        raise ValueError(
+            f"choosing examples needs one loss for each, and there are {len(scores)} losses for {n} examples: let "
+            "`forward` return outputs (N, K, ...) and targets (N, ...), not flattened"
+        )
+    return take(batch, scores.topk(k).indices.sort().values)
 
 
 _INSIDE = "pass what is not per example inside `forward`"

@@ -48,9 +48,10 @@ class SharpnessAware(nn.Module):
 
     Called, it raises:
         TypeError: `forward` or `loss` return something else than they should.
-        ValueError: no parameter is trainable; the batch is empty; targets do not fit; losses have the wrong shape or no
-            gradient; a gradient is sparse; the loss depends on tensors that need a gradient and would not get one; the
-            model's wrapper or its parameters are of a kind that this version cannot serve.
+        ValueError: no parameter is trainable, or others than the method remembers are; the batch is empty; targets do
+            not fit; losses have the wrong shape or no gradient; a gradient is sparse; the loss depends on tensors that
+            need a gradient and would not get one; the model's wrapper or its parameters are of a kind that this version
+            cannot serve.
     """
 
     def __init__(
@@ -109,6 +110,9 @@ class SharpnessAware(nn.Module):
             else:
                 if not memory.checked:
                     _warn_of_half(oracle)
+                if memory.state and memory.trained != (trained := [id(p) for p in oracle.parameters]):
+                    memories.check(memory.state, oracle.parameters)
+                    memory.trained = trained
                 value = oracle.differentiable(self.method(oracle, batch))
                 memory.state = memories.settled(oracle.state, memory.state, oracle.overflow)
                 memory.step, memory.checked = memory.step + 1, True
@@ -122,8 +126,11 @@ class SharpnessAware(nn.Module):
     def clean(self) -> Evaluation:
         """Training losses and outputs at the unperturbed weights in the last call, detached: metrics at no extra pass.
 
+        Of a method that makes no query there (`RSAM`, `MomentumSAM`, `SAMPa`, `BSAM`), those at the point that stands
+        in for the weights, where running statistics move.
+
         Raises:
-            RuntimeError: there was no call yet, or its method made no query at the weights.
+            RuntimeError: there was no call yet, or its method made no query that moves running statistics.
         """
         if not self._memory.seen:
             raise RuntimeError(
@@ -160,6 +167,7 @@ class _Memory:
     state: dict[str, Any] = field(default_factory=dict[str, Any])
     seen: list[Evaluation] = field(default_factory=list[Evaluation])
     clean: Evaluation | None = None
+    trained: list[int] = field(default_factory=list[int])
     checked: bool = False
 
     def __getstate__(self) -> dict[str, Any]:

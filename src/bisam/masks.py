@@ -56,7 +56,7 @@ class RandomMask(Around):
         if self.beta == 1:
             return e
         if self.per == "tensor":
-            drawn = (torch.rand(len(e)) < self.beta).tolist()  # on the CPU: no device waits
+            drawn = (torch.rand(len(e), device="cpu") < self.beta).tolist()  # on the CPU: no device waits
             return Vector([t * (on / self.beta) for t, on in zip(e, drawn, strict=True)], e.holes)
         return e * Vector([noise < self.beta for noise in _noise(e)]) * (1 / self.beta)
 
@@ -95,7 +95,8 @@ class FisherMask(Around):
                 g.dim() > 1 and not any(kind in layer.lower() for kind in ("norm", "embedding"))
                 for g, layer in zip(gradient, oracle.layers, strict=True)
             ]
-            oracle.state["mask"] = top(gradient * gradient, self.keep, maskable)
+            # In the order of the squares, which are not defined for complex entries, and underflow.
+            oracle.state["mask"] = top(gradient.abs(), self.keep, maskable)
         return self.inner(gradient, oracle) * oracle.state["mask"]
 
 
@@ -104,7 +105,7 @@ class DropGrow(Around):
     """A sparse displacement whose mask drops the flattest weights and grows others at random (Mi et al., 2022).
 
     The ascent of SSAM-D, https://arxiv.org/abs/2210.05177. The mask starts at random; every `every` steps the share
-    `drop` of it that has the smallest |g| makes room for as many weights outside of it.
+    `drop` of it, rounded down, that has the smallest |g| makes room for as many weights outside of it.
 
     Args:
         perturb: the displacement that a part is taken of.

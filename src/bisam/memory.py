@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from bisam.arguments import remembering
 from bisam.vector import Vector
 
 State = dict[str, Any]
@@ -22,9 +23,9 @@ _VECTOR, _TUPLE = "__vector__", "__tuple__"
 
 
 def kind(method: Any) -> str:
-    """The classes that a method is nested of, such as `KSAM(LookSAM(L2))`: whose memory it is, whatever the numbers."""
-    parts = [getattr(method, f.name) for f in fields(method)] if is_dataclass(method) else []
-    inner = ", ".join(kind(part) for part in parts if is_dataclass(part))
+    """Whose memory it is: the classes that remember, and where in the nest, as `KSAM(method=LookSAM)`."""
+    parts = {f.name: getattr(method, f.name) for f in fields(method)} if is_dataclass(method) else {}
+    inner = ", ".join(f"{name}={kind(part)}" for name, part in parts.items() if remembering(part))
     name = getattr(method, "__qualname__", type(method).__name__)
     return f"{name}({inner})" if inner else name
 
@@ -49,6 +50,21 @@ def load(saved: dict[str, Any], method: Any, parameters: Sequence[nn.Parameter])
     return cast(State, _unpacked(saved["state"], parameters))
 
 
+def check(state: State, parameters: Sequence[Tensor]) -> None:
+    """Make sure that what is remembered belongs to these parameters.
+
+    Raises:
+        ValueError: others are trained by now.
+    """
+    shapes = [p.shape for p in parameters]
+    for leaf in tree_flatten(state)[0]:
+        if isinstance(leaf, Vector) and [t.shape for t in leaf.tensors] != shapes:
+            raise ValueError(
+                f"the method remembers {len(leaf)} parameters, and now {len(shapes)} are trained, or others: some were "
+                "frozen or unfrozen since. Make a new SharpnessAware, which begins with an empty memory"
+            )
+
+
 def settled(new: State, old: State, overflow: Tensor | None) -> State:
     """`new`, or `old` if a float16 gradient overflowed in the step: an average that took in a NaN would keep it.
 
@@ -71,7 +87,8 @@ def _alike(a: Any, b: Any) -> bool:
         return True
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
-    return type(a) is type(b) and not isinstance(a, Tensor | Vector) and a == b
+    plain = int | float | str | bytes | None  # others, such as arrays, may have no `==` that is a bool
+    return a is b or (isinstance(a, plain) and type(a) is type(b) and a == b)
 
 
 def _chosen(condition: Tensor, yes: Any, no: Any) -> Any:

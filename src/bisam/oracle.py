@@ -111,7 +111,9 @@ class Oracle(ABC):
 
 
 class View(Oracle):
-    """Another oracle with another centre, other statistics or another state; as it is, to watch it in a subclass.
+    """Another oracle with another centre, other statistics or another state.
+
+    To watch an oracle, override `query` and `together` in a subclass.
 
     Args:
         oracle: the one below.
@@ -305,6 +307,8 @@ class ModelOracle(Oracle):
         untouched = self._buffers.untouched
         weights = None if at is None else self.weights
         saved = None if weights is None else weights.clone()
+        replayed = self._same_noise and self._noise is not None and self._noise[0] is batch
+        noise = RandomState(self.parameters) if replayed else None
         buffers = None if track else self._buffers.remember()
         try:
             if at is not None and weights is not None:
@@ -321,6 +325,8 @@ class ModelOracle(Oracle):
             buffers = untouched  # a step that fails leaves nothing behind
             raise
         finally:
+            if noise is not None:
+                noise.restore()  # what was drawn between two queries, a mask say, stays drawn
             # Copied back, not subtracted: exact in every precision, and after a NaN.
             if saved is not None:
                 torch._foreach_copy_(self.weights.tensors, saved.tensors)

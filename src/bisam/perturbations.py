@@ -19,6 +19,7 @@ remembers between steps is in `oracle.state`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -34,6 +35,7 @@ from bisam.vector import Vector
 
 Perturbation = Callable[[Vector, Oracle], Vector]
 
+_NORM = re.compile(r"((^|[._])bn|norm)\d*([._]|$)")
 _TINY = 1e-12  # as in every public SAM: keeps a zero gradient from dividing by zero
 
 
@@ -44,7 +46,7 @@ class L2:
     Source: https://arxiv.org/abs/2010.01412, eq. 2.
 
     Args:
-        rho: radius, >= 0, or a schedule; 0 turns the method into its base optimizer.
+        rho: radius, >= 0, or a schedule; 0 turns SAM into its base optimizer.
 
     Raises:
         TypeError: `rho` is neither a number nor a schedule.
@@ -106,9 +108,9 @@ class Adaptive:
 class LossEquated:
     """e = r g/||g|| with r = min(sigma/||g||, rho_max): a fixed rise of the loss, to first order (Wang et al., 2026).
 
-    The geometry of LE-SAM, https://arxiv.org/abs/2605.10183. The paper anneals `sigma` to 0 on a cosine over the final
-    epochs: `Cosine(sigma, 0.0, steps=..., begin=...)`. The values that its authors use for `sigma` and `rho_max` were
-    not found in a public source: the defaults here are ours.
+    The geometry of LE-SAM, https://arxiv.org/abs/2605.10183, as third parties write it. `sigma` is annealed to 0 on a
+    cosine over the final epochs: `Cosine(sigma, 0.0, steps=..., begin=...)`. The authors' values of `sigma` and
+    `rho_max` were not found in a public source: the defaults here are ours.
 
     Args:
         sigma: rise of the loss, >= 0, or a schedule.
@@ -243,13 +245,13 @@ class ZScore(Around):
         """The displacement for the entries that stand out."""
         if self.keep == 1:
             return self.inner(gradient, oracle)
-        kept = [g if g.dim() < 2 else g * self._outstanding(g) for g in gradient]
+        kept = [g if g.dim() < 2 or not g.numel() else g * self._outstanding(g) for g in gradient]
         return self.inner(Vector(kept, gradient.holes), oracle)
 
     def _outstanding(self, g: Tensor) -> Tensor:
         distance = (g - g.mean()).abs()  # |z| but for a factor, and its order is what counts
-        below = g.numel() - portion(self.keep, g.numel())
-        return distance >= distance.flatten().kthvalue(below + 1).values
+        kept = portion(self.keep, g.numel())  # not kthvalue, which has no deterministic implementation on a GPU
+        return distance >= distance.flatten().topk(kept).values[-1]
 
 
 @dataclass(frozen=True)
@@ -258,7 +260,8 @@ class NormLayers(Around):
 
     The ascent of SAM-ON, https://arxiv.org/abs/2306.04226; the radius is that of the part. A parameter belongs to a
     normalisation layer if the class of its module has "norm" in its name (all of torch's, timm's and Hugging Face's),
-    or its own name has "norm" or "bn" in it, which is the authors' rule.
+    or a part of its own name begins or ends with "norm" or "bn", as in `layer1.0.bn2.weight`. The authors' rule is the
+    name alone, with "norm" or "bn" anywhere in it, where "subnet" would count.
 
     Args:
         perturb: from the part of the gradient to the displacement.
@@ -272,8 +275,8 @@ class NormLayers(Around):
 
     def __call__(self, gradient: Vector, oracle: Oracle) -> Vector:
         """The displacement of the normalisation layers."""
-        labels = [f"{layer} {name}".lower() for layer, name in zip(oracle.layers, oracle.names, strict=True)]
-        norms = ["norm" in label or "bn" in label.split()[-1] for label in labels]
+        labels = zip(oracle.layers, oracle.names, strict=True)
+        norms = ["norm" in layer.lower() or bool(_NORM.search(name.lower())) for layer, name in labels]
         if not any(norms):
             raise ValueError(
                 "NormLayers perturbs normalisation layers alone, and the model has none that is trained: use L2 or "

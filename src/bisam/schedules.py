@@ -5,16 +5,16 @@
     L2(Follow(optimizer, high=0.6, low=0.1))                 # as the learning rate goes: GSAM
     LossEquated(Cosine(0.1, 0.0, steps=2_000, begin=8_000))  # constant, then to 0 in the last 2,000 steps
 
-A schedule is any callable from the number of losses computed before to a radius. Under gradient accumulation that
-counts micro-batches.
+A schedule is any callable from a step to a radius. Steps are calls of the method that the schedule belongs to: losses
+computed before, so micro-batches under accumulation, and inside `Every(5, ...)` every fifth of them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -147,7 +147,7 @@ class Follow:
     """A radius that follows an optimizer's learning rate on a straight line (Zhuang et al., 2022).
 
     radius = low + (high - low) (lr - lr_low) / (lr_high - lr_low); with `low` and `lr_low` 0 it is proportional to the
-    learning rate. Source: https://arxiv.org/abs/2203.08065, section 4.3.
+    learning rate. It is never negative. The schedule of GSAM, https://arxiv.org/abs/2203.08065.
 
     Args:
         optimizer: whose first parameter group has the learning rate; any learning-rate scheduler may drive it.
@@ -167,23 +167,32 @@ class Follow:
     low: float = 0.0
     lr_high: float | None = None
     lr_low: float = 0.0
+    _first: float = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         non_negative("high", self.high)
         non_negative("low", self.low)
         if not isinstance(getattr(self.optimizer, "param_groups", None), list):
             raise TypeError(f"optimizer must have parameter groups with a learning rate, got {self.optimizer!r}")
-        if self.lr_high is None:
-            group = self._group
-            peak = group.get("max_lr", group.get("initial_lr", group["lr"]))
-            object.__setattr__(self, "lr_high", float(peak))
-        if self.lr_high == self.lr_low:
-            raise ValueError(f"the largest and the smallest learning rate must differ, got {self.lr_high!r} for both")
+        non_negative("lr_low", self.lr_low)
+        if self.lr_high is not None:
+            non_negative("lr_high", self.lr_high)
+        object.__setattr__(self, "_first", float(self._group["lr"]))
+        if self._peak == self.lr_low:
+            raise ValueError(f"the largest and the smallest learning rate must differ, got {self._peak!r} for both")
 
     def __call__(self, step: int) -> float | Tensor:
         """The value at the present learning rate."""
-        share = (self._group["lr"] - self.lr_low) / (cast(float, self.lr_high) - self.lr_low)
-        return self.low + (self.high - self.low) * (share.detach() if isinstance(share, torch.Tensor) else share)
+        share = (self._group["lr"] - self.lr_low) / (self._peak - self.lr_low)
+        radius = self.low + (self.high - self.low) * (share.detach() if isinstance(share, torch.Tensor) else share)
+        return radius.clamp_min(0) if isinstance(radius, torch.Tensor) else max(radius, 0.0)  # a warm-up below lr_low
+
+    @property
+    def _peak(self) -> float:
+        if self.lr_high is not None:
+            return self.lr_high
+        group = self._group  # asked each time: the scheduler may be made after this
+        return float(group.get("max_lr", group.get("initial_lr", self._first)))
 
     @property
     def _group(self) -> dict[str, Any]:

@@ -281,7 +281,7 @@ METHODS: dict[str, Entry] = {
         "XSAM",
         "XSAM(L2({rho}), rho_max=2 * {rho}, every=epoch)",
         "a direction between displacement and gradient",
-        "Li et al., 2026",
+        "Chen and Zhou, 2026",
         _arxiv("2603.10048"),
         forwards="21 / every",
         state="alpha",
@@ -353,7 +353,7 @@ METHODS: dict[str, Entry] = {
     "momentum_sam": Entry(
         "Momentum-SAM",
         "MomentumSAM(L2({rho}), momentum=0.9)",
-        "stand behind the momentum: one gradient",
+        "stand ahead along the momentum: one gradient",
         "Becker et al., 2024",
         _arxiv("2401.12033"),
         gradients="1",

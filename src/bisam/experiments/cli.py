@@ -1,4 +1,4 @@
-"""The command line: `bisam run`, `train`, `list`, `report`."""
+"""The command line: `bisam run`, `train`, `list`, `methods`, `report`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from bisam import __version__
-from bisam.experiments.recipes import Recipe, Whole, unknown
+from bisam.experiments.names import unknown
+from bisam.experiments.recipes import Recipe, Whole
 from bisam.experiments.runs import Finished, Run, RunError, finished, to_csv, write
 
 console = Console()
@@ -125,8 +126,9 @@ def list_studies() -> int:
         shown = ", ".join(methods) if len(methods) < 10 else f"{len(methods)}, see bisam methods"
         table.add_row(study.name, study.title, f"{len(recipes)} x {study.seeds} seeds", shown)
     console.print(table)
-    methods = "|".join(METHODS)
-    console.print(f"\nbisam train --method {methods} --dataset digits --model convnet", soft_wrap=True)
+    console.print(
+        f"\nbisam train --method NAME --dataset digits --model convnet, with NAME one of {', '.join(METHODS)}"
+    )
     return 0
 
 
@@ -149,7 +151,7 @@ def methods(*, to: Path | None = None) -> int:
     table.add_column("expression", overflow="fold", min_width=30)
     for header in ("gradients", "memory", *(("state", "source", "set rho to") if wide else ())):
         table.add_column(header, overflow="fold")
-    for key, entry in catalogue.METHODS.items():
+    for key, entry in {**catalogue.METHODS, **catalogue.GAMES}.items():
         more = (entry.state or "–", entry.reference or "–", entry.advice or "–") if wide else ()
         table.add_row(key, Text(entry.written()), entry.cost, f"{entry.memory:g}", *more)
     console.print(table)

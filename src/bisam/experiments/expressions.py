@@ -10,13 +10,15 @@ from __future__ import annotations
 import ast
 import operator
 from collections.abc import Callable
+from functools import cache
 from types import ModuleType
 from typing import Any, cast
 
 import torch
+from torch import nn
 
 import bisam
-from bisam import masks, perturbations, schedules
+from bisam import SharpnessAware, masks, perturbations, schedules
 from bisam.experiments.names import unknown
 from bisam.methods import Method
 
@@ -53,29 +55,44 @@ def build(expression: str, **names: Any) -> Method:
     Raises:
         ValueError: it is no such expression, or an argument has a value that the method refuses; with what and where.
     """
+    if len(expression) > _LONGEST:
+        raise ValueError(f"an expression has at most {_LONGEST} characters, got {len(expression)}")
     try:
         tree = ast.parse(expression.strip(), mode="eval")
-    except SyntaxError as error:
-        raise ValueError(
-            f"{expression!r} is no expression ({error.msg}): write it as in Python, SAM(L2(0.1))"
-        ) from None
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"{expression!r} is no expression ({error}): write it as in SAM(L2(0.1))") from None
     try:
         method = _value(tree.body, names)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise ValueError(f"{expression}: {error}") from error
-    if not callable(method) or isinstance(method, type):
+    if not callable(method):
         raise ValueError(f"{expression!r} is no method: write a call, such as SAM(L2(0.1))")
     return cast(Method, method)
 
 
-def check(expression: str) -> None:
-    """Make sure that an expression describes a method, before there is a run that it could speak of.
+@cache
+def check(expression: str, batch_size: int) -> None:
+    """Make sure that an expression describes a method, by one step on a toy, before there is a run.
+
+    Args:
+        expression: see `build`.
+        batch_size: examples in a step.
 
     Raises:
-        ValueError: see `build`.
+        ValueError: see `build`; or the step fails, and why.
     """
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
-    build(expression, optimizer=optimizer, steps=1000, epoch=100, examples=1000)
+    with torch.random.fork_rng([]):
+        model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        method = build(expression, optimizer=optimizer, steps=10**9, epoch=10**6, examples=10**9)
+        sharp = SharpnessAware(model, method, bisam.cross_entropy)
+        try:
+            sharp(torch.randn(batch_size, 2), torch.zeros(batch_size, dtype=torch.long)).backward()
+        except Exception as error:  # whatever it is that stands in a method's place
+            raise ValueError(f"{expression} is no method that can take a step: {error}") from error
+
+
+_LONGEST = 1000
 
 
 def _value(node: ast.expr, names: dict[str, Any]) -> Any:
@@ -83,19 +100,31 @@ def _value(node: ast.expr, names: dict[str, Any]) -> Any:
         case ast.Constant(value=int() | float() | str() | None as value):  # a bool is an int
             return value
         case ast.UnaryOp(op=ast.USub(), operand=operand):
-            return -_value(operand, names)
+            return -_number(operand, names)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _ARITHMETIC:
-            return _ARITHMETIC[type(op)](_value(left, names), _value(right, names))
+            return _ARITHMETIC[type(op)](_number(left, names), _number(right, names))
         case ast.Name(id=name) if name in names:
             return names[name]
-        case ast.Name(id=name) if name == "cross_entropy":
-            return VOCABULARY[name]
+        case ast.Name(id="cross_entropy"):
+            return bisam.cross_entropy
+        case ast.Name(id=name):
+            if name in VOCABULARY:
+                raise ValueError(f"{name} is no value: write a call, such as {name}(...)")
+            raise unknown("name", name, names)
         case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
             if name not in VOCABULARY:
                 raise unknown("name", name, VOCABULARY)
-            arguments = {k.arg: _value(k.value, names) for k in keywords if k.arg is not None}
+            given = [k.arg for k in keywords]
+            if None in given or len(set(given)) < len(given):
+                raise ValueError(f"{ast.unparse(node)!r} must name each argument once")
+            arguments = {str(k.arg): _value(k.value, names) for k in keywords}
             return VOCABULARY[name](*(_value(a, names) for a in args), **arguments)
-        case ast.Name(id=name):
-            raise unknown("name", name, names) if names else ValueError(f"{name!r} is not known here")
         case _:
             raise ValueError(f"{ast.unparse(node)!r} is neither a number nor a call of a method")
+
+
+def _number(node: ast.expr, names: dict[str, Any]) -> Any:
+    value = _value(node, names)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{ast.unparse(node)!r} is no number")
+    return value

@@ -110,43 +110,51 @@ def _ranking(runs: Sequence[Finished]) -> Figure:
 
 
 def time(runs: Sequence[Finished]) -> Figure:
-    """Accuracy against the time of a step: what each method gives for what it costs."""
+    """Accuracy against the time of a step: what each method gives for what it costs; where it is crowded, enlarged."""
     groups = sorted(grouped(runs).items(), key=lambda item: np.mean(_times(item[1])))
-    figure = Figure(figsize=(11.5, 7.2), layout="constrained")
-    ax, legend = figure.subplots(1, 2, width_ratios=(3.3, 1))
-    drawn = list[tuple[float, float]]()
-    for number, (recipe, group) in enumerate(groups, 1):
-        colour, times, values = _family_colour(recipe), _times(group), _accuracies(group, "last")
-        x, y = float(np.mean(times)), float(np.mean(values))
-        drawn.append((x, y))
-        ax.errorbar(x, y, _std(values), _std(times), fmt="o", color=colour, ms=4, lw=0.8, alpha=0.45, zorder=2)
-        ax.plot(x, y, "o", color=colour, ms=4, zorder=3)
-        legend.text(0.0, -number, f"{number}", color=colour, fontsize=8.5, weight="bold", ha="right")
-        legend.text(0.06, -number, _label(recipe), fontsize=8.5)
+    figure = Figure(figsize=(11.5, 7.6), layout="constrained")
+    ax, names = figure.subplots(1, 2, width_ratios=(3.6, 1))
+    points = np.array([(np.mean(_times(group)), np.mean(_accuracies(group, "last"))) for _, group in groups])
+    spreads = np.array([(_std(_times(group)) or 0, _std(_accuracies(group, "last")) or 0) for _, group in groups])
+    colours = [_family_colour(recipe) for recipe, _ in groups]
+    crowded = (np.abs(points / np.median(points, axis=0) - 1) < [0.15, 0.05]).all(1)
+    everywhere, here = np.arange(len(groups)), np.flatnonzero(crowded)
     ax.set_xlabel("time of a step, relative to plain training")
     ax.set_ylabel("test accuracy with the last weights (%)")
-    ax.grid(alpha=0.3)
-    for number, ((x, y), (recipe, _)) in enumerate(zip(_apart(ax, drawn), groups, strict=True), 1):
-        ax.annotate(
-            f"{number}",
-            drawn[number - 1],
-            (x, y),
-            color=_family_colour(recipe),
-            fontsize=9,
-            weight="bold",
-            ha="center",
-            va="center",
-            arrowprops={"arrowstyle": "-", "color": "#999999", "lw": 0.5},
-            zorder=4,
-        )
+    if len(here) > _MANY:
+        inset = ax.inset_axes((0.17, 0.05, 0.6, 0.55))
+        _cloud(inset, points, spreads, colours, here, here)
+        ax.indicate_inset_zoom(inset, edgecolor="#777777")
+        inset.tick_params(labelsize=8)
+        _cloud(ax, points, spreads, colours, everywhere, np.flatnonzero(~crowded))
+    else:
+        _cloud(ax, points, spreads, colours, everywhere, everywhere)
+    for i, (recipe, _) in enumerate(groups):
+        names.text(0.0, -i, f"{i + 1}", color=colours[i], fontsize=8.5, weight="bold", ha="right")
+        names.text(0.06, -i, _label(recipe), fontsize=8.5)
+    names.set_xlim(-0.1, 1)
+    names.set_ylim(-len(groups) + 0.5, 1)
+    names.axis("off")
     for family, colour in FAMILY_COLOURS.items():
         ax.plot([], [], "o", color=colour, label=FAMILIES[family])
-    ax.legend(loc="lower right", fontsize=8.5)
-    legend.set_xlim(-0.1, 1)
-    legend.set_ylim(-len(groups) - 0.5, 0)
-    legend.axis("off")
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8.5, frameon=False)
     figure.suptitle(f"Accuracy against time, {_noise(groups)}, mean and standard deviation of {_seeds(groups)} seeds")
     return figure
+
+
+def _cloud(
+    ax: Axes, points: np.ndarray, spreads: np.ndarray, colours: Sequence[str], shown: np.ndarray, numbered: np.ndarray
+) -> None:
+    """Points with spread, of which some have their number beside them."""
+    for i in shown:
+        (x, y), (dx, dy) = points[i], spreads[i]
+        ax.errorbar(x, y, dy, dx, fmt="o", color=colours[i], ms=4, lw=0.8, alpha=0.45, zorder=2)
+        ax.plot(x, y, "o", color=colours[i], ms=4, zorder=3)
+    ax.grid(alpha=0.3)
+    line = {"arrowstyle": "-", "color": "#999999", "lw": 0.5}
+    for i, place in zip(numbered, _apart(ax, points[numbered]), strict=True):
+        style: dict[str, Any] = {"color": colours[i], "fontsize": 9, "weight": "bold", "ha": "center", "va": "center"}
+        ax.annotate(f"{i + 1}", tuple(points[i]), tuple(place), arrowprops=line, zorder=4, **style)
 
 
 def radius(runs: Sequence[Finished]) -> Figure:
@@ -242,12 +250,12 @@ def _label(recipe: Recipe) -> str:
     return f"{title(recipe.method)}, {recipe.epochs} epochs" if recipe.method == "sgd" else title(recipe.method)
 
 
-def _apart(ax: Axes, points: Sequence[tuple[float, float]]) -> np.ndarray:
+def _apart(ax: Axes, points: np.ndarray) -> np.ndarray:
     """Places for labels near the points, in the axes' units: each pushes the others and the points away."""
     ax.autoscale_view()
     (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
     size = np.array([right - left, top - bottom])
-    anchors = (np.array(points) - [left, bottom]) / size
+    anchors = (points - [left, bottom]) / size
     random = np.random.default_rng(0)
     places = anchors + random.normal(0, 0.004, anchors.shape) + [0, 0.02]
     for _ in range(300):

@@ -96,7 +96,7 @@ class Recipe:
     def _check_method(self) -> None:
         if "(" in self.method:
             takes = set[str]()
-            check(self.method)
+            check(self.method, self.batch_size)
         elif self.method in METHODS:
             takes = METHODS[self.method].settings
         elif self.method in VOCABULARY:
@@ -105,7 +105,8 @@ class Recipe:
             raise unknown("method", self.method, METHODS)
         given = {name for name in ("rho", "eta", "mu", "alpha") if getattr(self, name) is not None}
         if idle := sorted(given - takes):
-            has = f"it takes {', '.join(sorted(takes))}" if takes else "what it takes is written in its expression"
+            has = f"it takes {', '.join(sorted(takes))}" if takes else "it has none"
+            has = "what it takes is written inside" if "(" in self.method else has
             raise ValueError(f"{idle[0]} is no setting of the method {self.method}: {has}")
 
     @property

@@ -57,7 +57,7 @@ class BSAM:
         for name in ("rho", "prior"):
             non_negative(name, getattr(self, name))
         for name in ("beta1", "beta2"):
-            share(name, getattr(self, name), zero=True)
+            share(name, getattr(self, name), zero=True, one=False)
         for name in ("ascent", "descent"):
             if (objective := getattr(self, name)) is not None:
                 instance(name, objective, "an objective such as NegLog()")
@@ -77,4 +77,5 @@ class BSAM:
         m = (answer.gradient + w * delta) * (1 - self.beta1)
         oracle.state["m"] = m = m if "m" not in oracle.state else oracle.state["m"] * self.beta1 + m
         oracle.state["s"] = s * self.beta2 + (s.sqrt() * g.abs() + (self.damping + delta)) * (1 - self.beta2)
-        return replace(answer, grad=m / s)
+        # Not the prior alone: where no loss reaches, an optimizer must meet no gradient, as in a plain loop.
+        return replace(answer, grad=Vector((m / s).tensors, g.holes & answer.gradient.holes))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bisam.arguments import non_negative, positive, share, whole
 from bisam.evaluation import Batch, Evaluation
@@ -83,9 +83,7 @@ class WSAM(SAM):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        share("gamma", self.gamma, zero=True)
-        if self.gamma == 1:
-            raise ValueError("gamma must be in [0, 1), got 1: the weight gamma/(1 - gamma) would be infinite")
+        share("gamma", self.gamma, zero=True, one=False)
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
         """Two queries; three with another ascent."""
@@ -136,7 +134,7 @@ class CRSAM(SAM):
 
 @dataclass(frozen=True)
 class XSAM(SAM):
-    """A direction between the displacement and the gradient there, or beyond (Li et al., 2026).
+    """A direction between the displacement and the gradient there, or beyond (Chen and Zhou, 2026).
 
     https://arxiv.org/abs/2603.10048. The gradient has the length of h = grad L(w + e), and the direction of the
     spherical interpolation from e/||e|| to h/||h|| at alpha. Every so often alpha is the one of 0, 0.1, ..., 2 with the
@@ -183,7 +181,7 @@ class XSAM(SAM):
         if self.alpha is None and (oracle.step % self.every == 0 or "alpha" not in oracle.state):
             grid = [i / 10 for i in range(21)]
             far = [oracle.query(batch, self.descent, at=between(a) * self.rho_max, grad=False).value for a in grid]
-            oracle.state["alpha"] = torch.stack(far).argmax() / 10
+            oracle.state["alpha"] = torch.stack(far).argmax().to(length.dtype) / 10  # an integer / 10 would be float32
         return replace(answer, grad=between(oracle.state["alpha"] if self.alpha is None else self.alpha) * length)
 
 
@@ -214,15 +212,17 @@ class FunctionalSAM(SAM):
 
     Called, it raises:
         TypeError: the model's outputs are no tensor.
+        ValueError: the loss has parameters of its own, which its tangent plane would not train.
     """
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
         """Two queries; the loss that is reported is the one at the weights."""
         g = oracle.query(batch, self.ascent)
-        e, plain = self.perturb(g.gradient, oracle.within("perturb")), g.under(self.descent or oracle.loss)
+        loss = self.descent or oracle.loss
+        e, plain = self.perturb(g.gradient, oracle.within("perturb")), g.under(loss)
         del g  # and its gradient
         answer = oracle.query(batch, _Tangent.of(plain), at=e)
-        return replace(answer, losses=plain.losses, value=plain.value, count=plain.count)
+        return replace(answer, losses=plain.losses, value=plain.value, count=plain.count, objective=loss)
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,11 +234,7 @@ class _Tangent:
     @classmethod
     @torch.enable_grad()
     def of(cls, plain: Evaluation) -> _Tangent:
-        if not isinstance(plain.outputs, Tensor):
-            raise TypeError(
-                f"FunctionalSAM needs outputs that are one tensor, got {type(plain.outputs).__name__}: give "
-                "SharpnessAware a `forward` that returns (logits, targets)"
-            )
+        _check_tangent(plain)
         assert plain.objective is not None
         half = plain.outputs.dtype in (torch.float16, torch.bfloat16)
         outputs = (plain.outputs.float() if half else plain.outputs).detach().requires_grad_()
@@ -247,3 +243,16 @@ class _Tangent:
 
     def __call__(self, outputs: Tensor, targets: object) -> Tensor:
         return (outputs * self.slope).sum()
+
+
+def _check_tangent(plain: Evaluation) -> None:
+    if not isinstance(plain.outputs, Tensor):
+        raise TypeError(
+            f"FunctionalSAM needs outputs that are one tensor, got {type(plain.outputs).__name__}: give SharpnessAware "
+            "a `forward` that returns (logits, targets)"
+        )
+    if isinstance(plain.objective, nn.Module) and any(p.requires_grad for p in plain.objective.parameters()):
+        raise ValueError(
+            f"FunctionalSAM cannot train the parameters of the loss {type(plain.objective).__name__}: put them into "
+            "the model, or use another method"
+        )

@@ -90,7 +90,10 @@ def ASAM(rho: Radius, eta: float = 0.0, ascent: Objective | None = None) -> SAM:
 
 
 def ABiSAM(rho: Radius, bound: LowerBound = NegLog(), eta: float = 0.0) -> SAM:  # noqa: B008
-    """Adaptive BiSAM: ASAM's neighbourhood, BiSAM's adversary (Xie et al., 2024, Algorithm 2)."""
+    """Adaptive BiSAM: ASAM's neighbourhood, BiSAM's adversary (Xie et al., 2024, https://arxiv.org/abs/2407.12993).
+
+    As the authors' code has it; the paper's pseudocode was not found in a public source.
+    """
     return SAM(Adaptive(rho, eta), ascent=bound)
 
 
@@ -120,8 +123,8 @@ def SAMON(rho: Radius = 0.05, ascent: Objective | None = None) -> SAM:
 def LESAM(sigma: Radius = 0.05, rho_max: float = 0.5, ascent: Objective | None = None) -> SAM:
     """LE-SAM: a rise of the loss in place of a radius (Wang et al., 2026, https://arxiv.org/abs/2605.10183).
 
-    The authors' values of `sigma` and `rho_max` were not found in a public source; these are ours. They anneal sigma to
-    0 over the final epochs: `Cosine(sigma, 0.0, steps=..., begin=...)`.
+    The authors' values of `sigma` and `rho_max` were not found in a public source; these are ours. sigma is annealed to
+    0 over the final epochs, by a third party's summary: `Cosine(sigma, 0.0, steps=..., begin=...)`.
     """
     return SAM(LossEquated(sigma, rho_max), ascent=ascent)
 
@@ -145,12 +148,13 @@ def SSAMD(
 
 @dataclass(frozen=True)
 class MultiStepSAM(SAM):
-    """SAM that climbs in several steps, each of a share of the radius (Foret et al., 2021, section 3).
+    """SAM that climbs in several steps, each of a share of the radius (Foret et al., 2021).
 
-    The displacement is the sum of the steps, so it is no longer than one step of plain SAM.
+    https://arxiv.org/abs/2010.01412. The displacement is the sum of the steps, so it is no longer than one step of SAM.
 
     Args:
-        perturb: the displacement of a single step; each of the steps takes 1 / `steps` of it.
+        perturb: the displacement of a single step; each of the steps takes 1 / `steps` of it, and what it remembers
+            changes with each.
         ascent: see `SAM`.
         descent: see `SAM`.
         steps: gradients that are climbed, >= 1; 1 is SAM.
@@ -170,6 +174,6 @@ class MultiStepSAM(SAM):
         """The displacement, of `steps` queries."""
         e = super().climb(oracle, batch) * (1 / self.steps)
         for _ in range(1, self.steps):
-            g = oracle.query(batch, self.ascent, at=e).gradient
-            e = e + self.perturb(g, oracle.within("perturb")) * (1 / self.steps)
+            further = self.perturb(oracle.query(batch, self.ascent, at=e).gradient, oracle.within("perturb"))
+            e = e + further * (1 / self.steps)
         return e

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, cast
+from functools import reduce
+from operator import add
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from bisam.arguments import instance, non_negative, number, portion, share, whole
-from bisam.evaluation import Batch, Evaluation, size, take
+from bisam.arguments import finite, instance, non_negative, portion, share, whole
+from bisam.evaluation import Batch, Evaluation, largest, size, take
 from bisam.masks import RandomMask, top
 from bisam.methods.sam import SAM
 from bisam.objectives import LowerBound, NegLog, Objective
@@ -42,6 +44,7 @@ class ESAM(SAM):
 
     Called, it raises:
         TypeError: the selecting loss is a scalar.
+        ValueError: its losses are not one for each example.
     """
 
     perturb: Perturbation = field(default=RandomMask(L2(0.05), beta=0.6))
@@ -63,8 +66,7 @@ class ESAM(SAM):
             select = self.select or oracle.loss
             before = before.under(select).per_example
             rise = oracle.query(batch, select, at=e, grad=False).per_example - before
-            chosen = rise.topk(portion(self.gamma, len(rise))).indices
-            batch = take(batch, chosen.sort().values)
+            batch = largest(rise, portion(self.gamma, len(rise)), batch)
         return oracle.query(batch, self.descent, at=e)
 
 
@@ -75,9 +77,10 @@ def EBiSAM(
     gamma: float = 0.5,
     select: Objective | None = None,
 ) -> ESAM:
-    """ESAM whose adversary climbs a lower bound of the 0-1 loss (Xie et al., 2024, Algorithm 3).
+    """ESAM whose adversary climbs a lower bound of the 0-1 loss (Xie et al., 2024, https://arxiv.org/abs/2407.12993).
 
-    Which loss chooses the examples there was not found in a public source: by default the training loss, as in ESAM.
+    Its pseudocode, and which loss chooses the examples, were not found in a public source: by default it is the
+    training loss, as in ESAM.
     """
     return ESAM(RandomMask(L2(rho), beta), ascent=bound, gamma=gamma, select=select)
 
@@ -91,7 +94,7 @@ class LookSAM(SAM):
     each tensor by itself.
 
     Args:
-        perturb: see `SAM`.
+        perturb: see `SAM`; the ports' rho is 0.1.
         ascent: see `SAM`.
         descent: see `SAM`.
         k: interval in steps, >= 1; 1 is SAM.
@@ -102,6 +105,7 @@ class LookSAM(SAM):
         ValueError: `k` or `alpha` is outside its range.
     """
 
+    perturb: Perturbation = field(default=L2(0.1))
     k: int = 5
     alpha: float = 0.7
     remembers: ClassVar[bool] = True
@@ -127,8 +131,11 @@ class AESAM(SAM):
     """SAM where the gradient is large for its time, else the plain gradient (Jiang et al., 2023).
 
     https://arxiv.org/abs/2304.14647. With running mean mu and variance var of ||g||^2, a step is one of SAM if
-    ||g||^2 >= mu + c sqrt(var), where c goes from `first` to `last` on a straight line over `steps`. The decision waits
-    for the device, once a step. The defaults of `first`, `last` and `delta` are from memory, not from a source.
+    ||g||^2 >= mu + c sqrt(var), where c goes from `first` to `last` on a straight line over `steps`; mu begins at the
+    first ||g||^2 and var at 0, so the first step is one of SAM. The decision waits for the device, once a step. In
+    data-parallel training each replica decides for itself: wrap as `DistributedDataParallel(SharpnessAware(...))`,
+    where the number of forward passes may differ, and use no SyncBatchNorm. The defaults of `first`, `last` and `delta`
+    are from memory, not from a source.
 
     Args:
         perturb: see `SAM`.
@@ -136,7 +143,7 @@ class AESAM(SAM):
         descent: see `SAM`.
         steps: steps of the training run, >= 1.
         first: c at the first step (lambda_2 of the paper).
-        last: c at the last step (lambda_1); the smaller, the more steps are SAM's.
+        last: c after `steps` (lambda_1); the smaller, the more steps are SAM's.
         delta: memory of mu and var, in [0, 1].
 
     Raises:
@@ -153,18 +160,19 @@ class AESAM(SAM):
     def __post_init__(self) -> None:
         super().__post_init__()
         whole("steps", self.steps)
-        number("first", self.first)
-        number("last", self.last)
+        finite("first", self.first)
+        finite("last", self.last)
         share("delta", self.delta, zero=True)
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
         """One query at the weights, and a second one (a third with another ascent) where it is worth it."""
-        plain = oracle.query(batch, self.descent)
-        if not self._is_large(plain.gradient.norm() ** 2, oracle):
-            return plain
-        other = self.ascent != self.descent
-        g = oracle.query(batch, self.ascent, track=False) if other else plain
-        return oracle.query(batch, self.descent, at=self.perturb(g.gradient, oracle.within("perturb")))
+        answer = oracle.query(batch, self.descent)
+        if not self._is_large(answer.gradient.norm() ** 2, oracle):
+            return answer
+        answer = answer if self.ascent == self.descent else oracle.query(batch, self.ascent, track=False)
+        e = self.perturb(answer.gradient, oracle.within("perturb"))
+        del answer  # and its gradient
+        return oracle.query(batch, self.descent, at=e)
 
     def _is_large(self, squared: Tensor, oracle: Oracle) -> bool:
         state, time = oracle.state, min(1.0, oracle.step / self.steps)
@@ -179,9 +187,9 @@ class AESAM(SAM):
 class SSAMF(SAM):
     """Sparse SAM: only the weights of the largest Fisher information are perturbed, SSAM-F (Mi et al., 2022).
 
-    https://arxiv.org/abs/2210.05177. The diagonal Fisher information is the mean square of the gradients of single
-    examples, here of the first ones of the batch; the authors draw 1,024 from the data set, every 5 epochs. Their mask
-    is empty until it is first renewed; this one is made at the first step.
+    https://arxiv.org/abs/2210.05177. The diagonal Fisher information is the mean square of the descent loss's gradients
+    of single examples, here of the first ones of the batch; the authors draw 1,024 from the data set, every 5 epochs.
+    Their mask is empty until it is first renewed; this one is made at the first step.
 
     Args:
         perturb: the displacement that a part is taken of; its norm is over all weights.
@@ -194,6 +202,9 @@ class SSAMF(SAM):
     Raises:
         TypeError: an argument has the wrong type.
         ValueError: an argument is outside its range.
+
+    Called, it raises:
+        ValueError: the model cannot take a single example, as with BatchNorm1d.
     """
 
     keep: float = 0.8
@@ -211,21 +222,27 @@ class SSAMF(SAM):
         """The displacement where the mask is."""
         if oracle.step % self.every == 0 or "mask" not in oracle.state:
             count = min(self.samples, size(batch) or 1)
-            fisher = None
-            for i in range(count):
-                g = oracle.query(take(batch, torch.tensor([i])), self.descent, track=False).gradient
-                fisher = g * g if fisher is None else fisher + g * g
-            oracle.state["mask"] = top(cast(Vector, fisher), self.keep)
+            singles = (self._single(oracle, take(batch, torch.tensor([i]))).abs() for i in range(count))
+            oracle.state["mask"] = top(reduce(add, (g * g for g in singles)), self.keep)
         return super().climb(oracle, batch) * oracle.state["mask"]
+
+    def _single(self, oracle: Oracle, example: Batch) -> Vector:
+        try:
+            return oracle.query(example, self.descent, track=False).gradient
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise ValueError(f"SSAMF asks for the gradient of one example ({error}): use FisherSAM") from error
 
 
 @dataclass(frozen=True)
 class MomentumSAM:
-    """The gradient at a point behind the momentum, in place of an ascent: one gradient a step (Becker et al., 2024).
+    """The gradient at a point ahead along the momentum, in place of an ascent (Becker et al., 2024): one a step.
 
     https://arxiv.org/abs/2401.12033. v <- momentum v + h, and h is taken at w - rho v/||v||, with v from the steps
-    before; at the first step at w. v is that of SGD with this momentum and no weight decay. Between steps the weights
-    are where they are; running statistics move at the displaced point, the only one there is.
+    before; at the first step at w. v is that of SGD with this momentum and no weight decay, where each loss is a step:
+    under accumulation it goes by micro-batches, and in data-parallel training each replica has its own. Between steps
+    the weights are where they are; running statistics move at the displaced point, the only one there is.
 
     Args:
         perturb: from -v to the displacement; the authors' rho is 0.3 to 3.
@@ -246,7 +263,7 @@ class MomentumSAM:
         instance("perturb", self.perturb, "a perturbation such as L2(0.3)")
         if self.descent is not None:
             instance("descent", self.descent, "an objective such as bisam.cross_entropy")
-        share("momentum", self.momentum, zero=True)
+        share("momentum", self.momentum, zero=True, one=False)
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
         """One query."""
@@ -263,8 +280,9 @@ class SAMPa(SAM):
 
     https://arxiv.org/abs/2410.10683. With y the point where the optimizer would go along the gradient of the step
     before, the gradient is (1 - lam) grad L(w + e) + lam grad L(y), and e climbs along the gradient at the y before. As
-    in the authors' code the first is taken on the batch of the step before, which is therefore remembered. The loss
-    that is reported, and running statistics, are those at y. On one device it costs what SAM costs.
+    in the authors' code the first is taken on the batch of the step before, which is therefore remembered, not copied:
+    a loader must not fill the same tensors again. The loss that is reported, and running statistics, are those at y. On
+    one device it costs what SAM costs.
 
     Args:
         perturb: see `SAM`; the authors' rho is 0.1.

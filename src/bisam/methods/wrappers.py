@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bisam.arguments import instance, non_negative, remembering, whole
-from bisam.evaluation import Batch, Evaluation, divisor, join, split, take
+from bisam.evaluation import Batch, Evaluation, divisor, join, largest, split
 from bisam.methods.sam import ERM, SAM, Method
 from bisam.oracle import Oracle
 from bisam.vector import Vector
@@ -24,8 +24,9 @@ from bisam.vector import Vector
 class MSAM:
     """m-sharpness: any method on each micro-batch of `m` examples by itself, gradients averaged (Foret et al., 2021).
 
-    See section 4.1 there, and Behdin et al., 2023, https://arxiv.org/abs/2302.09693. It is what data-parallel training
-    does with `m` the batch of one replica. Running statistics move once per micro-batch.
+    See also Behdin et al., 2023, https://arxiv.org/abs/2302.09693. It is what data-parallel training does with `m` the
+    batch of one replica. Running statistics move once per micro-batch. In data-parallel training itself, replicas whose
+    batches differ in size must be wrapped as `DistributedDataParallel(SharpnessAware(...))`.
 
     Args:
         m: examples in a micro-batch, >= 1; the last one may be smaller. Each weighs the examples that count in it.
@@ -63,8 +64,8 @@ class MSAM:
             g = share if g is None else g + share
             answers.append(replace(answer, grad=None))
             del answer, share  # not through the next part's passes
-        whole = join(answers)
-        return replace(whole, grad=None if g is None else g / divisor(whole.count))
+        joined = join(answers)
+        return replace(joined, grad=None if g is None else g / divisor(joined.count))
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class KSAM:
 
     Called, it raises:
         TypeError: the loss is a scalar.
-        ValueError: the batch has fewer than `k` examples.
+        ValueError: the batch has fewer than `k` examples, or the losses are not one for each.
     """
 
     k: int
@@ -102,8 +103,7 @@ class KSAM:
                 f"k is {self.k}, and the batch has only {len(losses)} examples: choose a smaller k, or leave out the "
                 "smaller batch at the end of an epoch with drop_last=True in the DataLoader"
             )
-        hardest = losses.topk(self.k).indices.sort().values
-        return self.method(oracle.within("method").still(), take(batch, hardest))
+        return self.method(oracle.within("method").still(), largest(losses, self.k, batch))
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,8 @@ class RSAM:
     weights: running statistics move there, and `SharpnessAware.clean` is what was seen there.
 
     Args:
-        sigma: standard deviation of the noise, >= 0, in units of the filter norms; 0 is `method`.
+        sigma: standard deviation of each entry's noise, >= 0, in units of its filter's norm, so that the noise of a
+            filter of d entries is about sqrt(d) sigma times as long as the filter; 0 is `method`.
         method: what is done at the random point.
         filters: scale the noise of each filter (the first dimension of a tensor of two or more) by its norm, and that
             of other tensors by theirs; else the noise is the same everywhere.
