@@ -203,7 +203,8 @@ def _report(study: Any, runs: list[Finished], to: Path) -> None:
         table.add_row(*tables.cells(row), end_section=following is not None and following["noise"] != row["noise"])
     console.print(table)
     drawings = {f"{name}.png": name for name in study.figures if name != "flips" or tables.perturbed(runs)}
-    write(to / "report.md", tables.markdown(study.title, runs, {f: figures.WHAT[n] for f, n in drawings.items()}))
+    pictures = {file: figures.WHAT[name] for file, name in drawings.items()}
+    write(to / "report.md", tables.markdown(study.title, runs, pictures, study.note))
     write(to / "report.csv", to_csv(rows))
     for file, name in drawings.items():
         figures.save(getattr(figures, name)(runs), to / file)

@@ -122,8 +122,8 @@ def time(runs: Sequence[Finished]) -> Figure:
     ax.set_xlabel("time of a step, relative to plain training")
     ax.set_ylabel("test accuracy with the last weights (%)")
     if len(here) > _MANY:
-        inset = ax.inset_axes((0.17, 0.05, 0.6, 0.55))
-        _cloud(inset, points, spreads, colours, here, here)
+        inset = ax.inset_axes((0.17, 0.05, 0.8, 0.47))
+        _cloud(inset, points, spreads, colours, here, here, reach=0.065)
         ax.indicate_inset_zoom(inset, edgecolor="#777777")
         inset.tick_params(labelsize=8)
         _cloud(ax, points, spreads, colours, everywhere, np.flatnonzero(~crowded))
@@ -143,16 +143,22 @@ def time(runs: Sequence[Finished]) -> Figure:
 
 
 def _cloud(
-    ax: Axes, points: np.ndarray, spreads: np.ndarray, colours: Sequence[str], shown: np.ndarray, numbered: np.ndarray
+    ax: Axes,
+    points: np.ndarray,
+    spreads: np.ndarray,
+    colours: Sequence[str],
+    shown: np.ndarray,
+    numbered: np.ndarray,
+    reach: float = 0.036,
 ) -> None:
-    """Points with spread, of which some have their number beside them."""
+    """Points with spread, of which some have their number beside them, `reach` of the axes apart."""
     for i in shown:
         (x, y), (dx, dy) = points[i], spreads[i]
-        ax.errorbar(x, y, dy, dx, fmt="o", color=colours[i], ms=4, lw=0.8, alpha=0.45, zorder=2)
+        ax.errorbar(x, y, dy, dx, fmt="o", color=colours[i], ms=4, lw=0.8, alpha=0.3, zorder=2)
         ax.plot(x, y, "o", color=colours[i], ms=4, zorder=3)
     ax.grid(alpha=0.3)
     line = {"arrowstyle": "-", "color": "#999999", "lw": 0.5}
-    for i, place in zip(numbered, _apart(ax, points[numbered]), strict=True):
+    for i, place in zip(numbered, _apart(ax, points[numbered], reach), strict=True):
         style: dict[str, Any] = {"color": colours[i], "fontsize": 9, "weight": "bold", "ha": "center", "va": "center"}
         ax.annotate(f"{i + 1}", tuple(points[i]), tuple(place), arrowprops=line, zorder=4, **style)
 
@@ -250,7 +256,7 @@ def _label(recipe: Recipe) -> str:
     return f"{title(recipe.method)}, {recipe.epochs} epochs" if recipe.method == "sgd" else title(recipe.method)
 
 
-def _apart(ax: Axes, points: np.ndarray) -> np.ndarray:
+def _apart(ax: Axes, points: np.ndarray, reach: float) -> np.ndarray:
     """Places for labels near the points, in the axes' units: each pushes the others and the points away."""
     ax.autoscale_view()
     (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
@@ -260,11 +266,11 @@ def _apart(ax: Axes, points: np.ndarray) -> np.ndarray:
     places = anchors + random.normal(0, 0.004, anchors.shape) + [0, 0.02]
     for _ in range(300):
         push = np.zeros_like(places)
-        for others, reach in ((places, 0.036), (anchors, 0.026)):
+        for others, apart in ((places, reach), (anchors, 0.72 * reach)):
             gap = places[:, None] - others[None]
-            distance = np.linalg.norm(gap * [1.25, 1.0], axis=-1)  # the axes are wider than high
-            near = (distance < reach) & (distance > 0)
-            push += (gap / np.maximum(distance, 1e-6)[..., None] * ((reach - distance) * near)[..., None]).sum(1)
+            distance = np.linalg.norm(gap * [1.4, 1.0], axis=-1)  # the axes are wider than high
+            near = (distance < apart) & (distance > 0)
+            push += (gap / np.maximum(distance, 1e-6)[..., None] * ((apart - distance) * near)[..., None]).sum(1)
         places = np.clip(places + 0.5 * push - 0.02 * (places - anchors), 0.012, 0.985)
     return places * size + [left, bottom]
 

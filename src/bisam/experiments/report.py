@@ -76,13 +76,14 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def markdown(title: str, runs: Sequence[Finished], pictures: Mapping[str, str]) -> str:
+def markdown(title: str, runs: Sequence[Finished], pictures: Mapping[str, str], note: str = "") -> str:
     """The whole report as Markdown.
 
     Args:
         title: of the study.
         runs: what it is about.
         pictures: files beside the report, and what they show.
+        note: how to read it.
     """
     rows = [cells(row) for row in summary(runs)]
     lines = [
@@ -90,6 +91,7 @@ def markdown(title: str, runs: Sequence[Finished], pictures: Mapping[str, str]) 
         "",
         CAPTION,
         "",
+        *([note, ""] if note else []),
         f"| {' | '.join(HEADER)} |",
         f"|{'---|' * len(HEADER)}",
         *(f"| {' | '.join(row)} |" for row in rows),
