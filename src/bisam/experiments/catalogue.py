@@ -220,7 +220,7 @@ METHODS: dict[str, Entry] = {
         gradients="2 + samples / n / every",
         state="mask",
         kept=0.25,
-        memory=2.5,
+        memory=1.5,
         advice="SAM's",
     ),
     "ssam_d": Entry(

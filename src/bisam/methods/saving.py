@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import reduce
-from operator import add
 from typing import Any, ClassVar
 
 import torch
@@ -204,7 +202,7 @@ class SSAMF(SAM):
         ValueError: an argument is outside its range.
 
     Called, it raises:
-        ValueError: the model cannot take a single example, as with BatchNorm1d.
+        ValueError: by torch, the model cannot train on a single example, as with BatchNorm1d: use `FisherSAM`.
     """
 
     keep: float = 0.8
@@ -221,18 +219,18 @@ class SSAMF(SAM):
     def climb(self, oracle: Oracle, batch: Batch) -> Vector:
         """The displacement where the mask is."""
         if oracle.step % self.every == 0 or "mask" not in oracle.state:
-            count = min(self.samples, size(batch) or 1)
-            singles = (self._single(oracle, take(batch, torch.tensor([i]))).abs() for i in range(count))
-            oracle.state["mask"] = top(reduce(add, (g * g for g in singles)), self.keep)
+            oracle.state["mask"] = self._mask(oracle, batch)
         return super().climb(oracle, batch) * oracle.state["mask"]
 
-    def _single(self, oracle: Oracle, example: Batch) -> Vector:
-        try:
-            return oracle.query(example, self.descent, track=False).gradient
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
-                raise
-            raise ValueError(f"SSAMF asks for the gradient of one example ({error}): use FisherSAM") from error
+    def _mask(self, oracle: Oracle, batch: Batch) -> Vector:
+        fisher = self._squared(oracle, take(batch, torch.tensor([0])))
+        for i in range(1, min(self.samples, size(batch) or 1)):
+            fisher = fisher + self._squared(oracle, take(batch, torch.tensor([i])))
+        return top(fisher, self.keep)
+
+    def _squared(self, oracle: Oracle, example: Batch) -> Vector:
+        g = oracle.query(example, self.descent, track=False).gradient.abs()
+        return g * g
 
 
 @dataclass(frozen=True)
