@@ -140,10 +140,10 @@ STUDIES = {
         seeds=5,
         figures=("time", "accuracy"),
         note="Each radius is the one of four with the best validation accuracy, on other seeds "
-        "([methods-rho](../methods-rho/report.md)); all else is equal, also where a method's authors use other settings. "
-        "Most differences between methods are smaller than their spread over seeds: one small data set and five seeds "
-        "do not rank them. K-SAM descends on the examples with the largest losses, which under label noise are those "
-        "with the wrong labels.",
+        "([methods-rho](../methods-rho/report.md)); all else is equal, also where a method's authors use other "
+        "settings. Most differences between methods are smaller than their spread over seeds: one small data set and "
+        "five seeds do not rank them. K-SAM descends on the examples with the largest losses, which under label noise "
+        "are those with the wrong labels.",
     ),
     "methods-rho": Study(
         "methods-rho",
