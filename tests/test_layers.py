@@ -17,7 +17,7 @@ FLOORS = [
     {"objectives", "buffers", "memory", "schedules"},
     {"evaluation"},
     {"oracle"},
-    {"perturbations", "optimizers"},
+    {"model_oracle", "perturbations", "optimizers"},
     {"masks"},
     {"methods"},
     {"loss"},

@@ -79,6 +79,7 @@ CORE = [
     "masks",
     "memory",
     "methods",
+    "model_oracle",
     "objectives",
     "optimizers",
     "oracle",

@@ -39,6 +39,7 @@ from bisam.methods import (
     VaSSO as VaSSO,
     ZSharp as ZSharp,
 )
+from bisam.model_oracle import ModelOracle as ModelOracle
 from bisam.objectives import (
     LowerBound as LowerBound,
     NegLog as NegLog,
@@ -46,7 +47,7 @@ from bisam.objectives import (
     cross_entropy as cross_entropy,
 )
 from bisam.optimizers import Lookahead as Lookahead, lookahead as lookahead
-from bisam.oracle import ModelOracle as ModelOracle, Oracle as Oracle
+from bisam.oracle import Oracle as Oracle
 from bisam.vector import Vector as Vector
 
 __version__ = "0.1.0"

@@ -22,8 +22,8 @@ from bisam import memory as memories
 from bisam.arguments import instance
 from bisam.evaluation import Evaluation, join
 from bisam.methods import Method
+from bisam.model_oracle import Forward, ModelOracle, Scale
 from bisam.objectives import Objective
-from bisam.oracle import Forward, ModelOracle, Scale
 
 
 class SharpnessAware(nn.Module):

@@ -1,0 +1,350 @@
+"""Model oracle: the oracle of a torch module, and all that is easy to get wrong about answering for one.
+
+After a query, whatever happened in it, weights are as they were bit for bit, `.grad` was not touched, and running
+statistics have moved only if the query was at the weights themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from bisam import objectives
+from bisam.arguments import check_losses, check_strangers, check_wrapper, describe
+from bisam.buffers import Buffers, Slot
+from bisam.evaluation import Batch, Evaluation, size
+from bisam.objectives import Count, Objective
+from bisam.oracle import Oracle
+from bisam.vector import Tensors, Vector
+
+Forward = Callable[..., tuple[Any, Any]]
+"""`(model, *batch) -> (outputs, targets)`."""
+
+Scale = torch.amp.GradScaler | Callable[[], float | Tensor]
+"""What float16 gradients are multiplied by: a GradScaler, or a callable that returns the factor."""
+
+
+class ModelOracle(Oracle):
+    """The oracle of a torch module, as the module is now: make one for each training step.
+
+    Args:
+        model: the module. Its trainable parameters (and the loss's, if the loss is a module) are the weights.
+        loss: `(outputs, targets) -> losses`, one per example or a scalar.
+        forward: `(model, *batch) -> (outputs, targets)`; by default all but the last element of the batch are inputs.
+        scale: a `torch.amp.GradScaler`, or a callable that returns the factor, by which float16 gradients are scaled.
+        same_noise: replay the random state, so that all queries on a batch see the same dropout masks.
+        step: see `Oracle`.
+        state: see `Oracle`.
+        check: look, once, for what would go wrong silently; it takes a walk over the graph of the first query.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Objective,
+        forward: Forward | None = None,
+        *,
+        scale: Scale | None = None,
+        same_noise: bool = False,
+        step: int = 0,
+        state: dict[str, Any] | None = None,
+        check: bool = True,
+    ) -> None:
+        self.model, self.loss = model, loss
+        self._check = check
+        self.step, self.state = step, {} if state is None else state
+        self.seen: list[Evaluation] = []
+        self._forward = forward or _inputs_then_targets
+        self._scale = scale
+        self._same_noise = same_noise
+        self._noise: tuple[Batch, RandomState] | None = None
+        self._overflow: Tensor | None = None  # 0 while the inner gradients are finite, else NaN
+
+        # As nn.Module.parameters() and buffers(), without the names that those build on the way: this runs every step.
+        parameters: dict[int, nn.Parameter] = {}  # by identity: tied parameters count once
+        slots: list[Slot] = []
+        todo = [root for root in (cast(Any, loss), model) if isinstance(root, nn.Module)]
+        seen: set[nn.Module] = set()
+        while todo:
+            module = todo.pop()
+            if module in seen:
+                continue
+            seen.add(module)
+            if children := module._modules:
+                todo += [m for m in reversed(children.values()) if m is not None]
+            if own := module._parameters:
+                for p in own.values():
+                    if p is not None and p.requires_grad:
+                        parameters[id(p)] = p
+            if buffers := module._buffers:
+                for name, buffer in buffers.items():
+                    if buffer is not None:
+                        slots.append((buffers, name, buffer))
+        self.parameters: list[nn.Parameter] = list(parameters.values())  # pyright: ignore[reportIncompatibleVariableOverride]
+        self._buffers = Buffers(slots)
+        self._hooked = [p for p in self.parameters if p._backward_hooks]
+
+    @property
+    def weights(self) -> Vector:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The trainable parameters; changing them changes the model."""
+        # .data, not .detach(): moves are undone, and a graph that the user still holds must not see them. New each
+        # time: a layer that constrains its weights may give them other memory in a forward pass.
+        return Vector([p.data for p in self.parameters])
+
+    @cached_property
+    def names(self) -> Sequence[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The parameters' names in the model; those of the loss begin with `loss.`."""
+        named = {id(p): name for name, p in self.model.named_parameters()}
+        if isinstance(self.loss, nn.Module):
+            named = {id(p): f"loss.{name}" for name, p in self.loss.named_parameters()} | named
+        return [named[id(p)] for p in self.parameters]
+
+    @cached_property
+    def layers(self) -> Sequence[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The class names of the modules that the parameters belong to."""
+        roots = [root for root in (cast(Any, self.loss), self.model) if isinstance(root, nn.Module)]
+        owners = {
+            id(p): type(module).__name__
+            for root in roots
+            for module in root.modules()
+            for p in module.parameters(recurse=False)
+        }
+        return [owners[id(p)] for p in self.parameters]
+
+    @property
+    def overflow(self) -> Tensor | None:
+        """0 while all inner gradients were finite, else NaN; None where no scale is in use."""
+        return self._overflow
+
+    def query(
+        self,
+        batch: Batch,
+        objective: Objective | None = None,
+        *,
+        at: Vector | None = None,
+        grad: bool = True,
+        track: bool | None = None,
+    ) -> Evaluation:
+        """See `Oracle.query`.
+
+        Raises:
+            TypeError: `forward` or the objective return something else than they should.
+            ValueError: the batch is empty; the losses have the wrong shape or no gradient; a gradient is sparse.
+        """
+        objective = self.loss if objective is None else objective
+        track = at is None if track is None else track
+        untouched = self._buffers.untouched
+        weights = None if at is None else self.weights
+        saved = None if weights is None else weights.clone()
+        replayed = self._same_noise and self._noise is not None and self._noise[0] is batch
+        noise = RandomState(self.parameters) if replayed else None
+        buffers = None if track else self._buffers.remember()
+        try:
+            if at is not None and weights is not None:
+                torch._foreach_add_(weights.tensors, at.tensors)
+                at = None  # its memory is free for the forward pass, if the method has let go of it too
+                torch.clear_autocast_cache()  # of the weights as they were, in lower precision
+            if self._same_noise:
+                self._replay(batch)
+            answer = self._evaluate(batch, objective, grad, track)
+            if track:
+                self._buffers.refresh()
+            return answer
+        except BaseException:
+            buffers = untouched  # a step that fails leaves nothing behind
+            raise
+        finally:
+            if noise is not None:
+                noise.restore()  # what was drawn between two queries, a mask say, stays drawn
+            # Copied back, not subtracted: exact in every precision, and after a NaN.
+            if saved is not None:
+                torch._foreach_copy_(self.weights.tensors, saved.tensors)
+            if saved is not None or not grad:
+                torch.clear_autocast_cache()  # of displaced weights, or of copies that have no graph
+            if buffers is not None:
+                self._buffers.restore(buffers)
+
+    def plain(self, batch: Batch) -> Tensor:
+        """The training loss at the weights with its graph, as a loop without this library computes it."""
+        if self.model.training:  # under no_grad, where running statistics move all the same
+            _ = self._buffers.untouched
+        outputs, targets, losses = self._run(batch, self.loss)
+        counted = self._count(batch, losses, targets, self.loss)
+        value = objectives.mean(losses, counted)
+        self.seen.append(
+            Evaluation(losses.detach(), None, _detached(outputs), value.detach(), counted, targets, self.loss)
+        )
+        return value
+
+    def differentiable(self, evaluation: Evaluation) -> Tensor:
+        """`evaluation.value` as a loss whose gradient with respect to the parameters is `evaluation.grad`."""
+        grad, parameters = evaluation.gradient, self.parameters
+        tensors = grad.tensors
+        if grad.holes:
+            kept = [i for i in range(len(grad)) if i not in grad.holes]
+            tensors, parameters = [tensors[i] for i in kept], [parameters[i] for i in kept]
+        return cast(Tensor, _WithGradient.apply(evaluation.value, self._overflow, tensors, *parameters))
+
+    def rollback(self) -> None:
+        """Undo what queries did to running statistics: for a step that failed between two of them."""
+        self._buffers.restore(self._buffers.untouched)
+
+    def _evaluate(self, batch: Batch, objective: Objective, grad: bool, track: bool) -> Evaluation:
+        with torch.set_grad_enabled(grad):
+            outputs, targets, losses = self._run(batch, objective)
+            counted = self._count(batch, losses, targets, objective)
+            value = objectives.mean(losses, counted)
+        if grad:
+            self._check_trainable(batch, losses)
+        gradient = self._gradient(value) if grad else None
+        answer = Evaluation(losses.detach(), None, _detached(outputs), value.detach(), counted, targets, objective)
+        if track:
+            self.seen.append(answer)
+        return replace(answer, grad=gradient)
+
+    def _count(self, batch: Batch, losses: Tensor, targets: Any, objective: Objective) -> Count:
+        return objectives.count(losses, targets, objective) if losses.dim() else size(batch) or 1
+
+    def _run(self, batch: Batch, objective: Objective) -> tuple[Any, Any, Tensor]:
+        if size(batch) == 0:
+            raise ValueError("the batch is empty (0 examples): skip it, or use drop_last=True in the DataLoader")
+        pair: Any = self._forward(self.model, *batch)
+        if not (isinstance(pair, tuple) and len(pair) == 2):
+            raise TypeError(
+                f"`forward` must return a pair (outputs, targets), got {describe(pair)}: for example "
+                "forward=lambda model, batch: (model(**batch['inputs']), batch['labels'])"
+            )
+        outputs, targets = pair
+        mine, theirs = (getattr(o, "ignore_index", None) for o in (self.loss, objective))
+        if mine != theirs and mine is not None and theirs is not None:
+            raise ValueError(
+                f"the loss leaves out label {mine}, and {objective!r} {theirs}: give both the same ignore_index"
+            )
+        losses = objective(outputs, targets)
+        check_losses(losses, targets)
+        return outputs, targets, losses
+
+    def _check_trainable(self, batch: Batch, losses: Tensor) -> None:
+        if not self.parameters:
+            raise ValueError(
+                f"{type(self.model).__name__} has no trainable parameter: call requires_grad_() on those to be "
+                "trained, or model.eval() to evaluate"
+            )
+        if self._check:
+            check_wrapper(self.model)
+        if not losses.requires_grad:
+            raise ValueError(
+                "the loss does not depend on the trainable parameters: it was detached, computed under no_grad, or "
+                "made of something that has no gradient, such as an accuracy"
+            )
+        if any(isinstance(t, Tensor) and t.requires_grad for t in batch):
+            raise ValueError(
+                "a tensor of the batch needs a gradient, and none would reach it: detach it, or put the module that "
+                "made it into the model"
+            )
+        if self._check:
+            check_strangers(losses, self.parameters)
+            self._check = False
+
+    def _gradient(self, value: Tensor) -> Vector:
+        factor = None if self._scale is None else _factor(self._scale, value.device)
+        with _silenced(self._hooked):
+            # autograd.grad, not backward: .grad stays the user's, and no reducer of a distributed wrapper wakes up.
+            loss = value if factor is None else value * factor
+            grads: tuple[Any, ...] = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        holes: frozenset[int] = frozenset()
+        if type(None) in {type(g) for g in grads}:
+            holes = frozenset([i for i, g in enumerate(grads) if g is None])
+            grads = tuple(torch.zeros_like(p) if i in holes else grads[i] for i, p in enumerate(self.parameters))
+        if {g.layout for g in grads} != {torch.strided}:
+            i, layout = next((i, g.layout) for i, g in enumerate(grads) if g.layout is not torch.strided)
+            raise ValueError(
+                f"the gradient of {self.names[i]} is sparse ({layout}), and a displacement of the weights is dense: "
+                "use sparse=False in the embedding"
+            )
+        gradient = Vector(grads, holes)
+        if factor is None:
+            return gradient
+        gradient = gradient / factor
+        # Any entry that overflowed makes the sharp loss's gradient NaN, so that the GradScaler skips the step.
+        overflow = gradient.norm() * 0
+        self._overflow = overflow if self._overflow is None else self._overflow + overflow
+        return gradient
+
+    def _replay(self, batch: Batch) -> None:
+        if self._noise is not None and self._noise[0] is batch:
+            self._noise[1].restore()
+        else:
+            self._noise = batch, RandomState(self.parameters)
+
+
+class _WithGradient(torch.autograd.Function):
+    """The whole bridge to autograd: value and gradient are given, the chain rule does the rest."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, overflow: Tensor | None, gradient: Tensors, *_: Tensor) -> Tensor:
+        ctx.overflow = overflow
+        ctx.save_for_backward(*gradient)  # freed by backward(): a loss that is kept for logging holds no memory
+        return value.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *factors: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        factor = factors[0] if ctx.overflow is None else factors[0] + ctx.overflow
+        return None, None, None, *torch._foreach_mul(ctx.saved_tensors, factor)
+
+
+class RandomState:
+    """The state of the random generators that a forward pass draws from: the CPU's and the parameters' devices'."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._cpu = torch.get_rng_state()
+        devices = {p.device for p in parameters if p.device.type not in ("cpu", "meta")}
+        self._others = [(d, torch.get_device_module(d).get_rng_state(d)) for d in devices]
+
+    def restore(self) -> None:
+        """Put the generators back."""
+        torch.set_rng_state(self._cpu)
+        for device, state in self._others:
+            torch.get_device_module(device).set_rng_state(state, device)
+
+
+@contextmanager
+def _silenced(hooked: Sequence[Tensor]) -> Generator[None]:
+    """Without the tensor hooks of these parameters: they act on the gradient that reaches `.grad`, once."""
+    hooks = [cast("dict[int, Any]", p._backward_hooks) for p in hooked]
+    kept = [dict(of_one) for of_one in hooks]
+    for of_one in hooks:
+        of_one.clear()
+    try:
+        yield
+    finally:
+        for of_one, contents in zip(hooks, kept, strict=True):
+            of_one.update(contents)
+
+
+def _inputs_then_targets(model: nn.Module, *batch: Any) -> tuple[Any, Any]:
+    if len(batch) < 2:
+        raise TypeError(
+            f"expected inputs and targets, as in sharp(x, y), got {len(batch)} argument(s): for any other batch give "
+            "SharpnessAware a forward=lambda model, batch: (outputs, targets)"
+        )
+    return model(*batch[:-1]), batch[-1]
+
+
+def _factor(scale: Scale, device: torch.device) -> Tensor:
+    one = torch.ones((), device=device)
+    if isinstance(scale, torch.amp.GradScaler):
+        return scale.scale(one)  # not get_scale(), which waits for the device
+    return one * scale()
+
+
+def _detached(outputs: Any) -> Any:
+    return outputs.detach() if isinstance(outputs, Tensor) else tree_map_only(Tensor, Tensor.detach, outputs)
