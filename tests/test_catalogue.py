@@ -140,7 +140,9 @@ def test_the_command_lists_every_method(capsys, monkeypatch):
     for width in (60, 200):
         monkeypatch.setattr(cli, "console", Console(width=width))
         assert cli.methods() == 0
-        lines = capsys.readouterr().out.splitlines()
+        text = capsys.readouterr().out
+        assert all(word in text for word in ("Kwon", "average", "0.3 to 3"))
+        lines = text.splitlines()
         assert {line.split()[0] for line in lines if line.strip()} >= set(catalogue.METHODS)
         assert max(map(len, lines)) <= width
 

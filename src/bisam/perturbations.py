@@ -31,12 +31,11 @@ from bisam import schedules
 from bisam.arguments import instance, non_negative, portion, positive, share
 from bisam.oracle import Oracle
 from bisam.schedules import Radius
-from bisam.vector import Vector
+from bisam.vector import TINY, Vector
 
 Perturbation = Callable[[Vector, Oracle], Vector]
 
 _NORM = re.compile(r"((^|[._])bn|norm)\d*([._]|$)")
-_TINY = 1e-12  # as in every public SAM: keeps a zero gradient from dividing by zero
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class L2:
 
     def __call__(self, gradient: Vector, oracle: Oracle) -> Vector:
         """The displacement of length rho along `gradient`."""
-        return gradient * (schedules.at(self.rho, oracle.step) / (gradient.norm() + _TINY))
+        return gradient * (schedules.at(self.rho, oracle.step) / (gradient.norm() + TINY))
 
 
 @dataclass(frozen=True)
@@ -98,10 +97,10 @@ class Adaptive:
             t = t + self.eta
         tg = t * gradient
         if self.where is None:
-            return t * tg * (rho / (tg.norm() + _TINY))
+            return t * tg * (rho / (tg.norm() + TINY))
         chosen = [self.where(name, w) for name, w in zip(oracle.names, oracle.weights, strict=True)]
         tg = tg.where(chosen, gradient)
-        return (t * tg).where(chosen, tg) * (rho / (tg.norm() + _TINY))
+        return (t * tg).where(chosen, tg) * (rho / (tg.norm() + TINY))
 
 
 @dataclass(frozen=True)
@@ -130,7 +129,7 @@ class LossEquated:
 
     def __call__(self, gradient: Vector, oracle: Oracle) -> Vector:
         """The displacement along `gradient` that is worth sigma, or as much as rho_max is."""
-        norm = gradient.norm() + _TINY
+        norm = gradient.norm() + TINY
         return gradient * ((schedules.at(self.sigma, oracle.step) / norm).clamp_max(self.rho_max) / norm)
 
 

@@ -24,6 +24,9 @@ Scalar = float | Tensor
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
 
+TINY = 1e-12
+"""Added to a norm that divides, as in every public SAM: keeps a zero gradient from dividing by zero."""
+
 _HALF = frozenset({torch.float16, torch.bfloat16})
 
 

@@ -7,7 +7,7 @@ compares its costs with what an oracle counts.
 from __future__ import annotations
 
 import string
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 FAMILIES = {
@@ -74,6 +74,20 @@ def _arxiv(number: str) -> str:
 
 
 _FORET, _KWON, _XIE = _arxiv("2010.01412"), _arxiv("2102.11600"), _arxiv("2407.12993")
+
+_SAMPA = Entry(
+    "SAMPa-0.2",
+    "SAMPa(L2({rho}), ahead=lookahead(optimizer), lam=0.2)",
+    "two gradients that two devices can take at once",
+    "Xie et al., 2024",
+    _arxiv("2410.10683"),
+    state="gradient, batch",
+    kept=1,
+    memory=5,
+    rho=0.1,
+    advice="0.1",
+    family="saving",
+)
 
 METHODS: dict[str, Entry] = {
     # What everything is compared with.
@@ -364,31 +378,12 @@ METHODS: dict[str, Entry] = {
         advice="0.3 to 3",
         family="saving",
     ),
-    "sampa": Entry(
-        "SAMPa-0.2",
-        "SAMPa(L2({rho}), ahead=lookahead(optimizer), lam=0.2)",
-        "two gradients that two devices can take at once",
-        "Xie et al., 2024",
-        _arxiv("2410.10683"),
-        state="gradient, batch",
-        kept=1,
-        memory=5,
-        rho=0.1,
-        advice="0.1",
-        family="saving",
-    ),
-    "sampa_0": Entry(
-        "SAMPa-0",
-        "SAMPa(L2({rho}), ahead=lookahead(optimizer), lam=0)",
-        "the same without the gradient at the point ahead",
-        "Xie et al., 2024",
-        _arxiv("2410.10683"),
-        state="gradient, batch",
-        kept=1,
-        memory=5,
-        rho=0.1,
-        advice="0.1",
-        family="saving",
+    "sampa": _SAMPA,
+    "sampa_0": replace(
+        _SAMPA,
+        name="SAMPa-0",
+        expression="SAMPa(L2({rho}), ahead=lookahead(optimizer), lam=0)",
+        what="the same without the gradient at the point ahead",
     ),
     "every": Entry(
         "SAM every 2nd step",

@@ -145,15 +145,20 @@ def methods(*, to: Path | None = None) -> int:
         write(to, catalogue.markdown())
         console.print(f"{to}", soft_wrap=True)
         return 0
-    wide = console.width >= 130  # else what it costs, and the rest is in the docs
+    wide = console.width >= 130  # else source, state and radius are below the expression
     table = Table(box=None, pad_edge=False, header_style="bold", caption=catalogue.CAPTION, caption_justify="left")
     table.add_column("--method", no_wrap=True)
     table.add_column("expression", overflow="fold", min_width=30)
     for header in ("gradients", "memory", *(("state", "source", "set rho to") if wide else ())):
         table.add_column(header, overflow="fold")
     for key, entry in {**catalogue.METHODS, **catalogue.GAMES}.items():
-        more = (entry.state or "–", entry.reference or "–", entry.advice or "–") if wide else ()
-        table.add_row(key, Text(entry.written()), entry.cost, f"{entry.memory:g}", *more)
+        more = (entry.state or "–", entry.reference or "–", entry.advice or "–")
+        expression = Text(entry.written())
+        if not wide:
+            labels = ("remembers {}", "{}", "rho: {}")
+            below = [label.format(text) for label, text in zip(labels, more, strict=True) if text != "–"]
+            expression.append(f"\n{'; '.join(below)}" if below else "", style="dim")
+        table.add_row(key, expression, entry.cost, f"{entry.memory:g}", *(more if wide else ()))
     console.print(table)
     return 0
 

@@ -19,9 +19,7 @@ from bisam.objectives import LowerBound, NegLog, mean
 from bisam.oracle import Oracle
 from bisam.perturbations import L2, Perturbation
 from bisam.schedules import Radius
-from bisam.vector import Vector
-
-_TINY = 1e-12  # keeps a zero gradient from dividing by zero
+from bisam.vector import TINY, Vector
 
 
 @dataclass(frozen=True)
@@ -177,7 +175,7 @@ class XSAM(SAM):
         length = answer.gradient.norm()
         if self.alpha == 1:
             return answer
-        between = partial(_slerp, e / (e.norm() + _TINY), answer.gradient / (length + _TINY))
+        between = partial(_slerp, e / (e.norm() + TINY), answer.gradient / (length + TINY))
         if self.alpha is None and (oracle.step % self.every == 0 or "alpha" not in oracle.state):
             grid = [i / 10 for i in range(21)]
             far = [oracle.query(batch, self.descent, at=between(a) * self.rho_max, grad=False).value for a in grid]

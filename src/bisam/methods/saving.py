@@ -17,9 +17,7 @@ from bisam.objectives import LowerBound, NegLog, Objective
 from bisam.oracle import Oracle
 from bisam.perturbations import L2, Perturbation
 from bisam.schedules import Radius
-from bisam.vector import Vector
-
-_TINY = 1e-12  # keeps a zero gradient from dividing by zero
+from bisam.vector import TINY, Vector
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ class LookSAM(SAM):
         if oracle.step % self.k and "v" in oracle.state:
             answer, v = oracle.query(batch, self.descent), oracle.state["v"]
             g = answer.gradient
-            return replace(answer, grad=g + v * (self.alpha * g.norm() / (v.norm() + _TINY)))
+            return replace(answer, grad=g + v * (self.alpha * g.norm() / (v.norm() + TINY)))
         g, answer = self.both(oracle, batch)
         oracle.state["v"] = answer.gradient - answer.gradient.onto(g)
         return answer
