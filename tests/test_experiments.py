@@ -14,6 +14,7 @@ import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from filelock import FileLock
 from bisam import ERM, KSAM, RSAM, SAM, EBiSAM, SharpnessAware, cross_entropy, experiments
 from bisam.experiments import cli, data, figures, models, report, runs, studies
 from bisam.experiments.catalogue import METHODS
+from bisam.experiments.machine import Machine
 from bisam.experiments.recipes import Recipe
 from bisam.experiments.runs import Run, RunError
 from bisam.experiments.train import Watch, train
@@ -42,10 +44,15 @@ def test_a_recipe_survives_its_text():
 def test_the_folder_name_depends_on_every_field_but_the_seed():
     one = replace(SHORT, method="abisam_tanh")  # which takes them all
     assert replace(one, seed=7).slug == one.slug
-    changed = {"method": "abisam_log", "model": "other", "dataset": "other", "epochs": 4, "batch_size": 8}
+    changed: dict[str, Any] = {"method": "abisam_log", "model": "other", "dataset": "other", "weights": "pretrained"}
+    changed |= {"optimizer": "adamw", "schedule": "linear", "warmup": 3, "precision": "bf16"}
+    one = replace(one, schedule="constant")
     for field in fields(Recipe):
         if field.name != "seed":
-            other = replace(one, **{field.name: changed.get(field.name, 0.25)})
+            before = getattr(one, field.name)
+            value = not before if isinstance(before, bool) else 7 if isinstance(before, int) else 0.25
+            value = 7 if field.name == "limit" else value
+            other = replace(one, **{field.name: changed.get(field.name, value)})
             assert other.slug != one.slug, field.name
 
 
@@ -141,7 +148,7 @@ def test_the_authors_flags_keep_their_own_defaults():
 
 
 def test_digits_are_split_without_overlap_and_scaled_by_the_training_part():
-    d = data.load("digits", 0.0, 0)
+    d = data.load(Recipe(), Machine())
     assert [len(part) for part in (d.train, d.validation, d.test)] == [1078, 270, 449]
     torch.testing.assert_close(d.train.images.mean(), torch.tensor(0.0), atol=1e-5, rtol=0)
     torch.testing.assert_close(d.train.images.std(), torch.tensor(1.0), atol=1e-5, rtol=0)
@@ -158,15 +165,15 @@ def test_label_noise_moves_exactly_its_share_to_other_classes(rate):
 
 
 def test_noise_is_on_the_training_labels_only():
-    clean, noisy = data.load("digits", 0.0, 1), data.load("digits", 0.4, 1)
+    clean, noisy = data.load(Recipe(seed=1), Machine()), data.load(Recipe(noise=0.4, seed=1), Machine())
     assert not torch.equal(clean.train.labels, noisy.train.labels)
     for part in ("validation", "test"):
         assert torch.equal(getattr(clean, part).labels, getattr(noisy, part).labels)
 
 
 def test_batches_cover_the_split_once():
-    split = data.load("digits", 0.0, 0).validation
-    seen = torch.cat([x for x, _ in split.batches(64, shuffle=True)])
+    split = data.load(Recipe(), Machine()).validation
+    seen = torch.cat([x for x, _ in split.batches(64, torch.Generator())])
     assert len(seen) == len(split)
     assert torch.equal(seen.sum(0).round(decimals=2), split.images.sum(0).round(decimals=2))
 
@@ -201,7 +208,7 @@ def test_a_run_leaves_recipe_metrics_checkpoint_and_result(run):
     assert not list(run.folder.glob("*.tmp"))
     rows = list(csv.DictReader(io.StringIO((run.folder / "metrics.csv").read_text())))
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
-    assert 0 <= result["test_accuracy_last"] <= 1
+    assert 0 <= result["test_last"] <= 1
     assert {"torch", "python", "hardware", "commit", "bisam"} <= result.keys()
     assert run.folder.parent.name == SHORT.slug
 
@@ -324,13 +331,13 @@ def test_a_full_disk_leaves_the_last_epoch(run, monkeypatch):
 
 
 def test_flipped_samples_are_right_at_w_and_wrong_at_w_plus_e():
-    d = data.load("digits", 0.0, 0)
-    model = models.build("convnet", 10)
+    d = data.load(Recipe(), Machine())
+    model = models.build("convnet", 10, channels=1)
     watch = Watch(SAM(L2(2.0)))
     sharp = SharpnessAware(model, watch, cross_entropy)
     x, y = d.train.images[:256], d.train.labels[:256]
     sharp(x, y)
-    plain = models.build("convnet", 10)
+    plain = models.build("convnet", 10, channels=1)
     plain.load_state_dict(model.state_dict())
     assert torch.equal(sharp.clean.outputs, plain.train()(x).detach())
     assert not torch.equal(watch.outputs, sharp.clean.outputs)
@@ -343,21 +350,21 @@ def test_flipped_samples_are_right_at_w_and_wrong_at_w_plus_e():
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        (replace(SHORT, dataset="cifar10"), "cifar10 needs 10 classes .* cifar-10-batches-py"),
+        (replace(SHORT, dataset="cifar10"), "cifar10 is not there: give --download .*"),
         (replace(SHORT, dataset="digit"), "did you mean 'digits'"),
-        (replace(SHORT, model="resnet56"), "unknown model 'resnet56'"),
+        (replace(SHORT, model="resnet57"), "unknown model 'resnet57', did you mean 'resnet56'"),
     ],
 )
 def test_what_is_not_here_is_named(tmp_path, recipe, message):
     with pytest.raises(ValueError, match=message):
-        train(Run.under(tmp_path, recipe))
+        train(Run.under(tmp_path, recipe), Machine(data_dir=tmp_path / "empty"))
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("device", ["tpu9", "cuda:x", "cuda:97", ""])
 def test_an_unknown_device_is_named(tmp_path, device):
     with pytest.raises(ValueError, match="--device takes"):
-        train(Run.under(tmp_path, SHORT), device)
+        train(Run.under(tmp_path, SHORT), Machine(device))
 
 
 # Studies
@@ -381,7 +388,7 @@ def test_a_study_keeps_finished_runs_reports_failures_and_goes_on(tmp_path):
     damaged.folder.mkdir(parents=True)
     (damaged.folder / "checkpoint.pt").write_bytes(b"garbage")
     progress = Silent()
-    outcomes = studies.run_all(recipes, tmp_path, workers=2, device="cpu", progress=progress)
+    outcomes = studies.run_all(recipes, tmp_path, workers=2, machine=Machine(), progress=progress)
     assert [outcome.recipe for outcome in outcomes] == recipes
     assert outcomes[0].result == kept
     assert "checkpoint.pt is damaged" in outcomes[1].error
@@ -401,7 +408,7 @@ def test_a_killed_worker_costs_no_run(tmp_path):
             super().epoch(recipe, epoch, validation)
 
     progress = Killer()
-    outcomes = studies.run_all(recipes, tmp_path, workers=2, device="cpu", progress=progress)
+    outcomes = studies.run_all(recipes, tmp_path, workers=2, machine=Machine(), progress=progress)
     assert [(outcome.recipe, outcome.error) for outcome in outcomes] == [(recipe, None) for recipe in recipes]
     assert len(list(runs.finished(tmp_path))) == 3
 
@@ -410,7 +417,7 @@ def test_a_result_in_another_recipes_folder_is_not_taken_for_its_own(tmp_path):
     train(Run.under(tmp_path, SHORT))
     other = replace(SHORT, rho=0.1)
     Run.under(tmp_path, SHORT).folder.parent.rename(tmp_path / other.slug)
-    (outcome,) = studies.run_all([other], tmp_path, workers=1, device="cpu", progress=Silent())
+    (outcome,) = studies.run_all([other], tmp_path, workers=1, machine=Machine(), progress=Silent())
     assert "belongs to another recipe" in outcome.error
 
 
@@ -436,13 +443,13 @@ def finished(tmp_path):
         for seed, value in enumerate(accuracies):
             run = Run.under(tmp_path, replace(recipe, seed=seed))
             with run.open():
-                rows = [{"epoch": e, "validation_accuracy": value, "flipped": 10.0 * e} for e in (1, 2, 3)]
+                rows = [{"epoch": e, "validation": value, "flipped": 10.0 * e} for e in (1, 2, 3)]
                 run.save({"history": rows}, rows)
                 run.finish(
                     {
-                        "test_accuracy_best": value + 0.02,
-                        "test_accuracy_last": value,
-                        "validation_accuracy_best": value,
+                        "test_best": value + 0.02,
+                        "test_last": value,
+                        "validation_best": value,
                         "seconds_per_epoch": 0.5,
                         "relative_time": 2.0 + seed,
                         "gradients_per_step": 1.5,
@@ -457,9 +464,9 @@ def finished(tmp_path):
 def test_the_summary_is_mean_and_standard_deviation_over_seeds(finished):
     sgd, sam = report.summary(runs.finished(finished))
     assert (sgd["method"], sam["method"]) == ("SGD", "SAM")
-    assert sgd["test_accuracy_last_mean"] == pytest.approx(0.65)
-    assert sgd["test_accuracy_last_std"] == pytest.approx(0.0707106781)
-    assert sam["test_accuracy_best_mean"] == pytest.approx(0.94)
+    assert sgd["test_last_mean"] == pytest.approx(0.65)
+    assert sgd["test_last_std"] == pytest.approx(0.0707106781)
+    assert sam["test_best_mean"] == pytest.approx(0.94)
     assert (sam["n"], sam["seconds_per_epoch"], sam["rho"]) == (2, 0.5, 0.4)
 
 
@@ -592,8 +599,8 @@ AUTHORS = ("train", "--optim", "bisam_log", "--rho", "0.05", "--epochs", "200", 
         (("train", "extra"), "extra"),
         (("bogus",), "Available commands"),
         (
-            (*AUTHORS, "--model", "resnet56", "--dataset", "cifar10"),
-            "cifar10 needs",
+            (*AUTHORS, "--model", "resnet56", "--dataset", "cifar10", "--data-dir", "nowhere"),
+            "cifar10 is not there",
         ),
     ],
 )

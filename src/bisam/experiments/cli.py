@@ -16,6 +16,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from bisam import __version__
+from bisam.experiments.machine import Machine
 from bisam.experiments.names import unknown
 from bisam.experiments.recipes import Recipe, Whole
 from bisam.experiments.runs import Finished, Run, RunError, finished, to_csv, write
@@ -31,7 +32,6 @@ app = App(
 )
 
 Out = Annotated[Path, Parameter(help="Folder that the run folders are in.")]
-Device = Annotated[str, Parameter(help="Where to compute: cpu, cuda, cuda:1, mps or auto.")]
 
 
 @app.command(help_epilogue="Examples:  bisam run digits   |   bisam run digits --seeds 2 --epochs 5 --workers 1")
@@ -41,7 +41,7 @@ def run(
     seeds: Whole | None = None,
     epochs: Whole | None = None,
     workers: Whole | None = None,
-    device: Device = "cpu",
+    machine: Annotated[Machine, Parameter(name="*")] = Machine(),  # noqa: B008
     out: Out = Path("runs"),
 ) -> int:
     """Run a study: what is finished is kept, what was interrupted goes on from its last epoch.
@@ -59,11 +59,11 @@ def run(
             raise ValueError(f"--{name} must be at least 1, got {value}")
     chosen = _study(study)
     recipes = expand(chosen.recipes(epochs), seeds or chosen.seeds, chosen.first_seed)
-    _check_device(device)
+    machine.fabric()  # says so now if the device is not here
     root = out / chosen.name
     with _Display(sum(recipe.epochs for recipe in recipes), len(recipes)) as display:
         try:
-            outcomes = run_all(recipes, root, workers or os.cpu_count() or 1, device, display)
+            outcomes = run_all(recipes, root, workers or os.cpu_count() or 1, machine, display)
         except KeyboardInterrupt:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # one is enough
             display.stop()
@@ -87,7 +87,7 @@ def run(
 def train(
     *,
     recipe: Annotated[Recipe, Parameter(name="*")] = Recipe(),  # noqa: B008
-    device: Device = "cpu",
+    machine: Annotated[Machine, Parameter(name="*")] = Machine(),  # noqa: B008
     out: Out = Path("runs"),
 ) -> int:
     """Train one recipe; the flags are its fields, in the BiSAM authors' spelling too (--optim, --learning_rate)."""
@@ -96,9 +96,7 @@ def train(
     one = Run.under(out / "train", recipe)
     with _Display(recipe.epochs, 1) as display:
         try:
-            result = train_run(
-                one, device, lambda row: display.epoch(recipe, int(row["epoch"]), row["validation_accuracy"])
-            )
+            result = train_run(one, machine, lambda row: display.epoch(recipe, int(row["epoch"]), row["validation"]))
         except KeyboardInterrupt:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # one is enough
             display.stop()
@@ -106,8 +104,8 @@ def train(
             return 130
         display.done(recipe, None)
     console.print(
-        f"test accuracy {100 * result['test_accuracy_best']:.1f} % at the best validation epoch "
-        f"({result['best_epoch']:g}), {100 * result['test_accuracy_last']:.1f} % at the last; {one.folder}",
+        f"test accuracy {100 * result['test_best']:.1f} % at the best validation epoch "
+        f"({result['best_epoch']:g}), {100 * result['test_last']:.1f} % at the last; {one.folder}",
         soft_wrap=True,
     )
     return 0
@@ -222,12 +220,6 @@ def _study(name: str) -> Any:
     if name not in STUDIES:
         raise unknown("study", name, STUDIES)
     return STUDIES[name]
-
-
-def _check_device(device: str) -> None:
-    from bisam.experiments.train import check_device
-
-    check_device(device)
 
 
 class _Display:

@@ -1,68 +1,142 @@
-"""Data: images and labels as tensors, split into train, validation and test, with seeded label noise on the first."""
+"""Data: a data set by name, in three parts, with seeded label noise on the first.
+
+data = load(Recipe(dataset="cifar10", noise=0.4), Machine(data_dir=Path("data")))
+for x, y in data.train.batches(128, generator):
+...
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor
 
+from bisam.experiments.machine import Machine
 from bisam.experiments.names import unknown
+from bisam.experiments.recipes import Recipe
 
-_NEEDS = {
-    name: f"{classes} classes of 32x32 images in {folder}, the 32x32 networks and their augmentation"
-    for name, classes, folder in (("cifar10", 10, "cifar-10-batches-py"), ("cifar100", 100, "cifar-100-python"))
+GLUE = ("cola", "sst2", "mrpc", "qqp", "mnli", "qnli", "rte", "wnli")
+NAMES = {
+    "digits": "scikit-learn's 1,797 images of 8x8, no download",
+    "cifar10": "50,000 + 10,000 images of 32x32, 10 classes",
+    "cifar100": "50,000 + 10,000 images of 32x32, 100 classes",
+    "imagenet": "ImageNet-1K in folders: imagenet/train/CLASS/*, imagenet/val/CLASS/*",
+    "flowers": "Oxford Flowers-102",
+    "pets": "Oxford-IIIT Pets, 37 classes",
+    "folder:PATH": "images of your own: PATH/train/CLASS/*, and val, test beside train where there are",
+    **{f"glue:{task}": f"GLUE, {task}" for task in GLUE},
 }
+"""The data sets, and what they are."""
 
 
-@dataclass(frozen=True)
-class Split:
-    """Images (N, C, H, W), standardised, and labels (N,)."""
+class Split(Protocol):
+    """Examples with labels, which come in batches."""
 
-    images: Tensor
-    labels: Tensor
+    @property
+    def labels(self) -> Tensor:
+        """Classes (N,), int64."""
+        ...
 
-    def __len__(self) -> int:
-        return len(self.labels)
+    def __len__(self) -> int: ...
 
-    def to(self, device: torch.device) -> Split:
-        """The same on `device`."""
-        return Split(self.images.to(device), self.labels.to(device))
+    def to(self, device: torch.device) -> Self:
+        """The same, with its batches on `device`."""
+        ...
 
-    def batches(self, size: int, shuffle: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of `size` examples, the last one smaller; the order is drawn from torch's generator."""
-        order = torch.randperm(len(self)) if shuffle else torch.arange(len(self))
-        for index in order.to(self.labels.device).split(size):
-            yield self.images[index], self.labels[index]
+    def first(self, count: int) -> Self:
+        """The first `count` examples."""
+        ...
+
+    def relabelled(self, labels: Tensor) -> Self:
+        """The same with other labels (N,)."""
+        ...
+
+    def batches(
+        self, size: int, generator: torch.Generator | None = None, rank: int = 0, ranks: int = 1
+    ) -> Iterator[tuple[Any, Tensor]]:
+        """Inputs and targets of `size` examples at a time, in the order and augmented as `generator` draws.
+
+        Args:
+            size: examples in a batch of all ranks together; the last one is smaller.
+            generator: on the CPU; without one examples come in their order. Nothing else is drawn from.
+            rank: of `ranks` processes, whose equal share of each batch to give; a remainder is left out.
+            ranks: processes that share the batches.
+        """
+        ...
 
 
 @dataclass(frozen=True)
 class Data:
-    """The three splits of a data set."""
+    """A data set: three splits, number of classes, and how it is scored (the first score chooses the best epoch).
+
+    Raises:
+        ValueError: a label is outside the classes, or a part is empty.
+    """
 
     train: Split
     validation: Split
     test: Split
     classes: int
+    metrics: tuple[str, ...] = ("accuracy",)
+
+    def __post_init__(self) -> None:
+        for name in ("train", "validation", "test"):
+            labels = getattr(self, name).labels
+            if not len(labels):
+                raise ValueError(f"the {name} part of the data is empty")
+            low, high = int(labels.min()), int(labels.max())
+            if low < 0 or high >= self.classes:
+                wrong = low if low < 0 else high
+                raise ValueError(f"label {wrong} in the {name} part is outside the {self.classes} classes 0 to "
+                                 f"{self.classes - 1}: mend the labels")  # fmt: skip
 
 
-def load(dataset: str, noise: float, seed: int) -> Data:
-    """The data set by name, with a share `noise` of the training labels replaced.
+def load(recipe: Recipe, machine: Machine) -> Data:
+    """The data of a recipe.
 
     Raises:
-        ValueError: the name is unknown, or the data set needs what is not here.
+        ValueError: the name is unknown; the data set is missing or damaged, with what to put where.
     """
-    if dataset in _NEEDS:
-        raise ValueError(f"{dataset} needs {_NEEDS[dataset]}, which this version does not have; --dataset digits runs")
-    if dataset != "digits":
-        raise unknown("dataset", dataset, ["digits"])
-    data = _digits()
-    return replace(
-        data, train=replace(data.train, labels=symmetric_noise(data.train.labels, noise, data.classes, seed))
-    )
+    data = _load(recipe, machine)
+    if recipe.limit is not None:
+        parts = {name: getattr(data, name).first(recipe.limit) for name in ("train", "validation", "test")}
+        data = replace(data, **parts)
+    if not recipe.noise:
+        return data
+    noisy = symmetric_noise(data.train.labels, recipe.noise, data.classes, recipe.seed)
+    return replace(data, train=data.train.relabelled(noisy))
+
+
+def _load(recipe: Recipe, machine: Machine) -> Data:
+    kind, _, detail = recipe.dataset.partition(":")
+    root, download, size = machine.data_dir, machine.download, recipe.image_size
+    if kind in ("digits", "cifar10", "cifar100") and not detail:
+        from bisam.experiments import images
+
+        if kind == "digits":
+            return images.digits()
+        return images.cifar(kind, root, download, recipe.augment, recipe.cutout)
+    if kind in ("imagenet", "flowers", "pets") and not detail or kind == "folder" and detail:
+        from bisam.experiments import folders
+
+        match kind:
+            case "imagenet":
+                return folders.imagenet(root, size, machine.loaders)
+            case "folder":
+                return folders.folder(Path(detail).expanduser(), size, machine.loaders)
+            case _:
+                load_one = folders.flowers if kind == "flowers" else folders.pets
+                return load_one(root, size, machine.loaders, download=download)
+    if kind == "glue" and detail in GLUE:
+        from bisam.experiments import models, texts
+
+        return texts.glue(detail, root, models.tokenizer(recipe.model), recipe.max_length, download)
+    raise unknown("dataset", recipe.dataset, NAMES)
 
 
 def symmetric_noise(labels: Tensor, rate: float, classes: int, seed: int) -> Tensor:
@@ -75,14 +149,11 @@ def symmetric_noise(labels: Tensor, rate: float, classes: int, seed: int) -> Ten
     return noisy
 
 
-def _digits() -> Data:
-    """scikit-learn's digits: 1,797 real images of 8x8, 60/15/25 per cent, the same split for every seed."""
-    images, labels = load_digits(return_X_y=True)
-    order = np.random.default_rng(42).permutation(len(labels))
-    x = torch.from_numpy(images[order]).float().view(-1, 1, 8, 8)
-    y = torch.from_numpy(labels[order]).long()
-    first, second = round(0.6 * len(y)), round(0.75 * len(y))
-    mean, std = x[:first].mean(), x[:first].std()
-    x = (x - mean) / std
-    parts = [Split(x[a:b], y[a:b]) for a, b in ((0, first), (first, second), (second, len(y)))]
-    return Data(*parts, classes=10)
+def shares(
+    count: int, size: int, generator: torch.Generator | None = None, rank: int = 0, ranks: int = 1
+) -> Iterator[Tensor]:
+    """Indices of `count` examples in batches, on the CPU, as `Split.batches` takes them."""
+    order = torch.arange(count) if generator is None else torch.randperm(count, generator=generator)
+    for index in order.split(size):
+        if equal := len(index) // ranks:
+            yield index[rank : equal * ranks : ranks]

@@ -57,7 +57,7 @@ def accuracy(runs: Sequence[Finished]) -> Figure:
         shown = [(recipe, group) for recipe, group in groups.items() if recipe.noise == noise]
         for i, (recipe, group) in enumerate(shown):
             for shift, when in ((-0.2, "best"), (0.2, "last")):
-                values = [100 * run.result[f"test_accuracy_{when}"] for run in group]
+                values = [100 * run.result[f"test_{when}"] for run in group]
                 ax.bar(
                     i + shift,
                     np.mean(values),
@@ -73,7 +73,7 @@ def accuracy(runs: Sequence[Finished]) -> Figure:
                 )
                 ax.plot(np.full(len(values), i + shift), values, ".", color="#333333", markersize=4, zorder=3)
         ax.set_xticks(range(len(shown)), [title(recipe.method).replace(" ", "\n") for recipe, _ in shown])
-        lowest = min(100 * run.result[f"test_accuracy_{w}"] for _, g in shown for run in g for w in ("best", "last"))
+        lowest = min(100 * run.result[f"test_{w}"] for _, g in shown for run in g for w in ("best", "last"))
         ax.set_ylim(max(0.0, 5 * np.floor((lowest - 3) / 5)), 100)
         ax.set_title(f"label noise {100 * noise:g} %")
         ax.grid(axis="y", alpha=0.3, zorder=0)
@@ -172,7 +172,7 @@ def radius(runs: Sequence[Finished]) -> Figure:
     figure = Figure(figsize=(2.1 * columns, 1.6 * rows + 0.6), layout="constrained")
     axes = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
     for ax, method in zip(axes, methods, strict=False):
-        shown = [(r, [100 * run.result["validation_accuracy_best"] for run in g]) for r, g in groups.items()]
+        shown = [(r, [100 * run.result["validation_best"] for run in g]) for r, g in groups.items()]
         shown = [(r, values) for r, values in shown if r.method == method]
         rhos = [METHODS[method].rho if r.rho is None and method in METHODS else r.rho for r, _ in shown]
         means, spreads = [np.mean(values) for _, values in shown], [_std(values) or 0 for _, values in shown]
@@ -231,7 +231,7 @@ _Groups = Iterable[tuple[Recipe, Sequence[Finished]]]
 
 
 def _accuracies(group: Iterable[Finished], when: str) -> list[float]:
-    return [100 * run.result[f"test_accuracy_{when}"] for run in group]
+    return [100 * run.result[f"test_{when}"] for run in group]
 
 
 def _times(group: Iterable[Finished]) -> list[float]:

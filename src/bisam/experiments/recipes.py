@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any
 
 from cyclopts import Parameter, Token
@@ -39,6 +39,13 @@ def whole(type_: Any, tokens: Sequence[Token]) -> int:
 
 Whole = Annotated[int, Parameter(converter=whole)]
 
+CHOICES = {
+    "optimizer": ("sgd", "adamw"),
+    "schedule": ("cosine", "linear", "constant"),
+    "precision": ("32", "bf16", "16", "64"),
+}
+"""The values of the fields that take one of a few."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -50,13 +57,25 @@ class Recipe:
     """
 
     dataset: str = "digits"
-    """Data set: digits (scikit-learn's 1,797 images, no download)."""
+    """Data set: digits (no download), cifar10, cifar100, imagenet, flowers, pets, folder:PATH, glue:TASK."""
     model: str = "convnet"
-    """Network: convnet (three Conv-BN layers, for 8x8 images)."""
+    """Network: a name from `bisam list`, torchvision:NAME, timm:NAME or hf:NAME."""
+    weights: str | None = None
+    """Where the model starts: "pretrained", a file of weights, or by default anew."""
     method: Annotated[str, Parameter(alias="--optim")] = "bisam_log"
     """How the gradient is computed: a name from `bisam methods`, or an expression such as "KSAM(32, BiSAM(0.1))"."""
     noise: float = 0.0
     """Share of the training labels that are replaced by another class, in [0, 1)."""
+    limit: Whole | None = None
+    """At most so many training examples, and as many validation and test examples."""
+    augment: bool = True
+    """Random crops and flips of the training images (digits have none)."""
+    cutout: bool = False
+    """With the augmentation, blank a square of 16 pixels in half of the images (CIFAR), as the BiSAM authors do."""
+    image_size: Whole = 224
+    """Side of the images that are read from files, in pixels."""
+    max_length: Whole = 128
+    """Tokens of a text; longer ones are cut."""
     rho: float | None = None
     """Radius of the neighbourhood; its default depends on the method, see `bisam methods`."""
     mu: float | None = None
@@ -69,28 +88,54 @@ class Recipe:
     """Passes over the training data (the digits study gives SGD twice as many)."""
     batch_size: Whole = 64
     """Examples per step."""
+    accumulate: Whole = 1
+    """Losses that are averaged for one step of the optimizer; each is of `batch_size` examples."""
+    optimizer: str = "sgd"
+    """Base optimizer: sgd or adamw."""
     learning_rate: Annotated[float, Parameter(alias="--lr")] = 0.1
-    """Initial learning rate; it follows a cosine to 0, epoch by epoch."""
+    """Highest learning rate; it falls to 0 as `schedule` says."""
+    schedule: str = "cosine"
+    """How the learning rate falls: cosine (epoch by epoch), linear (step by step) or constant."""
+    warmup: Whole = 0
+    """Optimizer steps in which the learning rate rises from 0 (linear and constant schedules)."""
     momentum: float = 0.9
-    """Momentum of SGD."""
+    """Momentum of SGD; AdamW has its own."""
     weight_decay: float = 5e-4
     """Weight decay on all parameters."""
     label_smoothing: float = 0.0
     """Smoothing of the descent loss, spread over the wrong classes as in the BiSAM authors' code."""
+    clip: float | None = None
+    """Largest norm of the gradient of all parameters; by default it is not clipped."""
+    ema: float | None = None
+    """Decay of an average of the weights that is tested too, in (0, 1); by default there is none."""
+    precision: str = "32"
+    """Precision of the model's arithmetic: 32, bf16 or 16 (autocast; the weights stay float32), or 64."""
+    channels_last: bool = False
+    """Lay images out with the channels last, which most devices prefer for convolutions."""
+    compile: bool = False
+    """Compile the model."""
     seed: Whole = 0
     """Seed of the initial weights, the label noise and the order of the batches."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
+        for name in ("epochs", "batch_size", "accumulate", "image_size", "max_length"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _require(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1")
+        for name in ("warmup", "seed"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "non-negative")
         for name in ("noise", "momentum", "label_smoothing"):
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
-        ranges = {non_negative: ("rho", "eta", "weight_decay"), positive: ("learning_rate", "mu", "alpha")}
+        _require(self.ema is None or 0 < self.ema < 1, "ema", self.ema, "between 0 and 1")
+        ranges = {non_negative: ("rho", "eta", "weight_decay"), positive: ("learning_rate", "mu", "alpha", "clip")}
         for in_range, names in ranges.items():
             for name in names:
                 if (value := getattr(self, name)) is not None:
                     in_range(name, value)
-        _require(self.seed >= 0, "seed", self.seed, "non-negative")
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise unknown(name, str(getattr(self, name)), known)
+        if self.warmup and self.schedule == "cosine":
+            raise ValueError(f"warmup {self.warmup} needs the linear or constant schedule: the cosine has none")
         self._check_method()
 
     def _check_method(self) -> None:
@@ -131,9 +176,14 @@ class Recipe:
     @property
     def slug(self) -> str:
         """Name of the recipe's folder: what people look for, then a fingerprint of everything but the seed."""
-        text = json.dumps(asdict(replace(self, seed=0)), sort_keys=True)
-        method = re.sub(r"[^A-Za-z0-9_.]+", "-", self.method).strip("-")[:60]
-        return f"{method}-noise-{self.noise:g}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+        # Of the fields with their defaults, so that a field that is added later changes no name.
+        changed = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
+        text = json.dumps({**changed, "seed": 0}, sort_keys=True)
+        parts = [self.dataset, self.model, self.method]
+        if self.dataset == "digits" and self.model == "convnet":
+            parts = parts[2:]
+        name = "-".join(re.sub(r"[^A-Za-z0-9_.]+", "-", part).strip("-.")[-60:] for part in parts)
+        return f"{name}-noise-{self.noise:g}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
     def to_dict(self) -> dict[str, Any]:
         """Fields and values, for `recipe.json`."""
@@ -141,18 +191,15 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Recipe:
-        """The recipe that `to_dict` was called on.
+        """The recipe that `to_dict` was called on; fields that a later version added have their defaults.
 
         Raises:
-            ValueError: a field is unknown or missing.
+            ValueError: a field is unknown, or there is no method.
         """
-        known = {f.name for f in fields(cls)}
-        unknown, missing = sorted(set(values) - known), sorted(known - set(values))
-        if unknown or missing:
-            wrong = [
-                f"{what} {', '.join(names)}" for what, names in (("unknown", unknown), ("missing", missing)) if names
-            ]
-            raise ValueError(f"{'; '.join(wrong)}: not a recipe, or one of another version")
+        if "method" not in values:
+            raise ValueError("it names no method: not a recipe")
+        if foreign := sorted(set(values) - {f.name for f in fields(cls)}):
+            raise ValueError(f"unknown field {', '.join(foreign)}: not a recipe, or one of a later version")
         return cls(**values)
 
 

@@ -37,7 +37,7 @@ def summary(runs: Iterable[Finished]) -> list[dict[str, Any]]:
             "rho": "" if recipe.rho is None else recipe.rho,
             "epochs": recipe.epochs,
         }
-        for key in ("test_accuracy_best", "test_accuracy_last", "validation_accuracy_best", "relative_time"):
+        for key in ("test_best", "test_last", "validation_best", "relative_time"):
             values = [run.result[key] for run in group]
             row[f"{key}_mean"] = mean(values)
             row[f"{key}_std"] = stdev(values) if len(values) > 1 else float("nan")
@@ -68,8 +68,8 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
         f"{100 * row['noise']:g} %",
         f"{row['rho']}" or "–",
         f"{row['epochs']}",
-        _spread(row, "test_accuracy_best", 100),
-        _spread(row, "test_accuracy_last", 100),
+        _spread(row, "test_best", 100),
+        _spread(row, "test_last", 100),
         f"{row['n']}",
         f"{row['gradients_per_step']:.3g}{forwards}",
         _spread(row, "relative_time", 1),

@@ -178,9 +178,9 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 _RESULT = (
-    "test_accuracy_best",
-    "test_accuracy_last",
-    "validation_accuracy_best",
+    "test_best",
+    "test_last",
+    "validation_best",
     "best_epoch",
     "seconds_per_epoch",
     "relative_time",

@@ -6,24 +6,30 @@
 from __future__ import annotations
 
 import copy
-import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from statistics import fmean, median
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.loggers import TensorBoardLogger
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from bisam import ERM, Evaluation, Oracle, SharpnessAware, Vector
 from bisam.evaluation import Batch, size
 from bisam.experiments import data, models
-from bisam.experiments.data import Split
+from bisam.experiments.data import Data, Split
+from bisam.experiments.images import Images
+from bisam.experiments.loggers import loggers
+from bisam.experiments.machine import Machine
 from bisam.experiments.recipes import Recipe
 from bisam.experiments.runs import Row, Run, damaged
+from bisam.experiments.scores import scores
 from bisam.methods import Method
 from bisam.objectives import Objective
 from bisam.oracle import View
@@ -31,12 +37,12 @@ from bisam.oracle import View
 OnEpoch = Callable[[Row], None]
 
 
-def train(run: Run, device: str = "cpu", on_epoch: OnEpoch | None = None) -> dict[str, Any]:
+def train(run: Run, machine: Machine = Machine(), on_epoch: OnEpoch | None = None) -> dict[str, Any]:  # noqa: B008
     """Train the run's recipe to its end, from where it was interrupted, and return its result.
 
     Args:
         run: where to read and write; a finished run is not run again.
-        device: cpu, cuda, cuda:1, mps, ... or auto.
+        machine: where to compute.
         on_epoch: called with each epoch's row of metrics.
 
     Raises:
@@ -44,122 +50,222 @@ def train(run: Run, device: str = "cpu", on_epoch: OnEpoch | None = None) -> dic
         RunError: the folder is damaged, belongs to another recipe or is in use.
         OSError: the disk is full or read-only.
     """
-    recipe = run.recipe
-    fabric = _fabric(device)
-    splits = data.load(recipe.dataset, recipe.noise, recipe.seed)
-    torch.manual_seed(recipe.seed)
-    model = models.build(recipe.model, splits.classes)
+    fabric = machine.fabric(run.recipe.precision)
+    splits = data.load(run.recipe, machine)
+    torch.manual_seed(run.recipe.seed)
+    model = models.build(run.recipe.model, splits.classes, channels=_channels(splits.test), weights=run.recipe.weights)
     with run.open():
         if run.result is not None:
             return run.result
-        training, validation = splits.train.to(fabric.device), splits.validation.to(fabric.device)
-        optimizer = torch.optim.SGD(
-            model.parameters(), recipe.learning_rate, momentum=recipe.momentum, weight_decay=recipe.weight_decay
-        )
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.epochs)
-        epoch_steps = -(-len(training) // recipe.batch_size)
+        return Training(fabric, run, machine, splits, model).to_the_end(on_epoch)
+
+
+class Training:
+    """A run while it is trained: everything that its checkpoint holds."""
+
+    def __init__(self, fabric: Fabric, run: Run, machine: Machine, splits: Data, model: nn.Module) -> None:
+        recipe = run.recipe
+        self._fabric, self._run, self._machine, self._data, self._recipe = fabric, run, machine, splits, recipe
+        self._train, self._validation = (part.to(fabric.device) for part in (splits.train, splits.validation))
+        self._model = model.to(memory_format=torch.channels_last) if recipe.channels_last else model
+        optimizer = _optimizer(model, recipe)
+        losses = -(-len(splits.train) // recipe.batch_size)
+        steps = -(-losses // recipe.accumulate)
+        self._scheduler = _scheduler(optimizer, recipe, steps * recipe.epochs)
         method = recipe.build_method(
-            optimizer=optimizer, steps=epoch_steps * recipe.epochs, epoch=epoch_steps, examples=len(training)
+            optimizer=optimizer, steps=losses * recipe.epochs, epoch=losses, examples=len(splits.train)
         )
-        watch, pace = Watch(method), Pace(fabric, model, training, recipe)
-        sharp = SharpnessAware(model, watch, loss=_descent_loss(recipe.label_smoothing, splits.classes))
-        sharp, optimizer = fabric.setup(sharp, optimizer)
+        self._pace = Pace(fabric, model, self._train, recipe)
+        self._watch = Watch(method)
+        if recipe.compile:
+            model.compile()
+        self._average = (
+            AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
+            if recipe.ema is not None
+            else None
+        )
+        loss = SharpnessAware(
+            model, self._watch, _descent_loss(recipe.label_smoothing, splits.classes), scale=_scaler(fabric)
+        )
+        self._sharp, self._optimizer = fabric.setup(loss, optimizer)
+        self._history: list[Row] = []
+        self._best: dict[str, Any] = {"score": -2.0}  # less than any, also than a correlation
+        self._resume()
 
-        history: list[Row] = []
-        best: dict[str, Any] = {"accuracy": -1.0}
-        if (checkpoint := run.checkpoint()) is not None:
-            try:
-                sharp.load_state_dict(checkpoint["sharp"])
-                optimizer.load_state_dict(checkpoint["optimizer"])
-                scheduler.load_state_dict(checkpoint["scheduler"])
-                history, best = checkpoint["history"], checkpoint["best"]
-            except (LookupError, TypeError, ValueError, RuntimeError) as error:
-                raise damaged(run.folder / "checkpoint.pt", error) from error
-
-        board = TensorBoardLogger(run.folder, name="tensorboard", version="")
-        for epoch in range(len(history) + 1, recipe.epochs + 1):
-            # An epoch draws the same whether or not it follows a resume.
-            torch.manual_seed(recipe.seed * 1_000_003 + epoch)
-            row: Row = {"epoch": epoch, "learning_rate": float(scheduler.get_last_lr()[0])}
-            row |= train_epoch(fabric, sharp, watch, optimizer, training, recipe.batch_size)
-            row["relative_time"] = row["seconds"] / (epoch_steps * pace.seconds())
-            scheduler.step()
-            row["validation_accuracy"] = accuracy(model, validation)
-            if row["validation_accuracy"] > best["accuracy"]:
-                weights = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
-                best = {"accuracy": row["validation_accuracy"], "epoch": epoch, "weights": weights}
-            history.append(row)
-            board.log_metrics({k: v for k, v in row.items() if k != "epoch"}, step=epoch)
-            run.save(
-                {
-                    "sharp": sharp.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "scheduler": scheduler.state_dict(),
-                    "history": history,
-                    "best": best,
-                },
-                history,
-            )
+    def to_the_end(self, on_epoch: OnEpoch | None) -> dict[str, Any]:
+        """Train the epochs that are left, test once, and write the result."""
+        recipe, fabric = self._recipe, self._fabric
+        boards = loggers(self._machine.log, self._run.folder, recipe.to_dict()) if fabric.is_global_zero else []
+        for epoch in range(len(self._history) + 1, recipe.epochs + 1):
+            row = self._epoch(epoch)
+            self._history.append(row)
+            for board in boards:
+                board.log({k: v for k, v in row.items() if k != "epoch"}, epoch)
+            if fabric.is_global_zero:
+                self._run.save(self._state(), self._history)
             if on_epoch is not None:
                 on_epoch(row)
-        board.finalize("success")
+        for board in boards:
+            board.close()
+        return self._run.finish(self._result()) if fabric.is_global_zero else {}
 
-        test = splits.test.to(fabric.device)  # looked at here for the first time
-        last = accuracy(model, test)
-        model.load_state_dict(best["weights"])
-        return run.finish(
-            {
-                "test_accuracy_best": accuracy(model, test),
-                "test_accuracy_last": last,
-                "validation_accuracy_best": best["accuracy"],
-                "best_epoch": best["epoch"],
-                "seconds_per_epoch": median(r["seconds"] for r in history),
-                "relative_time": median(r["relative_time"] for r in history),
-                "gradients_per_step": fmean(r["gradients"] for r in history),
-                "forwards_per_step": fmean(r["forwards"] for r in history),
-                "device": str(fabric.device),
-            }
+    def _epoch(self, epoch: int) -> Row:
+        # An epoch draws the same whether or not it follows a resume; all methods see the same batches.
+        seed = self._recipe.seed * 1_000_003 + epoch
+        torch.manual_seed(seed + 15_485_863 * self._fabric.global_rank)
+        random = torch.Generator().manual_seed(seed)
+        row: Row = {"epoch": epoch, "learning_rate": float(self._scheduler.get_last_lr()[0])}
+        row |= train_epoch(
+            self._fabric, self._sharp, self._watch, self._optimizer, self._train, self._recipe, random, self._after_step
         )
+        row["relative_time"] = row["seconds"] / row["losses"] / self._pace.seconds()
+        if self._recipe.schedule == "cosine":
+            self._scheduler.step()
+        row["validation"] = self._score(self._model, self._validation)[0]
+        if self._average is not None:
+            row["validation_ema"] = self._score(self._average.module, self._validation)[0]
+        if row["validation"] > self._best["score"]:
+            self._best = {"score": row["validation"], "epoch": epoch, "weights": _copied(self._model)}
+        return row
+
+    def _after_step(self) -> None:
+        if self._recipe.schedule != "cosine":
+            self._scheduler.step()
+        if self._average is not None:
+            self._average.update_parameters(self._model)
+
+    def _score(self, model: nn.Module, split: Split) -> list[float]:
+        """The scores of a data set's metrics, the first of which chooses."""
+        with self._fabric.autocast():
+            outputs, labels = predictions(model, split, self._recipe)
+        return scores(self._data.metrics, outputs, labels)
+
+    def _state(self) -> dict[str, Any]:
+        state: dict[str, Any] = {
+            "sharp": self._sharp.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "scheduler": self._scheduler.state_dict(),
+            "history": self._history,
+            "best": self._best,
+        }
+        if self._average is not None:
+            state["average"] = self._average.state_dict()
+        if (scaler := _scaler(self._fabric)) is not None:
+            state["scaler"] = scaler.state_dict()
+        return state
+
+    def _resume(self) -> None:
+        if (checkpoint := self._run.checkpoint()) is None:
+            return
+        try:
+            self._sharp.load_state_dict(checkpoint["sharp"])
+            self._optimizer.load_state_dict(checkpoint["optimizer"])
+            self._scheduler.load_state_dict(checkpoint["scheduler"])
+            self._history, self._best = checkpoint["history"], checkpoint["best"]
+            if self._average is not None:
+                self._average.load_state_dict(checkpoint["average"])
+            if (scaler := _scaler(self._fabric)) is not None:
+                scaler.load_state_dict(checkpoint["scaler"])
+        except (LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise damaged(self._run.folder / "checkpoint.pt", error) from error
+
+    def _result(self) -> dict[str, Any]:
+        test = self._data.test.to(self._fabric.device)  # looked at here for the first time
+        history, metrics = self._history, self._data.metrics
+        tested = {"last": self._score(self._model, test)}
+        if self._average is not None:
+            tested["ema"] = self._score(self._average.module, test)
+        self._model.load_state_dict(self._best["weights"])
+        tested["best"] = self._score(self._model, test)
+        return {
+            **{f"test_{when}": values[0] for when, values in tested.items()},
+            "validation_best": self._best["score"],
+            "best_epoch": self._best["epoch"],
+            "metric": metrics[0],
+            "scores": {when: dict(zip(metrics, values, strict=True)) for when, values in tested.items()},
+            "examples": len(self._data.train),
+            "seconds_per_epoch": median(r["seconds"] for r in history),
+            "relative_time": median(r["relative_time"] for r in history),
+            "gradients_per_step": fmean(r["gradients"] for r in history),
+            "forwards_per_step": fmean(r["forwards"] for r in history),
+            "device": str(self._fabric.device),
+            "processes": self._fabric.world_size,
+        }
 
 
-def train_epoch(fabric: Fabric, sharp: Any, watch: Watch, optimizer: Any, split: Split, batch_size: int) -> Row:
+def train_epoch(
+    fabric: Fabric,
+    sharp: Any,
+    watch: Watch,
+    optimizer: Any,
+    split: Split,
+    recipe: Recipe,
+    random: torch.Generator,
+    after_step: Callable[[], None] = lambda: None,
+) -> Row:
     """One pass over `split`: what anybody's loop looks like, and counts for the metrics."""
     sharp.train()
     start = time.perf_counter()
-    losses, correct, flipped = (torch.zeros((), device=fabric.device) for _ in range(3))
+    total, correct, flipped, n = (torch.zeros((), device=fabric.device) for _ in range(4))
     watch.counts.clear()
-    for x, y in split.batches(batch_size, shuffle=True):
-        loss = sharp(x, y)
-        fabric.backward(loss)
-        optimizer.step()
-        optimizer.zero_grad()
+    losses = len(split) // recipe.batch_size + bool(len(split) % recipe.batch_size)
+    batches = split.batches(recipe.batch_size, random, fabric.global_rank, fabric.world_size)
+    for i, (x, y) in enumerate(batches):
+        group = min(recipe.accumulate, losses - i // recipe.accumulate * recipe.accumulate)
+        last = i % recipe.accumulate == group - 1
+        with fabric.no_backward_sync(sharp, enabled=not last):
+            loss = sharp(laid_out(x, recipe), y)
+            fabric.backward(loss / group if group > 1 else loss)
+        if last:
+            if recipe.clip is not None:
+                fabric.clip_gradients(sharp, optimizer, max_norm=recipe.clip, error_if_nonfinite=False)
+            optimizer.step()
+            optimizer.zero_grad()
+            after_step()
 
         clean = sharp.clean  # at w, from the pass that the method made anyway
         right = clean.outputs.argmax(1) == y
-        losses += clean.value * len(y)
+        total += clean.value * len(y)
         correct += right.sum()
+        n += len(y)
         if len(watch.outputs) == len(y):
             flipped += (right & (watch.outputs.argmax(1) != y)).sum()
         else:
             flipped += float("nan")  # the method descended on a part of the batch
-    n = len(split)
+    gradients, forwards = (torch.tensor(float(watch.counts[kind]), device=fabric.device) for kind in (True, False))
+    sums = torch.stack([total, correct, flipped, gradients, forwards, n])
+    total, correct, flipped, gradients, forwards, n = fabric.all_reduce(sums, reduce_op="sum").tolist()
     return {
-        "train_loss": losses.item() / n,
-        "train_accuracy": correct.item() / n,
-        "flipped": flipped.item(),
-        "gradients": watch.counts[True] / n,
-        "forwards": watch.counts[False] / n,
+        "train_loss": total / n,
+        "train_accuracy": correct / n,
+        "flipped": flipped,
+        "gradients": gradients / n,
+        "forwards": forwards / n,
+        "losses": losses,
         "seconds": time.perf_counter() - start,
     }
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, split: Split) -> float:
-    """Share of `split` that `model` classifies correctly."""
+def predictions(model: nn.Module, split: Split, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """Predicted classes and labels (N,) of `split`."""
     model.eval()
-    correct = sum((model(x).argmax(1) == y).sum() for x, y in split.batches(512))
-    assert isinstance(correct, Tensor)
-    return correct.item() / len(split)
+    size = max(recipe.batch_size, 256 if isinstance(split, Images) else recipe.batch_size)
+    pairs = [(model(laid_out(x, recipe)).argmax(1), y) for x, y in split.batches(size)]
+    predicted, labels = zip(*pairs, strict=True)
+    return torch.cat(predicted), torch.cat(labels)
+
+
+def laid_out(inputs: Any, recipe: Recipe) -> Any:
+    """Inputs in the memory layout and, for double precision, the type of the recipe."""
+    if not isinstance(inputs, Tensor):
+        return inputs
+    if recipe.precision == "64" and inputs.is_floating_point():
+        inputs = inputs.double()
+    if inputs.dim() != 4:
+        return inputs
+    layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
+    return inputs.contiguous(memory_format=layout)
 
 
 class Watch:
@@ -207,21 +313,58 @@ class Pace:
 
     def __init__(self, fabric: Fabric, model: nn.Module, split: Split, recipe: Recipe) -> None:
         copied = copy.deepcopy(model)
-        self._watch, self._fabric, self._batch_size = Watch(ERM()), fabric, recipe.batch_size
-        self._split = Split(*(part[: _PACE * recipe.batch_size] for part in (split.images, split.labels)))
-        loss = SharpnessAware(copied, self._watch, nn.CrossEntropyLoss(reduction="none"))
-        optimizer = torch.optim.SGD(copied.parameters(), recipe.learning_rate, momentum=0.9, weight_decay=5e-4)
-        self._sharp, self._optimizer = fabric.setup(loss, optimizer)
+        if recipe.compile:
+            copied.compile()
+        self._fabric, self._watch = fabric, Watch(ERM())
+        self._split = split.first(_PACE * recipe.batch_size)
+        self._recipe = replace(recipe, accumulate=1, clip=None)
+        loss = SharpnessAware(copied, self._watch, nn.CrossEntropyLoss(reduction="none"), scale=_scaler(fabric))
+        self._sharp, self._optimizer = fabric.setup(loss, _optimizer(copied, recipe))
 
     def seconds(self) -> float:
-        """Seconds per step, now."""
+        """Seconds per loss, now."""
         device = self._fabric.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            row = train_epoch(self._fabric, self._sharp, self._watch, self._optimizer, self._split, self._batch_size)
-        return row["seconds"] / -(-len(self._split) // self._batch_size)
+            row = train_epoch(
+                self._fabric,
+                self._sharp,
+                self._watch,
+                self._optimizer,
+                self._split,
+                self._recipe,
+                torch.Generator().manual_seed(0),
+            )
+        return row["seconds"] / row["losses"]
 
 
 _PACE = 8  # steps beside each epoch
+
+
+def _channels(split: Split) -> int:
+    return split.images.shape[1] if isinstance(split, Images) else 3
+
+
+def _optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(model.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay)
+    return torch.optim.SGD(
+        model.parameters(), recipe.learning_rate, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+    )
+
+
+def _scheduler(optimizer: Optimizer, recipe: Recipe, steps: int) -> LRScheduler:
+    if recipe.schedule == "cosine":
+        return CosineAnnealingLR(optimizer, recipe.epochs)
+    if recipe.warmup >= steps:
+        raise ValueError(f"warmup {recipe.warmup} does not end within the {steps} steps of the run: make it shorter")
+    falls = recipe.schedule == "linear"
+
+    def factor(step: int) -> float:
+        if step < recipe.warmup:
+            return (step + 1) / recipe.warmup
+        return max(0.0, (steps - step) / (steps - recipe.warmup)) if falls else 1.0
+
+    return LambdaLR(optimizer, factor)
 
 
 def _descent_loss(smoothing: float, classes: int) -> nn.Module:
@@ -229,21 +372,9 @@ def _descent_loss(smoothing: float, classes: int) -> nn.Module:
     return nn.CrossEntropyLoss(label_smoothing=smoothing * classes / (classes - 1), reduction="none")
 
 
-def check_device(device: str) -> None:
-    """Make sure that runs can be placed on `device`.
-
-    Raises:
-        ValueError: it is unknown, or not here.
-    """
-    _fabric(device)
+def _scaler(fabric: Fabric) -> torch.amp.GradScaler | None:
+    return getattr(fabric._precision, "scaler", None)
 
 
-def _fabric(device: str) -> Fabric:
-    logging.getLogger("lightning_fabric").setLevel(logging.ERROR)  # it advertises and advises on stdout
-    kind, _, index = device.partition(":")
-    try:
-        return Fabric(accelerator=kind, devices=[int(index)] if index else 1)
-    except Exception as error:  # each accelerator has its own way to say no
-        raise ValueError(
-            f"device {device!r} is unknown or not available here: --device takes cpu, cuda, cuda:1, mps or auto"
-        ) from error
+def _copied(model: nn.Module) -> dict[str, Tensor]:
+    return {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}

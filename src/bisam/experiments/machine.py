@@ -1,0 +1,89 @@
+"""Machine: where and how runs are computed, as opposed to what: nothing here is part of a run's identity."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+
+from bisam.experiments.names import unknown
+
+STRATEGIES = ("auto", "ddp", "fsdp")
+PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed", "64": "64-true"}
+"""Recipes' names of precisions, and Fabric's."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Devices, folders and loggers of runs.
+
+    Attributes:
+        device: cpu, cuda, cuda:1, mps, ... or auto.
+        devices: processes of one run on a machine, one device each.
+        nodes: machines of one run; above 1, start the command on each by torchrun or srun.
+        strategy: how the devices of a run share the work: auto, ddp or fsdp.
+        data_dir: folder of the data sets.
+        download: whether what is missing there may be downloaded.
+        loaders: processes that read and decode images, for data in files.
+        log: where metrics go besides metrics.csv: tensorboard, wandb, mlflow.
+
+    Raises:
+        ValueError: a value is outside its range.
+    """
+
+    device: str = "cpu"
+    devices: int = 1
+    nodes: int = 1
+    strategy: str = "auto"
+    data_dir: Path = Path(os.environ.get("BISAM_DATA", "data"))
+    download: bool = False
+    loaders: int = 0
+    log: tuple[str, ...] = ("tensorboard",)
+
+    def __post_init__(self) -> None:
+        for name, least in (("devices", 1), ("nodes", 1), ("loaders", 0)):
+            if (value := getattr(self, name)) < least:
+                raise ValueError(f"--{name} must be at least {least}, got {value}")
+        if self.strategy not in STRATEGIES:
+            raise unknown("strategy", self.strategy, STRATEGIES)
+        if self.strategy == "fsdp":
+            raise ValueError("strategy 'fsdp' is refused: this version cannot restore sharded weights; use ddp")
+
+    @property
+    def parallel(self) -> bool:
+        """Whether a run has several processes."""
+        return self.devices * self.nodes > 1
+
+    def fabric(self, precision: str = "32") -> Fabric:
+        """Lightning's Fabric for these devices.
+
+        Raises:
+            ValueError: the device is unknown or not here, or cannot do the precision.
+        """
+        logging.getLogger("lightning_fabric").setLevel(logging.ERROR)  # it advertises and advises on stdout
+        kind, _, index = self.device.partition(":")
+        # Spawned on one machine; on several, whoever started the processes has told them who they are.
+        strategy = ("ddp" if self.nodes > 1 else "ddp_spawn") if self.parallel else "auto"
+        try:
+            devices = [int(index)] if index else self.devices
+            return Fabric(
+                accelerator=kind,
+                devices=devices,
+                num_nodes=self.nodes,
+                strategy=strategy,
+                precision=PRECISIONS[precision],
+            )
+        except Exception as error:  # each accelerator has its own way to say no
+            raise ValueError(
+                f"device {self.device!r} is unknown or not here: --device takes cpu, cuda, cuda:1, mps or auto"
+            ) from error
+
+
+def threads(share: int) -> None:
+    """Leave a process its share of the cores, of which there are to be `share`."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // share))
