@@ -21,7 +21,7 @@ import torch
 from filelock import FileLock
 
 from bisam import ERM, KSAM, RSAM, SAM, EBiSAM, SharpnessAware, cross_entropy, experiments
-from bisam.experiments import cli, data, figures, models, report, runs, studies
+from bisam.experiments import cli, data, figures, models, processes, report, runs, studies
 from bisam.experiments.catalogue import METHODS
 from bisam.experiments.machine import Machine
 from bisam.experiments.recipes import Recipe
@@ -388,7 +388,7 @@ def test_a_study_keeps_finished_runs_reports_failures_and_goes_on(tmp_path):
     damaged.folder.mkdir(parents=True)
     (damaged.folder / "checkpoint.pt").write_bytes(b"garbage")
     progress = Silent()
-    outcomes = studies.run_all(recipes, tmp_path, workers=2, machine=Machine(), progress=progress)
+    outcomes = processes.run_all(recipes, tmp_path, workers=2, machine=Machine(), progress=progress)
     assert [outcome.recipe for outcome in outcomes] == recipes
     assert outcomes[0].result == kept
     assert "checkpoint.pt is damaged" in outcomes[1].error
@@ -408,7 +408,7 @@ def test_a_killed_worker_costs_no_run(tmp_path):
             super().epoch(recipe, epoch, validation)
 
     progress = Killer()
-    outcomes = studies.run_all(recipes, tmp_path, workers=2, machine=Machine(), progress=progress)
+    outcomes = processes.run_all(recipes, tmp_path, workers=2, machine=Machine(), progress=progress)
     assert [(outcome.recipe, outcome.error) for outcome in outcomes] == [(recipe, None) for recipe in recipes]
     assert len(list(runs.finished(tmp_path))) == 3
 
@@ -417,7 +417,7 @@ def test_a_result_in_another_recipes_folder_is_not_taken_for_its_own(tmp_path):
     train(Run.under(tmp_path, SHORT))
     other = replace(SHORT, rho=0.1)
     Run.under(tmp_path, SHORT).folder.parent.rename(tmp_path / other.slug)
-    (outcome,) = studies.run_all([other], tmp_path, workers=1, machine=Machine(), progress=Silent())
+    (outcome,) = processes.run_all([other], tmp_path, workers=1, machine=Machine(), progress=Silent())
     assert "belongs to another recipe" in outcome.error
 
 

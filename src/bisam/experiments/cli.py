@@ -52,7 +52,8 @@ def run(
         epochs: Epochs per run (SGD gets twice as many); by default the study's own number.
         workers: Processes; by default one per core.
     """
-    from bisam.experiments.studies import expand, run_all
+    from bisam.experiments.processes import run_all
+    from bisam.experiments.studies import expand
 
     for name, value in (("seeds", seeds), ("epochs", epochs), ("workers", workers)):
         if value is not None and value < 1:
