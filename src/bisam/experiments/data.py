@@ -121,7 +121,7 @@ def _load(recipe: Recipe, machine: Machine) -> Data:
         if kind == "digits":
             return images.digits()
         return images.cifar(kind, root, download, recipe.augment, recipe.cutout)
-    if kind in ("imagenet", "flowers", "pets") and not detail or kind == "folder" and detail:
+    if (kind in ("imagenet", "flowers", "pets") and not detail) or (kind == "folder" and detail):
         from bisam.experiments import folders
 
         match kind:
@@ -147,6 +147,11 @@ def symmetric_noise(labels: Tensor, rate: float, classes: int, seed: int) -> Ten
     shift = torch.from_numpy(random.integers(1, classes, len(chosen)))
     noisy[chosen] = (labels[chosen] + shift) % classes
     return noisy
+
+
+def batches_of(count: int, size: int, ranks: int = 1) -> int:
+    """How many batches `shares` makes."""
+    return count // size + (count % size >= ranks)
 
 
 def shares(

@@ -13,6 +13,8 @@ from lightning_fabric import Fabric
 
 from bisam.experiments.names import unknown
 
+logging.getLogger("lightning_fabric").setLevel(logging.ERROR)  # it advertises and advises, in every process
+
 STRATEGIES = ("auto", "ddp", "fsdp")
 PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed", "64": "64-true"}
 """Recipes' names of precisions, and Fabric's."""
@@ -65,8 +67,9 @@ class Machine:
         Raises:
             ValueError: the device is unknown or not here, or cannot do the precision.
         """
-        logging.getLogger("lightning_fabric").setLevel(logging.ERROR)  # it advertises and advises on stdout
         kind, _, index = self.device.partition(":")
+        if precision == "16" and kind == "cpu":
+            raise ValueError("precision 16 is for GPUs: on the CPU use bf16, or give another --device")
         # Spawned on one machine; on several, whoever started the processes has told them who they are.
         strategy = ("ddp" if self.nodes > 1 else "ddp_spawn") if self.parallel else "auto"
         try:

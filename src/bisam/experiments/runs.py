@@ -112,6 +112,15 @@ class Run:
         except Exception as error:  # torch raises whatever its unpickler stumbles over
             raise damaged(path, error) from error
 
+    def metrics(self) -> list[Row]:
+        """The epochs so far.
+
+        Raises:
+            RunError: the file is damaged.
+        """
+        path = self.folder / "metrics.csv"
+        return _read_rows(path) if path.exists() else []
+
     def save(self, checkpoint: Mapping[str, Any], history: Sequence[Row]) -> None:
         """Replace metrics and checkpoint, each in one stroke; the epoch is over once the checkpoint is there."""
         buffer = io.BytesIO()
@@ -198,11 +207,15 @@ def _read_result(folder: Path) -> dict[str, Any] | None:
     return result
 
 
-def _read_metrics(path: Path, epochs: int) -> list[Row]:
+def _read_rows(path: Path) -> list[Row]:
     try:
-        rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(io.StringIO(path.read_text()))]
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(io.StringIO(path.read_text()))]
     except (OSError, ValueError, TypeError) as error:
         raise damaged(path, error) from error
+
+
+def _read_metrics(path: Path, epochs: int) -> list[Row]:
+    rows = _read_rows(path)
     if len(rows) != epochs or any("flipped" not in row for row in rows):
         raise damaged(path, ValueError(f"it has not the {epochs} epochs of the recipe"))
     return rows

@@ -21,7 +21,7 @@ def _score(metric: str, predicted: Tensor, labels: Tensor) -> float:
         case "accuracy":
             return (predicted == labels).sum().item() / len(labels)
         case "f1":
-            return float(f1_score(labels.numpy(), predicted.numpy(), zero_division=0.0))
+            return float(f1_score(labels.numpy(), predicted.numpy(), zero_division=0))  # pyright: ignore[reportArgumentType]
         case "matthews":
             return float(matthews_corrcoef(labels.numpy(), predicted.numpy()))
         case _:

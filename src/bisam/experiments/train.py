@@ -6,16 +6,22 @@
 from __future__ import annotations
 
 import copy
+import os
+import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from statistics import fmean, median
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -23,12 +29,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from bisam import ERM, Evaluation, Oracle, SharpnessAware, Vector
 from bisam.evaluation import Batch, size
 from bisam.experiments import data, models
-from bisam.experiments.data import Data, Split
+from bisam.experiments.data import Data, Split, batches_of
 from bisam.experiments.images import Images
 from bisam.experiments.loggers import loggers
-from bisam.experiments.machine import Machine
+from bisam.experiments.machine import Machine, threads
 from bisam.experiments.recipes import Recipe
-from bisam.experiments.runs import Row, Run, damaged
+from bisam.experiments.runs import Row, Run, RunError, damaged
 from bisam.experiments.scores import scores
 from bisam.methods import Method
 from bisam.objectives import Objective
@@ -51,13 +57,64 @@ def train(run: Run, machine: Machine = Machine(), on_epoch: OnEpoch | None = Non
         OSError: the disk is full or read-only.
     """
     fabric = machine.fabric(run.recipe.precision)
+    if machine.nodes > 1:  # whoever started the processes has one of them on each device
+        fabric.launch()
+        with run.open() if fabric.is_global_zero else nullcontext():
+            fabric.barrier()
+            return run.result or _train(fabric, run, machine, on_epoch if fabric.is_global_zero else None)
+    if machine.devices > 1:
+        data.load(run.recipe, machine)  # what is wrong with it is said once, here
+        with run.open():
+            return run.result or _spawned(fabric, run, machine, on_epoch)
+    training = _prepared(fabric, run, machine)
+    with run.open():
+        return run.result or training().to_the_end(on_epoch)
+
+
+def _prepared(fabric: Fabric, run: Run, machine: Machine) -> Callable[[], Training]:
     splits = data.load(run.recipe, machine)
     torch.manual_seed(run.recipe.seed)
     model = models.build(run.recipe.model, splits.classes, channels=_channels(splits.test), weights=run.recipe.weights)
-    with run.open():
-        if run.result is not None:
-            return run.result
-        return Training(fabric, run, machine, splits, model).to_the_end(on_epoch)
+    return lambda: Training(fabric, run, machine, splits, model)
+
+
+def _train(fabric: Fabric, run: Run, machine: Machine, on_epoch: OnEpoch | None) -> dict[str, Any]:
+    return _prepared(fabric, run, machine)().to_the_end(on_epoch)
+
+
+def _spawned(fabric: Fabric, run: Run, machine: Machine, on_epoch: OnEpoch | None) -> dict[str, Any]:
+    """The same in a process for each device; epochs are told by what the first one writes."""
+    over = threading.Event()
+    teller = threading.Thread(target=_tell, args=(run, on_epoch, over), daemon=True)
+    if on_epoch is not None:
+        teller.start()
+    try:
+        fabric.launch(partial(_one_of_many, run, machine))  # not as arguments, which it would take for data
+    except (ProcessRaisedException, ProcessExitedException) as error:
+        reason = [line for line in str(error).splitlines() if line.strip()][-1]
+        raise RunError(f"a process of {run.folder} failed ({reason}): the same command goes on") from error
+    finally:
+        over.set()
+    if on_epoch is not None:
+        teller.join()
+    assert run.result is not None
+    return run.result
+
+
+def _one_of_many(run: Run, machine: Machine, fabric: Fabric) -> None:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C is the first process's to report
+    threads(machine.devices)
+    _train(fabric, run, machine, None)
+
+
+def _tell(run: Run, on_epoch: OnEpoch, over: threading.Event) -> None:
+    told, last = 0, False
+    while not last:
+        last = over.wait(0.5)
+        rows = run.metrics()
+        for row in rows[told:]:
+            on_epoch(row)
+        told = max(told, len(rows))
 
 
 class Training:
@@ -69,7 +126,7 @@ class Training:
         self._train, self._validation = (part.to(fabric.device) for part in (splits.train, splits.validation))
         self._model = model.to(memory_format=torch.channels_last) if recipe.channels_last else model
         optimizer = _optimizer(model, recipe)
-        losses = -(-len(splits.train) // recipe.batch_size)
+        losses = batches_of(len(splits.train), recipe.batch_size, fabric.world_size)
         steps = -(-losses // recipe.accumulate)
         self._scheduler = _scheduler(optimizer, recipe, steps * recipe.epochs)
         method = recipe.build_method(
@@ -79,15 +136,15 @@ class Training:
         self._watch = Watch(method)
         if recipe.compile:
             model.compile()
+        loss = SharpnessAware(
+            model, self._watch, _descent_loss(recipe.label_smoothing, splits.classes), scale=_scaler(fabric)
+        )
+        self._sharp, self._optimizer = fabric.setup(loss, optimizer)
         self._average = (
             AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
             if recipe.ema is not None
             else None
         )
-        loss = SharpnessAware(
-            model, self._watch, _descent_loss(recipe.label_smoothing, splits.classes), scale=_scaler(fabric)
-        )
-        self._sharp, self._optimizer = fabric.setup(loss, optimizer)
         self._history: list[Row] = []
         self._best: dict[str, Any] = {"score": -2.0}  # less than any, also than a correlation
         self._resume()
@@ -208,7 +265,7 @@ def train_epoch(
     start = time.perf_counter()
     total, correct, flipped, n = (torch.zeros((), device=fabric.device) for _ in range(4))
     watch.counts.clear()
-    losses = len(split) // recipe.batch_size + bool(len(split) % recipe.batch_size)
+    losses = batches_of(len(split), recipe.batch_size, fabric.world_size)
     batches = split.batches(recipe.batch_size, random, fabric.global_rank, fabric.world_size)
     for i, (x, y) in enumerate(batches):
         group = min(recipe.accumulate, losses - i // recipe.accumulate * recipe.accumulate)
@@ -234,7 +291,7 @@ def train_epoch(
             flipped += float("nan")  # the method descended on a part of the batch
     gradients, forwards = (torch.tensor(float(watch.counts[kind]), device=fabric.device) for kind in (True, False))
     sums = torch.stack([total, correct, flipped, gradients, forwards, n])
-    total, correct, flipped, gradients, forwards, n = fabric.all_reduce(sums, reduce_op="sum").tolist()
+    total, correct, flipped, gradients, forwards, n = cast(Tensor, fabric.all_reduce(sums, reduce_op="sum")).tolist()
     return {
         "train_loss": total / n,
         "train_accuracy": correct / n,
