@@ -1,1 +1,1 @@
-"""Speed and memory against the bars that the project sets itself: `python -m benchmarks.objective`, `.step`."""
+"""Speed and memory against the bars of this project: `python -m benchmarks.objective`, `.step`, `.pipeline`."""

@@ -2,17 +2,19 @@
 
 python -m benchmarks.objective --json objective.json
 python -m benchmarks.step --json step.json
-python -m benchmarks.docs objective.json step.json
+python -m benchmarks.pipeline --json pipeline.json
+python -m benchmarks.docs objective.json step.json pipeline.json
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import pipeline
 from benchmarks.objective import REFERENCE
 from benchmarks.step import LIMIT
 from bisam.experiments.runs import RunError, read_json, write
@@ -20,18 +22,18 @@ from bisam.experiments.runs import RunError, read_json, write
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 INTRODUCTION = """# Benchmarks
 
-Made by `python -m benchmarks.objective`, `benchmarks.step` and `benchmarks.docs`. Contestants run in
-turn within each round, so that whatever slows the machine slows all of them; a figure is the median over the rounds of
-the ratio to the reference, with the quartiles. Absolute times are left out: they mean little on a shared machine.
+Made by `python -m benchmarks.objective`, `benchmarks.step`, `benchmarks.pipeline` and `benchmarks.docs`. Contestants
+run in turn within each round, so that whatever slows the machine slows all of them; a figure is the median over the
+rounds of the ratio to the reference, with the quartiles. Absolute times are left out: they mean little on a shared
+machine.
 """
 
 
 def section(content: Mapping[str, Any]) -> list[str]:
     """One benchmark as Markdown."""
-    makers = {"objective": _objective, "step": _step}
     environment = ", ".join(f"{k} {v}" for k, v in content["environment"].items() if v is not None)
     settings = ", ".join(f"{k} {v}" for k, v in content["settings"].items())
-    return [*makers[content["benchmark"]](content), "", f"{environment}; {settings}.", ""]
+    return [*_MAKERS[content["benchmark"]](content), "", f"{environment}; {settings}.", ""]
 
 
 def _objective(content: Mapping[str, Any]) -> list[str]:
@@ -68,6 +70,23 @@ def _step(content: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _pipeline(content: Mapping[str, Any]) -> list[str]:
+    rows = [
+        (pipeline.augmentation(r), r["contestant"], *_ratio(r))
+        for r in content["rows"]
+        if r["contestant"] != pipeline.REFERENCE
+    ]
+    title = f"## Augmented images per second, relative to torchvision's transforms image by image{_threads(content)}"
+    return [title, "", *_table(("augmentation", "pipeline", "ratio", "quartiles", "bar"), rows)]
+
+
+_MAKERS: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
+    "objective": _objective,
+    "step": _step,
+    "pipeline": _pipeline,
+}
+
+
 def _threads(content: Mapping[str, Any]) -> str:
     threads = content["environment"]["threads"]
     return f" ({threads} thread{'s' if threads > 1 else ''})"
@@ -93,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for path in arguments.results:
         try:
             content = read_json(path)
-            if content is None or content.get("benchmark") not in ("objective", "step"):
+            if content is None or content.get("benchmark") not in _MAKERS:
                 raise RunError(f"{path} is not what a benchmark's --json writes")
         except RunError as error:
             sys.exit(f"{parser.prog}: {error}")

@@ -1,106 +1,31 @@
-"""Interleaved timing: how long contestants take relative to a reference that runs in the same seconds.
-
-Other programs slow a machine down for a while, and all contestants of a round alike. So a round runs each contestant
-once, in a new order, a result is the median of the rounds' ratios, and the quartiles say how far to trust it:
-
-    times = interleaved({"sum": a.sum, "norm": a.norm}, repeats=31)
-    ratio(times, "norm", "sum")                      # Ratio(median=1.31, low=1.28, high=1.35, ...)
-"""
+"""What the benchmarks share beside the timing: the command line, the table on the terminal, the JSON."""
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
-import math
-import os
-import random
-import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from time import perf_counter
 from typing import Any, NoReturn
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from bisam.experiments import runs
-
-BLOCK = 0.02  # seconds that a contestant runs before the next one has its turn
-
-Times = dict[str, list[float]]
-"""Seconds per call, one entry a round."""
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """A contestant's time over the reference's, round by round: the median and the quartiles."""
-
-    median: float
-    low: float
-    high: float
-    rounds: int
-    seconds: float
-
-    def __str__(self) -> str:
-        return f"{self.median:.3f} [{self.low:.3f}, {self.high:.3f}]"
-
-
-def seconds(call: Callable[[], Any], number: int = 1) -> float:
-    """Of one call, on average over `number` calls in a row."""
-    start = perf_counter()
-    for _ in range(number):
-        call()
-    return (perf_counter() - start) / number
-
-
-def interleaved(contestants: Mapping[str, Callable[[], Any]], repeats: int) -> Times:
-    """Seconds per call of each contestant in each of `repeats` rounds.
-
-    A contestant repeats its call until about `BLOCK` seconds are over, so that its code is warm, as in training.
-    """
-    number = {}
-    for name, call in contestants.items():
-        call()
-        call()
-        number[name] = max(1, math.ceil(BLOCK / seconds(call)))
-    times: Times = {name: [] for name in contestants}
-    order, shuffle = list(contestants), random.Random(0).shuffle
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        for _ in range(repeats):
-            shuffle(order)
-            for name in order:
-                times[name].append(seconds(contestants[name], number[name]))
-            gc.collect()
-    finally:
-        if collecting:
-            gc.enable()
-    return times
-
-
-def ratio(times: Times, name: str, reference: str) -> Ratio:
-    """The time of `name` relative to that of `reference`."""
-    ratios = [a / b for a, b in zip(times[name], times[reference], strict=True)]
-    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
-    return Ratio(median, low, high, len(ratios), statistics.median(times[name]))
+from bisam.experiments.timing import (
+    Ratio as Ratio,
+    conditions,
+    interleaved as interleaved,
+    ratio as ratio,
+    seconds as seconds,
+)
 
 
 def environment() -> dict[str, Any]:
     """What a number depends on: hardware, versions, threads and the commit."""
-    return {
-        **runs.environment(),
-        "pytorch_optimizer": version("pytorch_optimizer"),
-        "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+    return {**runs.environment(), "pytorch_optimizer": version("pytorch_optimizer"), **conditions()}
 
 
 def report(

@@ -6,7 +6,7 @@ python -m benchmarks.objective
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -15,23 +15,12 @@ from torch import Tensor
 
 from benchmarks.measure import Parser, interleaved, ratio, report, seconds, verdict, write
 from bisam import NegLog, Tanh
-from bisam.objectives import LowerBound
+from bisam.experiments.measurements import Loss, row_by_row
 
 REFERENCE = "cross-entropy"
 SIZES = [(128, 10), (128, 100), (512, 1000), (1024, 32000)]
 BARS = {"NegLog": 1.0, "Tanh": 1.2}
 PATIENCE = 3.0  # seconds for one call; whoever takes longer is left out
-
-Loss = Callable[[Tensor, Tensor], Tensor]
-
-
-def row_by_row(bound: LowerBound, logits: Tensor, labels: Tensor) -> Tensor:
-    """What the authors' public code does for a batch: a Python loop that shifts each row by its label's logit."""
-    margins = logits.clone()
-    for i, label in enumerate(labels.tolist()):
-        margins[i].sub_(margins[i, label].clone())
-    return torch.logsumexp(bound.mu * bound.phi(margins), 1) / bound.mu
-
 
 CONTESTANTS: dict[str, Loss] = {
     REFERENCE: partial(F.cross_entropy, label_smoothing=0.1),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,3 +24,19 @@ def data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no data at {folder}: set BISAM_DATA")
     return folder
+
+
+@pytest.fixture
+def bisam(monkeypatch, capsys):
+    """The command in this process: (exit code, output, errors)."""
+
+    cli = pytest.importorskip("bisam.experiments.cli")
+
+    def call(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["bisam", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capsys.readouterr()
+        return stop.value.code, captured.out, captured.err
+
+    return call

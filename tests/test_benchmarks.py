@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("pytorch_optimizer")
 pytest.importorskip("rich")
+pytest.importorskip("torchvision")
 
-from benchmarks import docs, measure, models, objective, step
+from benchmarks import docs, measure, models, objective, pipeline, step
+from bisam.experiments import timing
 
 RATIO = {"median", "low", "high", "rounds", "seconds", "bar", "passed"}
 
@@ -78,7 +81,7 @@ def test_the_loop_over_rows_is_the_objective():
 
 
 def test_step(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(measure, "BLOCK", 0.0)
+    monkeypatch.setattr(timing, "BLOCK", 0.0)
     path = tmp_path / "step.json"
     step.main(["--models", "mlp-32", "--repeats", "2", "--threads", "1", "--json", str(path)])
     content = written(path)
@@ -92,6 +95,33 @@ def test_step(tmp_path, capsys, monkeypatch):
     shown = capsys.readouterr().out
     assert "BiSAM / SAM" in shown
     assert "checkpoint" in shown
+
+
+def test_pipeline(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(timing, "BLOCK", 0.0)
+    path = tmp_path / "pipeline.json"
+    pipeline.main(["--images", "6", "--batch-size", "4", "--repeats", "2", "--threads", "1", "--json", str(path)])
+    content = written(path)
+    assert [(r["cutout"], r["contestant"]) for r in content["rows"]] == [
+        (cutout, name) for cutout in (0, 16) for name in (pipeline.REFERENCE, pipeline.OURS)
+    ]
+    assert all(r.keys() >= RATIO for r in content["rows"])
+    for row in content["rows"][1::2]:
+        assert row["passed"] == (row["median"] >= pipeline.BAR)
+    assert "(bar 10)" in capsys.readouterr().out
+
+
+def test_both_pipelines_give_an_epoch_of_the_same_kind():
+    images, labels = np.random.default_rng(0).integers(0, 256, (10, 32, 32, 3), dtype=np.uint8), list(range(10))
+    for cutout in (0, 16):
+        for batches in (
+            pipeline.per_image(images, labels, 4, cutout),
+            pipeline.in_batches(images, labels, 4, cutout)(),
+        ):
+            inputs, targets = zip(*batches, strict=True)
+            assert [x.shape for x in inputs] == [(4, 3, 32, 32), (4, 3, 32, 32), (2, 3, 32, 32)]
+            assert {x.dtype for x in inputs} == {torch.float32}
+            assert torch.cat(targets).sort().values.tolist() == labels
 
 
 @pytest.mark.parametrize("name", step.CONTESTANTS)
@@ -120,6 +150,23 @@ def test_the_peers_take_the_same_step():
     torch.testing.assert_close(ends[0], ends[2], rtol=0, atol=1e-12)
 
 
+def test_a_time_begins_and_ends_with_a_device_that_is_done(monkeypatch):
+    events = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: events.append(device.type))
+    monkeypatch.setattr(timing, "perf_counter", lambda: events.append("clock") or 0.0)
+    assert measure.seconds(lambda: events.append("call"), 2, torch.device("cuda")) == 0
+    assert events == ["cuda", "clock", "call", "call", "cuda", "clock"]
+
+
+@pytest.mark.parametrize(("block", "calls"), [(0.0, 2 + 4), (10.0, 3 + 4 * 10)])
+def test_a_call_that_takes_a_turn_is_not_waited_for_a_third_time_to_get_warm(block, calls, monkeypatch):
+    monkeypatch.setattr(timing, "BLOCK", block)
+    monkeypatch.setattr(timing, "perf_counter", iter(range(100)).__next__)
+    called = []
+    assert len(measure.interleaved({"a": lambda: called.append(1)}, 4)["a"]) == 4
+    assert len(called) == calls
+
+
 def test_ratios_are_taken_round_by_round():
     times = {"a": [1.0, 10.0, 2.0], "b": [2.0, 20.0, 5.0]}
     r = measure.ratio(times, "b", "a")
@@ -127,7 +174,7 @@ def test_ratios_are_taken_round_by_round():
     assert measure.ratio({"a": [2.0], "b": [3.0]}, "b", "a").low == 1.5
 
 
-@pytest.mark.parametrize("main", [objective.main, step.main])
+@pytest.mark.parametrize("main", [objective.main, step.main, pipeline.main])
 @pytest.mark.parametrize(
     "argv",
     [
@@ -138,6 +185,7 @@ def test_ratios_are_taken_round_by_round():
         ["--sizes", "128"],
         ["--sizes", "4x1"],
         ["--models", "vgg"],
+        ["--batch-size", "0"],
         ["--frobnicate"],
     ],
 )
@@ -151,7 +199,7 @@ def test_a_mistake_in_a_flag_is_one_line(main, argv, capsys):
     assert argv[0] in captured.err
 
 
-@pytest.mark.parametrize("main", [objective.main, step.main])
+@pytest.mark.parametrize("main", [objective.main, step.main, pipeline.main])
 def test_help_has_examples(main, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
@@ -160,9 +208,10 @@ def test_help_has_examples(main, capsys):
 
 
 def test_the_page_has_every_row_and_where_it_comes_from(tmp_path):
-    paths = [tmp_path / "objective.json", tmp_path / "step.json"]
+    paths = [tmp_path / f"{name}.json" for name in ("objective", "step", "pipeline")]
     objective.main(["--sizes", "8x4", "--repeats", "2", "--json", str(paths[0])])
     step.main(["--models", "mlp-32", "--repeats", "1", "--json", str(paths[1])])
+    pipeline.main(["--images", "4", "--repeats", "1", "--json", str(paths[2])])
     docs.main([*map(str, paths), "--to", str(tmp_path / "page.md")])
     page = (tmp_path / "page.md").read_text()
     for path in paths:
@@ -170,7 +219,7 @@ def test_the_page_has_every_row_and_where_it_comes_from(tmp_path):
         assert f"commit {content['environment']['commit']}" in page
         for row in content["rows"]:
             shown = f"| {row['contestant']} | {row['median']:.3f} |" in page
-            assert shown != (row["contestant"] in (objective.REFERENCE, step.LIMIT))
+            assert shown != (row["contestant"] in (objective.REFERENCE, step.LIMIT, pipeline.REFERENCE))
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]"])

@@ -8,7 +8,6 @@ import io
 import json
 import multiprocessing as mp
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,11 +20,12 @@ import torch
 from filelock import FileLock
 
 from bisam import ERM, KSAM, RSAM, SAM, EBiSAM, SharpnessAware, cross_entropy, experiments
-from bisam.experiments import cli, data, figures, models, processes, report, runs, studies
+from bisam.experiments import data, models, processes, runs, studies
 from bisam.experiments.catalogue import METHODS
 from bisam.experiments.machine import Machine
 from bisam.experiments.recipes import Recipe
 from bisam.experiments.runs import Run, RunError
+from bisam.experiments.study import expand
 from bisam.experiments.train import Watch, train
 from bisam.perturbations import L2
 
@@ -430,72 +430,10 @@ def test_the_digits_study_is_what_it_says():
     }
     assert len({r.epochs for r in recipes if r.method != "sgd"}) == 1
     assert all(r.epochs == 2 * recipes[1].epochs for r in recipes if r.method == "sgd")
-    assert len(studies.expand(recipes, 5)) == len(set(studies.expand(recipes, 5))) == 50
+    assert len(expand(recipes, 5)) == len(set(expand(recipes, 5))) == 50
 
 
 # Reports
-
-
-@pytest.fixture
-def finished(tmp_path):
-    """Two recipes with known results."""
-    for recipe, accuracies in ((SGD, (0.60, 0.70)), (replace(SHORT, method="sam"), (0.90, 0.94))):
-        for seed, value in enumerate(accuracies):
-            run = Run.under(tmp_path, replace(recipe, seed=seed))
-            with run.open():
-                rows = [{"epoch": e, "validation": value, "flipped": 10.0 * e} for e in (1, 2, 3)]
-                run.save({"history": rows}, rows)
-                run.finish(
-                    {
-                        "test_best": value + 0.02,
-                        "test_last": value,
-                        "validation_best": value,
-                        "seconds_per_epoch": 0.5,
-                        "relative_time": 2.0 + seed,
-                        "gradients_per_step": 1.5,
-                        "forwards_per_step": 1.0,
-                        "best_epoch": 1,
-                        "device": "cpu",
-                    }
-                )
-    return tmp_path
-
-
-def test_the_summary_is_mean_and_standard_deviation_over_seeds(finished):
-    sgd, sam = report.summary(runs.finished(finished))
-    assert (sgd["method"], sam["method"]) == ("SGD", "SAM")
-    assert sgd["test_last_mean"] == pytest.approx(0.65)
-    assert sgd["test_last_std"] == pytest.approx(0.0707106781)
-    assert sam["test_best_mean"] == pytest.approx(0.94)
-    assert (sam["n"], sam["seconds_per_epoch"], sam["rho"]) == (2, 0.5, 0.4)
-
-
-def test_the_report_has_numbers_and_where_they_come_from(finished):
-    text = report.markdown("Title", list(runs.finished(finished)), {"flips.png": "What flips"})
-    assert "| SAM | 40 % | 0.4 | 3 | 94.0 ± 2.8 | 92.0 ± 2.8 | 2 | 1.5 + 1 f | 2.50 ± 0.71 |" in text
-    assert "![What flips](flips.png)" in text
-    assert f"torch {torch.__version__}" in text
-    assert "commit " in text
-
-
-@pytest.mark.parametrize("draw", [figures.accuracy, figures.flips, figures.time, figures.radius])
-@pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
-def test_figures_are_written(finished, tmp_path, draw, suffix):
-    path = tmp_path / f"figure{suffix}"
-    figures.save(draw(list(runs.finished(finished))), path)
-    assert path.read_bytes()[:4] in (b"\x89PNG", b"<?xm", b"%PDF")
-
-
-def test_many_methods_are_ranked_and_numbered(finished, tmp_path):
-    (some, *_) = [run for run in runs.finished(finished) if run.recipe.method == "sam"]
-    many = [replace(some, recipe=replace(some.recipe, method=method)) for method in METHODS if method not in NO_RHO]
-    ax, names = figures.time(many).axes
-    numbers = [int(text.get_text()) for axis in (ax, *ax.child_axes) for text in axis.texts]
-    assert sorted(numbers) == list(range(1, len(many) + 1))
-    assert len(ax.child_axes) == 1  # they are all in one place, which is enlarged
-    assert {METHODS[run.recipe.method].name for run in many} <= {text.get_text() for text in names.texts}
-    labels = [text.get_text() for text in figures.accuracy(many).axes[0].get_yticklabels()]
-    assert sorted(labels) == sorted(METHODS[run.recipe.method].name for run in many)
 
 
 def test_the_methods_study_runs_every_method():
@@ -504,48 +442,6 @@ def test_the_methods_study_runs_every_method():
     assert all(recipe.rho is not None for recipe in recipes if recipe.method not in NO_RHO)
     trials = studies.STUDIES["methods-rho"].recipes(None)
     assert all(any(same == recipe for same in trials) for recipe in recipes if recipe.method not in NO_RHO)
-
-
-def test_flips_are_drawn_per_epoch_and_not_for_sgd(finished):
-    (ax,) = figures.flips(list(runs.finished(finished))).axes
-    (line,) = ax.get_lines()
-    assert list(line.get_ydata()) == [10.0, 20.0, 30.0]
-    assert line.get_label() == "SAM"
-
-
-def test_report_command_writes_markdown_csv_and_figures(finished, tmp_path, bisam):
-    (tmp_path / "digits").symlink_to(finished)
-    code, out, _ = bisam("report", "digits", "--out", tmp_path, "--to", tmp_path / "elsewhere")
-    assert code == 0
-    assert "BiSAM" not in out
-    assert "SAM" in out
-    names = {p.name for p in (tmp_path / "elsewhere").iterdir()}
-    assert names == {"report.md", "report.csv", "accuracy.png", "flips.png"}
-    rows = list(csv.DictReader(io.StringIO((tmp_path / "elsewhere" / "report.csv").read_text())))
-    assert [row["method"] for row in rows] == ["SGD", "SAM"]
-
-
-@pytest.mark.parametrize(
-    ("file", "content"), [("result.json", "{}"), ("metrics.csv", "epoch\n1\n"), ("recipe.json", "[")]
-)
-def test_a_damaged_run_is_named_and_the_others_are_reported(finished, tmp_path, bisam, file, content):
-    (tmp_path / "digits").symlink_to(finished)
-    folder = Run.under(finished, replace(SHORT, method="sam", seed=1)).folder
-    (folder / file).write_text(content)
-    code, out, err = bisam("report", "digits", "--out", tmp_path, "--to", tmp_path / "elsewhere")
-    assert code == 0
-    assert f"{file} is damaged" in err
-    assert "SGD" in out
-    assert "SAM" in out
-
-
-def test_a_report_of_sgd_alone_has_no_figure_of_flips(finished, tmp_path, bisam):
-    (tmp_path / "digits").symlink_to(finished)
-    shutil.rmtree(finished / replace(SHORT, method="sam").slug)
-    code, _, _ = bisam("report", "digits", "--out", tmp_path, "--to", tmp_path / "elsewhere")
-    assert code == 0
-    assert {p.name for p in (tmp_path / "elsewhere").iterdir()} == {"report.md", "report.csv", "accuracy.png"}
-    assert "flips" not in (tmp_path / "elsewhere" / "report.md").read_text()
 
 
 def test_the_commit_is_this_projects_or_unknown(tmp_path, monkeypatch):
@@ -562,20 +458,6 @@ def test_the_commit_is_this_projects_or_unknown(tmp_path, monkeypatch):
 
 
 # The command line
-
-
-@pytest.fixture
-def bisam(monkeypatch, capsys):
-    """The command in this process: (exit code, output, errors)."""
-
-    def call(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["bisam", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        captured = capsys.readouterr()
-        return stop.value.code, captured.out, captured.err
-
-    return call
 
 
 AUTHORS = ("train", "--optim", "bisam_log", "--rho", "0.05", "--epochs", "200", "--learning_rate", "0.1")

@@ -1,13 +1,14 @@
-"""The command line: `bisam run`, `train`, `list`, `methods`, `report`."""
+"""The command line: `bisam run`, `train`, `list`, `methods`, `report`, `plot`."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
@@ -21,6 +22,9 @@ from bisam.experiments.names import unknown
 from bisam.experiments.recipes import Recipe, Whole
 from bisam.experiments.runs import Finished, Run, RunError, finished, to_csv, write
 
+if TYPE_CHECKING:
+    from bisam.experiments.study import Study
+
 console = Console()
 errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
 
@@ -32,39 +36,67 @@ app = App(
 )
 
 Out = Annotated[Path, Parameter(help="Folder that the run folders are in.")]
+Changes = Annotated[tuple[str, ...], Parameter(name="--set", help="Change a field of all recipes: --set epochs=1.")]
+MachineFlags = Annotated[Machine, Parameter(name="*")]
 
 
-@app.command(help_epilogue="Examples:  bisam run digits   |   bisam run digits --seeds 2 --epochs 5 --workers 1")
+@app.command(
+    help_epilogue="Examples:  bisam run digits   |   bisam run digits --seeds 2 --epochs 5 --workers 1   |   "
+    "bisam run table1 --data-dir data --dry-run   |   bisam run table1 --set epochs=1 --set limit=640"
+)
 def run(
     study: str,
     *,
+    changes: Changes = (),
     seeds: Whole | None = None,
     epochs: Whole | None = None,
     workers: Whole | None = None,
-    machine: Annotated[Machine, Parameter(name="*")] = Machine(),  # noqa: B008
+    ray: str | None = None,
+    gpus: float = 0,
+    dry_run: Annotated[bool, Parameter(negative="")] = False,
+    machine: MachineFlags = Machine(),  # noqa: B008
     out: Out = Path("runs"),
 ) -> int:
     """Run a study: what is finished is kept, what was interrupted goes on from its last epoch.
 
     Args:
         study: Name of the study, see `bisam list`.
+        changes: Changed fields of its recipes; other values are other runs, beside the study's own.
         seeds: Seeds per recipe; by default the study's own number.
-        epochs: Epochs per run (SGD gets twice as many); by default the study's own number.
+        epochs: Epochs per run (where SGD gets twice as many, of the others); by default the study's own number.
         workers: Processes; by default one per core.
+        ray: Run on a Ray cluster instead: local, auto or its address.
+        gpus: GPUs of each run on the cluster.
+        dry_run: Show what would run and how long it may take, from a few steps that are measured, and run nothing.
     """
-    from bisam.experiments.processes import run_all
-    from bisam.experiments.studies import expand
+    from bisam.experiments.measurements import MEASUREMENTS
 
     for name, value in (("seeds", seeds), ("epochs", epochs), ("workers", workers)):
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}")
+    if study in MEASUREMENTS:
+        return _measure(study, changes, machine, out, dry_run)
+    if study == "figure1":
+        return _figure1(out / study)
+    from bisam.experiments.study import expand
+
     chosen = _study(study)
-    recipes = expand(chosen.recipes(epochs), seeds or chosen.seeds, chosen.first_seed)
+    recipes = expand(chosen.changed(epochs, changes), seeds or chosen.seeds, chosen.first_seed)
     machine.fabric()  # says so now if the device is not here
-    root = out / chosen.name
+    root = out / chosen.folder
+    count = workers or max(1, (os.cpu_count() or 1) // machine.devices)
+    if dry_run:
+        return _plan(chosen, recipes, root, machine, count)
     with _Display(sum(recipe.epochs for recipe in recipes), len(recipes)) as display:
         try:
-            outcomes = run_all(recipes, root, workers or os.cpu_count() or 1, machine, display)
+            if ray is None:
+                from bisam.experiments.processes import run_all
+
+                outcomes = run_all(recipes, root, count, machine, display)
+            else:
+                from bisam.experiments import cluster
+
+                outcomes = cluster.run_all(recipes, root, machine, display, address=ray, gpus=gpus)
         except KeyboardInterrupt:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # one is enough
             display.stop()
@@ -74,11 +106,53 @@ def run(
             return 130
     if any(outcome.result for outcome in outcomes):
         wanted = {replace(recipe, seed=0) for recipe in recipes}
-        _report(chosen, [run for run in _finished(root) if _without_seed(run) in wanted], root)
+        _report(chosen, [run for run in _finished(root) if _without_seed(run) in wanted], out / chosen.name)
     failed = [outcome for outcome in outcomes if outcome.error]
-    for outcome in failed:
-        errors.print(f"bisam: {outcome.recipe.slug}, seed {outcome.recipe.seed} failed: {outcome.error}")
+    for error, same in itertools.groupby(sorted(failed, key=lambda o: o.error or ""), key=lambda o: o.error):
+        those = [f"{outcome.recipe.slug}, seed {outcome.recipe.seed}" for outcome in same]
+        more = f" and {len(those) - 1} more" if len(those) > 1 else ""
+        errors.print(f"bisam: {those[0]}{more} failed: {error}")
     return 1 if failed else 0
+
+
+def _plan(chosen: Study, recipes: list[Recipe], root: Path, machine: Machine, workers: int) -> int:
+    """What `run` would do."""
+    from bisam.experiments.estimate import estimate
+    from bisam.experiments.groups import title
+
+    left = [recipe for recipe in recipes if not (Run.under(root, recipe).folder / "result.json").exists()]
+    table = Table("dataset", "model", "method", "noise", "epochs", "gradients", "runs left", "time", box=None)
+    total, problems = 0.0, dict[str, None]()
+    for recipe in dict.fromkeys(replace(recipe, seed=0) for recipe in recipes):
+        with console.status(f"a few steps of {recipe.model} on {recipe.dataset}"):
+            cost = estimate(recipe, machine)
+        runs = sum(replace(other, seed=0) == recipe for other in left)
+        total += runs * (cost.seconds or 0.0)
+        if cost.problem:
+            problems[cost.problem] = None
+        table.add_row(
+            recipe.dataset,
+            recipe.model,
+            title(recipe),
+            f"{100 * recipe.noise:g} %",
+            f"{recipe.epochs}",
+            f"{cost.gradients:.3g}",
+            f"{runs} of {sum(replace(other, seed=0) == recipe for other in recipes)}",
+            "?" if cost.seconds is None else _duration(runs * cost.seconds),
+        )
+    console.print(table)
+    for problem in problems:
+        errors.print(f"bisam: no estimate: {problem}")
+    shown = "?" if problems else _duration(total / min(workers, max(1, len(left))))
+    console.print(f"{len(left)} of {len(recipes)} runs of {chosen.name} are left, about {shown} in {workers} processes")
+    return 0
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s"
 
 
 @app.command(
@@ -88,10 +162,15 @@ def run(
 def train(
     *,
     recipe: Annotated[Recipe, Parameter(name="*")] = Recipe(),  # noqa: B008
-    machine: Annotated[Machine, Parameter(name="*")] = Machine(),  # noqa: B008
+    preset: str | None = None,
+    machine: MachineFlags = Machine(),  # noqa: B008
     out: Out = Path("runs"),
 ) -> int:
-    """Train one recipe; the flags are its fields, in the BiSAM authors' spelling too (--optim, --learning_rate)."""
+    """Train one recipe; the flags are its fields, in the BiSAM authors' spelling too (--optim, --learning_rate).
+
+    Args:
+        preset: Settings to start from: paper, authors, imagenet, vit or bert; other flags change them.
+    """
     from bisam.experiments.train import train as train_run
 
     one = Run.under(out / "train", recipe)
@@ -115,19 +194,28 @@ def train(
 @app.command(name="list", help_epilogue="Example:  bisam list")
 def list_studies() -> int:
     """List the studies, and the methods, data sets and models that `bisam train` takes."""
+    from bisam.experiments import data, models
     from bisam.experiments.catalogue import METHODS
+    from bisam.experiments.groups import title
+    from bisam.experiments.measurements import MEASUREMENTS
     from bisam.experiments.studies import STUDIES
 
     table = Table("study", "what", "runs", "methods", box=None, pad_edge=False, header_style="bold")
     for study in STUDIES.values():
         recipes = study.recipes(None)
-        methods = list(dict.fromkeys(recipe.method for recipe in recipes))
-        shown = ", ".join(methods) if len(methods) < 10 else f"{len(methods)}, see bisam methods"
+        methods = list(dict.fromkeys(title(recipe) for recipe in recipes))
+        shown = ", ".join(methods) if len(methods) < 6 else f"{len(methods)} methods"
         table.add_row(study.name, study.title, f"{len(recipes)} x {study.seeds} seeds", shown)
+    table.add_row("figure1", "Figure 1: the bounds of the 0-1 loss", "a drawing", "")
+    for measurement in MEASUREMENTS.values():
+        table.add_row(measurement.name, measurement.title, "a measurement", "")
     console.print(table)
-    console.print(
-        f"\nbisam train --method NAME --dataset digits --model convnet, with NAME one of {', '.join(METHODS)}"
-    )
+    for what, names in (("dataset", data.NAMES), ("model", models.NAMES)):
+        table = Table(f"--{what}", "what", box=None, pad_edge=False, header_style="bold")
+        for name, text in names.items():
+            table.add_row(name, text)
+        console.print("", table)
+    console.print(f"\nbisam train --method NAME, with NAME one of {', '.join(METHODS)}, or an expression of them")
     return 0
 
 
@@ -162,20 +250,80 @@ def methods(*, to: Path | None = None) -> int:
     return 0
 
 
-@app.command(help_epilogue="Examples:  bisam report digits   |   bisam report digits --to docs/digits")
-def report(study: str, *, out: Out = Path("runs"), to: Path | None = None) -> int:
-    """Write report.md, report.csv and the figures from the run folders of a study, and print the table.
+@app.command(
+    help_epilogue="Examples:  bisam report digits   |   bisam report digits --to docs/digits   |   "
+    "bisam report table1 --set epochs=1"
+)
+def report(study: str, *, changes: Changes = (), out: Out = Path("runs"), to: Path | None = None) -> int:
+    """Write report.md, report.csv, report.html and the figures from the run folders of a study, and print the table.
 
     Args:
         study: Name of the study, see `bisam list`.
+        changes: As they were given to `bisam run`.
         to: Folder to write to; by default that of the study's runs.
     """
+    from bisam.experiments.measurements import MEASUREMENTS
+
+    if study in MEASUREMENTS:
+        return _report_measured(study, out, to or out / study, changes)
+    if study == "figure1":
+        return _figure1(to or out / study)
     chosen = _study(study)
-    runs, standard = _finished(out / chosen.name), set(chosen.recipes(None))
-    # Shorter trials may lie beside the study; they are reported where there is nothing else.
-    runs = [run for run in runs if _without_seed(run) in standard] or runs
-    _report(chosen, runs, to or out / chosen.name)
+    _report(chosen, _runs_of(chosen, changes, out), to or out / chosen.name)
     return 0
+
+
+@app.command(
+    help_epilogue="Examples:  bisam plot figure1   |   bisam plot figure2 --to figure2.pdf   |   "
+    "bisam plot flips digits --to flips.svg"
+)
+def plot(
+    figure: str, study: str | None = None, *, changes: Changes = (), out: Out = Path("runs"), to: Path | None = None
+) -> int:
+    """Draw one figure, from run folders: PNG, PDF or SVG.
+
+    Args:
+        figure: figure1, a study (its first figure), or the name of a figure: accuracy, curves, flips, gradients, ...
+        study: Whose runs the figure shows.
+        changes: As they were given to `bisam run`.
+        to: File to write; its ending says the format. By default FIGURE.png.
+    """
+    from bisam.experiments import figures
+    from bisam.experiments.drawing import save
+    from bisam.experiments.measurements import MEASUREMENTS, report as measured
+    from bisam.experiments.studies import STUDIES
+
+    file = to or Path(f"{figure}.png")
+    if figure in MEASUREMENTS:
+        drawings = measured(MEASUREMENTS[figure], out, _split(changes)).figures
+        if not drawings:
+            raise ValueError(f"{figure} has no figure: bisam report {figure} shows its table")
+        drawing = next(iter(drawings.values()))
+    elif figure in figures.RUNLESS:
+        drawing = figures.draw(figure)
+    elif figure in STUDIES and study is None:
+        chosen = _study(figure)
+        drawing = figures.draw(chosen.figures[0], _runs_of(chosen, changes, out))
+    elif figure in figures.WHAT:
+        if study is None:
+            raise ValueError(f"{figure} is of which runs? Name the study too: bisam plot {figure} digits")
+        drawing = figures.draw(figure, _runs_of(_study(study), changes, out))
+    else:
+        raise unknown("figure", figure, [*figures.WHAT, *STUDIES, *MEASUREMENTS])
+    save(drawing, file)
+    console.print(f"{file}", soft_wrap=True)
+    return 0
+
+
+def _runs_of(chosen: Study, changes: tuple[str, ...], out: Path) -> list[Finished]:
+    """The finished runs of a study; where there is none of its own, shorter trials that lie in its folder."""
+    runs, wanted = _finished(out / chosen.folder), set(chosen.changed(None, changes))
+    found = [run for run in runs if _without_seed(run) in wanted]
+    found = found or ([] if changes else runs)
+    if not found:
+        again = " ".join(["bisam run", chosen.name, *(f"--set {change}" for change in changes)])
+        raise ValueError(f"no finished run of {chosen.name} there: run `{again}` first, or give its --out")
+    return found
 
 
 def _finished(root: Path) -> list[Finished]:
@@ -193,33 +341,102 @@ def _without_seed(run: Finished) -> Recipe:
     return replace(run.recipe, seed=0)
 
 
-def _report(study: Any, runs: list[Finished], to: Path) -> None:
-    """Table on the terminal, report.md, report.csv and figures in `to`."""
+def _report(study: Study, runs: list[Finished], to: Path) -> None:
+    """Table on the terminal, report.md, report.csv, report.html and figures in `to`."""
     from bisam.experiments import figures, report as tables
+    from bisam.experiments.drawing import rendered
 
-    if not runs:
-        raise ValueError(
-            f"no finished run of {study.name} there: run `bisam run {study.name}` first, or give its --out"
-        )
-    table = Table(*(Column(name, no_wrap=True) for name in tables.HEADER), title=study.title, caption=tables.CAPTION)
-    rows = tables.summary(runs)
+    rows = tables.summary(runs, study.baselines)
+    header = tables.header(rows, brief=console.width < 130)
+    columns = (Column(name, no_wrap=name == "name", overflow="fold") for name in header)
+    table = Table(*columns, title=study.title, caption=tables.CAPTION)
     for row, following in zip(rows, [*rows[1:], None], strict=True):
-        table.add_row(*tables.cells(row), end_section=following is not None and following["noise"] != row["noise"])
+        new = following is not None and any(following[key] != row[key] for key in ("dataset", "model", "noise"))
+        table.add_row(*(Text(cell) for cell in tables.cells(row, header)), end_section=new)
     console.print(table)
-    drawings = {f"{name}.png": name for name in study.figures if name != "flips" or tables.perturbed(runs)}
-    pictures = {file: figures.WHAT[name] for file, name in drawings.items()}
-    write(to / "report.md", tables.markdown(study.title, runs, pictures, study.note))
-    write(to / "report.csv", to_csv(rows))
-    for file, name in drawings.items():
-        figures.save(getattr(figures, name)(runs), to / file)
-    console.print(f"{to}/: {', '.join(['report.md', 'report.csv', *drawings])}", soft_wrap=True)
+    drawn = [name for name in study.figures if figures.usable(name, runs)]
+    pictures = {f"{name}.png": rendered(figures.draw(name, runs)) for name in drawn}
+    what = {f"{name}.png": figures.WHAT[name] for name in drawn}
+    text = tables.markdown(study.title, runs, what, study.note, study.baselines)
+    _write_report(to, text, to_csv(rows), pictures)
 
 
-def _study(name: str) -> Any:
+def _write_report(to: Path, markdown: str, csv: str, pictures: dict[str, bytes]) -> None:
+    from bisam.experiments import pages
+
+    write(to / "report.md", markdown)
+    if csv:
+        write(to / "report.csv", csv)
+    write(to / "report.html", pages.html(markdown, pictures))
+    for file, content in pictures.items():
+        write(to / file, content)
+    names = ["report.md", *(["report.csv"] if csv else []), "report.html", *pictures]
+    console.print(f"{to}/: {', '.join(names)}", soft_wrap=True)
+
+
+def _measure(name: str, changes: tuple[str, ...], machine: Machine, out: Path, dry_run: bool) -> int:
+    """Run a measurement, and report it."""
+    from bisam.experiments.measurements import MEASUREMENTS, run as measure
+
+    chosen = MEASUREMENTS[name]
+    changed = _split(changes)
+    if dry_run:
+        parts = chosen.parts({**chosen.settings, **chosen.changed(changed)})
+        console.print(f"{name} has {len(parts)} parts: {', '.join(parts)}")
+        return 0
+    with console.status("") as status:
+
+        def tell(part: str, done: int, total: int) -> None:
+            status.update(f"{name}: {part} ({done} of {total} parts are measured)")
+            if part and not console.is_terminal:
+                console.print(f"{done}/{total} parts: {part}", soft_wrap=True)
+
+        try:
+            folder = measure(chosen, changed, out, machine, tell)
+        except KeyboardInterrupt:
+            errors.print("interrupted: what is measured is kept; the same command goes on")
+            return 130
+    return _report_measured(name, folder, folder)
+
+
+def _report_measured(name: str, place: Path, to: Path, changes: tuple[str, ...] = ()) -> int:
+    from bisam.experiments.drawing import rendered
+    from bisam.experiments.measurements import MEASUREMENTS, report as measured
+
+    result = measured(MEASUREMENTS[name], place, _split(changes))
+    table = Table(*(Column(text, overflow="fold") for text in result.header), title=result.title)
+    for row in result.cells:
+        table.add_row(*(Text(cell.replace("**", "")) for cell in row))
+    console.print(table)
+    pictures = {file: rendered(figure) for file, figure in result.figures.items()}
+    _write_report(to, result.markdown, to_csv(result.rows), pictures)
+    return 0
+
+
+def _figure1(to: Path) -> int:
+    """Figure 1, which needs no runs."""
+    from bisam.experiments import figures
+    from bisam.experiments.drawing import rendered
+
+    what = figures.WHAT["figure1"]
+    text = f"# Figure 1\n\n{what}.\n\n![{what}](figure1.png)\n"
+    _write_report(to, text, "", {"figure1.png": rendered(figures.draw("figure1"))})
+    return 0
+
+
+def _split(changes: tuple[str, ...]) -> dict[str, str]:
+    pairs = [change.partition("=") for change in changes]
+    if wrong := [change for change, pair in zip(changes, pairs, strict=True) if not pair[1]]:
+        raise ValueError(f"--set {wrong[0]!r} has no value: write it as in --set rounds=5")
+    return {name.strip().replace("-", "_"): value.strip() for name, _, value in pairs}
+
+
+def _study(name: str) -> Study:
+    from bisam.experiments.measurements import MEASUREMENTS
     from bisam.experiments.studies import STUDIES
 
     if name not in STUDIES:
-        raise unknown("study", name, STUDIES)
+        raise unknown("study", name, [*STUDIES, *MEASUREMENTS, "figure1"])
     return STUDIES[name]
 
 
@@ -278,10 +495,34 @@ class _Display:
         return f"{self.finished}/{self._runs} runs"
 
 
+def _with_preset(arguments: list[str]) -> list[str]:
+    """The arguments of `train`, and in place of `--preset NAME` the flags of its fields that were not given."""
+    given = [a.split("=", 1) for a in arguments]
+    at = next((i for i, a in enumerate(given) if a[0] == "--preset"), None)
+    if arguments[:1] != ["train"] or at is None or (len(given[at]) == 1 and at + 1 == len(arguments)):
+        return arguments
+    from bisam.experiments.presets import PRESETS
+
+    name = given[at][1] if len(given[at]) == 2 else arguments[at + 1]
+    if name not in PRESETS:
+        raise unknown("preset", name, PRESETS)
+    flags = {"--" + a[0].lstrip("-").replace("_", "-").removeprefix("no-") for a in given if a[0].startswith("--")}
+    spelt = {"method": {"--optim"}, "learning_rate": {"--lr"}}
+    more: list[str] = []
+    for field in fields(Recipe):
+        value, flag = getattr(PRESETS[name], field.name), "--" + field.name.replace("_", "-")
+        if value == field.default or flags & {flag, *spelt.get(field.name, ())}:
+            continue
+        if field.name in ("rho", "mu", "alpha", "eta") and flags & {"--method", "--optim"}:
+            continue  # the method's own
+        more += [flag if value else f"--no-{flag[2:]}"] if isinstance(value, bool) else [flag, str(value)]
+    return [*arguments, *more]
+
+
 def main() -> None:
     """Entry point: a user's mistake is one line and exit code 2."""
     try:
-        code = app(sys.argv[1:], exit_on_error=False, print_error=False, result_action="return_value")
+        code = app(_with_preset(sys.argv[1:]), exit_on_error=False, print_error=False, result_action="return_value")
     except (CycloptsError, RunError, ValueError) as error:
         errors.print(f"bisam: {' '.join(str(error).split())}")
         sys.exit(2)

@@ -81,15 +81,37 @@ def check(expression: str, batch_size: int) -> None:
     Raises:
         ValueError: see `build`; or the step fails, and why.
     """
+    try:
+        toy(expression, batch_size, 1)
+    except Exception as error:  # whatever it is that stands in a method's place
+        raise (
+            error
+            if isinstance(error, ValueError) and expression in str(error)
+            else ValueError(f"{expression} is no method that can take a step: {error}")
+        ) from error
+
+
+def toy(
+    expression: str, batch_size: int, steps: int, around: Callable[[Method], Method] = lambda method: method
+) -> None:
+    """Take steps with a method on a toy.
+
+    Args:
+        expression: see `build`.
+        batch_size: examples in a step.
+        steps: how many.
+        around: what to put around the method, to watch it.
+
+    Raises:
+        ValueError: see `build`.
+    """
     with torch.random.fork_rng([]):
         model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         method = build(expression, optimizer=optimizer, steps=10**9, epoch=10**6, examples=10**9)
-        sharp = SharpnessAware(model, method, bisam.cross_entropy)
-        try:
+        sharp = SharpnessAware(model, around(method), bisam.cross_entropy)
+        for _ in range(steps):
             sharp(torch.randn(batch_size, 2), torch.zeros(batch_size, dtype=torch.long)).backward()
-        except Exception as error:  # whatever it is that stands in a method's place
-            raise ValueError(f"{expression} is no method that can take a step: {error}") from error
 
 
 _LONGEST = 1000

@@ -140,19 +140,22 @@ class Recipe:
 
     def _check_method(self) -> None:
         if "(" in self.method:
-            takes = set[str]()
             check(self.method, self.batch_size)
-        elif self.method in METHODS:
-            takes = METHODS[self.method].settings
         elif self.method in VOCABULARY:
             raise ValueError(f"method {self.method!r} is no expression: write a call, such as {self.method}()")
-        else:
+        elif self.method not in METHODS:
             raise unknown("method", self.method, METHODS)
+        takes = self.settings
         given = {name for name in ("rho", "eta", "mu", "alpha") if getattr(self, name) is not None}
         if idle := sorted(given - takes):
             has = f"it takes {', '.join(sorted(takes))}" if takes else "it has none"
             has = "what it takes is written inside" if "(" in self.method else has
             raise ValueError(f"{idle[0]} is no setting of the method {self.method}: {has}")
+
+    @property
+    def settings(self) -> set[str]:
+        """The fields among rho, mu, alpha and eta that its method has; an expression has its values inside."""
+        return METHODS[self.method].settings if self.method in METHODS else set()
 
     @property
     def expression(self) -> str:

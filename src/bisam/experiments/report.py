@@ -2,121 +2,318 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
+from math import isnan, nan
 from statistics import mean, median, stdev
 from typing import Any
 
-from bisam.experiments.catalogue import METHODS
+from bisam.experiments.differences import Baselines, Difference, differences
+from bisam.experiments.groups import (
+    Groups,
+    Place,
+    grouped,
+    metric,
+    names,
+    place,
+    places,
+    setting,
+    title,
+    varying,
+)
+from bisam.experiments.published import beside
 from bisam.experiments.recipes import Recipe
 from bisam.experiments.runs import Finished
+from bisam.experiments.scores import TITLES
+
+Row = dict[str, Any]
+
+CAPTION = (
+    "Test scores times 100, which for an accuracy is per cent: mean ± standard deviation over n seeds, with the "
+    "weights of the epoch of best validation score and with the last ones. The test set was looked at once, at the end "
+    "of each run. Noise is on the training labels only. Seeds vary the initial weights, the noise and the order of the "
+    "batches, not the split. Gradients: batch gradients per step, and forward passes (f) besides, as counted. Time: of "
+    "an epoch, relative to plain training that was measured between the epochs of the same run."
+)
+_FIELDS = {field.name: field.default for field in fields(Recipe) if field.name not in ("method", "seed")}
+_PLACE = ("dataset", "model", "noise")
+_TESTED = {"test_best": "best val.", "test_last": "last", "test_ema": "average"}
+_LISTED = 12  # more names than that are only counted
+_NONE = Difference(nan, nan, nan, 0)
 
 
-def title(method: str) -> str:
-    """A method as people write it: its name, or the expression."""
-    return METHODS[method].name if method in METHODS else method
+def summary(runs: Iterable[Finished], baselines: Baselines = ("sam",)) -> list[Row]:
+    """One row for each recipe, scores as shares of 1; nan where there is no number.
 
-
-def grouped(runs: Iterable[Finished]) -> dict[Recipe, list[Finished]]:
-    """Runs by recipe, whatever their seed; by label noise, then in the order of the methods' names above."""
-    groups: dict[Recipe, list[Finished]] = {}
-    for run in runs:
-        groups.setdefault(replace(run.recipe, seed=0), []).append(run)
-    order = {name: i for i, name in enumerate(METHODS)}
-    keys = sorted(groups, key=lambda r: (r.noise, order.get(r.method, len(order)), r.epochs, r.rho or 0, r.slug))
-    return {key: sorted(groups[key], key=lambda run: run.recipe.seed) for key in keys}
-
-
-def summary(runs: Iterable[Finished]) -> list[dict[str, Any]]:
-    """One row per recipe, accuracies as shares of the test set."""
-    rows: list[dict[str, Any]] = []
-    for recipe, group in grouped(runs).items():
-        row: dict[str, Any] = {
-            "method": title(recipe.method),
-            "noise": recipe.noise,
-            "rho": "" if recipe.rho is None else recipe.rho,
-            "epochs": recipe.epochs,
-        }
-        for key in ("test_best", "test_last", "validation_best", "relative_time"):
-            values = [run.result[key] for run in group]
-            row[f"{key}_mean"] = mean(values)
-            row[f"{key}_std"] = stdev(values) if len(values) > 1 else float("nan")
+    Args:
+        runs: what it is about.
+        baselines: methods to compare with, see `differences.baseline`.
+    """
+    groups = grouped(runs)
+    called, against = names(groups), differences(groups, baselines)
+    told = [*_PLACE, "rho", "epochs", *(name for name in varying(groups) if name not in (*_PLACE, "rho", "epochs"))]
+    everything = [run for group in groups.values() for run in group]
+    keys = [key for key in (*_TESTED, "validation_best", "relative_time") if any(key in r.result for r in everything)]
+    metrics = _metrics(everything)
+    rows: list[Row] = []
+    for recipe, group in groups.items():
+        row: Row = {"name": called[recipe], "method": title(recipe)}
+        row |= {name: "" if (value := setting(recipe, name)) is None else value for name in told}
+        row["metric"] = metric(group[0])
+        for key in keys:
+            row |= _moments(key, [run.result[key] for run in group if key in run.result])
+        for name in metrics if len(metrics) > 1 else ():
+            row |= _moments(f"test_best_{name}", [_scores(run)[name] for run in group if name in _scores(run)])
         row["n"] = len(group)
         row["gradients_per_step"] = mean(run.result["gradients_per_step"] for run in group)
         row["forwards_per_step"] = mean(run.result["forwards_per_step"] for run in group)
         row["seconds_per_epoch"] = median(run.result["seconds_per_epoch"] for run in group)
-        row["recipe"] = recipe.slug
+        other, difference = against.get(recipe, (None, _NONE))
+        row["baseline"] = "" if other is None else called[other]
+        row |= {f"difference_{name}": getattr(difference, name) for name in ("mean", "low", "high")}
+        row |= {"pairs": difference.pairs, "recipe": recipe.slug}
         rows.append(row)
     return rows
 
 
-HEADER = ("method", "noise", "rho", "epochs", "best val.", "last", "n", "gradients", "time")
-CAPTION = (
-    "Test accuracy in per cent, mean ± standard deviation over n seeds, with the weights of the epoch of best "
-    "validation accuracy and with the last ones. The test set was looked at once, at the end of each run. Noise is on "
-    "the training labels only. Seeds vary the initial weights, the noise and the order of the batches, not the split. "
-    "Gradients: batch gradients per step, and forward passes besides, as counted. Time: of an epoch, relative to plain "
-    "training that was measured between the epochs of the same run."
-)
+_CELLS: dict[str, Callable[[Row], str]] = {
+    "method": lambda row: f"{row['method']}",
+    "noise": lambda row: f"{100 * row['noise']:g} %",
+    "rho": lambda row: f"{row['rho']}" or "–",
+    "metric": lambda row: TITLES.get(row["metric"]) or f"{row['metric']}",
+    **{words: lambda row, key=key: _spread(row, key, 100) for key, words in _TESTED.items()},
+    "n": lambda row: f"{row['n']}",
+    "difference": lambda row: difference(row),
+    "gradients": lambda row: (
+        f"{row['gradients_per_step']:.3g}"
+        + (f" + {row['forwards_per_step']:.2g} f" if row["forwards_per_step"] else "")
+    ),
+    "time": lambda row: _spread(row, "relative_time", 1),
+}
 
 
-def cells(row: dict[str, Any]) -> tuple[str, ...]:
-    """A row of `summary` as text, accuracies in per cent."""
-    forwards = f" + {row['forwards_per_step']:.2g} f" if row["forwards_per_step"] else ""
-    return (
-        row["method"],
-        f"{100 * row['noise']:g} %",
-        f"{row['rho']}" or "–",
-        f"{row['epochs']}",
-        _spread(row, "test_best", 100),
-        _spread(row, "test_last", 100),
-        f"{row['n']}",
-        f"{row['gradients_per_step']:.3g}{forwards}",
-        _spread(row, "relative_time", 1),
-    )
+def header(rows: Sequence[Row], brief: bool = False) -> tuple[str, ...]:
+    """The columns for these rows of `summary`: data set, model, noise and metric where they vary.
+
+    Args:
+        rows: of one report.
+        brief: for a terminal, without what the names tell and what costs width.
+    """
+    several = [name for name in (*_PLACE, "metric") if len({row[name] for row in rows}) > 1]
+    settings = [name for name in rows[0] if name in _FIELDS and name not in _PLACE]
+    tested = [words for key, words in _TESTED.items() if f"{key}_mean" in rows[0]]
+    against = {row["baseline"] for row in rows} - {""}
+    found = [*(name for name in several if name != "metric"), "name" if brief else "method"]
+    found += [*settings, *(name for name in several if name == "metric"), *tested, "n"] if not brief else tested[:1]
+    found += ["baseline"] * (len(against) > 1 and not brief) + ["difference"] * bool(against)
+    return (*found, *([] if brief else ["gradients"]), "time")
 
 
-def markdown(title: str, runs: Sequence[Finished], pictures: Mapping[str, str], note: str = "") -> str:
+def cells(row: Row, header: Sequence[str]) -> tuple[str, ...]:
+    """A row of `summary` as text, scores times 100."""
+    plain = {name: "–" if row.get(name, "") == "" else f"{row[name]}" for name in header}
+    return tuple(_CELLS[name](row) if name in _CELLS else plain[name] for name in header)
+
+
+def difference(row: Row) -> str:
+    """The difference of a row with its interval and its pairs; a dash where there are less than two."""
+    if row["pairs"] < 2:
+        return "–"
+    centre, low, high = (f"{_signed(100 * row[f'difference_{part}'])}" for part in ("mean", "low", "high"))
+    return f"{centre} [{low}, {high}] ({row['pairs']})"
+
+
+def markdown(
+    title: str,
+    runs: Sequence[Finished],
+    pictures: Mapping[str, str],
+    note: str = "",
+    baselines: Baselines = ("sam",),
+) -> str:
     """The whole report as Markdown.
 
     Args:
         title: of the study.
         runs: what it is about.
         pictures: files beside the report, and what they show.
-        note: how to read it.
+        note: how to read it, in Markdown.
+        baselines: methods to compare with, see `differences.baseline`.
     """
-    rows = [cells(row) for row in summary(runs)]
-    lines = [
+    rows, groups = summary(runs, baselines), grouped(runs)
+    columns = header(rows)
+    blocks = [
         f"# {title}",
-        "",
         CAPTION,
-        "",
-        *([note, ""] if note else []),
-        f"| {' | '.join(HEADER)} |",
-        f"|{'---|' * len(HEADER)}",
-        *(f"| {' | '.join(row)} |" for row in rows),
-        "",
-        *(line for file, what in pictures.items() for line in (f"![{what}]({file})", "")),
-        *provenance(runs),
+        note,
+        _setting(groups),
+        _table(columns, (cells(row, columns) for row in rows)),
+        _words(groups, baselines),
+        _crossed(groups),
+        _published(groups),
+        *(f"![{what}]({file})" for file, what in pictures.items()),
+        "\n".join(provenance(runs)),
     ]
-    return "\n".join(lines) + "\n"
-
-
-def perturbed(runs: Iterable[Finished]) -> list[Finished]:
-    """The runs whose method perturbs the weights."""
-    return [run for run in runs if run.recipe.method != "sgd"]
+    return "\n\n".join(block for block in blocks if block) + "\n"
 
 
 def provenance(runs: Sequence[Finished]) -> list[str]:
-    """Where the numbers come from, one line for each environment they were made in."""
+    """Where the numbers come from, one line for each environment they were made in, in Markdown."""
     keys = ("hardware", "device", "torch", "python", "bisam", "commit")
     made = sorted({tuple(str(run.result.get(key, "unknown")) for key in keys) for run in runs})
     dates = sorted(run.result["finished"][:10] for run in runs)
     when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
-    return [f"Made {when} on {', '.join(f'{k} {v}' for k, v in zip(keys, env, strict=True))}." for env in made]
+    return [
+        f"Made {escaped(when)} on {escaped(', '.join(f'{k} {v}' for k, v in zip(keys, env, strict=True)))}."
+        for env in made
+    ]
 
 
-def _spread(row: dict[str, Any], key: str, unit: float) -> str:
+def escaped(text: str) -> str:
+    """Text as Markdown that shows it as it is, on one line, also in a table."""
+    text = re.sub(r"\s+", " ", text)
+    return re.sub(r"[\\`*<>|~&$]|(?<=\])\(|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\\g<0>", text)
+
+
+def crossed(groups: Groups) -> tuple[list[str], dict[str, list[list[float]]]]:
+    """Methods against places: the columns' titles, and for each method its scores in each column, by seed.
+
+    There is one column for each data set, model, label noise and metric, and at the end their average where the noise
+    is the same in all: first of a place's metrics, then of the places, for the seeds that are in all of them.
+    """
+    called, titles = names(groups), places(groups)
+    metrics = {at: _metrics(run for r, group in groups.items() if place(r) == at for run in group) for at in titles}
+    named = len({name for found in metrics.values() for name in found}) > 1
+    columns = [(at, name) for at in titles for name in metrics[at]]
+    heads = [f"{titles[at]} {TITLES.get(name, name)}".strip() if named else titles[at] for at, name in columns]
+    table: dict[str, list[list[float]]] = {}
+    for label in dict.fromkeys(called.values()):
+        mine = {place(recipe): group for recipe, group in groups.items() if called[recipe] == label}
+        scored = [[_scores(run)[name] for run in mine.get(at, ()) if name in _scores(run)] for at, name in columns]
+        table[label] = [*scored, _average([mine.get(at, ()) for at in titles])]
+    if len({at.noise for at in titles}) > 1 or len(titles) < 2:
+        return heads, {label: scored[:-1] for label, scored in table.items()}
+    return [*heads, "average"], table
+
+
+def _average(groups: Sequence[Sequence[Finished]]) -> list[float]:
+    by_seed = [{run.recipe.seed: mean(_scores(run).values()) for run in group} for group in groups]
+    common = sorted(set.intersection(*(set(scores) for scores in by_seed)))
+    return [mean(scores[seed] for scores in by_seed) for seed in common]
+
+
+def _crossed(groups: Groups) -> str:
+    """A table of methods by places, one for each data set if the models vary too."""
+    datasets, models = ({getattr(recipe, name) for recipe in groups} for name in ("dataset", "model"))
+    each = [groups]
+    if len(datasets) > 1 and len(models) > 1:
+        order = dict.fromkeys(recipe.dataset for recipe in groups)
+        each = [{recipe: group for recipe, group in groups.items() if recipe.dataset == name} for name in order]
+    tables: list[str] = []
+    for part in each:
+        heads, rows = crossed(part)
+        written = [(label, *(_written(scores, 100) for scores in row)) for label, row in rows.items()]
+        first = next(iter(part)).dataset if len(each) > 1 else "method"
+        tables += [_table((first, *heads), written)] if len(heads) > 1 else []
+    said = "## Side by side\n\nWith the weights of the epoch of best validation score."
+    return "\n\n".join([said, *tables]) if tables else ""
+
+
+def _words(groups: Groups, baselines: Baselines) -> str:
+    """What the column of differences is, and which of them decide."""
+    found = {r: (b, d) for r, (b, d) in differences(groups, baselines).items() if d.pairs > 1}
+    if not found:
+        return ""
+    called, titles = names(groups), places(groups)
+    against = sorted({called[other] for other, _ in found.values()})
+    each: dict[bool, dict[Place, list[str]]] = {True: defaultdict(list), False: defaultdict(list)}
+    for recipe, (_, one) in found.items():
+        sign = f" ({_signed(100 * one.mean)})" if one.decided else ""
+        each[one.decided][place(recipe)].append(escaped(called[recipe]) + sign)
+
+    def listed(decided: bool) -> str:
+        parts = [(escaped(titles[at]), ", ".join(each[decided][at])) for at in titles if at in each[decided]]
+        return "; ".join(f"{at}: {which}" if at else which for at, which in parts)
+
+    undecided = sum(not one.decided for _, one in found.values())
+    to = escaped(against[0]) if len(against) == 1 else "the baseline"
+    inside = f": {listed(False)}" if 0 < undecided <= _LISTED else ""
+    outside = f": {listed(True)}" if undecided < len(found) else ""
+    return (
+        f"Difference: of the score “best val.” to that of {to}, seed by seed: mean, its 95 % Student interval, and how "
+        f"many pairs. Within its interval, which has 0 inside, and so not decided, {_are(undecided, len(found))}"
+        f"{inside}. Decided {_are(len(found) - undecided, len(found))}{outside}. The intervals are not corrected for "
+        f"multiple comparisons: of {len(found)} such intervals {0.05 * len(found):.2g} are expected to miss the true "
+        "difference."
+    )
+
+
+def _are(count: int, of: int) -> str:
+    return f"{'is' if count == 1 else 'are'} {count or 'none'} of {of}"
+
+
+def _published(groups: Groups) -> str:
+    found = beside(groups)
+    if not found:
+        return "Published: for none of these settings was a number found in a public source, so none is shown."
+    called, titles = names(groups), places(groups)
+    sources = list(dict.fromkeys(one.published.source for one in found))
+    rows = [
+        (
+            ", ".join(part for part in (called[one.recipe], titles[place(one.recipe)]) if part),
+            one.title,
+            one.text,
+            one.published.text,
+            one.published.setting,
+            f"{sources.index(one.published.source) + 1}",
+        )
+        for one in found
+    ]
+    listed = "\n".join(f"{i}. {escaped(source)}" for i, source in enumerate(sources, 1))
+    return (
+        "## Published\n\nOurs as mean ± standard deviation (n). No other published numbers were found.\n\n"
+        + _table(("method", "what", "ours", "published", "their setting", "source"), rows)
+        + f"\n\n{listed}"
+    )
+
+
+def _setting(groups: Groups) -> str:
+    """What all recipes have in common: where they train, and what is not as by default."""
+    common = {name: values.pop() for name in _FIELDS if len(values := {getattr(r, name) for r in groups}) == 1}
+    always = ("dataset", "model", "batch_size", "learning_rate")
+    told = {k: v for k, v in common.items() if k in always or (v != _FIELDS[k] and k not in ("rho", "epochs"))}
+    words = [escaped(f"{name.replace('_', ' ')} {value}") for name, value in told.items()]
+    return f"All runs: {', '.join(words)}." if words else ""
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(escaped(cell) for cell in line)} |" for line in lines)
+
+
+def _scores(run: Finished) -> Mapping[str, float]:
+    """All test scores with the weights of the best validation epoch, by metric."""
+    return run.result.get("scores", {}).get("best") or {metric(run): run.result["test_best"]}
+
+
+def _metrics(runs: Iterable[Finished]) -> list[str]:
+    return list(dict.fromkeys(name for run in runs for name in _scores(run)))
+
+
+def _moments(key: str, values: Sequence[float]) -> Row:
+    spread = stdev(values) if len(values) > 1 else nan
+    return {f"{key}_mean": mean(values) if values else nan, f"{key}_std": spread}
+
+
+def _spread(row: Row, key: str, unit: float) -> str:
     centre, spread = unit * row[f"{key}_mean"], unit * row[f"{key}_std"]
-    digits = 1 if unit == 100 else 2
-    return f"{centre:.{digits}f}" if spread != spread else f"{centre:.{digits}f} ± {spread:.{digits}f}"
+    return "–" if isnan(centre) else f"{centre:.2f}" if isnan(spread) else f"{centre:.2f} ± {spread:.2f}"
+
+
+def _written(values: Sequence[float], unit: float) -> str:
+    return _spread(_moments("", values), "", unit)
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "−")

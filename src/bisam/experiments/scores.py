@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 from sklearn.metrics import f1_score, matthews_corrcoef
@@ -23,6 +24,8 @@ def _score(metric: str, predicted: Tensor, labels: Tensor) -> float:
         case "f1":
             return float(f1_score(labels.numpy(), predicted.numpy(), zero_division=0))  # pyright: ignore[reportArgumentType]
         case "matthews":
-            return float(matthews_corrcoef(labels.numpy(), predicted.numpy()))
+            with warnings.catch_warnings():  # of a single class in both, for which it is 0 by convention
+                warnings.simplefilter("ignore", UserWarning)
+                return float(matthews_corrcoef(labels.numpy(), predicted.numpy()))
         case _:
             raise AssertionError(metric)

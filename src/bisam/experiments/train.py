@@ -74,7 +74,7 @@ def train(run: Run, machine: Machine = Machine(), on_epoch: OnEpoch | None = Non
 def _prepared(fabric: Fabric, run: Run, machine: Machine) -> Callable[[], Training]:
     splits = data.load(run.recipe, machine)
     torch.manual_seed(run.recipe.seed)
-    model = models.build(run.recipe.model, splits.classes, channels=_channels(splits.test), weights=run.recipe.weights)
+    model = models.build(run.recipe.model, splits.classes, channels=channels(splits.test), weights=run.recipe.weights)
     return lambda: Training(fabric, run, machine, splits, model)
 
 
@@ -368,12 +368,12 @@ class _Counted(View):
 class Pace:
     """Plain training beside the run, on a copy of its model: of noisy times, a ratio of neighbours is the least so."""
 
-    def __init__(self, fabric: Fabric, model: nn.Module, split: Split, recipe: Recipe) -> None:
+    def __init__(self, fabric: Fabric, model: nn.Module, split: Split, recipe: Recipe, steps: int = 8) -> None:
         copied = copy.deepcopy(model)
         if recipe.compile:
             copied.compile()
         self._fabric, self._watch = fabric, Watch(ERM())
-        self._split = split.first(_PACE * recipe.batch_size)
+        self._split = split.first(steps * recipe.batch_size)
         self._recipe = replace(recipe, accumulate=1, clip=None)
         loss = SharpnessAware(copied, self._watch, nn.CrossEntropyLoss(reduction="none"), scale=_scaler(fabric))
         self._sharp, self._optimizer = fabric.setup(loss, _optimizer(copied, recipe))
@@ -394,10 +394,8 @@ class Pace:
         return row["seconds"] / row["losses"]
 
 
-_PACE = 8  # steps beside each epoch
-
-
-def _channels(split: Split) -> int:
+def channels(split: Split) -> int:
+    """Of the images of a split (3 where they are read from files)."""
     return split.images.shape[1] if isinstance(split, Images) else 3
 
 

@@ -1,0 +1,89 @@
+"""Differences: a recipe against its baseline, seed by seed, with Student's interval of the mean.
+
+Runs of one seed share the initial weights, the label noise and the order of the batches, so that their difference
+varies less than either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from math import sqrt
+from statistics import mean, stdev
+
+from scipy.special import stdtrit
+
+from bisam.experiments.groups import BROUGHT, SETTINGS, Groups
+from bisam.experiments.recipes import Recipe
+from bisam.experiments.runs import Finished
+
+Baselines = Sequence[str] | Mapping[str, str]
+"""Methods to compare with, the first that there is; or of each method the one that it is compared with."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean over pairs with its 95 % interval; `low` and `high` are nan where there are less than two pairs."""
+
+    mean: float
+    low: float
+    high: float
+    pairs: int
+
+    @property
+    def decided(self) -> bool:
+        """Whether 0 is outside the interval."""
+        return self.low > 0 or self.high < 0
+
+
+def student(values: Sequence[float], level: float = 0.95) -> Difference:
+    """The mean of one or more values, and Student's interval for it."""
+    centre, n = mean(values), len(values)
+    reach = float(stdtrit(n - 1, (1 + level) / 2)) * stdev(values) / sqrt(n) if n > 1 else float("nan")
+    return Difference(centre, centre - reach, centre + reach, n)
+
+
+def paired(
+    runs: Iterable[Finished], others: Iterable[Finished], value: Callable[[Finished, Finished], float]
+) -> list[float]:
+    """`value(run, other)` for each seed that both have."""
+    by_seed = {other.recipe.seed: other for other in others}
+    return [value(run, by_seed[run.recipe.seed]) for run in runs if run.recipe.seed in by_seed]
+
+
+def baseline(recipe: Recipe, recipes: Iterable[Recipe], baselines: Baselines) -> Recipe | None:
+    """The recipe that `recipe` is compared with: of those that share its setting the one that differs least.
+
+    None if there is none, if two differ equally little, or if the first baseline is the method of `recipe` itself.
+    """
+    if isinstance(baselines, Mapping):
+        baselines = [baselines[recipe.method]] if recipe.method in baselines else []
+    shared = [other for other in recipes if _unlike(recipe, other) <= _free(recipe, other)]
+    for method in baselines:
+        if method == recipe.method:
+            return None
+        if found := [other for other in shared if other.method == method]:
+            unlike = [len(_unlike(recipe, other)) for other in found]
+            return found[unlike.index(min(unlike))] if unlike.count(min(unlike)) == 1 else None
+    return None
+
+
+def differences(
+    groups: Groups, baselines: Baselines, key: str = "test_best"
+) -> dict[Recipe, tuple[Recipe, Difference]]:
+    """For each recipe that has one its baseline, and the mean difference of a result, if they have a seed in common."""
+    found: dict[Recipe, tuple[Recipe, Difference]] = {}
+    for recipe, runs in groups.items():
+        other = baseline(recipe, groups, baselines)
+        values = paired(runs, groups[other], lambda a, b: a.result[key] - b.result[key]) if other else []
+        if other and values:
+            found[recipe] = other, student(values)
+    return found
+
+
+def _unlike(a: Recipe, b: Recipe) -> set[str]:
+    return {field.name for field in fields(Recipe) if getattr(a, field.name) != getattr(b, field.name)}
+
+
+def _free(a: Recipe, b: Recipe) -> set[str]:
+    return {*SETTINGS, *BROUGHT.get(a.method, ()), *BROUGHT.get(b.method, ())}

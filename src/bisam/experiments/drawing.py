@@ -1,0 +1,205 @@
+"""Drawing: what all figures share: colours, panels, legends and files.
+
+The colours are those that colour-blind readers can tell apart (Okabe and Ito, 2008); lines also differ in dashes and
+markers, so that they can be told apart in grey.
+"""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bisam.experiments.catalogue import FAMILIES, METHODS
+from bisam.experiments.groups import Groups, metric, names, place, places
+from bisam.experiments.recipes import Recipe
+from bisam.experiments.runs import Finished, write
+from bisam.experiments.scores import TITLES
+
+BLACK, GREY = "#000000", "#7F7F7F"
+BLUE, SKY, GREEN, ORANGE, RED, PURPLE = "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7"
+FAMILY_COLOURS = {
+    "plain": BLACK,
+    "adversary": BLUE,
+    "geometry": ORANGE,
+    "combining": GREEN,
+    "saving": PURPLE,
+    "around": RED,
+}
+MANY = 10
+"""More methods than one panel can tell apart by their lines."""
+FORMATS = ("png", "pdf", "svg")
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a method is drawn."""
+
+    colour: str
+    dashes: Any = "-"
+    marker: str = "o"
+
+    @property
+    def line(self) -> dict[str, Any]:
+        """As arguments of `Axes.plot`."""
+        return {"color": self.colour, "linestyle": self.dashes, "marker": self.marker, "markersize": 4}
+
+
+_KNOWN = {
+    "sgd": Style(GREY, ":", "o"),
+    "sam": Style(BLACK, "-", "s"),
+    "bisam_log": Style(BLUE, "-", "^"),
+    "bisam_tanh": Style(SKY, "--", "v"),
+    "asam": Style(GREEN, "-.", "D"),
+    "abisam_log": Style(RED, "-", "P"),
+    "abisam_tanh": Style(PURPLE, "--", "X"),
+}
+_COLOURS = (ORANGE, PURPLE, RED, GREEN, BLUE, SKY, GREY)
+_DASHES = ("--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)), "-")
+_MARKERS = "odvXP<>*hH"
+
+
+def styles(called: Mapping[Recipe, str]) -> dict[str, Style]:
+    """A style for each name: its method's own for the first of a method, and for the others what is left."""
+    found: dict[str, Style] = {}
+    for recipe, name in called.items():
+        if recipe.method in _KNOWN and _KNOWN[recipe.method] not in found.values():
+            found.setdefault(name, _KNOWN[recipe.method])
+    taken = {style.colour for style in found.values()}
+    colours = sorted(_COLOURS, key=lambda colour: colour in taken)  # the free ones first
+    for i, name in enumerate(name for name in dict.fromkeys(called.values()) if name not in found):
+        found[name] = Style(colours[i % len(colours)], _DASHES[i % len(_DASHES)], _MARKERS[i % len(_MARKERS)])
+    return found
+
+
+def family_colour(recipe: Recipe) -> str:
+    """The colour of a method's family, for figures with more methods than there are colours."""
+    return FAMILY_COLOURS[METHODS[recipe.method].family] if recipe.method in METHODS else GREY
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What is drawn on the same axes: recipes with their names and runs."""
+
+    title: str
+    shown: list[tuple[Recipe, str, Sequence[Finished]]]
+
+    @property
+    def styles(self) -> dict[str, Style]:
+        """A style for each name, which other panels may give to another."""
+        return styles({recipe: name for recipe, name, _ in self.shown})
+
+    @property
+    def metric(self) -> str:
+        """The metric of the scores, with its unit."""
+        name = metric(self.shown[0][2][0])
+        return "accuracy (%)" if name == "accuracy" else f"{TITLES.get(name, name)} × 100"
+
+
+def panels(groups: Groups, most: int | None = None) -> list[Panel]:
+    """A panel for each place; where it has more recipes than `most`, one for each family, with SAM in all of them."""
+    called, found = names(groups), list[Panel]()
+    for at, name in places(groups).items():
+        shown = [(recipe, called[recipe], group) for recipe, group in groups.items() if place(recipe) == at]
+        if most is None or len(shown) <= most:
+            found.append(Panel(name, shown))
+            continue
+        families = {recipe: METHODS[recipe.method].family if recipe.method in METHODS else "" for recipe, *_ in shown}
+        for family in dict.fromkeys(families.values()):
+            some = [one for one in shown if families[one[0]] == family or one[0].method == "sam"]
+            if len(some) > 1:  # not SAM alone
+                found.append(Panel(", ".join(p for p in (name, FAMILIES.get(family, "expressions")) if p), some))
+    return found
+
+
+def sheet(count: int, size: tuple[float, float], columns: int = 3, **options: Any) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` axes, each of `size` in inches, at most so many beside each other."""
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(max(6.4, size[0] * columns), size[1] * rows + 0.9), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False, **options).flat)
+    for ax in axes[count:]:
+        ax.axis("off")
+    return figure, axes[:count]
+
+
+def heading(figure: Figure, title: str, groups: Groups, what: str = "mean ± standard deviation") -> None:
+    """Title of a figure, and below it what is the same in all of it."""
+    seeds = sorted({len(group) for group in groups.values()})
+    n = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    spread = f"{what} of {n} seeds" if seeds[-1] > 1 else "one seed"
+    data, models, noises = (set(values) for values in zip(*places(groups), strict=True))
+    noise = {f"label noise {100 * value:g} %" if value else "" for value in noises}
+    common = [plain(words) for words, *others in (data, models, noise) if words and not others]
+    figure.suptitle(f"{title}\n{', '.join([*common, spread])}", fontsize=10.5)
+
+
+def families(ax: Axes, groups: Groups) -> None:
+    """Entries of a legend for the families that are there."""
+    for recipe in groups:
+        label = FAMILIES[METHODS[recipe.method].family] if recipe.method in METHODS else "expressions"
+        if label not in ax.get_legend_handles_labels()[1]:
+            ax.plot([], [], "s", color=family_colour(recipe), ms=7, label=label)
+
+
+def tested(group: Sequence[Finished], when: str) -> list[float]:
+    """Test scores times 100, of the "best" or the "last" weights."""
+    return [100 * run.result[f"test_{when}"] for run in group]
+
+
+def legend(figure: Figure, axes: Sequence[Axes], shared: bool = True) -> None:
+    """One legend below all axes, or one to the right of each."""
+    entries = {label: line for ax in axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    if entries and shared:
+        longest = max(len(line) for label in entries for line in label.splitlines())
+        columns = max(1, min(len(entries), int(figure.get_figwidth() / (0.07 * longest + 0.6))))
+        style: dict[str, Any] = {"loc": "outside lower center", "ncols": columns, "frameon": False, "fontsize": 9}
+        figure.legend(list(entries.values()), list(entries), **style)
+    for ax in () if shared else axes:
+        beyond = 1.2 if ax.child_axes else 1.01  # there is an axis on the right too
+        ax.legend(loc="upper left", bbox_to_anchor=(beyond, 1.02), fontsize=8, frameon=False)
+
+
+def plain(text: str, width: int = 30) -> str:
+    """Text as a figure shows it: no formulas, in lines of at most `width` characters, of which there are few."""
+    lines = textwrap.wrap(text.replace("$", r"\$"), width) or [""]
+    return "\n".join([*lines[:3], "…"] if len(lines) > 4 else lines)
+
+
+def spread(values: Sequence[float]) -> float | None:
+    """Standard deviation, None of less than two values."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def rendered(figure: Figure, format: str = "png") -> bytes:
+    """A figure as a file's content, the same bytes for the same figure.
+
+    Raises:
+        ValueError: the format is none of png, pdf, svg.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"figures are png, pdf or svg, not {format!r}")
+    undated: dict[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}[format]
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "bisam"}):
+        figure.savefig(buffer, format=format, dpi=150, metadata=undated)
+    return buffer.getvalue()
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure; the suffix says which format.
+
+    Raises:
+        ValueError: the suffix is none of .png, .pdf, .svg.
+    """
+    if (format := path.suffix[1:].lower()) not in FORMATS:
+        raise ValueError(f"{path}: give a file that ends in .png, .pdf or .svg")
+    write(path, rendered(figure, format))

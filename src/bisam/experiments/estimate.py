@@ -1,0 +1,75 @@
+"""Estimate: how long runs are going to take, from a few steps that are measured now."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+
+from bisam.experiments import data, models
+from bisam.experiments.data import batches_of
+from bisam.experiments.expressions import toy
+from bisam.experiments.machine import Machine
+from bisam.experiments.recipes import Recipe
+from bisam.experiments.train import Pace, Watch, channels
+from bisam.methods import Method
+
+_STEPS = 2
+_FORWARD = 1 / 3  # of the time of a gradient
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run costs.
+
+    Attributes:
+        gradients: gradients of a batch in a step, on average over the first steps.
+        seconds: of the whole run on one process, or None where its data or model are not here.
+        problem: why there are no seconds.
+    """
+
+    gradients: float
+    seconds: float | None
+    problem: str = ""
+
+
+def estimate(recipe: Recipe, machine: Machine) -> Estimate:
+    """What a run of `recipe` costs, from steps of plain training on its own data."""
+    step = gradients(recipe.expression, recipe.batch_size)
+    like = replace(recipe, method="sgd", rho=None, eta=None, mu=None, alpha=None, noise=0.0, epochs=1, seed=0)
+    try:
+        seconds, training, validation = _measured(replace(like, weights=None, warmup=0), machine)
+    except ValueError as error:
+        return Estimate(step, None, str(error))
+    losses = batches_of(training, recipe.batch_size, machine.devices * machine.nodes)
+    epoch = losses * step + validation / recipe.batch_size * _FORWARD
+    return Estimate(step, seconds * recipe.epochs * epoch)
+
+
+@cache
+def gradients(expression: str, batch_size: int) -> float:
+    """Gradients of a batch that a method takes in a step, on average over 20 steps on a toy."""
+    watches: list[Watch] = []
+
+    def watched(method: Method) -> Method:
+        watches.append(Watch(method))
+        return watches[0]
+
+    size = min(batch_size, 256)
+    toy(expression, size, 20, watched)
+    return watches[0].counts[True] / (20 * size)
+
+
+@cache
+def _measured(recipe: Recipe, machine: Machine) -> tuple[float, int, int]:
+    """Seconds of a plain step, training and validation examples."""
+    splits = data.load(recipe, machine)
+    fabric = replace(machine, devices=1, nodes=1).fabric(recipe.precision)
+    with torch.random.fork_rng([]):
+        model = models.build(recipe.model, splits.classes, channels=channels(splits.test))
+    if recipe.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    pace = Pace(fabric, model, splits.train.to(fabric.device), recipe, _STEPS)
+    pace.seconds()  # warms up
+    return min(pace.seconds() for _ in range(2)), len(splits.train), len(splits.validation)

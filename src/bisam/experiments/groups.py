@@ -1,0 +1,122 @@
+"""Groups: finished runs by recipe, in the order of tables and figures, and names that tell recipes apart."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any, NamedTuple
+
+from bisam.experiments.catalogue import METHODS
+from bisam.experiments.data import NAMES
+from bisam.experiments.recipes import Recipe
+from bisam.experiments.runs import Finished
+
+Groups = Mapping[Recipe, Sequence[Finished]]
+"""The runs of each recipe, by seed; as keys recipes have seed 0."""
+
+SETTINGS = ("method", "rho", "mu", "alpha", "eta")
+"""The fields that say how the gradient is computed."""
+BROUGHT: dict[str, tuple[str, ...]] = {"sgd": ("epochs",), "bsam": ("momentum", "weight_decay")}
+"""Fields that a method brings along: it is compared with others that differ there."""
+_FIELDS = [field.name for field in fields(Recipe) if field.name not in ("method", "seed")]
+
+
+class Place(NamedTuple):
+    """Where methods meet: a column of the side-by-side table, a panel of a figure."""
+
+    dataset: str
+    model: str
+    noise: float
+
+
+def place(recipe: Recipe) -> Place:
+    """Where a recipe meets others."""
+    return Place(recipe.dataset, recipe.model, recipe.noise)
+
+
+def places(recipes: Iterable[Recipe]) -> dict[Place, str]:
+    """The places in their order, and what tells each from the others: nothing if there is only one."""
+    found = list(dict.fromkeys(place(recipe) for recipe in recipes))
+    several = [len(set(column)) > 1 for column in zip(*found, strict=True)]
+    parts = {at: (at.dataset, at.model, f"label noise {100 * at.noise:g} %") for at in found}
+    return {at: ", ".join(p for p, shown in zip(parts[at], several, strict=True) if shown) for at in found}
+
+
+def grouped(runs: Iterable[Finished]) -> dict[Recipe, list[Finished]]:
+    """Runs by recipe, whatever their seed; by data set, model and noise, then in the catalogue's order of methods."""
+    groups: dict[Recipe, list[Finished]] = {}
+    for run in runs:
+        groups.setdefault(replace(run.recipe, seed=0), []).append(run)
+    return {key: sorted(groups[key], key=lambda run: run.recipe.seed) for key in sorted(groups, key=_order)}
+
+
+def perturbed(runs: Iterable[Finished]) -> list[Finished]:
+    """The runs whose method perturbs the weights."""
+    return [run for run in runs if run.recipe.method != "sgd"]
+
+
+def title(recipe: Recipe) -> str:
+    """A method as people write it: its name, or the expression."""
+    if recipe.method == "sgd" and recipe.optimizer == "adamw":
+        return "AdamW"
+    return METHODS[recipe.method].name if recipe.method in METHODS else recipe.method
+
+
+def names(recipes: Iterable[Recipe]) -> dict[Recipe, str]:
+    """Recipes in few words: the method, and what tells it from others of its kind in the same place."""
+    recipes = list(recipes)
+    kin: dict[tuple[str, Place], list[Recipe]] = defaultdict(list)
+    epochs: dict[Place, Counter[int]] = defaultdict(Counter)
+    for recipe in recipes:
+        kin[title(recipe), place(recipe)].append(recipe)
+        epochs[place(recipe)][recipe.epochs] += recipe.method != "sgd"
+    telling: dict[str, set[str]] = defaultdict(set)
+    for (kind, _), group in kin.items():
+        telling[kind] |= {name for name in _FIELDS if len({getattr(recipe, name) for recipe in group}) > 1}
+
+    def words(recipe: Recipe) -> str:
+        others, told = epochs[place(recipe)], telling[title(recipe)]
+        times = recipe.epochs / others.most_common(1)[0][0] if recipe.method == "sgd" and others.total() else None
+        shown = [name for name in _FIELDS if name in told and not (name == "epochs" and times)]
+        more = [f"{name.replace('_', ' ')} {setting(recipe, name)}" for name in shown]
+        more += [f"{times:g}× epochs"] if times not in (None, 1) else []
+        return f"{title(recipe)} ({', '.join(more)})" if more else title(recipe)
+
+    return {recipe: words(recipe) for recipe in recipes}
+
+
+def varying(recipes: Iterable[Recipe]) -> list[str]:
+    """The fields in which recipes differ, but for the method, the seed, and what a method brings along."""
+    recipes = list(recipes)
+    values = {f: {getattr(r, f) for r in recipes if f not in BROUGHT.get(r.method, ())} for f in _FIELDS}
+    return [name for name, found in values.items() if len(found) > 1]
+
+
+def setting(recipe: Recipe, name: str) -> Any:
+    """The value of a field; of rho, mu, alpha and eta the method's default where none is given, None if it has none."""
+    value = getattr(recipe, name)
+    if value is not None or name not in recipe.settings:
+        return value
+    entry = METHODS[recipe.method]
+    return {"rho": entry.rho, "mu": 10.0 if "Tanh" in entry.expression else 1.0, "alpha": 0.1, "eta": 0.0}[name]
+
+
+def metric(run: Finished) -> str:
+    """The name of the metric that `test_best` and `validation_best` are."""
+    return run.result.get("metric", "accuracy")
+
+
+def _order(recipe: Recipe) -> tuple[Any, ...]:
+    datasets, methods = list(NAMES), list(METHODS)
+    known = datasets.index(recipe.dataset) if recipe.dataset in NAMES else len(datasets)
+    method = methods.index(recipe.method) if recipe.method in METHODS else len(methods)
+    at = (known, _natural(recipe.dataset), _natural(recipe.model), recipe.noise)
+    settings = [setting(recipe, name) or 0.0 for name in SETTINGS[1:]]
+    return (*at, method, _natural(recipe.method), recipe.epochs, *settings, recipe.slug)
+
+
+def _natural(text: str) -> list[tuple[int, str]]:
+    """A key by which resnet20 is before resnet110."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split("([0-9]+)", text)]

@@ -1,0 +1,156 @@
+"""Tuning: figures of the best validation score against what is tuned."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bisam.experiments.drawing import (
+    BLACK,
+    BLUE,
+    GREEN,
+    ORANGE,
+    PURPLE,
+    RED,
+    SKY,
+    Panel,
+    Style,
+    family_colour,
+    heading,
+    legend,
+    panels,
+    plain,
+    sheet,
+    spread,
+)
+from bisam.experiments.groups import Place, grouped, perturbed, place, places, setting, title
+from bisam.experiments.runs import Finished
+
+_LINES = (
+    Style(BLUE, "-", "o"),
+    Style(RED, "--", "s"),
+    Style(GREEN, "-.", "D"),
+    Style(ORANGE, ":", "P"),
+    Style(SKY, "-", "v"),
+    Style(PURPLE, "--", "X"),
+    Style(BLACK, "-.", "^"),
+)
+
+
+def radius(runs: Sequence[Finished]) -> Figure:
+    """Validation score against the radius, a small panel for each method; a triangle stands for what is far below.
+
+    Raises:
+        ValueError: no run has a radius.
+    """
+    groups = grouped(with_radius(runs))
+    if not groups:
+        raise ValueError("radius shows runs that have one, and there is none")
+    titles, points = places(groups), defaultdict[str, list[Any]](list)
+    for recipe, group in groups.items():
+        values = [100 * run.result["validation_best"] for run in group]
+        points[title(recipe)].append((recipe, setting(recipe, "rho"), np.mean(values), spread(values) or 0))
+    lines = [(method, at, [p for p in each if place(p[0]) == at]) for method, each in points.items() for at in titles]
+    figure, found = sheet(len(points), (2.2, 1.8), columns=6, sharey=True)
+    axes = dict(zip(points, found, strict=True))
+    # Of a place, what is 25 below its best has failed; how far below would only flatten the rest.
+    high, low = defaultdict[Place, float](lambda: -np.inf), defaultdict[Place, float](lambda: np.inf)
+    for _, at, line in lines:
+        for _, _, centre, _ in line:
+            high[at], low[at] = max(high[at], centre), min(low[at], centre)
+    floor = min(max(high[at] - 25, low[at]) for at in titles)
+    ends = [centre - width for _, _, line in lines for _, _, centre, width in line if centre >= floor]
+    bottom = min(floor, *ends) - 2
+    for method, at, line in lines:
+        if not line:
+            continue
+        ax, i = axes[method], list(titles).index(at)
+        style = _LINES[i % len(_LINES)] if len(titles) > 1 else Style(family_colour(line[0][0]))
+        rhos, centres, widths = (np.array(column) for column in list(zip(*line, strict=True))[1:])
+        seen = centres >= floor
+        ax.plot(rhos, np.maximum(centres, floor), color=style.colour, ls=style.dashes, lw=1, label=plain(titles[at]))
+        ax.errorbar(rhos[seen], centres[seen], widths[seen], fmt=style.marker, color=style.colour, ms=3.5, capsize=2)
+        ax.plot(rhos[~seen], np.full((~seen).sum(), floor), "v", color=style.colour, ms=5, mfc="white")
+    for method, ax in axes.items():
+        rhos = sorted({rho for _, rho, *_ in points[method]})
+        _ticks(ax, rhos, 7)
+        ax.set_ylim(bottom, max(high.values()) + 3)
+        ax.set_title(plain(method, 24), fontsize=8)
+    for ax in found[-6:]:
+        ax.set_xlabel("rho", fontsize=8)
+    figure.supylabel("best validation score × 100", fontsize=9)
+    heading(figure, "The radius, or what stands in its place", groups)
+    if len(titles) > 1:
+        legend(figure, found)
+    return figure
+
+
+def grid(runs: Sequence[Finished]) -> Figure:
+    """Validation score against each of rho, mu and alpha that varies, a line for each value of the others.
+
+    Raises:
+        ValueError: none of them varies.
+    """
+    groups = grouped(varied(runs))
+    shown = [(panel, name, lines) for panel in panels(groups) for name in _TUNED if (lines := _lines(panel, name))]
+    if not shown:
+        raise ValueError("grid shows runs that differ in rho, mu or alpha, and there are none")
+    figure, axes = sheet(len(shown), (5.6, 3.6), sharey=len(places(groups)) == 1)
+    for (panel, name, lines), ax in zip(shown, axes, strict=True):
+        for i, (label, points) in enumerate(lines.items()):
+            xs, centres, widths = (np.array(column) for column in zip(*points, strict=True))
+            style: dict[str, Any] = {**_LINES[i % len(_LINES)].line, "capsize": 2, "linewidth": 1.2}
+            ax.errorbar(xs, centres, widths, label=plain(label, 40), **style)
+        _ticks(ax, sorted({x for points in lines.values() for x, *_ in points}), 8)
+        ax.set_xlabel(name)
+        ax.set_ylabel(f"best validation {panel.metric}")
+        ax.set_title(plain(panel.title, 60), fontsize=10)
+    heading(figure, "Settings", groups)
+    for ax in axes:
+        ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, frameon=False)
+    return figure
+
+
+def varied(runs: Sequence[Finished]) -> list[Finished]:
+    """The runs of methods of which runs differ in rho, mu or alpha."""
+    values: dict[str, set[Any]] = defaultdict(set)
+    for run in perturbed(runs):
+        values[title(run.recipe)].add(tuple(setting(run.recipe, name) for name in _TUNED))
+    return [run for run in perturbed(runs) if len(values[title(run.recipe)]) > 1]
+
+
+_TUNED = ("rho", "mu", "alpha")
+
+
+def _lines(panel: Panel, name: str) -> dict[str, list[tuple[float, float, float]]]:
+    """Values of a setting with mean and spread of the score, by the method and the values of the other settings."""
+    found: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
+    for recipe, _, group in panel.shown:
+        if setting(recipe, name) is None:
+            continue
+        kin = [other for other, *_ in panel.shown if title(other) == title(recipe)]
+        others = [o for o in _TUNED if o != name and len({setting(other, o) for other in kin}) > 1]
+        values = [100 * run.result["validation_best"] for run in group]
+        label = ", ".join([title(recipe), *(f"{other} {setting(recipe, other):g}" for other in others)])
+        found[label].append((setting(recipe, name), float(np.mean(values)), spread(values) or 0.0))
+    return {label: sorted(points) for label, points in found.items() if len(points) > 1}
+
+
+def _ticks(ax: Axes, values: Sequence[float], size: float) -> None:
+    """A logarithmic axis with a tick at each value, on which 0 has a place too."""
+    least = min([value for value in values if value] or [1.0])
+    ax.set_xscale("symlog", base=2, linthresh=least)
+    ax.set_xlim(-0.2 * least if 0 in values else 0.8 * least, 1.3 * max(values[-1], least))
+    ax.set_xticks(values, [f"{value:g}" for value in values], fontsize=size)
+    ax.minorticks_off()
+    ax.grid(alpha=0.3)
+
+
+def with_radius(runs: Sequence[Finished]) -> list[Finished]:
+    """The runs whose method has a radius as its setting."""
+    return [run for run in perturbed(runs) if setting(run.recipe, "rho") is not None]

@@ -1,0 +1,329 @@
+"""Measurements: tiny ones from end to end, what they keep and refuse, and the example by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from filelock import FileLock
+
+pytest.importorskip("matplotlib")
+
+from bisam import NegLog, Tanh
+from bisam.experiments import measurements
+from bisam.experiments.machine import Machine
+from bisam.experiments.measurements import MEASUREMENTS, Measurement, option_a, option_b, report, row_by_row, run
+from bisam.experiments.runs import RunError, to_csv
+
+EXAMPLE, TABLE_11, TABLE_12 = (MEASUREMENTS[name] for name in ("example", "table11", "table12"))
+TINY = {"models": "resnet20", "iterations": "2", "batch_size": "4"}
+
+
+def counted(parts, fails=None):
+    """A measurement of nothing: its rows say how many parts were measured before."""
+    measured = []
+
+    def measure(part, settings, device):
+        if part == fails:
+            raise KeyboardInterrupt
+        measured.append(part)
+        return [{"part": part, "size": settings["size"], "at": len(measured)}]
+
+    columns = {name: lambda row, name=name: str(row[name]) for name in ("part", "size", "at")}
+    settings = {"size": 1, "rate": 0.5, "names": ("a", "b")}
+    return Measurement("count", "Counted", "A note.", settings, lambda _: list(parts), measure, columns), measured
+
+
+def test_all_have_what_a_report_needs():
+    assert list(MEASUREMENTS) == ["example", "table11", "table12"]
+    for name, measurement in MEASUREMENTS.items():
+        assert measurement.name == name
+        assert measurement.parts(measurement.settings)
+        assert measurement.title
+        assert measurement.note
+
+
+# What a folder keeps
+
+
+def test_a_finished_part_is_not_measured_again(tmp_path):
+    broken, first = counted(["a", "b", "c"], fails="c")
+    with pytest.raises(KeyboardInterrupt):
+        run(broken, {}, tmp_path)
+    assert first == ["a", "b"]
+    (folder,) = tmp_path.iterdir()
+    assert "Not measured yet: 1 of 3 parts." in report(broken, folder).markdown
+
+    whole, second = counted(["a", "b", "c"])
+    seen = []
+    assert run(whole, {}, tmp_path, progress=lambda *news: seen.append(news)) == folder
+    assert second == ["c"]
+    assert seen == [("c", 2, 3), ("", 3, 3)]
+    assert [row["at"] for row in report(whole, folder).rows] == [1, 2, 1]
+    assert "Not measured" not in report(whole, folder).markdown
+    assert sorted(path.name for path in folder.iterdir() if path.name != ".lock") == [
+        "a.json", "b.json", "c.json", "measurement.json",
+    ]  # fmt: skip
+
+
+def test_other_settings_are_another_folder(tmp_path):
+    measurement, _ = counted(["a"])
+    standard = run(measurement, {}, tmp_path)
+    assert standard.name == "count-cpu-44136fa3"
+    assert run(measurement, {"size": "1", "rate": "5e-1", "names": "a,b"}, tmp_path) == standard
+    others = {run(measurement, {"size": size}, tmp_path) for size in ("2", "3")}
+    assert len(others | {standard}) == 3
+    later = replace(measurement, settings={**measurement.settings, "new": 7})
+    assert run(later, {}, tmp_path) == standard
+
+
+def test_the_report_of_a_root_is_of_the_default_settings_if_they_are_there(tmp_path):
+    measurement, _ = counted(["a"])
+    with pytest.raises(ValueError, match=r"no count is measured in .*: run `bisam run count` first"):
+        report(measurement, tmp_path)
+    run(measurement, {"size": "2"}, tmp_path)
+    assert report(measurement, tmp_path).rows[0]["size"] == 2
+    run(measurement, {}, tmp_path)
+    run(measurement, {"size": "3"}, tmp_path)
+    assert report(measurement, tmp_path).rows[0]["size"] == 1
+
+
+def test_a_changed_default_is_not_mixed_with_what_was_measured(tmp_path):
+    measurement, _ = counted(["a"])
+    run(measurement, {}, tmp_path)
+    changed = replace(measurement, settings={**measurement.settings, "size": 5})
+    with pytest.raises(RunError, match="belongs to another measurement"):
+        run(changed, {}, tmp_path)
+
+
+def test_one_process_at_a_time(tmp_path):
+    measurement, _ = counted(["a"])
+    folder = run(measurement, {}, tmp_path)
+    with FileLock(folder / ".lock"), pytest.raises(RunError, match="in use by another process"):
+        run(measurement, {}, tmp_path)
+
+
+def test_leftovers_of_a_killed_process_are_removed(tmp_path):
+    measurement, _ = counted(["a"])
+    folder = run(measurement, {}, tmp_path)
+    (folder / ".a.json.123.tmp").write_text("{")
+    run(measurement, {}, tmp_path)
+    assert not list(folder.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"part": "b"}', '{"part": "a", "rows": [1]}'])
+def test_a_damaged_part_is_named(tmp_path, content):
+    measurement, measured = counted(["a", "b"])
+    folder = run(measurement, {}, tmp_path)
+    (folder / "a.json").write_text(content)
+    with pytest.raises(RunError, match=r"a\.json is damaged \(.+\): delete it"):
+        run(measurement, {}, tmp_path)
+    with pytest.raises(RunError, match=r"a\.json is damaged"):
+        report(measurement, folder)
+    (folder / "a.json").unlink()
+    run(measurement, {}, tmp_path)
+    assert measured == ["a", "b", "a"]
+
+
+@pytest.mark.parametrize("content", ["{", '{"measurement": "count"}', '{"measurement": "count", "settings": {"x": 1}}'])
+def test_a_damaged_folder_is_named(tmp_path, content):
+    measurement, _ = counted(["a"])
+    folder = run(measurement, {}, tmp_path)
+    (folder / "measurement.json").write_text(content)
+    for use in (lambda: run(measurement, {}, tmp_path), lambda: report(measurement, folder)):
+        with pytest.raises(RunError, match=r"measurement\.json is damaged"):
+            use()
+
+
+def test_rows_of_another_version_are_refused(tmp_path):
+    measurement, _ = counted(["a"])
+    folder = run(measurement, {}, tmp_path)
+    content = json.loads((folder / "a.json").read_text())
+    content["rows"] = [{"part": "a"}]
+    (folder / "a.json").write_text(json.dumps(content))
+    with pytest.raises(RunError, match="this version cannot read"):
+        report(measurement, folder)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("measurement", "changed", "message"),
+    [
+        (TABLE_11, {"iteration": "2"}, "unknown setting of table11 'iteration', did you mean 'iterations'"),
+        (TABLE_11, {"iterations": "many"}, "iterations must be a whole number, got 'many'"),
+        (TABLE_11, {"iterations": "1.5"}, "iterations must be a whole number"),
+        (TABLE_11, {"iterations": "0"}, "iterations must be at least 1, got 0"),
+        (TABLE_11, {"models": ""}, "models is empty"),
+        (TABLE_11, {"models": "resnet20,,wrn28_2"}, "has an empty item"),
+        (TABLE_11, {"models": "resnet65"}, "unknown model of images 'resnet65', did you mean 'resnet56'"),
+        (TABLE_11, {"models": "hf:bert-base-uncased"}, "unknown model of images"),
+        (TABLE_11, {"models": "nowhere:resnet50"}, "unknown model of images"),
+        (TABLE_11, {"batch_size": "large"}, "batch_size must be a whole number"),
+        (TABLE_11, {"batch_size": "128,resnet56=x"}, "batch_size must be a whole number, got 'x'"),
+        (TABLE_11, {"classes": "1"}, "classes must be at least 2"),
+        (TABLE_12, {"modes": "eagre"}, "unknown mode 'eagre', did you mean 'eager'"),
+        (TABLE_12, {"classes": "10,1"}, "classes must be at least 2"),
+        (EXAMPLE, {"deltas": "0.1,half"}, "deltas must be a number, got 'half'"),
+        (EXAMPLE, {"deltas": "0.5"}, "deltas must be in"),
+        (EXAMPLE, {"deltas": "nan"}, "deltas must be in"),
+        (EXAMPLE, {"classes": "1"}, "classes must be at least 2"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_and_no_folder(tmp_path, measurement, changed, message):
+    with pytest.raises(ValueError, match=message) as refused:
+        run(measurement, changed, tmp_path)
+    assert "\n" not in str(refused.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_measurement_takes_one_device(tmp_path):
+    measurement, _ = counted(["a"])
+    with pytest.raises(ValueError, match="one device"):
+        run(measurement, {}, tmp_path, Machine(devices=2))
+    with pytest.raises(ValueError, match="abacus"):
+        run(measurement, {}, tmp_path, Machine(device="abacus"))
+
+
+# Table 11
+
+
+def test_table_11(tmp_path):
+    state = torch.get_rng_state()
+    folder = run(TABLE_11, TINY, tmp_path)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_num_threads() == 1
+    shown = report(TABLE_11, folder)
+    (row,) = shown.rows
+    assert (row["model"], row["batch_size"], row["iterations"]) == ("resnet20", 4, 2)
+    for key in ("sam_to_sgd", "bisam_log_to_sam", "bisam_tanh_to_sam"):
+        assert 0 < row[f"{key}_low"] <= row[key] <= row[f"{key}_high"]
+    assert row["sgd_seconds"] > 0
+    (cells,) = shown.cells
+    assert cells[:2] == ("resnet20", "4")
+    assert cells[-1] == "–"
+    assert f"| {' | '.join(cells)} |" in shown.markdown
+    assert "Settings: models resnet20, iterations 2, batch_size 4, classes 10, threads 1." in shown.markdown
+    assert f"torch {torch.__version__}" in shown.markdown
+    assert to_csv(shown.rows).startswith("model,batch_size,classes,iterations,sgd_seconds")
+
+
+def test_the_batch_of_a_model():
+    sizes = TABLE_11.settings["batch_size"]
+    assert [measurements._batch_size(sizes, model) for model in ("resnet56", "wrn28_10")] == [128, 8]
+    assert measurements._batch_size(("4",), "wrn28_10") == 4
+    assert measurements._batch_size(("wrn28_2=4",), "resnet56") == 128
+
+
+def test_what_was_published_is_beside_the_ratios():
+    row = dict.fromkeys(("published_sam_seconds", "published_bisam_seconds"))
+    for model, (sam, bisam) in measurements.PUBLISHED.items():
+        assert model in TABLE_11.settings["models"]
+        row |= {"published_sam_seconds": sam, "published_bisam_seconds": bisam}
+        assert TABLE_11.columns["published"](row).startswith(f"{sam} → {bisam} s (1.")
+
+
+# Table 12
+
+
+def test_table_12(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda loss, dynamic: loss)
+    folder = run(TABLE_12, {"rounds": "2", "batch_size": "4", "classes": "3"}, tmp_path)
+    shown = report(TABLE_12, folder)
+    eager, compiled = ([row for row in shown.rows if row["mode"] == mode] for mode in ("eager", "compiled"))
+    assert [row["loss"] for row in eager] == list(measurements._LOSSES)
+    assert [row["loss"] for row in compiled] == list(measurements._LOSSES)[:4]
+    for row in shown.rows:
+        assert row["to_plain"] == 1 or row["loss"] != "cross-entropy"
+        barred = row["loss"] in ("BiSAM (-log)", "BiSAM (tanh)")
+        cell = TABLE_12.columns["to cross-entropy"](row)
+        assert cell.endswith(("met", "missed")) == barred
+        assert "met" not in cell or row["to_plain"] <= 1
+
+
+def test_without_a_compiler_it_says_what_to_give(tmp_path, monkeypatch):
+    def fails(loss, dynamic):
+        def call(logits, labels):
+            raise RuntimeError("no compiler here\nfor many reasons")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", fails)
+    with pytest.raises(ValueError, match=r"\(no compiler here\): give --set modes=eager"):
+        run(TABLE_12, {"rounds": "1", "batch_size": "4", "classes": "3"}, tmp_path)
+    assert {row["mode"] for row in report(TABLE_12, tmp_path).rows} == {"eager"}
+
+
+def test_the_timed_losses_are_what_their_names_say():
+    logits, labels = torch.randn(5, 4, dtype=torch.double, requires_grad=True), torch.tensor([0, 1, 2, 3, 0])
+    of = {name: loss(logits, labels) for name, loss in measurements._LOSSES.items()}
+    assert all(value.dim() == 0 for value in of.values())
+    for bound, name in ((NegLog(), "BiSAM (-log)"), (Tanh(), "BiSAM (tanh)")):
+        torch.testing.assert_close(of[name], bound(logits, labels).mean())
+        torch.testing.assert_close(of[f"{name}, row by row"], of[name])
+        torch.testing.assert_close(row_by_row(bound, logits, labels), bound(logits, labels))
+    assert len({loss.__code__ for loss in measurements._LOSSES.values()}) == len(of)  # type: ignore[attr-defined]
+
+
+# The example
+
+
+@pytest.mark.parametrize("classes", [2, 10, 1000])
+@pytest.mark.parametrize("delta", [0.1, 0.001])
+def test_the_options_are_probabilities_right_and_wrong(classes, delta):
+    a, b = option_a(classes, delta), option_b(classes, delta)
+    for scores in (a, b):
+        assert scores.shape == (classes,)
+        assert scores.min() >= 0
+        assert math.isclose(scores.sum(), 1)
+    assert a.argmax() == 0
+    assert b.argmax() == 1
+
+
+def test_the_example_by_hand(tmp_path):
+    folder = run(EXAMPLE, {"classes": "10", "deltas": "0.1"}, tmp_path)
+    (row,) = report(EXAMPLE, folder).rows
+    expected = {
+        "error_a": 0,
+        "error_b": 1,
+        "cross_entropy_a": -math.log(0.2),
+        "cross_entropy_b": -math.log(0.4),
+        "tanh_a": 0,
+        "tanh_b": math.tanh(0.1 * 0.2),
+        "log_a": 0,
+        "log_b": 1 - math.log(1 + (math.e - 1) * math.exp(-0.2)),
+        "tanh_soft_a": math.log((1 + 9 * math.exp(10 * math.tanh(-0.1 * (0.1 + 0.1 / 9)))) / 10) / 10,
+        "tanh_soft_b": math.log(
+            (1 + math.exp(10 * math.tanh(0.1 * 0.2)) + 8 * math.exp(10 * math.tanh(-0.1 * 0.4))) / 10
+        )
+        / 10,
+    }
+    for name, value in expected.items():
+        assert math.isclose(row[name], value, rel_tol=1e-12, abs_tol=1e-15), name
+    picks = ("error", "cross_entropy", "tanh", "log", "tanh_soft", "log_soft")
+    assert [row[f"{name}_picks"] for name in picks] == ["B", "A", "B", "B", "A", "A"]
+    assert (row["tanh_mu"], row["log_mu"]) == (100, 100)
+
+
+def test_the_example_as_section_2_2_argues(tmp_path):
+    """Cross-entropy grows without bound for A and leads there; a lower bound of the 0-1 loss leads to B."""
+    shown = report(EXAMPLE, run(EXAMPLE, {}, tmp_path))
+    assert len(shown.rows) == 12
+    for row in shown.rows:
+        assert (row["error_a"], row["error_b"]) == (0, 1)
+        assert row["cross_entropy_picks"] == "A"
+        assert row["cross_entropy_b"] < 1
+        assert (row["tanh_picks"], row["log_picks"]) == ("B", "B")
+        for name in ("tanh", "log", "tanh_soft", "log_soft"):
+            assert row[f"{name}_a"] <= row["error_a"]
+            assert row[f"{name}_b"] <= row["error_b"]
+    finest = [row["cross_entropy_a"] for row in shown.rows if row["delta"] == 0.001]
+    assert finest == sorted(finest)
+    assert finest[-1] > 6.8
+    assert "![Cross-entropy and the lower bounds of both options](example.png)" in shown.markdown
+    left, right = shown.figures["example.png"].axes
+    assert [len(ax.lines) for ax in (left, right)] == [2, 4]

@@ -1,0 +1,790 @@
+"""Reports: groups, differences, tables, published numbers, pages and figures."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+import shutil
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from bisam.experiments import drawing, figures, pages, published, report, runs, tuning
+from bisam.experiments.catalogue import METHODS
+from bisam.experiments.differences import baseline, differences, student
+from bisam.experiments.groups import BROUGHT, grouped, names, places, setting
+from bisam.experiments.recipes import Recipe
+from bisam.experiments.runs import Finished, Run
+
+SAM = Recipe(method="sam", noise=0.4, rho=0.4, epochs=3)
+SGD = replace(SAM, method="sgd", rho=None, epochs=6)
+LOG = replace(SAM, method="bisam_log")
+NESTED = "KSAM(32, RSAM(0.01, EBiSAM(0.05 + 2 * 0.1)))"
+PAPER = Recipe(dataset="cifar10", model="resnet56", method="sam", rho=0.05, epochs=200, batch_size=128)
+
+
+def run(
+    recipe: Recipe, score: float = 0.9, metric: str = "accuracy", more: dict[str, float] | None = None, **changes
+) -> Finished:
+    """A finished run whose numbers are known."""
+    time, gradients = changes.pop("time", 2.0), changes.pop("gradients", 2.0)
+    rows = [
+        {
+            "epoch": epoch,
+            "train_loss": 2.0 / epoch,
+            "flipped": 10.0 * epoch,
+            "gradients": gradients,
+            "losses": 17,
+            "seconds": time,
+            "relative_time": time,
+            "validation": score - 0.1 / epoch,
+        }
+        for epoch in range(1, recipe.epochs + 1)
+    ]
+    result = {
+        "test_best": score,
+        "test_last": score - 0.02,
+        "validation_best": score,
+        "best_epoch": 1,
+        "metric": metric,
+        "scores": {"best": {metric: score, **(more or {})}},
+        "examples": 1078,
+        "seconds_per_epoch": 0.5,
+        "relative_time": time,
+        "gradients_per_step": gradients,
+        "forwards_per_step": 1.0,
+        "device": "cpu",
+        "finished": "2026-01-02T03:04:05Z",
+        "commit": "0123abc",
+    }
+    return Finished(recipe, {**result, **changes}, rows)
+
+
+def seeded(recipe: Recipe, *scores: float, **changes) -> list[Finished]:
+    """One run for each score."""
+    return [run(replace(recipe, seed=seed), score, **changes) for seed, score in enumerate(scores)]
+
+
+SMALL = [
+    *seeded(SGD, 0.60, 0.70, time=1.0, gradients=1.0),
+    *seeded(SAM, 0.90, 0.94),
+    *seeded(LOG, 0.91, 0.96),
+]
+
+
+def study(datasets=("cifar10", "cifar100"), models=("wrn28_2", "wrn28_10"), noises=(0.0,)) -> list[Finished]:
+    base = replace(SAM, batch_size=128)
+    return [
+        one
+        for dataset in datasets
+        for model in models
+        for noise in noises
+        for method in ("sgd", "sam", "bisam_log")
+        for one in seeded(
+            replace(base, dataset=dataset, model=model, noise=noise, method=method, rho=None if method == "sgd" else 1),
+            0.8,
+            0.9,
+        )
+    ]
+
+
+GLUE = [
+    *seeded(replace(SAM, dataset="glue:rte", noise=0.0), 0.60, 0.64),
+    *seeded(replace(SAM, dataset="glue:cola", noise=0.0, rho=0.01), 0.50, 0.54, metric="matthews"),
+    *seeded(replace(SAM, dataset="glue:mrpc", noise=0.0), 0.90, 0.92, metric="f1", more={"accuracy": 0.8}),
+]
+
+
+# Groups
+
+
+def test_groups_are_in_the_order_of_data_models_noise_and_methods():
+    recipes = [
+        Recipe(dataset=dataset, model=model, noise=noise, method=method)
+        for dataset in ("digits", "cifar10", "cifar100", "glue:cola", "glue:mrpc", "folder:/a")
+        for model in ("resnet20", "resnet56", "resnet110")
+        for noise in (0.0, 0.4)
+        for method in ("sgd", "sam", "bisam_log", "asam", "KSAM(8)", "KSAM(16)")
+    ]
+    assert list(grouped([run(recipe) for recipe in reversed(recipes)])) == recipes
+
+
+def test_runs_of_a_group_are_in_the_order_of_their_seeds():
+    runs = [run(replace(SAM, seed=seed)) for seed in (3, 0, 11)]
+    assert [one.recipe.seed for one in grouped(runs)[SAM]] == [0, 3, 11]
+
+
+def test_names_say_what_tells_recipes_apart_and_no_more():
+    other = replace(SAM, noise=0.0, rho=0.1)
+    assert list(names([SGD, SAM, LOG, other]).values()) == ["SGD (2× epochs)", "SAM", "BiSAM (-log)", "SAM"]
+    assert list(names([replace(SGD, epochs=3), SGD, SAM]).values()) == ["SGD", "SGD (2× epochs)", "SAM"]
+    tanh = replace(SAM, method="bisam_tanh")
+    several = [SAM, replace(SAM, rho=0.1), tanh, replace(tanh, mu=1.0)]
+    assert list(names(several).values()) == [
+        "SAM (rho 0.4)",
+        "SAM (rho 0.1)",
+        "BiSAM (tanh) (mu 10.0)",
+        "BiSAM (tanh) (mu 1.0)",
+    ]
+    assert names([replace(SGD, optimizer="adamw", schedule="linear")]).popitem()[1] == "AdamW"
+    assert names([replace(SAM, method=NESTED, rho=None)]).popitem()[1] == NESTED
+
+
+def test_places_say_what_varies():
+    assert list(places([SGD, SAM]).values()) == [""]
+    assert list(places([SAM, replace(SAM, noise=0.0)]).values()) == ["label noise 40 %", "label noise 0 %"]
+    recipes = [replace(SAM, dataset=data, model=model) for data in ("a", "b") for model in ("c", "d")]
+    assert list(places(recipes).values()) == ["a, c", "a, d", "b, c", "b, d"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["rho", "mu", "alpha", "eta"])
+def test_a_setting_is_the_one_that_the_method_gets(method, name):
+    recipe = Recipe(method=method)
+    value = setting(recipe, name)
+    if name in recipe.settings:
+        assert replace(recipe, **{name: value}).expression == recipe.expression
+        assert setting(replace(recipe, **{name: 0.25}), name) == 0.25
+    else:
+        assert value is None
+
+
+def test_what_methods_bring_along_are_fields_of_recipes():
+    assert set(BROUGHT) <= set(METHODS)
+    assert {name for each in BROUGHT.values() for name in each} <= set(SAM.to_dict())
+
+
+# Differences
+
+
+@pytest.mark.parametrize(
+    ("values", "reach"),
+    [
+        ([1.0, 2.0, 3.0], 4.302653 * 1.0 / math.sqrt(3)),  # from a table of Student's distribution
+        ([0.0, 1.0], 12.706205 * math.sqrt(0.5) / math.sqrt(2)),
+        ([1.0, 1.0, 2.0, 2.0, 3.0, 3.0], 2.570582 * math.sqrt(0.8) / math.sqrt(6)),
+        ([2.0, 2.0, 2.0], 0.0),
+    ],
+)
+def test_the_interval_is_students(values, reach):
+    found = student(values)
+    centre = sum(values) / len(values)
+    assert (found.mean, found.pairs) == (pytest.approx(centre), len(values))
+    assert (found.low, found.high) == (pytest.approx(centre - reach, abs=1e-6), pytest.approx(centre + reach, abs=1e-6))
+
+
+def test_one_pair_has_no_interval_and_decides_nothing():
+    found = student([1.0])
+    assert (found.mean, found.pairs, found.decided) == (1.0, 1, False)
+    assert math.isnan(found.low)
+    assert math.isnan(found.high)
+
+
+@pytest.mark.parametrize(
+    ("values", "decided"), [([1, 2, 3], False), ([2, 2.1, 2.2], True), ([-2, -2.1], True), ([0, 0], False)]
+)
+def test_a_difference_is_decided_when_0_is_outside(values, decided):
+    assert student(values).decided is decided
+
+
+def test_only_seeds_that_both_have_are_paired():
+    ours = [run(replace(LOG, seed=seed), score) for seed, score in ((0, 0.5), (2, 0.9), (3, 0.8))]
+    theirs = [run(replace(SAM, seed=seed), score) for seed, score in ((1, 0.1), (3, 0.6), (2, 0.8))]
+    ((other, difference),) = differences(grouped([*ours, *theirs]), ("sam",)).values()
+    assert other == SAM
+    assert (difference.mean, difference.pairs) == (pytest.approx(0.15), 2)
+    assert difference.high - difference.mean == pytest.approx(12.706205 * 0.05, abs=1e-6)
+
+
+def test_recipes_without_a_seed_in_common_have_no_difference():
+    assert differences(grouped([run(LOG), run(replace(SAM, seed=1))]), ("sam",)) == {}
+
+
+def test_the_baseline_shares_the_setting():
+    other = replace(LOG, noise=0.0)
+    for field, value in (("dataset", "cifar10"), ("model", "a"), ("batch_size", 32), ("epochs", 4), ("limit", 9)):
+        assert baseline(replace(LOG, **{field: value}), [SAM, SGD], ("sam",)) is None
+    assert baseline(other, [SAM, SGD], ("sam",)) is None
+    assert baseline(LOG, [SAM, SGD, other], ("sam",)) == SAM
+    assert baseline(replace(LOG, rho=0.1, mu=2.0), [SAM], ("sam",)) == SAM
+
+
+def test_sgd_and_bsam_bring_what_may_differ():
+    assert baseline(SGD, [SAM, SGD], ("sam",)) == SAM
+    bsam = replace(SAM, method="bsam", momentum=0.0, weight_decay=0.0)
+    assert baseline(bsam, [SAM, bsam], ("sam",)) == SAM
+    assert baseline(replace(LOG, momentum=0.0), [SAM], ("sam",)) is None
+
+
+def test_of_several_baselines_the_nearest_is_taken_and_of_equals_none():
+    near, far = replace(SAM, rho=0.1), replace(SAM, rho=0.2)
+    assert baseline(replace(LOG, rho=0.1), [SAM, far, near], ("sam",)) == near
+    assert baseline(replace(LOG, rho=0.8), [far, near], ("sam",)) is None
+    both = [SGD, replace(SGD, epochs=3)]
+    assert baseline(LOG, both, ("sgd",)) == both[1]
+
+
+def test_the_first_baseline_that_is_there_is_taken():
+    asam, nested, within = (
+        replace(SAM, method=method, rho=None) for method in ("asam", "MSAM(128)", "MSAM(128, BiSAM())")
+    )
+    assert baseline(LOG, [asam, LOG], ("sam", "asam")) == asam
+    assert baseline(LOG, [asam, SAM], ("sam", "asam")) == SAM
+    assert baseline(asam, [asam, SAM], ("sam", "asam")) == SAM
+    assert baseline(SAM, [asam, SAM], ("sam", "asam")) is None
+    assert baseline(within, [nested, within], ("MSAM(128)",)) == nested
+    assert baseline(LOG, [SAM, asam], ()) is None
+
+
+def test_baselines_may_be_given_by_method():
+    asam, abisam = replace(SAM, method="asam"), replace(SAM, method="abisam_log")
+    given = {"abisam_log": "asam", "bisam_log": "sam"}
+    recipes = [SAM, LOG, asam, abisam]
+    assert [baseline(recipe, recipes, given) for recipe in recipes] == [None, SAM, None, asam]
+
+
+# Tables
+
+
+def test_the_summary_is_mean_and_standard_deviation_over_seeds():
+    sgd, sam, log = report.summary(SMALL)
+    assert [row["method"] for row in (sgd, sam, log)] == ["SGD", "SAM", "BiSAM (-log)"]
+    assert sgd["test_best_mean"] == pytest.approx(0.65)
+    assert sgd["test_best_std"] == pytest.approx(0.0707106781)
+    assert sam["test_last_mean"] == pytest.approx(0.90)
+    assert (sam["n"], sam["seconds_per_epoch"], sam["rho"], sam["metric"]) == (2, 0.5, 0.4, "accuracy")
+    assert (sgd["rho"], sgd["epochs"]) == ("", 6)
+
+
+def test_differences_are_columns_of_the_csv():
+    sgd, sam, log = csv.DictReader(io.StringIO(runs.to_csv(report.summary(SMALL))))
+    assert (log["baseline"], log["pairs"]) == ("SAM", "2")
+    assert float(log["difference_mean"]) == pytest.approx(0.015)
+    assert float(log["difference_high"]) == pytest.approx(0.015 + 12.706205 * 0.005, abs=1e-6)
+    assert float(sgd["difference_mean"]) == pytest.approx(-0.27)
+    assert (sam["baseline"], sam["pairs"], sam["difference_mean"]) == ("", "0", "nan")
+
+
+def test_the_table_shows_what_varies():
+    assert report.header(report.summary(SMALL)) == (
+        *("method", "rho", "epochs", "best val.", "last", "n", "difference", "gradients", "time"),
+    )
+    header = report.header(report.summary(study(noises=(0.0, 0.4))))
+    assert header[:6] == ("dataset", "model", "noise", "method", "rho", "epochs")
+    header = report.header(report.summary(GLUE))
+    assert header[:5] == ("dataset", "method", "rho", "epochs", "metric")
+    assert "difference" not in header
+    several = [run(SAM), run(replace(SAM, batch_size=32)), run(replace(LOG, mu=2.0))]
+    header = report.header(report.summary(several))
+    assert header[:5] == ("method", "rho", "epochs", "mu", "batch_size")
+
+
+def test_the_brief_table_is_for_a_terminal():
+    rows = report.summary(study())
+    assert report.header(rows, brief=True) == ("dataset", "model", "name", "best val.", "difference", "time")
+    assert report.cells(report.summary(SMALL)[0], ("name",)) == ("SGD (2× epochs)",)
+
+
+def test_cells_are_in_per_cent_with_the_interval():
+    sgd, sam, log = report.summary(SMALL)
+    header = report.header([sgd, sam, log])
+    assert report.cells(sam, header) == (
+        "SAM",
+        "0.4",
+        "3",
+        "92.00 ± 2.83",
+        "90.00 ± 2.83",
+        "2",
+        "–",
+        "2 + 1 f",
+        "2.00 ± 0.00",
+    )
+    assert report.cells(log, header)[6] == "+1.50 [−4.85, +7.85] (2)"
+    assert report.cells(sgd, header)[1] == "–"
+
+
+def test_a_single_seed_has_neither_spread_nor_difference():
+    rows = report.summary([run(SAM), run(LOG, 0.92)])
+    assert report.cells(rows[1], ("best val.", "difference")) == ("92.00", "–")
+    assert (rows[1]["pairs"], rows[1]["difference_mean"]) == (1, pytest.approx(0.02))
+    text = report.markdown("T", [run(SAM), run(LOG, 0.92)], {})
+    assert "Difference:" not in text
+    assert "nan" not in text
+
+
+def test_without_a_baseline_there_is_no_column_and_no_word_of_it():
+    text = report.markdown("T", SMALL, {}, baselines=())
+    assert "difference" not in text.lower()
+
+
+def test_an_average_of_weights_has_its_column_where_there_is_one():
+    rows = report.summary([*seeded(SAM, 0.5, 0.6, test_ema=0.7), run(LOG)])
+    assert "average" in report.header(rows)
+    assert [report.cells(row, ("average",)) for row in rows] == [("70.00 ± 0.00",), ("–",)]
+
+
+def test_the_report_has_numbers_and_where_they_come_from():
+    text = report.markdown("Title", SMALL, {"flips.png": "What flips"}, "A [note](b.md).")
+    assert text.startswith("# Title\n")
+    assert "| SAM | 0.4 | 3 | 92.00 ± 2.83 | 90.00 ± 2.83 | 2 | – | 2 + 1 f | 2.00 ± 0.00 |" in text
+    assert "A [note](b.md)." in text
+    assert "![What flips](flips.png)" in text
+    assert "All runs: dataset digits, model convnet, noise 0.4, batch size 64, learning rate 0.1." in text
+    assert "Made 2026-01-02 on" in text
+    assert "commit 0123abc" in text
+
+
+def test_words_say_what_is_decided_and_that_nothing_is_corrected():
+    runs = [*SMALL, *seeded(replace(SAM, method="asam"), 0.95, 0.99)]
+    text = report.markdown("T", runs, {})
+    assert "to that of SAM, seed by seed" in text
+    assert "not decided, are 2 of 3: SGD (2× epochs), BiSAM (-log)." in text
+    assert "Decided is 1 of 3: ASAM (+5.00)." in text
+    assert "not corrected for multiple comparisons: of 3 such intervals 0.15 are expected to miss" in text
+    assert "label noise 40 %: SGD (2× epochs), BiSAM" in report.markdown(
+        "T", [*runs, *seeded(replace(LOG, noise=0.0), 0.5, 0.6)], {}
+    )
+
+
+def test_many_undecided_are_counted_and_not_listed():
+    runs = [one for rho in range(1, 15) for one in seeded(replace(LOG, rho=float(rho)), 0.9, 0.95)]
+    text = report.markdown("T", [*seeded(SAM, 0.92, 0.91), *runs], {})
+    assert "not decided, are 14 of 14. Decided are none of 14." in text
+
+
+def test_methods_stand_side_by_side_where_there_are_several_places():
+    runs = [*seeded(SAM, 0.8, 0.9), *seeded(replace(SAM, noise=0.0), 0.7), *seeded(LOG, 0.8)]
+    heads, rows = report.crossed(grouped(runs))
+    assert heads == ["label noise 0 %", "label noise 40 %"]
+    assert rows == {"SAM": [[0.7], [0.8, 0.9]], "BiSAM (-log)": [[], [0.8]]}
+    text = report.markdown("T", runs, {})
+    assert "| SAM | 70.00 | 85.00 ± 7.07 |\n| BiSAM (-log) | – | 80.00 |" in text
+    assert "Side by side" not in report.markdown("T", SMALL, {})
+
+
+def test_columns_of_metrics_are_averaged_over_tasks_for_common_seeds():
+    heads, rows = report.crossed(grouped(GLUE))
+    assert heads == [
+        *("glue:cola Matthews correlation", "glue:mrpc F1", "glue:mrpc accuracy", "glue:rte accuracy", "average"),
+    ]
+    (row,) = rows.values()
+    assert row[:4] == [[0.50, 0.54], [0.90, 0.92], [0.8, 0.8], [0.60, 0.64]]
+    assert row[4] == pytest.approx([(0.50 + 0.85 + 0.60) / 3, (0.54 + 0.86 + 0.64) / 3])
+    _, rows = report.crossed(grouped([*GLUE, run(replace(GLUE[0].recipe, seed=7))]))
+    assert len(rows["SAM"][-1]) == 2
+
+
+def test_a_score_of_several_metrics_is_in_the_csv():
+    rows = {row["dataset"]: row for row in report.summary(GLUE)}
+    assert rows["glue:mrpc"]["test_best_accuracy_mean"] == pytest.approx(0.8)
+    assert rows["glue:mrpc"]["test_best_f1_mean"] == pytest.approx(0.91)
+    assert math.isnan(rows["glue:cola"]["test_best_accuracy_mean"])
+
+
+def test_each_data_set_has_its_table_where_models_vary_too():
+    text = report.markdown("T", study(), {})
+    for dataset in ("cifar10", "cifar100"):
+        assert f"| {dataset} | wrn28_2 | wrn28_10 | average |" in text
+
+
+def test_what_run_folders_say_is_not_obeyed():
+    hostile = ["a|b", "<script>alert(1)</script>", "![x](http://evil)", "[x](http://evil)", "`*_y_*`", "&lt;", "$x$"]
+    runs = [run(replace(SAM, dataset=name, model=f"m{i}", seed=s)) for i, name in enumerate(hostile) for s in (0, 1)]
+    runs = [replace(one, result={**one.result, "hardware": "<img src=http://evil>\n# CPU"}) for one in runs]
+    page = Page(pages.html(report.markdown("T", runs, {}), {}))
+    assert page.tags & {"script", "img", "a", "em", "code"} <= {"script"}
+    for name in hostile:
+        assert name in page.text
+    assert "<img src=http://evil> # CPU" in page.text
+    assert page.text.count("alert(1)") == page.text.count("<script>alert(1)</script>")
+
+
+# Published
+
+
+def test_published_numbers_name_their_source_and_nothing_recollected():
+    for number in published.PUBLISHED:
+        assert number.source
+        assert number.quantity in published.QUANTITIES
+        assert re.compile(number.method).fullmatch("sam") or "sam" in number.method
+        assert set(number.where) <= set(SAM.to_dict())
+        assert "MEM" not in number.source
+
+
+def test_ours_stands_beside_the_published_number():
+    log = replace(PAPER, method="bisam_log")
+    runs = [*seeded(PAPER, 0.941, 0.945, time=2.0), *seeded(log, 0.94, 0.95, time=2.2)]
+    found = {(one.recipe.method, one.title): (one.text, one.published.text) for one in published.beside(grouped(runs))}
+    assert found["bisam_log", "time of an epoch, relative to SAM's"] == ("1.10 ± 0.00 (2)", "1.30 (30 / 23 s)")
+    assert found["sam", "flipped training samples, epoch 100"] == ("1000 ± 0 (2)", "1250 to 1310")
+    assert found["bisam_log", "flipped training samples, most in epochs 101 to 200"] == ("2000 ± 0 (2)", "1890")
+    assert found["sam", "validation accuracy at the end (%)"] == ("94.2 ± 0.3 (2)", "94.0")
+    assert len(found) == 8
+    text = report.markdown("T", runs, {})
+    assert "## Published" in text
+    assert "\n1. Xie et al., 2024, figure 2, read off figs/reverse0\\_resnet56.png" in text.replace("0_r", "0\\_r")
+
+
+def test_a_published_number_is_for_its_own_setting():
+    for changes in ({"epochs": 15}, {"limit": 100}, {"noise": 0.2}, {"model": "resnet20"}, {"dataset": "cifar100"}):
+        assert published.beside(grouped([run(replace(PAPER, **changes))])) == []
+    text = report.markdown("T", SMALL, {})
+    assert "for none of these settings was a number found in a public source" in text
+    assert "## Published" not in text
+
+
+def test_sampa_counts_one_gradient_in_sequence():
+    sampa = replace(PAPER, method="sampa")
+    runs = [*seeded(PAPER, 0.9), *seeded(sampa, 0.9)]
+    found = {one.title: one for one in published.beside(grouped(runs)) if one.recipe.method == "sampa"}
+    one = found["gradients one after another, relative to SAM's"]
+    assert (one.text, one.published.text) == ("0.50 (1)", "0.50 (70,400 / 140,800)")
+    assert published.in_sequence(replace(SAM, method="looksam"), 1.2) == 1.2
+
+
+@pytest.mark.parametrize(
+    ("method", "number"),
+    [
+        ("sam", "66.62 ± 0.43"),
+        ("MSAM(128, SAM(L2(0.05)))", "66.62 ± 0.43"),
+        ("MSAM(128, BiSAM(0.05, NegLog(5.0)))", "66.71 ± 0.21"),
+        ("MSAM(128, BiSAM(0.05, Tanh(20.0, 0.1)))", "66.64 ± 0.80"),
+    ],
+)
+def test_the_reply_to_reviewers_is_beside_imagenet(method, number):
+    recipe = Recipe(dataset="imagenet", model="torchvision:resnet50", method=method, batch_size=512)
+    (one,) = published.beside(grouped([run(recipe, 0.7)]))
+    assert (one.text, one.published.text) == ("70.00 (1)", number)
+    assert "a third of ImageNet-1K" in one.published.setting
+
+
+# Pages
+
+
+class Page(HTMLParser):
+    """Tags, attributes and visible text of a page."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.attributes: list[tuple[str, str, str]] = []
+        self.text = ""
+        self._skip = False
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        self._skip = tag in ("script", "style")
+
+    def handle_endtag(self, tag):
+        self._skip = False
+
+    def handle_data(self, data):
+        self.text += "" if self._skip else data
+
+
+def test_a_page_needs_nothing_else(tmp_path):
+    drawn = {f"{name}.{kind}": figures.rendered(figures.draw(name, SMALL), kind)
+             for name, kind in (("flips", "png"), ("accuracy", "svg"))}  # fmt: skip
+    text = report.markdown("A < B", SMALL, dict.fromkeys(drawn, "What & why"), "See [there](../other/report.md).")
+    html = pages.html(text, drawn)
+    page = Page(html)
+    sources = [value for _, name, value in page.attributes if name in ("src", "srcset", "data", "poster")]
+    assert len(sources) == 2
+    assert all(source.startswith(("data:image/png;base64,", "data:image/svg+xml;base64,")) for source in sources)
+    assert [value for tag, name, value in page.attributes if name == "href"] == ["../other/report.html"]
+    assert not page.tags & {"link", "iframe", "object", "embed", "base", "form"}
+    assert "url(" not in html
+    assert "@import" not in html
+    assert "http" not in re.sub(
+        "(?i)http-equiv", "", page.text + " ".join(v for _, n, v in page.attributes if n != "src")
+    )
+    assert "default-src 'none'" in html
+    assert "<title>A &lt; B</title>" in html
+    assert "prefers-color-scheme: dark" in html
+    assert 'name="viewport"' in html
+    for cell in ("92.00 ± 2.83", "What & why", "Made 2026-01-02"):
+        assert cell in page.text
+
+
+def test_a_pages_policy_admits_its_own_script():
+    from base64 import b64encode
+    from hashlib import sha256
+
+    html = pages.html("# T", {})
+    script = re.search("<script>(.*)</script>", html, re.DOTALL)[1]
+    assert f"'sha256-{b64encode(sha256(script.encode()).digest()).decode()}'" in html
+
+
+def test_a_page_shows_html_and_leaves_out_pictures_that_are_not_there():
+    page = Page(pages.html("# T <b>x</b>\n\n<script>alert(1)</script>\n\n![gone](http://evil/x.png)", {}))
+    assert "alert(1)" in page.text
+    assert "b" not in page.tags
+    assert "img" not in page.tags
+    assert "gone" in page.text
+
+
+# Figures
+
+
+FIGURES = [name for name in figures.WHAT if name != "grid"]
+VARIED = [run(replace(LOG, mu=mu, rho=rho)) for mu in (0.1, 1.0) for rho in (0.0, 0.1, 0.2)]
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+@pytest.mark.parametrize("name", FIGURES)
+def test_figures_are_written_and_the_same_each_time(tmp_path, name, suffix):
+    first, second = (tmp_path / f"{i}.{suffix}" for i in (1, 2))
+    for path in (first, second):
+        figures.save(figures.draw(name, SMALL), path)
+    assert first.read_bytes()[:4] in (b"\x89PNG", b"<?xm", b"%PDF")
+    assert first.read_bytes() == second.read_bytes()
+    for stamp in (b"CreationDate", b"<dc:date>"):
+        assert stamp not in first.read_bytes()
+
+
+@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize(
+    "some",
+    [
+        study(noises=(0.0, 0.4)),
+        GLUE,
+        [run(replace(SAM, epochs=1))],
+        [run(replace(SAM, method=NESTED, rho=None, dataset="$x$ $\\frac{$")), run(replace(SAM, dataset="a_b^c"))],
+    ],
+    ids=["panels", "metrics", "single", "hostile"],
+)
+def test_figures_stand_several_places_metrics_and_names(some, name):
+    if figures.usable(name, some):
+        assert figures.rendered(figures.draw(name, some))[:4] == b"\x89PNG"
+
+
+def test_the_registry_names_each_figure():
+    for name in figures.WHAT:
+        assert callable(getattr(figures, name))
+    assert set(figures.WHAT) >= figures.RUNLESS
+    with pytest.raises(ValueError, match="unknown figure 'flip', did you mean 'flips'"):
+        figures.draw("flip", SMALL)
+
+
+@pytest.mark.parametrize("path", ["figure.jpg", "figure", "figure.png.gz"])
+def test_other_formats_are_refused(tmp_path, path):
+    with pytest.raises(ValueError, match=r"give a file that ends in \.png, \.pdf or \.svg"):
+        figures.save(figures.draw("figure1"), tmp_path / path)
+    assert not list(tmp_path.iterdir())
+    figures.save(figures.draw("figure1"), tmp_path / "figure.PNG")
+
+
+@pytest.mark.parametrize("name", ["flips", "figure2", "radius", "grid"])
+def test_a_figure_without_its_runs_says_so(name):
+    plain = seeded(SGD, 0.5)
+    assert figures.usable(name, plain) == []
+    with pytest.raises(ValueError, match=f"there is no run for {name}"):
+        figures.draw(name, plain)
+    with pytest.raises(ValueError, match=r"there (is|are) none"):
+        getattr(figures, name)(plain)
+
+
+def lines(ax) -> dict[str, tuple[list[float], list[float]]]:
+    return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in ax.get_lines()}
+
+
+def test_flips_are_counts_by_epoch_and_shares_and_not_of_sgd():
+    (ax,) = figures.draw("flips", SMALL).axes
+    assert lines(ax)["SAM"] == ([1, 2, 3], [10.0, 20.0, 30.0])
+    assert set(lines(ax)) == {"SAM", "BiSAM (-log)"}
+    (share,) = ax.child_axes
+    assert share.get_ylabel() == "% of the training set"
+    assert share._functions[0](107.8) == pytest.approx(10.0)
+
+
+def test_flips_leave_out_methods_that_descend_on_a_part_of_the_batch():
+    esam = seeded(replace(SAM, method="esam"), 0.9, 0.91)
+    for one in esam:
+        for row in one.metrics:
+            row["flipped"] = math.nan
+    figure = figures.draw("flips", [*SMALL, *esam])
+    assert "ESAM" not in lines(figure.axes[0])
+    assert "without ESAM: part of their batch is left out" in figure.get_suptitle()
+
+
+def test_shares_need_one_size_of_the_training_set():
+    (ax,) = figures.draw("flips", [run(SAM), run(replace(LOG, limit=9), examples=9)]).axes
+    assert not ax.child_axes
+
+
+def test_curves_are_means_with_bands_of_a_standard_deviation():
+    score, loss = figures.draw("curves", SMALL).axes
+    assert lines(score)["SAM"][1] == pytest.approx([82.0, 87.0, 92.0 - 10 / 3])
+    assert lines(loss)["SAM"][1] == pytest.approx([2.0, 1.0, 2 / 3])
+    assert len(score.collections) == 3
+    assert score.get_ylabel() == "validation accuracy (%)"
+    low, high = score.collections[1].get_paths()[0].vertices[[1, -2]][:, 1]
+    assert (high - low) / 2 == pytest.approx(100 * 0.02 * math.sqrt(2), abs=1e-6)
+    assert not figures.draw("curves", [run(SAM)]).axes[0].collections
+
+
+def test_gradients_are_counted_in_sequence_and_all():
+    counted, timed = figures.draw("gradients", [*SMALL, *seeded(replace(SAM, method="sampa"), 0.9, 0.95)]).axes
+    assert lines(counted)["SAM"][0] == [34, 68, 102]
+    assert lines(counted)["SGD (2× epochs)"][0] == [17, 34, 51, 68, 85, 102]
+    assert lines(counted)["SAMPa-0.2"][0] == [17, 34, 51]
+    assert lines(counted)["SAMPa-0.2, all gradients"][0] == [34, 68, 102]
+    assert lines(timed)["SAMPa-0.2"][0] == [2, 4, 6]
+    assert "SAMPa's two at once count as one" in counted.get_xlabel()
+    assert "seconds" in timed.get_xlabel()
+
+
+def test_figure_1_is_below_and_above_the_0_1_loss():
+    (ax,) = figures.draw("figure1").axes
+    found = {label.split(":")[0]: np.array(points) for label, points in lines(ax).items()}
+    step = (found["BiSAM (-log)"][0] > 0).astype(float)
+    for label in ("BiSAM (-log)", "BiSAM (tanh)"):
+        assert (found[label][1] <= step + 1e-12).all()
+    for label in ("hinge", "cross-entropy"):
+        assert (found[label][1] >= step - 1e-12).all()
+    assert found["BiSAM (tanh)"][1][-1] == pytest.approx(math.tanh(3))
+    assert found["BiSAM (-log)"][1][0] == pytest.approx(1 - math.log(1 + (math.e - 1) * math.exp(3)))
+    assert found["cross-entropy"][1][-1] == pytest.approx(math.log2(1 + math.exp(3)))
+    assert ax.get_xlim() == (-3, 3)
+
+
+def test_the_radius_points_at_what_failed():
+    runs = [one for rho, score in ((0.1, 0.9), (0.2, 0.95), (0.4, 0.2)) for one in seeded(replace(SAM, rho=rho), score)]
+    (ax,) = figures.draw("radius", runs).axes
+    failed = [line for line in ax.get_lines() if line.get_marker() == "v"]
+    assert [list(line.get_xdata()) for line in failed] == [[0.4]]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["0.1", "0.2", "0.4"]
+
+
+def test_the_grid_has_a_line_for_each_value_of_the_other_settings():
+    rho, mu = figures.draw("grid", VARIED).axes
+    assert (rho.get_xlabel(), mu.get_xlabel()) == ("rho", "mu")
+    labels = [text.get_text() for text in rho.get_legend().get_texts()]
+    assert labels == ["BiSAM (-log), mu 0.1", "BiSAM (-log), mu 1"]
+    assert len(mu.get_legend().get_texts()) == 3
+    assert tuning.varied(SMALL) == []
+
+
+def test_the_metric_and_its_unit_are_on_the_axis():
+    labels = [ax.get_xlabel() for ax in figures.draw("accuracy", GLUE).axes]
+    assert labels == ["test Matthews correlation × 100", "test F1 × 100", "test accuracy (%)"]
+
+
+@pytest.fixture(scope="module")
+def many() -> list[Finished]:
+    """Every method, all in about the same place."""
+    recipes = [replace(SAM, method=method, rho=METHODS[method].rho) for method in METHODS]
+    return [one for recipe in recipes for one in seeded(recipe, 0.90, 0.91)]
+
+
+def test_many_methods_are_ranked_and_numbered(many):
+    figure = figures.draw("time", many)
+    (ax,) = figure.axes
+    numbers = [int(text.get_text()) for axis in (ax, *ax.child_axes) for text in axis.texts]
+    assert sorted(numbers) == list(range(1, len(METHODS) + 1))
+    assert len(ax.child_axes) == 1  # they are all in one place, which is enlarged
+    names = [text.get_text().split(None, 1)[1] for text in figure.legends[0].get_texts()]
+    assert sorted(names) == sorted(entry.name for entry in METHODS.values())
+    labels = [text.get_text() for text in figures.draw("accuracy", many).axes[0].get_yticklabels()]
+    assert sorted(labels) == sorted(entry.name for entry in METHODS.values())
+
+
+def test_many_methods_are_in_a_panel_for_each_family_with_sam(many):
+    axes = figures.draw("curves", many).axes[::2]
+    families = {entry.family for entry in METHODS.values()}
+    assert len(axes) == len(families)
+    assert all("SAM" in lines(ax) for ax in axes)
+    assert {label for ax in axes for label in lines(ax)} == {entry.name for entry in METHODS.values()}
+    drawn = [ax for ax in figures.draw("flips", many).axes if ax.get_title()]
+    assert len(drawn) == len(families) - 1  # of SAM alone there is no panel
+
+
+@pytest.mark.parametrize("count", [5, 12, len(METHODS)])
+def test_lines_on_one_panel_are_told_apart(count):
+    called = names([Recipe(method=method) for method in list(METHODS)[:count]])
+    styles = drawing.styles(called)
+    assert set(styles) == set(called.values())
+    assert len(set(styles.values())) == len(styles)
+    assert styles["SAM"].colour == drawing.BLACK
+
+
+def test_a_panel_starts_where_the_first_epochs_are_over():
+    score, _ = figures.draw("curves", [run(replace(SAM, epochs=100))]).axes
+    assert score.get_ylim()[0] > 85
+
+
+def test_long_names_are_cut_to_a_few_lines():
+    assert drawing.plain("a $b$ c") == r"a \$b\$ c"
+    text = drawing.plain(" ".join(["word"] * 100), 20)
+    assert len(text.splitlines()) == 4
+    assert text.endswith("…")
+
+
+# The command
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """Run folders of two recipes."""
+    root = tmp_path / "runs"
+    for one in SMALL[:4]:
+        folder = Run.under(root / "digits", one.recipe)
+        with folder.open():
+            folder.save({}, one.metrics)
+            folder.finish(one.result)
+    return root
+
+
+def test_report_command_writes_markdown_csv_page_and_figures(finished, tmp_path, bisam):
+    code, _, _ = bisam("report", "digits", "--out", finished, "--to", tmp_path / "elsewhere")
+    assert code == 0
+    made = {p.name for p in (tmp_path / "elsewhere").iterdir()}
+    assert made == {"report.md", "report.csv", "report.html", "accuracy.png", "flips.png"}
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "elsewhere" / "report.csv").read_text())))
+    assert [row["method"] for row in rows] == ["SGD", "SAM"]
+
+
+@pytest.mark.parametrize(
+    ("file", "content"), [("result.json", "{}"), ("metrics.csv", "epoch\n1\n"), ("recipe.json", "[")]
+)
+def test_a_damaged_run_is_named_and_the_others_are_reported(finished, tmp_path, bisam, file, content):
+    folder = Run.under(finished / "digits", replace(SAM, seed=1)).folder
+    (folder / file).write_text(content)
+    code, _, err = bisam("report", "digits", "--out", finished, "--to", tmp_path / "elsewhere")
+    assert code == 0
+    assert f"{file} is damaged" in err
+    text = (tmp_path / "elsewhere" / "report.md").read_text()
+    assert "| SGD |" in text
+    assert "| SAM |" in text
+
+
+def test_a_report_of_sgd_alone_has_no_figure_of_flips(finished, tmp_path, bisam):
+    shutil.rmtree(finished / "digits" / SAM.slug)
+    code, _, _ = bisam("report", "digits", "--out", finished, "--to", tmp_path / "elsewhere")
+    assert code == 0
+    made = {p.name for p in (tmp_path / "elsewhere").iterdir()}
+    assert made == {"report.md", "report.csv", "report.html", "accuracy.png"}
+    assert "flips" not in (tmp_path / "elsewhere" / "report.md").read_text()
+
+
+def test_run_folders_before_metrics_were_named_are_reported(finished):
+    for path in finished.glob("digits/*/*/result.json"):
+        old = json.loads(path.read_text())
+        path.write_text(json.dumps({key: old[key] for key in old if key not in ("metric", "scores", "examples")}))
+    for path in finished.glob("digits/*/*/metrics.csv"):
+        rows = list(csv.DictReader(io.StringIO(path.read_text())))
+        path.write_text(runs.to_csv([{key: row[key] for key in ("epoch", "validation", "flipped")} for row in rows]))
+    found = [one for one in runs.finished(finished / "digits") if isinstance(one, Finished)]
+    assert len(found) == 4
+    assert report.markdown("T", found, {})
+    for name in FIGURES:
+        assert figures.rendered(figures.draw(name, found))

@@ -1,0 +1,350 @@
+"""Every study of the papers end to end, in small: the real loaders on files that the test writes, small networks."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torchvision.datasets import cifar
+
+from bisam.experiments import processes
+from bisam.experiments.machine import Machine
+from bisam.experiments.paper import MODELS, PAPER
+from bisam.experiments.presets import PRESETS
+from bisam.experiments.processes import Outcome
+from bisam.experiments.recipes import Recipe
+from bisam.experiments.runs import Run
+from bisam.experiments.studies import STUDIES
+from bisam.experiments.train import train
+from tests.test_folders import classes, flower_root, pet_root  # noqa: F401 - fixtures
+from tests.test_models import bert  # noqa: F401 - a fixture
+from tests.test_texts import classic
+
+GLUE = ("cola", "sst2", "mrpc", "qqp", "mnli", "qnli", "rte", "wnli")
+
+
+@pytest.fixture
+def cifar_root(tmp_path, monkeypatch):
+    """CIFAR-10 and CIFAR-100 in the official layout, of random images."""
+    random = np.random.default_rng(0)
+    for kind, labels, count in ((cifar.CIFAR10, "labels", 10), (cifar.CIFAR100, "fine_labels", 100)):
+        folder = tmp_path / kind.base_folder
+        folder.mkdir()
+        for name, _ in kind.train_list + kind.test_list:
+            images = random.integers(0, 256, (40, 3072), dtype=np.uint8)
+            (folder / name).write_bytes(pickle.dumps({"data": images, labels: list(random.integers(0, count, 40))}))
+        names = {kind.meta["key"]: [str(i) for i in range(count)]}
+        (folder / kind.meta["filename"]).write_bytes(pickle.dumps(names))
+    monkeypatch.setattr(cifar, "check_integrity", lambda *_: True)  # the official digests are of the official images
+    return tmp_path
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Runs of a study one after the other in this process."""
+
+    def run_all(recipes, root, workers, machine, progress):
+        outcomes = []
+        for recipe in recipes:
+            outcomes.append(Outcome(recipe, train(Run.under(root, recipe), machine)))
+            progress.done(recipe, None)
+        return outcomes
+
+    monkeypatch.setattr(processes, "run_all", run_all)
+
+
+def checked(folder, root, runs: int, seeds: int = 1) -> list[dict]:
+    """The rows of a report, which has all its files."""
+    assert len(list(root.glob("*/seed-*/result.json"))) == runs * seeds
+    assert {"report.md", "report.csv", "report.html"} <= {path.name for path in folder.iterdir()}
+    rows = list(csv.DictReader((folder / "report.csv").read_text().splitlines()))
+    assert len(rows) == runs
+    assert {row["n"] for row in rows} == {str(seeds)}
+    return rows
+
+
+IMAGES = ("table1", "table2", "table4", "table5", "table8", "table9", "table10", "figure2", "sampa", "grid")
+RUNS = {"table1": 4, "table2": 4, "table4": 2, "table5": 2, "table8": 20, "table9": 3, "table10": 3}
+RUNS |= {"figure2": 3, "sampa": 8, "grid": 25}
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_a_study_of_cifar_end_to_end(name, cifar_root, here, bisam):
+    small = ("--set", "model=convnet", "--set", "limit=32", "--set", "batch_size=16", "--seeds", 1)
+    code, out, _ = bisam(
+        "run", name, "--epochs", 1, *small, "--data-dir", cifar_root, "--out", cifar_root / "out", "--set", "cutout=yes"
+    )
+    assert code == 0
+    study = STUDIES[name]
+    rows = checked(cifar_root / "out" / name, cifar_root / "out" / study.folder, RUNS[name])
+    for figure in study.figures:
+        assert (cifar_root / "out" / name / f"{figure}.png").exists()
+    assert {row["dataset"] for row in rows} == {"cifar100" if name == "table2" else "cifar10"}
+    first = next((cifar_root / "out" / study.folder).glob("*/seed-*/recipe.json"))
+    recipe = Recipe.from_dict(json.loads(first.read_text()))
+    assert (recipe.model, recipe.limit, recipe.cutout) == ("convnet", 32, True)
+    assert name in out
+
+
+def test_the_tables_take_the_papers_networks():
+    for name in ("table1", "table2", "table4", "table5", "table9", "table10"):
+        assert tuple(dict.fromkeys(recipe.model for recipe in STUDIES[name].recipes(None))) == MODELS
+    assert [study.name for study in PAPER] == [
+        *(f"table{i}" for i in range(1, 11)),
+        "figure2",
+        "sampa",
+        "grid",
+    ]
+
+
+def test_sgd_has_twice_the_epochs_where_gradients_are_to_be_equal():
+    for name in ("table1", "table2", "table8", "cifar10-small", "digits"):
+        for epochs in (None, 3):
+            by_method = {recipe.method: recipe.epochs for recipe in STUDIES[name].recipes(epochs)}
+            assert by_method["sgd"] == 2 * by_method["sam"] == 2 * by_method["bisam_log"]
+
+
+def test_table3_on_image_folders(tmp_path, here, bisam):
+    for part, count in (("train", 30), ("val", 4)):
+        classes(tmp_path / "imagenet" / part, n01=count, n02=count)
+    small = ("model=torchvision:squeezenet1_1", "image_size=32", "limit=16", "batch_size=8")
+    changes = [text for change in small for text in ("--set", change)]
+    code, _, err = bisam(
+        "run", "table3", "--epochs", 1, *changes, "--seeds", 1, "--data-dir", tmp_path, "--out", tmp_path / "o"
+    )
+    assert code == 0, err
+    checked(tmp_path / "o" / "table3", tmp_path / "o" / "table3", 3)
+
+
+def test_table6_on_flowers_and_pets(flower_root, pet_root, here, bisam):  # noqa: F811
+    pytest.importorskip("timm")
+    assert flower_root == pet_root
+    small = ("model=timm:test_vit", "weights=none", "image_size=160", "limit=4", "batch_size=2")
+    changes = [text for change in small for text in ("--set", change)]
+    out = flower_root / "o"
+    code, _, err = bisam(
+        "run", "table6", "--epochs", 1, *changes, "--seeds", 1, "--data-dir", flower_root, "--out", out
+    )
+    assert code == 0, err
+    rows = checked(out / "table6", out / "table6", 8)
+    assert {row["method"] for row in rows} == {"AdamW", "SAM", "BiSAM (-log)", "BiSAM (tanh)"}
+
+
+def test_table7_on_every_task(tmp_path, bert, here, bisam):  # noqa: F811
+    pytest.importorskip("datasets")
+    for task in GLUE:
+        classic(tmp_path, task)
+    small = (f"model=hf:{bert}", "weights=none", "limit=8", "batch_size=4", "max_length=16")
+    changes = [text for change in small for text in ("--set", change)]
+    out = tmp_path / "o"
+    code, _, err = bisam("run", "table7", "--epochs", 1, *changes, "--seeds", 1, "--data-dir", tmp_path, "--out", out)
+    assert code == 0, err
+    rows = checked(out / "table7", out / "table7", 24)
+    assert {row["metric"] for row in rows if row["dataset"] == "glue:cola"} == {"matthews"}
+    assert {row["metric"] for row in rows if row["dataset"] == "glue:mrpc"} == {"f1"}
+    text = (out / "table7" / "report.md").read_text()
+    assert "Matthews" in text
+
+
+# --set
+
+
+def test_a_change_is_another_identity():
+    study = STUDIES["digits"]
+    ours, theirs = study.changed(None, ()), study.changed(None, ("weight_decay=0",))
+    assert not {r.slug for r in ours} & {r.slug for r in theirs}
+    assert {r.weight_decay for r in theirs} == {0.0}
+
+
+def test_a_setting_is_changed_where_a_method_has_it():
+    changed = STUDIES["digits"].changed(2, ("mu=5",))
+    assert {r.method: r.mu for r in changed} == {
+        "sgd": None,
+        "sam": None,
+        "bisam_log": 5,
+        "bisam_tanh": 5,
+        "asam": None,
+    }
+    assert {r.method: r.epochs for r in changed}["sgd"] == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("epoch=1", "unknown field 'epoch', did you mean 'epochs'"),
+        ("epochs", "has no value: write it as in --set epochs=1"),
+        ("epochs=many", "'many' is not a whole number"),
+        ("epochs=0", "epochs must be at least 1, got 0"),
+        ("cutout=perhaps", "'perhaps' is not true or false"),
+        ("learning_rate=fast", "'fast' is not a number"),
+        ("optimizer=lion", "unknown optimizer 'lion'"),
+        ("seed=3", "--seeds says how many"),
+        ("method=sam", "bisam train --method"),
+        ("eta=0.1", ""),
+    ],
+)
+def test_a_change_that_is_none_is_refused(bisam, tmp_path, change, message):
+    study = "table3" if change.startswith("eta") else "digits"
+    message = message or "no method of table3 has eta as a setting"
+    code, _, err = bisam("run", study, "--set", change, "--out", tmp_path)
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+# Plans, presets, plots
+
+
+def test_a_dry_run_says_what_is_left_and_runs_nothing(bisam, tmp_path):
+    train(Run.under(tmp_path / "digits", Recipe(method="sam", rho=0.4, epochs=1)))
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = bisam("run", "digits", "--epochs", 1, "--seeds", 2, "--dry-run", "--out", tmp_path)
+    assert (code, err) == (0, "")
+    assert "19 of 20 runs of digits are left" in out
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_dry_run_without_the_data_says_so(bisam, tmp_path):
+    code, out, err = bisam("run", "table1", "--dry-run", "--data-dir", tmp_path)
+    assert code == 0
+    assert "120 of 120 runs of table1 are left, about ?" in out
+    assert "cifar10 is not there: give --download" in err
+    assert err.count("\n") == 1
+
+
+def test_a_preset_is_where_flags_start_from(bisam, cifar_root):
+    arguments = ("--model=convnet", "--limit", 16, "--epochs=1", "--no-cutout", "--lr", 0.05)
+    code, _, err = bisam(
+        "train", "--preset", "authors", *arguments, "--data-dir", cifar_root, "--out", cifar_root / "out"
+    )
+    assert code == 0, err
+    (path,) = (cifar_root / "out").rglob("recipe.json")
+    recipe = Recipe.from_dict(json.loads(path.read_text()))
+    assert (recipe.dataset, recipe.batch_size, recipe.label_smoothing) == ("cifar10", 128, 0.1)
+    assert (recipe.model, recipe.epochs, recipe.cutout, recipe.learning_rate) == ("convnet", 1, False, 0.05)
+    assert PRESETS["authors"].cutout
+    assert not PRESETS["paper"].cutout
+
+
+def test_an_unknown_preset_is_one_line(bisam):
+    code, _, err = bisam("train", "--preset", "author")
+    assert code == 2
+    assert "did you mean 'authors'" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("plot", "figure3"), "unknown figure 'figure3', did you mean 'figure"),
+        (("plot", "flips"), "Name the study too"),
+        (("plot", "figure1", "--to", "figure1.gif"), ".png, .pdf or .svg"),
+        (("plot", "figure2"), "no finished run of figure2 there"),
+        (("plot", "table12"), "table12"),
+    ],
+)
+def test_a_plot_that_cannot_be_is_one_line(bisam, monkeypatch, tmp_path, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = bisam(*arguments)
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("ending", ["png", "pdf", "svg"])
+def test_figure1_needs_no_runs(bisam, tmp_path, ending):
+    code, _, _ = bisam("plot", "figure1", "--to", tmp_path / f"one.{ending}")
+    assert code == 0
+    assert (tmp_path / f"one.{ending}").stat().st_size > 1000
+    assert bisam("run", "figure1", "--out", tmp_path)[0] == 0
+    assert (tmp_path / "figure1" / "report.html").exists()
+
+
+KILLED = """
+import os, random, signal, sys, time
+from dataclasses import replace
+from pathlib import Path
+import torch
+from bisam.experiments.recipes import Recipe
+from bisam.experiments.runs import Run
+from bisam.experiments.train import train
+
+torch.set_num_threads(1)
+root, method, more = Path(sys.argv[1]), sys.argv[2], eval(sys.argv[3])
+recipe = Recipe(method=method, noise=0.4, epochs=12, batch_size=128, **more)
+
+def child(folder):
+    pid = os.fork()
+    if not pid:
+        train(Run.under(folder, recipe))
+        os._exit(0)
+    return pid
+
+start = time.monotonic()
+assert os.waitpid(child(root / "whole"), 0)[1] == 0
+whole = time.monotonic() - start
+random.seed(7)
+kills = 0
+for _ in range(10):
+    pid = child(root / "broken")
+    time.sleep(random.uniform(0.02, 0.35) * whole)
+    os.kill(pid, signal.SIGKILL)
+    kills += os.waitpid(pid, 0)[1] == signal.SIGKILL
+    print(len((Run.under(root / "broken", recipe).checkpoint() or {"history": []})["history"]), flush=True)
+assert kills >= 2, "it finished too soon"
+assert os.waitpid(child(root / "broken"), 0)[1] == 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        ("bisam_log", {"rho": 0.4}),
+        (
+            "GSAM(Friendly(L2(0.4)), ascent=NegLog())",
+            {
+                "ema": 0.9,
+                "optimizer": "adamw",
+                "schedule": "linear",
+                "warmup": 5,
+                "learning_rate": 0.01,
+                "accumulate": 2,
+                "clip": 1.0,
+                "precision": "bf16",
+            },
+        ),
+    ],
+    ids=["sgd", "everything"],
+)
+def test_a_run_killed_at_ten_random_moments_equals_the_uninterrupted_one(tmp_path, method, more):
+    command = [sys.executable, "-c", KILLED, str(tmp_path), method, repr(more)]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
+    whole, broken = (
+        torch.load(next((tmp_path / name).rglob("checkpoint.pt")), weights_only=True) for name in ("whole", "broken")
+    )
+    timed = ("seconds", "relative_time")
+    for rows in (whole["history"], broken["history"]):
+        for row in rows:
+            assert all(row.pop(name) > 0 for name in timed)
+    left, right = (torch.utils._pytree.tree_flatten(state) for state in (whole, broken))
+    assert left[1] == right[1]
+    for a, b in zip(left[0], right[0], strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b or (a != a and b != b)
+
+
+def test_several_devices_share_the_batches(tmp_path):
+    """Two processes, each with half of every batch, which is MSAM on one."""
+    recipe = Recipe(method="bisam_log", rho=0.4, epochs=4, batch_size=128, precision="64")
+    rows = []
+    result = train(Run.under(tmp_path / "two", recipe), Machine(devices=2), rows.append)
+    assert result["processes"] == 2
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
+    assert 0.3 < result["test_last"] <= 1
+    assert torch.load(next((tmp_path / "two").rglob("checkpoint.pt")), weights_only=True)["history"] == rows
