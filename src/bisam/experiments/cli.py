@@ -36,7 +36,9 @@ app = App(
 )
 
 Out = Annotated[Path, Parameter(help="Folder that the run folders are in.")]
-Changes = Annotated[tuple[str, ...], Parameter(name="--set", help="Change a field of all recipes: --set epochs=1.")]
+Changes = Annotated[
+    tuple[str, ...], Parameter(name="--set", negative="", help="Change a field of all recipes: --set epochs=1.")
+]
 MachineFlags = Annotated[Machine, Parameter(name="*")]
 
 

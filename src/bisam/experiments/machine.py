@@ -6,9 +6,10 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from cyclopts import Parameter
 from lightning_fabric import Fabric
 
 from bisam.experiments.names import unknown
@@ -24,28 +25,26 @@ PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-m
 class Machine:
     """Devices, folders and loggers of runs.
 
-    Attributes:
-        device: cpu, cuda, cuda:1, mps, ... or auto.
-        devices: processes of one run on a machine, one device each.
-        nodes: machines of one run; above 1, start the command on each by torchrun or srun.
-        strategy: how the devices of a run share the work: auto, ddp or fsdp.
-        data_dir: folder of the data sets.
-        download: whether what is missing there may be downloaded.
-        loaders: processes that read and decode images, for data in files.
-        log: where metrics go besides metrics.csv: tensorboard, wandb, mlflow.
-
     Raises:
         ValueError: a value is outside its range.
     """
 
     device: str = "cpu"
+    """Where to compute: cpu, cuda, cuda:1, mps, ... or auto."""
     devices: int = 1
+    """Processes of one run on a machine, one device each."""
     nodes: int = 1
+    """Machines of one run; above 1, start the command on each by torchrun or srun."""
     strategy: str = "auto"
+    """How the devices of a run share the work: auto or ddp."""
     data_dir: Path = Path(os.environ.get("BISAM_DATA", "data"))
+    """Folder of the data sets."""
     download: bool = False
+    """Fetch what is missing there."""
     loaders: int = 0
-    log: tuple[str, ...] = ("tensorboard",)
+    """Processes that read and decode images, for data in files."""
+    log: Annotated[tuple[str, ...], Parameter(negative="")] = ("tensorboard",)
+    """Where metrics go besides metrics.csv: tensorboard, wandb, mlflow."""
 
     def __post_init__(self) -> None:
         for name, least in (("devices", 1), ("nodes", 1), ("loaders", 0)):
