@@ -17,7 +17,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from bisam import __version__
-from bisam.experiments.machine import Machine
+from bisam.experiments.machine import Machine, threads
 from bisam.experiments.names import unknown
 from bisam.experiments.recipes import Recipe, Whole
 from bisam.experiments.runs import Finished, Run, RunError, finished, to_csv, write
@@ -122,6 +122,7 @@ def _plan(chosen: Study, recipes: list[Recipe], root: Path, machine: Machine, wo
     from bisam.experiments.estimate import estimate
     from bisam.experiments.groups import title
 
+    threads(workers)  # as in the processes that would run
     left = [recipe for recipe in recipes if not (Run.under(root, recipe).folder / "result.json").exists()]
     table = Table("dataset", "model", "method", "noise", "epochs", "gradients", "runs left", "time", box=None)
     total, problems = 0.0, dict[str, None]()
