@@ -16,11 +16,12 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from bisam.experiments import drawing, figures, pages, published, report, runs, tuning
+from bisam.experiments import runs
 from bisam.experiments.catalogue import METHODS
-from bisam.experiments.differences import baseline, differences, student
-from bisam.experiments.groups import BROUGHT, grouped, names, places, setting
 from bisam.experiments.recipes import Recipe
+from bisam.experiments.reports import drawing, figures, pages, published, tables as report, tuning
+from bisam.experiments.reports.differences import baseline, differences, student
+from bisam.experiments.reports.groups import BROUGHT, grouped, names, places, setting
 from bisam.experiments.runs import Finished, Run
 
 SAM = Recipe(method="sam", noise=0.4, rho=0.4, epochs=3)

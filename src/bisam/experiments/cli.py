@@ -55,6 +55,8 @@ def run(
     workers: Whole | None = None,
     ray: str | None = None,
     gpus: float = 0,
+    cpus: Whole = 1,
+    retries: Whole = 3,
     dry_run: Annotated[bool, Parameter(negative="")] = False,
     machine: MachineFlags = Machine(),  # noqa: B008
     out: Out = Path("runs"),
@@ -68,7 +70,9 @@ def run(
         epochs: Epochs per run (where SGD gets twice as many, of the others); by default the study's own number.
         workers: Processes; by default one per core.
         ray: Run on a Ray cluster instead: local, auto or its address.
-        gpus: GPUs of each run on the cluster.
+        gpus: GPUs of each run on the cluster; 0.25 puts four on one.
+        cpus: CPUs of each run on the cluster.
+        retries: How often a run on the cluster may be lost with its machine before it is given up.
         dry_run: Show what would run and how long it may take, from a few steps that are measured, and run nothing.
     """
     from bisam.experiments.measurements import MEASUREMENTS
@@ -80,11 +84,14 @@ def run(
         return _measure(study, changes, machine, out, dry_run)
     if study == "figure1":
         return _figure1(out / study)
+    from bisam.experiments import loggers
     from bisam.experiments.study import expand
 
     chosen = _study(study)
     recipes = expand(chosen.changed(epochs, changes), seeds or chosen.seeds, chosen.first_seed)
-    machine.fabric()  # says so now if the device is not here
+    loggers.check(machine.log)
+    if ray is None:
+        machine.fabric()  # says so now if the device is not here
     root = out / chosen.folder
     count = workers or max(1, (os.cpu_count() or 1) // machine.devices)
     if dry_run:
@@ -98,7 +105,9 @@ def run(
             else:
                 from bisam.experiments import cluster
 
-                outcomes = cluster.run_all(recipes, root, machine, display, address=ray, gpus=gpus)
+                outcomes = cluster.run_all(
+                    recipes, root, machine, display, address=ray, gpus=gpus, cpus=cpus, retries=retries
+                )
         except KeyboardInterrupt:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # one is enough
             display.stop()
@@ -120,7 +129,7 @@ def run(
 def _plan(chosen: Study, recipes: list[Recipe], root: Path, machine: Machine, workers: int) -> int:
     """What `run` would do."""
     from bisam.experiments.estimate import estimate
-    from bisam.experiments.groups import title
+    from bisam.experiments.reports.groups import title
 
     threads(workers)  # as in the processes that would run
     left = [recipe for recipe in recipes if not (Run.under(root, recipe).folder / "result.json").exists()]
@@ -174,8 +183,10 @@ def train(
     Args:
         preset: Settings to start from: paper, authors, imagenet, vit or bert; other flags change them.
     """
+    from bisam.experiments import loggers
     from bisam.experiments.train import train as train_run
 
+    loggers.check(machine.log)
     one = Run.under(out / "train", recipe)
     with _Display(recipe.epochs, 1) as display:
         try:
@@ -199,8 +210,8 @@ def list_studies() -> int:
     """List the studies, and the methods, data sets and models that `bisam train` takes."""
     from bisam.experiments import data, models
     from bisam.experiments.catalogue import METHODS
-    from bisam.experiments.groups import title
     from bisam.experiments.measurements import MEASUREMENTS
+    from bisam.experiments.reports.groups import title
     from bisam.experiments.studies import STUDIES
 
     table = Table("study", "what", "runs", "methods", box=None, pad_edge=False, header_style="bold")
@@ -291,9 +302,9 @@ def plot(
         changes: As they were given to `bisam run`.
         to: File to write; its ending says the format. By default FIGURE.png.
     """
-    from bisam.experiments import figures
-    from bisam.experiments.drawing import save
     from bisam.experiments.measurements import MEASUREMENTS, report as measured
+    from bisam.experiments.reports import figures
+    from bisam.experiments.reports.drawing import save
     from bisam.experiments.studies import STUDIES
 
     file = to or Path(f"{figure}.png")
@@ -346,8 +357,8 @@ def _without_seed(run: Finished) -> Recipe:
 
 def _report(study: Study, runs: list[Finished], to: Path) -> None:
     """Table on the terminal, report.md, report.csv, report.html and figures in `to`."""
-    from bisam.experiments import figures, report as tables
-    from bisam.experiments.drawing import rendered
+    from bisam.experiments.reports import figures, tables
+    from bisam.experiments.reports.drawing import rendered
 
     rows = tables.summary(runs, study.baselines)
     header = tables.header(rows, brief=console.width < 130)
@@ -365,7 +376,7 @@ def _report(study: Study, runs: list[Finished], to: Path) -> None:
 
 
 def _write_report(to: Path, markdown: str, csv: str, pictures: dict[str, bytes]) -> None:
-    from bisam.experiments import pages
+    from bisam.experiments.reports import pages
 
     write(to / "report.md", markdown)
     if csv:
@@ -403,8 +414,8 @@ def _measure(name: str, changes: tuple[str, ...], machine: Machine, out: Path, d
 
 
 def _report_measured(name: str, place: Path, to: Path, changes: tuple[str, ...] = ()) -> int:
-    from bisam.experiments.drawing import rendered
     from bisam.experiments.measurements import MEASUREMENTS, report as measured
+    from bisam.experiments.reports.drawing import rendered
 
     result = measured(MEASUREMENTS[name], place, _split(changes))
     table = Table(*(Column(text, overflow="fold") for text in result.header), title=result.title)
@@ -418,8 +429,8 @@ def _report_measured(name: str, place: Path, to: Path, changes: tuple[str, ...] 
 
 def _figure1(to: Path) -> int:
     """Figure 1, which needs no runs."""
-    from bisam.experiments import figures
-    from bisam.experiments.drawing import rendered
+    from bisam.experiments.reports import figures
+    from bisam.experiments.reports.drawing import rendered
 
     what = figures.WHAT["figure1"]
     text = f"# Figure 1\n\n{what}.\n\n![{what}](figure1.png)\n"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing as mp
 import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -89,3 +91,19 @@ class Machine:
 def threads(share: int) -> None:
     """Leave a process its share of the cores, of which there are to be `share`."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // share))
+
+
+def end_with_parent() -> None:
+    """Let this process, which multiprocessing started, not outlive its parent, however that one ends.
+
+    Whoever starts processes in a run calls it first in each: an orphan would go on to write into a folder that is no
+    longer locked.
+    """
+    parent = mp.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()

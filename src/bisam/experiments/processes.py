@@ -6,24 +6,23 @@ A run that fails is reported and does not stop the others; what is interrupted g
 from __future__ import annotations
 
 import multiprocessing as mp
-import os
 import signal
 import threading
 import time
-from collections import Counter
-from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from queue import Empty
 from typing import Any, Protocol
 
-from bisam.experiments.machine import Machine, threads
+import torch
+
+from bisam.experiments.machine import Machine, end_with_parent, threads
 from bisam.experiments.recipes import Recipe
-from bisam.experiments.runs import Run, RunError
-from bisam.experiments.train import train
+from bisam.experiments.runs import Row, Run, RunError
+from bisam.experiments.train import OnEpoch, train
 
 
 class Progress(Protocol):
@@ -47,85 +46,188 @@ class Outcome:
     error: str | None = None
 
 
+Done = Callable[[Outcome], None]
+
+
 def run_all(recipes: Sequence[Recipe], root: Path, workers: int, machine: Machine, progress: Progress) -> list[Outcome]:
     """Run what is not finished yet, in `workers` processes; outcomes in the order of `recipes`.
+
+    A process that is killed costs its run an epoch and the other runs nothing; its run goes on in a new one, once.
 
     Raises:
         KeyboardInterrupt: the user stopped it; the workers are gone and finished runs are on disk.
     """
-    outcomes: dict[Recipe, Outcome] = {}
-    for recipe in recipes:
-        run = Run.under(root, recipe)
-        try:
-            if (result := run.result) is not None:
-                run.check_recipe()
-                outcomes[recipe] = Outcome(recipe, result)
-        except RunError as error:
-            outcomes[recipe] = Outcome(recipe, None, str(error))
-    for recipe, outcome in outcomes.items():
-        progress.done(recipe, outcome.error)
+    share = min(workers, len(recipes))  # not of what is left: on other numbers of threads a run has other bits
 
-    left = [recipe for recipe in recipes if recipe not in outcomes]
+    def run(left: Sequence[Recipe], done: Done) -> None:
+        _in_processes(left, root, share, machine, progress, done)
+
+    return collected(recipes, root, progress, run)
+
+
+def collected(
+    recipes: Sequence[Recipe], root: Path, progress: Progress, run: Callable[[Sequence[Recipe], Done], None]
+) -> list[Outcome]:
+    """Outcomes in the order of `recipes`: of what is finished already, and of what `run` makes of the rest."""
+    outcomes: dict[Recipe, Outcome] = {}
+
+    def done(outcome: Outcome) -> None:
+        outcomes[outcome.recipe] = outcome
+        progress.done(outcome.recipe, outcome.error)
+
+    left: list[Recipe] = []
+    for recipe in dict.fromkeys(recipes):
+        if (outcome := _so_far(recipe, root)) is None:
+            left.append(recipe)
+        else:
+            done(outcome)
     if left:
-        for outcome in _in_processes(left, root, min(workers, len(left)), machine, progress):
-            outcomes[outcome.recipe] = outcome
-            progress.done(outcome.recipe, outcome.error)
+        run(left, done)
     return [outcomes[recipe] for recipe in recipes]
 
 
-def _in_processes(
-    recipes: Sequence[Recipe], root: Path, workers: int, machine: Machine, progress: Progress
-) -> Iterator[Outcome]:
-    """Outcomes as they come. A process that is killed takes its pool along: a new one gets what was not finished."""
-    left, killed = list(recipes), Counter[Recipe]()
-    while left:
-        events, running = _SPAWN.Queue(), set[Recipe]()
-        pool = ProcessPoolExecutor(workers, mp_context=_SPAWN, initializer=_start, initargs=(events, workers))
-        with _stopping(pool):
-            with _deaf():
-                pending = {pool.submit(_work, recipe, root, machine): recipe for recipe in left}
-            while pending:
-                done, _ = wait(pending, timeout=0.1, return_when=FIRST_COMPLETED)
-                for recipe, epoch, validation in _drained(events):
-                    running.add(recipe)
-                    if epoch:
-                        progress.epoch(recipe, epoch, validation)
-                suspects = running.copy() or {pending[future] for future in done}
-                for future in done:
-                    recipe = pending.pop(future)
-                    if isinstance(future.exception(), BrokenProcessPool):
-                        killed[recipe] += recipe in suspects
-                        if killed[recipe] <= 1:
-                            continue
-                    left.remove(recipe)
-                    running.discard(recipe)
-                    yield _outcome(recipe, future)
-        pool.shutdown()
-
-
-def _drained(events: Any) -> Iterator[tuple[Recipe, int, float]]:
+def _so_far(recipe: Recipe, root: Path) -> Outcome | None:
+    run = Run.under(root, recipe)
     try:
-        while True:
-            yield events.get_nowait()
-    except Empty:
-        return
+        if (result := run.result) is None:
+            return None
+        run.check_recipe()
+        return Outcome(recipe, result)
+    except RunError as error:
+        return Outcome(recipe, None, str(error))
+
+
+def attempted(recipe: Recipe, root: Path, machine: Machine, on_epoch: OnEpoch | None = None) -> Outcome:
+    """Train in this process; where it fails, one line that says why, since a study goes on."""
+    try:
+        return Outcome(recipe, train(Run.under(root, recipe), machine, on_epoch))
+    except (RunError, ValueError) as error:
+        reason = str(error)
+    except OSError as error:
+        reason = f"cannot write under {error.filename or 'its folder'}: {error.strerror or error}"
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        reason = f"out of memory: fewer runs at a time or a smaller batch_size need less ({str(error)[:300]})"
+    except (Exception, SystemExit) as error:  # the type is what a bug report needs
+        reason = f"{type(error).__name__}: {str(error)[:300]}"
+    return Outcome(recipe, None, " ".join(reason.split()))
+
+
+_SPAWN = mp.get_context("spawn")  # fork is unsafe once torch has threads
+_LIVES = 2
+"""A run whose process was killed so often is given up: it is likely to blame."""
+
+
+class _Worker:
+    """A process that computes one run after another."""
+
+    def __init__(self, share: int) -> None:
+        self.recipe: Recipe | None = None
+        self.connection, theirs = _SPAWN.Pipe()
+        # It may have children, as a run on several devices does: a daemon may not.
+        self.process = _SPAWN.Process(target=_serve, args=(theirs, share), daemon=False)
+        with deaf():
+            self.process.start()
+        theirs.close()
+
+    def give(self, recipe: Recipe, root: Path, machine: Machine) -> None:
+        self.recipe = recipe
+        with suppress(ConnectionError):  # it was killed; that is seen when its answer does not come
+            self.connection.send((recipe, root, machine))
+
+    def gone(self) -> bool:
+        """Whether it was killed; a child of its own may hold the connection open for some seconds more."""
+        return not self.process.is_alive() and not self.connection.poll()
+
+    def end(self) -> None:
+        """Kill it if it does not go on its own."""
+        self.connection.close()
+        self.process.join(5)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
 
 
 @contextmanager
-def _stopping(pool: ProcessPoolExecutor) -> Generator[None]:
-    """End the pool's processes at once if the block is left by an exception; their runs resume from the last epoch."""
+def _staff() -> Generator[list[_Worker]]:
+    """A list of workers that end with the block: at once if by an exception, for their runs resume from an epoch."""
+    staff: list[_Worker] = []
     try:
-        yield
+        yield staff
     except BaseException:
-        with _deaf():  # to a second Ctrl-C
-            for process in list((pool._processes or {}).values()):
-                process.terminate()
-            pool.shutdown(cancel_futures=True)
+        with deaf():  # to a second Ctrl-C
+            for worker in staff:
+                worker.process.terminate()
+            for worker in staff:
+                worker.end()
         raise
+    for worker in staff:
+        worker.connection.close()
+    for worker in staff:
+        worker.process.join()
+
+
+def _in_processes(
+    recipes: Sequence[Recipe], root: Path, workers: int, machine: Machine, progress: Progress, done: Done
+) -> None:
+    left, killed = deque(recipes), Counter[Recipe]()
+    with _staff() as staff:
+        while True:
+            for worker in staff:
+                if worker.recipe is None and left:
+                    worker.give(left.popleft(), root, machine)
+            while left and len(staff) < workers:
+                staff.append(_Worker(workers))
+                staff[-1].give(left.popleft(), root, machine)
+            busy = {worker.connection: worker for worker in staff if worker.recipe is not None}
+            if not busy:
+                return
+            ready = set(wait(list(busy), timeout=1))
+            for connection, worker in busy.items():
+                recipe = worker.recipe
+                assert recipe is not None
+                try:
+                    if connection in ready:
+                        message = connection.recv()
+                    elif worker.gone():
+                        raise EOFError
+                    else:
+                        continue
+                except (EOFError, ConnectionError):
+                    staff.remove(worker)
+                    worker.end()
+                    killed[recipe] += 1
+                    if killed[recipe] < _LIVES:
+                        left.appendleft(recipe)
+                    else:
+                        done(Outcome(recipe, None, _killed(worker.process.exitcode)))
+                    continue
+                if isinstance(message, Outcome):
+                    worker.recipe = None
+                    done(message)
+                else:
+                    progress.epoch(recipe, *message)
+
+
+def _killed(code: int | None) -> str:
+    goes_on = "the same command goes on from its last epoch"
+    if code == -signal.SIGKILL:
+        return (
+            f"its process was killed {_LIVES} times, as the system does when memory is short: "
+            f"give fewer --workers; {goes_on}"
+        )
+    how = f"exit code {code}" if code is None or code >= 0 else _signal(-code)
+    return f"its process died {_LIVES} times ({how}): {goes_on}"
+
+
+def _signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
 
 
 @contextmanager
-def _deaf() -> Generator[None]:
+def deaf() -> Generator[None]:
     """Without Ctrl-C. Processes that start here inherit that: they must not hear it, even while they import."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -137,48 +239,27 @@ def _deaf() -> Generator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _outcome(recipe: Recipe, future: Future[dict[str, Any]]) -> Outcome:
-    try:
-        return Outcome(recipe, future.result())
-    except BrokenProcessPool:
-        return Outcome(
-            recipe, None, "its process was killed twice (out of memory?): the same command goes on from there"
-        )
-    except (RunError, ValueError) as error:
-        return Outcome(recipe, None, str(error))
-    except OSError as error:
-        return Outcome(recipe, None, f"cannot write under {error.filename or 'its folder'}: {error.strerror or error}")
-    except Exception as error:  # a study goes on; the type is what a bug report needs
-        return Outcome(recipe, None, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+def _serve(connection: Connection, share: int) -> None:
+    """What a worker does."""
+    end_with_parent()
+    threads(share)
+    one_at_a_time = threading.Lock()  # the epochs of a run on several devices come from a thread
 
+    def send(message: Any) -> None:
+        with one_at_a_time:
+            connection.send(message)
 
-_SPAWN = mp.get_context("spawn")  # fork is unsafe once torch has threads
-_events: Any = None
+    while True:
+        try:
+            recipe, root, machine = connection.recv()
+        except EOFError:
+            return
+        last = 0.0
 
+        def report(row: Row, epochs: int = recipe.epochs) -> None:
+            nonlocal last
+            if time.monotonic() - last > 0.1 or row["epoch"] == epochs:
+                last = time.monotonic()
+                send((int(row["epoch"]), row["validation"]))
 
-def _start(events: Any, workers: int) -> None:
-    """Set up a worker: its share of the cores, and it does not outlive the parent."""
-    global _events
-    _events = events
-    threads(workers)
-    parent = mp.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
-
-
-def _work(recipe: Recipe, root: Path, machine: Machine) -> dict[str, Any]:
-    last = 0.0
-    _events.put((recipe, 0, 0.0))
-
-    def report(row: dict[str, float]) -> None:
-        nonlocal last
-        if time.monotonic() - last > 0.1 or row["epoch"] == recipe.epochs:
-            last = time.monotonic()
-            _events.put((recipe, int(row["epoch"]), row["validation"]))
-
-    return train(Run.under(root, recipe), machine, report)
+        send(attempted(recipe, root, machine, report))

@@ -32,7 +32,7 @@ from bisam.experiments import data, models
 from bisam.experiments.data import Data, Split, batches_of
 from bisam.experiments.images import Images
 from bisam.experiments.loggers import loggers
-from bisam.experiments.machine import Machine, threads
+from bisam.experiments.machine import Machine, end_with_parent, threads
 from bisam.experiments.recipes import Recipe
 from bisam.experiments.runs import Row, Run, RunError, damaged
 from bisam.experiments.scores import scores
@@ -102,6 +102,7 @@ def _spawned(fabric: Fabric, run: Run, machine: Machine, on_epoch: OnEpoch | Non
 
 
 def _one_of_many(run: Run, machine: Machine, fabric: Fabric) -> None:
+    end_with_parent()
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C is the first process's to report
     threads(machine.devices)
     _train(fabric, run, machine, None)
@@ -153,17 +154,19 @@ class Training:
         """Train the epochs that are left, test once, and write the result."""
         recipe, fabric = self._recipe, self._fabric
         boards = loggers(self._machine.log, self._run.folder, recipe.to_dict()) if fabric.is_global_zero else []
-        for epoch in range(len(self._history) + 1, recipe.epochs + 1):
-            row = self._epoch(epoch)
-            self._history.append(row)
+        try:
+            for epoch in range(len(self._history) + 1, recipe.epochs + 1):
+                row = self._epoch(epoch)
+                self._history.append(row)
+                for board in boards:
+                    board.log({k: v for k, v in row.items() if k != "epoch"}, epoch)
+                if fabric.is_global_zero:
+                    self._run.save(self._state(), self._history)
+                if on_epoch is not None:
+                    on_epoch(row)
+        finally:
             for board in boards:
-                board.log({k: v for k, v in row.items() if k != "epoch"}, epoch)
-            if fabric.is_global_zero:
-                self._run.save(self._state(), self._history)
-            if on_epoch is not None:
-                on_epoch(row)
-        for board in boards:
-            board.close()
+                board.close()
         return self._run.finish(self._result()) if fabric.is_global_zero else {}
 
     def _epoch(self, epoch: int) -> Row:

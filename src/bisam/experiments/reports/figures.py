@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
-from bisam.experiments.curves import curves as curves, flips as flips, gradients as gradients
-from bisam.experiments.drawing import (
+from bisam.experiments.names import unknown
+from bisam.experiments.reports.curves import curves as curves, flips as flips, gradients as gradients
+from bisam.experiments.reports.drawing import (
     BLACK,
     BLUE,
     MANY,
@@ -36,11 +37,10 @@ from bisam.experiments.drawing import (
     styles,
     tested,
 )
-from bisam.experiments.groups import grouped, names, perturbed
-from bisam.experiments.names import unknown
+from bisam.experiments.reports.groups import grouped, names, perturbed
+from bisam.experiments.reports.scatter import time as time
+from bisam.experiments.reports.tuning import grid as grid, radius as radius, varied, with_radius
 from bisam.experiments.runs import Finished
-from bisam.experiments.scatter import time as time
-from bisam.experiments.tuning import grid as grid, radius as radius, varied, with_radius
 from bisam.objectives import NegLog, Tanh
 
 

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from bisam.experiments.drawing import (
+from bisam.experiments.reports.drawing import (
     MANY,
     Panel,
     Style,
@@ -26,7 +26,7 @@ from bisam.experiments.drawing import (
     styles,
     tested,
 )
-from bisam.experiments.groups import grouped, names
+from bisam.experiments.reports.groups import grouped, names
 from bisam.experiments.runs import Finished
 
 

@@ -10,8 +10,9 @@ from math import isnan, nan
 from statistics import mean, median, stdev
 from typing import Any
 
-from bisam.experiments.differences import Baselines, Difference, differences
-from bisam.experiments.groups import (
+from bisam.experiments.recipes import Recipe
+from bisam.experiments.reports.differences import Baselines, Difference, differences
+from bisam.experiments.reports.groups import (
     Groups,
     Place,
     grouped,
@@ -23,8 +24,7 @@ from bisam.experiments.groups import (
     title,
     varying,
 )
-from bisam.experiments.published import beside
-from bisam.experiments.recipes import Recipe
+from bisam.experiments.reports.published import beside
 from bisam.experiments.runs import Finished
 from bisam.experiments.scores import TITLES
 

@@ -19,8 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bisam.experiments.catalogue import FAMILIES, METHODS
-from bisam.experiments.groups import Groups, metric, names, place, places
 from bisam.experiments.recipes import Recipe
+from bisam.experiments.reports.groups import Groups, metric, names, place, places
 from bisam.experiments.runs import Finished, write
 from bisam.experiments.scores import TITLES
 

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bisam.experiments.drawing import (
+from bisam.experiments.reports.drawing import (
     BLACK,
     BLUE,
     GREEN,
@@ -28,7 +28,7 @@ from bisam.experiments.drawing import (
     sheet,
     spread,
 )
-from bisam.experiments.groups import Place, grouped, perturbed, place, places, setting, title
+from bisam.experiments.reports.groups import Place, grouped, perturbed, place, places, setting, title
 from bisam.experiments.runs import Finished
 
 _LINES = (

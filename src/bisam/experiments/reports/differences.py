@@ -13,8 +13,8 @@ from statistics import mean, stdev
 
 from scipy.special import stdtrit
 
-from bisam.experiments.groups import BROUGHT, SETTINGS, Groups
 from bisam.experiments.recipes import Recipe
+from bisam.experiments.reports.groups import BROUGHT, SETTINGS, Groups
 from bisam.experiments.runs import Finished
 
 Baselines = Sequence[str] | Mapping[str, str]

@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from bisam.experiments.drawing import MANY, Panel, Style, heading, legend, panels, plain, sheet, styles
-from bisam.experiments.groups import Groups, grouped, names, perturbed
-from bisam.experiments.published import in_sequence
+from bisam.experiments.reports.drawing import MANY, Panel, Style, heading, legend, panels, plain, sheet, styles
+from bisam.experiments.reports.groups import Groups, grouped, names, perturbed
+from bisam.experiments.reports.published import in_sequence
 from bisam.experiments.runs import Finished
 
 

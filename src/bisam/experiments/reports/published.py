@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from statistics import mean, stdev
 from typing import Any
 
-from bisam.experiments.differences import baseline, paired
-from bisam.experiments.groups import Groups
 from bisam.experiments.recipes import Recipe
+from bisam.experiments.reports.differences import baseline, paired
+from bisam.experiments.reports.groups import Groups
 from bisam.experiments.runs import Finished
 
 
