@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -20,7 +21,7 @@ from bisam.experiments.paper import MODELS, PAPER
 from bisam.experiments.presets import PRESETS
 from bisam.experiments.processes import Outcome
 from bisam.experiments.recipes import Recipe
-from bisam.experiments.runs import Run
+from bisam.experiments.runs import Run, RunError
 from bisam.experiments.studies import STUDIES
 from bisam.experiments.train import train
 from tests.test_folders import classes, flower_root, pet_root  # noqa: F401 - fixtures
@@ -273,7 +274,7 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 from bisam.experiments.recipes import Recipe
-from bisam.experiments.runs import Run
+from bisam.experiments.runs import Run, RunError
 from bisam.experiments.train import train
 
 torch.set_num_threads(1)
@@ -337,6 +338,45 @@ def test_a_run_killed_at_ten_random_moments_equals_the_uninterrupted_one(tmp_pat
     assert left[1] == right[1]
     for a, b in zip(left[0], right[0], strict=True):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b or (a != a and b != b)
+
+
+def test_each_device_remembers_for_itself_across_an_interruption(tmp_path):
+    """Momentum-SAM's average is of the device's own part of the batches."""
+    recipe = Recipe(method="momentum_sam", rho=0.4, epochs=3, batch_size=256)
+    whole, broken = Run.under(tmp_path / "a", recipe), Run.under(tmp_path / "b", recipe)
+    train(whole, Machine(devices=2))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    (broken.folder / "result.json").unlink()
+    train(broken, Machine(devices=2))  # at its end: only tests again
+    first, second = (run.checkpoint()["memories"] for run in (whole, broken))
+    assert len(first) == len(second) == 2
+    tensors = [torch.utils._pytree.tree_leaves(memory) for memory in first]
+    assert any(not torch.equal(a, b) for a, b in zip(*tensors, strict=True) if isinstance(a, torch.Tensor))
+    (broken.folder / "result.json").unlink()
+    with pytest.raises(RunError, match="it is of 2 devices, not of 1"):
+        train(broken)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("run", "table12", "--seeds", 4), "table12 trains nothing: leave --seeds out"),
+        (("run", "figure1", "--set", "a=1", "--epochs", 3), "leave --epochs, --set out"),
+        (("run", "digits", "--gpus", 2), "without --ray there is no cluster: leave --gpus out"),
+        (("run", "digits", "--nodes", 2), "by torchrun or srun"),
+        (("train", "--device", "cuda:1", "--devices", 2), "leave its number out"),
+        (("train", "--label-smoothing", 0.95), "label_smoothing must be at most 0.9 with 10 classes"),
+        (("train", "--batch-size", 1, "--devices", 2), "batches of 1 cannot be shared by 2 devices"),
+        (("train", "--model", "vgg19_bn"), "vgg19_bn"),
+        (("train", "--log", "tensorbord"), "did you mean 'tensorboard'"),
+    ],
+)
+def test_what_has_no_effect_or_cannot_be_is_one_line(bisam, tmp_path, arguments, message):
+    code, _, err = bisam(*arguments, "--out", tmp_path / "out")
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_several_devices_share_the_batches(tmp_path):

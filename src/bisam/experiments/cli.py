@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import signal
 import sys
 from dataclasses import fields, replace
@@ -68,7 +67,7 @@ def run(
         changes: Changed fields of its recipes; other values are other runs, beside the study's own.
         seeds: Seeds per recipe; by default the study's own number.
         epochs: Epochs per run (where SGD gets twice as many, of the others); by default the study's own number.
-        workers: Processes; by default one per core.
+        workers: Runs at a time, each in a process; by default one per core, or per GPU with --device cuda.
         ray: Run on a Ray cluster instead: local, auto or its address.
         gpus: GPUs of each run on the cluster; 0.25 puts four on one.
         cpus: CPUs of each run on the cluster.
@@ -80,10 +79,15 @@ def run(
     for name, value in (("seeds", seeds), ("epochs", epochs), ("workers", workers)):
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}")
-    if study in MEASUREMENTS:
-        return _measure(study, changes, machine, out, dry_run)
-    if study == "figure1":
-        return _figure1(out / study)
+    if study in MEASUREMENTS or study == "figure1":
+        flags: dict[str, Any] = {"--seeds": seeds, "--epochs": epochs, "--workers": workers, "--ray": ray}
+        if study == "figure1":
+            flags["--set"] = changes or None
+        _refuse(f"{study} trains nothing", flags)
+        return _figure1(out / study) if study == "figure1" else _measure(study, changes, machine, out, dry_run)
+    if ray is None:
+        default = {"--gpus": gpus or None, "--cpus": cpus if cpus != 1 else None}
+        _refuse("without --ray there is no cluster", {**default, "--retries": retries if retries != 3 else None})
     from bisam.experiments import loggers
     from bisam.experiments.study import expand
 
@@ -93,7 +97,9 @@ def run(
     if ray is None:
         machine.fabric()  # says so now if the device is not here
     root = out / chosen.folder
-    count = workers or max(1, (os.cpu_count() or 1) // machine.devices)
+    if machine.nodes > 1:
+        raise ValueError(f"--nodes {machine.nodes}: a study's runs are on one machine each; on many machines use --ray")
+    count = workers or machine.slots
     if dry_run:
         return _plan(chosen, recipes, root, machine, count)
     with _Display(sum(recipe.epochs for recipe in recipes), len(recipes)) as display:
@@ -126,12 +132,19 @@ def run(
     return 1 if failed else 0
 
 
+def _refuse(why: str, flags: dict[str, Any]) -> None:
+    """Say that flags which were given (are not None) have no effect."""
+    given = [flag for flag, value in flags.items() if value is not None]
+    if given:
+        raise ValueError(f"{why}: leave {', '.join(given)} out")
+
+
 def _plan(chosen: Study, recipes: list[Recipe], root: Path, machine: Machine, workers: int) -> int:
     """What `run` would do."""
     from bisam.experiments.estimate import estimate
     from bisam.experiments.reports.groups import title
 
-    threads(workers)  # as in the processes that would run
+    threads(min(workers, len(recipes)))  # as in the processes that would run
     left = [recipe for recipe in recipes if not (Run.under(root, recipe).folder / "result.json").exists()]
     table = Table("dataset", "model", "method", "noise", "epochs", "gradients", "runs left", "time", box=None)
     total, problems = 0.0, dict[str, None]()
@@ -183,7 +196,10 @@ def train(
     Args:
         preset: Settings to start from: paper, authors, imagenet, vit or bert; other flags change them.
     """
+    import torch
+
     from bisam.experiments import loggers
+    from bisam.experiments.scores import TITLES
     from bisam.experiments.train import train as train_run
 
     loggers.check(machine.log)
@@ -196,9 +212,11 @@ def train(
             display.stop()
             errors.print(f"interrupted: {one.folder} is saved; the same command goes on from its last epoch")
             return 130
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise RunError(f"out of memory: a smaller --batch-size needs less ({str(error)[:200]})") from error
         display.done(recipe, None)
     console.print(
-        f"test accuracy {100 * result['test_best']:.1f} % at the best validation epoch "
+        f"test {TITLES[result['metric']]} {100 * result['test_best']:.1f} % at the best validation epoch "
         f"({result['best_epoch']:g}), {100 * result['test_last']:.1f} % at the last; {one.folder}",
         soft_wrap=True,
     )
@@ -333,7 +351,11 @@ def _runs_of(chosen: Study, changes: tuple[str, ...], out: Path) -> list[Finishe
     """The finished runs of a study; where there is none of its own, shorter trials that lie in its folder."""
     runs, wanted = _finished(out / chosen.folder), set(chosen.changed(None, changes))
     found = [run for run in runs if _without_seed(run) in wanted]
-    found = found or ([] if changes else runs)
+    if not found and runs and not changes:
+        methods = {recipe.method for recipe in wanted}
+        found = [run for run in runs if run.recipe.method in methods]
+        if found:
+            errors.print(f"bisam: no run of {chosen.name} as it is: these are trials with other settings")
     if not found:
         again = " ".join(["bisam run", chosen.name, *(f"--set {change}" for change in changes)])
         raise ValueError(f"no finished run of {chosen.name} there: run `{again}` first, or give its --out")

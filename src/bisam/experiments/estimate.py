@@ -12,7 +12,7 @@ from bisam.experiments.data import batches_of
 from bisam.experiments.expressions import toy
 from bisam.experiments.machine import Machine
 from bisam.experiments.recipes import Recipe
-from bisam.experiments.train import Pace, Watch, channels
+from bisam.experiments.train import PACE, Pace, Watch, channels
 from bisam.methods import Method
 
 _STEPS = 2
@@ -36,20 +36,21 @@ class Estimate:
 
 def estimate(recipe: Recipe, machine: Machine) -> Estimate:
     """What a run of `recipe` costs, from steps of plain training on its own data."""
-    step = gradients(recipe.expression, recipe.batch_size)
+    step, forwards = queries(recipe.expression, recipe.batch_size)
     like = replace(recipe, method="sgd", rho=None, eta=None, mu=None, alpha=None, noise=0.0, epochs=1, seed=0)
     try:
         seconds, training, validation = _measured(replace(like, weights=None, warmup=0), machine)
     except ValueError as error:
         return Estimate(step, None, str(error))
     losses = batches_of(training, recipe.batch_size, machine.devices * machine.nodes)
-    epoch = losses * step + validation / recipe.batch_size * _FORWARD
+    plain = min(losses, PACE)  # which each epoch adds to see how fast the machine is
+    epoch = losses * (step + _FORWARD * forwards) + plain + _FORWARD * validation / recipe.batch_size
     return Estimate(step, seconds * recipe.epochs * epoch)
 
 
 @cache
-def gradients(expression: str, batch_size: int) -> float:
-    """Gradients of a batch that a method takes in a step, on average over 20 steps on a toy."""
+def queries(expression: str, batch_size: int) -> tuple[float, float]:
+    """Gradients and forward passes of a batch that a method takes in a step, on average over 20 steps on a toy."""
     watches: list[Watch] = []
 
     def watched(method: Method) -> Method:
@@ -58,7 +59,8 @@ def gradients(expression: str, batch_size: int) -> float:
 
     size = min(batch_size, 256)
     toy(expression, size, 20, watched)
-    return watches[0].counts[True] / (20 * size)
+    gradients, forwards = (watches[0].counts[kind] / (20 * size) for kind in (True, False))
+    return gradients, forwards
 
 
 @cache

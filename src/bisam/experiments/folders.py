@@ -32,7 +32,7 @@ from torchvision.transforms import v2
 from bisam.experiments.data import Data, shares
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of the channels of ImageNet, as shares of 255: what pretrained networks expect."""
+"""Of the channels of ImageNet, as shares of 255: what most pretrained networks expect."""
 
 _ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 _VALIDATION = ("val", "valid", "validation")

@@ -6,7 +6,7 @@ import logging
 import multiprocessing as mp
 import os
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,8 +54,26 @@ class Machine:
                 raise ValueError(f"--{name} must be at least {least}, got {value}")
         if self.strategy not in STRATEGIES:
             raise unknown("strategy", self.strategy, STRATEGIES)
+        if ":" in self.device and self.devices > 1:
+            raise ValueError(
+                f"--device {self.device} is one device: leave its number out with --devices {self.devices}"
+            )
+        if self.nodes > 1 and not {"WORLD_SIZE", "SLURM_NTASKS"} & os.environ.keys():
+            raise ValueError(f"--nodes {self.nodes}: start the command on each machine by torchrun or srun")
         if self.strategy == "fsdp":
             raise ValueError("strategy 'fsdp' is refused: this version cannot restore sharded weights; use ddp")
+
+    @property
+    def slots(self) -> int:
+        """How many runs it can compute at a time: by cores, or by GPUs."""
+        count = torch.cuda.device_count() if self.device == "cuda" else os.cpu_count() or 1
+        return max(1, count // self.devices) if self.device in ("cpu", "cuda") else 1
+
+    def at(self, place: int) -> Machine:
+        """The same for the worker at `place`, who gets a GPU in turn."""
+        if self.device != "cuda" or self.devices > 1:
+            return self
+        return replace(self, device=f"cuda:{place % max(1, torch.cuda.device_count())}")
 
     @property
     def parallel(self) -> bool:
@@ -83,8 +101,9 @@ class Machine:
                 precision=PRECISIONS[precision],
             )
         except Exception as error:  # each accelerator has its own way to say no
+            reason = " ".join(str(error).split())[:200]
             raise ValueError(
-                f"device {self.device!r} is unknown or not here: --device takes cpu, cuda, cuda:1, mps or auto"
+                f"device {self.device!r} is unknown or not here: --device takes cpu, cuda, cuda:1, mps, auto ({reason})"
             ) from error
 
 

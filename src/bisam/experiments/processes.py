@@ -120,7 +120,8 @@ _LIVES = 2
 class _Worker:
     """A process that computes one run after another."""
 
-    def __init__(self, share: int) -> None:
+    def __init__(self, share: int, place: int) -> None:
+        self.place = place
         self.recipe: Recipe | None = None
         self.connection, theirs = _SPAWN.Pipe()
         # It may have children, as a run on several devices does: a daemon may not.
@@ -132,7 +133,7 @@ class _Worker:
     def give(self, recipe: Recipe, root: Path, machine: Machine) -> None:
         self.recipe = recipe
         with suppress(ConnectionError):  # it was killed; that is seen when its answer does not come
-            self.connection.send((recipe, root, machine))
+            self.connection.send((recipe, root, machine.at(self.place)))
 
     def gone(self) -> bool:
         """Whether it was killed; a child of its own may hold the connection open for some seconds more."""
@@ -176,7 +177,7 @@ def _in_processes(
                 if worker.recipe is None and left:
                     worker.give(left.popleft(), root, machine)
             while left and len(staff) < workers:
-                staff.append(_Worker(workers))
+                staff.append(_Worker(workers, min(set(range(workers)) - {worker.place for worker in staff})))
                 staff[-1].give(left.popleft(), root, machine)
             busy = {worker.connection: worker for worker in staff if worker.recipe is not None}
             if not busy:
@@ -210,7 +211,7 @@ def _in_processes(
 
 def _killed(code: int | None) -> str:
     goes_on = "the same command goes on from its last epoch"
-    if code == -signal.SIGKILL:
+    if code == -9:  # SIGKILL, which not every system has by name
         return (
             f"its process was killed {_LIVES} times, as the system does when memory is short: "
             f"give fewer --workers; {goes_on}"

@@ -93,11 +93,11 @@ class Recipe:
     optimizer: str = "sgd"
     """Base optimizer: sgd or adamw."""
     learning_rate: Annotated[float, Parameter(alias="--lr")] = 0.1
-    """Highest learning rate; it falls to 0 as `schedule` says."""
+    """Highest learning rate."""
     schedule: str = "cosine"
-    """How the learning rate falls: cosine (epoch by epoch), linear (step by step) or constant."""
+    """How the learning rate falls to 0: cosine (epoch by epoch), linear (step by step); or constant."""
     warmup: Whole = 0
-    """Optimizer steps in which the learning rate rises from 0 (linear and constant schedules)."""
+    """Optimizer steps in which the learning rate rises evenly to its highest (linear and constant schedules)."""
     momentum: float = 0.9
     """Momentum of SGD; AdamW has its own."""
     weight_decay: float = 5e-4

@@ -32,7 +32,7 @@ from bisam.experiments import data, models
 from bisam.experiments.data import Data, Split, batches_of
 from bisam.experiments.images import Images
 from bisam.experiments.loggers import loggers
-from bisam.experiments.machine import Machine, end_with_parent, threads
+from bisam.experiments.machine import Machine, end_with_parent
 from bisam.experiments.recipes import Recipe
 from bisam.experiments.runs import Row, Run, RunError, damaged
 from bisam.experiments.scores import scores
@@ -63,7 +63,7 @@ def train(run: Run, machine: Machine = Machine(), on_epoch: OnEpoch | None = Non
             fabric.barrier()
             return run.result or _train(fabric, run, machine, on_epoch if fabric.is_global_zero else None)
     if machine.devices > 1:
-        data.load(run.recipe, machine)  # what is wrong with it is said once, here
+        _fits(run.recipe, data.load(run.recipe, machine), machine)  # what is wrong is said once, here
         with run.open():
             return run.result or _spawned(fabric, run, machine, on_epoch)
     training = _prepared(fabric, run, machine)
@@ -73,9 +73,40 @@ def train(run: Run, machine: Machine = Machine(), on_epoch: OnEpoch | None = Non
 
 def _prepared(fabric: Fabric, run: Run, machine: Machine) -> Callable[[], Training]:
     splits = data.load(run.recipe, machine)
+    _fits(run.recipe, splits, machine)
     torch.manual_seed(run.recipe.seed)
     model = models.build(run.recipe.model, splits.classes, channels=channels(splits.test), weights=run.recipe.weights)
+    _probe(model, splits, run.recipe)
     return lambda: Training(fabric, run, machine, splits, model)
+
+
+def _fits(recipe: Recipe, splits: Data, machine: Machine) -> None:
+    """Make sure that a recipe can be trained on its data."""
+    most = (splits.classes - 1) / splits.classes
+    if recipe.label_smoothing > most:
+        raise ValueError(
+            f"label_smoothing must be at most {most:.3g} with {splits.classes} classes, got {recipe.label_smoothing}"
+        )
+    processes = machine.devices * machine.nodes
+    if not batches_of(len(splits.train), recipe.batch_size, processes):
+        most = min(recipe.batch_size, len(splits.train))
+        raise ValueError(f"batches of {most} cannot be shared by {processes} devices: give a larger batch_size")
+
+
+@torch.no_grad()
+def _probe(model: nn.Module, splits: Data, recipe: Recipe) -> None:
+    """Make sure that the model takes the images."""
+    if not isinstance(splits.test, Images):
+        return
+    images = splits.test.images[:2].float()
+    try:
+        model.eval()(images)
+    except Exception as error:  # each network has its own way to say no
+        shape, reason = " x ".join(map(str, images.shape[1:])), " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"model {recipe.model!r} cannot take the images of {recipe.dataset}, {shape}: {reason}"
+        ) from error
+    model.train()
 
 
 def _train(fabric: Fabric, run: Run, machine: Machine, on_epoch: OnEpoch | None) -> dict[str, Any]:
@@ -89,10 +120,13 @@ def _spawned(fabric: Fabric, run: Run, machine: Machine, on_epoch: OnEpoch | Non
     if on_epoch is not None:
         teller.start()
     try:
-        fabric.launch(partial(_one_of_many, run, machine))  # not as arguments, which it would take for data
+        fabric.launch(
+            partial(_one_of_many, run, machine, torch.get_num_threads())
+        )  # not as arguments, which it would take for data
     except (ProcessRaisedException, ProcessExitedException) as error:
         reason = [line for line in str(error).splitlines() if line.strip()][-1]
-        raise RunError(f"a process of {run.folder} failed ({reason}): the same command goes on") from error
+        after = ": the same command goes on" if isinstance(error, ProcessExitedException) else ""
+        raise RunError(f"a process of {run.folder} failed ({reason}){after}") from error
     finally:
         over.set()
     if on_epoch is not None:
@@ -101,10 +135,10 @@ def _spawned(fabric: Fabric, run: Run, machine: Machine, on_epoch: OnEpoch | Non
     return run.result
 
 
-def _one_of_many(run: Run, machine: Machine, fabric: Fabric) -> None:
+def _one_of_many(run: Run, machine: Machine, threads: int, fabric: Fabric) -> None:
     end_with_parent()
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C is the first process's to report
-    threads(machine.devices)
+    torch.set_num_threads(max(1, threads // machine.devices))
     _train(fabric, run, machine, None)
 
 
@@ -154,19 +188,18 @@ class Training:
         """Train the epochs that are left, test once, and write the result."""
         recipe, fabric = self._recipe, self._fabric
         boards = loggers(self._machine.log, self._run.folder, recipe.to_dict()) if fabric.is_global_zero else []
-        try:
-            for epoch in range(len(self._history) + 1, recipe.epochs + 1):
-                row = self._epoch(epoch)
-                self._history.append(row)
-                for board in boards:
-                    board.log({k: v for k, v in row.items() if k != "epoch"}, epoch)
-                if fabric.is_global_zero:
-                    self._run.save(self._state(), self._history)
-                if on_epoch is not None:
-                    on_epoch(row)
-        finally:
+        for epoch in range(len(self._history) + 1, recipe.epochs + 1):
+            row = self._epoch(epoch)
+            self._history.append(row)
             for board in boards:
-                board.close()
+                board.log({k: v for k, v in row.items() if k != "epoch"}, epoch)
+            state = self._state()
+            if fabric.is_global_zero:
+                self._run.save(state, self._history)
+            if on_epoch is not None:
+                on_epoch(row)
+        for board in boards:
+            board.close()
         return self._run.finish(self._result()) if fabric.is_global_zero else {}
 
     def _epoch(self, epoch: int) -> Row:
@@ -203,6 +236,7 @@ class Training:
     def _state(self) -> dict[str, Any]:
         state: dict[str, Any] = {
             "sharp": self._sharp.state_dict(),
+            "memories": self._memories(),
             "optimizer": self._optimizer.state_dict(),
             "scheduler": self._scheduler.state_dict(),
             "history": self._history,
@@ -214,11 +248,23 @@ class Training:
             state["scaler"] = scaler.state_dict()
         return state
 
+    def _memories(self) -> list[Any]:
+        """What the method remembers on each device, which is not the same; all processes must ask."""
+        own = self._sharp.state_dict()[_MEMORY]
+        if self._fabric.world_size == 1:
+            return [own]
+        every: list[Any] = [None] * self._fabric.world_size
+        torch.distributed.all_gather_object(every, own)
+        return every
+
     def _resume(self) -> None:
         if (checkpoint := self._run.checkpoint()) is None:
             return
         try:
-            self._sharp.load_state_dict(checkpoint["sharp"])
+            memories, rank = checkpoint["memories"], self._fabric.global_rank
+            if len(memories) != self._fabric.world_size:
+                raise ValueError(f"it is of {len(memories)} devices, not of {self._fabric.world_size}")
+            self._sharp.load_state_dict({**checkpoint["sharp"], _MEMORY: memories[rank]})
             self._optimizer.load_state_dict(checkpoint["optimizer"])
             self._scheduler.load_state_dict(checkpoint["scheduler"])
             self._history, self._best = checkpoint["history"], checkpoint["best"]
@@ -248,7 +294,7 @@ class Training:
             "relative_time": median(r["relative_time"] for r in history),
             "gradients_per_step": fmean(r["gradients"] for r in history),
             "forwards_per_step": fmean(r["forwards"] for r in history),
-            "device": str(self._fabric.device),
+            "device": _named(self._fabric.device),
             "processes": self._fabric.world_size,
         }
 
@@ -368,10 +414,14 @@ class _Counted(View):
         return super().together(*queries)
 
 
+PACE = 8
+"""Plain steps beside each epoch."""
+
+
 class Pace:
     """Plain training beside the run, on a copy of its model: of noisy times, a ratio of neighbours is the least so."""
 
-    def __init__(self, fabric: Fabric, model: nn.Module, split: Split, recipe: Recipe, steps: int = 8) -> None:
+    def __init__(self, fabric: Fabric, model: nn.Module, split: Split, recipe: Recipe, steps: int = PACE) -> None:
         copied = copy.deepcopy(model)
         if recipe.compile:
             copied.compile()
@@ -383,7 +433,8 @@ class Pace:
 
     def seconds(self) -> float:
         """Seconds per loss, now."""
-        device = self._fabric.device
+        device, scaler = self._fabric.device, _scaler(self._fabric)
+        scale = None if scaler is None else scaler.state_dict()
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             row = train_epoch(
                 self._fabric,
@@ -394,6 +445,8 @@ class Pace:
                 self._recipe,
                 torch.Generator().manual_seed(0),
             )
+        if scaler is not None:
+            scaler.load_state_dict(cast(Any, scale))  # which is the run's
         return row["seconds"] / row["losses"]
 
 
@@ -432,6 +485,13 @@ def _descent_loss(smoothing: float, classes: int) -> nn.Module:
 
 def _scaler(fabric: Fabric) -> torch.amp.GradScaler | None:
     return getattr(fabric._precision, "scaler", None)
+
+
+_MEMORY = "_extra_state"  # its key in the state of a loss
+
+
+def _named(device: torch.device) -> str:
+    return f"{device}, {torch.cuda.get_device_name(device)}" if device.type == "cuda" else str(device)
 
 
 def _copied(model: nn.Module) -> dict[str, Tensor]:

@@ -111,7 +111,7 @@ _IMAGENET = {
 }
 _RESNET56 = {"dataset": "cifar10", "model": "resnet56"}
 _AS_THERE = {**_RESNET56, "noise": 0.0, "limit": None, "epochs": 200}
-_RESNET50 = {"dataset": "imagenet", "model": "torchvision:resnet50", "noise": 0.0}
+_RESNET50 = {"dataset": "imagenet", "model": "torchvision:resnet50", "noise": 0.0, "limit": None}
 _THIRD = "a third of ImageNet-1K, 90 epochs, batch 512, 2 runs"
 
 
