@@ -5,27 +5,25 @@ from __future__ import annotations
 import itertools
 import signal
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Column, Table
+from rich.table import Table
 from rich.text import Text
 
 from bisam import __version__
 from bisam.experiments.machine import Machine, threads
 from bisam.experiments.names import unknown
+from bisam.experiments.presets import with_preset
 from bisam.experiments.recipes import Recipe, Whole
-from bisam.experiments.runs import Finished, Run, RunError, finished, to_csv, write
+from bisam.experiments.runs import Run, RunError, write
+from bisam.experiments.shown import all_finished, pairs, runs_of, show, show_figure1, show_measured, without_seed
+from bisam.experiments.terminal import Display, console, duration, errors
 
 if TYPE_CHECKING:
     from bisam.experiments.study import Study
-
-console = Console()
-errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
 
 app = App(
     name="bisam",
@@ -84,7 +82,7 @@ def run(
         if study == "figure1":
             flags["--set"] = changes or None
         _refuse(f"{study} trains nothing", flags)
-        return _figure1(out / study) if study == "figure1" else _measure(study, changes, machine, out, dry_run)
+        return show_figure1(out / study) if study == "figure1" else _measure(study, changes, machine, out, dry_run)
     if ray is None:
         default = {"--gpus": gpus or None, "--cpus": cpus if cpus != 1 else None}
         _refuse("without --ray there is no cluster", {**default, "--retries": retries if retries != 3 else None})
@@ -102,7 +100,7 @@ def run(
     count = workers or machine.slots
     if dry_run:
         return _plan(chosen, recipes, root, machine, count)
-    with _Display(sum(recipe.epochs for recipe in recipes), len(recipes)) as display:
+    with Display(sum(recipe.epochs for recipe in recipes), len(recipes)) as display:
         try:
             if ray is None:
                 from bisam.experiments.processes import run_all
@@ -123,7 +121,7 @@ def run(
             return 130
     if any(outcome.result for outcome in outcomes):
         wanted = {replace(recipe, seed=0) for recipe in recipes}
-        _report(chosen, [run for run in _finished(root) if _without_seed(run) in wanted], out / chosen.name)
+        show(chosen, [run for run in all_finished(root) if without_seed(run) in wanted], out / chosen.name)
     failed = [outcome for outcome in outcomes if outcome.error]
     for error, same in itertools.groupby(sorted(failed, key=lambda o: o.error or ""), key=lambda o: o.error):
         those = [f"{outcome.recipe.slug}, seed {outcome.recipe.seed}" for outcome in same]
@@ -163,21 +161,14 @@ def _plan(chosen: Study, recipes: list[Recipe], root: Path, machine: Machine, wo
             f"{recipe.epochs}",
             f"{cost.gradients:.3g}",
             f"{runs} of {sum(replace(other, seed=0) == recipe for other in recipes)}",
-            "?" if cost.seconds is None else _duration(runs * cost.seconds),
+            "?" if cost.seconds is None else duration(runs * cost.seconds),
         )
     console.print(table)
     for problem in problems:
         errors.print(f"bisam: no estimate: {problem}")
-    shown = "?" if problems else _duration(total / min(workers, max(1, len(left))))
+    shown = "?" if problems else duration(total / min(workers, max(1, len(left))))
     console.print(f"{len(left)} of {len(recipes)} runs of {chosen.name} are left, about {shown} in {workers} processes")
     return 0
-
-
-def _duration(seconds: float) -> str:
-    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds:.3g} s"
 
 
 @app.command(
@@ -204,7 +195,7 @@ def train(
 
     loggers.check(machine.log)
     one = Run.under(out / "train", recipe)
-    with _Display(recipe.epochs, 1) as display:
+    with Display(recipe.epochs, 1) as display:
         try:
             result = train_run(one, machine, lambda row: display.epoch(recipe, int(row["epoch"]), row["validation"]))
         except KeyboardInterrupt:
@@ -283,7 +274,7 @@ def methods(*, to: Path | None = None) -> int:
 
 
 @app.command(
-    help_epilogue="Examples:  bisam report digits   |   bisam report digits --to docs/digits   |   "
+    help_epilogue="Examples:  bisam report digits   |   bisam report digits --to reports   |   "
     "bisam report table1 --set epochs=1"
 )
 def report(study: str, *, changes: Changes = (), out: Out = Path("runs"), to: Path | None = None) -> int:
@@ -297,11 +288,11 @@ def report(study: str, *, changes: Changes = (), out: Out = Path("runs"), to: Pa
     from bisam.experiments.measurements import MEASUREMENTS
 
     if study in MEASUREMENTS:
-        return _report_measured(study, out, to or out / study, changes)
+        return show_measured(study, out, to or out / study, changes)
     if study == "figure1":
-        return _figure1(to or out / study)
+        return show_figure1(to or out / study)
     chosen = _study(study)
-    _report(chosen, _runs_of(chosen, changes, out), to or out / chosen.name)
+    show(chosen, runs_of(chosen, changes, out), to or out / chosen.name)
     return 0
 
 
@@ -327,7 +318,7 @@ def plot(
 
     file = to or Path(f"{figure}.png")
     if figure in MEASUREMENTS:
-        drawings = measured(MEASUREMENTS[figure], out, _split(changes)).figures
+        drawings = measured(MEASUREMENTS[figure], out, pairs(changes)).figures
         if not drawings:
             raise ValueError(f"{figure} has no figure: bisam report {figure} shows its table")
         drawing = next(iter(drawings.values()))
@@ -335,11 +326,11 @@ def plot(
         drawing = figures.draw(figure)
     elif figure in STUDIES and study is None:
         chosen = _study(figure)
-        drawing = figures.draw(chosen.figures[0], _runs_of(chosen, changes, out))
+        drawing = figures.draw(chosen.figures[0], runs_of(chosen, changes, out))
     elif figure in figures.WHAT:
         if study is None:
             raise ValueError(f"{figure} is of which runs? Name the study too: bisam plot {figure} digits")
-        drawing = figures.draw(figure, _runs_of(_study(study), changes, out))
+        drawing = figures.draw(figure, runs_of(_study(study), changes, out))
     else:
         raise unknown("figure", figure, [*figures.WHAT, *STUDIES, *MEASUREMENTS])
     save(drawing, file)
@@ -347,75 +338,12 @@ def plot(
     return 0
 
 
-def _runs_of(chosen: Study, changes: tuple[str, ...], out: Path) -> list[Finished]:
-    """The finished runs of a study; where there is none of its own, shorter trials that lie in its folder."""
-    runs, wanted = _finished(out / chosen.folder), set(chosen.changed(None, changes))
-    found = [run for run in runs if _without_seed(run) in wanted]
-    if not found and runs and not changes:
-        methods = {recipe.method for recipe in wanted}
-        found = [run for run in runs if run.recipe.method in methods]
-        if found:
-            errors.print(f"bisam: no run of {chosen.name} as it is: these are trials with other settings")
-    if not found:
-        again = " ".join(["bisam run", chosen.name, *(f"--set {change}" for change in changes)])
-        raise ValueError(f"no finished run of {chosen.name} there: run `{again}` first, or give its --out")
-    return found
-
-
-def _finished(root: Path) -> list[Finished]:
-    """The finished runs in `root`; of damaged ones it says what is wrong."""
-    runs: list[Finished] = []
-    for run in finished(root):
-        if isinstance(run, RunError):
-            errors.print(f"bisam: left out: {run}")
-        else:
-            runs.append(run)
-    return runs
-
-
-def _without_seed(run: Finished) -> Recipe:
-    return replace(run.recipe, seed=0)
-
-
-def _report(study: Study, runs: list[Finished], to: Path) -> None:
-    """Table on the terminal, report.md, report.csv, report.html and figures in `to`."""
-    from bisam.experiments.reports import figures, tables
-    from bisam.experiments.reports.drawing import rendered
-
-    rows = tables.summary(runs, study.baselines)
-    header = tables.header(rows, brief=console.width < 130)
-    columns = (Column(name, no_wrap=name == "name", overflow="fold") for name in header)
-    table = Table(*columns, title=study.title, caption=tables.CAPTION)
-    for row, following in zip(rows, [*rows[1:], None], strict=True):
-        new = following is not None and any(following[key] != row[key] for key in ("dataset", "model", "noise"))
-        table.add_row(*(Text(cell) for cell in tables.cells(row, header)), end_section=new)
-    console.print(table)
-    drawn = [name for name in study.figures if figures.usable(name, runs)]
-    pictures = {f"{name}.png": rendered(figures.draw(name, runs)) for name in drawn}
-    what = {f"{name}.png": figures.WHAT[name] for name in drawn}
-    text = tables.markdown(study.title, runs, what, study.note, study.baselines)
-    _write_report(to, text, to_csv(rows), pictures)
-
-
-def _write_report(to: Path, markdown: str, csv: str, pictures: dict[str, bytes]) -> None:
-    from bisam.experiments.reports import pages
-
-    write(to / "report.md", markdown)
-    if csv:
-        write(to / "report.csv", csv)
-    write(to / "report.html", pages.html(markdown, pictures))
-    for file, content in pictures.items():
-        write(to / file, content)
-    names = ["report.md", *(["report.csv"] if csv else []), "report.html", *pictures]
-    console.print(f"{to}/: {', '.join(names)}", soft_wrap=True)
-
-
 def _measure(name: str, changes: tuple[str, ...], machine: Machine, out: Path, dry_run: bool) -> int:
     """Run a measurement, and report it."""
     from bisam.experiments.measurements import MEASUREMENTS, run as measure
 
     chosen = MEASUREMENTS[name]
-    changed = _split(changes)
+    changed = pairs(changes)
     if dry_run:
         parts = chosen.parts({**chosen.settings, **chosen.changed(changed)})
         console.print(f"{name} has {len(parts)} parts: {', '.join(parts)}")
@@ -432,39 +360,7 @@ def _measure(name: str, changes: tuple[str, ...], machine: Machine, out: Path, d
         except KeyboardInterrupt:
             errors.print("interrupted: what is measured is kept; the same command goes on")
             return 130
-    return _report_measured(name, folder, folder)
-
-
-def _report_measured(name: str, place: Path, to: Path, changes: tuple[str, ...] = ()) -> int:
-    from bisam.experiments.measurements import MEASUREMENTS, report as measured
-    from bisam.experiments.reports.drawing import rendered
-
-    result = measured(MEASUREMENTS[name], place, _split(changes))
-    table = Table(*(Column(text, overflow="fold") for text in result.header), title=result.title)
-    for row in result.cells:
-        table.add_row(*(Text(cell.replace("**", "")) for cell in row))
-    console.print(table)
-    pictures = {file: rendered(figure) for file, figure in result.figures.items()}
-    _write_report(to, result.markdown, to_csv(result.rows), pictures)
-    return 0
-
-
-def _figure1(to: Path) -> int:
-    """Figure 1, which needs no runs."""
-    from bisam.experiments.reports import figures
-    from bisam.experiments.reports.drawing import rendered
-
-    what = figures.WHAT["figure1"]
-    text = f"# Figure 1\n\n{what}.\n\n![{what}](figure1.png)\n"
-    _write_report(to, text, "", {"figure1.png": rendered(figures.draw("figure1"))})
-    return 0
-
-
-def _split(changes: tuple[str, ...]) -> dict[str, str]:
-    pairs = [change.partition("=") for change in changes]
-    if wrong := [change for change, pair in zip(changes, pairs, strict=True) if not pair[1]]:
-        raise ValueError(f"--set {wrong[0]!r} has no value: write it as in --set rounds=5")
-    return {name.strip().replace("-", "_"): value.strip() for name, _, value in pairs}
+    return show_measured(name, folder, folder)
 
 
 def _study(name: str) -> Study:
@@ -476,89 +372,10 @@ def _study(name: str) -> Study:
     return STUDIES[name]
 
 
-class _Display:
-    """A bar over all epochs with the last news, or a line per run where the output is no terminal."""
-
-    def __init__(self, epochs: int, runs: int) -> None:
-        self.finished = 0
-        self._runs = runs
-        self._epochs: dict[Recipe, int] = {}
-        self._bar = Progress(
-            TextColumn("{task.fields[runs]}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("epochs"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[news]}"),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task = self._bar.add_task("", total=epochs, runs=self._count(), news="")
-
-    def __enter__(self) -> _Display:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """Leave the bar as it is."""
-        self._bar.stop()
-
-    def epoch(self, recipe: Recipe, epoch: int, validation: float) -> None:
-        """An epoch of a run is over."""
-        news = f"{recipe.method} noise {recipe.noise:g} seed {recipe.seed}: {100 * validation:.1f} % valid."
-        self._advance(recipe, epoch, news)
-
-    def done(self, recipe: Recipe, error: str | None) -> None:
-        """A run is over, or failed."""
-        self.finished += error is None
-        self._advance(recipe, recipe.epochs, None)
-        if not console.is_terminal:
-            state = "done" if error is None else "failed"
-            console.print(f"{self._count()}: {recipe.slug} seed {recipe.seed} {state}", soft_wrap=True, highlight=False)
-
-    def _advance(self, recipe: Recipe, epoch: int, news: str | None) -> None:
-        step = max(0, epoch - self._epochs.get(recipe, 0))
-        self._epochs[recipe] = max(epoch, self._epochs.get(recipe, 0))
-        fields: dict[str, Any] = {} if news is None else {"news": news}
-        self._bar.update(self._task, advance=step, runs=self._count(), **fields)
-
-    def _count(self) -> str:
-        return f"{self.finished}/{self._runs} runs"
-
-
-def _with_preset(arguments: list[str]) -> list[str]:
-    """The arguments of `train`, and in place of `--preset NAME` the flags of its fields that were not given."""
-    given = [a.split("=", 1) for a in arguments]
-    at = next((i for i, a in enumerate(given) if a[0] == "--preset"), None)
-    if arguments[:1] != ["train"] or at is None or (len(given[at]) == 1 and at + 1 == len(arguments)):
-        return arguments
-    from bisam.experiments.presets import PRESETS
-
-    name = given[at][1] if len(given[at]) == 2 else arguments[at + 1]
-    if name not in PRESETS:
-        raise unknown("preset", name, PRESETS)
-    flags = {"--" + a[0].lstrip("-").replace("_", "-").removeprefix("no-") for a in given if a[0].startswith("--")}
-    spelt = {"method": {"--optim"}, "learning_rate": {"--lr"}}
-    more: list[str] = []
-    for field in fields(Recipe):
-        value, flag = getattr(PRESETS[name], field.name), "--" + field.name.replace("_", "-")
-        if value == field.default or flags & {flag, *spelt.get(field.name, ())}:
-            continue
-        if field.name in ("rho", "mu", "alpha", "eta") and flags & {"--method", "--optim"}:
-            continue  # the method's own
-        more += [flag if value else f"--no-{flag[2:]}"] if isinstance(value, bool) else [flag, str(value)]
-    return [*arguments, *more]
-
-
 def main() -> None:
     """Entry point: a user's mistake is one line and exit code 2."""
     try:
-        code = app(_with_preset(sys.argv[1:]), exit_on_error=False, print_error=False, result_action="return_value")
+        code = app(with_preset(sys.argv[1:]), exit_on_error=False, print_error=False, result_action="return_value")
     except (CycloptsError, RunError, ValueError) as error:
         errors.print(f"bisam: {' '.join(str(error).split())}")
         sys.exit(2)

@@ -5,8 +5,9 @@ What the facts of the papers do not say is marked [MEM] where it is recollected,
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
+from bisam.experiments.names import unknown
 from bisam.experiments.recipes import Recipe
 
 CIFAR = Recipe(
@@ -76,3 +77,29 @@ BERT = Recipe(  # learning rate, batch, epochs and the radii: [MEM]; weight deca
 
 PRESETS = {"paper": CIFAR, "authors": AUTHORS, "imagenet": IMAGENET, "vit": VIT, "bert": BERT}
 """By name."""
+
+
+def with_preset(arguments: list[str]) -> list[str]:
+    """The arguments of `train`, and in place of `--preset NAME` the flags of its fields that were not given.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    given = [a.split("=", 1) for a in arguments]
+    at = next((i for i, a in enumerate(given) if a[0] == "--preset"), None)
+    if arguments[:1] != ["train"] or at is None or (len(given[at]) == 1 and at + 1 == len(arguments)):
+        return arguments
+    name = given[at][1] if len(given[at]) == 2 else arguments[at + 1]
+    if name not in PRESETS:
+        raise unknown("preset", name, PRESETS)
+    flags = {"--" + a[0].lstrip("-").replace("_", "-").removeprefix("no-") for a in given if a[0].startswith("--")}
+    spelt = {"method": {"--optim"}, "learning_rate": {"--lr"}}
+    more: list[str] = []
+    for field in fields(Recipe):
+        value, flag = getattr(PRESETS[name], field.name), "--" + field.name.replace("_", "-")
+        if value == field.default or flags & {flag, *spelt.get(field.name, ())}:
+            continue
+        if field.name in ("rho", "mu", "alpha", "eta") and flags & {"--method", "--optim"}:
+            continue  # the method's own
+        more += [flag if value else f"--no-{flag[2:]}"] if isinstance(value, bool) else [flag, str(value)]
+    return [*arguments, *more]
