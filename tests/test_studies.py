@@ -16,6 +16,7 @@ import torch
 from torchvision.datasets import cifar
 
 from bisam.experiments import processes
+from bisam.experiments.estimate import queries
 from bisam.experiments.machine import Machine
 from bisam.experiments.paper import MODELS, PAPER
 from bisam.experiments.presets import PRESETS
@@ -388,3 +389,29 @@ def test_several_devices_share_the_batches(tmp_path):
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
     assert 0.3 < result["test_last"] <= 1
     assert torch.load(next((tmp_path / "two").rglob("checkpoint.pt")), weights_only=True)["history"] == rows
+
+
+def test_workers_take_the_gpus_in_turn(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    machine = Machine(device="cuda")
+    assert machine.slots == 4
+    assert [machine.at(place).device for place in (0, 3, 5)] == ["cuda:0", "cuda:3", "cuda:1"]
+    both = Machine(device="cuda", devices=2)
+    assert (both.slots, both.at(1)) == (2, both)
+    assert Machine(device="cuda:1").slots == 1
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert (Machine().slots, Machine(devices=4).slots, Machine().at(2)) == (6, 1, Machine())
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("ERM()", (1, 0)),
+        ("SAM()", (2, 0)),
+        ("LookSAM(k=5)", (1.2, 0)),
+        ("KSAM(16, SAM())", (1, 1)),
+        ("Every(2)", (1.5, 0)),
+    ],
+)
+def test_an_estimate_counts_gradients_and_forward_passes(method, expected):
+    assert queries(method, 32) == pytest.approx(expected)
