@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.measure import Parser, interleaved, ratio, report, seconds, verdict, write
 from bisam import NegLog, Tanh
-from bisam.experiments.measurements import Loss, row_by_row
+from bisam.experiments.measurements.losses import Loss, row_by_row
 
 REFERENCE = "cross-entropy"
 SIZES = [(128, 10), (128, 100), (512, 1000), (1024, 32000)]

@@ -1,0 +1,306 @@
+"""Measurements: what the paper reports without a training: the time of an epoch and of a loss, and an example.
+
+    folder = run(MEASUREMENTS["table12"], {"rounds": "51"}, Path("runs"))
+    print(report(MEASUREMENTS["table12"], folder).markdown)
+
+runs/table12-cpu-1f0c22e9/
+    measurement.json  what is measured; the fingerprint of the settings that were changed is in the folder's name
+    100-eager.json    the rows of one part, written once it is measured: what was interrupted goes on with the next
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from bisam.experiments.machine import Machine
+from bisam.experiments.names import unknown
+from bisam.experiments.runs import RunError, environment, read_json, write
+from bisam.experiments.timing import Ratio, conditions
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Settings = Mapping[str, Any]
+Row = Mapping[str, Any]
+Progress = Callable[[str, int, int], None]
+"""`(part, done, total)`: a part is begun, when so many of all are done; at the end once more, with "" for the part."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Something to be measured in parts that do not need each other."""
+
+    name: str
+    title: str
+    note: str
+    """How to read the table: Markdown."""
+    settings: Settings
+    """What may be changed, and the defaults: numbers, whole numbers from 1, or several of them or of words."""
+    parts: Callable[[Settings], list[str]]
+    """Of settings; ValueError where one is out of its range."""
+    measure: Callable[[str, Settings, torch.device], list[dict[str, Any]]]
+    """Rows of a part: equal keys, values that JSON has."""
+    columns: Mapping[str, Callable[[Row], str]]
+    """Of the table: heading, and from a row to the cell."""
+    figures: Mapping[str, tuple[str, Callable[[list[Row]], Figure]]] = field(default_factory=dict)
+    """By the name of the file, what it shows and how it is drawn."""
+
+    def changed(self, texts: Mapping[str, str]) -> dict[str, Any]:
+        """The settings that `texts` change, as values.
+
+        Raises:
+            ValueError: a name is unknown, or a value is of the wrong kind or out of its range.
+        """
+        for name in texts:
+            if name not in self.settings:
+                raise unknown(f"setting of {self.name}", name, self.settings)
+        values = {name: parsed(name, text, self.settings[name]) for name, text in texts.items()}
+        values = {name: value for name, value in values.items() if value != self.settings[name]}
+        self.parts({**self.settings, **values})
+        return values
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a folder holds, to be shown: the table as text and as numbers, and figures by the name of their file."""
+
+    title: str
+    header: tuple[str, ...]
+    cells: list[tuple[str, ...]]
+    rows: list[Row]
+    markdown: str
+    figures: dict[str, Figure]
+
+
+def run(
+    measurement: Measurement,
+    changed: Mapping[str, str],
+    root: Path,
+    machine: Machine = Machine(),  # noqa: B008
+    progress: Progress | None = None,
+) -> Path:
+    """Measure the parts that are not there yet, and return the folder.
+
+    Args:
+        measurement: one of `MEASUREMENTS`.
+        changed: settings other than the defaults, as text.
+        root: where the folder is or will be.
+        machine: its device, of which there can be one.
+        progress: told about each part.
+
+    Raises:
+        ValueError: a setting or the device is wrong.
+        RunError: the folder is in use, damaged, or another measurement's.
+        OSError: the disk is full or read-only.
+    """
+    values = measurement.changed(changed)
+    if machine.parallel:
+        raise ValueError(f"{measurement.name} is measured on one device: leave --devices and --nodes at 1")
+    device = machine.fabric().device
+    settings = {**measurement.settings, **values}
+    parts = measurement.parts(settings)
+    folder = root / _slug(measurement, values, device)
+    with _held(folder):
+        _claim(folder, measurement, settings, device)
+        left = [part for part in parts if _read(folder, part) is None]
+        for i, part in enumerate(left, len(parts) - len(left)):
+            if progress is not None:
+                progress(part, i, len(parts))
+            rows = measurement.measure(part, settings, device)
+            content = {"part": part, "environment": _environment(device, settings), "rows": rows}
+            write(folder / _file(part), json.dumps(content, indent=2, allow_nan=False) + "\n")
+    if progress is not None:
+        progress("", len(parts), len(parts))
+    return folder
+
+
+def report(measurement: Measurement, place: Path, changed: Mapping[str, str] | None = None) -> Report:
+    """What was measured, from files alone.
+
+    Args:
+        measurement: one of `MEASUREMENTS`.
+        place: a folder that `run` returned; or its root, for the latest one with the default settings, or else the
+            latest one.
+        changed: of a root, the settings that the one to report was given.
+
+    Raises:
+        ValueError: nothing of this measurement is there.
+        RunError: a file is damaged.
+    """
+    folder, settings = _found(measurement, place, changed)
+    names = measurement.parts(settings)
+    parts = [content for part in names if (content := _read(folder, part)) is not None]
+    if not parts:
+        raise ValueError(f"no part of {measurement.name} is measured in {folder}: run `bisam run {measurement.name}`")
+    rows: list[Row] = [row for content in parts for row in content["rows"]]
+    header = tuple(measurement.columns)
+    try:
+        cells = [tuple(cell(row) for cell in measurement.columns.values()) for row in rows]
+        figures = {file: draw(rows) for file, (_, draw) in measurement.figures.items()}
+    except (LookupError, TypeError, ValueError) as error:
+        raise RunError(
+            f"{folder} holds rows that this version cannot read ({error!r}): delete it to measure again"
+        ) from error
+    missing = len(names) - len(parts)
+    lines = [
+        f"# {measurement.title}",
+        "",
+        measurement.note,
+        "",
+        *(f"| {' | '.join(line)} |" for line in (header, ("---",) * len(header), *cells)),
+        "",
+        *([f"Not measured yet: {missing} of {len(names)} parts.", ""] if missing else []),
+        *(line for file, (what, _) in measurement.figures.items() for line in (f"![{what}]({file})", "")),
+        f"Settings: {', '.join(f'{name} {_shown(value)}' for name, value in settings.items())}.",
+        "",
+        *_provenance(content["environment"] for content in parts),
+    ]
+    return Report(measurement.title, header, cells, rows, "\n".join(lines) + "\n", figures)
+
+
+def parsed(name: str, text: str, default: Any) -> Any:
+    """A setting's value, of the kind of its default."""
+    if isinstance(default, tuple):
+        items = [item.strip() for item in text.split(",")]
+        if not all(items):
+            raise ValueError(f"setting {name} is empty, or has an empty item: {text!r}")
+        return tuple(dict.fromkeys(parsed(name, item, default[0]) for item in items))
+    kind: type = type(default)
+    try:
+        value = kind(text)
+    except ValueError:
+        what = "a whole number" if kind is int else "a number"
+        raise ValueError(f"setting {name} must be {what}, got {text!r}") from None
+    if kind is int and value < 1:
+        raise ValueError(f"setting {name} must be at least 1, got {value}")
+    return value
+
+
+def _shown(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _slug(measurement: Measurement, changed: Settings, device: torch.device) -> str:
+    # Of what differs from the defaults, so that a setting that is added later changes no name.
+    text = json.dumps(dict(changed), sort_keys=True)
+    return f"{measurement.name}-{device.type}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def _file(part: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.]+", "-", part).strip("-.") + ".json"
+
+
+@contextmanager
+def _held(folder: Path) -> Generator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):  # the system drops it when a process is killed
+            for leftover in folder.glob(".*.tmp"):
+                leftover.unlink(missing_ok=True)
+            yield
+    except Timeout:
+        raise RunError(f"{folder} is in use by another process: let it finish, or give another --out") from None
+
+
+def _claim(folder: Path, measurement: Measurement, settings: Settings, device: torch.device) -> None:
+    path = folder / "measurement.json"
+    if (found := read_json(path)) is None:
+        identity = {"measurement": measurement.name, "device": device.type, "settings": settings}
+        write(path, json.dumps(identity, indent=2) + "\n")
+    elif found.get("measurement") != measurement.name or _settings(measurement, path, found) != settings:
+        raise RunError(f"{folder} belongs to another measurement: move it away, or give another --out")
+
+
+def _settings(measurement: Measurement, path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What `_claim` wrote at `path`; settings that a later version added have their defaults."""
+    given = identity.get("settings")
+    if not isinstance(given, dict) or set(given) - set(measurement.settings):
+        raise RunError(f"{path} is damaged, or of a later version: delete {path.parent} to measure again")
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    return {**measurement.settings, **values}
+
+
+def _read(folder: Path, part: str) -> dict[str, Any] | None:
+    """What was written of a part, or None."""
+    path = folder / _file(part)
+    try:
+        content = read_json(path)
+        if content is None:
+            return None
+        if content.get("part") != part:
+            raise ValueError(f"it is not of {part}")
+        rows, made = content.get("rows"), content.get("environment")
+        if not isinstance(made, dict) or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise ValueError("it has no rows, or not where they were made")
+    except (ValueError, RunError) as error:
+        reason = error.__cause__ or error
+        raise RunError(f"{path} is damaged ({reason}): delete it to measure it again; other parts are kept") from error
+    return content
+
+
+def _found(measurement: Measurement, place: Path, changed: Mapping[str, str] | None) -> tuple[Path, dict[str, Any]]:
+    """The folder to report from, and its settings."""
+    wanted = {**measurement.settings, **measurement.changed(changed or {})}
+    files = [place / "measurement.json", *sorted(place.glob(f"{measurement.name}-*/measurement.json"))]
+    found: list[tuple[bool, float, Path, dict[str, Any]]] = []
+    for path in files:
+        identity = read_json(path)
+        if identity is None or identity.get("measurement") != measurement.name:
+            continue
+        settings = _settings(measurement, path, identity)
+        if changed and settings != wanted:
+            continue
+        latest = max(file.stat().st_mtime for file in path.parent.glob("*.json"))
+        found.append((settings == measurement.settings, latest, path.parent, settings))
+    if not found:
+        raise ValueError(
+            f"no {measurement.name} is measured in {place}: run `bisam run {measurement.name}` first, or give its --out"
+        )
+    *_, folder, settings = max(found, key=lambda entry: entry[:2])
+    return folder, settings
+
+
+def _environment(device: torch.device, settings: Settings) -> dict[str, Any]:
+    name = f"{device}, {torch.cuda.get_device_name(device)}" if device.type == "cuda" else str(device)
+    made = {**environment(), "device": name, **conditions()}
+    return made | {"threads": settings.get("threads", made["threads"])}
+
+
+def _provenance(made: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Where the numbers come from, a line for each place."""
+    keys = ("hardware", "device", "threads", "torch", "python", "bisam", "commit")
+    places: dict[str, list[Mapping[str, Any]]] = {}
+    for one in made:
+        places.setdefault(", ".join(f"{key} {one.get(key, 'unknown')}" for key in keys), []).append(one)
+    lines: list[str] = []
+    for where, group in places.items():
+        dates = sorted({str(one.get("date", "unknown"))[:10] for one in group})
+        loads = sorted(float(one["load"]) for one in group if one.get("load") is not None)
+        load = f", load {loads[0]:.1f} to {loads[-1]:.1f}" if loads else ""
+        lines.append(f"Made {' to '.join(dict.fromkeys((dates[0], dates[-1])))} on {where}{load}.")
+    return lines
+
+
+def flat(key: str, r: Ratio) -> dict[str, float]:
+    """A ratio as entries of a row."""
+    return {key: r.median, f"{key}_low": r.low, f"{key}_high": r.high}
+
+
+def with_quartiles(row: Row, key: str, digits: int = 3) -> str:
+    """The cell of a ratio that `flat` put into a row."""
+    return f"{row[key]:.{digits}f} ({row[f'{key}_low']:.{digits}f} to {row[f'{key}_high']:.{digits}f})"
+
+
+def met(value: float, bar: float) -> str:
+    """Whether a value is below its bar, in a word."""
+    return "met" if value <= bar else "missed"
