@@ -93,10 +93,12 @@ def run(
     recipes = expand(chosen.changed(epochs, changes), seeds or chosen.seeds, chosen.first_seed)
     loggers.check(machine.log)
     if ray is None:
+        if machine.nodes > 1:
+            raise ValueError(
+                f"--nodes {machine.nodes}: a study's runs are on one machine each; on many machines use --ray"
+            )
         machine.fabric()  # says so now if the device is not here
     root = out / chosen.folder
-    if machine.nodes > 1:
-        raise ValueError(f"--nodes {machine.nodes}: a study's runs are on one machine each; on many machines use --ray")
     count = workers or machine.slots
     if dry_run:
         return _plan(chosen, recipes, root, machine, count)

@@ -151,7 +151,8 @@ def symmetric_noise(labels: Tensor, rate: float, classes: int, seed: int) -> Ten
 
 def batches_of(count: int, size: int, ranks: int = 1) -> int:
     """How many batches `shares` makes."""
-    return count // size + (count % size >= ranks)
+    whole = count // size if size >= ranks else 0
+    return whole + (count % size >= ranks)
 
 
 def shares(

@@ -16,7 +16,8 @@ from lightning_fabric import Fabric
 
 from bisam.experiments.names import unknown
 
-logging.getLogger("lightning_fabric").setLevel(logging.ERROR)  # it advertises and advises, in every process
+for _name in ("lightning_fabric", "torch.multiprocessing.spawn"):
+    logging.getLogger(_name).setLevel(logging.ERROR)  # they advertise and advise, in every process
 
 STRATEGIES = ("auto", "ddp", "fsdp")
 PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed", "64": "64-true"}
@@ -58,8 +59,6 @@ class Machine:
             raise ValueError(
                 f"--device {self.device} is one device: leave its number out with --devices {self.devices}"
             )
-        if self.nodes > 1 and not {"WORLD_SIZE", "SLURM_NTASKS"} & os.environ.keys():
-            raise ValueError(f"--nodes {self.nodes}: start the command on each machine by torchrun or srun")
         if self.strategy == "fsdp":
             raise ValueError("strategy 'fsdp' is refused: this version cannot restore sharded weights; use ddp")
 
@@ -87,6 +86,8 @@ class Machine:
             ValueError: the device is unknown or not here, or cannot do the precision.
         """
         kind, _, index = self.device.partition(":")
+        if self.nodes > 1 and not {"WORLD_SIZE", "SLURM_NTASKS"} & os.environ.keys():
+            raise ValueError(f"--nodes {self.nodes}: start the command on each machine by torchrun or srun")
         if precision == "16" and kind == "cpu":
             raise ValueError("precision 16 is for GPUs: on the CPU use bf16, or give another --device")
         # Spawned on one machine; on several, whoever started the processes has told them who they are.
