@@ -51,6 +51,9 @@ class TensorBoard:
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Scalars of epoch `step`."""
         if self._writer is None:  # what a killed process wrote from this epoch on is to be forgotten
+            # Files are read in the order of their names, which begin with the second and go on with the process.
+            while any(self._folder.glob(f"events.out.tfevents.{int(time.time())}.*")):
+                time.sleep(0.05)
             self._writer = self._open(str(self._folder), purge_step=step)
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
