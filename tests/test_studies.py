@@ -341,7 +341,7 @@ def test_a_run_killed_at_ten_random_moments_equals_the_uninterrupted_one(tmp_pat
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b or (a != a and b != b)
 
 
-def test_each_device_remembers_for_itself_across_an_interruption(tmp_path):
+def test_what_each_device_remembers_is_saved_for_each(tmp_path):
     """Momentum-SAM's average is of the device's own part of the batches."""
     recipe = Recipe(method="momentum_sam", rho=0.4, epochs=3, batch_size=256)
     whole, broken = Run.under(tmp_path / "a", recipe), Run.under(tmp_path / "b", recipe)
@@ -354,7 +354,7 @@ def test_each_device_remembers_for_itself_across_an_interruption(tmp_path):
     tensors = [torch.utils._pytree.tree_leaves(memory) for memory in first]
     assert any(not torch.equal(a, b) for a, b in zip(*tensors, strict=True) if isinstance(a, torch.Tensor))
     (broken.folder / "result.json").unlink()
-    with pytest.raises(RunError, match="it is of 2 devices, not of 1"):
+    with pytest.raises(RunError, match="begun with 2 devices, not with 1: go on with as many"):
         train(broken)
 
 
@@ -382,7 +382,7 @@ def test_what_has_no_effect_or_cannot_be_is_one_line(bisam, tmp_path, arguments,
 
 
 def test_several_devices_share_the_batches(tmp_path):
-    """Two processes, each with half of every batch, which is MSAM on one."""
+    """Two processes, each with half of every batch."""
     recipe = Recipe(method="bisam_log", rho=0.4, epochs=4, batch_size=128, precision="64")
     rows = []
     result = train(Run.under(tmp_path / "two", recipe), Machine(devices=2), rows.append)

@@ -171,7 +171,6 @@ PAPER = (
         seeds=1,
         figures=("grid",),
         first_seed=100,
-        shared="grid",
     ),
 )
 """In the paper's order."""

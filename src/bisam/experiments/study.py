@@ -59,7 +59,7 @@ class Study:
         for name, value in settings.items():
             takes = [name in recipe.settings for recipe in recipes]
             if not any(takes):
-                raise ValueError(f"--set {name}={value:g}: no method of {self.name} has {name} as a setting")
+                raise ValueError(f"--set {name}={value}: no method of {self.name} has {name} as a setting")
             recipes = [replace(r, **{name: value}) if t else r for r, t in zip(recipes, takes, strict=True)]
         return list(dict.fromkeys(recipes))
 

@@ -89,8 +89,8 @@ def _fits(recipe: Recipe, splits: Data, machine: Machine) -> None:
         )
     processes = machine.devices * machine.nodes
     if not batches_of(len(splits.train), recipe.batch_size, processes):
-        most = min(recipe.batch_size, len(splits.train))
-        raise ValueError(f"batches of {most} cannot be shared by {processes} devices: give a larger batch_size")
+        examples = min(recipe.batch_size, len(splits.train))
+        raise ValueError(f"batches of {examples} cannot be shared by {processes} devices: give a larger batch_size")
 
 
 @torch.no_grad()
@@ -261,10 +261,13 @@ class Training:
         if (checkpoint := self._run.checkpoint()) is None:
             return
         try:
-            memories, rank = checkpoint["memories"], self._fabric.global_rank
-            if len(memories) != self._fabric.world_size:
-                raise ValueError(f"it is of {len(memories)} devices, not of {self._fabric.world_size}")
-            self._sharp.load_state_dict({**checkpoint["sharp"], _MEMORY: memories[rank]})
+            memories, world = checkpoint["memories"], self._fabric.world_size
+            if len(memories) != world:
+                raise RunError(
+                    f"{self._run.folder} was begun with {len(memories)} devices, not with {world}: go on with as many, "
+                    "or give another --out"
+                )
+            self._sharp.load_state_dict({**checkpoint["sharp"], _MEMORY: memories[self._fabric.global_rank]})
             self._optimizer.load_state_dict(checkpoint["optimizer"])
             self._scheduler.load_state_dict(checkpoint["scheduler"])
             self._history, self._best = checkpoint["history"], checkpoint["best"]
