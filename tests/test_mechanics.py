@@ -319,6 +319,13 @@ def test_track_overrides_which_query_moves_buffers():
     assert buffers(model) != before
 
 
+def test_an_oracle_shows_the_buffers_as_they_are_now():
+    model = cases.convnet()
+    oracle = ModelOracle(model, cross_entropy)
+    oracle.query(cases.batch())
+    assert [b is c for b, c in zip(oracle.buffers, model.buffers(), strict=True)] == [True] * 6
+
+
 def test_buffers_of_a_loss_module_are_treated_alike():
     class Counting(nn.Module):
         def __init__(self) -> None:

@@ -324,6 +324,7 @@ def test_views_answer_for_the_oracle_below():
     ):
         assert (view.names, view.layers, view.loss) == (["w"], ["LayerNorm"], cross_entropy)
         assert view.parameters is oracle.parameters
+        assert view.buffers is oracle.buffers
         assert torch.equal(view.weights.tensors[0], oracle.weights.tensors[0])
 
 

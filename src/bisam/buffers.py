@@ -44,6 +44,11 @@ class Buffers:
             groups.setdefault(buffer.dtype, []).append(buffer.data)
         return list(groups.values())
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The buffers."""
+        return [buffer for _, _, buffer in self._slots]
+
     def refresh(self) -> None:
         """Take the tensors that modules have put in their buffers' place for the buffers."""
         if any(owner.get(name) is not buffer for owner, name, buffer in self._slots):

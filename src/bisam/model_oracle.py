@@ -98,6 +98,11 @@ class ModelOracle(Oracle):
         # time: a layer that constrains its weights may give them other memory in a forward pass.
         return Vector([p.data for p in self.parameters])
 
+    @property
+    def buffers(self) -> Sequence[Tensor]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The model's buffers and the loss's."""
+        return self._buffers.tensors
+
     @cached_property
     def names(self) -> Sequence[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The parameters' names in the model; those of the loss begin with `loss.`."""

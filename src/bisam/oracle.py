@@ -33,6 +33,7 @@ class Oracle(ABC):
         names: the parameters' names, in the order of `weights`.
         layers: the class names of the modules they belong to, in that order.
         parameters: the tensors that an optimizer holds, in that order.
+        buffers: running statistics and what else a model keeps beside its parameters, as they are now.
         loss: the training loss, which is what a query evaluates unless told otherwise.
         step: number of losses computed before this one.
         state: what the method remembers between steps (numbers, tensors, Vectors, in dicts, lists and tuples); saved
@@ -44,6 +45,7 @@ class Oracle(ABC):
     names: Sequence[str]
     layers: Sequence[str]
     parameters: Sequence[Tensor]
+    buffers: Sequence[Tensor] = ()
     loss: Objective
     step: int = 0
     state: dict[str, Any]
@@ -146,6 +148,11 @@ class View(Oracle):
     def parameters(self) -> Sequence[Tensor]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """See `Oracle`."""
         return self._oracle.parameters
+
+    @property
+    def buffers(self) -> Sequence[Tensor]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """See `Oracle`."""
+        return self._oracle.buffers
 
     @property
     def loss(self) -> Objective:  # pyright: ignore[reportIncompatibleMethodOverride]
