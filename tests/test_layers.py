@@ -14,7 +14,8 @@ ROOT = Path(bisam.__file__).parent
 # In this order; files of one floor do not see each other, and a package's files see their own package.
 FLOORS = [
     {"arguments", "vector"},
-    {"objectives", "buffers", "memory", "schedules"},
+    {"objectives", "buffers", "schedules", "shards", "noise"},
+    {"memory", "hosts"},
     {"evaluation"},
     {"oracle"},
     {"model_oracle", "perturbations", "optimizers"},

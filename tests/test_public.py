@@ -75,16 +75,19 @@ CORE = [
     "arguments",
     "buffers",
     "evaluation",
+    "hosts",
     "loss",
     "masks",
     "memory",
     "methods",
     "model_oracle",
+    "noise",
     "objectives",
     "optimizers",
     "oracle",
     "perturbations",
     "schedules",
+    "shards",
     "vector",
 ]
 
@@ -101,7 +104,10 @@ SAM = "SAM(perturb=L2(rho=0.05), ascent=None, descent=None)"
 @pytest.mark.parametrize(
     ("function", "signature"),
     [
-        (bisam.SharpnessAware, "(model, method, loss, forward=None, *, scale=None, same_noise=False)"),
+        (
+            bisam.SharpnessAware,
+            "(model, method, loss, forward=None, *, scale=None, same_noise=False, perturbation=None)",
+        ),
         (bisam.ERM, "()"),
         (bisam.SAM, "(perturb=L2(rho=0.05), ascent=None, descent=None)"),
         (bisam.BiSAM, "(rho=0.05, bound=NegLog(mu=1.0, ignore_index=-100), descent=None)"),
@@ -114,11 +120,12 @@ SAM = "SAM(perturb=L2(rho=0.05), ascent=None, descent=None)"
         (bisam.cross_entropy, "(outputs, targets)"),
         (perturbations.L2, "(rho)"),
         (perturbations.Adaptive, "(rho, eta=0.0, where=None)"),
-        (bisam.Vector, "(tensors, holes=frozenset())"),
+        (bisam.Vector, "(tensors, holes=frozenset(), layout=None)"),
         (bisam.Evaluation, "(losses, grad=None, outputs=None, value=None, count=None, targets=None, objective=None)"),
         (
             bisam.ModelOracle,
-            "(model, loss, forward=None, *, scale=None, same_noise=False, step=0, state=None, check=True)",
+            "(model, loss, forward=None, *, scale=None, same_noise=False, perturbation=None, step=0, state=None, "
+            "check=True)",
         ),
         (bisam.Oracle.query, "(self, batch, objective=None, *, at=None, grad=True, track=None)"),
         (bisam.ModelOracle.query, "(self, batch, objective=None, *, at=None, grad=True, track=None)"),

@@ -8,7 +8,7 @@ from dataclasses import fields, is_dataclass
 from numbers import Real
 from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def positive(name: str, value: Any) -> None:
@@ -101,10 +101,15 @@ def instance(name: str, value: Any, remedy: str, *also: type) -> None:
 
 def remembering(value: Any) -> str | None:
     """The name of the first class in a nest of methods and perturbations that keeps a memory between steps, or None."""
-    if getattr(value, "remembers", False):
+    return having("remembers", value)
+
+
+def having(trait: str, value: Any) -> str | None:
+    """The name of the first class in a nest of methods and perturbations that has a true attribute `trait`, or None."""
+    if getattr(value, trait, False):
         return type(value).__name__
     parts = [getattr(value, f.name) for f in fields(value)] if is_dataclass(value) else []
-    return next((found for part in parts if (found := remembering(part))), None)
+    return next((found for part in parts if (found := having(trait, part))), None)
 
 
 def check_losses(losses: Any, targets: Any) -> None:
@@ -147,25 +152,6 @@ def check_strangers(losses: Tensor, parameters: Iterable[Tensor]) -> None:
             f"the loss depends on {len(shapes)} tensors that need a gradient and are no parameters of the model "
             f"(shapes {', '.join(map(str, shapes[:3]))}{', ...' if len(shapes) > 3 else ''}): they would not be "
             "trained. Put them into the model, or pass a loss with parameters as an nn.Module"
-        )
-
-
-def check_wrapper(model: nn.Module) -> None:
-    """Make sure that the model is not wrapped in what would train it wrongly or not at all.
-
-    Raises:
-        ValueError: with the remedy.
-    """
-    for module in model.modules():
-        if getattr(module, "static_graph", False) and hasattr(module, "reducer"):
-            raise ValueError(
-                "DistributedDataParallel(static_graph=True) inside the loss would never average gradients: wrap the "
-                "other way round, DistributedDataParallel(SharpnessAware(model, ...), static_graph=True)"
-            )
-    if any(type(p.data).__name__ == "DTensor" for p in model.parameters()):
-        raise ValueError(
-            "the parameters are DTensors (FSDP2, tensor parallelism), which this version cannot move: use "
-            "DistributedDataParallel"
         )
 
 

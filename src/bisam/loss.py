@@ -18,12 +18,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from bisam import memory as memories
+from bisam import hosts, memory as memories
 from bisam.arguments import instance
 from bisam.evaluation import Evaluation, join
 from bisam.methods import Method
-from bisam.model_oracle import Forward, ModelOracle, Scale
+from bisam.model_oracle import Forward, ModelOracle, Scale, Scope
 from bisam.objectives import Objective
+from bisam.shards import fully_sharded_kind
 
 
 class SharpnessAware(nn.Module):
@@ -42,9 +43,13 @@ class SharpnessAware(nn.Module):
         scale: the `torch.amp.GradScaler` in use with float16, or a callable that returns its factor.
         same_noise: whether all forward passes on a batch see the same dropout masks, as in the JAX original. By default
             they are fresh, as in every PyTorch implementation.
+        perturbation: in data-parallel training, whether a rank perturbs for its own part of the batch ("local") or all
+            of them for the whole ("global", at the price of a reduction in each query). None is what the host does:
+            local under DistributedDataParallel, as in the paper of SAM, and global under FSDP2, which cannot otherwise.
 
     Raises:
         TypeError: an argument is not what it should be (a class in place of an instance, say).
+        ValueError: `perturbation` is neither.
 
     Called, it raises:
         TypeError: `forward` or `loss` return something else than they should.
@@ -63,6 +68,7 @@ class SharpnessAware(nn.Module):
         *,
         scale: Scale | None = None,
         same_noise: bool = False,
+        perturbation: Scope | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(cast(Any, model), nn.Module):
@@ -75,12 +81,15 @@ class SharpnessAware(nn.Module):
             instance(
                 "scale", scale, "a torch.amp.GradScaler or a function that returns the factor", torch.amp.GradScaler
             )
+        if perturbation not in ("local", "global", None):
+            raise ValueError(f"perturbation must be 'local', 'global' or None, got {perturbation!r}")
         self.model = model
         self.method = method
         self.loss = loss
         self._forward = forward
         self._scale = scale
         self._same_noise = same_noise
+        self._perturbation: Scope | None = perturbation
         self._memory = _Memory()
 
     def forward(self, *batch: Any) -> Tensor:
@@ -93,6 +102,8 @@ class SharpnessAware(nn.Module):
             A scalar: in training the loss at the displaced weights, else the plain loss.
         """
         memory = self._memory
+        if not memory.checked:
+            hosts.check(self, self.method, self._perturbation)
         memory.seen, memory.clean = [], None  # the last step's outputs need not live through this one
         oracle = ModelOracle(
             self.model,
@@ -100,6 +111,7 @@ class SharpnessAware(nn.Module):
             self._forward,
             scale=self._scale,
             same_noise=self._same_noise,
+            perturbation=self._perturbation,
             step=memory.step,
             state=dict(memory.state),  # what the method writes counts once the step has succeeded
             check=not memory.checked,
@@ -111,7 +123,7 @@ class SharpnessAware(nn.Module):
                 if not memory.checked:
                     _warn_of_half(oracle)
                 if memory.state and memory.trained != (trained := [id(p) for p in oracle.parameters]):
-                    memories.check(memory.state, oracle.parameters)
+                    memories.check(memory.state, oracle.weights)
                     memory.trained = trained
                 value = oracle.differentiable(self.method(oracle, batch))
                 memory.state = memories.settled(oracle.state, memory.state, oracle.overflow)
@@ -154,6 +166,9 @@ class SharpnessAware(nn.Module):
         Raises:
             ValueError: the state is the memory of another method or belongs to another model.
         """
+        for module in self.modules():
+            if isinstance(module, fully_sharded_kind()):
+                cast(Any, module).reshard()
         parameters = [p for p in self.parameters() if p.requires_grad]
         self._memory.state = memories.load(state, self.method, parameters)
         self._memory.step = int(state["step"])

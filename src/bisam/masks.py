@@ -56,9 +56,10 @@ class RandomMask(Around):
         if self.beta == 1:
             return e
         if self.per == "tensor":
-            drawn = (torch.rand(len(e), device="cpu") < self.beta).tolist()  # on the CPU: no device waits
-            return Vector([t * (on / self.beta) for t, on in zip(e, drawn, strict=True)], e.holes)
-        return e * Vector([noise < self.beta for noise in _noise(e)]) * (1 / self.beta)
+            drawn = e.agreed(torch.rand(len(e), device="cpu"))  # on the CPU: no device waits
+            factors = ((drawn < self.beta).double() / self.beta).unbind()
+            return e.like([t * factor for t, factor in zip(e, factors, strict=True)], e.holes)
+        return e * e.like([noise < self.beta for noise in _noise(e)]) * (1 / self.beta)
 
 
 @dataclass(frozen=True)
@@ -143,13 +144,13 @@ class DropGrow(Around):
 
     def _renewed(self, mask: Vector, gradient: Vector, step: int) -> Vector:
         time = 0.0 if self.steps is None else min(1.0, step / self.steps)
-        old = _flat(mask)
+        old = _flat(mask.whole())
         kept = portion(self.keep, len(old))
         dropped = min(int(kept * self.drop * (1 + math.cos(math.pi * time)) / 2), len(old) - kept)
         new = torch.zeros_like(old)
-        new[_flat(gradient.abs()).masked_fill(~old, -1).topk(kept - dropped).indices] = True
-        new[_flat(_noise(gradient)).masked_fill(old, -1).topk(dropped).indices] = True
-        return _shaped(new, mask)
+        new[_flat(gradient.whole().abs()).masked_fill(~old, -1).topk(kept - dropped).indices] = True
+        new[_flat(_noise(gradient).whole()).masked_fill(old, -1).topk(dropped).indices] = True
+        return mask.part(_shaped(new, mask.whole()))
 
 
 def top(scores: Vector, keep: float, maskable: Sequence[bool] | None = None) -> Vector:
@@ -161,22 +162,23 @@ def top(scores: Vector, keep: float, maskable: Sequence[bool] | None = None) -> 
         maskable: which tensors the choice is made in, all others are in the mask; None for all.
 
     Returns:
-        A Vector of booleans.
+        A Vector of booleans. Where weights are sharded, all scores are gathered for it.
     """
     chosen = [True] * len(scores) if maskable is None else list(maskable)
-    inside = Vector([t for t, choose in zip(scores, chosen, strict=True) if choose])
-    mask = [torch.ones_like(t, dtype=torch.bool) for t in scores]
+    whole = scores.whole()
+    inside = Vector([t for t, choose in zip(whole, chosen, strict=True) if choose])
+    mask = [torch.ones_like(t, dtype=torch.bool) for t in whole]
     if len(inside):
         flat = _flat(inside)
         found = torch.zeros_like(flat, dtype=torch.bool)
         found[flat.topk(portion(keep, len(flat))).indices] = True
         parts = iter(_shaped(found, inside))
         mask = [next(parts) if choose else t for t, choose in zip(mask, chosen, strict=True)]
-    return Vector(mask)
+    return scores.part(Vector(mask))
 
 
 def _noise(like: Vector) -> Vector:
-    return Vector([torch.rand(t.shape, device=t.device) for t in like])
+    return like.drawn(lambda t: torch.rand(t.shape, device=t.device))
 
 
 def _flat(vector: Vector) -> Tensor:

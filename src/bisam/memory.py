@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from bisam.arguments import remembering
+from bisam.shards import Shards, local, sharded_kind
 from bisam.vector import Vector
 
 State = dict[str, Any]
@@ -50,13 +51,13 @@ def load(saved: dict[str, Any], method: Any, parameters: Sequence[nn.Parameter])
     return cast(State, _unpacked(saved["state"], parameters))
 
 
-def check(state: State, parameters: Sequence[Tensor]) -> None:
-    """Make sure that what is remembered belongs to these parameters.
+def check(state: State, weights: Vector) -> None:
+    """Make sure that what is remembered belongs to these weights.
 
     Raises:
         ValueError: others are trained by now.
     """
-    shapes = [p.shape for p in parameters]
+    shapes = [w.shape for w in weights]
     for leaf in tree_flatten(state)[0]:
         if isinstance(leaf, Vector) and [t.shape for t in leaf.tensors] != shapes:
             raise ValueError(
@@ -94,7 +95,7 @@ def _alike(a: Any, b: Any) -> bool:
 def _chosen(condition: Tensor, yes: Any, no: Any) -> Any:
     if isinstance(no, Vector):
         tensors = [cast(Tensor, _chosen(condition, a, b)) for a, b in zip(yes.tensors, no.tensors, strict=True)]
-        return Vector(tensors, yes.holes & no.holes)
+        return no.like(tensors, yes.holes & no.holes)
     return torch.where(condition.to(no.device), yes, no) if isinstance(no, Tensor) else no
 
 
@@ -106,7 +107,10 @@ def _without_empty(state: State) -> State:
 
 def _packed(state: Any) -> Any:
     if isinstance(state, Vector):
-        return {_VECTOR: [_compact(t) for t in state.tensors], "holes": sorted(state.holes)}
+        tensors = [_compact(t) for t in state.tensors]
+        if (layout := state.layout) is not None:
+            tensors = [layout.wrapped(i, t) for i, t in enumerate(tensors)]
+        return {_VECTOR: tensors, "holes": sorted(state.holes)}
     if isinstance(state, Tensor):
         return _compact(state)
     if isinstance(state, dict):
@@ -141,5 +145,20 @@ def _unpacked(state: Any, parameters: Sequence[nn.Parameter]) -> Any:
             f"the saved state of the method has {len(tensors)} tensors, and the model {len(parameters)} trainable "
             "parameters of other shapes: it was saved with another model, or with other parameters frozen"
         )
-    moved = [torch.empty_like(p.data, dtype=t.dtype).copy_(t) for t, p in zip(tensors, parameters, strict=True)]
-    return Vector(moved, frozenset(cast("list[int]", entries["holes"])))
+    shards = Shards.of(parameters)
+    parts = [_here(i, t, p, shards) for i, (t, p) in enumerate(zip(tensors, parameters, strict=True))]
+    moved = [torch.empty_like(local(p.data), dtype=t.dtype).copy_(t) for t, p in zip(parts, parameters, strict=True)]
+    return Vector(moved, frozenset(cast("list[int]", entries["holes"])), shards)
+
+
+def _here(i: int, tensor: Any, parameter: Any, shards: Shards | None) -> Tensor:
+    """The part of what a checkpoint has of a parameter that belongs here, also if it was shared by other ranks."""
+    if isinstance(tensor, sharded_kind()):
+        alike = (tensor.device_mesh, tensor.placements) == (
+            getattr(parameter, "device_mesh", None),
+            getattr(parameter, "placements", None),
+        )
+        if alike:
+            return local(tensor)
+        tensor = tensor.full_tensor()
+    return tensor if shards is None else shards.part(i, tensor.to(parameter.device))

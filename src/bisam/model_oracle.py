@@ -10,22 +10,27 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from bisam import objectives
-from bisam.arguments import check_losses, check_strangers, check_wrapper, describe
+from bisam.arguments import check_losses, check_strangers, describe
 from bisam.buffers import Buffers, Slot
 from bisam.evaluation import Batch, Evaluation, size
+from bisam.noise import RandomState
 from bisam.objectives import Count, Objective
 from bisam.oracle import Oracle
-from bisam.vector import Tensors, Vector
+from bisam.shards import FullyShard, Peers, Replicas, Shards, fully_sharded_kind, local
+from bisam.vector import Layout, Tensors, Vector
 
 Forward = Callable[..., tuple[Any, Any]]
 """`(model, *batch) -> (outputs, targets)`."""
+
+Scope = Literal["local", "global"]
+"""Whether a rank perturbs for its own part of the batch, or for the whole."""
 
 Scale = torch.amp.GradScaler | Callable[[], float | Tensor]
 """What float16 gradients are multiplied by: a GradScaler, or a callable that returns the factor."""
@@ -40,6 +45,8 @@ class ModelOracle(Oracle):
         forward: `(model, *batch) -> (outputs, targets)`; by default all but the last element of the batch are inputs.
         scale: a `torch.amp.GradScaler`, or a callable that returns the factor, by which float16 gradients are scaled.
         same_noise: replay the random state, so that all queries on a batch see the same dropout masks.
+        perturbation: "global" averages gradients and values over ranks in each query, "local" does not; None as the
+            host does it.
         step: see `Oracle`.
         state: see `Oracle`.
         check: look, once, for what would go wrong silently; it takes a walk over the graph of the first query.
@@ -53,6 +60,7 @@ class ModelOracle(Oracle):
         *,
         scale: Scale | None = None,
         same_noise: bool = False,
+        perturbation: Scope | None = None,
         step: int = 0,
         state: dict[str, Any] | None = None,
         check: bool = True,
@@ -70,6 +78,7 @@ class ModelOracle(Oracle):
         # As nn.Module.parameters() and buffers(), without the names that those build on the way: this runs every step.
         parameters: dict[int, nn.Parameter] = {}  # by identity: tied parameters count once
         slots: list[Slot] = []
+        fully, gathers = list[Any](), fully_sharded_kind()
         todo = [root for root in (cast(Any, loss), model) if isinstance(root, nn.Module)]
         seen: set[nn.Module] = set()
         while todo:
@@ -77,6 +86,9 @@ class ModelOracle(Oracle):
             if module in seen:
                 continue
             seen.add(module)
+            if gathers and isinstance(module, gathers):
+                fully.append(module)
+                cast(Any, module).reshard()  # after an evaluation, say, it has gathered parameters in place of its own
             if children := module._modules:
                 todo += [m for m in reversed(children.values()) if m is not None]
             if own := module._parameters:
@@ -89,14 +101,33 @@ class ModelOracle(Oracle):
                         slots.append((buffers, name, buffer))
         self.parameters: list[nn.Parameter] = list(parameters.values())  # pyright: ignore[reportIncompatibleVariableOverride]
         self._buffers = Buffers(slots)
-        self._hooked = [p for p in self.parameters if p._backward_hooks]
+        self._hooks = [cast("dict[int, Any]", p._backward_hooks) for p in self.parameters if p._backward_hooks]
+        self._fully = FullyShard(fully) if fully else None
+        self._shards = Shards.of(self.parameters)
+        self._peers: Peers | None = None
+        if self._fully is not None and self._shards is not None:
+            self._peers = self._shards.peers
+            hooks = (getattr(p, "_post_accumulate_grad_hooks", None) for p in self.parameters)
+            self._hooks += [of_one for of_one in hooks if of_one]  # it calls these too
+        elif perturbation == "global":
+            self._peers = Peers.of(model)
+        self._layout: Layout | None = self._shards
+        if self._peers is not None and self._shards is None:
+            self._layout = Replicas(self._peers, self.parameters[0].device)
+        self.alone = self._peers is None  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @property
     def weights(self) -> Vector:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The trainable parameters; changing them changes the model."""
         # .data, not .detach(): moves are undone, and a graph that the user still holds must not see them. New each
         # time: a layer that constrains its weights may give them other memory in a forward pass.
-        return Vector([p.data for p in self.parameters])
+        tensors = [p.data for p in self.parameters]
+        return Vector(tensors if self._shards is None else [local(t) for t in tensors], layout=self._layout)
+
+    def agree(self, what: str, number: int) -> None:
+        """See `Oracle.agree`."""
+        if self._peers is not None:
+            self._peers.agree(what, number, self.parameters[0].device)
 
     @property
     def buffers(self) -> Sequence[Tensor]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -155,7 +186,7 @@ class ModelOracle(Oracle):
             if at is not None and weights is not None:
                 torch._foreach_add_(weights.tensors, at.tensors)
                 at = None  # its memory is free for the forward pass, if the method has let go of it too
-                torch.clear_autocast_cache()  # of the weights as they were, in lower precision
+                self._forget()  # of the weights as they were, in lower precision or gathered
             if self._same_noise:
                 self._replay(batch)
             answer = self._evaluate(batch, objective, grad, track)
@@ -164,6 +195,8 @@ class ModelOracle(Oracle):
             return answer
         except BaseException:
             buffers = untouched  # a step that fails leaves nothing behind
+            if self._fully is not None:
+                self._fully.recover(self.parameters)
             raise
         finally:
             if noise is not None:
@@ -172,7 +205,7 @@ class ModelOracle(Oracle):
             if saved is not None:
                 torch._foreach_copy_(self.weights.tensors, saved.tensors)
             if saved is not None or not grad:
-                torch.clear_autocast_cache()  # of displaced weights, or of copies that have no graph
+                self._forget()  # of displaced weights, or that have no graph
             if buffers is not None:
                 self._buffers.restore(buffers)
 
@@ -192,10 +225,18 @@ class ModelOracle(Oracle):
         """`evaluation.value` as a loss whose gradient with respect to the parameters is `evaluation.grad`."""
         grad, parameters = evaluation.gradient, self.parameters
         tensors = grad.tensors
+        if self._shards is not None:
+            tensors = [self._shards.wrapped(i, t) for i, t in enumerate(tensors)]
         if grad.holes:
             kept = [i for i in range(len(grad)) if i not in grad.holes]
             tensors, parameters = [tensors[i] for i in kept], [parameters[i] for i in kept]
         return cast(Tensor, _WithGradient.apply(evaluation.value, self._overflow, tensors, *parameters))
+
+    def _forget(self) -> None:
+        """Drop copies of the weights that were made for a forward pass."""
+        torch.clear_autocast_cache()
+        if self._fully is not None:
+            self._fully.reshard()
 
     def rollback(self) -> None:
         """Undo what queries did to running statistics: for a step that failed between two of them."""
@@ -209,10 +250,24 @@ class ModelOracle(Oracle):
         if grad:
             self._check_trainable(batch, losses)
         gradient = self._gradient(value) if grad else None
+        if self._peers is not None:
+            value, counted, gradient = self._everywhere(self._peers, value, counted, gradient)
         answer = Evaluation(losses.detach(), None, _detached(outputs), value.detach(), counted, targets, objective)
         if track:
             self.seen.append(answer)
         return replace(answer, grad=gradient)
+
+    def _everywhere(
+        self, peers: Peers, value: Tensor, count: Count, gradient: Vector | None
+    ) -> tuple[Tensor, Count, Vector | None]:
+        """Means over the ranks; FSDP2 has averaged gradients already."""
+        value = value.detach()
+        counted = count.to(value.dtype) if isinstance(count, Tensor) else torch.full_like(value, count)
+        if gradient is None or self._fully is not None:
+            value, counted = peers.mean([torch.stack([value, counted])])[0].unbind()
+            return value, counted, gradient
+        both, *grads = peers.mean([torch.stack([value, counted]), *gradient.tensors])
+        return both[0], both[1], gradient.like(grads)  # no holes: what is unused here may be used elsewhere
 
     def _count(self, batch: Batch, losses: Tensor, targets: Any, objective: Objective) -> Count:
         return objectives.count(losses, targets, objective) if losses.dim() else size(batch) or 1
@@ -242,8 +297,6 @@ class ModelOracle(Oracle):
                 f"{type(self.model).__name__} has no trainable parameter: call requires_grad_() on those to be "
                 "trained, or model.eval() to evaluate"
             )
-        if self._check:
-            check_wrapper(self.model)
         if not losses.requires_grad:
             raise ValueError(
                 "the loss does not depend on the trainable parameters: it was detached, computed under no_grad, or "
@@ -255,26 +308,26 @@ class ModelOracle(Oracle):
                 "made it into the model"
             )
         if self._check:
-            check_strangers(losses, self.parameters)
+            gathered = [] if self._fully is None else self._fully.leaves()
+            if gathered is not None:
+                check_strangers(losses, [*self.parameters, *gathered])
             self._check = False
 
     def _gradient(self, value: Tensor) -> Vector:
         factor = None if self._scale is None else _factor(self._scale, value.device)
-        with _silenced(self._hooked):
-            # autograd.grad, not backward: .grad stays the user's, and no reducer of a distributed wrapper wakes up.
-            loss = value if factor is None else value * factor
-            grads: tuple[Any, ...] = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        with _silenced(self._hooks):
+            grads: Sequence[Any] = self._gradients(value if factor is None else value * factor)
         holes: frozenset[int] = frozenset()
         if type(None) in {type(g) for g in grads}:
             holes = frozenset([i for i, g in enumerate(grads) if g is None])
-            grads = tuple(torch.zeros_like(p) if i in holes else grads[i] for i, p in enumerate(self.parameters))
+            grads = [torch.zeros_like(w) if grads[i] is None else grads[i] for i, w in enumerate(self.weights)]
         if {g.layout for g in grads} != {torch.strided}:
             i, layout = next((i, g.layout) for i, g in enumerate(grads) if g.layout is not torch.strided)
             raise ValueError(
                 f"the gradient of {self.names[i]} is sparse ({layout}), and a displacement of the weights is dense: "
                 "use sparse=False in the embedding"
             )
-        gradient = Vector(grads, holes)
+        gradient = Vector(cast(Tensors, grads), holes, self._layout)
         if factor is None:
             return gradient
         gradient = gradient / factor
@@ -282,6 +335,22 @@ class ModelOracle(Oracle):
         overflow = gradient.norm() * 0
         self._overflow = overflow if self._overflow is None else self._overflow + overflow
         return gradient
+
+    def _gradients(self, loss: Tensor) -> Sequence[Tensor | None]:
+        if self._fully is not None:
+            grads: Sequence[Tensor | None] = self._fully.gradients(loss, self.parameters)
+        else:
+            # autograd.grad, not backward: .grad stays the user's, and no reducer of a distributed wrapper wakes up.
+            try:
+                grads = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+            except RuntimeError as error:
+                if "use_reentrant" not in str(error):
+                    raise
+                raise ValueError(
+                    "re-entrant activation checkpointing takes no gradient but by backward(), which would fill .grad: "
+                    "call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+                ) from error
+        return grads if self._shards is None else self._shards.parts(grads)
 
     def _replay(self, batch: Batch) -> None:
         if self._noise is not None and self._noise[0] is batch:
@@ -306,25 +375,9 @@ class _WithGradient(torch.autograd.Function):
         return None, None, None, *torch._foreach_mul(ctx.saved_tensors, factor)
 
 
-class RandomState:
-    """The state of the random generators that a forward pass draws from: the CPU's and the parameters' devices'."""
-
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self._cpu = torch.get_rng_state()
-        devices = {p.device for p in parameters if p.device.type not in ("cpu", "meta")}
-        self._others = [(d, torch.get_device_module(d).get_rng_state(d)) for d in devices]
-
-    def restore(self) -> None:
-        """Put the generators back."""
-        torch.set_rng_state(self._cpu)
-        for device, state in self._others:
-            torch.get_device_module(device).set_rng_state(state, device)
-
-
 @contextmanager
-def _silenced(hooked: Sequence[Tensor]) -> Generator[None]:
-    """Without the tensor hooks of these parameters: they act on the gradient that reaches `.grad`, once."""
-    hooks = [cast("dict[int, Any]", p._backward_hooks) for p in hooked]
+def _silenced(hooks: Sequence[dict[int, Any]]) -> Generator[None]:
+    """Without these hooks of parameters: they act on the gradient that reaches `.grad`, once."""
     kept = [dict(of_one) for of_one in hooks]
     for of_one in hooks:
         of_one.clear()

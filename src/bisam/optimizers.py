@@ -20,6 +20,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from bisam.arguments import share, whole
 from bisam.oracle import Oracle
+from bisam.shards import local
 from bisam.vector import Scalar, Tensors, Vector, as_real, clone
 
 Group = Mapping[str, Any]
@@ -83,7 +84,7 @@ class Preview:
                 states = [self.optimizer.state.get(parameters[i], {}) for i in moving]  # state[p] would make one
                 parts = (Vector([v.tensors[i] for i in moving]) for v in (w, gradient))
                 e.update(zip(moving, step(group, states, *parts), strict=True))
-        return Vector([e[i] if i in e else torch.zeros_like(t) for i, t in enumerate(w)], gradient.holes)
+        return w.like([e[i] if i in e else torch.zeros_like(t) for i, t in enumerate(w)], gradient.holes)
 
 
 class Lookahead(Optimizer):
@@ -254,13 +255,13 @@ def _downhill(group: Group, w: Vector, g: Vector, decay: Scalar) -> Vector:
 
 def _remembered(name: str, states: Sequence[Group], w: Vector) -> Vector:
     found = [s.get(name) for s in states]
-    return Vector([torch.zeros_like(t) if s is None else s for s, t in zip(found, w, strict=True)])
+    return Vector([torch.zeros_like(t) if s is None else local(s) for s, t in zip(found, w, strict=True)])
 
 
 def _steps(group: Group, states: Sequence[Group], w: Vector) -> Tensor:
     """Adam's count of steps, the coming one included, for each parameter: where it is, so that nothing waits for it."""
     on_device = group["capturable"] or group["fused"]
-    counts = [s.get("step") for s in states]
+    counts = [None if s.get("step") is None else local(s["step"]) for s in states]
     zeros = (torch.zeros((), device=t.device if on_device else "cpu") for t in w)
     t = torch.stack([zero if count is None else count for count, zero in zip(counts, zeros, strict=True)]) + 1
     return t.double() if t.is_cpu else t

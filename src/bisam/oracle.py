@@ -36,6 +36,8 @@ class Oracle(ABC):
         buffers: running statistics and what else a model keeps beside its parameters, as they are now.
         loss: the training loss, which is what a query evaluates unless told otherwise.
         step: number of losses computed before this one.
+        alone: whether a query is answered for its batch alone. Where parameters are sharded, or the perturbation was
+            asked to be global, answers are means over the batches of all ranks.
         state: what the method remembers between steps (numbers, tensors, Vectors, in dicts, lists and tuples); saved
             and restored by `SharpnessAware.state_dict`. Replace values, do not change them in place: a step that fails
             leaves what was there.
@@ -48,6 +50,7 @@ class Oracle(ABC):
     buffers: Sequence[Tensor] = ()
     loss: Objective
     step: int = 0
+    alone: bool = True
     state: dict[str, Any]
 
     @abstractmethod
@@ -76,6 +79,13 @@ class Oracle(ABC):
         In series here; a subclass may answer them in parallel.
         """
         return [self.query(**query) for query in queries]
+
+    def agree(self, what: str, number: int) -> None:  # noqa: B027 - one rank agrees with itself
+        """Make sure that all ranks whose batches are the parts of one have the same `number` of `what`.
+
+        Raises:
+            ValueError: they do not, and would wait for each other for ever.
+        """
 
     def shifted(self, by: Vector, *, track: bool = False) -> Oracle:
         """The same oracle, centred at `weights + by` (random smoothing, landscapes).
@@ -158,6 +168,15 @@ class View(Oracle):
     def loss(self) -> Objective:  # pyright: ignore[reportIncompatibleMethodOverride]
         """See `Oracle`."""
         return self._oracle.loss
+
+    @property
+    def alone(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """See `Oracle`."""
+        return self._oracle.alone
+
+    def agree(self, what: str, number: int) -> None:
+        """See `Oracle.agree`."""
+        self._oracle.agree(what, number)
 
     def query(
         self,

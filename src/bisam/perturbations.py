@@ -244,8 +244,8 @@ class ZScore(Around):
         """The displacement for the entries that stand out."""
         if self.keep == 1:
             return self.inner(gradient, oracle)
-        kept = [g if g.dim() < 2 or not g.numel() else g * self._outstanding(g) for g in gradient]
-        return self.inner(Vector(kept, gradient.holes), oracle)
+        kept = gradient.each(lambda g: g if g.dim() < 2 or not g.numel() else g * self._outstanding(g))
+        return self.inner(gradient.like(kept.tensors, gradient.holes), oracle)
 
     def _outstanding(self, g: Tensor) -> Tensor:
         distance = (g - g.mean()).abs()  # |z| but for a factor, and its order is what counts
@@ -281,6 +281,6 @@ class NormLayers(Around):
                 "NormLayers perturbs normalisation layers alone, and the model has none that is trained: use L2 or "
                 "Adaptive, with a where=, or name your layers' class ...Norm"
             )
-        zeros = Vector([g if n else torch.zeros_like(g) for n, g in zip(norms, gradient, strict=True)])
+        zeros = gradient.like([g if n else torch.zeros_like(g) for n, g in zip(norms, gradient, strict=True)])
         # The displacement of a geometry is 0 where the gradient is; only what is around it may move the rest.
         return self.inner(gradient.where(norms, zeros), oracle)

@@ -8,13 +8,14 @@ number of tensors:
     t = w.abs() + 0.01              # elementwise, with scalars
     cosine = g.dot(h) / (g.norm() * h.norm())
 
-Vectors are values: no operation changes its operands.
+Vectors are values: no operation changes its operands. Where parameters are sharded over ranks a Vector holds the parts
+that are here, and `layout` knows the rest: norms and inner products are those of the whole, the same on all ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -30,6 +31,38 @@ TINY = 1e-12
 _HALF = frozenset({torch.float16, torch.bfloat16})
 
 
+class Layout(Protocol):
+    """How tensors that several ranks share are made of their parts; all ranks call each of these together."""
+
+    def total(self, parts: Tensor) -> Tensor:
+        """The sum over tensors and ranks of numbers (n,) that are sums over the entries here; of no dimensions."""
+        ...
+
+    def whole(self, i: int, part: Tensor) -> Tensor:
+        """Tensor `i`, of its part here."""
+        ...
+
+    def part(self, i: int, whole: Tensor) -> Tensor:
+        """The part of tensor `i` that is here."""
+        ...
+
+    def unfilled(self, i: int, part: Tensor) -> Tensor:
+        """Tensor `i` with nothing in it yet, of the type and on the device of its part here."""
+        ...
+
+    def drawn(self, i: int, whole: Tensor) -> Tensor:
+        """The part of tensor `i` that is here, of random numbers that may differ between ranks."""
+        ...
+
+    def first(self, value: Tensor) -> Tensor:
+        """The value that the first of the ranks has."""
+        ...
+
+    def wrapped(self, i: int, part: Tensor) -> Tensor:
+        """Tensor `i` as checkpoints take it, of its part here."""
+        ...
+
+
 class Vector:
     """A list of tensors with the arithmetic of one flat vector.
 
@@ -40,13 +73,15 @@ class Vector:
     Args:
         tensors: the parts, in the order of the model's trainable parameters; at least one.
         holes: positions of `tensors` that are structurally zero.
+        layout: of which whole tensors these are parts; None if they are whole.
     """
 
-    __slots__ = ("holes", "tensors")
+    __slots__ = ("holes", "layout", "tensors")
 
-    def __init__(self, tensors: Tensors, holes: frozenset[int] = frozenset()) -> None:
+    def __init__(self, tensors: Tensors, holes: frozenset[int] = frozenset(), layout: Layout | None = None) -> None:
         self.tensors = tensors
         self.holes = holes
+        self.layout = layout
 
     def __len__(self) -> int:
         return len(self.tensors)
@@ -59,38 +94,49 @@ class Vector:
 
     def __add__(self, other: Vector | Scalar) -> Vector:
         if isinstance(other, Vector):
-            return Vector(torch._foreach_add(self.tensors, other.tensors), self.holes & other.holes)
-        return Vector(torch._foreach_add(self.tensors, other))
+            return self._with(other, torch._foreach_add(self.tensors, other.tensors), self.holes & other.holes)
+        return self.like(torch._foreach_add(self.tensors, other))
 
     def __sub__(self, other: Vector) -> Vector:
-        return Vector(torch._foreach_sub(self.tensors, other.tensors), self.holes & other.holes)
+        return self._with(other, torch._foreach_sub(self.tensors, other.tensors), self.holes & other.holes)
 
     def __mul__(self, other: Vector | Scalar) -> Vector:
         if isinstance(other, Vector):
-            return Vector(torch._foreach_mul(self.tensors, other.tensors), self.holes | other.holes)
-        return Vector(torch._foreach_mul(self.tensors, other), self.holes)
+            return self._with(other, torch._foreach_mul(self.tensors, other.tensors), self.holes | other.holes)
+        return self.like(torch._foreach_mul(self.tensors, other), self.holes)
 
     __rmul__ = __mul__
 
     def __truediv__(self, other: Vector | Scalar) -> Vector:
         if isinstance(other, Vector):
-            return Vector(torch._foreach_div(self.tensors, other.tensors), self.holes - other.holes)  # 0/0 is no zero
-        return Vector(torch._foreach_div(self.tensors, other), self.holes)
+            holes = self.holes - other.holes  # 0/0 is no zero
+            return self._with(other, torch._foreach_div(self.tensors, other.tensors), holes)
+        return self.like(torch._foreach_div(self.tensors, other), self.holes)
 
     def __neg__(self) -> Vector:
-        return Vector(torch._foreach_neg(self.tensors), self.holes)
+        return self.like(torch._foreach_neg(self.tensors), self.holes)
+
+    def like(self, tensors: Tensors, holes: frozenset[int] = frozenset()) -> Vector:
+        """Other tensors of the same shapes, in the same layout."""
+        return Vector(tensors, holes, self.layout)
+
+    def _with(self, other: Vector, tensors: Tensors, holes: frozenset[int]) -> Vector:
+        return Vector(tensors, holes, self.layout or other.layout)
 
     def abs(self) -> Vector:
         """Elementwise magnitude (real for complex entries)."""
-        return Vector(torch._foreach_abs(self.tensors), self.holes)
+        return self.like(torch._foreach_abs(self.tensors), self.holes)
 
     def sqrt(self) -> Vector:
         """Elementwise square root."""
-        return Vector(torch._foreach_sqrt(self.tensors), self.holes)
+        return self.like(torch._foreach_sqrt(self.tensors), self.holes)
 
     def norm(self) -> Tensor:
         """Euclidean norm of the whole vector: a real tensor of no dimensions, in float32 at least."""
         tensors, dtype = _wide(self.tensors)
+        if self.layout is not None:
+            norms = torch.stack(torch._foreach_norm(tensors, 2, dtype))
+            return self.layout.total(norms * norms).sqrt()
         if _is_small_on_cpu(tensors):
             return torch.linalg.vector_norm(torch._C._nn.flatten_dense_tensors(tensors), dtype=dtype)  # pyright: ignore
         return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors, 2, dtype)))
@@ -103,7 +149,8 @@ class Vector:
         products, dtype = _wide(torch._foreach_mul(as_real(self.tensors), as_real(other.tensors)))
         gain = torch._foreach_norm(torch._foreach_clamp_min(products, 0.0), 1, dtype)
         loss = torch._foreach_norm(torch._foreach_clamp_max(products, 0.0), 1, dtype)
-        return (torch.stack(gain) - torch.stack(loss)).sum()
+        parts = torch.stack(gain) - torch.stack(loss)
+        return parts.sum() if self.layout is None else self.layout.total(parts)
 
     def onto(self, other: Vector) -> Vector:
         """The part of this vector along `other`: its projection, 0 where `other` is 0."""
@@ -112,12 +159,43 @@ class Vector:
 
     def clone(self) -> Vector:
         """A copy with memory of its own, bit for bit."""
-        return Vector(clone(self.tensors), self.holes)
+        return self.like(clone(self.tensors), self.holes)
 
     def where(self, mask: Sequence[bool], other: Vector) -> Vector:
         """The parts of this vector where `mask` is true and those of `other` elsewhere; nothing is copied."""
         tensors = [a if keep else b for keep, a, b in zip(mask, self.tensors, other.tensors, strict=True)]
-        return Vector(tensors, frozenset(i for i, keep in enumerate(mask) if i in (self if keep else other).holes))
+        holes = frozenset(i for i, keep in enumerate(mask) if i in (self if keep else other).holes)
+        return self._with(other, tensors, holes)
+
+    # What elementwise operations and norms cannot say is said of whole tensors, wherever their parts are.
+
+    def whole(self) -> Vector:
+        """The whole tensors: this vector itself, unless it is sharded."""
+        if (layout := self.layout) is None:
+            return self
+        return Vector([layout.whole(i, t) for i, t in enumerate(self.tensors)], self.holes)
+
+    def part(self, whole: Vector) -> Vector:
+        """Of `whole`, which is the same on all ranks, what is here."""
+        if (layout := self.layout) is None:
+            return whole
+        return self.like([layout.part(i, t) for i, t in enumerate(whole.tensors)], whole.holes)
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> Vector:
+        """A function of each whole tensor, one at a time; it returns one of that shape."""
+        if (layout := self.layout) is None:
+            return Vector([function(t) for t in self.tensors])
+        return self.like([layout.part(i, function(layout.whole(i, t))) for i, t in enumerate(self.tensors)])
+
+    def drawn(self, draw: Callable[[Tensor], Tensor]) -> Vector:
+        """Random numbers for each entry, by a function that draws for a whole tensor, such as `torch.randn_like`."""
+        if (layout := self.layout) is None:
+            return Vector([draw(t) for t in self.tensors])
+        return self.like([layout.drawn(i, draw(layout.unfilled(i, t))) for i, t in enumerate(self.tensors)])
+
+    def agreed(self, value: Tensor) -> Tensor:
+        """The same random number everywhere: that of the first of the ranks that share this vector."""
+        return value if self.layout is None else self.layout.first(value)
 
 
 def clone(tensors: Tensors) -> Tensors:

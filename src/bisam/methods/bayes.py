@@ -66,7 +66,7 @@ class BSAM:
         """Two queries; three with another ascent."""
         w, delta = oracle.weights, self.prior / self.examples
         s: Vector = oracle.state.get("s") or w * 0 + self.s
-        noise = Vector([torch.randn_like(t) for t in w])
+        noise = w.drawn(torch.randn_like)
         around = oracle.shifted(noise / (s * self.examples).sqrt(), track=True)
         g = around.query(batch, self.descent).gradient
         other = self.ascent != self.descent
@@ -78,4 +78,4 @@ class BSAM:
         oracle.state["m"] = m = m if "m" not in oracle.state else oracle.state["m"] * self.beta1 + m
         oracle.state["s"] = s * self.beta2 + (s.sqrt() * g.abs() + (self.damping + delta)) * (1 - self.beta2)
         # Not the prior alone: where no loss reaches, an optimizer must meet no gradient, as in a plain loop.
-        return replace(answer, grad=Vector((m / s).tensors, g.holes & answer.gradient.holes))
+        return replace(answer, grad=w.like((m / s).tensors, g.holes & answer.gradient.holes))

@@ -130,8 +130,8 @@ class AESAM(SAM):
     ||g||^2 >= mu + c sqrt(var), where c goes from `first` to `last` on a straight line over `steps`; mu begins at the
     first ||g||^2 and var at 0, so the first step is one of SAM. The decision waits for the device, once a step. In
     data-parallel training each replica decides for itself: wrap as `DistributedDataParallel(SharpnessAware(...))`,
-    where the number of forward passes may differ, and use no SyncBatchNorm. The defaults of `first`, `last` and `delta`
-    are from memory, not from a source.
+    where the number of forward passes may differ, and use no SyncBatchNorm; or ask for `perturbation="global"`. The
+    defaults of `first`, `last` and `delta` are from memory, not from a source.
 
     Args:
         perturb: see `SAM`.
@@ -152,6 +152,7 @@ class AESAM(SAM):
     last: float = -1.0
     delta: float = 0.9
     remembers: ClassVar[bool] = True
+    decides: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -200,7 +201,8 @@ class SSAMF(SAM):
         ValueError: an argument is outside its range.
 
     Called, it raises:
-        ValueError: by torch, the model cannot train on a single example, as with BatchNorm1d: use `FisherSAM`.
+        ValueError: by torch, the model cannot train on a single example, as with BatchNorm1d, or gradients are means
+            over ranks (FSDP2): use `FisherSAM`.
     """
 
     keep: float = 0.8
@@ -221,6 +223,7 @@ class SSAMF(SAM):
         return super().climb(oracle, batch) * oracle.state["mask"]
 
     def _mask(self, oracle: Oracle, batch: Batch) -> Vector:
+        _check_alone(oracle)
         fisher = self._squared(oracle, take(batch, torch.tensor([0])))
         for i in range(1, min(self.samples, size(batch) or 1)):
             fisher = fisher + self._squared(oracle, take(batch, torch.tensor([i])))
@@ -229,6 +232,14 @@ class SSAMF(SAM):
     def _squared(self, oracle: Oracle, example: Batch) -> Vector:
         g = oracle.query(example, self.descent, track=False).gradient.abs()
         return g * g
+
+
+def _check_alone(oracle: Oracle) -> None:
+    if not oracle.alone:
+        raise ValueError(
+            "SSAMF needs the gradients of single examples, and here a gradient is the mean over all ranks (sharded "
+            "parameters, or a global perturbation): use FisherSAM, which takes the batch's"
+        )
 
 
 @dataclass(frozen=True)

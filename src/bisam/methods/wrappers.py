@@ -17,7 +17,6 @@ from bisam.arguments import instance, non_negative, remembering, whole
 from bisam.evaluation import Batch, Evaluation, divisor, join, largest, split
 from bisam.methods.sam import ERM, SAM, Method
 from bisam.oracle import Oracle
-from bisam.vector import Vector
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,7 @@ class MSAM:
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
         """The method's queries for each micro-batch in turn."""
         parts = split(batch, self.m)
+        oracle.agree("micro-batches", len(parts))
         if len(parts) == 1:
             return self.method(oracle.within("part 0"), batch)
         g, answers = None, list[Evaluation]()
@@ -139,12 +139,13 @@ class RSAM:
         inside = oracle.within("method")
         if self.sigma == 0:
             return self.method(inside, batch)
-        noise = Vector([torch.randn_like(w) * (self.sigma * self._scale(w)) for w in oracle.weights])
+        w = oracle.weights
+        noise = w.drawn(torch.randn_like) * w.each(lambda t: (self.sigma * self._scale(t)).expand_as(t))
         return self.method(inside.shifted(noise, track=True), batch)
 
-    def _scale(self, w: Tensor) -> float | Tensor:
+    def _scale(self, w: Tensor) -> Tensor:
         if not self.filters:
-            return 1.0
+            return w.new_ones(())
         return torch.linalg.vector_norm(w, dim=tuple(range(1, w.dim())) if w.dim() > 1 else None, keepdim=True)
 
 

@@ -1,0 +1,57 @@
+"""Hosts: what a model may be wrapped in, and what is refused because it would fail silently or wait for ever."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from bisam.arguments import having
+from bisam.shards import fully_sharded_kind, sharded_kind
+
+
+def check(sharp: nn.Module, method: Any, perturbation: str | None) -> None:
+    """Make sure that the model of a loss is not wrapped in what would train it wrongly, not at all, or wait for ever.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    if isinstance(sharp, fully_sharded_kind()):
+        raise ValueError("fully_shard the model, not the loss around it: SharpnessAware(fully_shard(model), ...)")
+    parameters = [p for p in sharp.parameters() if p.requires_grad]
+    kinds = {base.__name__ for module in sharp.modules() for base in type(module).__mro__}
+    if "FullyShardedDataParallel" in kinds:
+        raise ValueError(
+            "FullyShardedDataParallel (FSDP1) keeps parameters where no displacement reaches them: use its successor, "
+            "torch.distributed.fsdp.fully_shard(model)"
+        )
+    if any(hasattr(p, "ds_id") for p in parameters):
+        raise ValueError(
+            "DeepSpeed ZeRO-3 takes parameters away between two passes, and gradients inside the backward pass: use "
+            "torch.distributed.fsdp.fully_shard(model), or ZeRO stage 1 or 2"
+        )
+    wrappers = [module for module in sharp.modules() if hasattr(module, "reducer")]
+    if any(getattr(module, "static_graph", False) for module in wrappers):
+        raise ValueError(
+            "DistributedDataParallel(static_graph=True) inside the loss would never average gradients: wrap the "
+            "other way round, DistributedDataParallel(SharpnessAware(model, ...), static_graph=True)"
+        )
+    waits = any(getattr(module, "broadcast_buffers", False) and list(module.buffers()) for module in wrappers)
+    if waits and perturbation != "global" and (name := having("decides", method)):
+        raise ValueError(
+            f"with {name} replicas may differ in their number of forward passes, and DistributedDataParallel inside "
+            "the loss waits in each to broadcast buffers: use DistributedDataParallel(SharpnessAware(model, ...)), or "
+            'perturbation="global", where replicas decide together'
+        )
+    fully = any(isinstance(module, fully_sharded_kind()) for module in sharp.modules())
+    sharded = any(isinstance(p, sharded_kind()) for p in parameters)
+    if fully and perturbation == "local":
+        raise ValueError(
+            'perturbation="local" needs the gradient of each rank\'s own batch, and FSDP2 reduces all gradients: use '
+            'perturbation="global", or DistributedDataParallel'
+        )
+    if sharded and not fully and perturbation == "global":
+        raise ValueError(
+            'perturbation="global" would average parameters that are different parts of one tensor (tensor '
+            "parallelism): leave the argument out, or shard the model over the data-parallel ranks, fully_shard(model)"
+        )
