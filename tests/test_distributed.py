@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
 from typing import Any
@@ -14,53 +15,31 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import checkpoint
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils._pytree import tree_leaves
 
-from bisam import ESAM, KSAM, MSAM, SAM, SharpnessAware, cross_entropy
+from bisam import AESAM, ERM, ESAM, GSAM, KSAM, MSAM, SAM, SSAMF, SharpnessAware, Vector, cross_entropy
 from bisam.evaluation import take
+from bisam.integrations.checkpoint import make_room
 from bisam.masks import RandomMask
 from bisam.methods import saving, wrappers
 from bisam.perturbations import L2
 
 STEPS, PART = int(os.environ.get("BISAM_STEPS", "12")), 4
-DRAWING = [
-    "RandomMask-friendly",
-    "SSAMD",
-    "ESAM",
-    "EBiSAM",
-    "BSAM",
-    "RSAM",
-]  # from a stream of random numbers of their own
+DRAWING = "RandomMask-friendly SSAMD ESAM EBiSAM BSAM RSAM"  # random numbers of their own
+DETERMINED = (
+    "ERM SAM BiSAM MultiStepSAM-adaptive FSAM VaSSO ZSharp SAMON LESAM FisherSAM LookSAM AESAM MomentumSAM SAMPa GSAM "
+    "WSAM CRSAM XSAM FunctionalSAM RAPP Every-LookSAM During"
+)
 METHODS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
-    name: cases.FAMILY[name][0]
-    for name in [
-        "ERM",
-        "SAM",
-        "BiSAM",
-        "MultiStepSAM-adaptive",
-        "FSAM",
-        "VaSSO",
-        "ZSharp",
-        "SAMON",
-        "LESAM",
-        "FisherSAM",
-        "LookSAM",
-        "AESAM",
-        "MomentumSAM",
-        "SAMPa",
-        "GSAM",
-        "WSAM",
-        "CRSAM",
-        "XSAM",
-        "FunctionalSAM",
-        "RAPP",
-        "Every-LookSAM",
-        "During",
-    ]
-    + DRAWING
+    name: cases.FAMILY[name][0] for name in f"{DETERMINED} {DRAWING}".split()
 }
 METHODS["MSAM"] = lambda o: MSAM(2, SAM(L2(0.1)))
 OF_A_PART = {"ESAM", "EBiSAM", "MSAM"}  # they choose or split the examples of a rank
@@ -119,7 +98,7 @@ def whole_weights(model: nn.Module) -> list[Tensor]:
 
 
 def replicas(make: Callable[[torch.optim.Optimizer], Any], world: int) -> list[Tensor]:
-    """Data-parallel training by hand: each replica its own loss on its part, with its own stream; gradients averaged."""
+    """Data-parallel training by hand: each replica has its own loss, part and stream, and gradients are averaged."""
     models = [network() for _ in range(world)]
     optimizers = [sgd(model) for model in models]
     sharps = [
@@ -235,7 +214,7 @@ def ddp_against_msam(order: str) -> dict[str, Any]:
         model = network()
         weights, _ = trained(model, lambda o, m=model, make=make: nested(order, m, make(o)), part, seed=5 + rank)
         findings[name] = {} if identical(weights) else {"replicas differ": 1.0}
-        if name in DRAWING:
+        if name in DRAWING.split():
             expected = replicas(make, dist.get_world_size())
         else:
             one = network()
@@ -274,3 +253,371 @@ def global_against_one_process() -> dict[str, Any]:
 
 def test_a_global_perturbation_under_ddp_is_that_of_the_whole_batch():
     assert ranks.run(2, global_against_one_process) == [{}, {}]
+
+
+class Branches(nn.Module):
+    """A layer that nobody uses, and one that is used by turns, or not either."""
+
+    def __init__(self, turns: int) -> None:
+        super().__init__()
+        self.turns = turns
+        self.body, self.unused, self.other = network(), nn.Linear(3, 3).double(), nn.Linear(6, 6).double()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.body(self.other(x) if self.turns and self.calls % self.turns == 1 else x)
+
+
+def gradients_of(loss: Callable[..., Tensor], model: nn.Module, step: int, rank: int) -> list[Tensor | None]:
+    model.zero_grad()
+    loss(*part(step, rank)).backward()
+    return [p.grad for p in model.parameters()]
+
+
+def unused(order: str) -> dict[str, Any]:
+    """Gradients are the means of those of two replicas by hand; what no replica used in a step has none."""
+    torch.manual_seed(1)
+    model = Branches(turns=3 if order == "outside" else 0)
+    copies = [copy.deepcopy(model) for _ in range(2)]
+    method, findings = GSAM(L2(0.1)), {}
+    if order == "inside":
+        sharp: Any = SharpnessAware(DDP(model, find_unused_parameters=True), method, cross_entropy)
+    else:
+        sharp = DDP(SharpnessAware(model, method, cross_entropy), find_unused_parameters=True)
+    alone = [SharpnessAware(one, method, cross_entropy) for one in copies]
+    for step in range(6):
+        ours = gradients_of(sharp, model, step, dist.get_rank())
+        theirs = [gradients_of(loss, one, step, r) for r, (loss, one) in enumerate(zip(alone, copies, strict=True))]
+        for (name, _), g, *both in zip(model.named_parameters(), ours, *theirs, strict=True):
+            expected = None if both[0] is None else (both[0] + both[1]) / 2
+            if (g is None) != (expected is None) or (g is not None and not torch.allclose(g, expected, 0, 1e-12)):
+                findings[f"{order}, step {step}, {name}"] = "differs"
+    return findings
+
+
+def static() -> dict[str, Any]:
+    one, two = network(), network()
+    plain = DDP(SharpnessAware(one, SAM(L2(0.1)), cross_entropy))
+    still = DDP(SharpnessAware(two, SAM(L2(0.1)), cross_entropy), static_graph=True)
+    return far(trained(two, lambda o: still, part), trained(one, lambda o: plain, part))
+
+
+def statistics(order: str) -> dict[str, Any]:
+    """Running statistics are those of a plain loop, which broadcasts the first rank's before each step."""
+    models = [cases.convnet() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for model, method in zip(models, (None, SAM(L2(0.0))), strict=True):
+        wrapped = DDP(model) if method is None else nested(order, model, method)
+        optimizer = sgd(model)
+        for step in range(4):
+            x, y = part(step)
+            optimizer.zero_grad()
+            (F.cross_entropy(wrapped(x), y) if method is None else wrapped(x, y)).backward()
+            optimizer.step()
+    return {} if cases.buffers(models[0]) == cases.buffers(models[1]) else {"differ": 1}
+
+
+def decides(**arguments: Any) -> Callable[[], SharpnessAware]:
+    return lambda: SharpnessAware(DDP(cases.convnet()), KSAM(3, AESAM(steps=9)), cross_entropy, **arguments)
+
+
+def ddp_otherwise() -> dict[str, Any]:
+    def by_turns() -> SharpnessAware:
+        return SharpnessAware(DDP(Branches(turns=2), find_unused_parameters=True), GSAM(), cross_entropy)
+
+    def still() -> SharpnessAware:
+        return SharpnessAware(DDP(network(), static_graph=True), SAM(), cross_entropy)
+
+    return wrong(
+        {
+            **{f"unused parameters, {order}": unused(order) for order in ("inside", "outside")},
+            **{f"running statistics, {order}": statistics(order) for order in ("inside", "outside")},
+            "parameters by turns, inside": refused(by_turns, "use different parameters in different queries"),
+            "static graph, outside": static(),
+            "static graph, inside": refused(still, "static_graph=True) inside the loss would never average"),
+            "replicas that decide": refused(decides(), "with AESAM replicas may differ in their number of forward"),
+            "that decide together": {} if decides(perturbation="global")()(*part(0)) > 0 else {"loss": 0},
+        }
+    )
+
+
+def test_data_parallel_models_of_every_kind():
+    assert ranks.run(2, ddp_otherwise) == [{}, {}]
+
+
+def dies(wrapper: str) -> None:
+    model = sharded(network()) if wrapper == "fsdp2" else network()
+    arguments = {"perturbation": "global"} if wrapper == "global" else {}
+    sharp: Any = SharpnessAware(model, SAM(L2(0.1)), cross_entropy, **arguments)
+    sharp = DDP(sharp) if wrapper != "fsdp2" else sharp
+    for step in range(100):
+        if step == 3 and dist.get_rank() == 1:
+            os._exit(7)
+        sharp(*part(step)).backward()
+
+
+@pytest.mark.parametrize("wrapper", ["outside", "global", "fsdp2"])
+def test_where_a_rank_dies_the_others_end_with_an_error(wrapper):
+    with pytest.raises(RuntimeError, match=r"^rank 0\n(?s:.*)(closed|reset) by peer"):
+        ranks.run(2, dies, wrapper, seconds=60)
+
+
+# What else a sharded model may be, or go through.
+
+
+def mixed(method: Any) -> list[Tensor]:
+    model, policy = network().float(), MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for module in (model[0], model[3], model):
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+    optimizer = sgd(model)
+    sharp = None if method is None else SharpnessAware(model, method, cross_entropy)
+    for step in range(6):
+        x, y = part(step)
+        optimizer.zero_grad()
+        (F.cross_entropy(model(x.float()), y) if sharp is None else sharp(x.float(), y)).backward()
+        optimizer.step()
+    return whole_weights(model)
+
+
+def accumulated(method: Any, *, asked: bool) -> tuple[list[Tensor], int]:
+    """Two batches a step, without reduction for the first one if so asked, and evaluations between the steps."""
+    model = sharded(network())
+    sharp, optimizer, calls = SharpnessAware(model, method, cross_entropy), sgd(model), []
+    next(model.parameters()).register_post_accumulate_grad_hook(calls.append)
+    for step in range(4):
+        optimizer.zero_grad()
+        for half in range(2):
+            model.set_requires_gradient_sync(not asked or half == 1)
+            (sharp(*part(2 * step + half)) / 2).backward()
+        optimizer.step()
+        model.eval()
+        with torch.no_grad():
+            model(part(9)[0])  # after which the outermost parameters stay gathered
+        model.train()
+    return whole_weights(model), len(calls)
+
+
+def broken(where: str) -> list[Tensor]:
+    """A step whose second query fails once, tried again with gradients of another batch in place."""
+    model, armed, queries = sharded(network()), [bool(where)], [0]
+    optimizer = sgd(model)
+
+    def fail(*_: Any) -> None:
+        if armed[0] and queries[0] == 8:  # the second one of the second step's second call
+            armed[0] = False
+            raise RuntimeError("boom")
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        if where == "loss":
+            fail()
+        return cross_entropy(outputs, targets)
+
+    model.register_forward_pre_hook(lambda *_: queries.__setitem__(0, queries[0] + 1))
+    if where == "forward":
+        model[3][0].register_forward_pre_hook(fail)
+    sharp = SharpnessAware(model, SAM(L2(0.1)), loss)
+    for step in range(5):
+        optimizer.zero_grad()
+        sharp(*part(step + 7)).backward()
+        try:
+            value = sharp(*part(step))
+        except RuntimeError:
+            value = sharp(*part(step))
+        value.backward()
+        optimizer.step()
+    assert armed == [False]
+    return whole_weights(model)
+
+
+def like_one_process(name: str, shard: Callable[[nn.Sequential], object], batch: Any = part) -> dict[str, float]:
+    make, one, many = METHODS[name], network(), network()
+    shard(many)
+    return far(
+        trained(many, lambda o: SharpnessAware(many, make(o), cross_entropy), batch),
+        trained(one, lambda o: SharpnessAware(one, make(o), cross_entropy), whole),
+    )
+
+
+def tensor_parallel(model: nn.Sequential) -> object:
+    plan = {"0": ColwiseParallel(output_layouts=Replicate()), "3.2": RowwiseParallel(input_layouts=Replicate())}
+    for name, module in model.named_modules():
+        if not list(module.children()) and list(module.parameters()) and name not in plan:
+            plan[name] = NoParallel()
+    return parallelize_module(model, init_device_mesh("cpu", (dist.get_world_size(),)), plan)
+
+
+class NoParallel(ParallelStyle):
+    """Parameters that all ranks have, as DTensors."""
+
+    def _apply(self, module: nn.Module, device_mesh: Any) -> nn.Module:
+        return distribute_module(
+            module,
+            device_mesh,
+            input_fn=lambda _, inputs, mesh: tuple(
+                x if hasattr(x, "placements") else DTensor.from_local(x, mesh, [Replicate()]) for x in inputs
+            ),
+            output_fn=lambda _, output, mesh: output.to_local(),
+        )
+
+
+def refused(build: Callable[[], Callable[..., Tensor]], message: str) -> dict[str, str]:
+    try:
+        sharp = build()
+        sharp(*part(0))
+    except ValueError as error:
+        return {} if message in str(error) else {"said": str(error)}
+    return {"said": "nothing"}
+
+
+def sharded_otherwise() -> dict[str, Any]:
+    world = dist.get_world_size()
+    plain, erm, still = mixed(None), mixed(ERM()), mixed(SAM(L2(0.0)))
+    (once, hooks), (twice, again) = (accumulated(SAM(L2(0.1)), asked=asked) for asked in (False, True))
+
+    def by_columns(model: nn.Sequential) -> object:
+        return fully_shard(
+            model,
+            mesh=init_device_mesh("cpu", (world,)),
+            shard_placement_fn=lambda p: Shard(1) if p.dim() > 1 and p.shape[1] % world == 0 else None,
+        )
+
+    def replicated(model: nn.Sequential) -> object:
+        return fully_shard(model, mesh=init_device_mesh("cpu", (world, 1), mesh_dim_names=("replicas", "shards")))
+
+    def partly() -> SharpnessAware:
+        model = network()
+        fully_shard(model[0], mesh=init_device_mesh("cpu", (world,)))
+        return SharpnessAware(model, SAM(), cross_entropy)
+
+    def around() -> nn.Module:
+        return fully_shard(SharpnessAware(network(), SAM(), cross_entropy), mesh=init_device_mesh("cpu", (world,)))
+
+    def lonely(method: Any, **arguments: Any) -> Callable[[], SharpnessAware]:
+        return lambda: SharpnessAware(sharded(network()), method, cross_entropy, **arguments)
+
+    def parallel_and_global() -> SharpnessAware:
+        return SharpnessAware(tensor_parallel(network()), SAM(), cross_entropy, perturbation="global")
+
+    return wrong(
+        {
+            "mixed precision is that of a plain loop": distance(plain, erm) + distance(plain, still),
+            "accumulation": distance(once, twice) + abs(hooks - 8) + abs(again - 8),
+            "a failing forward pass": distance(broken(""), broken("forward")),
+            "a failing loss": distance(broken(""), broken("loss")),
+            "sharded by columns": like_one_process("RSAM", by_columns),
+            "replicas of shards": like_one_process("GSAM", replicated),
+            **{
+                f"tensor parallelism, {name}": like_one_process(name, tensor_parallel, whole)
+                for name in ("GSAM", "ZSharp", "SSAMD", "LookSAM")
+            },
+            "in part": refused(partly, "6 trainable parameters are ordinary tensors"),
+            "around the loss": refused(around, "fully_shard the model, not the loss"),
+            "local": refused(
+                lonely(SAM(), perturbation="local"), 'perturbation="local" needs the gradient of each rank'
+            ),
+            "single examples": refused(lonely(SSAMF()), "use FisherSAM"),
+            "tensor parallelism, global": refused(parallel_and_global, "different parts of one tensor"),
+        }
+    )
+
+
+def test_sharded_models_of_every_kind():
+    assert ranks.run(2, sharded_otherwise) == [{}, {}]
+
+
+def uneven() -> dict[str, str]:
+    """Ranks with a different number of micro-batches would wait for each other."""
+    model = network()
+    sharp = SharpnessAware(model, MSAM(2, SAM(L2(0.1))), cross_entropy, perturbation="global")
+    before = [p.detach().clone() for p in model.parameters()]
+    x, y = part(0)
+    cut = 4 - 2 * dist.get_rank()
+    try:
+        sharp(x[:cut], y[:cut])
+    except ValueError as error:
+        intact = distance(before, list(model.parameters())) == 0
+        return {} if "ranks differ in micro-batches (1 to 2)" in str(error) and intact else {"said": str(error)}
+    return {"said": "nothing"}
+
+
+def test_ranks_with_uneven_batches_end_with_an_error():
+    assert ranks.run(2, uneven) == [{}, {}]
+
+
+# Checkpoints.
+
+
+def remembering(method: str, folder: str) -> Any:
+    """Some steps, saved; weights and memory as they are then, and the weights some steps later."""
+    model = sharded(network())
+    optimizer = sgd(model)
+    sharp = SharpnessAware(model, METHODS[method](optimizer), cross_entropy)
+    for step in range(4):
+        optimizer.zero_grad()
+        sharp(*part(step)).backward()
+        optimizer.step()
+    checkpoint.save({"sharp": sharp.state_dict()}, checkpoint_id=folder)
+    return whole_weights(model), memory_of(sharp)
+
+
+def restored(method: str, folder: str) -> Any:
+    """The same from the checkpoint, with as many ranks as there are now; and what is said without room for it."""
+    torch.manual_seed(3)
+    model = sharded(network()) if dist.get_world_size() > 1 else network()
+    sharp = SharpnessAware(model, METHODS[method](sgd(model)), cross_entropy)
+    said = ""
+    for room in (False, True):
+        if room:
+            make_room(sharp, folder)
+        state = {"sharp": sharp.state_dict()}
+        checkpoint.load(state, checkpoint_id=folder)
+        try:
+            sharp.load_state_dict(state["sharp"])
+        except ValueError as error:
+            said = str(error)
+    return whole_weights(model), memory_of(sharp), said, sharp.get_extra_state()["step"]
+
+
+def memory_of(sharp: SharpnessAware) -> list[Tensor]:
+    leaves = tree_leaves(sharp._memory.state)
+    return [t for leaf in leaves if isinstance(leaf, Vector) for t in leaf.whole()]
+
+
+@pytest.mark.parametrize("method", ["LookSAM", "FisherSAM"])
+def test_a_memory_is_restored_by_another_number_of_ranks(method, tmp_path):
+    weights, memory = ranks.run(2, remembering, method, str(tmp_path))[0]
+    assert memory
+    for world in (1, 3) if method == "LookSAM" else (2,):
+        for got, remembered, said, step in ranks.run(world, restored, method, str(tmp_path)):
+            assert all(torch.equal(a, b) for a, b in zip(got + remembered, weights + memory, strict=True))
+            assert "make_room(sharp, checkpoint)" in said
+            assert step == 4
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_room_is_made_for_the_loss_that_is_named(tmp_path):
+    model = network()
+    losses = {name: SharpnessAware(model, METHODS["LookSAM"](None), cross_entropy) for name in ("a", "b")}
+    for name, sharp in losses.items():
+        for step in range(1 + (name == "b")):
+            sharp(*cases.batch(step))
+    checkpoint.save({name: sharp.state_dict() for name, sharp in losses.items()}, checkpoint_id=tmp_path, no_dist=True)
+    new = SharpnessAware(model, METHODS["LookSAM"](None), cross_entropy)
+    with pytest.raises(ValueError, match=r"losses at \['a._extra_state', 'b._extra_state'\], give key="):
+        make_room(new, tmp_path)
+    with pytest.raises(ValueError, match="got 'c'"):
+        make_room(new, tmp_path, key="c")
+    make_room(new, tmp_path, key="b")
+    state = {"b": new.state_dict()}
+    checkpoint.load(state, checkpoint_id=tmp_path, no_dist=True)
+    new.load_state_dict(state["b"])
+    assert new.get_extra_state()["step"] == 2
+    assert all(torch.equal(a, b) for a, b in zip(memory_of(new), memory_of(losses["b"]), strict=True))
+    other = SharpnessAware(model, METHODS["FisherSAM"](None), cross_entropy)
+    make_room(other, tmp_path, key="a")
+    state = {"a": other.state_dict()}
+    checkpoint.load(state, checkpoint_id=tmp_path, no_dist=True)
+    with pytest.raises(ValueError, match="the memory of LookSAM, and the method here is SAM"):
+        other.load_state_dict(state["a"])

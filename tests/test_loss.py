@@ -572,7 +572,7 @@ def test_a_refused_call_names_the_mistake_and_leaves_nothing(case):
     with pytest.raises(error, match=message):
         sharp(*batch)
     assert everything(model) == before
-    assert sharp.get_extra_state() == {"step": 0, "state": {}}
+    assert sharp.get_extra_state() == {"step": 0, "method": None, "state": {}}
 
 
 @pytest.mark.parametrize("case", ["targets of another shape", "label too large", "loss of another shape"])

@@ -130,7 +130,7 @@ def test_a_slice_of_a_data_set_does_not_bring_the_data_set():
 
 
 def test_no_memory_is_saved_without_a_name():
-    assert save({}, FSAM()) == save({"perturb": {}, "method": {"perturb": {}}}, FSAM()) == {"state": {}}
+    assert save({}, FSAM()) == save({"perturb": {}, "method": {"perturb": {}}}, FSAM()) == {"method": None, "state": {}}
 
 
 @pytest.mark.parametrize("change", ["shape", "number", "order"])

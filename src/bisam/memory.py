@@ -34,7 +34,7 @@ def kind(method: Any) -> str:
 def save(state: State, method: Any) -> dict[str, Any]:
     """The memory of `method` as a file takes it."""
     remembered = _without_empty(state)
-    return {"method": kind(method), "state": _packed(remembered)} if remembered else {"state": {}}
+    return {"method": kind(method) if remembered else None, "state": _packed(remembered)}
 
 
 def load(saved: dict[str, Any], method: Any, parameters: Sequence[nn.Parameter]) -> State:
@@ -43,7 +43,12 @@ def load(saved: dict[str, Any], method: Any, parameters: Sequence[nn.Parameter])
     Raises:
         ValueError: it belongs to another method, or to another model.
     """
-    if saved["state"] and (other := saved.get("method", kind(method))) != kind(method):
+    if saved.get("method") and not saved["state"]:
+        raise ValueError(
+            f"the checkpoint has the memory of {saved['method']}, and none was loaded: torch.distributed.checkpoint "
+            "loads into what is there; call bisam.integrations.checkpoint.make_room(sharp, checkpoint) before it"
+        )
+    if saved["state"] and (other := saved.get("method") or kind(method)) != kind(method):
         raise ValueError(
             f"the saved state is the memory of {other}, and the method here is {kind(method)}: give the loss the same "
             "method, or load the weights alone, sharp.model.load_state_dict(...), and begin with an empty memory"

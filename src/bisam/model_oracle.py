@@ -73,6 +73,7 @@ class ModelOracle(Oracle):
         self._scale = scale
         self._same_noise = same_noise
         self._noise: tuple[Batch, RandomState] | None = None
+        self._holes: frozenset[int] = frozenset()  # of the last gradient
         self._overflow: Tensor | None = None  # 0 while the inner gradients are finite, else NaN
 
         # As nn.Module.parameters() and buffers(), without the names that those build on the way: this runs every step.
@@ -224,6 +225,12 @@ class ModelOracle(Oracle):
     def differentiable(self, evaluation: Evaluation) -> Tensor:
         """`evaluation.value` as a loss whose gradient with respect to the parameters is `evaluation.grad`."""
         grad, parameters = evaluation.gradient, self.parameters
+        if grad.holes != self._holes and any(getattr(m, "find_unused_parameters", False) for m in self.model.modules()):
+            raise ValueError(
+                "DistributedDataParallel(find_unused_parameters=True) inside the loss looks at the last query alone, "
+                "and this model or method may use different parameters in different queries: wrap the other way round, "
+                "DistributedDataParallel(SharpnessAware(model, ...), find_unused_parameters=True)"
+            )
         tensors = grad.tensors
         if self._shards is not None:
             tensors = [self._shards.wrapped(i, t) for i, t in enumerate(tensors)]
@@ -327,6 +334,7 @@ class ModelOracle(Oracle):
                 f"the gradient of {self.names[i]} is sparse ({layout}), and a displacement of the weights is dense: "
                 "use sparse=False in the embedding"
             )
+        self._holes = holes
         gradient = Vector(cast(Tensors, grads), holes, self._layout)
         if factor is None:
             return gradient
@@ -400,6 +408,11 @@ def _inputs_then_targets(model: nn.Module, *batch: Any) -> tuple[Any, Any]:
 def _factor(scale: Scale, device: torch.device) -> Tensor:
     one = torch.ones((), device=device)
     if isinstance(scale, torch.amp.GradScaler):
+        if scale.is_enabled() and scale._device != device.type:
+            raise ValueError(
+                f"the scaler belongs to losses on {scale._device}, and this one is on {device.type}: give the loss and "
+                f"the loop the same torch.amp.GradScaler({device.type!r})"
+            )
         return scale.scale(one)  # not get_scale(), which waits for the device
     return one * scale()
 
