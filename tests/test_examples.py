@@ -15,7 +15,9 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("train_*.py")), ids=lambda path: path.name)
 def test_the_example_runs(path):
-    done = subprocess.run([sys.executable, path], capture_output=True, text=True, check=False, timeout=120)
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]  # torchrun
+    command = [sys.executable, *(several if "torchrun" in path.read_text() else []), path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.split()[-1]) > 0.85
 
@@ -54,6 +56,11 @@ def test_the_twins_differ_by_an_import_an_object_and_a_line():
     plain, bisam = ((EXAMPLES / f"train_{name}.py").read_text().splitlines()[1:] for name in ("plain", "bisam"))
     changes = [line for line in difflib.ndiff(plain, bisam) if line[0] in "+-" and line[1:].strip()]
     assert [line[0] for line in changes] == ["+", "+", "-", "+"]
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("train_*.py")), ids=lambda path: path.name)
+def test_an_example_is_short(path):
+    assert len(path.read_text().splitlines()) < 60
 
 
 def test_links_in_the_readme_lead_somewhere():
