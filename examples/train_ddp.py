@@ -1,4 +1,4 @@
-"""DistributedDataParallel, torchrun --nproc-per-node 2 examples/train_ddp.py: each replica perturbs for its own part."""
+"""DistributedDataParallel: each replica perturbs for its own part. torchrun --nproc-per-node 2 train_ddp.py"""
 
 import os
 

@@ -1,4 +1,4 @@
-"""FSDP2, torchrun --nproc-per-node 2 examples/train_fsdp2.py: shard first; the perturbation is that of the whole batch."""
+"""FSDP2: shard first; the perturbation is that of the whole batch. torchrun --nproc-per-node 2 train_fsdp2.py"""
 
 import os
 import tempfile

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -60,14 +60,21 @@ class Evaluation:
     def per_example(self) -> Tensor:
         """The losses, one per example (N,): the mean over the positions of an example that count, where it has several.
 
+        An objective that returns a scalar may have a method `per_example(outputs, targets) -> (N,)` besides: its
+        losses are computed here, when a method asks for them, from the outputs that are there.
+
         Raises:
-            TypeError: the objective returned a scalar.
+            TypeError: the objective returned a scalar, and has no such method.
         """
         if self.losses.dim() == 0:
-            raise TypeError(
-                "this method needs one loss per example, and the loss returned a scalar: pass bisam.cross_entropy, or "
-                'your criterion with reduction="none"'
-            )
+            each = getattr(self.objective, "per_example", None)
+            if not callable(each):
+                raise TypeError(
+                    "this method needs one loss per example, and the loss returned a scalar: pass bisam.cross_entropy, "
+                    'or your criterion with reduction="none", or give it a method per_example(outputs, targets)'
+                )
+            with torch.no_grad():
+                return cast(Tensor, each(self._wide, self.targets))
         if self.losses.dim() == 1:
             return self.losses
         losses, ignored = self.losses.flatten(1), getattr(self.objective, "ignore_index", None)
@@ -80,11 +87,15 @@ class Evaluation:
         """The same outputs under another objective: no forward pass, no gradient."""
         if objective is self.objective:
             return replace(self, grad=None)
-        outputs = tree_map_only(Tensor, _widened, self.outputs)  # as under the autocast that may be over by now
-        losses = objective(outputs, self.targets)
+        losses = objective(self._wide, self.targets)
         counted = objectives.count(losses, self.targets, objective) if losses.dim() else self.count
         value = objectives.mean(losses, counted)
         return Evaluation(losses, None, self.outputs, value, counted, self.targets, objective)
+
+    @property
+    def _wide(self) -> Any:
+        """The outputs as they are under the autocast that may be over by now."""
+        return tree_map_only(Tensor, _widened, self.outputs)
 
 
 def size(batch: Any) -> int | None:
