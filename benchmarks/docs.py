@@ -3,7 +3,9 @@
 python -m benchmarks.objective --json objective.json
 python -m benchmarks.step --json step.json
 python -m benchmarks.pipeline --json pipeline.json
-python -m benchmarks.docs objective.json step.json pipeline.json
+python -m benchmarks.parallel --json parallel.json
+python -m benchmarks.scaling --json scaling.json
+python -m benchmarks.docs objective.json step.json pipeline.json parallel.json scaling.json
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import pipeline
+from benchmarks import parallel, pipeline, scaling
 from benchmarks.objective import REFERENCE
 from benchmarks.step import LIMIT
 from bisam.experiments.runs import RunError, read_json, write
@@ -22,10 +24,10 @@ from bisam.experiments.runs import RunError, read_json, write
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 INTRODUCTION = """# Benchmarks
 
-Made by `python -m benchmarks.objective`, `benchmarks.step`, `benchmarks.pipeline` and `benchmarks.docs`. Contestants
-run in turn within each round, so that whatever slows the machine slows all of them; a figure is the median over the
-rounds of the ratio to the reference, with the quartiles. Absolute times are left out: they mean little on a shared
-machine.
+Made by `python -m benchmarks.objective`, `benchmarks.step`, `benchmarks.pipeline`, `benchmarks.parallel`,
+`benchmarks.scaling` and `benchmarks.docs`. Contestants run in turn within each round, so that whatever slows the
+machine slows all of them; a figure is the median over the rounds of the ratio to the reference, with the quartiles.
+Absolute times are left out: they mean little on a shared machine.
 """
 
 
@@ -80,10 +82,39 @@ def _pipeline(content: Mapping[str, Any]) -> list[str]:
     return [title, "", *_table(("augmentation", "pipeline", "ratio", "quartiles", "bar"), rows)]
 
 
+def _parallel(content: Mapping[str, Any]) -> list[str]:
+    rows = [
+        (f"{r['model']}, batch {r['batch']}", r["contestant"], *_ratio(r))
+        for r in content["rows"]
+        if r["contestant"] != parallel.REFERENCE
+    ]
+    title = f"## SAMPa on a pair of processes: times as fast as SAM on one{_threads(content)}"
+    return [title, "", *_table(("model", "step", "ratio", "quartiles", "bar"), rows)]
+
+
+def _scaling(content: Mapping[str, Any]) -> list[str]:
+    rows = [
+        (
+            f"{r['model']}, batch {r['batch']}",
+            r["method"],
+            r["contestant"],
+            *_ratio({**r, "passed": None})[:2],
+            str(r["reductions"]),
+        )
+        for r in content["rows"]
+        if r["contestant"] != scaling.ALONE
+    ]
+    title = f"## A step on two processes of DistributedDataParallel, relative to one{_threads(content)}"
+    heading = ("model, batch of a process", "method", "nesting", "ratio", "quartiles", "all-reduces a step")
+    return [title, "", *_table(heading, rows)]
+
+
 _MAKERS: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
     "objective": _objective,
     "step": _step,
     "pipeline": _pipeline,
+    "parallel": _parallel,
+    "scaling": _scaling,
 }
 
 

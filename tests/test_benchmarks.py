@@ -12,9 +12,10 @@ pytest.importorskip("pytorch_optimizer")
 pytest.importorskip("rich")
 pytest.importorskip("torchvision")
 
-from benchmarks import docs, measure, models, objective, pipeline, step
+from benchmarks import docs, measure, models, objective, parallel, pipeline, scaling, step
 from bisam.experiments import timing
 
+MAINS = [module.main for module in (objective, step, pipeline, parallel, scaling)]
 RATIO = {"median", "low", "high", "rounds", "seconds", "bar", "passed"}
 
 
@@ -174,7 +175,7 @@ def test_ratios_are_taken_round_by_round():
     assert measure.ratio({"a": [2.0], "b": [3.0]}, "b", "a").low == 1.5
 
 
-@pytest.mark.parametrize("main", [objective.main, step.main, pipeline.main])
+@pytest.mark.parametrize("main", MAINS)
 @pytest.mark.parametrize(
     "argv",
     [
@@ -199,7 +200,7 @@ def test_a_mistake_in_a_flag_is_one_line(main, argv, capsys):
     assert argv[0] in captured.err
 
 
-@pytest.mark.parametrize("main", [objective.main, step.main, pipeline.main])
+@pytest.mark.parametrize("main", MAINS)
 def test_help_has_examples(main, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
@@ -208,10 +209,13 @@ def test_help_has_examples(main, capsys):
 
 
 def test_the_page_has_every_row_and_where_it_comes_from(tmp_path):
-    paths = [tmp_path / f"{name}.json" for name in ("objective", "step", "pipeline")]
+    paths = [tmp_path / f"{name}.json" for name in ("objective", "step", "pipeline", "parallel", "scaling")]
     objective.main(["--sizes", "8x4", "--repeats", "2", "--json", str(paths[0])])
     step.main(["--models", "mlp-32", "--repeats", "1", "--json", str(paths[1])])
     pipeline.main(["--images", "4", "--repeats", "1", "--json", str(paths[2])])
+    for several, path in zip((parallel, scaling), paths[3:], strict=True):
+        several.main(["--models", "mlp-128", "--repeats", "1", "--threads", "1", "--json", str(path)])
+    references = (objective.REFERENCE, step.LIMIT, pipeline.REFERENCE, parallel.REFERENCE, scaling.ALONE)
     docs.main([*map(str, paths), "--to", str(tmp_path / "page.md")])
     page = (tmp_path / "page.md").read_text()
     for path in paths:
@@ -219,7 +223,7 @@ def test_the_page_has_every_row_and_where_it_comes_from(tmp_path):
         assert f"commit {content['environment']['commit']}" in page
         for row in content["rows"]:
             shown = f"| {row['contestant']} | {row['median']:.3f} |" in page
-            assert shown != (row["contestant"] in (objective.REFERENCE, step.LIMIT, pipeline.REFERENCE))
+            assert shown != (row["contestant"] in references)
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]"])

@@ -625,3 +625,10 @@ def test_training_continues_after_a_refusal_as_if_it_had_not_been():
                 sharp(X, Y[:3])
         cases.train(sharp, model)
     assert (parameters(first), buffers(first)) == (parameters(second), buffers(second))
+
+
+def test_a_loss_inside_its_own_model_is_refused():
+    model = cases.mlp()
+    model.sharp = SharpnessAware(model, SAM(), cross_entropy)
+    with pytest.raises(ValueError, match="the loss is a part of the model that it trains"):
+        model.sharp(*cases.batch())

@@ -18,6 +18,11 @@ def check(sharp: nn.Module, method: Any, perturbation: str | None) -> None:
     """
     if isinstance(sharp, fully_sharded_kind()):
         raise ValueError("fully_shard the model, not the loss around it: SharpnessAware(fully_shard(model), ...)")
+    if any(module is sharp for model in sharp.children() for module in model.modules()):
+        raise ValueError(
+            "the loss is a part of the model that it trains, SharpnessAware(self, ...): give the network a module of "
+            "its own, self.sharp = SharpnessAware(self.network, ...)"
+        )
     parameters = [p for p in sharp.parameters() if p.requires_grad]
     kinds = {base.__name__ for module in sharp.modules() for base in type(module).__mro__}
     if "FullyShardedDataParallel" in kinds:

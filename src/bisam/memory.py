@@ -25,6 +25,8 @@ _VECTOR, _TUPLE = "__vector__", "__tuple__"
 
 def kind(method: Any) -> str:
     """Whose memory it is: the classes that remember, and where in the nest, as `KSAM(method=LookSAM)`."""
+    while getattr(method, "transparent", False):  # it remembers nothing itself
+        method = method.method
     parts = {f.name: getattr(method, f.name) for f in fields(method)} if is_dataclass(method) else {}
     inner = ", ".join(f"{name}={kind(part)}" for name, part in parts.items() if remembering(part))
     name = getattr(method, "__qualname__", type(method).__name__)

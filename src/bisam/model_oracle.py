@@ -105,16 +105,15 @@ class ModelOracle(Oracle):
         self._hooks = [cast("dict[int, Any]", p._backward_hooks) for p in self.parameters if p._backward_hooks]
         self._fully = FullyShard(fully) if fully else None
         self._shards = Shards.of(self.parameters)
+        if self._fully is not None:  # it calls these too
+            hooks = (getattr(p, "_post_accumulate_grad_hooks", None) for p in self.parameters)
+            self._hooks += [of_one for of_one in hooks if of_one]
         self._peers: Peers | None = None
         if self._fully is not None and self._shards is not None:
             self._peers = self._shards.peers
-            hooks = (getattr(p, "_post_accumulate_grad_hooks", None) for p in self.parameters)
-            self._hooks += [of_one for of_one in hooks if of_one]  # it calls these too
         elif perturbation == "global":
-            self._peers = Peers.of(model)
-        self._layout: Layout | None = self._shards
-        if self._peers is not None and self._shards is None:
-            self._layout = Replicas(self._peers, self.parameters[0].device)
+            self._peers = Peers.of(model, self.parameters)
+        self._layout: Layout | None = self._shards or (Replicas(self._peers) if self._peers else None)
         self.alone = self._peers is None  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @property
@@ -128,7 +127,7 @@ class ModelOracle(Oracle):
     def agree(self, what: str, number: int) -> None:
         """See `Oracle.agree`."""
         if self._peers is not None:
-            self._peers.agree(what, number, self.parameters[0].device)
+            self._peers.agree(what, number)
 
     @property
     def buffers(self) -> Sequence[Tensor]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -138,6 +137,7 @@ class ModelOracle(Oracle):
     @cached_property
     def names(self) -> Sequence[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The parameters' names in the model; those of the loss begin with `loss.`."""
+        self._forget()  # gathered parameters have no place in the optimizer
         named = {id(p): name for name, p in self.model.named_parameters()}
         if isinstance(self.loss, nn.Module):
             named = {id(p): f"loss.{name}" for name, p in self.loss.named_parameters()} | named
@@ -146,6 +146,7 @@ class ModelOracle(Oracle):
     @cached_property
     def layers(self) -> Sequence[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The class names of the modules that the parameters belong to."""
+        self._forget()
         roots = [root for root in (cast(Any, self.loss), self.model) if isinstance(root, nn.Module)]
         owners = {
             id(p): type(module).__name__
@@ -258,23 +259,11 @@ class ModelOracle(Oracle):
             self._check_trainable(batch, losses)
         gradient = self._gradient(value) if grad else None
         if self._peers is not None:
-            value, counted, gradient = self._everywhere(self._peers, value, counted, gradient)
+            value, counted, gradient = self._peers.answer(value.detach(), counted, gradient, self._fully is not None)
         answer = Evaluation(losses.detach(), None, _detached(outputs), value.detach(), counted, targets, objective)
         if track:
             self.seen.append(answer)
         return replace(answer, grad=gradient)
-
-    def _everywhere(
-        self, peers: Peers, value: Tensor, count: Count, gradient: Vector | None
-    ) -> tuple[Tensor, Count, Vector | None]:
-        """Means over the ranks; FSDP2 has averaged gradients already."""
-        value = value.detach()
-        counted = count.to(value.dtype) if isinstance(count, Tensor) else torch.full_like(value, count)
-        if gradient is None or self._fully is not None:
-            value, counted = peers.mean([torch.stack([value, counted])])[0].unbind()
-            return value, counted, gradient
-        both, *grads = peers.mean([torch.stack([value, counted]), *gradient.tensors])
-        return both[0], both[1], gradient.like(grads)  # no holes: what is unused here may be used elsewhere
 
     def _count(self, batch: Batch, losses: Tensor, targets: Any, objective: Objective) -> Count:
         return objectives.count(losses, targets, objective) if losses.dim() else size(batch) or 1

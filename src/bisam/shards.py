@@ -13,7 +13,7 @@ tensors like any other, and the `Layout` of their Vector knows how they make up 
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from bisam.vector import Tensors
+from bisam.vector import Tensors, Vector
 
 
 def sharded_kind() -> type | tuple[()]:
@@ -110,7 +110,7 @@ class Shards:
 
     def first(self, value: Tensor) -> Tensor:
         """See `Layout.first`."""
-        return self.peers.first(value, torch.device(self._wholes[0].device_mesh.device_type))
+        return self.peers.first(value)
 
     def wrapped(self, i: int, part: Tensor) -> Any:
         """Tensor `i` as a DTensor, of its part here."""
@@ -121,22 +121,21 @@ class Shards:
             part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
         )
 
-    def shape(self, i: int) -> torch.Size:
-        """The shape of the whole tensor `i`."""
-        return self._wholes[i].shape
-
     def parts(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The parts here of gradients, of which autograd may have left some spread in another way."""
         return [
-            None if g is None else local(cast(Any, g).redistribute(placements=like.placements))
-            for g, like in zip(grads, self._wholes, strict=True)
+            None
+            if g is None
+            else local(g if g.placements == like.placements else g.redistribute(placements=like.placements))
+            for g, like in zip(cast("Sequence[Any]", grads), self._wholes, strict=True)
         ]
 
     @property
     def peers(self) -> Peers:
         """The ranks that they are spread over."""
         meshes = {t.device_mesh for t in self._wholes}
-        return Peers([mesh.get_group(d) for mesh in meshes for d in range(mesh.ndim)])
+        groups = [mesh.get_group(d) for mesh in meshes for d in range(mesh.ndim)]
+        return Peers(groups, torch.device(self._wholes[0].device_mesh.device_type))
 
 
 class FullyShard:
@@ -215,51 +214,62 @@ class Peers:
 
     Args:
         groups: process groups, averaged over one after the other.
+        device: where what they tell each other has to be.
     """
 
-    def __init__(self, groups: Sequence[Any]) -> None:
-        self._groups = groups
+    def __init__(self, groups: Sequence[Any], device: torch.device) -> None:
+        self._groups, self._device = groups, device
 
     @classmethod
-    def of(cls, model: nn.Module) -> Peers | None:
+    def of(cls, model: nn.Module, parameters: Sequence[Tensor]) -> Peers | None:
         """Those of DistributedDataParallel, or all; None on one rank."""
-        if not (dist.is_available() and dist.is_initialized()):
+        if not (parameters and dist.is_available() and dist.is_initialized()):
             return None
         found = (getattr(m, "process_group", None) for m in model.modules() if hasattr(m, "reducer"))
         group = next(found, None) or dist.group.WORLD
-        return None if dist.get_world_size(group) == 1 else cls([group])
+        return None if dist.get_world_size(group) == 1 else cls([group], parameters[0].device)
 
-    def mean(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+    def answer(
+        self, value: Tensor, count: int | Tensor, gradient: Vector | None, reduced: bool
+    ) -> tuple[Tensor, Tensor, Vector | None]:
+        """Means over the ranks of an answer to a query; of its gradient too, unless that was reduced already."""
+        counted = count.to(value.dtype) if isinstance(count, Tensor) else torch.full_like(value, count)
+        if gradient is None or reduced:
+            value, counted = self.mean([torch.stack([value, counted])])[0].unbind()
+            return value, counted, gradient
+        both, *grads = self.mean([torch.stack([value, counted]), *gradient])
+        return both[0], both[1], gradient.like(grads)  # no holes: what is unused here may be used elsewhere
+
+    def mean(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Their means over the ranks, all of them together; new tensors."""
-        tensors = list(tensors)
-        flat: dict[tuple[Any, ...], list[int]] = {}
+        kinds: dict[tuple[Any, ...], list[int]] = {}
         for i, t in enumerate(tensors):
-            flat.setdefault((t.dtype, t.device), []).append(i)
+            kinds.setdefault((t.dtype, t.device), []).append(i)
         means = list(tensors)
-        for indices in flat.values():
+        for indices in kinds.values():
             these: Tensors = [tensors[i] for i in indices]
-            together = torch._C._nn.flatten_dense_tensors(these)  # pyright: ignore
+            flat = torch._C._nn.flatten_dense_tensors(these)  # pyright: ignore
             for group in self._groups:
-                dist.all_reduce(together, group=group)
-                together /= dist.get_world_size(group)
-            for i, mean in zip(indices, torch._C._nn.unflatten_dense_tensors(together, these), strict=True):  # pyright: ignore
+                dist.all_reduce(flat, group=group)
+                flat /= dist.get_world_size(group)
+            for i, mean in zip(indices, torch._C._nn.unflatten_dense_tensors(flat, these), strict=True):  # pyright: ignore
                 means[i] = mean
         return means
 
-    def first(self, value: Tensor, device: torch.device) -> Tensor:
+    def first(self, value: Tensor) -> Tensor:
         """The value that the first of them has."""
-        there = value.to(device)
+        there = value.to(self._device)
         for group in self._groups:
             dist.broadcast(there, dist.get_global_rank(group, 0), group=group)
         return there
 
-    def agree(self, what: str, number: int, device: torch.device) -> None:
+    def agree(self, what: str, number: int) -> None:
         """Make sure that all ranks have the same number; waits for them.
 
         Raises:
             ValueError: they do not; on all ranks.
         """
-        extremes = torch.tensor([number, -number], device=device)
+        extremes = torch.tensor([number, -number], device=self._device)
         for group in self._groups:
             dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
         most, least = extremes.tolist()[0], -extremes.tolist()[1]
@@ -275,11 +285,10 @@ class Replicas:
 
     Args:
         peers: the ranks.
-        device: where what they tell each other has to be.
     """
 
-    def __init__(self, peers: Peers, device: torch.device) -> None:
-        self._peers, self._device = peers, device
+    def __init__(self, peers: Peers) -> None:
+        self._peers = peers
 
     def total(self, parts: Tensor) -> Tensor:
         """See `Layout.total`."""
@@ -299,11 +308,11 @@ class Replicas:
 
     def drawn(self, i: int, whole: Tensor) -> Tensor:
         """See `Layout.drawn`."""
-        return self._peers.first(whole, whole.device)
+        return self._peers.first(whole)
 
     def first(self, value: Tensor) -> Tensor:
         """See `Layout.first`."""
-        return self._peers.first(value, self._device)
+        return self._peers.first(value)
 
     def wrapped(self, i: int, part: Tensor) -> Tensor:
         """See `Layout.wrapped`."""
