@@ -208,7 +208,14 @@ def test_help_has_examples(main, capsys):
     assert "examples:\n  python -m benchmarks." in capsys.readouterr().out
 
 
-def test_the_page_has_every_row_and_where_it_comes_from(tmp_path):
+def in_no_process(work, name, repeats):
+    """What two processes would say."""
+    each = [f"{m}, {n}" for m in scaling.METHODS for n in (scaling.ALONE, scaling.OUTSIDE, scaling.INSIDE)]
+    return {"times": {k: [1.0 + i] for i, k in enumerate(each)}, "reductions": dict.fromkeys(each, 1)}
+
+
+def test_the_page_has_every_row_and_where_it_comes_from(tmp_path, monkeypatch):
+    monkeypatch.setattr(scaling, "in_two", in_no_process)
     paths = [tmp_path / f"{name}.json" for name in ("objective", "step", "pipeline", "parallel", "scaling")]
     objective.main(["--sizes", "8x4", "--repeats", "2", "--json", str(paths[0])])
     step.main(["--models", "mlp-32", "--repeats", "1", "--json", str(paths[1])])
