@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import os
+import re
 import socket
 import sys
 import weakref
@@ -50,6 +51,11 @@ SharpnessAwareTrainer = integration.SharpnessAwareTrainer
 WORDS, LENGTH, CLASSES = 20, 6, 3
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 BERT = {**SIZES, "vocab_size": WORDS, "num_labels": CLASSES, "max_position_embeddings": 8}
+
+
+def named(value: object) -> str:
+    """The same in every process: functions by their names, not by where they are."""
+    return re.sub(r"<function ([\w.<>]+) at 0x[0-9a-f]+>", r"\1", str(value))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -184,7 +190,7 @@ def weighted(outputs, labels, num_items_in_batch=None):
 # What it is without a method
 
 
-@pytest.mark.parametrize(("method", "drop"), [(ERM(), 0.1), (SAM(L2(0.0)), 0.0)], ids=str)
+@pytest.mark.parametrize(("method", "drop"), [(ERM(), 0.1), (SAM(L2(0.0)), 0.0)], ids=named)
 @pytest.mark.parametrize(
     ("model", "task", "options"),
     [
@@ -197,13 +203,13 @@ def weighted(outputs, labels, num_items_in_batch=None):
         ("causal", "causal", {"label_smoothing_factor": 0.1}),
         ("sequence", "sequence", {"bf16": True, "accumulate": 2}),
     ],
-    ids=str,
+    ids=named,
 )
 def test_without_a_perturbation_it_is_the_trainer_bit_for_bit(tmp_path, model, task, options, method, drop):
     compare(tmp_path, partial(MODELS[model], drop=drop), task, method, **options)
 
 
-@pytest.mark.parametrize("method", [ERM(), SAM(L2(0.0)), MSAM(1, ERM()), KSAM(4, ERM())], ids=str)
+@pytest.mark.parametrize("method", [ERM(), SAM(L2(0.0)), MSAM(1, ERM()), KSAM(4, ERM())], ids=named)
 def test_tokens_are_accumulated_as_by_the_trainer(tmp_path, method):
     compare(tmp_path, double, "causal", method, exactly=False, accumulate=3, optim="sgd")
 
@@ -309,7 +315,7 @@ def divides(task, smoothing, loss) -> bool:
         ("token", 2, {"compute_loss_func": weighted}, BiSAM(0.3)),
         ("causal", 2, {}, LESAM(0.1, rho_max=0.7, ascent=NegLog())),
     ],
-    ids=str,
+    ids=named,
 )
 def test_bisam_is_a_loop_by_hand(tmp_path, task, accumulate, options, method):
     model = double if task == "causal" else lambda: MODELS[task]().double()
@@ -376,7 +382,7 @@ def gradient(model, loss) -> torch.Tensor:
         FunctionalSAM(L2(0.3)),
         SAM(L2(0.3), descent=cross_entropy),
     ],
-    ids=str,
+    ids=named,
 )
 def test_it_sees_what_it_would_see_without_the_trainer(tmp_path, task, method):
     model = double() if task == "causal" else MODELS[task]().double()
@@ -593,7 +599,7 @@ def test_a_scaler_is_told_to_the_loss(tmp_path):
         ({"method": Every(2, SAM())}, 1.5, 0),
         ({"method_of": lambda optimizer: SAMPa(ahead=lookahead(optimizer), ascent=NegLog())}, 3, 0),
     ],
-    ids=str,
+    ids=named,
 )
 def test_the_log_says_what_steps_cost(tmp_path, method, gradients, forwards):
     options = {"accumulate": 2, "max_steps": 4, "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
@@ -778,7 +784,7 @@ def test_replicas_perturb_on_their_part_of_the_batch(tmp_path):
         ({"method_of": SAMPa}, "method_of is the class SAMPa"),
         ({"method_of": SAM()}, r"method_of is the method SAM\(.*, and no function that makes one: use method="),
     ],
-    ids=str,
+    ids=named,
 )
 def test_a_method_that_is_none_is_refused_at_once(tmp_path, method, message):
     with pytest.raises(TypeError, match=message):
