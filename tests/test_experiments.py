@@ -26,7 +26,8 @@ from bisam.experiments.machine import Machine
 from bisam.experiments.recipes import Recipe
 from bisam.experiments.runs import Run, RunError
 from bisam.experiments.study import expand
-from bisam.experiments.train import Watch, train
+from bisam.experiments.train import train
+from bisam.experiments.watch import Watch
 from bisam.perturbations import L2
 
 SHORT = Recipe(method="bisam_log", noise=0.4, rho=0.4, epochs=3, batch_size=256)

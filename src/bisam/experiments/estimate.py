@@ -10,9 +10,11 @@ import torch
 from bisam.experiments import data, models
 from bisam.experiments.data import batches_of
 from bisam.experiments.expressions import toy
+from bisam.experiments.images import channels
 from bisam.experiments.machine import Machine
+from bisam.experiments.pace import PACE, Pace
 from bisam.experiments.recipes import Recipe
-from bisam.experiments.train import PACE, Pace, Watch, channels
+from bisam.experiments.watch import Watch
 from bisam.methods import Method
 
 _STEPS = 2

@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn.functional import pad
 
-from bisam.experiments.data import Data, shares
+from bisam.experiments.data import Data, Split, shares
 
 
 @dataclass(frozen=True)
@@ -196,3 +196,8 @@ def _statistics(images: Tensor) -> tuple[Tensor, Tensor]:
     mean = counts @ values / n
     variance = (counts * (values - mean[:, None]).square()).sum(1) / (n - 1)
     return mean.float(), variance.sqrt().float()
+
+
+def channels(split: Split) -> int:
+    """Of the images of a split (3 where they are read from files)."""
+    return split.images.shape[1] if isinstance(split, Images) else 3

@@ -5,40 +5,34 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import signal
 import threading
-import time
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from statistics import fmean, median
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from bisam import ERM, Evaluation, Oracle, SharpnessAware, Vector
-from bisam.evaluation import Batch, size
+from bisam import SharpnessAware
 from bisam.experiments import data, models
 from bisam.experiments.data import Data, Split, batches_of
-from bisam.experiments.images import Images
+from bisam.experiments.epochs import predictions, train_epoch
+from bisam.experiments.images import Images, channels
 from bisam.experiments.loggers import loggers
 from bisam.experiments.machine import Machine, end_with_parent
+from bisam.experiments.optimization import descent_loss, optimizer_of, scaler_of, scheduler_of
+from bisam.experiments.pace import Pace
 from bisam.experiments.recipes import Recipe
 from bisam.experiments.runs import Row, Run, RunError, damaged
 from bisam.experiments.scores import scores
-from bisam.methods import Method
-from bisam.objectives import Objective
-from bisam.oracle import View
+from bisam.experiments.watch import Watch
 
 OnEpoch = Callable[[Row], None]
 
@@ -160,10 +154,10 @@ class Training:
         self._fabric, self._run, self._machine, self._data, self._recipe = fabric, run, machine, splits, recipe
         self._train, self._validation = (part.to(fabric.device) for part in (splits.train, splits.validation))
         self._model = model.to(memory_format=torch.channels_last) if recipe.channels_last else model
-        optimizer = _optimizer(model, recipe)
+        optimizer = optimizer_of(model, recipe)
         losses = batches_of(len(splits.train), recipe.batch_size, fabric.world_size)
         steps = -(-losses // recipe.accumulate)
-        self._scheduler = _scheduler(optimizer, recipe, steps * recipe.epochs)
+        self._scheduler = scheduler_of(optimizer, recipe, steps * recipe.epochs)
         method = recipe.build_method(
             optimizer=optimizer, steps=losses * recipe.epochs, epoch=losses, examples=len(splits.train)
         )
@@ -172,7 +166,7 @@ class Training:
         if recipe.compile:
             model.compile()
         loss = SharpnessAware(
-            model, self._watch, _descent_loss(recipe.label_smoothing, splits.classes), scale=_scaler(fabric)
+            model, self._watch, descent_loss(recipe.label_smoothing, splits.classes), scale=scaler_of(fabric)
         )
         self._sharp, self._optimizer = fabric.setup(loss, optimizer)
         self._average = (
@@ -244,7 +238,7 @@ class Training:
         }
         if self._average is not None:
             state["average"] = self._average.state_dict()
-        if (scaler := _scaler(self._fabric)) is not None:
+        if (scaler := scaler_of(self._fabric)) is not None:
             state["scaler"] = scaler.state_dict()
         return state
 
@@ -273,7 +267,7 @@ class Training:
             self._history, self._best = checkpoint["history"], checkpoint["best"]
             if self._average is not None:
                 self._average.load_state_dict(checkpoint["average"])
-            if (scaler := _scaler(self._fabric)) is not None:
+            if (scaler := scaler_of(self._fabric)) is not None:
                 scaler.load_state_dict(checkpoint["scaler"])
         except (LookupError, TypeError, ValueError, RuntimeError) as error:
             raise damaged(self._run.folder / "checkpoint.pt", error) from error
@@ -300,194 +294,6 @@ class Training:
             "device": _named(self._fabric.device),
             "processes": self._fabric.world_size,
         }
-
-
-def train_epoch(
-    fabric: Fabric,
-    sharp: Any,
-    watch: Watch,
-    optimizer: Any,
-    split: Split,
-    recipe: Recipe,
-    random: torch.Generator,
-    after_step: Callable[[], None] = lambda: None,
-) -> Row:
-    """One pass over `split`: what anybody's loop looks like, and counts for the metrics."""
-    sharp.train()
-    start = time.perf_counter()
-    total, correct, flipped, n = (torch.zeros((), device=fabric.device) for _ in range(4))
-    watch.counts.clear()
-    losses = batches_of(len(split), recipe.batch_size, fabric.world_size)
-    batches = split.batches(recipe.batch_size, random, fabric.global_rank, fabric.world_size)
-    for i, (x, y) in enumerate(batches):
-        group = min(recipe.accumulate, losses - i // recipe.accumulate * recipe.accumulate)
-        last = i % recipe.accumulate == group - 1
-        with fabric.no_backward_sync(sharp, enabled=not last):
-            loss = sharp(laid_out(x, recipe), y)
-            fabric.backward(loss / group if group > 1 else loss)
-        if last:
-            if recipe.clip is not None:
-                fabric.clip_gradients(sharp, optimizer, max_norm=recipe.clip, error_if_nonfinite=False)
-            optimizer.step()
-            optimizer.zero_grad()
-            after_step()
-
-        clean = sharp.clean  # at w, from the pass that the method made anyway
-        right = clean.outputs.argmax(1) == y
-        total += clean.value * len(y)
-        correct += right.sum()
-        n += len(y)
-        if len(watch.outputs) == len(y):
-            flipped += (right & (watch.outputs.argmax(1) != y)).sum()
-        else:
-            flipped += float("nan")  # the method descended on a part of the batch
-    gradients, forwards = (torch.tensor(float(watch.counts[kind]), device=fabric.device) for kind in (True, False))
-    sums = torch.stack([total, correct, flipped, gradients, forwards, n])
-    total, correct, flipped, gradients, forwards, n = cast(Tensor, fabric.all_reduce(sums, reduce_op="sum")).tolist()
-    return {
-        "train_loss": total / n,
-        "train_accuracy": correct / n,
-        "flipped": flipped,
-        "gradients": gradients / n,
-        "forwards": forwards / n,
-        "losses": losses,
-        "seconds": time.perf_counter() - start,
-    }
-
-
-@torch.no_grad()
-def predictions(model: nn.Module, split: Split, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """Predicted classes and labels (N,) of `split`."""
-    model.eval()
-    size = max(recipe.batch_size, 256 if isinstance(split, Images) else recipe.batch_size)
-    pairs = [(model(laid_out(x, recipe)).argmax(1), y) for x, y in split.batches(size)]
-    predicted, labels = zip(*pairs, strict=True)
-    return torch.cat(predicted), torch.cat(labels)
-
-
-def laid_out(inputs: Any, recipe: Recipe) -> Any:
-    """Inputs in the memory layout and, for double precision, the type of the recipe."""
-    if not isinstance(inputs, Tensor):
-        return inputs
-    if recipe.precision == "64" and inputs.is_floating_point():
-        inputs = inputs.double()
-    if inputs.dim() != 4:
-        return inputs
-    layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
-    return inputs.contiguous(memory_format=layout)
-
-
-class Watch:
-    """A method, what it costs, and what the model answered where it took the last descent gradient."""
-
-    def __init__(self, method: Method) -> None:
-        self.method = method
-        self.outputs = torch.empty(0)
-        self.counts = Counter[bool]()
-        """Examples in queries with and without gradient."""
-
-    def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
-        """As the method, with one look at its answer."""
-        answer = self.method(_Counted(oracle, self.counts), batch)
-        self.outputs = answer.outputs
-        return answer
-
-
-class _Counted(View):
-    def __init__(self, oracle: Oracle, counts: Counter[bool]) -> None:
-        super().__init__(oracle)
-        self._counts = counts
-
-    def query(
-        self,
-        batch: Batch,
-        objective: Objective | None = None,
-        *,
-        at: Vector | None = None,
-        grad: bool = True,
-        track: bool | None = None,
-    ) -> Evaluation:
-        self._counts[grad] += size(batch) or 1
-        given, at = [at], None  # not held through the forward pass, see Oracle.query
-        return super().query(batch, objective, at=given.pop(), grad=grad, track=track)
-
-    def together(self, *queries: Mapping[str, Any]) -> list[Evaluation]:
-        for query in queries:
-            self._counts[query.get("grad", True)] += size(query["batch"]) or 1
-        return super().together(*queries)
-
-
-PACE = 8
-"""Plain steps beside each epoch."""
-
-
-class Pace:
-    """Plain training beside the run, on a copy of its model: of noisy times, a ratio of neighbours is the least so."""
-
-    def __init__(self, fabric: Fabric, model: nn.Module, split: Split, recipe: Recipe, steps: int = PACE) -> None:
-        copied = copy.deepcopy(model)
-        if recipe.compile:
-            copied.compile()
-        self._fabric, self._watch = fabric, Watch(ERM())
-        self._split = split.first(steps * recipe.batch_size)
-        self._recipe = replace(recipe, accumulate=1, clip=None)
-        loss = SharpnessAware(copied, self._watch, nn.CrossEntropyLoss(reduction="none"), scale=_scaler(fabric))
-        self._sharp, self._optimizer = fabric.setup(loss, _optimizer(copied, recipe))
-
-    def seconds(self) -> float:
-        """Seconds per loss, now."""
-        device, scaler = self._fabric.device, _scaler(self._fabric)
-        scale = None if scaler is None else scaler.state_dict()
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            row = train_epoch(
-                self._fabric,
-                self._sharp,
-                self._watch,
-                self._optimizer,
-                self._split,
-                self._recipe,
-                torch.Generator().manual_seed(0),
-            )
-        if scaler is not None:
-            scaler.load_state_dict(cast(Any, scale))  # which is the run's
-        return row["seconds"] / row["losses"]
-
-
-def channels(split: Split) -> int:
-    """Of the images of a split (3 where they are read from files)."""
-    return split.images.shape[1] if isinstance(split, Images) else 3
-
-
-def _optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
-    if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(model.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay)
-    return torch.optim.SGD(
-        model.parameters(), recipe.learning_rate, momentum=recipe.momentum, weight_decay=recipe.weight_decay
-    )
-
-
-def _scheduler(optimizer: Optimizer, recipe: Recipe, steps: int) -> LRScheduler:
-    if recipe.schedule == "cosine":
-        return CosineAnnealingLR(optimizer, recipe.epochs)
-    if recipe.warmup >= steps:
-        raise ValueError(f"warmup {recipe.warmup} does not end within the {steps} steps of the run: make it shorter")
-    falls = recipe.schedule == "linear"
-
-    def factor(step: int) -> float:
-        if step < recipe.warmup:
-            return (step + 1) / recipe.warmup
-        return max(0.0, (steps - step) / (steps - recipe.warmup)) if falls else 1.0
-
-    return LambdaLR(optimizer, factor)
-
-
-def _descent_loss(smoothing: float, classes: int) -> nn.Module:
-    # The authors spread the smoothing over the wrong classes, torch over all: the same thing with another constant.
-    return nn.CrossEntropyLoss(label_smoothing=smoothing * classes / (classes - 1), reduction="none")
-
-
-def _scaler(fabric: Fabric) -> torch.amp.GradScaler | None:
-    return getattr(fabric._precision, "scaler", None)
 
 
 _MEMORY = "_extra_state"  # its key in the state of a loss

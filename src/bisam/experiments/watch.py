@@ -1,0 +1,55 @@
+"""Watch: a method, and what an onlooker sees of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from bisam import Evaluation, Oracle, Vector
+from bisam.evaluation import Batch, size
+from bisam.methods import Method
+from bisam.objectives import Objective
+from bisam.oracle import View
+
+
+class Watch:
+    """A method, what it costs, and what the model answered where it took the last descent gradient."""
+
+    def __init__(self, method: Method) -> None:
+        self.method = method
+        self.outputs = torch.empty(0)
+        self.counts = Counter[bool]()
+        """Examples in queries with and without gradient."""
+
+    def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
+        """As the method, with one look at its answer."""
+        answer = self.method(_Counted(oracle, self.counts), batch)
+        self.outputs = answer.outputs
+        return answer
+
+
+class _Counted(View):
+    def __init__(self, oracle: Oracle, counts: Counter[bool]) -> None:
+        super().__init__(oracle)
+        self._counts = counts
+
+    def query(
+        self,
+        batch: Batch,
+        objective: Objective | None = None,
+        *,
+        at: Vector | None = None,
+        grad: bool = True,
+        track: bool | None = None,
+    ) -> Evaluation:
+        self._counts[grad] += size(batch) or 1
+        given, at = [at], None  # not held through the forward pass, see Oracle.query
+        return super().query(batch, objective, at=given.pop(), grad=grad, track=track)
+
+    def together(self, *queries: Mapping[str, Any]) -> list[Evaluation]:
+        for query in queries:
+            self._counts[query.get("grad", True)] += size(query["batch"]) or 1
+        return super().together(*queries)
