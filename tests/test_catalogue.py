@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 import bisam
 from bisam import Evaluation, Oracle, SharpnessAware, cross_entropy
-from bisam.experiments import catalogue, cli
+from bisam.experiments import catalogue, cli, entries
 from bisam.experiments.expressions import VOCABULARY, build
 from bisam.oracle import View
 
@@ -133,7 +133,9 @@ def test_every_public_method_has_a_row():
 
 def test_the_page_in_the_docs_is_the_present_one():
     page = Path(__file__).parent.parent / "docs" / "methods.md"
-    assert page.read_text() == catalogue.markdown(), "run: bisam methods --to docs/methods.md"
+    assert page.read_text() == entries.page(catalogue.METHODS, catalogue.GAMES), (
+        "run: bisam methods --to docs/methods.md"
+    )
 
 
 def test_the_command_lists_every_method(capsys, monkeypatch):

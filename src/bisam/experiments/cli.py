@@ -251,14 +251,14 @@ def methods(*, to: Path | None = None) -> int:
     Args:
         to: Markdown file to write, with the references, in place of the table on the terminal.
     """
-    from bisam.experiments import catalogue
+    from bisam.experiments import catalogue, entries
 
     if to is not None:
-        write(to, catalogue.markdown())
+        write(to, entries.page(catalogue.METHODS, catalogue.GAMES))
         console.print(f"{to}", soft_wrap=True)
         return 0
     wide = console.width >= 130  # else source, state and radius are below the expression
-    table = Table(box=None, pad_edge=False, header_style="bold", caption=catalogue.CAPTION, caption_justify="left")
+    table = Table(box=None, pad_edge=False, header_style="bold", caption=entries.CAPTION, caption_justify="left")
     table.add_column("--method", no_wrap=True)
     table.add_column("expression", overflow="fold", min_width=30)
     for header in ("gradients", "memory", *(("state", "source", "set rho to") if wide else ())):

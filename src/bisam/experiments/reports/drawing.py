@@ -18,7 +18,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bisam.experiments.catalogue import FAMILIES, METHODS
+from bisam.experiments.catalogue import METHODS
+from bisam.experiments.entries import FAMILIES
 from bisam.experiments.recipes import Recipe
 from bisam.experiments.reports.groups import Groups, metric, names, place, places
 from bisam.experiments.runs import Finished, write
