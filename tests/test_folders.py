@@ -16,8 +16,9 @@ from scipy.io import savemat
 from torchvision.datasets import Flowers102, OxfordIIITPet
 from torchvision.transforms import v2
 
-from bisam.experiments import folders
-from bisam.experiments.folders import Folder, flowers, folder, imagenet, pets
+from bisam.experiments import folders, photographs
+from bisam.experiments.folders import Folder
+from bisam.experiments.photographs import flowers, folder, imagenet, pets
 
 CPU = torch.device("cpu")
 
@@ -340,7 +341,7 @@ def test_unreadable_images_are_counted_and_named(tmp_path):
 
 
 def test_of_many_images_none_is_looked_at_up_front(tmp_path, monkeypatch):
-    monkeypatch.setattr(folders, "_CHECKED", 5)
+    monkeypatch.setattr(photographs, "_CHECKED", 5)
     classes(tmp_path, a=10, b=10)
     for path in tmp_path.glob("?/*"):
         path.write_text("no image")

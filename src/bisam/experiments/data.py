@@ -122,15 +122,15 @@ def _load(recipe: Recipe, machine: Machine) -> Data:
             return images.digits()
         return images.cifar(kind, root, download, recipe.augment, recipe.cutout)
     if (kind in ("imagenet", "flowers", "pets") and not detail) or (kind == "folder" and detail):
-        from bisam.experiments import folders
+        from bisam.experiments import photographs
 
         match kind:
             case "imagenet":
-                return folders.imagenet(root, size, machine.loaders)
+                return photographs.imagenet(root, size, machine.loaders)
             case "folder":
-                return folders.folder(Path(detail).expanduser(), size, machine.loaders)
+                return photographs.folder(Path(detail).expanduser(), size, machine.loaders)
             case _:
-                load_one = folders.flowers if kind == "flowers" else folders.pets
+                load_one = photographs.flowers if kind == "flowers" else photographs.pets
                 return load_one(root, size, machine.loaders, download=download)
     if kind == "glue" and detail in GLUE:
         from bisam.experiments import models, texts
