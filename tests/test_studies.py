@@ -366,6 +366,7 @@ def test_what_each_device_remembers_is_saved_for_each(tmp_path):
         (("run", "digits", "--gpus", 2), "without --ray there is no cluster: leave --gpus out"),
         (("run", "digits", "--nodes", 2), "on one machine each; on many machines use --ray"),
         (("train", "--nodes", 2), "by torchrun or srun"),
+        (("train", "--strategy", "fsdp"), "divides a model among devices, and there is 1: give --devices"),
         (("train", "--device", "cuda:1", "--devices", 2), "leave its number out"),
         (("train", "--label-smoothing", 0.95), "label_smoothing must be at most 0.9 with 10 classes"),
         (("train", "--batch-size", 1, "--devices", 2), "batches of 1 cannot be shared by 2 devices"),

@@ -69,7 +69,7 @@ def queries(expression: str, batch_size: int) -> tuple[float, float]:
 def _measured(recipe: Recipe, machine: Machine) -> tuple[float, int, int]:
     """Seconds of a plain step, training and validation examples."""
     splits = data.load(recipe, machine)
-    fabric = replace(machine, devices=1, nodes=1).fabric(recipe.precision)
+    fabric = replace(machine, devices=1, nodes=1, strategy="auto").fabric(recipe.precision)
     with torch.random.fork_rng([]):
         model = models.build(recipe.model, splits.classes, channels=channels(splits.test))
     if recipe.channels_last:

@@ -39,7 +39,7 @@ class Machine:
     nodes: int = 1
     """Machines of one run; above 1, start the command on each by torchrun or srun."""
     strategy: str = "auto"
-    """How the devices of a run share the work: auto or ddp."""
+    """How the devices of a run share the work: each with the model (ddp, auto) or with a part of it (fsdp)."""
     data_dir: Path = Path(os.environ.get("BISAM_DATA", "data"))
     """Folder of the data sets."""
     download: bool = False
@@ -59,8 +59,8 @@ class Machine:
             raise ValueError(
                 f"--device {self.device} is one device: leave its number out with --devices {self.devices}"
             )
-        if self.strategy == "fsdp":
-            raise ValueError("strategy 'fsdp' is refused: this version cannot restore sharded weights; use ddp")
+        if self.strategy == "fsdp" and not self.parallel:
+            raise ValueError("--strategy fsdp divides a model among devices, and there is 1: give --devices")
 
     @property
     def slots(self) -> int:
@@ -92,6 +92,10 @@ class Machine:
             raise ValueError("precision 16 is for GPUs: on the CPU use bf16, or give another --device")
         # Spawned on one machine; on several, whoever started the processes has told them who they are.
         strategy = ("ddp" if self.nodes > 1 else "ddp_spawn") if self.parallel else "auto"
+        if self.strategy == "fsdp":
+            from bisam.experiments.sharded import FullySharded
+
+            strategy = FullySharded("popen" if self.nodes > 1 else "spawn")
         try:
             devices = [int(index)] if index else self.devices
             return Fabric(

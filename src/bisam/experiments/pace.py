@@ -15,6 +15,7 @@ from bisam.experiments.data import Split
 from bisam.experiments.epochs import train_epoch
 from bisam.experiments.optimization import optimizer_of, scaler_of
 from bisam.experiments.recipes import Recipe
+from bisam.experiments.sharded import shard
 from bisam.experiments.watch import Watch
 
 PACE = 8
@@ -26,6 +27,7 @@ class Pace:
 
     def __init__(self, fabric: Fabric, model: nn.Module, split: Split, recipe: Recipe, steps: int = PACE) -> None:
         copied = copy.deepcopy(model)
+        shard(copied, fabric)
         if recipe.compile:
             copied.compile()
         self._fabric, self._watch = fabric, Watch(ERM())

@@ -18,7 +18,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from bisam import SharpnessAware
 from bisam.experiments import data, models
@@ -32,6 +32,17 @@ from bisam.experiments.pace import Pace
 from bisam.experiments.recipes import Recipe
 from bisam.experiments.runs import Row, Run, RunError, damaged
 from bisam.experiments.scores import scores
+from bisam.experiments.sharded import (
+    averaging,
+    divided,
+    is_sharded,
+    load_optimizer,
+    memories,
+    reshard,
+    shard,
+    share_buffers,
+    whole,
+)
 from bisam.experiments.watch import Watch
 
 OnEpoch = Callable[[Row], None]
@@ -153,7 +164,12 @@ class Training:
         recipe = run.recipe
         self._fabric, self._run, self._machine, self._data, self._recipe = fabric, run, machine, splits, recipe
         self._train, self._validation = (part.to(fabric.device) for part in (splits.train, splits.validation))
+        model = fabric._precision.convert_module(model)
         self._model = model.to(memory_format=torch.channels_last) if recipe.channels_last else model
+        # Copies come before the model is sharded, which has none, and its optimizer after it.
+        self._pace = Pace(fabric, model, self._train, recipe)
+        self._average = self._averaged(model)
+        shard(model, fabric)
         optimizer = optimizer_of(model, recipe)
         losses = batches_of(len(splits.train), recipe.batch_size, fabric.world_size)
         steps = -(-losses // recipe.accumulate)
@@ -161,7 +177,6 @@ class Training:
         method = recipe.build_method(
             optimizer=optimizer, steps=losses * recipe.epochs, epoch=losses, examples=len(splits.train)
         )
-        self._pace = Pace(fabric, model, self._train, recipe)
         self._watch = Watch(method)
         if recipe.compile:
             model.compile()
@@ -169,14 +184,16 @@ class Training:
             model, self._watch, descent_loss(recipe.label_smoothing, splits.classes), scale=scaler_of(fabric)
         )
         self._sharp, self._optimizer = fabric.setup(loss, optimizer)
-        self._average = (
-            AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
-            if recipe.ema is not None
-            else None
-        )
         self._history: list[Row] = []
         self._best: dict[str, Any] = {"score": -2.0}  # less than any, also than a correlation
         self._resume()
+
+    def _averaged(self, model: nn.Module) -> AveragedModel | None:
+        if self._recipe.ema is None:
+            return None
+        average = AveragedModel(model, multi_avg_fn=averaging(self._recipe.ema), use_buffers=True)
+        shard(average.module, self._fabric)
+        return average.to(self._fabric.device)
 
     def to_the_end(self, on_epoch: OnEpoch | None) -> dict[str, Any]:
         """Train the epochs that are left, test once, and write the result."""
@@ -194,7 +211,8 @@ class Training:
                 on_epoch(row)
         for board in boards:
             board.close()
-        return self._run.finish(self._result()) if fabric.is_global_zero else {}
+        result = self._result()  # with a sharded model all are needed
+        return self._run.finish(result) if fabric.is_global_zero else {}
 
     def _epoch(self, epoch: int) -> Row:
         # An epoch draws the same whether or not it follows a resume; all methods see the same batches.
@@ -208,6 +226,7 @@ class Training:
         row["relative_time"] = row["seconds"] / row["losses"] / self._pace.seconds()
         if self._recipe.schedule == "cosine":
             self._scheduler.step()
+        share_buffers(self._model, self._fabric)
         row["validation"] = self._score(self._model, self._validation)[0]
         if self._average is not None:
             row["validation_ema"] = self._score(self._average.module, self._validation)[0]
@@ -225,48 +244,52 @@ class Training:
         """The scores of a data set's metrics, the first of which chooses."""
         with self._fabric.autocast():
             outputs, labels = predictions(model, split, self._recipe)
-        return scores(self._data.metrics, outputs, labels)
+        reshard(model)
+        # The first device's: all have to agree which epoch is the best.
+        return self._fabric.broadcast(scores(self._data.metrics, outputs, labels))
 
     def _state(self) -> dict[str, Any]:
+        """Everything, in one piece on the first device; all of them must ask."""
+        first, sharp = self._fabric.is_global_zero, self._sharp.state_dict()
+        remembered = memories(sharp[_MEMORY], self._fabric)
+        sharp[_MEMORY] = remembered[0]  # once in the file
         state: dict[str, Any] = {
-            "sharp": self._sharp.state_dict(),
-            "memories": self._memories(),
-            "optimizer": self._optimizer.state_dict(),
+            "sharp": whole(sharp, first),
+            "memories": remembered,
+            "sharded": is_sharded(self._fabric),
+            "optimizer": whole(self._optimizer.state_dict(), first),
             "scheduler": self._scheduler.state_dict(),
             "history": self._history,
             "best": self._best,
         }
         if self._average is not None:
-            state["average"] = self._average.state_dict()
+            state["average"] = whole(self._average.state_dict(), first)
         if (scaler := scaler_of(self._fabric)) is not None:
             state["scaler"] = scaler.state_dict()
         return state
-
-    def _memories(self) -> list[Any]:
-        """What the method remembers on each device, which is not the same; all processes must ask."""
-        own = self._sharp.state_dict()[_MEMORY]
-        if self._fabric.world_size == 1:
-            return [own]
-        every: list[Any] = [None] * self._fabric.world_size
-        torch.distributed.all_gather_object(every, own)
-        return every
 
     def _resume(self) -> None:
         if (checkpoint := self._run.checkpoint()) is None:
             return
         try:
-            memories, world = checkpoint["memories"], self._fabric.world_size
-            if len(memories) != world:
+            remembered, world = checkpoint["memories"], self._fabric.world_size
+            if len(remembered) != world:
                 raise RunError(
-                    f"{self._run.folder} was begun with {len(memories)} devices, not with {world}: go on with as many, "
-                    "or give another --out"
+                    f"{self._run.folder} was begun with {len(remembered)} devices, not with {world}: go on with as "
+                    "many, or give another --out"
                 )
-            self._sharp.load_state_dict({**checkpoint["sharp"], _MEMORY: memories[self._fabric.global_rank]})
-            self._optimizer.load_state_dict(checkpoint["optimizer"])
+            if (begun := checkpoint.get("sharded", False)) != is_sharded(self._fabric):
+                raise RunError(
+                    f"{self._run.folder} was begun {'with' if begun else 'without'} --strategy fsdp, which perturbs "
+                    "for the whole batch: go on in the same way, or give another --out"
+                )
+            sharp = {**checkpoint["sharp"], _MEMORY: remembered[self._fabric.global_rank]}
+            self._sharp.load_state_dict(divided(sharp, self._sharp.state_dict()))
+            load_optimizer(self._optimizer, checkpoint["optimizer"])
             self._scheduler.load_state_dict(checkpoint["scheduler"])
             self._history, self._best = checkpoint["history"], checkpoint["best"]
             if self._average is not None:
-                self._average.load_state_dict(checkpoint["average"])
+                self._average.load_state_dict(divided(checkpoint["average"], self._average.state_dict()))
             if (scaler := scaler_of(self._fabric)) is not None:
                 scaler.load_state_dict(checkpoint["scaler"])
         except (LookupError, TypeError, ValueError, RuntimeError) as error:
@@ -278,7 +301,7 @@ class Training:
         tested = {"last": self._score(self._model, test)}
         if self._average is not None:
             tested["ema"] = self._score(self._average.module, test)
-        self._model.load_state_dict(self._best["weights"])
+        self._model.load_state_dict(divided(self._best["weights"], self._model.state_dict()))
         tested["best"] = self._score(self._model, test)
         return {
             **{f"test_{when}": values[0] for when, values in tested.items()},
@@ -304,4 +327,4 @@ def _named(device: torch.device) -> str:
 
 
 def _copied(model: nn.Module) -> dict[str, Tensor]:
-    return {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+    return {k: v.detach().cpu().clone() for k, v in whole(model.state_dict()).items()}
