@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -20,12 +21,28 @@ from torch import Tensor, nn
 from torch.distributed import checkpoint
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
-from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils._pytree import tree_leaves
 
-from bisam import AESAM, ERM, ESAM, GSAM, KSAM, MSAM, SAM, SSAMF, SharpnessAware, Vector, cross_entropy
+from bisam import (
+    AESAM,
+    ERM,
+    ESAM,
+    GSAM,
+    KSAM,
+    MSAM,
+    SAM,
+    SSAMF,
+    BiSAM,
+    FunctionalSAM,
+    Lookahead,
+    MomentumSAM,
+    NegLog,
+    SharpnessAware,
+    cross_entropy,
+)
 from bisam.evaluation import take
 from bisam.integrations.checkpoint import make_room
 from bisam.masks import RandomMask
@@ -79,9 +96,10 @@ def trained(
     loss: Callable[[torch.optim.Optimizer], Callable[..., Tensor]],
     batch: Callable[[int], Any],
     seed: int = 5,
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer] = lambda model: sgd(model),
 ) -> tuple[list[Tensor], Tensor]:
     """Whole weights after some steps, and the losses on the way."""
-    optimizer, losses = sgd(model), []
+    optimizer, losses = optimizer(model), []
     sharp = loss(optimizer)
     torch.manual_seed(seed)
     for step in range(STEPS):
@@ -322,6 +340,42 @@ def decides(**arguments: Any) -> Callable[[], SharpnessAware]:
     return lambda: SharpnessAware(DDP(cases.convnet()), KSAM(3, AESAM(steps=9)), cross_entropy, **arguments)
 
 
+def unused_by_all(order: str) -> dict[str, Any]:
+    """Of parameters that no rank uses there is no gradient, and an optimizer leaves them alone."""
+    model = Branches(turns=0)
+    arguments = {"perturbation": "global"}
+    if order == "inside":
+        sharp: Any = SharpnessAware(DDP(model, find_unused_parameters=True), SAM(), cross_entropy, **arguments)
+    else:
+        sharp = DDP(SharpnessAware(model, SAM(), cross_entropy, **arguments), find_unused_parameters=True)
+    for step in range(3):
+        sharp(*part(step)).backward()
+    return {name: "used" for name, p in model.named_parameters() if (p.grad is None) == name.startswith("body")}
+
+
+def overflown() -> dict[str, Any]:
+    """An infinite gradient on one rank: all forget the step."""
+    model = network()
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        bad = float("inf") if sharp.get_extra_state()["step"] == 2 and dist.get_rank() else 1.0
+        return cross_entropy(outputs, targets) * bad
+
+    sharp = SharpnessAware(model, MomentumSAM(), loss, scale=lambda: 8.0, perturbation="global")
+    values = [sharp(*part(step)).item() for step in range(4)]
+    fine = all(t.isfinite().all() for t in memory_of(sharp)) and values[3] < 10
+    return {} if fine else {"values": values}
+
+
+def copied() -> dict[str, Any]:
+    model = network()
+    sharp = SharpnessAware(model, METHODS["LookSAM"](None), cross_entropy, perturbation="global")
+    sharp(*part(0))
+    other = copy.deepcopy(sharp)
+    pickle.dumps(other._memory)
+    return {} if torch.equal(sharp(*part(1)), other(*part(1))) else {"differ": 1}
+
+
 def ddp_otherwise() -> dict[str, Any]:
     def by_turns() -> SharpnessAware:
         return SharpnessAware(DDP(Branches(turns=2), find_unused_parameters=True), GSAM(), cross_entropy)
@@ -334,6 +388,9 @@ def ddp_otherwise() -> dict[str, Any]:
             **{f"unused parameters, {order}": unused(order) for order in ("inside", "outside")},
             **{f"running statistics, {order}": statistics(order) for order in ("inside", "outside")},
             "parameters by turns, inside": refused(by_turns, "use different parameters in different queries"),
+            **{f"unused parameters, {order}, global": unused_by_all(order) for order in ("inside", "outside")},
+            "an overflow on one rank, global": overflown(),
+            "a copy of what is remembered, global": copied(),
             "static graph, outside": static(),
             "static graph, inside": refused(still, "static_graph=True) inside the loss would never average"),
             "replicas that decide": refused(decides(), "with AESAM replicas may differ in their number of forward"),
@@ -431,35 +488,108 @@ def broken(where: str) -> list[Tensor]:
     return whole_weights(model)
 
 
-def like_one_process(name: str, shard: Callable[[nn.Sequential], object], batch: Any = part) -> dict[str, float]:
-    make, one, many = METHODS[name], network(), network()
+def like_one_process(
+    name: str,
+    shard: Callable[[nn.Sequential], object],
+    batch: Any = part,
+    optimizer: Any = sgd,
+    build: Callable[[], nn.Sequential] = network,
+) -> dict[str, float]:
+    make, one, many = METHODS[name], build(), build()
     shard(many)
     return far(
-        trained(many, lambda o: SharpnessAware(many, make(o), cross_entropy), batch),
-        trained(one, lambda o: SharpnessAware(one, make(o), cross_entropy), whole),
+        trained(many, lambda o: SharpnessAware(many, make(o), cross_entropy), batch, optimizer=optimizer),
+        trained(one, lambda o: SharpnessAware(one, make(o), cross_entropy), whole, optimizer=optimizer),
     )
 
 
-def tensor_parallel(model: nn.Sequential) -> object:
+def pending() -> SharpnessAware:
+    model = sharded(network())
+    model.set_requires_gradient_sync(False)
+    F.cross_entropy(model(part(0)[0]), part(0)[1]).backward()
+    model.set_requires_gradient_sync(True)
+    return SharpnessAware(model, SAM(), cross_entropy)
+
+
+def kept_back() -> SharpnessAware:
+    model = sharded(network())
+    if not hasattr(model, "set_manual_backward_finalization"):  # before torch 2.15
+        raise ValueError("set_manual_backward_finalization(True) keeps gradients back")
+    model.set_manual_backward_finalization(True)
+    return SharpnessAware(model, SAM(), cross_entropy)
+
+
+def ahead() -> dict[str, float]:
+    """Weights that were gathered ahead are not those of a first query that is displaced."""
+    values = []
+    for early in (False, True):
+        model = sharded(network())
+        sharp = SharpnessAware(model, MomentumSAM(L2(1.0)), cross_entropy)
+        for step in range(3):
+            if early:
+                model.unshard(async_op=True)
+            values.append(sharp(*part(step)).item())
+    return {} if values[:3] == values[3:] else {"values": values[3] - values[0]}
+
+
+def uneven_counts() -> dict[str, float]:
+    """FunctionalSAM at radius 0 is ERM, also where ranks leave out different numbers of labels."""
+    x, y = part(0)
+    y = torch.where(torch.arange(PART) < 1 + 2 * dist.get_rank(), y, -100)
+    grads = []
+    for method in (ERM(), FunctionalSAM(L2(0.0)), FunctionalSAM(L2(0.0), NegLog())):
+        model = sharded(network())
+        value = SharpnessAware(model, method, cross_entropy)(x, y)
+        value.backward()
+        grads.append([value.detach(), *(p.grad.full_tensor() for p in model.parameters())])
+    off = max(distance(grads[0], other) for other in grads[1:])
+    return {} if off < 1e-12 else {"off": off}
+
+
+def own_clean() -> dict[str, float]:
+    """What `clean` says is of the rank's own batch, whatever the adversary climbs: it may be read on one rank alone."""
+    model, (x, y) = sharded(network()), part(0)
+    own, found = F.cross_entropy(network()(x), y), {}
+    for name, method in (("SAM", SAM()), ("BiSAM", BiSAM())):
+        sharp = SharpnessAware(model, method, cross_entropy)
+        sharp(x, y)
+        if not abs(sharp.clean.value - own) < 1e-12:
+            found[name] = float(sharp.clean.value - own)
+    return found
+
+
+def inference() -> dict[str, float]:
+    model, (x, y) = sharded(network()), part(0)
+    sharp = SharpnessAware(model, SAM(), cross_entropy)
+    with torch.inference_mode():
+        off = float(sharp(x, y) - F.cross_entropy(network()(x), y))
+    return {} if abs(off) < 1e-12 else {"off": off}
+
+
+def adapters() -> dict[str, float]:
+    """A sharded model that is frozen, with ordinary parameters that are trained: their gradients are averaged here."""
+    grads = []
+    for many in (False, True):
+        model = network()
+        for p in model.parameters():
+            p.requires_grad_(False)
+        model.append(nn.Linear(cases.CLASSES, cases.CLASSES).double())
+        torch.nn.init.eye_(model[-1].weight)
+        model[-1].bias.data.zero_()
+        if many:
+            mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+            fully_shard(model, mesh=mesh, ignored_params=set(model[-1].parameters()))
+        sharp = SharpnessAware(model, SAM(L2(0.1)), cross_entropy, perturbation="global" if many else None)
+        sharp(*(part if many else whole)(0)).backward()
+        grads.append([p.grad for p in model[-1].parameters()])
+    off = distance(*grads)
+    return {} if off < 1e-12 else {"off": off}
+
+
+def tensor_parallel(model: nn.Sequential) -> nn.Sequential:
+    """Two layers in parts; norm layers and what else is not in the plan are ordinary tensors, the same everywhere."""
     plan = {"0": ColwiseParallel(output_layouts=Replicate()), "3.2": RowwiseParallel(input_layouts=Replicate())}
-    for name, module in model.named_modules():
-        if not list(module.children()) and list(module.parameters()) and name not in plan:
-            plan[name] = NoParallel()
     return parallelize_module(model, init_device_mesh("cpu", (dist.get_world_size(),)), plan)
-
-
-class NoParallel(ParallelStyle):
-    """Parameters that all ranks have, as DTensors."""
-
-    def _apply(self, module: nn.Module, device_mesh: Any) -> nn.Module:
-        return distribute_module(
-            module,
-            device_mesh,
-            input_fn=lambda _, inputs, mesh: tuple(
-                x if hasattr(x, "placements") else DTensor.from_local(x, mesh, [Replicate()]) for x in inputs
-            ),
-            output_fn=lambda _, output, mesh: output.to_local(),
-        )
 
 
 def refused(build: Callable[[], Callable[..., Tensor]], message: str) -> dict[str, str]:
@@ -512,7 +642,15 @@ def sharded_otherwise() -> dict[str, Any]:
                 f"tensor parallelism, {name}": like_one_process(name, tensor_parallel, whole)
                 for name in ("GSAM", "ZSharp", "SSAMD", "LookSAM")
             },
-            "in part": refused(partly, "6 trainable parameters are ordinary tensors"),
+            "in part": refused(partly, "6 trainable parameters are not sharded (model.1.weight,"),
+            "accumulated before": refused(pending, "gradients of another loss were not reduced yet"),
+            "kept back": refused(kept_back, "set_manual_backward_finalization(True) keeps gradients back"),
+            "asked for ahead": ahead(),
+            "uneven counts": uneven_counts(),
+            "its own clean loss": own_clean(),
+            "Lookahead": like_one_process("SAM", sharded, optimizer=lambda m: Lookahead(sgd(m), k=3)),
+            "inference mode": inference(),
+            "adapters beside a sharded model": adapters(),
             "around the loss": refused(around, "fully_shard the model, not the loss"),
             "local": refused(
                 lonely(SAM(), perturbation="local"), 'perturbation="local" needs the gradient of each rank'
@@ -525,6 +663,41 @@ def sharded_otherwise() -> dict[str, Any]:
 
 def test_sharded_models_of_every_kind():
     assert ranks.run(2, sharded_otherwise) == [{}, {}]
+
+
+def in_two_dimensions() -> dict[str, Any]:
+    """Four ranks: tensor parallelism inside of FSDP2, and replicas of shards that were seeded differently."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+
+    def even() -> nn.Sequential:
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, cases.CLASSES)).double()
+
+    def both(model: nn.Sequential) -> object:
+        plan = {"0": ColwiseParallel(output_layouts=Replicate()), "3": RowwiseParallel(input_layouts=Replicate())}
+        parallelize_module(model, mesh["tensor"], plan)
+        return fully_shard(model, mesh=mesh["data"])
+
+    def batch(step: int) -> tuple[Tensor, ...]:
+        first = 2 * PART * mesh["data"].get_local_rank()
+        return tuple(t[first : first + 2 * PART] for t in whole(step))
+
+    model = network()
+    fully_shard(model, mesh=mesh)
+    sharp = SharpnessAware(model, METHODS["SSAMD"](None), cross_entropy)
+    torch.manual_seed(dist.get_rank())
+    sharp(*part(0))
+    masks = [t.double() for t in memory_of(sharp)]
+    return wrong(
+        {
+            **{name: like_one_process(name, both, batch, build=even) for name in ("GSAM", "LookSAM")},
+            "masks": {} if identical(masks) else {"differ": 1.0},
+        }
+    )
+
+
+def test_two_dimensions_of_ranks():
+    assert ranks.run(4, in_two_dimensions) == [{}] * 4
 
 
 def uneven() -> dict[str, str]:
@@ -581,8 +754,8 @@ def restored(method: str, folder: str) -> Any:
 
 
 def memory_of(sharp: SharpnessAware) -> list[Tensor]:
-    leaves = tree_leaves(sharp._memory.state)
-    return [t for leaf in leaves if isinstance(leaf, Vector) for t in leaf.whole()]
+    leaves = [leaf for leaf in tree_leaves(sharp.get_extra_state()["state"]) if isinstance(leaf, Tensor)]
+    return [t.full_tensor() if hasattr(t, "full_tensor") else t for t in leaves]
 
 
 @pytest.mark.parametrize("method", ["LookSAM", "FisherSAM"])

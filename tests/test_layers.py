@@ -14,7 +14,7 @@ ROOT = Path(bisam.__file__).parent
 # In this order; files of one floor do not see each other, and a package's files see their own package.
 FLOORS = [
     {"arguments", "vector"},
-    {"objectives", "buffers", "schedules", "shards", "noise"},
+    {"bridge", "objectives", "buffers", "schedules", "shards", "noise"},
     {"memory", "hosts"},
     {"evaluation"},
     {"oracle"},

@@ -73,6 +73,7 @@ IN_MODULES = [getattr(module, name) for module, names in MODULES.items() for nam
 PUBLIC = [getattr(bisam, name) for name in sorted(NAMES)] + IN_MODULES
 CORE = [
     "arguments",
+    "bridge",
     "buffers",
     "evaluation",
     "hosts",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -48,14 +48,30 @@ def check(sharp: nn.Module, method: Any, perturbation: str | None) -> None:
             "the loss waits in each to broadcast buffers: use DistributedDataParallel(SharpnessAware(model, ...)), or "
             'perturbation="global", where replicas decide together'
         )
-    fully = any(isinstance(module, fully_sharded_kind()) for module in sharp.modules())
-    sharded = any(isinstance(p, sharded_kind()) for p in parameters)
-    if fully and perturbation == "local":
+    gathers = fully_sharded_kind()
+    fully = any(isinstance(module, gathers) for module in sharp.modules())
+    sharded = [isinstance(p, sharded_kind()) for p in parameters]
+    if fully and any(sharded) and not all(sharded):
+        names = [name for name, p in sharp.named_parameters() if p.requires_grad and not isinstance(p, sharded_kind())]
+        raise ValueError(
+            f"{len(names)} trainable parameters are not sharded ({', '.join(names[:3])}), and nothing would average "
+            "their gradients: fully_shard(model) last, around all of it, and fully_shard(loss) if the loss has "
+            "parameters of its own; or freeze them"
+        )
+    contexts = [
+        cast(Any, module)._get_fsdp_state()._state_ctx for module in sharp.modules() if isinstance(module, gathers)
+    ]
+    if any(getattr(context, "manual_backward_finalization", False) for context in contexts):
+        raise ValueError(
+            "set_manual_backward_finalization(True) keeps gradients back, and a method needs those of each query: "
+            "leave it out"
+        )
+    if any(sharded) and fully and perturbation == "local":
         raise ValueError(
             'perturbation="local" needs the gradient of each rank\'s own batch, and FSDP2 reduces all gradients: use '
             'perturbation="global", or DistributedDataParallel'
         )
-    if sharded and not fully and perturbation == "global":
+    if any(sharded) and not fully and perturbation == "global":
         raise ValueError(
             'perturbation="global" would average parameters that are different parts of one tensor (tensor '
             "parallelism): leave the argument out, or shard the model over the data-parallel ranks, fully_shard(model)"

@@ -24,7 +24,7 @@ from bisam.evaluation import Evaluation, join
 from bisam.methods import Method
 from bisam.model_oracle import Forward, ModelOracle, Scale, Scope
 from bisam.objectives import Objective
-from bisam.shards import fully_sharded_kind
+from bisam.shards import Shards, fully_sharded_kind
 
 
 class SharpnessAware(nn.Module):
@@ -44,8 +44,10 @@ class SharpnessAware(nn.Module):
         same_noise: whether all forward passes on a batch see the same dropout masks, as in the JAX original. By default
             they are fresh, as in every PyTorch implementation.
         perturbation: in data-parallel training, whether a rank perturbs for its own part of the batch ("local") or all
-            of them for the whole ("global", at the price of a reduction in each query). None is what the host does:
-            local under DistributedDataParallel, as in the paper of SAM, and global under FSDP2, which cannot otherwise.
+            of them for the whole ("global", at the price of a reduction in each query, over the ranks of the
+            DistributedDataParallel inside, or else all). None is what the host does: local under
+            DistributedDataParallel, as in the paper of SAM, and global under FSDP2, which cannot otherwise. Means are
+            over ranks, which are taken to have equal parts.
 
     Raises:
         TypeError: an argument is not what it should be (a class in place of an instance, say).
@@ -82,7 +84,10 @@ class SharpnessAware(nn.Module):
                 "scale", scale, "a torch.amp.GradScaler or a function that returns the factor", torch.amp.GradScaler
             )
         if perturbation not in ("local", "global", None):
-            raise ValueError(f"perturbation must be 'local', 'global' or None, got {perturbation!r}")
+            raise ValueError(
+                f"perturbation must be 'local', 'global' or None, got {perturbation!r}: the geometry is the method's, "
+                "SAM(L2(0.1))"
+            )
         self.model = model
         self.method = method
         self.loss = loss
@@ -125,8 +130,13 @@ class SharpnessAware(nn.Module):
                 if memory.state and memory.trained != (trained := [id(p) for p in oracle.parameters]):
                     memories.check(memory.state, oracle.weights)
                     memory.trained = trained
+                layout, before = oracle.weights.layout, memory.state
+                if layout is not None:
+                    before = memories.laid_out(before, layout)
+                    oracle.state = dict(before)
                 value = oracle.differentiable(self.method(oracle, batch))
-                memory.state = memories.settled(oracle.state, memory.state, oracle.overflow)
+                after = memories.settled(oracle.state, before, oracle.overflow)
+                memory.state = after if layout is None else memories.laid_out(after, None)
                 memory.step, memory.checked = memory.step + 1, True
         except BaseException:
             oracle.rollback()
@@ -158,7 +168,8 @@ class SharpnessAware(nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         """The step count and what the method remembers, as tensors and plain containers."""
-        return {"step": self._memory.step, **memories.save(self._memory.state, self.method)}
+        layout = Shards.of(self._trained()) if self._memory.state else None
+        return {"step": self._memory.step, **memories.save(self._memory.state, self.method, layout)}
 
     def set_extra_state(self, state: Any) -> None:
         """Continue from `get_extra_state`; used by `load_state_dict`.
@@ -166,12 +177,15 @@ class SharpnessAware(nn.Module):
         Raises:
             ValueError: the state is the memory of another method or belongs to another model.
         """
-        for module in self.modules():
-            if isinstance(module, fully_sharded_kind()):
-                cast(Any, module).reshard()
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        self._memory.state = memories.load(state, self.method, parameters)
+        self._memory.state = memories.load(state, self.method, self._trained())
         self._memory.step = int(state["step"])
+
+    def _trained(self) -> list[nn.Parameter]:
+        gathers = fully_sharded_kind()
+        for module in self.modules() if gathers else ():
+            if isinstance(module, gathers):
+                cast(Any, module).reshard()  # after an evaluation, say, it has gathered parameters in place of its own
+        return [p for p in self.parameters() if p.requires_grad]
 
 
 @dataclass

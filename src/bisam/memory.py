@@ -12,11 +12,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from bisam.arguments import remembering
 from bisam.shards import Shards, local, sharded_kind
-from bisam.vector import Vector
+from bisam.vector import Layout, Vector
 
 State = dict[str, Any]
 
@@ -33,9 +33,14 @@ def kind(method: Any) -> str:
     return f"{name}({inner})" if inner else name
 
 
-def save(state: State, method: Any) -> dict[str, Any]:
+def laid_out(state: State, layout: Layout | None) -> State:
+    """The same memory, with Vectors in a layout, or in none: between steps it holds no process groups."""
+    return tree_map_only(Vector, lambda v: Vector(v.tensors, v.holes, layout), state)
+
+
+def save(state: State, method: Any, layout: Layout | None = None) -> dict[str, Any]:
     """The memory of `method` as a file takes it."""
-    remembered = _without_empty(state)
+    remembered = _without_empty(state if layout is None else laid_out(state, layout))
     return {"method": kind(method) if remembered else None, "state": _packed(remembered)}
 
 
@@ -69,7 +74,7 @@ def check(state: State, weights: Vector) -> None:
         if isinstance(leaf, Vector) and [t.shape for t in leaf.tensors] != shapes:
             raise ValueError(
                 f"the method remembers {len(leaf)} parameters, and now {len(shapes)} are trained, or others: some were "
-                "frozen or unfrozen since. Make a new SharpnessAware, which begins with an empty memory"
+                "frozen, unfrozen or sharded since. Make a new SharpnessAware, which begins with an empty memory"
             )
 
 
@@ -155,7 +160,7 @@ def _unpacked(state: Any, parameters: Sequence[nn.Parameter]) -> Any:
     shards = Shards.of(parameters)
     parts = [_here(i, t, p, shards) for i, (t, p) in enumerate(zip(tensors, parameters, strict=True))]
     moved = [torch.empty_like(local(p.data), dtype=t.dtype).copy_(t) for t, p in zip(parts, parameters, strict=True)]
-    return Vector(moved, frozenset(cast("list[int]", entries["holes"])), shards)
+    return Vector(moved, frozenset(cast("list[int]", entries["holes"])))
 
 
 def _here(i: int, tensor: Any, parameter: Any, shards: Shards | None) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal, cast
 
 import torch
@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map_only
 
 from bisam import objectives
 from bisam.arguments import check_losses, check_strangers, describe
+from bisam.bridge import WithGradient
 from bisam.buffers import Buffers, Slot
 from bisam.evaluation import Batch, Evaluation, size
 from bisam.noise import RandomState
@@ -123,6 +124,10 @@ class ModelOracle(Oracle):
         # time: a layer that constrains its weights may give them other memory in a forward pass.
         tensors = [p.data for p in self.parameters]
         return Vector(tensors if self._shards is None else [local(t) for t in tensors], layout=self._layout)
+
+    def averaged(self, value: Tensor, count: Count) -> tuple[Tensor, Count]:
+        """See `Oracle.averaged`."""
+        return (value, count) if self._peers is None else self._peers.answer(value, count, None, reduced=True)[:2]
 
     def agree(self, what: str, number: int) -> None:
         """See `Oracle.agree`."""
@@ -232,13 +237,13 @@ class ModelOracle(Oracle):
                 "and this model or method may use different parameters in different queries: wrap the other way round, "
                 "DistributedDataParallel(SharpnessAware(model, ...), find_unused_parameters=True)"
             )
-        tensors = grad.tensors
-        if self._shards is not None:
-            tensors = [self._shards.wrapped(i, t) for i, t in enumerate(tensors)]
+        tensors, wraps = grad.tensors, None
+        if (shards := self._shards) is not None:
+            wraps = [partial(shards.wrapped, i) for i in range(len(grad)) if i not in grad.holes]
         if grad.holes:
             kept = [i for i in range(len(grad)) if i not in grad.holes]
             tensors, parameters = [tensors[i] for i in kept], [parameters[i] for i in kept]
-        return cast(Tensor, _WithGradient.apply(evaluation.value, self._overflow, tensors, *parameters))
+        return cast(Tensor, WithGradient.apply(evaluation.value, self._overflow, tensors, wraps, *parameters))
 
     def _forget(self) -> None:
         """Drop copies of the weights that were made for a forward pass."""
@@ -258,12 +263,17 @@ class ModelOracle(Oracle):
         if grad:
             self._check_trainable(batch, losses)
         gradient = self._gradient(value) if grad else None
-        if self._peers is not None:
-            value, counted, gradient = self._peers.answer(value.detach(), counted, gradient, self._fully is not None)
         answer = Evaluation(losses.detach(), None, _detached(outputs), value.detach(), counted, targets, objective)
         if track:
-            self.seen.append(answer)
-        return replace(answer, grad=gradient)
+            self.seen.append(answer)  # of this rank's own batch: whoever reads it reads it alone
+        if self._peers is not None:
+            reduced = self._fully is not None and self._shards is not None
+            value, counted, gradient = self._peers.answer(value.detach(), counted, gradient, reduced)
+        if gradient is not None and self._scale is not None:
+            # Any entry that overflowed makes the sharp loss's gradient NaN, so that the GradScaler skips the step.
+            overflow = gradient.norm() * 0
+            self._overflow = overflow if self._overflow is None else self._overflow + overflow
+        return replace(answer, grad=gradient, value=value.detach(), count=counted)
 
     def _count(self, batch: Batch, losses: Tensor, targets: Any, objective: Objective) -> Count:
         return objectives.count(losses, targets, objective) if losses.dim() else size(batch) or 1
@@ -327,11 +337,7 @@ class ModelOracle(Oracle):
         gradient = Vector(cast(Tensors, grads), holes, self._layout)
         if factor is None:
             return gradient
-        gradient = gradient / factor
-        # Any entry that overflowed makes the sharp loss's gradient NaN, so that the GradScaler skips the step.
-        overflow = gradient.norm() * 0
-        self._overflow = overflow if self._overflow is None else self._overflow + overflow
-        return gradient
+        return gradient / factor.to(gradient.tensors[0].device)
 
     def _gradients(self, loss: Tensor) -> Sequence[Tensor | None]:
         if self._fully is not None:
@@ -354,22 +360,6 @@ class ModelOracle(Oracle):
             self._noise[1].restore()
         else:
             self._noise = batch, RandomState(self.parameters)
-
-
-class _WithGradient(torch.autograd.Function):
-    """The whole bridge to autograd: value and gradient are given, the chain rule does the rest."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, overflow: Tensor | None, gradient: Tensors, *_: Tensor) -> Tensor:
-        ctx.overflow = overflow
-        ctx.save_for_backward(*gradient)  # freed by backward(): a loss that is kept for logging holds no memory
-        return value.clone()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *factors: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        factor = factors[0] if ctx.overflow is None else factors[0] + ctx.overflow
-        return None, None, None, *torch._foreach_mul(ctx.saved_tensors, factor)
 
 
 @contextmanager

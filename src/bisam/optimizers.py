@@ -197,13 +197,13 @@ class Lookahead(Optimizer):
     @torch.no_grad()
     def _remember(self) -> None:
         if self._slow and not self._count:  # anew, for the weights may have been changed since the pull
-            torch._foreach_copy_(list(self._slow.values()), list(self._slow))
+            torch._foreach_copy_([local(t) for t in self._slow.values()], [local(p) for p in self._slow])
         if new := [p for p in self._parameters() if p not in self._slow]:
             self._slow.update(zip(new, clone([p.detach() for p in new]), strict=True))
 
     @torch.no_grad()
     def _pull(self) -> None:
-        fast, slow = list(self._slow), list(self._slow.values())
+        fast, slow = [local(p) for p in self._slow], [local(t) for t in self._slow.values()]
         torch._foreach_lerp_(slow, fast, self.lam)
         torch._foreach_copy_(fast, slow)
         self._count = 0

@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from bisam.evaluation import Batch, Evaluation
-from bisam.objectives import Objective
+from bisam.objectives import Count, Objective
 from bisam.vector import Vector
 
 
@@ -79,6 +79,10 @@ class Oracle(ABC):
         In series here; a subclass may answer them in parallel.
         """
         return [self.query(**query) for query in queries]
+
+    def averaged(self, value: Tensor, count: Count) -> tuple[Tensor, Count]:
+        """The value and count of answers for this rank's batch as those of the batches that it is a part of."""
+        return value, count
 
     def agree(self, what: str, number: int) -> None:  # noqa: B027 - one rank agrees with itself
         """Make sure that all ranks whose batches are the parts of one have the same `number` of `what`.
@@ -173,6 +177,10 @@ class View(Oracle):
     def alone(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """See `Oracle`."""
         return self._oracle.alone
+
+    def averaged(self, value: Tensor, count: Count) -> tuple[Tensor, Count]:
+        """See `Oracle.averaged`."""
+        return self._oracle.averaged(value, count)
 
     def agree(self, what: str, number: int) -> None:
         """See `Oracle.agree`."""

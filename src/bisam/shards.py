@@ -15,7 +15,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -40,102 +40,121 @@ def local(tensor: Tensor) -> Tensor:
     return cast(Any, tensor).to_local() if isinstance(tensor, sharded_kind()) else tensor
 
 
+class _Form(NamedTuple):
+    """How a DTensor is spread; kept without it, for it holds memory."""
+
+    mesh: Any
+    placements: tuple[Any, ...]
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+    @property
+    def split(self) -> tuple[int, ...]:
+        """The dimensions of the mesh that it is in parts over; over the others are copies of these."""
+        return tuple(d for d, placement in enumerate(self.placements) if not placement.is_replicate())
+
+
 class Shards:
     """How DTensors of the same layout as `tensors` are made of parts; a `bisam.vector.Layout`.
 
     Args:
-        tensors: the trainable parameters.
+        tensors: the trainable parameters. Ordinary tensors among them are taken to be the same on all ranks, as those
+            beside a plan of tensor parallelism are.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._wholes: list[Any] = [t.detach() for t in tensors]
+        kind = sharded_kind()
+        self._forms = [
+            _Form(t.device_mesh, t.placements, t.shape, t.stride()) if isinstance(t, kind) else None
+            for t in cast("Sequence[Any]", tensors)
+        ]
         groups: dict[tuple[Any, tuple[int, ...]], list[int]] = {}
-        for i, t in enumerate(self._wholes):
-            split = tuple(d for d, placement in enumerate(t.placements) if placement.is_shard())
-            groups.setdefault((t.device_mesh, split), []).append(i)
+        for i, form in enumerate(self._forms):
+            groups.setdefault((None, ()) if form is None else (form.mesh, form.split), []).append(i)
         self._sums = [
-            (indices, mesh.device_type, [mesh.get_group(d) for d in split]) for (mesh, split), indices in groups.items()
+            (indices, [mesh.get_group(d) for d in split], mesh.device_type if split else None)
+            for (mesh, split), indices in groups.items()
         ]
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> Shards | None:
-        """Theirs; None if they are ordinary tensors.
-
-        Raises:
-            ValueError: some are and some are not.
-        """
+        """Theirs; None if they are ordinary tensors."""
         kind = sharded_kind()
-        if not kind:
-            return None
-        sharded = [isinstance(t, kind) for t in tensors]
-        if not any(sharded):
-            return None
-        if not all(sharded):
-            raise ValueError(
-                f"{sharded.count(False)} trainable parameters are ordinary tensors and {sharded.count(True)} are "
-                "DTensors, and no rank could know the length of a gradient: shard all of them, fully_shard(model), or "
-                "freeze the others"
-            )
-        return cls(tensors)
+        return cls(tensors) if kind and any(isinstance(t, kind) for t in tensors) else None
 
     def total(self, parts: Tensor) -> Tensor:
         """See `Layout.total`."""
         sums: list[Tensor] = []
-        for indices, device, groups in self._sums:
-            of_these = parts if len(self._sums) == 1 else torch.stack([parts[i] for i in indices])
-            sums.append(of_these.sum().to(device))
+        for indices, groups, device in self._sums:
+            own = (parts if len(self._sums) == 1 else torch.stack([parts[i] for i in indices])).sum()
+            there = own if device is None else own.to(device)
             for group in groups:
-                dist.all_reduce(sums[-1], group=group)
-        return sums[0].to(parts.device) if len(sums) == 1 else torch.stack(sums).sum().to(parts.device)
+                dist.all_reduce(there, group=group)
+            sums.append(there.to(parts.device))
+        return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
 
     def whole(self, i: int, part: Tensor) -> Tensor:
         """See `Layout.whole`."""
-        return self.wrapped(i, part).full_tensor()
+        if (form := self._forms[i]) is None:
+            return part
+        return self.wrapped(i, part.to(form.mesh.device_type)).full_tensor().to(part.device)
 
     def part(self, i: int, whole: Tensor) -> Tensor:
         """See `Layout.part`."""
+        if (form := self._forms[i]) is None:
+            return whole
         from torch.distributed.tensor import DTensor, Replicate
 
-        like = self._wholes[i]
-        everywhere = DTensor.from_local(whole, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
-        return everywhere.redistribute(placements=like.placements).to_local().clone()  # not a view of the whole
+        there = whole.to(form.mesh.device_type)
+        everywhere = DTensor.from_local(there, form.mesh, [Replicate()] * form.mesh.ndim, run_check=False)
+        part = everywhere.redistribute(placements=form.placements).to_local()
+        return part.clone().to(whole.device)  # not a view of the whole
 
     def unfilled(self, i: int, part: Tensor) -> Tensor:
         """See `Layout.unfilled`."""
-        return torch.empty(self._wholes[i].shape, dtype=part.dtype, device=part.device)
+        form = self._forms[i]
+        return torch.empty(part.shape if form is None else form.shape, dtype=part.dtype, device=part.device)
 
     def drawn(self, i: int, whole: Tensor) -> Tensor:
-        """See `Layout.drawn`; each part is another rank's."""
-        return self.part(i, whole)
+        """See `Layout.drawn`; a part is drawn by each rank, and by the first of those that have copies of it."""
+        if (form := self._forms[i]) is None:
+            return self.peers.first(whole)
+        others = [d for d in range(form.mesh.ndim) if d not in form.split and form.mesh.size(d) > 1]
+        part = self.part(i, whole)
+        if not others:
+            return part
+        device = torch.device(form.mesh.device_type)
+        return Peers([form.mesh.get_group(d) for d in others], device).first(part)
 
     def first(self, value: Tensor) -> Tensor:
         """See `Layout.first`."""
         return self.peers.first(value)
 
     def wrapped(self, i: int, part: Tensor) -> Any:
-        """Tensor `i` as a DTensor, of its part here."""
+        """See `Layout.wrapped`."""
+        if (form := self._forms[i]) is None:
+            return part
         from torch.distributed.tensor import DTensor
 
-        like = self._wholes[i]
         return DTensor.from_local(
-            part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+            part, form.mesh, form.placements, run_check=False, shape=form.shape, stride=form.stride
         )
 
     def parts(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The parts here of gradients, of which autograd may have left some spread in another way."""
-        return [
-            None
-            if g is None
-            else local(g if g.placements == like.placements else g.redistribute(placements=like.placements))
-            for g, like in zip(cast("Sequence[Any]", grads), self._wholes, strict=True)
-        ]
+        return [g if g is None or form is None else _as(g, form) for g, form in zip(grads, self._forms, strict=True)]
 
     @property
     def peers(self) -> Peers:
         """The ranks that they are spread over."""
-        meshes = {t.device_mesh for t in self._wholes}
+        meshes = dict.fromkeys(form.mesh for form in self._forms if form is not None)  # in an order that ranks agree on
         groups = [mesh.get_group(d) for mesh in meshes for d in range(mesh.ndim)]
-        return Peers(groups, torch.device(self._wholes[0].device_mesh.device_type))
+        return Peers(groups, torch.device(next(iter(meshes)).device_type))
+
+
+def _as(tensor: Any, form: _Form) -> Tensor:
+    alike = tensor.placements == form.placements
+    return local(tensor if alike else tensor.redistribute(placements=form.placements))
 
 
 class FullyShard:
@@ -151,14 +170,26 @@ class FullyShard:
     def reshard(self) -> None:
         """Drop gathered weights: they are of another point, or will be."""
         for module in self._modules:
+            for group in _groups(module):
+                if getattr(group, "_all_gather_result", None) is not None:
+                    group.wait_for_unshard()  # else what was asked for ahead would arrive after the weights have moved
             module.reshard()
 
     def gradients(self, loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
-        """Of the mean of all ranks' losses; what is in `.grad` stays there."""
+        """Of the mean of all ranks' losses; what is in `.grad` stays there.
+
+        Raises:
+            ValueError: gradients of another loss wait for their reduction, and would become part of these.
+        """
+        if any(leaf.grad is not None for leaf in self.leaves() or ()):
+            raise ValueError(
+                "gradients of another loss were not reduced yet, and would become part of the perturbation: leave out "
+                "set_requires_gradient_sync(False) around that loss"
+            )
         kept = [p.grad for p in parameters]
-        for p in parameters:
-            p.grad = None
         try:
+            for p in parameters:
+                p.grad = None
             with self._reduced():
                 loss.backward()
             return [p.grad for p in parameters]
@@ -191,11 +222,17 @@ class FullyShard:
             for module in self._modules
         ]
         off = [(module, flags[0]) for module, flags in asked if flags and not all(flags[0])]
+        contexts = [module._get_fsdp_state()._state_ctx for module in self._modules]
+        last = [context.is_last_backward for context in contexts]
         for module, _ in off:
             module.set_requires_gradient_sync(True, recurse=False)
+        for context in contexts:
+            context.is_last_backward = True  # else nothing would wait for the reductions
         try:
             yield
         finally:
+            for context, was in zip(contexts, last, strict=True):
+                context.is_last_backward = was
             for module, (reduce, all_reduce) in off:
                 module.set_requires_gradient_sync(reduce, recurse=False)
                 module.set_requires_all_reduce(all_reduce, recurse=False)
@@ -222,7 +259,7 @@ class Peers:
 
     @classmethod
     def of(cls, model: nn.Module, parameters: Sequence[Tensor]) -> Peers | None:
-        """Those of DistributedDataParallel, or all; None on one rank."""
+        """Those of DistributedDataParallel inside the model, or else all; None on one rank."""
         if not (parameters and dist.is_available() and dist.is_initialized()):
             return None
         found = (getattr(m, "process_group", None) for m in model.modules() if hasattr(m, "reducer"))
@@ -233,12 +270,18 @@ class Peers:
         self, value: Tensor, count: int | Tensor, gradient: Vector | None, reduced: bool
     ) -> tuple[Tensor, Tensor, Vector | None]:
         """Means over the ranks of an answer to a query; of its gradient too, unless that was reduced already."""
-        counted = count.to(value.dtype) if isinstance(count, Tensor) else torch.full_like(value, count)
+        wide = torch.promote_types(value.dtype, torch.float32)  # half precision cannot count
+        counted = count.to(wide) if isinstance(count, Tensor) else torch.full_like(value, count, dtype=wide)
+        both = torch.stack([value.to(wide), counted])
         if gradient is None or reduced:
-            value, counted = self.mean([torch.stack([value, counted])])[0].unbind()
-            return value, counted, gradient
-        both, *grads = self.mean([torch.stack([value, counted]), *gradient])
-        return both[0], both[1], gradient.like(grads)  # no holes: what is unused here may be used elsewhere
+            (both,) = self.mean([both])
+            return both[0].to(value.dtype), both[1], gradient
+        holes = gradient.holes
+        used = torch.tensor([float(i not in holes) for i in range(len(gradient))], device=both.device)
+        both, used, *grads = self.mean([both, used, *gradient])
+        if holes:  # a hole is one everywhere, or none; only who has some needs to look
+            holes = frozenset(i for i, share in enumerate(used.tolist()) if i in holes and not share)
+        return both[0].to(value.dtype), both[1], gradient.like(grads, holes)
 
     def mean(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Their means over the ranks, all of them together; new tensors."""
@@ -250,18 +293,18 @@ class Peers:
             these: Tensors = [tensors[i] for i in indices]
             flat = torch._C._nn.flatten_dense_tensors(these)  # pyright: ignore
             for group in self._groups:
+                flat /= dist.get_world_size(group)  # first, as DistributedDataParallel does: a sum may overflow
                 dist.all_reduce(flat, group=group)
-                flat /= dist.get_world_size(group)
             for i, mean in zip(indices, torch._C._nn.unflatten_dense_tensors(flat, these), strict=True):  # pyright: ignore
                 means[i] = mean
         return means
 
     def first(self, value: Tensor) -> Tensor:
         """The value that the first of them has."""
-        there = value.to(self._device)
+        there = value.to(self._device).contiguous()
         for group in self._groups:
             dist.broadcast(there, dist.get_global_rank(group, 0), group=group)
-        return there
+        return there.to(value.device)
 
     def agree(self, what: str, number: int) -> None:
         """Make sure that all ranks have the same number; waits for them.

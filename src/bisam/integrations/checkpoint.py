@@ -45,8 +45,12 @@ def make_room(
     names = sorted(found)
     if key is not None:
         found = {name: memory for name, memory in found.items() if key in name.split(".")}
+    if not names:
+        raise ValueError(
+            "the checkpoint has no state of a SharpnessAware: save sharp.state_dict(), not the model's alone"
+        )
     if len(found) != 1:
-        raise ValueError(f"the checkpoint has losses at {names or 'no place'}, give key= one of them, got {key!r}")
+        raise ValueError(f"the checkpoint has losses at {names}, give key= one of them, got {key!r}")
     (memory,) = found.values()
     sharp.set_extra_state({"step": 0, "method": None, **memory})
 
@@ -62,7 +66,8 @@ def _memories(metadata: Metadata) -> dict[str, dict[str, Any]]:
         memory = found.setdefault(".".join(map(str, path[: at + 1])), {"step": 0, "method": None, "state": {}})
         stored = metadata.state_dict_metadata[flat]
         if isinstance(stored, TensorStorageMetadata):
-            _put(memory, path[at + 1 :], torch.zeros(stored.size, dtype=stored.properties.dtype))
+            zero = torch.zeros((), dtype=stored.properties.dtype)  # of which only this rank's part will take memory
+            _put(memory, path[at + 1 :], zero.expand(stored.size))
         elif path[at + 1] == "state":
             _put(memory, path[at + 1 :], [] if path[-1] == "holes" else 0)
     return found

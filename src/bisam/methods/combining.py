@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bisam.arguments import non_negative, positive, share, whole
 from bisam.evaluation import Batch, Evaluation
 from bisam.methods.sam import SAM
-from bisam.objectives import LowerBound, NegLog, mean
+from bisam.objectives import LowerBound, NegLog, count, mean
 from bisam.oracle import Oracle
 from bisam.perturbations import L2, Perturbation
 from bisam.schedules import Radius
@@ -220,7 +220,8 @@ class FunctionalSAM(SAM):
         e, plain = self.perturb(g.gradient, oracle.within("perturb")), g.under(loss)
         del g  # and its gradient
         answer = oracle.query(batch, _Tangent.of(plain), at=e)
-        return replace(answer, losses=plain.losses, value=plain.value, count=plain.count, objective=loss)
+        value, counted = oracle.averaged(plain.value, plain.count)
+        return replace(answer, losses=plain.losses, value=value, count=counted, objective=loss)
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,7 +237,9 @@ class _Tangent:
         assert plain.objective is not None
         half = plain.outputs.dtype in (torch.float16, torch.bfloat16)
         outputs = (plain.outputs.float() if half else plain.outputs).detach().requires_grad_()
-        value = mean(plain.objective(outputs, plain.targets), plain.count)
+        losses = plain.objective(outputs, plain.targets)
+        counted = count(losses, plain.targets, plain.objective) if losses.dim() else plain.count  # on this rank
+        value = mean(losses, counted)
         return cls(torch.autograd.grad(value, outputs)[0])
 
     def __call__(self, outputs: Tensor, targets: object) -> Tensor:
