@@ -112,6 +112,7 @@ class Deadly(Machine):
         return super().fabric(precision)
 
 
+@pytest.mark.slow
 def test_a_run_whose_worker_is_killed_goes_on_to_the_same_bits(ray, tmp_path):
     recipes = [SHORT, replace(SHORT, precision="bf16", epochs=30)]
     machine = Deadly(log=(), folder=tmp_path)
@@ -167,6 +168,7 @@ def ended(pid):
         return True
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="looks into /proc")
 def test_ctrl_c_leaves_a_local_cluster_quietly_and_nothing_behind(tmp_path):
     pytest.importorskip("ray")

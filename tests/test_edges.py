@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import socket
-
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel as DDP
 
 from bisam import ERM, MSAM, SAM, BiSAM, NegLog, SharpnessAware, cross_entropy
 from bisam.perturbations import L2, Adaptive
@@ -173,51 +168,3 @@ def test_a_wrong_argument_is_named_where_it_is_given(make, message):
 def test_a_batch_without_tensors_cannot_be_split():
     with pytest.raises(ValueError, match=r"cannot split a batch of object.*dict\(batch\)"):
         SharpnessAware(linear(), MSAM(4), cross_entropy, forward=lambda model, batch: (model(X), Y))(object())
-
-
-# Distributed
-
-
-def port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def distributed(rank: int, address: int, results: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(address))
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    x, y = X[rank * 4 : rank * 4 + 4], Y[rank * 4 : rank * 4 + 4]
-    grads = {}
-    for inside in (True, False):
-        for method in (SAM(L2(0.5)), BiSAM(0.5)):
-            model = linear()
-            if inside:
-                sharp = SharpnessAware(DDP(model), method, cross_entropy)
-            else:
-                sharp = DDP(SharpnessAware(model, method, cross_entropy))
-            for _ in range(2):
-                model.zero_grad()
-                sharp(x, y).backward()
-            grads[inside, repr(method)] = model.weight.grad.clone()
-            model.eval()  # the user's own module, not the wrapper: the wrapper must follow
-            if inside:
-                plain = cross_entropy(model(x), y).mean()
-                assert torch.equal(sharp(x, y), plain)
-    refused = SharpnessAware(DDP(linear(), static_graph=True), SAM(), cross_entropy)
-    with pytest.raises(ValueError, match="static_graph=True"):
-        refused(x, y)
-    torch.save(grads, f"{results}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def test_ddp_in_both_nestings_is_msam_over_the_replicas(tmp_path):
-    mp.spawn(distributed, (port(), str(tmp_path)), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
-    for method in (SAM(L2(0.5)), BiSAM(0.5)):
-        model = linear()
-        SharpnessAware(model, MSAM(4, method), cross_entropy)(X, Y).backward()
-        for inside in (True, False):
-            first, second = (rank[inside, repr(method)] for rank in ranks)
-            assert torch.equal(first, second)
-            torch.testing.assert_close(first, model.weight.grad, rtol=0, atol=1e-12)

@@ -260,8 +260,8 @@ train(Run.under(Path(sys.argv[1]), Recipe(method="bisam_log", noise=0.4, rho=0.4
     [
         ("checkpoint.pt", 2, 1),
         ("metrics.csv", 2, 1),
-        ("checkpoint.pt", 3, 2),
-        ("metrics.csv", 3, 2),
+        pytest.param("checkpoint.pt", 3, 2, marks=pytest.mark.slow),
+        pytest.param("metrics.csv", 3, 2, marks=pytest.mark.slow),
         ("result.json", 1, 3),
     ],
 )
@@ -399,6 +399,7 @@ def test_a_study_keeps_finished_runs_reports_failures_and_goes_on(tmp_path):
     assert (recipes[0], 1) not in progress.epochs
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_no_run(tmp_path):
     recipes = [replace(recipe, epochs=30, batch_size=64) for recipe in (SGD, replace(SHORT, method="sam"), SHORT)]
 

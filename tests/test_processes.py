@@ -224,6 +224,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @linux
 def test_workers_do_not_outlive_a_killed_study(tmp_path):
     script = tmp_path / "study.py"
@@ -236,6 +237,7 @@ def test_workers_do_not_outlive_a_killed_study(tmp_path):
     assert all(ended(pid) for pid in workers)
 
 
+@pytest.mark.slow
 @linux
 def test_a_run_on_two_devices_goes_on_after_its_worker_was_killed(tmp_path):
     """With what the method remembers on each device: Momentum-SAM's averages are of its own part of the batches."""

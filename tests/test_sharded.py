@@ -111,9 +111,10 @@ def test_a_sharded_run_is_that_of_one_process_also_after_interruptions(tmp_path,
         (ours, form), (theirs, expected) = parts(many), parts(one)
         assert form == expected
         for a, b in zip(ours, theirs, strict=True):
-            alike = (
-                torch.allclose(a, b, rtol=0, atol=1e-12) if isinstance(a, Tensor) else a == pytest.approx(b, abs=1e-12)
-            )
+            if isinstance(a, Tensor):
+                alike = torch.allclose(a, b, rtol=0, atol=1e-12)
+            else:  # the sums of an epoch are in float32
+                alike = a == pytest.approx(b, rel=1e-6) if isinstance(b, float) else a == b
             assert alike, (a, b)
     whole, broken = (parts(Run.under(tmp_path / name, RECIPES[1])) for name in ("whole", "broken"))
     assert whole[1] == broken[1]
