@@ -71,6 +71,7 @@ def ray():
         ray.shutdown()
 
 
+@pytest.mark.slow
 def test_a_study_has_the_bits_of_one_process(ray, tmp_path):
     recipes = [replace(SGD, epochs=1), replace(SHORT, method="sam"), SHORT]
     done, damaged, fresh = (Run.under(tmp_path / "runs", recipe) for recipe in recipes)

@@ -181,6 +181,7 @@ train(Run.under(Path(sys.argv[1]), recipe), Machine(log=(sys.argv[2],)))
 """
 
 
+@pytest.mark.slow
 def test_an_epoch_that_is_logged_again_after_a_kill_is_there_once(run, name):
     """Killed after the second epoch was logged and before it was saved."""
     command = [sys.executable, "-c", KILLED, run.folder.parents[1], name]
@@ -203,6 +204,7 @@ def test_a_logger_that_joins_later_gets_the_whole_run(run, name):
     same_as_metrics(run, name)
 
 
+@pytest.mark.slow
 def test_two_runs_make_the_tables_of_mlflow_at_once(tmp_path):
     pytest.importorskip("mlflow")
     recipes = [SHORT, Recipe(method="sgd", epochs=1, batch_size=256)]

@@ -134,6 +134,7 @@ def test_the_same_run_twice_is_run_once(tmp_path):
     assert progress.ended == {SHORT: None}
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_workers_and_the_same_call_goes_on_to_the_same_bits(tmp_path):
     recipes = [replace(SGD, epochs=20), SGD]
     train(Run.under(tmp_path / "a", SGD), Machine(log=()))
@@ -197,6 +198,7 @@ class Father(Machine):
 linux = pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="waits for a process that is not its child")
 
 
+@pytest.mark.slow
 @linux
 def test_a_worker_has_children_which_die_with_it(tmp_path):
     (outcome,) = processes.run_all([SHORT], tmp_path / "runs", 1, Father(log=(), folder=tmp_path), Silent())

@@ -121,6 +121,7 @@ def test_a_sharded_run_is_that_of_one_process_also_after_interruptions(tmp_path,
     assert all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(whole[0], broken[0], strict=True))
 
 
+@pytest.mark.slow
 def test_a_sharded_run_by_the_command(bisam, tmp_path):
     """With running statistics, which are the first device's."""
     arguments = ("--method", "sam", "--rho", 0.4, "--epochs", 1, "--batch-size", 128, "--limit", 256)

@@ -377,6 +377,7 @@ def test_what_has_no_effect_or_cannot_be_is_one_line(bisam, tmp_path, arguments,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_several_devices_share_the_batches(tmp_path):
     """Two processes, each with half of every batch."""
     recipe = Recipe(method="bisam_log", rho=0.4, epochs=4, batch_size=128, precision="64")
