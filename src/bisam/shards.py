@@ -241,7 +241,7 @@ class FullyShard:
 def _groups(module: Any) -> list[Any]:
     state = module._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None)
-    if groups is None:  # before torch 2.12
+    if groups is None:  # an older torch has one
         groups = [state._fsdp_param_group] if getattr(state, "_fsdp_param_group", None) else []
     return list(groups)
 
@@ -277,7 +277,9 @@ class Peers:
             (both,) = self.mean([both])
             return both[0].to(value.dtype), both[1], gradient
         holes = gradient.holes
-        used = torch.tensor([float(i not in holes) for i in range(len(gradient))], device=both.device)
+        used = torch.ones(len(gradient), device=both.device)
+        if holes:
+            used[torch.tensor(sorted(holes), device=both.device)] = 0
         both, used, *grads = self.mean([both, used, *gradient])
         if holes:  # a hole is one everywhere, or none; only who has some needs to look
             holes = frozenset(i for i, share in enumerate(used.tolist()) if i in holes and not share)
@@ -292,6 +294,7 @@ class Peers:
         for indices in kinds.values():
             these: Tensors = [tensors[i] for i in indices]
             flat = torch._C._nn.flatten_dense_tensors(these)  # pyright: ignore
+            flat = flat.clone() if len(these) == 1 else flat  # of one tensor it is that tensor
             for group in self._groups:
                 flat /= dist.get_world_size(group)  # first, as DistributedDataParallel does: a sum may overflow
                 dist.all_reduce(flat, group=group)
