@@ -5,7 +5,8 @@ python -m benchmarks.step --json step.json
 python -m benchmarks.pipeline --json pipeline.json
 python -m benchmarks.parallel --json parallel.json
 python -m benchmarks.scaling --json scaling.json
-python -m benchmarks.docs objective.json step.json pipeline.json parallel.json scaling.json
+python -m benchmarks.docs objective.json step.json pipeline.json
+python -m benchmarks.docs parallel.json scaling.json --to docs/scaling.md
 """
 
 from __future__ import annotations

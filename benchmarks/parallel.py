@@ -48,7 +48,11 @@ class Case:
     bar: float | None = None
 
 
-CASES = {"resnet56": Case(resnet56, 32, 1.8), "mlp-128": Case(mlp, 128)}
+CASES = {
+    "resnet56": Case(resnet56, 32, 1.8),
+    "resnet56-128": Case(resnet56, 128, 1.8),
+    "mlp-128": Case(mlp, 128),
+}
 
 
 def in_two(work: Callable[..., Any], *arguments: Any) -> Any:

@@ -24,6 +24,9 @@ from bisam.oracle import View
 N, WIDTH, STEPS = 64, 400, 120
 ENTRIES = {**catalogue.METHODS, **catalogue.GAMES}
 each_entry = pytest.mark.parametrize("key", ENTRIES)
+each_counted = pytest.mark.parametrize(  # XSAM searches every 400 steps
+    "key", [pytest.param(key, marks=pytest.mark.slow) if key == "xsam" else key for key in ENTRIES]
+)
 
 
 class Counting(View):
@@ -104,7 +107,7 @@ def evaluated(formula: str, method: Any) -> tuple[float, float]:
     return bounds[0], bounds[-1]
 
 
-@each_entry
+@each_counted
 def test_it_takes_the_gradients_and_forward_passes_that_it_claims(key):
     entry, method = ENTRIES[key], train(key)[0]
     gradients, forwards = counted(key)
@@ -116,7 +119,7 @@ def test_it_takes_the_gradients_and_forward_passes_that_it_claims(key):
     assert evaluated(entry.forwards, method) == pytest.approx((forwards, forwards))
 
 
-@each_entry
+@each_counted
 def test_it_takes_the_memory_that_it_claims(key):
     _, held, kept = train(key)
     assert max(held) - 1 == pytest.approx(ENTRIES[key].memory, abs=0.02)  # 1: the weights

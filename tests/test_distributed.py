@@ -705,6 +705,7 @@ def in_two_dimensions() -> dict[str, Any]:
     )
 
 
+@pytest.mark.slow
 def test_two_dimensions_of_ranks():
     assert ranks.run(4, in_two_dimensions) == [{}] * 4
 
