@@ -24,7 +24,7 @@ from bisam.evaluation import Evaluation, join
 from bisam.methods import Method
 from bisam.model_oracle import Forward, ModelOracle, Scale, Scope
 from bisam.objectives import Objective
-from bisam.shards import Shards, fully_sharded_kind
+from bisam.shards import Shards, reshard
 
 
 class SharpnessAware(nn.Module):
@@ -181,10 +181,7 @@ class SharpnessAware(nn.Module):
         self._memory.step = int(state["step"])
 
     def _trained(self) -> list[nn.Parameter]:
-        gathers = fully_sharded_kind()
-        for module in self.modules() if gathers else ():
-            if isinstance(module, gathers):
-                cast(Any, module).reshard()  # after an evaluation, say, it has gathered parameters in place of its own
+        reshard(self)
         return [p for p in self.parameters() if p.requires_grad]
 
 

@@ -34,6 +34,12 @@ def fully_sharded_kind() -> type | tuple[()]:
     return getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
 
 
+def reshard(model: nn.Module) -> None:
+    """Let go of what was gathered for an evaluation: till then a model has it in place of its own parameters."""
+    if kind := fully_sharded_kind():
+        FullyShard([module for module in model.modules() if isinstance(module, kind)]).reshard()
+
+
 @torch.no_grad()
 def local(tensor: Tensor) -> Tensor:
     """The part of a DTensor that is here, sharing its memory; an ordinary tensor is its own."""

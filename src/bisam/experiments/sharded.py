@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from bisam.shards import Shards, fully_sharded_kind, local, sharded_kind
+from bisam.shards import Shards, local, sharded_kind
 
 Averaging = Callable[[Sequence[Tensor], Sequence[Tensor], Any], None]
 
@@ -93,13 +93,6 @@ def blocks(model: nn.Module) -> Iterator[nn.Module]:
 
 _IN_TURN = (nn.Sequential.forward, nn.ModuleList.forward)
 """The forward passes that call each member, or leave that to the owner."""
-
-
-def reshard(model: nn.Module) -> None:
-    """Let go of what was gathered for an evaluation: till then the model has it in place of its own parameters."""
-    for module in model.modules():
-        if isinstance(module, fully_sharded_kind()):
-            cast(Any, module).reshard()
 
 
 def share_buffers(model: nn.Module, fabric: Fabric) -> None:

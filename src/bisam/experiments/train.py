@@ -38,12 +38,12 @@ from bisam.experiments.sharded import (
     is_sharded,
     load_optimizer,
     memories,
-    reshard,
     shard,
     share_buffers,
     whole,
 )
 from bisam.experiments.watch import Watch
+from bisam.shards import reshard
 
 OnEpoch = Callable[[Row], None]
 
