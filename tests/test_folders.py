@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 import warnings
 from collections import Counter
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.error import URLError
 
@@ -17,8 +19,11 @@ from torchvision.datasets import Flowers102, OxfordIIITPet
 from torchvision.transforms import v2
 
 from bisam.experiments import folders, photographs
+from bisam.experiments.data import load
 from bisam.experiments.folders import Folder
+from bisam.experiments.machine import Machine
 from bisam.experiments.photographs import flowers, folder, imagenet, pets
+from bisam.experiments.recipes import Recipe
 
 CPU = torch.device("cpu")
 
@@ -358,7 +363,22 @@ def test_imagenet(tmp_path):
     assert (len(data.train), len(data.validation), len(data.test)) == (98, 2, 6)
     assert data.classes == 2
     assert data.train.training
+    assert data.metrics == ("accuracy", "top5")
     assert next(data.test.batches(6))[0].shape == (6, 3, 8, 8)
+
+
+@pytest.mark.skipif(find_spec("timm") is None, reason="no timm")
+def test_a_network_of_timm_sees_images_as_it_was_trained_with(tmp_path):
+    classes(tmp_path / "mine", cat=20, dog=20)
+    recipe = Recipe(dataset=f"folder:{tmp_path / 'mine'}", model="torchvision:resnet18", image_size=8)
+    one, other = (load(replace(recipe, model=name), Machine()) for name in ("timm:test_vit", recipe.model))
+    for part in ("train", "validation", "test"):
+        pixels = []
+        for data, mean, std in ((one, (0.5,) * 3, (0.5,) * 3), (other, folders.MEAN, folders.STD)):
+            x, _ = next(getattr(data, part).batches(4, torch.Generator().manual_seed(0)))
+            mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
+            pixels.append((x * std + mean) * 255)
+        torch.testing.assert_close(*pixels, rtol=0, atol=1e-3)
 
 
 def test_imagenet_that_is_not_there_or_flat_is_said_in_one_line(tmp_path):

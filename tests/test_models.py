@@ -227,6 +227,13 @@ def test_an_unknown_name_of_torchvision_is_answered_with_the_nearest():
 
 
 @needs_timm
+@pytest.mark.parametrize("name", ["timm:resnet5", "timm:test_resnet.r160"])
+def test_the_statistics_of_an_unknown_name_of_timm_are_refused(name):
+    with pytest.raises(ValueError, match=r"^unknown model 'timm:.*did you mean 'timm:(test_)?resnet"):
+        models.statistics(name)
+
+
+@needs_timm
 def test_an_unknown_name_of_timm_is_answered_with_the_nearest():
     message = complaint("timm:resnet5", 10)
     assert message.startswith("unknown model 'timm:resnet5', did you mean 'timm:resnet50'? There is: ")

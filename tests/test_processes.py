@@ -126,6 +126,19 @@ def test_a_run_that_another_study_holds_is_said_and_the_others_go_on(tmp_path):
     assert [run.recipe for run in runs.finished(tmp_path)] == [SGD]
 
 
+def test_runs_without_their_data_do_not_start_and_the_others_go_on(tmp_path):
+    lacking = [replace(SHORT, dataset="cifar10", seed=seed) for seed in range(3)]
+    progress = Silent()
+    machine = Machine(log=(), data_dir=tmp_path / "nowhere")
+    outcomes = processes.run_all([*lacking, SGD], tmp_path / "runs", 1, machine, progress)
+    assert [outcome.started for outcome in outcomes] == [False, False, False, True]
+    assert len({outcome.error for outcome in outcomes[:3]}) == 1
+    assert "cifar10 is not there: give --download" in outcomes[0].error
+    assert [outcome.recipe for outcome in outcomes] == [*lacking, SGD]
+    assert progress.ended == {SGD: None}
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [SGD.slug]
+
+
 def test_the_same_run_twice_is_run_once(tmp_path):
     first = train(Run.under(tmp_path, SHORT), Machine(log=()))
     progress = Silent()

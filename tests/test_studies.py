@@ -22,6 +22,7 @@ from bisam.experiments.presets import PRESETS
 from bisam.experiments.processes import Outcome
 from bisam.experiments.recipes import Recipe
 from bisam.experiments.runs import Run, RunError
+from bisam.experiments.shown import show_failed
 from bisam.experiments.studies import STUDIES
 from bisam.experiments.train import train
 from tests.test_folders import classes, flower_root, pet_root  # noqa: F401 - fixtures
@@ -121,7 +122,9 @@ def test_table3_on_image_folders(tmp_path, here, bisam):
         "run", "table3", "--epochs", 1, *changes, "--seeds", 1, "--data-dir", tmp_path, "--out", tmp_path / "o"
     )
     assert code == 0, err
-    checked(tmp_path / "o" / "table3", tmp_path / "o" / "table3", 3)
+    rows = checked(tmp_path / "o" / "table3", tmp_path / "o" / "table3", 3)
+    assert [float(row["test_best_top5_mean"]) for row in rows] == [1.0] * 3  # there are two classes
+    assert "top-5 accuracy" in (tmp_path / "o" / "table3" / "report.md").read_text()
 
 
 def test_table6_on_flowers_and_pets(flower_root, pet_root, here, bisam):  # noqa: F811
@@ -211,6 +214,29 @@ def test_a_dry_run_says_what_is_left_and_runs_nothing(bisam, tmp_path):
     assert (code, err) == (0, "")
     assert "19 of 20 runs of digits are left" in out
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_study_without_its_data_starts_nothing(bisam, tmp_path):
+    code, out, err = bisam(
+        "run", "table2", "--seeds", 1, "--workers", 1, "--data-dir", tmp_path, "--out", tmp_path / "o"
+    )
+    assert (code, out) == (2, "")
+    assert "seed 0 and 19 more did not start: cifar100 is not there: give --download" in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "o").exists()
+
+
+def test_failures_are_said_once_each_and_tell_the_exit_code(capsys):
+    good, bad = Outcome(Recipe(), {}), Outcome(Recipe(seed=1), None, "it broke")
+    lacking = [Outcome(Recipe(dataset="pets", seed=seed), None, "there are no pets", started=False) for seed in (0, 1)]
+    assert show_failed([good]) == 0
+    assert show_failed(lacking) == 2
+    assert show_failed([good, *lacking]) == show_failed([bad]) == 1
+    capsys.readouterr()
+    show_failed([lacking[0], bad, lacking[1], good])
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"bisam: {bad.recipe.slug}, seed 1 failed: it broke" in said
+    assert f"bisam: {lacking[0].recipe.slug}, seed 0 and 1 more did not start: there are no pets" in said
 
 
 def test_a_dry_run_without_the_data_says_so(bisam, tmp_path):

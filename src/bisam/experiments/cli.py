@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import signal
 import sys
 from dataclasses import replace
@@ -19,7 +18,16 @@ from bisam.experiments.names import unknown
 from bisam.experiments.presets import with_preset
 from bisam.experiments.recipes import Recipe, Whole
 from bisam.experiments.runs import Run, RunError, write
-from bisam.experiments.shown import all_finished, pairs, runs_of, show, show_figure1, show_measured, without_seed
+from bisam.experiments.shown import (
+    all_finished,
+    pairs,
+    runs_of,
+    show,
+    show_failed,
+    show_figure1,
+    show_measured,
+    without_seed,
+)
 from bisam.experiments.terminal import Display, console, duration, errors
 
 if TYPE_CHECKING:
@@ -124,12 +132,7 @@ def run(
     if any(outcome.result for outcome in outcomes):
         wanted = {replace(recipe, seed=0) for recipe in recipes}
         show(chosen, [run for run in all_finished(root) if without_seed(run) in wanted], out / chosen.name)
-    failed = [outcome for outcome in outcomes if outcome.error]
-    for error, same in itertools.groupby(sorted(failed, key=lambda o: o.error or ""), key=lambda o: o.error):
-        those = [f"{outcome.recipe.slug}, seed {outcome.recipe.seed}" for outcome in same]
-        more = f" and {len(those) - 1} more" if len(those) > 1 else ""
-        errors.print(f"bisam: {those[0]}{more} failed: {error}")
-    return 1 if failed else 0
+    return show_failed(outcomes)
 
 
 def _refuse(why: str, flags: dict[str, Any]) -> None:

@@ -34,6 +34,10 @@ NAMES = {
 """The data sets, and what they are."""
 
 
+class DataError(ValueError):
+    """A data set is missing, damaged or unknown; the message says what to put where."""
+
+
 class Split(Protocol):
     """Examples with labels, which come in batches."""
 
@@ -100,9 +104,12 @@ def load(recipe: Recipe, machine: Machine) -> Data:
     """The data of a recipe.
 
     Raises:
-        ValueError: the name is unknown; the data set is missing or damaged, with what to put where.
+        DataError: the name is unknown; the data set is missing or damaged, with what to put where.
     """
-    data = _load(recipe, machine)
+    try:
+        data = _load(recipe, machine)
+    except ValueError as error:
+        raise DataError(str(error)) from error
     if recipe.limit is not None:
         parts = {name: getattr(data, name).first(recipe.limit) for name in ("train", "validation", "test")}
         data = replace(data, **parts)
@@ -122,21 +129,29 @@ def _load(recipe: Recipe, machine: Machine) -> Data:
             return images.digits()
         return images.cifar(kind, root, download, recipe.augment, recipe.cutout)
     if (kind in ("imagenet", "flowers", "pets") and not detail) or (kind == "folder" and detail):
-        from bisam.experiments import photographs
+        from bisam.experiments import models, photographs
 
         match kind:
             case "imagenet":
-                return photographs.imagenet(root, size, machine.loaders)
+                data = photographs.imagenet(root, size, machine.loaders)
             case "folder":
-                return photographs.folder(Path(detail).expanduser(), size, machine.loaders)
+                data = photographs.folder(Path(detail).expanduser(), size, machine.loaders)
             case _:
                 load_one = photographs.flowers if kind == "flowers" else photographs.pets
-                return load_one(root, size, machine.loaders, download=download)
+                data = load_one(root, size, machine.loaders, download=download)
+        known = models.statistics(recipe.model)
+        return data if known is None else photographs.standardised(data, *known)
     if kind == "glue" and detail in GLUE:
         from bisam.experiments import models, texts
 
         return texts.glue(detail, root, models.tokenizer(recipe.model), recipe.max_length, download)
     raise unknown("dataset", recipe.dataset, NAMES)
+
+
+def source(recipe: Recipe) -> tuple[object, ...]:
+    """What of a recipe decides whether its data can be had: recipes with the same have it, or lack it, together."""
+    prepares = recipe.model if ":" in recipe.model else ""  # tokens and statistics are the model's
+    return recipe.dataset, recipe.image_size, recipe.max_length, prepares
 
 
 def symmetric_noise(labels: Tensor, rate: float, classes: int, seed: int) -> Tensor:

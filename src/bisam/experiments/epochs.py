@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -14,6 +14,7 @@ from bisam.experiments.data import Split, batches_of
 from bisam.experiments.images import Images
 from bisam.experiments.recipes import Recipe
 from bisam.experiments.runs import Row
+from bisam.experiments.scores import ranked
 from bisam.experiments.watch import Watch
 
 
@@ -71,11 +72,11 @@ def train_epoch(
 
 
 @torch.no_grad()
-def predictions(model: nn.Module, split: Split, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """Predicted classes and labels (N,) of `split`."""
+def predictions(model: nn.Module, split: Split, recipe: Recipe, metrics: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Predicted classes (N, R), as `metrics` ask for, and labels (N,) of `split`."""
     model.eval()
     size = max(recipe.batch_size, 256 if isinstance(split, Images) else recipe.batch_size)
-    pairs = [(model(laid_out(x, recipe)).argmax(1), y) for x, y in split.batches(size)]
+    pairs = [(ranked(model(laid_out(x, recipe)), metrics), y) for x, y in split.batches(size)]
     predicted, labels = zip(*pairs, strict=True)
     return torch.cat(predicted), torch.cat(labels)
 

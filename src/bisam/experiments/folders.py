@@ -29,6 +29,9 @@ from bisam.experiments.data import shares
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of the channels of ImageNet, as shares of 255: what most pretrained networks expect."""
 
+Channels = tuple[float, ...]
+"""One number for each of the three channels."""
+
 _CPU = torch.device("cpu")
 
 
@@ -37,7 +40,7 @@ class Folder:
     """A split of images in files, and their labels (N,).
 
     Training images are random crops of 8 to 100 % of the area, resized, and half of them mirrored; the others are the
-    centre, of 224 in 256 pixels. Channels are standardised with ImageNet's statistics.
+    centre, of 224 in 256 pixels.
 
     Attributes:
         paths: of the images; grey, palette, CMYK and transparent ones are converted to RGB.
@@ -46,6 +49,7 @@ class Folder:
         training: whether images are augmented.
         processes: that decode images; 0: this one.
         device: where batches are.
+        mean, std: with which channels are standardised, as shares of 255; by default ImageNet's.
 
     Raises:
         ValueError: `image_size` or `processes` is outside its range; from the batches, an image cannot be read.
@@ -57,6 +61,8 @@ class Folder:
     training: bool = False
     processes: int = 0
     device: torch.device = _CPU
+    mean: Channels = MEAN
+    std: Channels = STD
 
     def __post_init__(self) -> None:
         for name, least in (("image_size", 1), ("processes", 0)):
@@ -102,7 +108,7 @@ class Folder:
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # else it draws from the global one
         )
-        mean, std = (torch.tensor(values, device=self.device)[:, None, None] for values in (MEAN, STD))
+        mean, std = (torch.tensor(values, device=self.device)[:, None, None] for values in (self.mean, self.std))
         for part, images in zip(parts, loader, strict=True):
             if isinstance(images, str):
                 raise ValueError(images)

@@ -99,6 +99,21 @@ def tokenizer(name: str) -> Any:
         return transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False)
 
 
+def statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and standard deviation of the channels that the model `timm:...` was trained with, as shares of 255.
+
+    None where nothing is known: of the others most were trained with those of ImageNet.
+
+    Raises:
+        ValueError: timm is missing, or has no such model.
+    """
+    source, _, rest = name.partition(":")
+    if source != "timm":
+        return None
+    settings = _timm_with(rest).get_pretrained_cfg(rest)
+    return None if settings is None or len(settings.mean) != 3 else (tuple(settings.mean), tuple(settings.std))
+
+
 class Logits(nn.Module):
     """A classifier of Hugging Face as a function of one argument: of a dict of tensors, with logits (N, classes)."""
 
@@ -141,24 +156,29 @@ def _torchvision(name: str, classes: int, channels: int, pretrained: bool) -> nn
 
 
 def _timm(name: str, classes: int, channels: int, pretrained: bool) -> nn.Module:
-    full = f"timm:{name}"
-    timm = _package("timm", f"model {full!r}")
-    architecture, _, tag = name.partition(".")
-    if not timm.is_model(architecture):
-        raise _unknown_of("timm", name, timm.list_models())
-    tagged = timm.list_pretrained(f"{architecture}.*")
-    if tag and name not in tagged:
-        raise _unknown_of("timm", name, tagged or [architecture])
+    full, timm = f"timm:{name}", _timm_with(name)
     settings = {"num_classes": classes, "in_chans": channels}
     if not pretrained:
         return timm.create_model(name, **settings)
-    if not timm.models.is_model_pretrained(architecture):
+    if not timm.models.is_model_pretrained(name.partition(".")[0]):
         raise ValueError(f"model {full!r} has no pretrained weights: give a file of them, or none")
     with (
         _had(f"the pretrained weights of {full!r}", "give a file of weights, or set HF_HOME to a filled cache"),
         _hub(None),
     ):
         return timm.create_model(name, pretrained=True, **settings)
+
+
+def _timm_with(name: str) -> Any:
+    """Timm, which has the architecture and the tag of `name`."""
+    timm = _package("timm", f"model 'timm:{name}'")
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        raise _unknown_of("timm", name, timm.list_models())
+    tagged = timm.list_pretrained(f"{architecture}.*") if tag else []
+    if tag and name not in tagged:
+        raise _unknown_of("timm", name, tagged or [architecture])
+    return timm
 
 
 _HF_REMEDY = "give a local folder as hf:FOLDER, or set HF_HOME to a filled cache"

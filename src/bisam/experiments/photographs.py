@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from bisam.experiments.data import Data
-from bisam.experiments.folders import Folder, reason
+from bisam.experiments.folders import Channels, Folder, reason
 
 _ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 _VALIDATION = ("val", "valid", "validation")
@@ -51,7 +51,7 @@ def imagenet(root: Path, image_size: int = 224, processes: int = 0) -> Data:
             f"ImageNet is not there, without {place / missing[0]}: unpack the images of https://image-net.org to "
             f"{place}/train/WNID/*.JPEG and {place}/val/WNID/*.JPEG (or point --data-dir to where imagenet is)"
         )
-    return _from_parts(place, "val", None, image_size, processes, every=50)
+    return replace(_from_parts(place, "val", None, image_size, processes, every=50), metrics=("accuracy", "top5"))
 
 
 def flowers(root: Path, image_size: int = 224, processes: int = 0, download: bool = False) -> Data:
@@ -134,6 +134,12 @@ def folder(path: Path, image_size: int = 224, processes: int = 0) -> Data:
         )
     validation = next((name for name in _VALIDATION if name in names), None)
     return _from_parts(path, validation, "test" if "test" in names else None, image_size, processes)
+
+
+def standardised(data: Data, mean: Channels, std: Channels) -> Data:
+    """`data` of images in files with its channels standardised with these, as shares of 255."""
+    parts = {name: replace(getattr(data, name), mean=mean, std=std) for name in ("train", "validation", "test")}
+    return replace(data, **parts)
 
 
 def _from_parts(

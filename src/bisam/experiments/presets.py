@@ -40,8 +40,8 @@ IMAGENET = Recipe(  # epochs, learning rate, batch, micro-batch: [MEM]
 )
 """ImageNet-1K as in Xie et al. (2024), table 3."""
 
-# Learning rate, batch and steps (500, of which 100 are warm-up): [MEM]. rho, the checkpoint (timm's; the paper's is
-# of Wu et al., 2020) and ImageNet's statistics for the images (the checkpoint has seen others): [OURS].
+# Learning rate, batch and steps (500, of which 100 are warm-up): [MEM]. rho, the checkpoint (timm's, with the
+# statistics that it was trained with; the paper's is of Wu et al., 2020): [OURS].
 VIT = Recipe(
     dataset="flowers",
     model="timm:vit_base_patch16_224",

@@ -12,13 +12,15 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import compress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from bisam.experiments.data import DataError, source
 from bisam.experiments.machine import Machine, end_with_parent, threads
 from bisam.experiments.recipes import Recipe
 from bisam.experiments.runs import Row, Run, RunError
@@ -44,6 +46,8 @@ class Outcome:
     recipe: Recipe
     result: dict[str, Any] | None
     error: str | None = None
+    started: bool = True
+    """False where its data cannot be had."""
 
 
 Done = Callable[[Outcome], None]
@@ -73,7 +77,8 @@ def collected(
 
     def done(outcome: Outcome) -> None:
         outcomes[outcome.recipe] = outcome
-        progress.done(outcome.recipe, outcome.error)
+        if outcome.started:
+            progress.done(outcome.recipe, outcome.error)
 
     left: list[Recipe] = []
     for recipe in dict.fromkeys(recipes):
@@ -101,6 +106,8 @@ def attempted(recipe: Recipe, root: Path, machine: Machine, on_epoch: OnEpoch | 
     """Train in this process; where it fails, one line that says why, since a study goes on."""
     try:
         return Outcome(recipe, train(Run.under(root, recipe), machine, on_epoch))
+    except DataError as error:
+        return Outcome(recipe, None, " ".join(str(error).split()), started=False)
     except (RunError, ValueError) as error:
         reason = str(error)
     except OSError as error:
@@ -205,8 +212,18 @@ def _in_processes(
                 if isinstance(message, Outcome):
                     worker.recipe = None
                     done(message)
+                    if not message.started:
+                        left = _without(left, message, done)
                 else:
                     progress.epoch(recipe, *message)
+
+
+def _without(left: deque[Recipe], lacking: Outcome, done: Done) -> deque[Recipe]:
+    """What is left but for the recipes that lack the same data, which need not be tried."""
+    same = [source(recipe) == source(lacking.recipe) for recipe in left]
+    for recipe in compress(left, same):
+        done(replace(lacking, recipe=recipe))
+    return deque(recipe for recipe, lacks in zip(left, same, strict=True) if not lacks)
 
 
 def _killed(code: int | None) -> str:

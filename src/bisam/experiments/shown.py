@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +18,7 @@ from bisam.experiments.runs import Finished, RunError, finished, to_csv, write
 from bisam.experiments.terminal import console, errors
 
 if TYPE_CHECKING:
+    from bisam.experiments.processes import Outcome
     from bisam.experiments.study import Study
 
 
@@ -68,6 +71,23 @@ def show(study: Study, runs: list[Finished], to: Path) -> None:
     what = {f"{name}.png": figures.WHAT[name] for name in drawn}
     text = tables.markdown(study.title, runs, what, study.note, study.baselines)
     _written(to, text, to_csv(rows), pictures)
+
+
+def show_failed(outcomes: Sequence[Outcome]) -> int:
+    """A line for each reason why runs failed or did not start, and the exit code: 2 where none could start."""
+
+    def reason(outcome: Outcome) -> tuple[str, bool]:
+        return outcome.error or "", outcome.started
+
+    failed = sorted((outcome for outcome in outcomes if outcome.error), key=reason)
+    for (error, started), same in itertools.groupby(failed, key=reason):
+        first, *others = same
+        more = f" and {len(others)} more" if others else ""
+        which = f"{first.recipe.slug}, seed {first.recipe.seed}{more}"
+        errors.print(f"bisam: {which} {'failed' if started else 'did not start'}: {error}")
+    if not failed:
+        return 0
+    return 1 if any(outcome.started for outcome in outcomes) else 2
 
 
 def _written(to: Path, markdown: str, csv: str, pictures: dict[str, bytes]) -> None:

@@ -242,11 +242,12 @@ class Training:
 
     def _score(self, model: nn.Module, split: Split) -> list[float]:
         """The scores of a data set's metrics, the first of which chooses."""
+        metrics = self._data.metrics
         with self._fabric.autocast():
-            outputs, labels = predictions(model, split, self._recipe)
+            predicted, labels = predictions(model, split, self._recipe, metrics)
         reshard(model)
         # The first device's: all have to agree which epoch is the best.
-        return self._fabric.broadcast(scores(self._data.metrics, outputs, labels))
+        return self._fabric.broadcast(scores(metrics, predicted, labels))
 
     def _state(self) -> dict[str, Any]:
         """Everything, in one piece on the first device; all of them must ask."""

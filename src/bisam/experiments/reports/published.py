@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import isnan, nan
 from statistics import mean, stdev
 from typing import Any
 
@@ -43,6 +44,10 @@ def in_sequence(recipe: Recipe, gradients: float) -> float:
     return min(gradients, 1.0) if recipe.expression.startswith("SAMPa(") else gradients
 
 
+def _top5(run: Finished) -> float:
+    return 100 * run.result.get("scores", {}).get("best", {}).get("top5", nan)
+
+
 QUANTITIES = {
     "epoch": Quantity("time of an epoch", lambda run: run.result["relative_time"], relative=True),
     "run": Quantity("time of the run", lambda run: run.result["relative_time"] * run.recipe.epochs, relative=True),
@@ -54,7 +59,7 @@ QUANTITIES = {
         "validation accuracy at the end (%)", lambda run: 100 * run.metrics[-1]["validation"], digits=1
     ),
     "top1": Quantity("top-1 accuracy (%)", lambda run: 100 * run.result["test_best"]),
-    "top5": Quantity("top-5 accuracy (%)"),
+    "top5": Quantity("top-5 accuracy (%)", _top5),
     "loss": Quantity("time of the ascent loss, forward and backward", relative=True),
 }
 
@@ -237,6 +242,7 @@ def _ours(quantity: Quantity, recipe: Recipe, runs: Any, groups: Groups) -> tupl
     if (of := quantity.of) is None:
         return ()
     if not quantity.relative:
-        return tuple(of(run) for run in runs)
+        values = tuple(of(run) for run in runs)
+        return () if any(map(isnan, values)) else values
     sam = baseline(recipe, groups, ("sam",))
     return tuple(paired(runs, groups[sam], lambda run, other: of(run) / of(other))) if sam else ()
