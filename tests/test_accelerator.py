@@ -1,0 +1,254 @@
+"""On an accelerator: the numbers of the CPU, the same noise in every query, float16, graphs, memory, checkpoints.
+
+Skipped where there is none. What a CPU can of it runs with `BISAM_TEST_DEVICE=cpu pytest tests/test_accelerator.py`.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import tempfile
+from copy import deepcopy
+from math import isfinite
+from typing import Any
+
+import cases
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from bisam import ERM, SAM, BiSAM, NegLog, SharpnessAware, Tanh, cross_entropy
+from bisam.perturbations import L2
+
+
+def chosen() -> torch.device | None:
+    if name := os.environ.get("BISAM_TEST_DEVICE"):
+        return torch.device(name)
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+
+
+FOUND = chosen()
+DEVICE = FOUND or torch.device("cpu")
+pytestmark = pytest.mark.skipif(FOUND is None, reason="no accelerator")
+needs_double = pytest.mark.skipif(DEVICE.type == "mps", reason="no float64 there")
+only_cuda = pytest.mark.skipif(DEVICE.type != "cuda", reason="CUDA only")
+
+DRAWING = ("RandomMask", "DropGrow", "SSAM", "ESAM", "EBiSAM", "BSAM", "RSAM", "KSAM-RSAM", "Every-other")
+"""Each device has random numbers of its own."""
+METHODS = [name for name in cases.FAMILY if not name.startswith(DRAWING)]
+
+
+def trained(
+    make: Any, device: torch.device, model: nn.Module | None = None, steps: int = 4, **options: Any
+) -> dict[str, Tensor]:
+    """Weights and buffers, on the CPU, after a plain loop on `device`."""
+    torch.manual_seed(0)
+    model = (cases.convnet() if model is None else model).to(device)
+    dtype = next(model.parameters()).dtype
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-3)
+    sharp = SharpnessAware(model, make(optimizer), cross_entropy, **options)
+    for i in range(steps):
+        x, y = cases.batch(i)
+        optimizer.zero_grad()
+        sharp(x.to(device, dtype), y.to(device)).backward()
+        optimizer.step()
+    return {name: value.detach().cpu() for name, value in model.state_dict().items()}
+
+
+def close(ours: dict[str, Tensor], theirs: dict[str, Tensor], **tolerance: float) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], **tolerance)
+
+
+@needs_double
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_trains_as_on_the_cpu(name):
+    make, _ = cases.FAMILY[name]
+    close(trained(make, DEVICE), trained(make, torch.device("cpu")), rtol=0, atol=1e-9)
+
+
+@needs_double
+@pytest.mark.parametrize("rest", [(), (3, 2)])
+@pytest.mark.parametrize("bound", [NegLog(), NegLog(5.0), NegLog(65.0), Tanh(), Tanh(65.0)], ids=str)
+@pytest.mark.parametrize("ignored", [False, True])
+def test_bounds_and_their_gradients_are_those_of_the_cpu(bound, rest, ignored):
+    logits, labels = torch.randn(6, 5, *rest, dtype=torch.double), torch.randint(5, (6, *rest))
+    if ignored:
+        labels[::2] = -100
+    found = []
+    for device in (DEVICE, torch.device("cpu")):
+        x = logits.to(device, copy=True).requires_grad_()
+        values = bound(x, labels.to(device))
+        values.sum().backward()
+        assert x.grad is not None
+        found.append((values.detach().cpu(), x.grad.cpu()))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def dropout() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 64), nn.Dropout(0.5), nn.ReLU(), nn.Linear(64, cases.CLASSES), nn.Dropout(0.1))
+
+
+def test_same_noise_replays_the_masks_of_the_device():
+    results = []
+    for method in (SAM(L2(0.0)), ERM()):
+        torch.manual_seed(3)
+        results.append(trained(lambda _, m=method: m, DEVICE, dropout(), same_noise=True))
+    close(*results, rtol=0, atol=0)
+
+
+def test_noise_is_fresh_by_default():
+    results = []
+    for method in (SAM(L2(0.0)), ERM()):
+        torch.manual_seed(3)
+        results.append(trained(lambda _, m=method: m, DEVICE, dropout()))
+    assert any(not torch.equal(value, results[1][name]) for name, value in results[0].items())
+
+
+def test_float16_skips_the_steps_that_overflow_and_trains_after_them():
+    model = nn.Sequential(nn.Linear(6, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, cases.CLASSES)).to(DEVICE)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**30, growth_interval=1000)
+    sharp = SharpnessAware(model, BiSAM(0.1), cross_entropy, scale=scaler)
+    x, y = (t.to(DEVICE) for t in cases.batch(n=64))
+    losses, skipped = [], 0
+    for _ in range(60):
+        before, scale = {k: v.clone() for k, v in model.named_parameters()}, scaler.get_scale()
+        optimizer.zero_grad()
+        with torch.autocast(DEVICE.type, torch.float16):
+            loss = sharp(x.float(), y)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(loss.item())
+        same = all(torch.equal(before[k], v) for k, v in model.named_parameters())
+        assert same == (scaler.get_scale() < scale)
+        skipped += same
+    assert 0 < skipped < 30
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    finite = [loss for loss in losses if isfinite(loss)]
+    assert len(finite) >= 60 - skipped
+    assert finite[-1] < 0.9 * finite[0]
+
+
+def test_bfloat16_by_autocast_is_displaced_in_every_query():
+    gradients = []
+    for method in (BiSAM(2.0), ERM()):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 64), nn.ReLU(), nn.Linear(64, cases.CLASSES)).to(DEVICE)
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            x, y = cases.batch()
+            loss = SharpnessAware(model, method, cross_entropy)(x.float().to(DEVICE), y.to(DEVICE))
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert (gradients[0] - gradients[1]).norm() > 0.05 * gradients[1].norm()  # a stale cache of casts would make it ERM
+
+
+@pytest.mark.parametrize("mode", ["default", pytest.param("reduce-overhead", marks=only_cuda)])
+def test_a_compiled_model_trains_as_the_plain_one(mode):
+    torch.compiler.reset()
+    results = []
+    for compiled in (False, True):
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(6, 64), nn.ReLU(), nn.Linear(64, cases.CLASSES)).to(DEVICE)
+        if compiled:
+            model.compile(mode=mode)
+        results.append(trained(lambda _: BiSAM(0.1), DEVICE, model))
+    close(*results, rtol=1e-4, atol=1e-5)
+
+
+def test_a_checkpoint_of_the_device_goes_on_elsewhere():
+    make, _ = cases.FAMILY["LookSAM"]
+
+    def parts(device: torch.device) -> tuple[Any, Any]:
+        torch.manual_seed(0)
+        model = cases.mlp().to(device, torch.float32)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        return SharpnessAware(model, make(optimizer), cross_entropy), optimizer
+
+    def step(sharp: Any, optimizer: Any, device: torch.device, i: int) -> None:
+        x, y = cases.batch(i)
+        optimizer.zero_grad()
+        sharp(x.to(device, torch.float32), y.to(device)).backward()
+        optimizer.step()
+
+    here, there = parts(DEVICE), parts(torch.device("cpu"))
+    for i in range(4):
+        step(*here, DEVICE, i)
+    file = io.BytesIO()
+    torch.save({"sharp": here[0].state_dict(), "optimizer": here[1].state_dict()}, file)
+    file.seek(0)
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    there[0].load_state_dict(state["sharp"])
+    there[1].load_state_dict(state["optimizer"])
+    for i in range(4, 8):
+        step(*here, DEVICE, i)
+        step(*there, torch.device("cpu"), i)
+    moved = {name: value.cpu() for name, value in here[0].model.state_dict().items()}
+    close(moved, there[0].model.state_dict(), rtol=1e-4, atol=1e-5)
+
+
+@only_cuda
+@pytest.mark.parametrize("method", [SAM(), BiSAM()], ids=["SAM", "BiSAM"])
+def test_a_step_holds_two_tensors_a_weight_more_than_plain_training(method):
+    def peak(method: Any) -> int:
+        torch.manual_seed(0)
+        model = nn.Sequential(*(layer for _ in range(8) for layer in (nn.Linear(1024, 1024), nn.ReLU()))).to(DEVICE)
+        sharp = SharpnessAware(model, method, cross_entropy)
+        x, y = torch.randn(4, 1024, device=DEVICE), torch.randint(1024, (4,), device=DEVICE)
+        for _ in range(3):
+            torch.cuda.reset_peak_memory_stats()
+            sharp(x, y).backward()
+            model.zero_grad()
+        return torch.cuda.max_memory_allocated()
+
+    weights = 8 * 1024 * 1025 * 4
+    assert peak(method) < peak(ERM()) + 2.1 * weights
+
+
+@only_cuda
+def test_a_step_waits_for_nothing():
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, cases.CLASSES)).to(DEVICE)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sharp = SharpnessAware(model, BiSAM(0.1), cross_entropy)
+    x, y = (t.to(DEVICE) for t in cases.batch())
+    x = x.float()
+
+    def step() -> None:
+        sharp(x, y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@only_cuda
+def test_ddp_with_nccl_and_synchronised_batch_normalisation_on_one_device():
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group("nccl", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        try:
+            alone = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, cases.CLASSES)).to(DEVICE)
+            inside = nn.SyncBatchNorm.convert_sync_batchnorm(deepcopy(alone))
+            losses = [
+                SharpnessAware(alone, BiSAM(0.1), cross_entropy),
+                SharpnessAware(DistributedDataParallel(inside), BiSAM(0.1), cross_entropy),
+            ]
+            for sharp in losses:
+                optimizer = torch.optim.SGD(sharp.parameters(), lr=0.1)
+                for i in range(3):
+                    x, y = cases.batch(i)
+                    optimizer.zero_grad()
+                    sharp(x.float().to(DEVICE), y.to(DEVICE)).backward()
+                    optimizer.step()
+            close(dict(alone.state_dict()), dict(inside.state_dict()), rtol=1e-4, atol=1e-5)
+        finally:
+            dist.destroy_process_group()
