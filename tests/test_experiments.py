@@ -8,6 +8,7 @@ import io
 import json
 import multiprocessing as mp
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -415,12 +416,51 @@ def test_a_killed_worker_costs_no_run(tmp_path):
     assert len(list(runs.finished(tmp_path))) == 3
 
 
+def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
+    theirs, ours = Run.under(tmp_path, SHORT), Run.under(tmp_path, replace(SHORT, method="sam", rho=0.1))
+    train(theirs)
+    ours.folder.mkdir(parents=True)
+    shutil.copy(theirs.folder / "checkpoint.pt", ours.folder)
+    with pytest.raises(
+        RunError, match=r"checkpoint.pt belongs to another recipe \(method='bisam_log' there, 'sam' here"
+    ):
+        train(ours)
+    assert ours.result is None
+
+
 def test_a_result_in_another_recipes_folder_is_not_taken_for_its_own(tmp_path):
     train(Run.under(tmp_path, SHORT))
     other = replace(SHORT, rho=0.1)
     Run.under(tmp_path, SHORT).folder.parent.rename(tmp_path / other.slug)
     (outcome,) = processes.run_all([other], tmp_path, workers=1, machine=Machine(), progress=Silent())
     assert "belongs to another recipe" in outcome.error
+
+
+@pytest.mark.parametrize("name", ["rho", "noise", "learning_rate", "clip"])
+def test_a_whole_number_is_the_same_recipe_as_the_float(name):
+    value = 0 if name == "noise" else 1
+    whole, point = (replace(SHORT, **{name: number}) for number in (value, float(value)))
+    assert whole == point
+    assert whole.slug == point.slug
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
+def test_a_compiled_run_resumes_to_the_same_bits(tmp_path):
+    """In a fresh process, whose first batch is another than in the one that was interrupted."""
+    recipe = replace(SHORT, compile=True, epochs=3, limit=300)
+    code = (
+        "import sys; from pathlib import Path; from bisam.experiments.recipes import Recipe; "
+        "from bisam.experiments.runs import Run; from bisam.experiments.train import train\n"
+        "class Stop(Exception): pass\n"
+        "def each(row):\n"
+        "    if row['epoch'] == int(sys.argv[2]): raise Stop\n"
+        f"try: train(Run.under(Path(sys.argv[1]), {recipe!r}), on_epoch=each)\n"
+        "except Stop: pass\n"
+    )
+    for folder, last in (("a", 9), ("b", 1), ("b", 9)):
+        subprocess.run([sys.executable, "-c", code, tmp_path / folder, str(last)], check=True)
+    assert same_outcome(Run.under(tmp_path / "a", recipe), Run.under(tmp_path / "b", recipe))
 
 
 def test_the_digits_study_is_what_it_says():
@@ -497,7 +537,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(bisam, arguments, message):
 
 
 def test_without_the_extra_the_command_says_what_to_install(monkeypatch, capsys):
-    monkeypatch.delitem(sys.modules, "bisam.experiments.cli")
+    monkeypatch.delitem(sys.modules, "bisam.experiments.cli", raising=False)
     monkeypatch.setitem(sys.modules, "cyclopts", None)
     with pytest.raises(SystemExit) as stop:
         experiments.main()

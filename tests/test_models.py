@@ -226,6 +226,15 @@ def test_an_unknown_name_of_torchvision_is_answered_with_the_nearest():
     assert "unknown model" in complaint("torchvision:fcos_resnet50_fpn", 10)  # a detector is no classifier
 
 
+def test_the_statistics_of_torchvisions_weights():
+    assert models.statistics("torchvision:resnet50") == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert models.statistics("torchvision:efficientnet_v2_l") == ((0.5,) * 3, (0.5,) * 3)
+    assert models.statistics("torchvision:mnasnet0_75") is not None
+    assert models.statistics("resnet20") is models.statistics("hf:bert-base-uncased") is None
+    with pytest.raises(ValueError, match="did you mean 'torchvision:resnet50'"):
+        models.statistics("torchvision:resnet500")
+
+
 @needs_timm
 @pytest.mark.parametrize("name", ["timm:resnet5", "timm:test_resnet.r160"])
 def test_the_statistics_of_an_unknown_name_of_timm_are_refused(name):

@@ -64,7 +64,7 @@ def on_this_node(root: Path) -> list[str]:
     os.environ |= {name: str(value) for name, value in names.items()} | {"TORCHELASTIC_RUN_ID": "none"}
     models._OURS["plain"] = (network, "")
     for each in RECIPES:
-        train(Run.under(root / "whole", each), MANY)
+        assert train(Run.under(root / "whole", each), MANY)["metric"] == "accuracy"  # on every rank
     said, broken, epoch = [], Run.under(root / "broken", RECIPES[1]), Training._epoch
     for last in (1, 2):
 

@@ -38,27 +38,10 @@ class DataError(ValueError):
     """A data set is missing, damaged or unknown; the message says what to put where."""
 
 
-class Split(Protocol):
-    """Examples with labels, which come in batches."""
-
-    @property
-    def labels(self) -> Tensor:
-        """Classes (N,), int64."""
-        ...
+class Batches(Protocol):
+    """Examples that come in batches."""
 
     def __len__(self) -> int: ...
-
-    def to(self, device: torch.device) -> Self:
-        """The same, with its batches on `device`."""
-        ...
-
-    def first(self, count: int) -> Self:
-        """The first `count` examples."""
-        ...
-
-    def relabelled(self, labels: Tensor) -> Self:
-        """The same with other labels (N,)."""
-        ...
 
     def batches(
         self, size: int, generator: torch.Generator | None = None, rank: int = 0, ranks: int = 1
@@ -71,6 +54,27 @@ class Split(Protocol):
             rank: of `ranks` processes, whose equal share of each batch to give; a remainder is left out.
             ranks: processes that share the batches.
         """
+        ...
+
+
+class Split(Batches, Protocol):
+    """Examples with labels, which come in batches."""
+
+    @property
+    def labels(self) -> Tensor:
+        """Classes (N,), int64."""
+        ...
+
+    def to(self, device: torch.device) -> Self:
+        """The same, with its batches on `device`."""
+        ...
+
+    def first(self, count: int) -> Self:
+        """The first `count` examples."""
+        ...
+
+    def relabelled(self, labels: Tensor) -> Self:
+        """The same with other labels (N,)."""
         ...
 
 

@@ -10,7 +10,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from bisam.experiments.data import Split, batches_of
+from bisam.experiments.data import Batches, Split, batches_of
 from bisam.experiments.images import Images
 from bisam.experiments.recipes import Recipe
 from bisam.experiments.runs import Row
@@ -23,18 +23,18 @@ def train_epoch(
     sharp: Any,
     watch: Watch,
     optimizer: Any,
-    split: Split,
+    split: Batches,
     recipe: Recipe,
     random: torch.Generator,
     after_step: Callable[[], None] = lambda: None,
 ) -> Row:
     """One pass over `split`: what anybody's loop looks like, and counts for the metrics."""
     sharp.train()
-    start = time.perf_counter()
     total, correct, flipped, n = (torch.zeros((), device=fabric.device) for _ in range(4))
     watch.counts.clear()
     losses = batches_of(len(split), recipe.batch_size, fabric.world_size)
     batches = split.batches(recipe.batch_size, random, fabric.global_rank, fabric.world_size)
+    start = time.perf_counter()
     for i, (x, y) in enumerate(batches):
         group = min(recipe.accumulate, losses - i // recipe.accumulate * recipe.accumulate)
         last = i % recipe.accumulate == group - 1

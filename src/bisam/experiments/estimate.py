@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
+from torch import nn
 
 from bisam.experiments import data, models
-from bisam.experiments.data import batches_of
+from bisam.experiments.data import Data, batches_of
 from bisam.experiments.expressions import toy
-from bisam.experiments.images import channels
+from bisam.experiments.folders import Folder
+from bisam.experiments.images import Images, channels
 from bisam.experiments.machine import Machine
 from bisam.experiments.pace import PACE, Pace
 from bisam.experiments.recipes import Recipe
@@ -19,6 +22,8 @@ from bisam.methods import Method
 
 _STEPS = 2
 _FORWARD = 1 / 3  # of the time of a gradient
+_READS = 3  # how often in an epoch data is begun: to train, to validate, and for the pace
+_SAMPLED = 20  # steps of a toy, as if they were the run
 
 
 @dataclass(frozen=True)
@@ -41,18 +46,20 @@ def estimate(recipe: Recipe, machine: Machine) -> Estimate:
     step, forwards = queries(recipe.expression, recipe.batch_size)
     like = replace(recipe, method="sgd", rho=None, eta=None, mu=None, alpha=None, noise=0.0, epochs=1, seed=0)
     try:
-        seconds, training, validation = _measured(replace(like, weights=None, warmup=0), machine)
+        seconds, latency, training, validation = _measured(replace(like, weights=None, warmup=0), machine)
     except ValueError as error:
         return Estimate(step, None, str(error))
+    except (MemoryError, torch.OutOfMemoryError):
+        return Estimate(step, None, f"{recipe.model} with batches of {recipe.batch_size} is out of memory here")
     losses = batches_of(training, recipe.batch_size, machine.devices * machine.nodes)
     plain = min(losses, PACE)  # which each epoch adds to see how fast the machine is
     epoch = losses * (step + _FORWARD * forwards) + plain + _FORWARD * validation / recipe.batch_size
-    return Estimate(step, seconds * recipe.epochs * epoch)
+    return Estimate(step, recipe.epochs * (seconds * epoch + _READS * latency))
 
 
 @cache
 def queries(expression: str, batch_size: int) -> tuple[float, float]:
-    """Gradients and forward passes of a batch that a method takes in a step, on average over 20 steps on a toy."""
+    """Gradients and forward passes of a batch that a method takes in a step, on average over a short run on a toy."""
     watches: list[Watch] = []
 
     def watched(method: Method) -> Method:
@@ -60,20 +67,47 @@ def queries(expression: str, batch_size: int) -> tuple[float, float]:
         return watches[0]
 
     size = min(batch_size, 256)
-    toy(expression, size, 20, watched)
-    gradients, forwards = (watches[0].counts[kind] / (20 * size) for kind in (True, False))
+    toy(expression, size, _SAMPLED, watched, run=_SAMPLED)
+    gradients, forwards = (watches[0].counts[kind] / (_SAMPLED * size) for kind in (True, False))
     return gradients, forwards
 
 
 @cache
-def _measured(recipe: Recipe, machine: Machine) -> tuple[float, int, int]:
-    """Seconds of a plain step, training and validation examples."""
+def _measured(recipe: Recipe, machine: Machine) -> tuple[float, float, int, int]:
+    """Seconds of a plain step and until the first batch is there, training and validation examples."""
     splits = data.load(recipe, machine)
     fabric = replace(machine, devices=1, nodes=1, strategy="auto").fabric(recipe.precision)
     with torch.random.fork_rng([]):
         model = models.build(recipe.model, splits.classes, channels=channels(splits.test))
+        probe(model, splits, recipe)
     if recipe.channels_last:
         model = model.to(memory_format=torch.channels_last)
     pace = Pace(fabric, model, splits.train.to(fabric.device), recipe, _STEPS)
     pace.seconds()  # warms up
-    return min(pace.seconds() for _ in range(2)), len(splits.train), len(splits.validation)
+    step = min(pace.seconds() for _ in range(2))
+    start = time.perf_counter()
+    next(splits.train.batches(recipe.batch_size, torch.Generator().manual_seed(0)))
+    return step, time.perf_counter() - start, len(splits.train), len(splits.validation)
+
+
+@torch.no_grad()
+def probe(model: nn.Module, splits: Data, recipe: Recipe) -> None:
+    """Make sure that the model takes the images.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if isinstance(splits.test, Images):
+        images = splits.test.images[:2].float()
+    elif isinstance(splits.test, Folder):
+        images = torch.zeros(2, 3, recipe.image_size, recipe.image_size)
+    else:
+        return
+    try:
+        model.eval()(images)
+    except Exception as error:  # each network has its own way to say no
+        shape, reason = " x ".join(map(str, images.shape[1:])), " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"model {recipe.model!r} cannot take the images of {recipe.dataset}, {shape}: {reason}"
+        ) from error
+    model.train()

@@ -92,7 +92,11 @@ def check(expression: str, batch_size: int) -> None:
 
 
 def toy(
-    expression: str, batch_size: int, steps: int, around: Callable[[Method], Method] = lambda method: method
+    expression: str,
+    batch_size: int,
+    steps: int,
+    around: Callable[[Method], Method] = lambda method: method,
+    run: int = 10**9,
 ) -> None:
     """Take steps with a method on a toy.
 
@@ -101,6 +105,7 @@ def toy(
         batch_size: examples in a step.
         steps: how many.
         around: what to put around the method, to watch it.
+        run: steps that it is told the whole run has.
 
     Raises:
         ValueError: see `build`.
@@ -108,7 +113,7 @@ def toy(
     with torch.random.fork_rng([]):
         model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        method = build(expression, optimizer=optimizer, steps=10**9, epoch=10**6, examples=10**9)
+        method = build(expression, optimizer=optimizer, steps=run, epoch=10**6, examples=10**9)
         sharp = SharpnessAware(model, around(method), bisam.cross_entropy)
         for _ in range(steps):
             sharp(torch.randn(batch_size, 2), torch.zeros(batch_size, dtype=torch.long)).backward()

@@ -33,7 +33,7 @@ class Machine:
     """
 
     device: str = "cpu"
-    """Where to compute: cpu, cuda, cuda:1, mps, ... or auto."""
+    """Where to compute: cpu, cuda, cuda:1, cuda:2,3 (of two devices), mps, ... or auto."""
     devices: int = 1
     """Processes of one run on a machine, one device each."""
     nodes: int = 1
@@ -55,9 +55,9 @@ class Machine:
                 raise ValueError(f"--{name} must be at least {least}, got {value}")
         if self.strategy not in STRATEGIES:
             raise unknown("strategy", self.strategy, STRATEGIES)
-        if ":" in self.device and self.devices > 1:
+        if ":" in self.device and self.devices != (named := self.device.count(",") + 1):
             raise ValueError(
-                f"--device {self.device} is one device: leave its number out with --devices {self.devices}"
+                f"--device {self.device} names {named}, and --devices is {self.devices}: name as many, or none"
             )
         if self.strategy == "fsdp" and not self.parallel:
             raise ValueError("--strategy fsdp divides a model among devices, and there is 1: give --devices")
@@ -69,10 +69,11 @@ class Machine:
         return max(1, count // self.devices) if self.device in ("cpu", "cuda") else 1
 
     def at(self, place: int) -> Machine:
-        """The same for the worker at `place`, who gets a GPU in turn."""
-        if self.device != "cuda" or self.devices > 1:
+        """The same for the worker at `place`, who gets the next GPUs in turn."""
+        if self.device != "cuda":
             return self
-        return replace(self, device=f"cuda:{place % max(1, torch.cuda.device_count())}")
+        first, count = place % self.slots * self.devices, self.devices
+        return replace(self, device=f"cuda:{','.join(map(str, range(first, first + count)))}")
 
     @property
     def parallel(self) -> bool:
@@ -97,7 +98,7 @@ class Machine:
 
             strategy = FullySharded("popen" if self.nodes > 1 else "spawn")
         try:
-            devices = [int(index)] if index else self.devices
+            devices = [int(one) for one in index.split(",")] if index else self.devices
             return Fabric(
                 accelerator=kind,
                 devices=devices,

@@ -100,17 +100,21 @@ def tokenizer(name: str) -> Any:
 
 
 def statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Mean and standard deviation of the channels that the model `timm:...` was trained with, as shares of 255.
+    """Mean and standard deviation of the channels that a model's weights were trained with, as shares of 255.
 
-    None where nothing is known: of the others most were trained with those of ImageNet.
+    They are known of timm's models and torchvision's, where these have weights. Else None.
 
     Raises:
-        ValueError: timm is missing, or has no such model.
+        ValueError: timm or torchvision is missing, or has no such model.
     """
     source, _, rest = name.partition(":")
-    if source != "timm":
+    if source == "timm":
+        settings = _timm_with(rest).get_pretrained_cfg(rest)
+    elif source == "torchvision":
+        weights = _torchvision_with(rest).get_model_weights(rest)
+        settings = weights.DEFAULT.transforms() if len(weights) else None
+    else:
         return None
-    settings = _timm_with(rest).get_pretrained_cfg(rest)
     return None if settings is None or len(settings.mean) != 3 else (tuple(settings.mean), tuple(settings.std))
 
 
@@ -136,11 +140,7 @@ def _ours(name: str, classes: int, channels: int, pretrained: bool) -> nn.Module
 
 
 def _torchvision(name: str, classes: int, channels: int, pretrained: bool) -> nn.Module:
-    full = f"torchvision:{name}"
-    models = _package("torchvision", f"model {full!r}").models
-    known = models.list_models(module=models)
-    if name not in known:
-        raise _unknown_of("torchvision", name, known)
+    full, models = f"torchvision:{name}", _torchvision_with(name)
     if channels != 3:
         raise ValueError(f"model {full!r} takes images of 3 channels, not of {channels}: ours and timm's take any")
     # With auxiliary heads these two return tuples in training, and without their own initialisation one of them warns.
@@ -167,6 +167,15 @@ def _timm(name: str, classes: int, channels: int, pretrained: bool) -> nn.Module
         _hub(None),
     ):
         return timm.create_model(name, pretrained=True, **settings)
+
+
+def _torchvision_with(name: str) -> Any:
+    """The models of torchvision, among which is `name`."""
+    models = _package("torchvision", f"model 'torchvision:{name}'").models
+    known = models.list_models(module=models)
+    if name not in known:
+        raise _unknown_of("torchvision", name, known)
+    return models
 
 
 def _timm_with(name: str) -> Any:

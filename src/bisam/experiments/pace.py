@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import itertools
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from lightning_fabric import Fabric
-from torch import nn
+from torch import Tensor, nn
 
 from bisam import ERM, SharpnessAware
 from bisam.experiments.data import Split
@@ -22,6 +24,26 @@ PACE = 8
 """Plain steps beside each epoch."""
 
 
+class Begun:
+    """A split whose first batch is ready when its batches are asked for: processes that read files have started.
+
+    They start once in an epoch, and would be most of the time of a few steps.
+    """
+
+    def __init__(self, split: Split) -> None:
+        self._split = split
+
+    def __len__(self) -> int:
+        return len(self._split)
+
+    def batches(
+        self, size: int, generator: torch.Generator | None = None, rank: int = 0, ranks: int = 1
+    ) -> Iterator[tuple[Any, Tensor]]:
+        """As of the split; see `Split.batches`."""
+        batches = self._split.batches(size, generator, rank, ranks)
+        return itertools.chain([next(batches)], batches)
+
+
 class Pace:
     """Plain training beside the run, on a copy of its model: of noisy times, a ratio of neighbours is the least so."""
 
@@ -29,9 +51,9 @@ class Pace:
         copied = copy.deepcopy(model)
         shard(copied, fabric)
         if recipe.compile:
-            copied.compile()
+            copied.compile(dynamic=False)
         self._fabric, self._watch = fabric, Watch(ERM())
-        self._split = split.first(steps * recipe.batch_size)
+        self._split = Begun(split.first(steps * recipe.batch_size))
         self._recipe = replace(recipe, accumulate=1, clip=None)
         loss = SharpnessAware(copied, self._watch, nn.CrossEntropyLoss(reduction="none"), scale=scaler_of(fabric))
         self._sharp, self._optimizer = fabric.setup(loss, optimizer_of(copied, recipe))

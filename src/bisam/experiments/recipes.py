@@ -118,11 +118,14 @@ class Recipe:
     """Seed of the initial weights, the label noise and the order of the batches."""
 
     def __post_init__(self) -> None:
+        for field in fields(self):  # 1 and 1.0 are one value, and must have one name
+            if "float" in str(field.type) and type(value := getattr(self, field.name)) is int:
+                object.__setattr__(self, field.name, float(value))
         for name in ("epochs", "batch_size", "accumulate", "image_size", "max_length"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         _require(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1")
-        for name in ("warmup", "seed"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "non-negative")
+        _require(self.warmup >= 0, "warmup", self.warmup, "non-negative")
+        _require(0 <= self.seed < 2**32, "seed", self.seed, "in [0, 2^32)")
         for name in ("noise", "momentum", "label_smoothing"):
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
         _require(self.ema is None or 0 < self.ema < 1, "ema", self.ema, "between 0 and 1")
@@ -136,6 +139,8 @@ class Recipe:
                 raise unknown(name, str(getattr(self, name)), known)
         if self.warmup and self.schedule == "cosine":
             raise ValueError(f"warmup {self.warmup} needs the linear or constant schedule: the cosine has none")
+        if self.cutout and not self.augment:
+            raise ValueError("cutout is a part of the augmentation: leave --no-augment out, or --cutout")
         self._check_method()
 
     def _check_method(self) -> None:

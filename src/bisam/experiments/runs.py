@@ -56,6 +56,7 @@ class Run:
             RunError: another process holds it, it is damaged, or it belongs to another recipe.
             OSError: the disk is full or read-only.
         """
+        environment()  # of the code that runs: by the time it ends another commit may be checked out
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.folder / ".lock", timeout=0)  # the system drops it when a process is killed
         try:
@@ -82,11 +83,13 @@ class Run:
         Raises:
             RunError: it is damaged, or another recipe's.
         """
-        found = read_recipe(self.folder)
+        self._check(self.folder, read_recipe(self.folder))
+
+    def _check(self, path: Path, found: Recipe) -> None:
         if found != self.recipe:
             ours, theirs = self.recipe.to_dict(), found.to_dict()
             differ = ", ".join(f"{k}={theirs[k]!r} there, {v!r} here" for k, v in ours.items() if theirs[k] != v)
-            raise RunError(f"{self.folder} belongs to another recipe ({differ}): move it away, or give another --out")
+            raise RunError(f"{path} belongs to another recipe ({differ}): move it away, or give another --out")
 
     @property
     def result(self) -> dict[str, Any] | None:
@@ -101,16 +104,19 @@ class Run:
         """The last epoch's checkpoint on the CPU, or None.
 
         Raises:
-            RunError: the file is damaged.
+            RunError: the file is damaged, or another recipe's.
         """
         path = self.folder / "checkpoint.pt"
         if not path.exists():
             return None
         content = path.read_bytes()
         try:
-            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            found = Recipe.from_dict(checkpoint.pop("recipe"))
         except Exception as error:  # torch raises whatever its unpickler stumbles over
             raise damaged(path, error) from error
+        self._check(path, found)
+        return checkpoint
 
     def metrics(self) -> list[Row]:
         """The epochs so far.
@@ -124,7 +130,7 @@ class Run:
     def save(self, checkpoint: Mapping[str, Any], history: Sequence[Row]) -> None:
         """Replace metrics and checkpoint, each in one stroke; the epoch is over once the checkpoint is there."""
         buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)
+        torch.save({**checkpoint, "recipe": self.recipe.to_dict()}, buffer)
         write(self.folder / "metrics.csv", to_csv(history))
         write(self.folder / "checkpoint.pt", buffer.getvalue())
 

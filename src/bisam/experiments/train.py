@@ -24,7 +24,8 @@ from bisam import SharpnessAware
 from bisam.experiments import data, models
 from bisam.experiments.data import Data, Split, batches_of
 from bisam.experiments.epochs import predictions, train_epoch
-from bisam.experiments.images import Images, channels
+from bisam.experiments.estimate import probe
+from bisam.experiments.images import channels
 from bisam.experiments.loggers import loggers
 from bisam.experiments.machine import Machine, end_with_parent
 from bisam.experiments.optimization import descent_loss, optimizer_of, scaler_of, scheduler_of
@@ -81,7 +82,7 @@ def _prepared(fabric: Fabric, run: Run, machine: Machine) -> Callable[[], Traini
     _fits(run.recipe, splits, machine)
     torch.manual_seed(run.recipe.seed)
     model = models.build(run.recipe.model, splits.classes, channels=channels(splits.test), weights=run.recipe.weights)
-    _probe(model, splits, run.recipe)
+    probe(model, splits, run.recipe)
     return lambda: Training(fabric, run, machine, splits, model)
 
 
@@ -96,22 +97,6 @@ def _fits(recipe: Recipe, splits: Data, machine: Machine) -> None:
     if not batches_of(len(splits.train), recipe.batch_size, processes):
         examples = min(recipe.batch_size, len(splits.train))
         raise ValueError(f"batches of {examples} cannot be shared by {processes} devices: give a larger batch_size")
-
-
-@torch.no_grad()
-def _probe(model: nn.Module, splits: Data, recipe: Recipe) -> None:
-    """Make sure that the model takes the images."""
-    if not isinstance(splits.test, Images):
-        return
-    images = splits.test.images[:2].float()
-    try:
-        model.eval()(images)
-    except Exception as error:  # each network has its own way to say no
-        shape, reason = " x ".join(map(str, images.shape[1:])), " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"model {recipe.model!r} cannot take the images of {recipe.dataset}, {shape}: {reason}"
-        ) from error
-    model.train()
 
 
 def _train(fabric: Fabric, run: Run, machine: Machine, on_epoch: OnEpoch | None) -> dict[str, Any]:
@@ -179,7 +164,9 @@ class Training:
         )
         self._watch = Watch(method)
         if recipe.compile:
-            model.compile()
+            # A graph for each size of batches: one for all, made at the second size, would compute other bits, and a
+            # resumed run comes to its sizes in another order.
+            model.compile(dynamic=False)
         loss = SharpnessAware(
             model, self._watch, descent_loss(recipe.label_smoothing, splits.classes), scale=scaler_of(fabric)
         )
@@ -212,7 +199,9 @@ class Training:
         for board in boards:
             board.close()
         result = self._result()  # with a sharded model all are needed
-        return self._run.finish(result) if fabric.is_global_zero else {}
+        if fabric.is_global_zero:
+            result = self._run.finish(result)
+        return fabric.broadcast(result)  # nobody goes before it is written
 
     def _epoch(self, epoch: int) -> Row:
         # An epoch draws the same whether or not it follows a resume; all methods see the same batches.

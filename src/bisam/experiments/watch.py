@@ -18,6 +18,8 @@ from bisam.oracle import View
 class Watch:
     """A method, what it costs, and what the model answered where it took the last descent gradient."""
 
+    transparent = True  # what is remembered is the method's
+
     def __init__(self, method: Method) -> None:
         self.method = method
         self.outputs = torch.empty(0)

@@ -103,6 +103,7 @@ def run(
         RunError: the folder is in use, damaged, or another measurement's.
         OSError: the disk is full or read-only.
     """
+    environment()  # of the code that runs: by the time it ends another commit may be checked out
     values = measurement.changed(changed)
     if machine.parallel:
         raise ValueError(f"{measurement.name} is measured on one device: leave --devices and --nodes at 1")

@@ -117,10 +117,13 @@ def _epochs(group: Sequence[Finished], column: str) -> np.ndarray:
 
 
 def _band(ax: Axes, name: str, style: Style, values: np.ndarray, x: np.ndarray | None = None) -> None:
-    """Mean over the runs (n, epochs) with a band of a standard deviation; nothing where a method has no such number."""
-    if np.isnan(values).any():
+    """Mean over the runs (n, epochs) with a band of a standard deviation, as far as all runs have the number."""
+    known = ~np.isnan(values).any(0)
+    if not known.any():
         return
-    x, centre = np.arange(1, values.shape[1] + 1) if x is None else x, values.mean(0)
+    whole, (values, x) = known.all(), (values[:, known], (np.arange(1, values.shape[1] + 1) if x is None else x)[known])
+    name = name if whole else f"{name} (not finite in all epochs)"
+    centre = values.mean(0)
     ax.plot(x, centre, label=plain(name), markevery=max(1, len(x) // 8), linewidth=1.4, **style.line)
     if len(values) > 1:
         width = values.std(0, ddof=1)

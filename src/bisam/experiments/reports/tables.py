@@ -11,7 +11,7 @@ from statistics import mean, median, stdev
 from typing import Any
 
 from bisam.experiments.recipes import Recipe
-from bisam.experiments.reports.differences import Baselines, Difference, differences
+from bisam.experiments.reports.differences import Baselines, Difference, baseline, differences, paired, student
 from bisam.experiments.reports.groups import (
     Groups,
     Place,
@@ -66,6 +66,7 @@ def summary(runs: Iterable[Finished], baselines: Baselines = ("sam",)) -> list[R
             row |= _moments(key, [run.result[key] for run in group if key in run.result])
         for name in metrics if len(metrics) > 1 else ():
             row |= _moments(f"test_best_{name}", [_scores(run)[name] for run in group if name in _scores(run)])
+        row |= _moments("flipped_late", [_late(run) for run in group])
         row["n"] = len(group)
         row["gradients_per_step"] = mean(run.result["gradients_per_step"] for run in group)
         row["forwards_per_step"] = mean(run.result["forwards_per_step"] for run in group)
@@ -151,6 +152,7 @@ def markdown(
         _table(columns, (cells(row, columns) for row in rows)),
         _words(groups, baselines),
         _crossed(groups),
+        _flips(groups, baselines) if "flips.png" in pictures else "",
         _published(groups),
         *(f"![{what}]({file})" for file, what in pictures.items()),
         "\n".join(provenance(runs)),
@@ -253,6 +255,38 @@ def _are(count: int, of: int) -> str:
     return f"{'is' if count == 1 else 'are'} {count or 'none'} of {of}"
 
 
+def _flips(groups: Groups, baselines: Baselines) -> str:
+    """What the perturbation flips late in training, and how that differs from the baseline's."""
+    late = {recipe: [_late(run) for run in group] for recipe, group in groups.items()}
+    late = {r: values for r, values in late.items() if r.method != "sgd" and not any(map(isnan, values))}
+    called, titles = names(groups), places(groups)
+    rows: list[tuple[str, ...]] = []
+    for recipe, values in late.items():
+        other = baseline(recipe, late, baselines)
+        pairs = paired(groups[recipe], groups[other], lambda a, b: _late(a) - _late(b)) if other else []
+        one = student(pairs) if len(pairs) > 1 else None
+        against = "–" if one is None else f"{_signed(one.mean)} [{_signed(one.low)}, {_signed(one.high)}] ({one.pairs})"
+        decided = "–" if one is None else "decided" if one.decided else "not decided"
+        share = [value / run.result["examples"] for value, run in zip(values, groups[recipe], strict=True)]
+        cells = (called[recipe], _written(values, 1), _written(share, 100), f"{len(values)}", against, decided)
+        rows.append((titles[place(recipe)], *cells) if len(titles) > 1 else cells)
+    if not rows:
+        return ""
+    columns = ("method", "flipped", "per cent of the samples", "n", "difference", "verdict")
+    return (
+        "## What the perturbation flips, late in training\n\nTraining samples that are right at w and wrong at w + e, "
+        "in each of the last fifth of the epochs: mean ± standard deviation over n seeds; difference to the baseline's "
+        "seed by seed, with its 95 % Student interval and how many pairs.\n\n"
+        + _table(("", *columns) if len(titles) > 1 else columns, rows)
+    )
+
+
+def _late(run: Finished) -> float:
+    """Flipped samples of an epoch, on average over the last fifth."""
+    rows = run.metrics[-max(1, len(run.metrics) // 5) :]
+    return mean(row["flipped"] for row in rows)
+
+
 def _published(groups: Groups) -> str:
     found = beside(groups)
     if not found:
@@ -302,7 +336,7 @@ def _metrics(runs: Iterable[Finished]) -> list[str]:
 
 
 def _moments(key: str, values: Sequence[float]) -> Row:
-    spread = stdev(values) if len(values) > 1 else nan
+    spread = stdev(values) if len(values) > 1 and not any(map(isnan, values)) else nan
     return {f"{key}_mean": mean(values) if values else nan, f"{key}_std": spread}
 
 
