@@ -448,7 +448,7 @@ def test_a_whole_number_is_the_same_recipe_as_the_float(name):
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
 def test_a_compiled_run_resumes_to_the_same_bits(tmp_path):
     """In a fresh process, whose first batch is another than in the one that was interrupted."""
-    recipe = replace(SHORT, compile=True, epochs=3, limit=300)
+    recipe = replace(SHORT, compile=True, epochs=2, batch_size=64, limit=150)
     code = (
         "import sys; from pathlib import Path; from bisam.experiments.recipes import Recipe; "
         "from bisam.experiments.runs import Run; from bisam.experiments.train import train\n"

@@ -15,7 +15,7 @@ import torch
 from torchvision.datasets import cifar
 
 from bisam.experiments import processes
-from bisam.experiments.estimate import estimate, queries
+from bisam.experiments.estimate import queries
 from bisam.experiments.machine import Machine
 from bisam.experiments.paper import MODELS, PAPER
 from bisam.experiments.presets import PRESETS
@@ -261,23 +261,6 @@ def test_a_network_that_cannot_take_the_images_is_said_in_one_line(bisam, tmp_pa
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert "cannot take the images of" in err
     assert not list((tmp_path / "o").rglob("recipe.json"))
-
-
-def test_the_estimate_of_data_in_files_counts_the_start_of_processes_once_a_pass(tmp_path):
-    recipe = Recipe(
-        dataset=f"folder:{classes(tmp_path / 'mine', cat=60, dog=60)}",
-        image_size=8,
-        batch_size=4,
-        method="sgd",
-        epochs=2,
-    )
-    machine = Machine(log=(), loaders=1)
-    cost = estimate(recipe, machine)
-    assert cost.seconds is not None
-    result = train(Run.under(tmp_path, recipe), machine)
-    assert result["relative_time"] > 0.5  # of SGD, relative to SGD: it was 0.2 where the start was counted in each step
-    steps, start = 24, cost.seconds / (2 * 3)
-    assert cost.seconds < 2 * (steps + 20) * start  # far from one start a step
 
 
 def test_a_preset_is_where_flags_start_from(bisam, cifar_root):

@@ -1,0 +1,62 @@
+"""Pace and estimates: data that is slow to begin, as where processes read files, is no step's time, nor forgotten."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bisam import ERM, SharpnessAware, cross_entropy
+from bisam.experiments import data, models
+from bisam.experiments.epochs import train_epoch
+from bisam.experiments.estimate import estimate
+from bisam.experiments.images import Images, digits
+from bisam.experiments.machine import Machine
+from bisam.experiments.pace import PACE, Pace
+from bisam.experiments.recipes import Recipe
+from bisam.experiments.watch import Watch
+
+RECIPE = Recipe(method="sgd", batch_size=128, epochs=2)
+BEGIN = 100.0  # seconds, of a clock that nothing else moves
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """The digits, whose first batch takes `BEGIN` and a second, and each of the others a second."""
+    now = 0.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+
+    class Slow(Images):
+        def batches(self, *arguments, **options):
+            nonlocal now
+            now += BEGIN
+            for batch in super().batches(*arguments, **options):
+                now += 1
+                yield batch
+
+    whole = digits()
+    train, test = (Slow(part.images, part.labels) for part in (whole.train, whole.test))
+    return replace(whole, train=train, validation=test, test=test)
+
+
+def test_the_pace_is_that_of_steps(slow):
+    model = models.build("convnet", 10, channels=1)
+    assert Pace(Machine().fabric(), model, slow.train, RECIPE).seconds() == (PACE - 1) / PACE
+
+
+def test_an_epoch_begins_with_its_data(slow):
+    fabric, watch = Machine().fabric(), Watch(ERM())
+    loss = SharpnessAware(models.build("convnet", 10, channels=1), watch, cross_entropy)
+    sharp, optimizer = fabric.setup(loss, torch.optim.SGD(loss.parameters(), 0.1))
+    row = train_epoch(fabric, sharp, watch, optimizer, slow.train.first(1024), RECIPE, torch.Generator())
+    assert (row["seconds"], row["losses"]) == (BEGIN + 8, 8)
+
+
+def test_an_estimate_begins_three_times_an_epoch(slow, monkeypatch):
+    monkeypatch.setattr(data, "load", lambda *_: slow)
+    seconds = estimate(RECIPE, Machine()).seconds
+    assert seconds is not None
+    begun = 2 * 3 * (BEGIN + 1)
+    assert begun < seconds < begun + 2 * 3 * (PACE + 1)
