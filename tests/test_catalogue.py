@@ -25,7 +25,7 @@ N, WIDTH, STEPS = 64, 400, 120
 ENTRIES = {**catalogue.METHODS, **catalogue.GAMES}
 each_entry = pytest.mark.parametrize("key", ENTRIES)
 each_counted = pytest.mark.parametrize(  # XSAM searches every 400 steps
-    "key", [pytest.param(key, marks=pytest.mark.slow) if key == "xsam" else key for key in ENTRIES]
+    "key", [pytest.param(key, marks=pytest.mark.slow) if key in ("bsam", "xsam") else key for key in ENTRIES]
 )
 
 

@@ -768,7 +768,8 @@ def memory_of(sharp: SharpnessAware) -> list[Tensor]:
     return [t.full_tensor() if hasattr(t, "full_tensor") else t for t in leaves]
 
 
-@pytest.mark.parametrize("method", ["LookSAM", pytest.param("FisherSAM", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["LookSAM", "FisherSAM"])
 def test_a_memory_is_restored_by_another_number_of_ranks(method, tmp_path):
     weights, memory = ranks.run(2, remembering, method, str(tmp_path))[0]
     assert memory

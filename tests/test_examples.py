@@ -13,7 +13,15 @@ import pytest
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("train_*.py")), ids=lambda path: path.name)
+# They mostly import, and other tests use the same hosts.
+LONG = {"train_fsdp2.py", "train_lora.py", "train_timm.py", "train_transformers.py"}
+SCRIPTS = [
+    pytest.param(path, id=path.name, marks=[pytest.mark.slow] if path.name in LONG else [])
+    for path in sorted(EXAMPLES.glob("train_*.py"))
+]
+
+
+@pytest.mark.parametrize("path", SCRIPTS)
 def test_the_example_runs(path):
     several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]  # torchrun
     command = [sys.executable, *(several if "torchrun" in path.read_text() else []), path]

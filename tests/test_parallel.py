@@ -543,6 +543,7 @@ def four(rank: int, folder: Path) -> None:
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_two_pairs_are_two_replicas(tmp_path):
     ends = ranks(four, 4, tmp_path)
     assert ends == ["done"] * 4, "\n".join(ends)

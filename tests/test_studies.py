@@ -216,6 +216,7 @@ def test_a_dry_run_says_what_is_left_and_runs_nothing(bisam, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_a_study_without_its_data_starts_nothing(bisam, tmp_path):
     code, out, err = bisam(
         "run", "table2", "--seeds", 1, "--workers", 1, "--data-dir", tmp_path, "--out", tmp_path / "o"
@@ -383,6 +384,7 @@ def test_a_run_killed_at_ten_random_moments_equals_the_uninterrupted_one(tmp_pat
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b or (a != a and b != b)
 
 
+@pytest.mark.slow
 def test_what_each_device_remembers_is_saved_for_each(tmp_path):
     """Momentum-SAM's average is of the device's own part of the batches."""
     run = Run.under(tmp_path, Recipe(method="momentum_sam", rho=0.4, epochs=1, batch_size=256))
