@@ -120,10 +120,7 @@ def cells(row: Row, header: Sequence[str]) -> tuple[str, ...]:
 
 def difference(row: Row) -> str:
     """The difference of a row with its interval and its pairs; a dash where there are less than two."""
-    if row["pairs"] < 2:
-        return "–"
-    centre, low, high = (f"{_signed(100 * row[f'difference_{part}'])}" for part in ("mean", "low", "high"))
-    return f"{centre} [{low}, {high}] ({row['pairs']})"
+    return _interval(Difference(*(row[f"difference_{part}"] for part in ("mean", "low", "high")), row["pairs"]), 100)
 
 
 def markdown(
@@ -264,11 +261,17 @@ def _flips(groups: Groups, baselines: Baselines) -> str:
     for recipe, values in late.items():
         other = baseline(recipe, late, baselines)
         pairs = paired(groups[recipe], groups[other], lambda a, b: _late(a) - _late(b)) if other else []
-        one = student(pairs) if len(pairs) > 1 else None
-        against = "–" if one is None else f"{_signed(one.mean)} [{_signed(one.low)}, {_signed(one.high)}] ({one.pairs})"
-        decided = "–" if one is None else "decided" if one.decided else "not decided"
+        one = student(pairs) if pairs else _NONE
+        decided = "–" if one.pairs < 2 else "decided" if one.decided else "not decided"
         share = [value / run.result["examples"] for value, run in zip(values, groups[recipe], strict=True)]
-        cells = (called[recipe], _written(values, 1), _written(share, 100), f"{len(values)}", against, decided)
+        cells = (
+            called[recipe],
+            _written(values, 1),
+            _written(share, 100),
+            f"{len(values)}",
+            _interval(one, 1),
+            decided,
+        )
         rows.append((titles[place(recipe)], *cells) if len(titles) > 1 else cells)
     if not rows:
         return ""
@@ -343,6 +346,13 @@ def _moments(key: str, values: Sequence[float]) -> Row:
 def _spread(row: Row, key: str, unit: float) -> str:
     centre, spread = unit * row[f"{key}_mean"], unit * row[f"{key}_std"]
     return "–" if isnan(centre) else f"{centre:.2f}" if isnan(spread) else f"{centre:.2f} ± {spread:.2f}"
+
+
+def _interval(one: Difference, unit: float) -> str:
+    if one.pairs < 2:
+        return "–"
+    centre, low, high = (_signed(unit * value) for value in (one.mean, one.low, one.high))
+    return f"{centre} [{low}, {high}] ({one.pairs})"
 
 
 def _written(values: Sequence[float], unit: float) -> str:
