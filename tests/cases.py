@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import cos, pi
 from typing import Any
@@ -55,6 +55,7 @@ from bisam import (
     lookahead,
 )
 from bisam.masks import DropGrow, FisherMask, RandomMask
+from bisam.oracle import Query
 from bisam.perturbations import L2, Adaptive, Friendly, LossEquated, NormLayers, Smoothed, ZScore
 from bisam.schedules import Cosine, Follow, Linear, Warmup
 
@@ -382,8 +383,11 @@ class Quadratic(Oracle):
     def __init__(self, *w: float) -> None:
         self.weights, self.names, self.state = Vector([torch.tensor(w, dtype=torch.double)]), ["w"], {}
 
-    def query(self, batch, objective=None, *, at=None, grad=True, track=None) -> Evaluation:
-        (a,), (w,) = batch, self.weights if at is None else self.weights + at
+    def ask(self, queries: Sequence[Query]) -> list[Evaluation]:
+        return [self._answer(query.batch[0], query.take(), query.grad) for query in queries]
+
+    def _answer(self, a: Tensor, at: Vector | None, grad: bool) -> Evaluation:
+        (w,) = self.weights if at is None else self.weights + at
         return Evaluation((a * (w - 1) ** 2 / 2).sum(1), Vector([a.mean(0) * (w - 1)]) if grad else None)
 
 

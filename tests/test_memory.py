@@ -39,6 +39,7 @@ from bisam import (
 from bisam.arguments import remembering
 from bisam.evaluation import take
 from bisam.memory import kind, load, save, settled
+from bisam.oracle import Query
 from bisam.perturbations import L2, Friendly, Smoothed
 from bisam.schedules import Cosine
 
@@ -277,13 +278,10 @@ class Recorder(cases.Quadratic):
         self.layers, self.loss = ["LayerNorm"], cross_entropy
         self.parameters = [nn.Parameter(self.weights.tensors[0])]
 
-    def query(self, batch, objective=None, *, at=None, grad=True, track=None) -> Evaluation:
-        self.seen.append((None if at is None else at.tensors[0].tolist(), grad, track))
-        return super().query(batch, objective, at=at, grad=grad, track=track)
-
-    def together(self, *queries):
+    def ask(self, queries):
         self.groups.append(len(queries))
-        return super().together(*queries)
+        self.seen += [(None if q.at is None else q.at.tensors[0].tolist(), q.grad, q.track) for q in queries]
+        return super().ask(queries)
 
 
 def shift(*values: float) -> Vector:
@@ -356,7 +354,8 @@ def test_where_a_view_looks_and_what_moves_statistics(view, queries):
     expected = [(at, tracks(track, at)) for at, track in queries]
     assert [(at, tracks(track, at)) for at, _, track in oracle.seen] == expected
     oracle.seen.clear()
-    seen.together({"batch": (A,)}, {"batch": (A,), "at": shift(1, 1), "grad": False})
+    oracle.groups.clear()
+    seen.ask([Query((A,)), Query((A,), at=shift(1, 1), grad=False)])
     assert [(at, tracks(track, at)) for at, _, track in oracle.seen] == expected
     assert [grad for _, grad, _ in oracle.seen] == [True, False]
     assert oracle.groups == [2]  # one call: a subclass may answer in parallel
@@ -379,7 +378,7 @@ def test_asked_to_move_statistics_a_view_does_unless_it_is_still(view, expected)
 def test_what_does_not_depend_on_each_other_is_asked_together_at_any_depth(around):
     oracle = Recorder(2.0, 3.0)
     around(CRSAM())(oracle, (A,))
-    assert oracle.groups == [2]
+    assert oracle.groups == [1, 2]
     oracle.groups.clear()
     for _ in range(2):
         around(SAMPa(ahead=lambda g, o: g * -0.1))(oracle, (A,))

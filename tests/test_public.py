@@ -52,6 +52,7 @@ NAMES = {
     "RAPP",
     "RSAM",
     "SAM",
+    "Query",
     "SAMON",
     "SAMPa",
     "SharpnessAware",

@@ -47,7 +47,7 @@ from bisam.objectives import (
     cross_entropy as cross_entropy,
 )
 from bisam.optimizers import Lookahead as Lookahead, lookahead as lookahead
-from bisam.oracle import Oracle as Oracle
+from bisam.oracle import Oracle as Oracle, Query as Query
 from bisam.vector import Vector as Vector
 
 __version__ = "0.1.0"

@@ -23,7 +23,7 @@ from bisam.buffers import Buffers, Slot
 from bisam.evaluation import Batch, Evaluation, size
 from bisam.noise import RandomState
 from bisam.objectives import Count, Objective
-from bisam.oracle import Oracle
+from bisam.oracle import Oracle, Query
 from bisam.shards import FullyShard, Peers, Replicas, Shards, fully_sharded_kind, local
 from bisam.vector import Layout, Tensors, Vector
 
@@ -166,23 +166,18 @@ class ModelOracle(Oracle):
         """0 while all inner gradients were finite, else NaN; None where no scale is in use."""
         return self._overflow
 
-    def query(
-        self,
-        batch: Batch,
-        objective: Objective | None = None,
-        *,
-        at: Vector | None = None,
-        grad: bool = True,
-        track: bool | None = None,
-    ) -> Evaluation:
-        """See `Oracle.query`.
+    def ask(self, queries: Sequence[Query]) -> list[Evaluation]:
+        """See `Oracle.ask`; in series.
 
         Raises:
             TypeError: `forward` or the objective return something else than they should.
             ValueError: the batch is empty; the losses have the wrong shape or no gradient; a gradient is sparse.
         """
-        objective = self.loss if objective is None else objective
-        track = at is None if track is None else track
+        return [self._answer(query) for query in queries]
+
+    def _answer(self, query: Query) -> Evaluation:
+        batch, grad, track, at = query.batch, query.grad, query.tracks, query.take()
+        objective = self.loss if query.objective is None else query.objective
         untouched = self._buffers.untouched
         weights = None if at is None else self.weights
         saved = None if weights is None else weights.clone()

@@ -222,7 +222,7 @@ METHODS: dict[str, Entry] = {
         "Wu et al., 2024",
         arxiv("2312.13555"),
         gradients="3",
-        memory=5,
+        memory=4,
         rho=0.1,
         advice="0.1",
         family="combining",

@@ -13,11 +13,11 @@ pairs each perturbs for its own part of the data, and DistributedDataParallel ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -38,11 +38,8 @@ from bisam.methods import Method
 from bisam.model_oracle import ModelOracle
 from bisam.noise import RandomState
 from bisam.objectives import Objective
-from bisam.oracle import Oracle, View
+from bisam.oracle import Oracle, Query, View
 from bisam.vector import Vector
-
-Query = Mapping[str, Any]
-"""The keyword arguments of `Oracle.query`."""
 
 
 @dataclass(frozen=True)
@@ -122,30 +119,14 @@ class _Shared(View):
         self._before = _generators(below)
         _ = below._buffers.untouched  # what a failed step goes back to, also if the other rank moves them first
 
-    def query(
-        self,
-        batch: Batch,
-        objective: Objective | None = None,
-        *,
-        at: Vector | None = None,
-        grad: bool = True,
-        track: bool | None = None,
-    ) -> Evaluation:
-        """See `Oracle.query`; asked by both ranks, and the even one's answer counts."""
-        query: dict[str, Any] = {"batch": batch, "objective": objective, "at": at, "grad": grad, "track": track}
-        at = None  # given away
-        return self._answered([query], [None])[0]
+    def ask(self, queries: Sequence[Query]) -> list[Evaluation]:
+        """See `Oracle.ask`; several are divided between the ranks, a single one is asked by both.
 
-    def together(self, *queries: Query) -> list[Evaluation]:
-        """See `Oracle.together`; each is asked by one rank."""
-        if len(queries) < 2:
-            return [self.query(**query) for query in queries]
-        return self._answered([dict(query) for query in queries], _members(queries))
-
-    def _answered(self, queries: list[dict[str, Any]], members: Sequence[int | None]) -> list[Evaluation]:
-        """Answers to queries, each asked by the member of the pair that is given, or by both; empties the queries."""
-        pair, objectives = self._pair, [query.get("objective") or self.loss for query in queries]
-        shapes, moving = [shapes_of(query["batch"]) for query in queries], any(_tracks(query) for query in queries)
+        Then the answer of the even rank counts.
+        """
+        members: Sequence[int | None] = _members(queries) if len(queries) > 1 else [None] * len(queries)
+        pair, objectives = self._pair, [query.objective or self.loss for query in queries]
+        shapes, moving = [shapes_of(query.batch) for query in queries], any(query.tracks for query in queries)
         self._exchanges += 1
         place = pair.calls, self._exchanges, self.step, len(queries)
         own: list[Evaluation | None] = []
@@ -172,18 +153,19 @@ class _Shared(View):
         forms = [(note, theirs)[(member or 0) != pair.member].forms[i] for i, member in enumerate(members)]
         return self._exchanged(own, members, cast("list[Form]", forms), objectives, buffers)
 
-    def _asked(self, query: dict[str, Any], here: bool) -> Evaluation | None:
+    def _asked(self, query: Query, here: bool) -> Evaluation | None:
         """The answer to a query, from a stream of random numbers that is its own, if it is asked here."""
-        batch, at = query.pop("batch"), [query.pop("at", None)]
+        batch = query.batch
         same = (i for i, known in enumerate(self._batches) if known is batch)
         number = next(same, len(self._batches)) if self._below._same_noise else len(self._batches)
         self._batches.append(batch)
         if not here:
+            query.take()  # its memory is free meanwhile
             return None
         state = RandomState(self._below.parameters)
         _seed(state, torch.initial_seed(), self._pair.rank // 2, self.step, number)
         try:
-            return super().query(batch, at=at.pop(), **query)
+            return super().ask([query])[0]
         finally:
             state.restore()
 
@@ -244,18 +226,13 @@ def _model_oracle(oracle: Oracle) -> ModelOracle:
 
 def _members(queries: Sequence[Query]) -> list[int]:
     """Who asks which query: those at the weights the even one, whose `clean` they fill; the others even it out."""
-    members = [0 if _tracks(query) else None for query in queries]
+    members = [0 if query.tracks else None for query in queries]
     load = [members.count(0), 0]
     for i, member in enumerate(members):
         if member is None:
             members[i] = 0 if load[0] <= load[1] else 1
             load[members[i] or 0] += 1
     return cast("list[int]", members)
-
-
-def _tracks(query: Query) -> bool:
-    track = query.get("track")
-    return query.get("at") is None if track is None else track
 
 
 def _generators(below: ModelOracle) -> list[Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
@@ -17,8 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from bisam.evaluation import Batch, Evaluation, size
 from bisam.methods import Method
 from bisam.objectives import CrossEntropy, LowerBound, Objective
-from bisam.oracle import Oracle, View
-from bisam.vector import Vector
+from bisam.oracle import Oracle, Query, View
 
 Inputs = dict[str, Any]
 """A batch as the Trainer's collator made it."""
@@ -227,27 +226,17 @@ class _Queries(View):
         super().__init__(oracle)
         self._own, self._costs, self._examples = own, costs, examples
 
-    def query(
-        self,
-        batch: Batch,
-        objective: Objective | None = None,
-        *,
-        at: Vector | None = None,
-        grad: bool = True,
-        track: bool | None = None,
-    ) -> Evaluation:
-        """See `Oracle.query`."""
-        given, at = [at], None  # given away: see `View.query`
-        self._own.asked = objective
-        with self._costs.query((size(batch) or 1) / self._examples, grad):
-            answer = super().query(batch, objective, at=given.pop(), grad=grad, track=track)
+    def ask(self, queries: Sequence[Query]) -> list[Evaluation]:
+        """See `Oracle.ask`."""
+        return [self._watched(query) for query in queries]
+
+    def _watched(self, query: Query) -> Evaluation:
+        self._own.asked = query.objective
+        with self._costs.query((size(query.batch) or 1) / self._examples, query.grad):
+            (answer,) = super().ask([query])
         # The mean is over items, of which an example may have many, and so must its weight be among other parts.
         items = self._own.counted if answer.objective is self._own else None
         return answer if items is None else replace(answer, count=items)
-
-    def together(self, *queries: Mapping[str, Any]) -> list[Evaluation]:
-        """See `Oracle.together`."""
-        return [self.query(**query) for query in queries]
 
 
 class Costs:

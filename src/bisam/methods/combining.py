@@ -16,7 +16,7 @@ from bisam.arguments import non_negative, positive, share, whole
 from bisam.evaluation import Batch, Evaluation
 from bisam.methods.sam import SAM
 from bisam.objectives import LowerBound, NegLog, count, mean
-from bisam.oracle import Oracle
+from bisam.oracle import Oracle, Query
 from bisam.perturbations import L2, Perturbation
 from bisam.schedules import Radius
 from bisam.vector import TINY, Vector
@@ -123,9 +123,7 @@ class CRSAM(SAM):
         plain = None if self.ascent == self.descent else oracle.query(batch, self.descent, track=False)
         a = oracle.query(batch, self.ascent)
         g, e = (plain or a).gradient, self.perturb(a.gradient, oracle.within("perturb"))
-        ahead, behind = oracle.together(
-            {"batch": batch, "objective": self.descent, "at": e}, {"batch": batch, "objective": self.descent, "at": -e}
-        )
+        ahead, behind = oracle.ask([Query(batch, self.descent, at) for at in (e, -e)])
         p, m = ahead.gradient, behind.gradient
         return replace(ahead, grad=p + (p + m - g * 2) * self.gamma + (p - m) * self.beta)
 

@@ -14,7 +14,7 @@ from bisam.evaluation import Batch, Evaluation, largest, size, take
 from bisam.masks import RandomMask, top
 from bisam.methods.sam import SAM
 from bisam.objectives import LowerBound, NegLog, Objective
-from bisam.oracle import Oracle
+from bisam.oracle import Oracle, Query
 from bisam.perturbations import L2, Perturbation
 from bisam.schedules import Radius
 from bisam.vector import TINY, Vector
@@ -317,17 +317,17 @@ class SAMPa(SAM):
         """Two independent queries (three with another ascent); at the first step those at the weights come before."""
         state = oracle.state
         if "batch" not in state:
-            state.update(self._memory(batch, oracle.together(*self._looks(batch, None, track=False))))
+            state.update(self._memory(batch, oracle.ask(self._looks(batch, None, track=False))))
         g, a = state["gradients"][0], state["gradients"][-1]
         e = self.perturb(a, oracle.within("perturb"))
-        late = {"batch": state["batch"], "objective": self.descent, "at": e, "track": False}
-        h, *seen = oracle.together(late, *self._looks(batch, self.ahead(g, oracle), track=True))
+        late = Query(state["batch"], self.descent, e, track=False)
+        h, *seen = oracle.ask([late, *self._looks(batch, self.ahead(g, oracle), track=True)])
         state.update(self._memory(batch, seen))
         return replace(seen[0], grad=h.gradient * (1 - self.lam) + seen[0].gradient * self.lam)
 
-    def _looks(self, batch: Batch, at: Vector | None, track: bool) -> list[dict[str, Any]]:
-        look = {"batch": batch, "objective": self.descent, "at": at, "track": track}
-        return [look] if self.ascent == self.descent else [look, {**look, "objective": self.ascent, "track": False}]
+    def _looks(self, batch: Batch, at: Vector | None, track: bool) -> list[Query]:
+        look = Query(batch, self.descent, at, track=track)
+        return [look] if self.ascent == self.descent else [look, Query(batch, self.ascent, at, track=False)]
 
     def _memory(self, batch: Batch, seen: list[Evaluation]) -> dict[str, Any]:
         return {"batch": batch, "gradients": [s.gradient for s in seen]}
