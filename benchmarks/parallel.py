@@ -28,7 +28,7 @@ from benchmarks.measure import Parser, interleaved, ratio, report, verdict, writ
 from benchmarks.models import batch_for, mlp, resnet56
 from bisam import ERM, SAM, SAMPa, SharpnessAware, cross_entropy, lookahead
 from bisam.experiments.timing import Times
-from bisam.integrations.parallel import InPairs
+from bisam.integrations.pairs import InPairs
 from bisam.methods import Method
 
 REFERENCE = "SAM, one process"

@@ -57,10 +57,10 @@ from bisam import (
     ZSharp,
     cross_entropy,
 )
-from bisam.arguments import remembering
 from bisam.masks import DropGrow, FisherMask, RandomMask
 from bisam.perturbations import L2, Adaptive, Friendly, NormLayers
 from bisam.schedules import Constant, Linear
+from bisam.validation import remembering
 
 MODELS = {**cases.MODELS, "mlp": cases.A_MODEL}
 each_method = pytest.mark.parametrize("name", cases.FAMILY)

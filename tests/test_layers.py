@@ -13,14 +13,14 @@ import bisam
 ROOT = Path(bisam.__file__).parent
 # In this order; files of one floor do not see each other, and a package's files see their own package.
 FLOORS = [
-    {"arguments", "vector"},
-    {"bridge", "objectives", "buffers", "schedules", "shards", "noise"},
-    {"memory", "hosts"},
+    {"validation", "vector"},
+    {"bridge", "objectives", "schedules", "distributed"},
     {"evaluation"},
     {"oracle"},
-    {"model_oracle", "perturbations", "optimizers"},
+    {"perturbations", "optim"},
     {"masks"},
     {"methods"},
+    {"state", "model"},
     {"loss"},
     {"integrations", "analysis"},
     {"experiments"},

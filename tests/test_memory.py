@@ -36,12 +36,12 @@ from bisam import (
     Vector,
     cross_entropy,
 )
-from bisam.arguments import remembering
 from bisam.evaluation import take
-from bisam.memory import kind, load, save, settled
 from bisam.oracle import Query
 from bisam.perturbations import L2, Friendly, Smoothed
 from bisam.schedules import Cosine
+from bisam.state import kind, load, save, settled
+from bisam.validation import remembering
 
 PARAMETERS = [nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(()))]
 

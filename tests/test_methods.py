@@ -26,10 +26,10 @@ from bisam import (
     Vector,
     cross_entropy,
 )
-from bisam.arguments import portion, share, whole
 from bisam.masks import top
 from bisam.oracle import Query
 from bisam.perturbations import L2, Adaptive
+from bisam.validation import portion, share, whole
 
 
 def close(actual, expected, tolerance: float) -> None:

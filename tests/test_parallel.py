@@ -25,11 +25,23 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DistributedSampler
 
-from bisam import CRSAM, ERM, MSAM, RSAM, SAM, Evaluation, NegLog, SAMPa, SharpnessAware, cross_entropy, lookahead
-from bisam.integrations import pairs, parallel
-from bisam.integrations.parallel import InPairs, replica, replicas
+from bisam import (
+    CRSAM,
+    ERM,
+    MSAM,
+    RSAM,
+    SAM,
+    Evaluation,
+    NegLog,
+    SAMPa,
+    SharpnessAware,
+    Vector,
+    cross_entropy,
+    lookahead,
+)
+from bisam.integrations.pairs import InPairs, method as parallel, pair as pairs, replica, replicas
 from bisam.masks import RandomMask
-from bisam.oracle import Oracle
+from bisam.oracle import Oracle, Query
 from bisam.perturbations import L2
 
 HOST, PATIENCE = "127.0.0.1", 120.0
@@ -618,8 +630,8 @@ def test_a_wrong_argument_is_named_where_it_is_given():
     ],
 )
 def test_the_even_rank_asks_what_moves_running_statistics(tracked, members):
-    assert parallel._members([{"batch": (), "at": None, "track": track} for track in tracked]) == members
-    assert parallel._members([{"batch": (), "at": None if track else 1} for track in tracked]) == members
+    assert parallel._members([Query((), track=track) for track in tracked]) == members
+    assert parallel._members([Query((), at=None if track else Vector([torch.ones(1)])) for track in tracked]) == members
 
 
 def test_memory_that_is_sent_has_the_layout_of_what_it_is_sent_for():

@@ -40,7 +40,7 @@ from bisam.perturbations import L2
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 pytest.importorskip("accelerate")
-integration = importlib.import_module("bisam.integrations.transformers")
+integration = importlib.import_module("bisam.integrations.transformers.trainer")
 BatchEncoding, Trainer, TrainingArguments = (
     transformers.BatchEncoding,
     transformers.Trainer,
@@ -842,6 +842,7 @@ def test_an_old_transformers_is_refused(tmp_path, monkeypatch):
 
 def test_without_transformers_the_import_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    monkeypatch.delitem(sys.modules, "bisam.integrations.transformers")
+    for module in [name for name in sys.modules if name.startswith("bisam.integrations.transformers")]:
+        monkeypatch.delitem(sys.modules, module)
     with pytest.raises(ImportError, match=r'needs transformers: pip install "bisam\[transformers\]"'):
         importlib.import_module("bisam.integrations.transformers")

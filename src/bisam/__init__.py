@@ -39,14 +39,14 @@ from bisam.methods import (
     VaSSO as VaSSO,
     ZSharp as ZSharp,
 )
-from bisam.model_oracle import ModelOracle as ModelOracle
+from bisam.model.oracle import ModelOracle as ModelOracle
 from bisam.objectives import (
     LowerBound as LowerBound,
     NegLog as NegLog,
     Tanh as Tanh,
     cross_entropy as cross_entropy,
 )
-from bisam.optimizers import Lookahead as Lookahead, lookahead as lookahead
+from bisam.optim import Lookahead as Lookahead, lookahead as lookahead
 from bisam.oracle import Oracle as Oracle, Query as Query
 from bisam.vector import Vector as Vector
 

@@ -18,13 +18,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from bisam import hosts, memory as memories
-from bisam.arguments import instance
+from bisam import state as memories
+from bisam.distributed.layout import Shards, reshard
 from bisam.evaluation import Evaluation, join
 from bisam.methods import Method
-from bisam.model_oracle import Forward, ModelOracle, Scale, Scope
+from bisam.model import compatibility
+from bisam.model.oracle import Forward, ModelOracle, Scale, Scope
 from bisam.objectives import Objective
-from bisam.shards import Shards, reshard
+from bisam.validation import instance
 
 
 class SharpnessAware(nn.Module):
@@ -108,7 +109,7 @@ class SharpnessAware(nn.Module):
         """
         memory = self._memory
         if not memory.checked:
-            hosts.check(self, self.method, self._perturbation)
+            compatibility.check(self, self.method, self._perturbation)
         memory.seen, memory.clean = [], None  # the last step's outputs need not live through this one
         oracle = ModelOracle(
             self.model,

@@ -17,9 +17,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from bisam.arguments import portion, share, whole
 from bisam.oracle import Oracle
 from bisam.perturbations import Around
+from bisam.validation import portion, share, whole
 from bisam.vector import Vector
 
 

@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 
 from bisam import schedules
-from bisam.arguments import instance, non_negative, portion, positive, share
 from bisam.oracle import Oracle
 from bisam.schedules import Radius
+from bisam.validation import instance, non_negative, portion, positive, share
 from bisam.vector import TINY, Vector
 
 Perturbation = Callable[[Vector, Oracle], Vector]

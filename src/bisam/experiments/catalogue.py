@@ -19,7 +19,7 @@ _SAMPA = Entry(
     arxiv("2410.10683"),
     state="gradient, batch",
     kept=1,
-    memory=5,
+    memory=4,
     rho=0.1,
     advice="0.1",
     family="saving",

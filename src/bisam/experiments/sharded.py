@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from bisam.shards import Shards, local, sharded_kind
+from bisam.distributed.layout import Shards, local, sharded_kind
 
 Averaging = Callable[[Sequence[Tensor], Sequence[Tensor], Any], None]
 

@@ -21,6 +21,7 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 from torch.optim.swa_utils import AveragedModel
 
 from bisam import SharpnessAware
+from bisam.distributed.layout import reshard
 from bisam.experiments import data, models
 from bisam.experiments.data import Data, Split, batches_of
 from bisam.experiments.epochs import predictions, train_epoch
@@ -44,7 +45,6 @@ from bisam.experiments.sharded import (
     whole,
 )
 from bisam.experiments.watch import Watch
-from bisam.shards import reshard
 
 OnEpoch = Callable[[Row], None]
 

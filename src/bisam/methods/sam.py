@@ -12,13 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from bisam.arguments import instance, whole
 from bisam.evaluation import Batch, Evaluation
 from bisam.masks import DropGrow, FisherMask
 from bisam.objectives import LowerBound, NegLog, Objective
 from bisam.oracle import Oracle
 from bisam.perturbations import L2, Adaptive, Friendly, LossEquated, NormLayers, Perturbation, Smoothed, ZScore
 from bisam.schedules import Radius
+from bisam.validation import instance, whole
 from bisam.vector import Vector
 
 Method = Callable[[Oracle, Batch], Evaluation]

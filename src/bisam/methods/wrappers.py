@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from bisam.arguments import instance, non_negative, remembering, whole
 from bisam.evaluation import Batch, Evaluation, divisor, join, largest, split
 from bisam.methods.sam import ERM, SAM, Method
 from bisam.oracle import Oracle
+from bisam.validation import instance, non_negative, remembering, whole
 
 
 @dataclass(frozen=True)

@@ -25,20 +25,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from transformers import Trainer
+from transformers.modeling_outputs import SequenceClassifierOutput
 
-try:
-    from transformers import Trainer
-    from transformers.modeling_outputs import SequenceClassifierOutput
-
-    from bisam.integrations.trainer_loss import Costs, Inputs, TrainerLoss, Watched
-except ImportError as error:
-    raise ImportError('SharpnessAwareTrainer needs transformers: pip install "bisam[transformers]"') from error
-
-from bisam.arguments import instance
+from bisam.integrations.transformers.loss import Costs, Inputs, TrainerLoss, Watched
 from bisam.loss import SharpnessAware
-from bisam.memory import kind
 from bisam.methods import Method
-from bisam.model_oracle import Scope
+from bisam.model.oracle import Scope
+from bisam.state import kind
+from bisam.validation import instance
 
 
 class SharpnessAwareTrainer(Trainer):

@@ -207,7 +207,7 @@ class Watched:
     method: Method
     own: TrainerLoss
     costs: Costs
-    transparent: ClassVar[bool] = True  # to `bisam.memory.kind`
+    transparent: ClassVar[bool] = True  # to `bisam.state.kind`
 
     def __repr__(self) -> str:
         return repr(self.method)

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from bisam.arguments import finite, instance, non_negative, portion, share, whole
 from bisam.evaluation import Batch, Evaluation, largest, size, take
 from bisam.masks import RandomMask, top
 from bisam.methods.sam import SAM
@@ -17,6 +16,7 @@ from bisam.objectives import LowerBound, NegLog, Objective
 from bisam.oracle import Oracle, Query
 from bisam.perturbations import L2, Perturbation
 from bisam.schedules import Radius
+from bisam.validation import finite, instance, non_negative, portion, share, whole
 from bisam.vector import TINY, Vector
 
 

@@ -6,8 +6,8 @@ from typing import Any, cast
 
 from torch import nn
 
-from bisam.arguments import having
-from bisam.shards import fully_sharded_kind, sharded_kind
+from bisam.distributed.layout import fully_sharded_kind, sharded_kind
+from bisam.validation import having
 
 
 def check(sharp: nn.Module, method: Any, perturbation: str | None) -> None:

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 from bisam.evaluation import Batch, Evaluation
-from bisam.model_oracle import ModelOracle
+from bisam.model.oracle import ModelOracle
 from bisam.objectives import Objective
 from bisam.oracle import Oracle
 from bisam.vector import Vector

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from bisam.arguments import share, whole
+from bisam.distributed.layout import local
 from bisam.oracle import Oracle
-from bisam.shards import local
+from bisam.validation import share, whole
 from bisam.vector import Scalar, Tensors, Vector, as_real, clone
 
 Group = Mapping[str, Any]

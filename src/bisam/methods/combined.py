@@ -12,13 +12,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from bisam.arguments import non_negative, positive, share, whole
 from bisam.evaluation import Batch, Evaluation
 from bisam.methods.sam import SAM
 from bisam.objectives import LowerBound, NegLog, count, mean
 from bisam.oracle import Oracle, Query
 from bisam.perturbations import L2, Perturbation
 from bisam.schedules import Radius
+from bisam.validation import non_negative, positive, share, whole
 from bisam.vector import TINY, Vector
 
 

@@ -22,9 +22,8 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor
 
-from bisam.arguments import instance
 from bisam.evaluation import Batch, Evaluation
-from bisam.integrations.pairs import (
+from bisam.integrations.pairs.pair import (
     Form,
     Note,
     Pair,
@@ -35,10 +34,11 @@ from bisam.integrations.pairs import (
     shapes_of,
 )
 from bisam.methods import Method
-from bisam.model_oracle import ModelOracle
-from bisam.noise import RandomState
+from bisam.model.oracle import ModelOracle
+from bisam.model.rng import RandomState
 from bisam.objectives import Objective
 from bisam.oracle import Oracle, Query, View
+from bisam.validation import instance
 from bisam.vector import Vector
 
 

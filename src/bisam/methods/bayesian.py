@@ -7,10 +7,10 @@ from typing import ClassVar
 
 import torch
 
-from bisam.arguments import instance, non_negative, positive, share
 from bisam.evaluation import Batch, Evaluation
 from bisam.objectives import Objective
 from bisam.oracle import Oracle
+from bisam.validation import instance, non_negative, positive, share
 from bisam.vector import Vector
 
 

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from bisam import objectives
-from bisam.arguments import check_losses, check_strangers, describe
 from bisam.bridge import WithGradient
-from bisam.buffers import Buffers, Slot
+from bisam.distributed.layout import FullyShard, Peers, Replicas, Shards, fully_sharded_kind, local
 from bisam.evaluation import Batch, Evaluation, size
-from bisam.noise import RandomState
+from bisam.model.buffers import Buffers, Slot
+from bisam.model.rng import RandomState
 from bisam.objectives import Count, Objective
 from bisam.oracle import Oracle, Query
-from bisam.shards import FullyShard, Peers, Replicas, Shards, fully_sharded_kind, local
+from bisam.validation import check_losses, check_strangers, describe
 from bisam.vector import Layout, Tensors, Vector
 
 Forward = Callable[..., tuple[Any, Any]]

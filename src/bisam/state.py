@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from bisam.arguments import remembering
-from bisam.shards import Shards, local, sharded_kind
+from bisam.distributed.layout import Shards, local, sharded_kind
+from bisam.validation import remembering
 from bisam.vector import Layout, Vector
 
 State = dict[str, Any]
