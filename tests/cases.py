@@ -52,7 +52,7 @@ from bisam import (
     VaSSO,
     Vector,
     ZSharp,
-    lookahead,
+    next_step,
 )
 from bisam.masks import DropGrow, FisherMask, RandomMask
 from bisam.oracle import Query
@@ -281,10 +281,10 @@ FAMILY: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], references.Twin]
         lambda o: MomentumSAM(Adaptive(0.5), NegLog(), momentum=0.5),
         references.momentum_sam(references.adaptive(0.5), LOG, 0.5),
     ),
-    "SAMPa": (lambda o: SAMPa(L2(0.1), ahead=lookahead(o)), references.sampa(B, CE, CE, 0.2)),
-    "SAMPa-0": (lambda o: SAMPa(L2(0.1), ahead=lookahead(o), lam=0.0), references.sampa(B, CE, CE, 0.0)),
+    "SAMPa": (lambda o: SAMPa(L2(0.1), ahead=next_step(o)), references.sampa(B, CE, CE, 0.2)),
+    "SAMPa-0": (lambda o: SAMPa(L2(0.1), ahead=next_step(o), lam=0.0), references.sampa(B, CE, CE, 0.0)),
     "SAMPa-log": (
-        lambda o: SAMPa(Friendly(L2(0.1)), NegLog(), ahead=lookahead(o), lam=0.5),
+        lambda o: SAMPa(Friendly(L2(0.1)), NegLog(), ahead=next_step(o), lam=0.5),
         references.sampa(references.friendly(B, 1.0, 0.9), LOG, CE, 0.5),
     ),
     # Two gradients combined.

@@ -14,7 +14,8 @@ ROOT = Path(bisam.__file__).parent
 # In this order; files of one floor do not see each other, and a package's files see their own package.
 FLOORS = [
     {"validation", "vector"},
-    {"bridge", "objectives", "schedules", "distributed"},
+    {"objectives", "schedules"},
+    {"distributed"},
     {"evaluation"},
     {"oracle"},
     {"perturbations", "optim"},
@@ -22,6 +23,7 @@ FLOORS = [
     {"methods"},
     {"state", "model"},
     {"loss"},
+    {"deprecated"},
     {"integrations", "analysis"},
     {"experiments"},
     {"__init__"},

@@ -37,11 +37,11 @@ from bisam import (
     cross_entropy,
 )
 from bisam.evaluation import take
+from bisam.methods.method import stateful
 from bisam.oracle import Query
 from bisam.perturbations import L2, Friendly, Smoothed
 from bisam.schedules import Cosine
 from bisam.state import kind, load, save, settled
-from bisam.validation import remembering
 
 PARAMETERS = [nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(()))]
 
@@ -204,7 +204,7 @@ def test_a_memory_from_before_methods_were_named_is_taken():
     ],
 )
 def test_what_remembers_is_found_at_any_depth(method, name):
-    assert remembering(method) == name
+    assert stateful(method) == name
 
 
 # Overflows.
@@ -316,9 +316,9 @@ def test_views_answer_for_the_oracle_below():
     oracle = Recorder(2.0, 3.0)
     for view in (
         oracle.within("a"),
-        oracle.still(),
+        oracle.without_tracking(),
         oracle.shifted(shift(0, 0)),
-        oracle.within("a").still().within("b"),
+        oracle.within("a").without_tracking().within("b"),
     ):
         assert (view.names, view.layers, view.loss) == (["w"], ["LayerNorm"], cross_entropy)
         assert view.parameters is oracle.parameters
@@ -331,16 +331,19 @@ def test_views_answer_for_the_oracle_below():
     [
         (lambda o: o, [(None, None), ([1, 1], None)]),
         (lambda o: o.within("a"), [(None, None), ([1, 1], None)]),
-        (lambda o: o.still(), [(None, False), ([1, 1], False)]),
+        (lambda o: o.without_tracking(), [(None, False), ([1, 1], False)]),
         (lambda o: o.shifted(shift(3, 0)), [([3, 0], False), ([4, 1], False)]),
         (lambda o: o.shifted(shift(3, 0), track=True), [([3, 0], True), ([4, 1], False)]),
         (
             lambda o: o.shifted(shift(3, 0), track=True).shifted(shift(0, 2), track=True),
             [([3, 2], True), ([4, 3], False)],
         ),
-        (lambda o: o.still().shifted(shift(3, 0), track=True), [([3, 0], False), ([4, 1], False)]),
-        (lambda o: o.shifted(shift(3, 0), track=True).still(), [([3, 0], False), ([4, 1], False)]),
-        (lambda o: o.still().within("a").shifted(shift(3, 0), track=True), [([3, 0], False), ([4, 1], False)]),
+        (lambda o: o.without_tracking().shifted(shift(3, 0), track=True), [([3, 0], False), ([4, 1], False)]),
+        (lambda o: o.shifted(shift(3, 0), track=True).without_tracking(), [([3, 0], False), ([4, 1], False)]),
+        (
+            lambda o: o.without_tracking().within("a").shifted(shift(3, 0), track=True),
+            [([3, 0], False), ([4, 1], False)],
+        ),
     ],
 )
 def test_where_a_view_looks_and_what_moves_statistics(view, queries):
@@ -363,7 +366,7 @@ def test_where_a_view_looks_and_what_moves_statistics(view, queries):
 
 @pytest.mark.parametrize(
     ("view", "expected"),
-    [(lambda o: o, True), (lambda o: o.still(), False), (lambda o: o.shifted(shift(3, 0)), True)],
+    [(lambda o: o, True), (lambda o: o.without_tracking(), False), (lambda o: o.shifted(shift(3, 0)), True)],
 )
 def test_asked_to_move_statistics_a_view_does_unless_it_is_still(view, expected):
     oracle = Recorder(2.0, 3.0)

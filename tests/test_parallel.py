@@ -37,7 +37,7 @@ from bisam import (
     SharpnessAware,
     Vector,
     cross_entropy,
-    lookahead,
+    next_step,
 )
 from bisam.integrations.pairs import InPairs, method as parallel, pair as pairs, replica, replicas
 from bisam.masks import RandomMask
@@ -142,7 +142,7 @@ def alone(method: Any) -> Any:
 
 
 def sampa(**options: Any) -> Callable[[torch.optim.Optimizer], SAMPa]:
-    return lambda optimizer: SAMPa(ahead=lookahead(optimizer), **options)
+    return lambda optimizer: SAMPa(ahead=next_step(optimizer), **options)
 
 
 def same_on_both(value: Any) -> None:
@@ -186,8 +186,8 @@ def the_numbers_are_those_of_one_process(rank: int) -> None:
 def every_method_is_the_same_in_a_pair(rank: int) -> None:
     own = {
         "RSAM-CRSAM": lambda o: RSAM(0.05, CRSAM()),
-        "SAMPa-mask": lambda o: SAMPa(RandomMask(L2(0.1), beta=0.5, per="entry"), ahead=lookahead(o)),
-        "MSAM-SAMPa": lambda o: MSAM(3, SAMPa(ahead=lookahead(o)), separate=True),
+        "SAMPa-mask": lambda o: SAMPa(RandomMask(L2(0.1), beta=0.5, per="entry"), ahead=next_step(o)),
+        "MSAM-SAMPa": lambda o: MSAM(3, SAMPa(ahead=next_step(o)), separate=True),
     }
     for name, method in {**{name: make for name, (make, _) in FAMILY.items()}, **own}.items():
         ends = []
@@ -307,7 +307,7 @@ def an_overflow_on_one_rank_counts_on_both(rank: int) -> None:
     for late in (False, True):
         ends = []
         for around in (InPairs, alone):
-            run = running(sampa(), around=around, scale=lambda: 1e300).steps(3)
+            run = running(sampa(), around=around, scaler=lambda: 1e300).steps(3)
             x, y = cases.batch(3)
             large, small = (x * 1e30, y), (x, y)
             run.sharp(*(large if late else small))
@@ -366,7 +366,7 @@ def differences_between_the_ranks_are_said(rank: int) -> None:
         growing.steps(1)
     assert growing.model.seen.shape == (0,)
 
-    masked = running(lambda o: SAMPa(RandomMask(L2(0.1)), ahead=lookahead(o)))
+    masked = running(lambda o: SAMPa(RandomMask(L2(0.1)), ahead=next_step(o)))
     untouched = copy.deepcopy(masked).everything
     torch.manual_seed(rank)
     with refused(ValueError, "draws random numbers", "torch.manual_seed"):
@@ -426,7 +426,7 @@ def a_rank_that_goes_on_alone_is_found_out(rank: int) -> None:
         return inner(oracle, batch)
 
     failing, run = [False], running(lambda o: method)
-    inner = SAMPa(ahead=lookahead(run.optimizer))
+    inner = SAMPa(ahead=next_step(run.optimizer))
     run.steps(4)
     before = run.everything
     if rank == 0:
@@ -444,8 +444,8 @@ def wrappers_that_cannot_be_inside_are_refused(rank: int) -> None:
     sharp = SharpnessAware(DDP(inside.model), inside.sharp.method, cross_entropy)
     with refused(ValueError, "DistributedDataParallel(SharpnessAware(model, ...))"):
         sharp(*cases.batch())
-    with refused(ValueError, "perturbation='global'", "DistributedDataParallel(SharpnessAware(model, ...))"):
-        running(sampa(), perturbation="global").steps(1)
+    with refused(ValueError, "scope='global'", "DistributedDataParallel(SharpnessAware(model, ...))"):
+        running(sampa(), scope="global").steps(1)
     with refused(ValueError, "InPairs is inside of another InPairs"):
         running(lambda o: InPairs(sampa()(o))).steps(1)
     with refused(ValueError, "no trainable parameter"):
@@ -614,7 +614,7 @@ def test_a_pair_needs_two_processes():
 def test_a_wrong_argument_is_named_where_it_is_given():
     with pytest.raises(TypeError, match="method is the class SAM, not an instance"):
         InPairs(SAM)
-    with pytest.raises(TypeError, match=r"method must be SAMPa\(ahead=lookahead\(optimizer\)\) or another"):
+    with pytest.raises(TypeError, match=r"method must be SAMPa\(ahead=next_step\(optimizer\)\) or another"):
         InPairs(0.05)
 
 

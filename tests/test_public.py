@@ -39,7 +39,11 @@ NAMES = {
     "KSAM",
     "LESAM",
     "Lookahead",
-    "lookahead",
+    "next_step",
+    "Method",
+    "Perturbation",
+    "L2",
+    "Adaptive",
     "LookSAM",
     "LowerBound",
     "ModelOracle",
@@ -70,10 +74,14 @@ MODULES = {
     schedules: "Constant Cosine Follow Linear Warmup",
 }
 IN_MODULES = [getattr(module, name) for module, names in MODULES.items() for name in names.split()]
-PUBLIC = [getattr(bisam, name) for name in sorted(NAMES)] + IN_MODULES
+TYPES = {"Method", "Perturbation"}  # of functions: they have no signature of their own
+PUBLIC = [getattr(bisam, name) for name in sorted(NAMES - TYPES)] + IN_MODULES
 CORE = [
-    "bridge",
+    "deprecated",
+    "distributed.fsdp",
     "distributed.layout",
+    "distributed.peers",
+    "distributed.placement",
     "evaluation",
     "loss",
     "masks",
@@ -81,13 +89,17 @@ CORE = [
     "methods.combined",
     "methods.efficient",
     "methods.games",
+    "methods.method",
     "methods.sam",
     "methods.wrappers",
     "model.buffers",
     "model.compatibility",
+    "model.gradients",
     "model.oracle",
+    "model.parameters",
     "model.rng",
     "objectives",
+    "optim.lookahead",
     "optim.preview",
     "oracle",
     "perturbations",
@@ -112,7 +124,7 @@ SAM = "SAM(perturb=L2(rho=0.05), ascent=None, descent=None)"
     [
         (
             bisam.SharpnessAware,
-            "(model, method, loss, forward=None, *, scale=None, same_noise=False, perturbation=None)",
+            "(model, method, loss, forward=None, *, scaler=None, same_noise=False, scope=None)",
         ),
         (bisam.ERM, "()"),
         (bisam.SAM, "(perturb=L2(rho=0.05), ascent=None, descent=None)"),
@@ -126,12 +138,11 @@ SAM = "SAM(perturb=L2(rho=0.05), ascent=None, descent=None)"
         (bisam.cross_entropy, "(outputs, targets)"),
         (perturbations.L2, "(rho)"),
         (perturbations.Adaptive, "(rho, eta=0.0, where=None)"),
-        (bisam.Vector, "(tensors, holes=frozenset(), layout=None)"),
+        (bisam.Vector, "(tensors, holes=frozenset(), layout=WHOLE)"),
         (bisam.Evaluation, "(losses, grad=None, outputs=None, value=None, count=None, targets=None, objective=None)"),
         (
             bisam.ModelOracle,
-            "(model, loss, forward=None, *, scale=None, same_noise=False, perturbation=None, step=0, state=None, "
-            "check=True)",
+            "(model, loss, forward=None, *, scaler=None, same_noise=False, scope=None, step=0, state=None, check=True)",
         ),
         (bisam.Oracle.query, "(self, batch, objective=None, *, at=None, grad=True, track=None)"),
         (bisam.ModelOracle.query, "(self, batch, objective=None, *, at=None, grad=True, track=None)"),

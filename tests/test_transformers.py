@@ -33,7 +33,7 @@ from bisam import (
     SAMPa,
     SharpnessAware,
     cross_entropy,
-    lookahead,
+    next_step,
 )
 from bisam.perturbations import L2
 
@@ -597,7 +597,7 @@ def test_a_scaler_is_told_to_the_loss(tmp_path):
         ({"method": MSAM(1, SAM())}, 2, 0),
         ({"method": KSAM(1, SAM())}, 0.5, 1),
         ({"method": Every(2, SAM())}, 1.5, 0),
-        ({"method_of": lambda optimizer: SAMPa(ahead=lookahead(optimizer), ascent=NegLog())}, 3, 0),
+        ({"method_of": lambda optimizer: SAMPa(ahead=next_step(optimizer), ascent=NegLog())}, 3, 0),
     ],
     ids=named,
 )
@@ -640,7 +640,7 @@ def test_a_loss_of_ones_own_is_inside(tmp_path):
 
 METHODS = {
     "looksam": {"method": LookSAM(L2(0.3), k=2)},
-    "sampa": {"method_of": lambda optimizer: SAMPa(ahead=lookahead(optimizer))},
+    "sampa": {"method_of": lambda optimizer: SAMPa(ahead=next_step(optimizer))},
     "every": {"method": Every(2, BiSAM(0.3))},
     "bsam": {"method": BSAM(64, 0.01)},
 }
@@ -735,7 +735,7 @@ def _replica(rank: int, port: int, folder: str) -> None:
     run = partial(trained, folder=Path(folder), task="causal", **options)
     ends = {
         "bisam": run(SharpnessAwareTrainer, model=double(), method=BiSAM(0.3)),
-        "global": run(SharpnessAwareTrainer, model=double(), method=SAM(L2(0.3)), perturbation="global"),
+        "global": run(SharpnessAwareTrainer, model=double(), method=SAM(L2(0.3)), scope="global"),
         "alone": run(SharpnessAwareTrainer, model=double(), method=ERM(), average_tokens_across_devices=False),
         "plain alone": run(Trainer, model=double(), average_tokens_across_devices=False),
         "bert": run(SharpnessAwareTrainer, model=bert().double(), task="sequence", method=ERM()),

@@ -6,10 +6,10 @@ A method queries losses and their gradient at displaced weights, and never meets
     h = oracle.query(batch, at=g.grad * 0.1)          # the training loss at w + e
 
     oracle.shifted(noise)                             # centred at w + noise
-    oracle.still()                                    # where no query moves running statistics
+    oracle.without_tracking()                         # where no query moves running statistics
     oracle.within("perturb")                          # with a state of its own
 
-`model_oracle.py` has the one that answers for a torch module.
+`bisam.model.oracle` has the oracle of a torch module.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ class Oracle(ABC):
         buffers: running statistics and what else a model keeps beside its parameters, as they are now.
         loss: the training loss, which is what a query evaluates unless told otherwise.
         step: number of losses computed before this one.
-        alone: whether a query is answered for its batch alone. Where parameters are sharded, or the perturbation was
-            asked to be global, answers are means over the batches of all ranks.
+        is_local: whether a query is answered for its batch alone. Where parameters are sharded, or the scope is
+            "global", answers are means over the batches of all ranks.
         state: what the method remembers between steps (numbers, tensors, Vectors, in dicts, lists and tuples); saved
             and restored by `SharpnessAware.state_dict`. Replace values, do not change them in place: a step that fails
             leaves what was there.
@@ -95,7 +95,7 @@ class Oracle(ABC):
     buffers: Sequence[Tensor] = ()
     loss: Objective
     step: int = 0
-    alone: bool = True
+    is_local: bool = True
     state: dict[str, Any]
 
     @abstractmethod
@@ -138,9 +138,9 @@ class Oracle(ABC):
         """
         return View(self, by=by, track=track)
 
-    def still(self) -> Oracle:
-        """The same oracle, where no query moves running statistics: they moved already."""
-        return View(self, still=True)
+    def without_tracking(self) -> Oracle:
+        """The same oracle, where no query moves running statistics, because they have moved already."""
+        return View(self, never_track=True)
 
     def within(self, part: str, step: int | None = None) -> Oracle:
         """The same oracle for a part of a method, with a state of its own: two parts never share what they remember.
@@ -162,7 +162,7 @@ class View(Oracle):
         oracle: the one below.
         by: displacement of the centre.
         track: whether queries at a displaced centre move running statistics.
-        still: whether no query does.
+        never_track: whether no query moves running statistics.
         state: what the method remembers, by default that of the oracle below.
         step: by default that of the oracle below.
     """
@@ -173,13 +173,18 @@ class View(Oracle):
         *,
         by: Vector | None = None,
         track: bool = False,
-        still: bool = False,
+        never_track: bool = False,
         state: dict[str, Any] | None = None,
         step: int | None = None,
     ) -> None:
-        self._oracle, self._by, self._track, self._still = oracle, by, track, still
+        self._oracle, self._by, self._track, self._never_track = oracle, by, track, never_track
         self.state = oracle.state if state is None else state
         self.step = oracle.step if step is None else step
+
+    @property
+    def below(self) -> Oracle:
+        """The oracle that this is a view of."""
+        return self._oracle
 
     @property
     def weights(self) -> Vector:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -212,9 +217,9 @@ class View(Oracle):
         return self._oracle.loss
 
     @property
-    def alone(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def is_local(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """See `Oracle`."""
-        return self._oracle.alone
+        return self._oracle.is_local
 
     def averaged(self, value: Tensor, count: Count) -> tuple[Tensor, Count]:
         """See `Oracle.averaged`."""
@@ -230,10 +235,10 @@ class View(Oracle):
 
     def _seen_below(self, query: Query) -> Query:
         """The query as the oracle below understands it; takes the displacement out of `query`."""
-        if self._by is None and not self._still:
+        if self._by is None and not self._never_track:
             return query
         track = query.track
-        if self._still:
+        if self._never_track:
             track = False
         elif track is None and self._by is not None:
             # To the oracle below, a query at this centre is one somewhere else: what that means is decided here.

@@ -1,4 +1,4 @@
-"""Memory: what a method remembers between steps, how it is saved and restored, and kept clean of overflows.
+"""State: what a method remembers between steps, how it is saved and restored, and kept clean of overflows.
 
 A method writes numbers, tensors and Vectors into `oracle.state`. On its way to a file a Vector is a list of tensors, so
 that `torch.load(weights_only=True)` takes it; on its way back it is checked against the method and the model at hand.
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from bisam.distributed.layout import Shards, local, sharded_kind
-from bisam.validation import remembering
-from bisam.vector import Layout, Vector
+from bisam.distributed.layout import ShardedLayout, dtensor_type, local
+from bisam.methods.method import stateful, unwrapped
+from bisam.vector import WHOLE, Layout, Vector
 
 State = dict[str, Any]
 
@@ -25,22 +25,21 @@ _VECTOR, _TUPLE = "__vector__", "__tuple__"
 
 def kind(method: Any) -> str:
     """Whose memory it is: the classes that remember, and where in the nest, as `KSAM(method=LookSAM)`."""
-    while getattr(method, "transparent", False):  # it remembers nothing itself
-        method = method.method
+    method = unwrapped(method)
     parts = {f.name: getattr(method, f.name) for f in fields(method)} if is_dataclass(method) else {}
-    inner = ", ".join(f"{name}={kind(part)}" for name, part in parts.items() if remembering(part))
+    inner = ", ".join(f"{name}={kind(part)}" for name, part in parts.items() if stateful(part))
     name = getattr(method, "__qualname__", type(method).__name__)
     return f"{name}({inner})" if inner else name
 
 
-def laid_out(state: State, layout: Layout | None) -> State:
-    """The same memory, with Vectors in a layout, or in none: between steps it holds no process groups."""
+def laid_out(state: State, layout: Layout = WHOLE) -> State:
+    """The same memory, with its Vectors in another layout: between steps it holds no process groups."""
     return tree_map_only(Vector, lambda v: Vector(v.tensors, v.holes, layout), state)
 
 
-def save(state: State, method: Any, layout: Layout | None = None) -> dict[str, Any]:
+def save(state: State, method: Any, layout: Layout = WHOLE) -> dict[str, Any]:
     """The memory of `method` as a file takes it."""
-    remembered = _without_empty(state if layout is None else laid_out(state, layout))
+    remembered = _without_empty(state if layout is WHOLE else laid_out(state, layout))
     return {"method": kind(method) if remembered else None, "state": _packed(remembered)}
 
 
@@ -119,9 +118,7 @@ def _without_empty(state: State) -> State:
 
 def _packed(state: Any) -> Any:
     if isinstance(state, Vector):
-        tensors = [_compact(t) for t in state.tensors]
-        if (layout := state.layout) is not None:
-            tensors = [layout.wrapped(i, t) for i, t in enumerate(tensors)]
+        tensors = [state.layout.wrapped(i, _compact(t)) for i, t in enumerate(state.tensors)]
         return {_VECTOR: tensors, "holes": sorted(state.holes)}
     if isinstance(state, Tensor):
         return _compact(state)
@@ -157,15 +154,15 @@ def _unpacked(state: Any, parameters: Sequence[nn.Parameter]) -> Any:
             f"the saved state of the method has {len(tensors)} tensors, and the model {len(parameters)} trainable "
             "parameters of other shapes: it was saved with another model, or with other parameters frozen"
         )
-    shards = Shards.of(parameters)
+    shards = ShardedLayout.of(parameters)
     parts = [_here(i, t, p, shards) for i, (t, p) in enumerate(zip(tensors, parameters, strict=True))]
     moved = [torch.empty_like(local(p.data), dtype=t.dtype).copy_(t) for t, p in zip(parts, parameters, strict=True)]
     return Vector(moved, frozenset(cast("list[int]", entries["holes"])))
 
 
-def _here(i: int, tensor: Any, parameter: Any, shards: Shards | None) -> Tensor:
+def _here(i: int, tensor: Any, parameter: Any, shards: ShardedLayout | None) -> Tensor:
     """The part of what a checkpoint has of a parameter that belongs here, also if it was shared by other ranks."""
-    if isinstance(tensor, sharded_kind()):
+    if isinstance(tensor, dtensor_type()):
         alike = (tensor.device_mesh, tensor.placements) == (
             getattr(parameter, "device_mesh", None),
             getattr(parameter, "placements", None),

@@ -1,10 +1,8 @@
-"""Arguments: refuse what would fail late or silently, where it is given; messages show the value and the remedy."""
+"""Validation: refuse what would fail late or silently, where it is given; messages show the value and the remedy."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import fields, is_dataclass
 from numbers import Real
 from typing import Any, cast
 
@@ -99,19 +97,6 @@ def instance(name: str, value: Any, remedy: str, *also: type) -> None:
         raise TypeError(f"{name} must be {remedy}, got {value!r}")
 
 
-def remembering(value: Any) -> str | None:
-    """The name of the first class in a nest of methods and perturbations that keeps a memory between steps, or None."""
-    return having("remembers", value)
-
-
-def having(trait: str, value: Any) -> str | None:
-    """The name of the first class in a nest of methods and perturbations that has a true attribute `trait`, or None."""
-    if getattr(value, trait, False):
-        return type(value).__name__
-    parts = [getattr(value, f.name) for f in fields(value)] if is_dataclass(value) else []
-    return next((found for part in parts if (found := having(trait, part))), None)
-
-
 def check_losses(losses: Any, targets: Any) -> None:
     """Make sure that an objective returned a scalar, or one loss per example.
 
@@ -127,31 +112,6 @@ def check_losses(losses: Any, targets: Any) -> None:
         raise ValueError(
             f"the loss returned shape {tuple(losses.shape)} for targets of shape {tuple(targets.shape)}: it must be a "
             "scalar, or one loss per example (N,)"
-        )
-
-
-def check_strangers(losses: Tensor, parameters: Iterable[Tensor]) -> None:
-    """Make sure that the loss depends on no leaves but the parameters: others would silently not be trained.
-
-    Raises:
-        ValueError: with the number of the others and their shapes.
-    """
-    known = {id(p) for p in parameters}
-    todo, seen, shapes = [losses.grad_fn], set[Any](), list[tuple[int, ...]]()
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf: Tensor | None = getattr(node, "variable", None)
-        if leaf is not None and id(leaf) not in known:
-            shapes.append(tuple(leaf.shape))
-        todo += [following for following, _ in node.next_functions]
-    if shapes:
-        raise ValueError(
-            f"the loss depends on {len(shapes)} tensors that need a gradient and are no parameters of the model "
-            f"(shapes {', '.join(map(str, shapes[:3]))}{', ...' if len(shapes) > 3 else ''}): they would not be "
-            "trained. Put them into the model, or pass a loss with parameters as an nn.Module"
         )
 
 

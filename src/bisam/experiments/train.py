@@ -21,7 +21,7 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 from torch.optim.swa_utils import AveragedModel
 
 from bisam import SharpnessAware
-from bisam.distributed.layout import reshard
+from bisam.distributed.fsdp import reshard
 from bisam.experiments import data, models
 from bisam.experiments.data import Data, Split, batches_of
 from bisam.experiments.epochs import predictions, train_epoch
@@ -168,7 +168,7 @@ class Training:
             # resumed run comes to its sizes in another order.
             model.compile(dynamic=False)
         loss = SharpnessAware(
-            model, self._watch, descent_loss(recipe.label_smoothing, splits.classes), scale=scaler_of(fabric)
+            model, self._watch, descent_loss(recipe.label_smoothing, splits.classes), scaler=scaler_of(fabric)
         )
         self._sharp, self._optimizer = fabric.setup(loss, optimizer)
         self._history: list[Row] = []

@@ -28,6 +28,7 @@ from bisam.methods.efficient import (
     SAMPa as SAMPa,
 )
 from bisam.methods.games import RAPP as RAPP, ExtraGradient as ExtraGradient
+from bisam.methods.method import Method as Method
 from bisam.methods.sam import (
     ASAM as ASAM,
     ERM as ERM,
@@ -39,7 +40,6 @@ from bisam.methods.sam import (
     ABiSAM as ABiSAM,
     BiSAM as BiSAM,
     FisherSAM as FisherSAM,
-    Method as Method,
     MultiStepSAM as MultiStepSAM,
     VaSSO as VaSSO,
     ZSharp as ZSharp,

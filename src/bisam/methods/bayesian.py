@@ -49,7 +49,7 @@ class BSAM:
     beta1: float = field(default=0.9, kw_only=True)
     beta2: float = field(default=0.999, kw_only=True)
     s: float = field(default=1.0, kw_only=True)
-    remembers: ClassVar[bool] = True
+    stateful: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("examples", "damping", "s"):
@@ -66,7 +66,7 @@ class BSAM:
         """Two queries; three with another ascent."""
         w, delta = oracle.weights, self.prior / self.examples
         s: Vector = oracle.state.get("s") or w * 0 + self.s
-        noise = w.drawn(torch.randn_like)
+        noise = w.random(torch.randn_like)
         around = oracle.shifted(noise / (s * self.examples).sqrt(), track=True)
         g = around.query(batch, self.descent).gradient
         other = self.ascent != self.descent

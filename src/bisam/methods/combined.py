@@ -53,9 +53,9 @@ class GSAM(SAM):
         return replace(answer, grad=h - (g - g.onto(h)) * self.alpha)
 
 
-def GBiSAM(rho: Radius = 0.05, bound: LowerBound = NegLog(), alpha: float = 0.4) -> GSAM:  # noqa: B008
+def GBiSAM(rho: Perturbation | Radius = 0.05, bound: LowerBound = NegLog(), alpha: float = 0.4) -> GSAM:  # noqa: B008
     """GSAM whose adversary climbs a lower bound of the 0-1 loss; the gap is that of the loss."""
-    return GSAM(L2(rho), ascent=bound, alpha=alpha)
+    return GSAM(rho, ascent=bound, alpha=alpha)
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class CRSAM(SAM):
         ValueError: `gamma` or `beta` is negative or not finite.
     """
 
-    perturb: Perturbation = field(default=L2(0.1))
+    perturb: Perturbation | Radius = field(default=L2(0.1))
     gamma: float = 0.1
     beta: float = 0.01
 
@@ -122,7 +122,7 @@ class CRSAM(SAM):
         """Three queries, two of which do not depend on each other; four with another ascent."""
         plain = None if self.ascent == self.descent else oracle.query(batch, self.descent, track=False)
         a = oracle.query(batch, self.ascent)
-        g, e = (plain or a).gradient, self.perturb(a.gradient, oracle.within("perturb"))
+        g, e = (plain or a).gradient, self.displacement(a.gradient, oracle)
         ahead, behind = oracle.ask([Query(batch, self.descent, at) for at in (e, -e)])
         p, m = ahead.gradient, behind.gradient
         return replace(ahead, grad=p + (p + m - g * 2) * self.gamma + (p - m) * self.beta)
@@ -149,7 +149,7 @@ class XSAM(SAM):
         ValueError: an argument is outside its range.
     """
 
-    perturb: Perturbation = field(default=L2(0.15))
+    perturb: Perturbation | Radius = field(default=L2(0.15))
     rho_max: float = 0.3
     every: int = 400
     alpha: float | None = None
@@ -162,7 +162,7 @@ class XSAM(SAM):
             non_negative("alpha", self.alpha)
 
     @property
-    def remembers(self) -> bool:
+    def stateful(self) -> bool:
         """Whether alpha is searched for."""
         return self.alpha is None
 
@@ -215,7 +215,7 @@ class FunctionalSAM(SAM):
         """Two queries; the loss that is reported is the one at the weights."""
         g = oracle.query(batch, self.ascent)
         loss = self.descent or oracle.loss
-        e, plain = self.perturb(g.gradient, oracle.within("perturb")), g.under(loss)
+        e, plain = self.displacement(g.gradient, oracle), g.under(loss)
         del g  # and its gradient
         answer = oracle.query(batch, _Tangent.of(plain), at=e)
         value, counted = oracle.averaged(plain.value, plain.count)

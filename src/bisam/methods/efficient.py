@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from bisam.masks import RandomMask, top
 from bisam.methods.sam import SAM
 from bisam.objectives import LowerBound, NegLog, Objective
 from bisam.oracle import Oracle, Query
-from bisam.perturbations import L2, Perturbation
+from bisam.perturbations import L2, Perturbation, geometry, is_radius
 from bisam.schedules import Radius
 from bisam.validation import finite, instance, non_negative, portion, share, whole
 from bisam.vector import TINY, Vector
@@ -28,7 +28,8 @@ class ESAM(SAM):
     perturbation raises most, which takes a forward pass of the batch at w + e.
 
     Args:
-        perturb: see `SAM`; the authors: rho 0.05 and beta 0.6 for ResNet-18, 0.1 and 0.5 for WideResNets.
+        perturb: see `SAM`; a radius stands for `RandomMask(L2(rho), beta=0.6)`. The authors: rho 0.05 and beta 0.6 for
+            ResNet-18, 0.1 and 0.5 for WideResNets.
         ascent: see `SAM`; a `LowerBound` makes it E-BiSAM.
         descent: see `SAM`.
         gamma: share of the examples, rounded up, in (0, 1]; 1 is SAM.
@@ -43,11 +44,13 @@ class ESAM(SAM):
         ValueError: its losses are not one for each example.
     """
 
-    perturb: Perturbation = field(default=RandomMask(L2(0.05), beta=0.6))
+    perturb: Perturbation | Radius = field(default=RandomMask(L2(0.05), beta=0.6))
     gamma: float = 0.5
     select: Objective | None = None
 
     def __post_init__(self) -> None:
+        if is_radius(self.perturb):
+            object.__setattr__(self, "perturb", RandomMask(self.perturb, beta=0.6))
         super().__post_init__()
         share("gamma", self.gamma)
         if self.select is not None:
@@ -56,7 +59,7 @@ class ESAM(SAM):
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
         """A query at w, a forward pass and a query on the chosen examples at w + e."""
         g = oracle.query(batch, self.ascent)
-        e, before = self.perturb(g.gradient, oracle.within("perturb")), replace(g, grad=None)
+        e, before = self.displacement(g.gradient, oracle), replace(g, grad=None)
         del g  # and its gradient
         if self.gamma < 1:
             select = self.select or oracle.loss
@@ -67,7 +70,7 @@ class ESAM(SAM):
 
 
 def EBiSAM(
-    rho: Radius = 0.05,
+    rho: Perturbation | Radius = 0.05,
     bound: LowerBound = NegLog(),  # noqa: B008
     beta: float = 0.6,
     gamma: float = 0.5,
@@ -78,7 +81,7 @@ def EBiSAM(
     Its pseudocode, and which loss chooses the examples, were not found in a public source: by default it is the
     training loss, as in ESAM.
     """
-    return ESAM(RandomMask(L2(rho), beta), ascent=bound, gamma=gamma, select=select)
+    return ESAM(RandomMask(rho, beta), ascent=bound, gamma=gamma, select=select)
 
 
 @dataclass(frozen=True)
@@ -101,10 +104,10 @@ class LookSAM(SAM):
         ValueError: `k` or `alpha` is outside its range.
     """
 
-    perturb: Perturbation = field(default=L2(0.1))
+    perturb: Perturbation | Radius = field(default=L2(0.1))
     k: int = 5
     alpha: float = 0.7
-    remembers: ClassVar[bool] = True
+    stateful: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -130,7 +133,7 @@ class AESAM(SAM):
     ||g||^2 >= mu + c sqrt(var), where c goes from `first` to `last` on a straight line over `steps`; mu begins at the
     first ||g||^2 and var at 0, so the first step is one of SAM. The decision waits for the device, once a step. In
     data-parallel training each replica decides for itself: wrap as `DistributedDataParallel(SharpnessAware(...))`,
-    where the number of forward passes may differ, and use no SyncBatchNorm; or ask for `perturbation="global"`. The
+    where the number of forward passes may differ, and use no SyncBatchNorm; or ask for `scope="global"`. The
     defaults of `first`, `last` and `delta` are from memory, not from a source.
 
     Args:
@@ -151,8 +154,8 @@ class AESAM(SAM):
     first: float = 1.0
     last: float = -1.0
     delta: float = 0.9
-    remembers: ClassVar[bool] = True
-    decides: ClassVar[bool] = True
+    stateful: ClassVar[bool] = True
+    data_dependent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -167,7 +170,7 @@ class AESAM(SAM):
         if not self._is_large(answer.gradient.norm() ** 2, oracle):
             return answer
         answer = answer if self.ascent == self.descent else oracle.query(batch, self.ascent, track=False)
-        e = self.perturb(answer.gradient, oracle.within("perturb"))
+        e = self.displacement(answer.gradient, oracle)
         del answer  # and its gradient
         return oracle.query(batch, self.descent, at=e)
 
@@ -208,7 +211,7 @@ class SSAMF(SAM):
     keep: float = 0.8
     every: int = 1000
     samples: int = 16
-    remembers: ClassVar[bool] = True
+    stateful: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -235,7 +238,7 @@ class SSAMF(SAM):
 
 
 def _check_alone(oracle: Oracle) -> None:
-    if not oracle.alone:
+    if not oracle.is_local:
         raise ValueError(
             "SSAMF needs the gradients of single examples, and here a gradient is the mean over all ranks (sharded "
             "parameters, or a global perturbation): use FisherSAM, which takes the batch's"
@@ -261,13 +264,13 @@ class MomentumSAM:
         ValueError: `momentum` is outside its range.
     """
 
-    perturb: Perturbation = field(default=L2(0.3))
+    perturb: Perturbation | Radius = field(default=L2(0.3))
     descent: Objective | None = None
     momentum: float = 0.9
-    remembers: ClassVar[bool] = True
+    stateful: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        instance("perturb", self.perturb, "a perturbation such as L2(0.3)")
+        object.__setattr__(self, "perturb", geometry(self.perturb))
         if self.descent is not None:
             instance("descent", self.descent, "an objective such as bisam.cross_entropy")
         share("momentum", self.momentum, zero=True, one=False)
@@ -275,8 +278,8 @@ class MomentumSAM:
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
         """One query."""
         v: Vector | None = oracle.state.get("v")
-        inside = oracle.within("perturb")
-        answer = oracle.query(batch, self.descent, at=None if v is None else self.perturb(-v, inside), track=True)
+        inside, perturb = oracle.within("perturb"), cast(Perturbation, self.perturb)
+        answer = oracle.query(batch, self.descent, at=None if v is None else perturb(-v, inside), track=True)
         oracle.state["v"] = answer.gradient if v is None else v * self.momentum + answer.gradient
         return answer
 
@@ -295,7 +298,7 @@ class SAMPa(SAM):
         perturb: see `SAM`; the authors' rho is 0.1.
         ascent: see `SAM`.
         descent: see `SAM`.
-        ahead: `lookahead(optimizer)`, with the optimizer that takes the steps.
+        ahead: `next_step(optimizer)`, with the optimizer that takes the steps.
         lam: weight of the gradient at y, in [0, 1]; SAMPa-0 is 0, the authors use 0.2 in vision and 0.1 in language.
 
     Raises:
@@ -303,14 +306,14 @@ class SAMPa(SAM):
         ValueError: `lam` is outside its range.
     """
 
-    perturb: Perturbation = field(default=L2(0.1))
+    perturb: Perturbation | Radius = field(default=L2(0.1))
     ahead: Callable[[Vector, Oracle], Vector] = field(kw_only=True)
     lam: float = 0.2
-    remembers: ClassVar[bool] = True
+    stateful: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        instance("ahead", self.ahead, "lookahead(optimizer)")
+        instance("ahead", self.ahead, "next_step(optimizer)")
         share("lam", self.lam, zero=True)
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
@@ -319,7 +322,7 @@ class SAMPa(SAM):
         if "batch" not in state:
             state.update(self._memory(batch, oracle.ask(self._looks(batch, None, track=False))))
         g, a = state["gradients"][0], state["gradients"][-1]
-        e = self.perturb(a, oracle.within("perturb"))
+        e = self.displacement(a, oracle)
         late = Query(state["batch"], self.descent, e, track=False)
         h, *seen = oracle.ask([late, *self._looks(batch, self.ahead(g, oracle), track=True)])
         state.update(self._memory(batch, seen))

@@ -1,4 +1,4 @@
-"""Buffers: the running statistics and other buffers of a module, as they are and as they were.
+"""Buffers: the running statistics and other buffers of a module, which can be saved and restored.
 
 then = buffers.remember()
 model(x)                                          # BatchNorm moves its statistics
@@ -25,7 +25,7 @@ class Buffers:
     """All buffers of a model, of any type; one `_foreach` call per type.
 
     Args:
-        slots: where they are.
+        slots: the places of the buffers.
     """
 
     def __init__(self, slots: list[Slot]) -> None:
@@ -33,8 +33,12 @@ class Buffers:
 
     @cached_property
     def untouched(self) -> Saved:
-        """What they were when this was first asked for: ask before anything moves them."""
+        """The buffers when this was first read: read it before anything moves them."""
         return self.remember()
+
+    def rollback(self) -> None:
+        """Restore `untouched`: for a step that failed between two queries."""
+        self.restore(self.untouched)
 
     @cached_property
     def _by_type(self) -> list[list[Tensor]]:
@@ -50,7 +54,7 @@ class Buffers:
         return [buffer for _, _, buffer in self._slots]
 
     def refresh(self) -> None:
-        """Take the tensors that modules have put in their buffers' place for the buffers."""
+        """Adopt the tensors that modules have put in place of their buffers."""
         if any(owner.get(name) is not buffer for owner, name, buffer in self._slots):
             now = [(owner, name, owner.get(name)) for owner, name, _ in self._slots]
             self._slots = [(owner, name, buffer) for owner, name, buffer in now if buffer is not None]

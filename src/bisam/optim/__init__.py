@@ -1,3 +1,4 @@
 """Optim: the next step of an optimizer before it is taken, and the Lookahead optimizer."""
 
-from bisam.optim.preview import Lookahead as Lookahead, lookahead as lookahead
+from bisam.optim.lookahead import Lookahead as Lookahead
+from bisam.optim.preview import next_step as next_step

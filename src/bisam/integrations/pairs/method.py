@@ -5,7 +5,7 @@ step takes about as long as one of plain training. The numbers are those of one 
 
     # torchrun --nproc-per-node 2 train.py
     sampler = DistributedSampler(data, num_replicas=replicas(), rank=replica())
-    sharp = SharpnessAware(model, InPairs(SAMPa(ahead=lookahead(optimizer))), cross_entropy)
+    sharp = SharpnessAware(model, InPairs(SAMPa(ahead=next_step(optimizer))), cross_entropy)
 
 Ranks 0 and 1 are a pair, so are 2 and 3, and so on; a pair is to its data and weights what one process is. Of several
 pairs each perturbs for its own part of the data, and DistributedDataParallel around the loss averages over them.
@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import ClassVar, cast
 
 import torch
@@ -35,11 +34,9 @@ from bisam.integrations.pairs.pair import (
 )
 from bisam.methods import Method
 from bisam.model.oracle import ModelOracle
-from bisam.model.rng import RandomState
 from bisam.objectives import Objective
 from bisam.oracle import Oracle, Query, View
 from bisam.validation import instance
-from bisam.vector import Vector
 
 
 @dataclass(frozen=True)
@@ -79,7 +76,7 @@ class InPairs:
     transparent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        instance("method", self.method, "SAMPa(ahead=lookahead(optimizer)) or another (oracle, batch) -> Evaluation")
+        instance("method", self.method, "SAMPa(ahead=next_step(optimizer)) or another (oracle, batch) -> Evaluation")
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
         """The method's queries; of those that are independent each rank asks its own."""
@@ -116,8 +113,8 @@ class _Shared(View):
         super().__init__(oracle)
         self._below, self._pair = below, pair
         self._exchanges, self._batches = 0, list[Batch]()
-        self._before = _generators(below)
-        _ = below._buffers.untouched  # what a failed step goes back to, also if the other rank moves them first
+        self._before = below.random_state().tensors
+        _ = below.module_buffers.untouched  # what a failed step goes back to, also if the other rank moves them first
 
     def ask(self, queries: Sequence[Query]) -> list[Evaluation]:
         """See `Oracle.ask`; several are divided between the ranks, a single one is asked by both.
@@ -137,9 +134,8 @@ class _Shared(View):
             with suppress(RuntimeError):  # if the other one is gone, the error here is the one to see
                 pair.swap(Note(place, error=f"{type(error).__name__}: {error}"[:1000]))
             raise
-        drawn = [
-            "" if torch.equal(a, b) else digest(b) for a, b in zip(self._before, _generators(self._below), strict=True)
-        ]
+        generators = self._below.random_state().tensors
+        drawn = ["" if torch.equal(a, b) else digest(b) for a, b in zip(self._before, generators, strict=True)]
         buffers = list(self.buffers) if moving else []
         note = Note(
             place,
@@ -157,17 +153,13 @@ class _Shared(View):
         """The answer to a query, from a stream of random numbers that is its own, if it is asked here."""
         batch = query.batch
         same = (i for i, known in enumerate(self._batches) if known is batch)
-        number = next(same, len(self._batches)) if self._below._same_noise else len(self._batches)
+        number = next(same, len(self._batches)) if self._below.same_noise else len(self._batches)
         self._batches.append(batch)
         if not here:
             query.take()  # its memory is free meanwhile
             return None
-        state = RandomState(self._below.parameters)
-        _seed(state, torch.initial_seed(), self._pair.rank // 2, self.step, number)
-        try:
+        with self._below.fork(torch.initial_seed(), self._pair.rank // 2, self.step, number):
             return super().ask([query])[0]
-        finally:
-            state.restore()
 
     def _exchanged(
         self,
@@ -202,21 +194,15 @@ class _Shared(View):
                 buffer.data.copy_(part)  # .data: the graph of another loss may hold it
         for i, answer in enumerate(answers):
             if (members[i] or 0) != member and answer.grad is not None:
-                self._notice(answer.grad)
+                self._below.note_overflow(answer.grad)  # also an overflow on the other rank skips the step
         return answers
-
-    def _notice(self, gradient: Vector) -> None:
-        """Let an overflow in a float16 gradient of the other rank count here too."""
-        if self._below._scale is not None:
-            overflow, known = gradient.norm() * 0, self._below.overflow
-            self._below._overflow = overflow if known is None else known + overflow
 
 
 def _model_oracle(oracle: Oracle) -> ModelOracle:
     while isinstance(oracle, View):
         if isinstance(oracle, _Shared):
             raise ValueError("InPairs is inside of another InPairs, and a pair shares a step once: leave out one")
-        oracle = oracle._oracle
+        oracle = oracle.below
     if not isinstance(oracle, ModelOracle):
         raise TypeError(
             f"InPairs needs the oracle of a module, as SharpnessAware makes it, got {type(oracle).__name__}"
@@ -233,17 +219,3 @@ def _members(queries: Sequence[Query]) -> list[int]:
             members[i] = 0 if load[0] <= load[1] else 1
             load[members[i] or 0] += 1
     return cast("list[int]", members)
-
-
-def _generators(below: ModelOracle) -> list[Tensor]:
-    """The states of the random generators."""
-    state = RandomState(below.parameters)
-    return [state._cpu, *(other for _, other in state._others)]
-
-
-def _seed(state: RandomState, *key: int) -> None:
-    """Begin a new stream in the generators of a state."""
-    seed = int.from_bytes(blake2b(repr(key).encode(), digest_size=8).digest(), "little")
-    torch.set_rng_state(torch.Generator().manual_seed(seed).get_state())
-    for device, _ in state._others:  # not torch.manual_seed, which would seed all devices
-        torch.get_device_module(device).set_rng_state(torch.Generator(device).manual_seed(seed).get_state(), device)

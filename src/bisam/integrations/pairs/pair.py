@@ -23,7 +23,7 @@ from bisam.evaluation import Batch, Evaluation
 from bisam.model.oracle import ModelOracle
 from bisam.objectives import Objective
 from bisam.oracle import Oracle
-from bisam.vector import Vector
+from bisam.vector import WHOLE, Vector
 
 
 @dataclass(frozen=True)
@@ -247,9 +247,9 @@ def check_model(below: ModelOracle) -> None:
             "the model is in DistributedDataParallel, whose forward passes are of all ranks at once, and the two of a "
             "pair do different ones: wrap the other way round, DistributedDataParallel(SharpnessAware(model, ...))"
         )
-    if below.weights.layout is not None:
+    if below.layout is not WHOLE:
         raise ValueError(
-            "sharded parameters (FSDP2, tensor parallelism) and perturbation='global' make a query one of all ranks, "
+            "sharded parameters (FSDP2, tensor parallelism) and scope='global' make a query one of all ranks, "
             "and the two of a pair make different ones: use DistributedDataParallel(SharpnessAware(model, ...)), "
             "without the argument"
         )

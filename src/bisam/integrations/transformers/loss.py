@@ -34,7 +34,7 @@ class TrainerLoss:
     def __init__(self, trainer: Any, compute: Callable[..., Any]) -> None:
         self._trainer, self._compute = trainer, compute
         self.asked: Objective | None = None  # by the query that runs the model
-        self.alone = True  # whether this process answers for its own batch, and not all of them for one
+        self.is_local = True  # whether an answer is for this process's own batch, and not a mean over all processes
         self.counted: Tensor | None = None  # items of the last query
         self.whole: Tensor | int | None = None  # items of all accumulated batches
         self._divides: bool | None = None  # whether the model's loss goes by the number of items that it is given
@@ -83,7 +83,7 @@ class TrainerLoss:
         elif self._trainer._loss_shifts_labels:
             labels = labels[..., 1:]
         count = labels.ne(-100).sum(dtype=torch.float32)
-        if not self.alone and self._processes > 1:
+        if not self.is_local and self._processes > 1:
             # The mean of the processes' losses is then the mean over all of their items.
             count = cast(Tensor, self._trainer.accelerator.reduce(count, reduction="mean"))
         return torch.where(count == 0, 1.0, count)
@@ -214,7 +214,7 @@ class Watched:
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
         """As the method."""
-        self.own.alone = oracle.alone
+        self.own.is_local = oracle.is_local
         self.costs.steps += 1
         return self.method(_Queries(oracle, self.own, self.costs, size(batch) or 1), batch)
 

@@ -3,7 +3,7 @@
     from bisam.integrations.transformers import SharpnessAwareTrainer
 
     trainer = SharpnessAwareTrainer(model, args, train_dataset=data, method=BiSAM(rho=0.05))      # was: Trainer(...)
-    trainer = SharpnessAwareTrainer(..., method_of=lambda optimizer: SAMPa(ahead=lookahead(optimizer)))
+    trainer = SharpnessAwareTrainer(..., method_of=lambda optimizer: SAMPa(ahead=next_step(optimizer)))
     class Mine(SharpnessAwareTrainer, MyTrainer): ...            # a compute_loss of one's own: this class goes first
 
 The training loss is the Trainer's own, label smoothing and `compute_loss_func` included. What a query evaluates is its
@@ -28,10 +28,11 @@ from torch.optim import Optimizer
 from transformers import Trainer
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from bisam.deprecated import renamed
+from bisam.distributed.placement import Scope
 from bisam.integrations.transformers.loss import Costs, Inputs, TrainerLoss, Watched
 from bisam.loss import SharpnessAware
 from bisam.methods import Method
-from bisam.model.oracle import Scope
 from bisam.state import kind
 from bisam.validation import instance
 
@@ -54,7 +55,7 @@ class SharpnessAwareTrainer(Trainer):
         *args: as `Trainer`.
         method: `SAM()`, `BiSAM()` or another `(oracle, batch) -> Evaluation`.
         method_of: in place of `method`, a function from the optimizer, which the Trainer makes, to the method.
-        perturbation: see `SharpnessAware`.
+        scope: see `SharpnessAware`.
         **kwargs: as `Trainer`.
 
     Raises:
@@ -68,18 +69,19 @@ class SharpnessAwareTrainer(Trainer):
         RuntimeError: a subclass computes its loss past this class.
     """
 
+    @renamed(perturbation="scope")
     def __init__(
         self,
         *args: Any,
         method: Method | None = None,
         method_of: Callable[[Optimizer], Method] | None = None,
-        perturbation: Scope | None = None,
+        scope: Scope | None = None,
         **kwargs: Any,
     ) -> None:
         if (method is None) == (method_of is None):
             raise TypeError(
                 "give SharpnessAwareTrainer a method=, such as method=BiSAM(rho=0.05), or for one that needs the "
-                "optimizer method_of=lambda optimizer: SAMPa(ahead=lookahead(optimizer)), and not both"
+                "optimizer method_of=lambda optimizer: SAMPa(ahead=next_step(optimizer)), and not both"
             )
         if method is not None:
             instance("method", method, "SAM(), BiSAM() or another (oracle, batch) -> Evaluation")
@@ -88,7 +90,7 @@ class SharpnessAwareTrainer(Trainer):
             if is_dataclass(method_of):
                 raise TypeError(f"method_of is the method {method_of!r}, and no function that makes one: use method=")
         self._method, self._method_of = method, method_of
-        self._perturbation: Scope | None = perturbation
+        self._scope: Scope | None = scope
         self._sharp: SharpnessAware | None = None
         self._sharp_of: nn.Module | None = None
         self._losses = 0
@@ -108,8 +110,8 @@ class SharpnessAwareTrainer(Trainer):
                 Watched(self._made(), self._own, self._costs),
                 self._own,
                 self._own.forward,
-                scale=getattr(self.accelerator, "scaler", None),
-                perturbation=self._perturbation,
+                scaler=getattr(self.accelerator, "scaler", None),
+                scope=self._scope,
             )
             self._sharp_of = self.model
         return self._sharp
