@@ -22,7 +22,7 @@ from bisam import __version__
 from bisam.experiments import cluster
 from bisam.experiments.machine import Machine
 from bisam.experiments.processes import Outcome
-from bisam.experiments.recipes import Recipe
+from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs import Run, RunError
 from bisam.experiments.train import train
 
@@ -139,7 +139,7 @@ import sys
 from pathlib import Path
 from bisam.experiments import cluster
 from bisam.experiments.machine import Machine
-from bisam.experiments.recipes import Recipe
+from bisam.experiments.recipes.recipe import Recipe
 
 class Progress:
     def epoch(self, recipe, epoch, validation):

@@ -22,9 +22,9 @@ from filelock import FileLock
 
 from bisam import ERM, KSAM, RSAM, SAM, EBiSAM, SharpnessAware, cross_entropy, experiments
 from bisam.experiments import data, models, processes, runs, studies
-from bisam.experiments.catalogue import METHODS
 from bisam.experiments.machine import Machine
-from bisam.experiments.recipes import Recipe
+from bisam.experiments.recipes.catalogue import METHODS
+from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs import Run, RunError
 from bisam.experiments.study import expand
 from bisam.experiments.train import train
@@ -240,7 +240,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, stop_after):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from bisam.experiments.recipes import Recipe
+from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs import Run
 from bisam.experiments.train import train
 
@@ -450,7 +450,7 @@ def test_a_compiled_run_resumes_to_the_same_bits(tmp_path):
     """In a fresh process, whose first batch is another than in the one that was interrupted."""
     recipe = replace(SHORT, compile=True, epochs=2, batch_size=64, limit=150)
     code = (
-        "import sys; from pathlib import Path; from bisam.experiments.recipes import Recipe; "
+        "import sys; from pathlib import Path; from bisam.experiments.recipes.recipe import Recipe; "
         "from bisam.experiments.runs import Run; from bisam.experiments.train import train\n"
         "class Stop(Exception): pass\n"
         "def each(row):\n"

@@ -23,7 +23,7 @@ from bisam.experiments.data import load
 from bisam.experiments.folders import Folder
 from bisam.experiments.machine import Machine
 from bisam.experiments.photographs import flowers, folder, imagenet, pets
-from bisam.experiments.recipes import Recipe
+from bisam.experiments.recipes.recipe import Recipe
 
 CPU = torch.device("cpu")
 

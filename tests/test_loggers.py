@@ -18,7 +18,7 @@ import pytest
 
 from bisam.experiments import loggers, processes
 from bisam.experiments.machine import Machine
-from bisam.experiments.recipes import Recipe
+from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs import Run
 from bisam.experiments.train import train
 
@@ -164,7 +164,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from bisam.experiments.machine import Machine
-from bisam.experiments.recipes import Recipe
+from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs import Run
 from bisam.experiments.train import train
 

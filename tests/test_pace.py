@@ -15,7 +15,7 @@ from bisam.experiments.estimate import estimate
 from bisam.experiments.images import Images, digits
 from bisam.experiments.machine import Machine
 from bisam.experiments.pace import PACE, Pace
-from bisam.experiments.recipes import Recipe
+from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.watch import Watch
 
 RECIPE = Recipe(method="sgd", batch_size=128, epochs=2)

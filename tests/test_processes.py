@@ -20,7 +20,7 @@ from filelock import FileLock
 
 from bisam.experiments import processes, runs
 from bisam.experiments.machine import Machine, end_with_parent, threads
-from bisam.experiments.recipes import Recipe
+from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs import Run
 from bisam.experiments.train import train
 
@@ -225,7 +225,7 @@ from dataclasses import replace
 from pathlib import Path
 from bisam.experiments import processes
 from bisam.experiments.machine import Machine, end_with_parent, threads
-from bisam.experiments.recipes import Recipe
+from bisam.experiments.recipes.recipe import Recipe
 
 class Killer:
     def epoch(self, recipe, epoch, validation):

@@ -17,9 +17,9 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from bisam.experiments import runs
-from bisam.experiments.catalogue import METHODS
-from bisam.experiments.presets import CIFAR
-from bisam.experiments.recipes import Recipe
+from bisam.experiments.recipes.catalogue import METHODS
+from bisam.experiments.recipes.presets import CIFAR
+from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports import drawing, figures, pages, published, tables as report, tuning
 from bisam.experiments.reports.differences import baseline, differences, student
 from bisam.experiments.reports.groups import BROUGHT, grouped, names, places, setting

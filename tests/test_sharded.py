@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten
 
 from bisam.experiments import models
 from bisam.experiments.machine import Machine
-from bisam.experiments.recipes import Recipe
+from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs import Run, RunError
 from bisam.experiments.sharded import blocks
 from bisam.experiments.train import Training, train

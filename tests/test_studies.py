@@ -18,9 +18,9 @@ from bisam.experiments import processes
 from bisam.experiments.estimate import queries
 from bisam.experiments.machine import Machine
 from bisam.experiments.paper import MODELS, PAPER
-from bisam.experiments.presets import PRESETS
 from bisam.experiments.processes import Outcome
-from bisam.experiments.recipes import Recipe
+from bisam.experiments.recipes.presets import PRESETS
+from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs import Run, RunError
 from bisam.experiments.shown import show_failed
 from bisam.experiments.studies import STUDIES
@@ -316,7 +316,7 @@ import os, random, shutil, signal, sys, time
 from dataclasses import replace
 from pathlib import Path
 import torch
-from bisam.experiments.recipes import Recipe
+from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs import Run, RunError
 from bisam.experiments.train import train
 

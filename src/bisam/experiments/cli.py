@@ -13,10 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from bisam import __version__
+from bisam.experiments.errors import unknown
 from bisam.experiments.machine import Machine, threads
-from bisam.experiments.names import unknown
-from bisam.experiments.presets import with_preset
-from bisam.experiments.recipes import Recipe, Whole
+from bisam.experiments.recipes.presets import with_preset
+from bisam.experiments.recipes.recipe import Recipe, Whole
 from bisam.experiments.runs import Run, RunError, write
 from bisam.experiments.shown import (
     all_finished,
@@ -223,8 +223,8 @@ def train(
 def list_studies() -> int:
     """List the studies, and the methods, data sets and models that `bisam train` takes."""
     from bisam.experiments import data, models
-    from bisam.experiments.catalogue import METHODS
     from bisam.experiments.measurements import MEASUREMENTS
+    from bisam.experiments.recipes.catalogue import METHODS
     from bisam.experiments.reports.groups import title
     from bisam.experiments.studies import STUDIES
 
@@ -254,7 +254,7 @@ def methods(*, to: Path | None = None) -> int:
     Args:
         to: Markdown file to write, with the references, in place of the table on the terminal.
     """
-    from bisam.experiments import catalogue, entries
+    from bisam.experiments.recipes import catalogue, entries
 
     if to is not None:
         write(to, entries.page(catalogue.METHODS, catalogue.GAMES))

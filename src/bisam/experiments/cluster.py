@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from bisam import __version__
 from bisam.experiments.machine import Machine
 from bisam.experiments.processes import Done, Outcome, Progress, attempted, collected, deaf
-from bisam.experiments.recipes import Recipe
+from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs import Run, RunError, write
 
 

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bisam.experiments.errors import unknown
 from bisam.experiments.machine import Machine
-from bisam.experiments.names import unknown
-from bisam.experiments.recipes import Recipe
+from bisam.experiments.recipes.recipe import Recipe
 
 GLUE = ("cola", "sst2", "mrpc", "qqp", "mnli", "qnli", "rte", "wnli")
 NAMES = {

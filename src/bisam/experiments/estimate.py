@@ -11,11 +11,11 @@ from torch import nn
 
 from bisam.experiments import data, models
 from bisam.experiments.data import Data, batches_of
-from bisam.experiments.expressions import toy
 from bisam.experiments.images import Images, channels
 from bisam.experiments.machine import Machine
 from bisam.experiments.pace import PACE, Pace
-from bisam.experiments.recipes import Recipe
+from bisam.experiments.recipes.expressions import toy
+from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.watch import Watch
 from bisam.methods import Method
 

@@ -20,8 +20,8 @@ from typing import Any, Protocol
 
 from filelock import FileLock
 
-from bisam.experiments.names import unknown
-from bisam.experiments.recipes import Recipe
+from bisam.experiments.errors import unknown
+from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs import Run, write
 
 

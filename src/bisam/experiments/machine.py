@@ -14,7 +14,7 @@ import torch
 from cyclopts import Parameter
 from lightning_fabric import Fabric
 
-from bisam.experiments.names import unknown
+from bisam.experiments.errors import unknown
 
 for _name in ("lightning_fabric", "torch.multiprocessing.spawn"):
     logging.getLogger(_name).setLevel(logging.ERROR)  # they advertise and advise, in every process

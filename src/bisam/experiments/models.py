@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bisam.experiments.names import unknown
+from bisam.experiments.errors import unknown
 from bisam.experiments.networks import VGG, ConvNet, DenseNet, ResNet, WideResNet
 
 PRETRAINED = "pretrained"

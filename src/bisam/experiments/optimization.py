@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
 
-from bisam.experiments.recipes import Recipe
+from bisam.experiments.recipes.recipe import Recipe
 
 
 def optimizer_of(model: nn.Module, recipe: Recipe) -> Optimizer:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from bisam.experiments.catalogue import METHODS
-from bisam.experiments.presets import CIFAR
-from bisam.experiments.recipes import Recipe
+from bisam.experiments.recipes.catalogue import METHODS
+from bisam.experiments.recipes.presets import CIFAR
+from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.study import Study
 
 

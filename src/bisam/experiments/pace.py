@@ -16,7 +16,7 @@ from bisam import ERM, SharpnessAware
 from bisam.experiments.data import Split
 from bisam.experiments.epochs import train_epoch
 from bisam.experiments.optimization import optimizer_of, scaler_of
-from bisam.experiments.recipes import Recipe
+from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.sharded import shard
 from bisam.experiments.watch import Watch
 

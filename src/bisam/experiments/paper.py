@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from bisam.experiments.presets import BERT, CIFAR, IMAGENET, VIT
-from bisam.experiments.recipes import Recipe
+from bisam.experiments.recipes.presets import BERT, CIFAR, IMAGENET, VIT
+from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.study import Study
 
 MODELS = ("densenet121", "resnet56", "vgg19_bn", "wrn28_2", "wrn28_10")

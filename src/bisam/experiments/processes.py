@@ -22,7 +22,7 @@ import torch
 
 from bisam.experiments.data import DataError, source
 from bisam.experiments.machine import Machine, end_with_parent, threads
-from bisam.experiments.recipes import Recipe
+from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs import Row, Run, RunError
 from bisam.experiments.train import OnEpoch, train
 

@@ -27,7 +27,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from bisam import __version__
-from bisam.experiments.recipes import Recipe
+from bisam.experiments.recipes.recipe import Recipe
 
 Row = dict[str, float]
 

@@ -13,7 +13,7 @@ from rich.measure import Measurement as Width
 from rich.table import Column, Table
 from rich.text import Text
 
-from bisam.experiments.recipes import Recipe
+from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs import Finished, RunError, finished, to_csv, write
 from bisam.experiments.terminal import console, errors
 

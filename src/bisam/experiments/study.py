@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields, replace
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
-from bisam.experiments.names import unknown
-from bisam.experiments.recipes import Recipe
+from bisam.experiments.errors import unknown
+from bisam.experiments.recipes.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from bisam.experiments.data import Data, shares
-from bisam.experiments.names import unknown
+from bisam.experiments.errors import unknown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -30,7 +30,7 @@ from bisam.experiments.loggers import loggers
 from bisam.experiments.machine import Machine, end_with_parent
 from bisam.experiments.optimization import descent_loss, optimizer_of, scaler_of, scheduler_of
 from bisam.experiments.pace import Pace
-from bisam.experiments.recipes import Recipe
+from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs import Row, Run, RunError, damaged
 from bisam.experiments.scores import scores
 from bisam.experiments.sharded import (

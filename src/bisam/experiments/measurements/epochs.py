@@ -11,9 +11,9 @@ from torch import nn
 
 from bisam import SharpnessAware
 from bisam.experiments import models
+from bisam.experiments.errors import unknown
 from bisam.experiments.measurements.measurement import Measurement, Row, Settings, flat, met, parsed, with_quartiles
-from bisam.experiments.names import unknown
-from bisam.experiments.recipes import Recipe
+from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports import published
 from bisam.experiments.timing import interleaved, ratio, threads
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bisam import NegLog, Tanh
+from bisam.experiments.errors import unknown
 from bisam.experiments.measurements.measurement import Measurement, Row, Settings, flat, met, with_quartiles
-from bisam.experiments.names import unknown
 from bisam.experiments.timing import interleaved, ratio, threads
 from bisam.objectives import LowerBound
 

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from filelock import FileLock, Timeout
 
+from bisam.experiments.errors import unknown
 from bisam.experiments.machine import Machine
-from bisam.experiments.names import unknown
 from bisam.experiments.runs import RunError, environment, read_json, write
 from bisam.experiments.timing import Ratio, conditions
 

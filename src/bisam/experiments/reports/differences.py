@@ -13,7 +13,7 @@ from statistics import mean, stdev
 
 from scipy.special import stdtrit
 
-from bisam.experiments.recipes import Recipe
+from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports.groups import BROUGHT, SETTINGS, Groups
 from bisam.experiments.runs import Finished
 

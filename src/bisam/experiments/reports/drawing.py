@@ -18,9 +18,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bisam.experiments.catalogue import METHODS
-from bisam.experiments.entries import FAMILIES
-from bisam.experiments.recipes import Recipe
+from bisam.experiments.recipes.catalogue import METHODS
+from bisam.experiments.recipes.entries import FAMILIES
+from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports.groups import Groups, metric, names, place, places
 from bisam.experiments.runs import Finished, write
 from bisam.experiments.scores import TITLES

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
-from bisam.experiments.names import unknown
+from bisam.experiments.errors import unknown
 from bisam.experiments.reports.curves import curves as curves, flips as flips, gradients as gradients
 from bisam.experiments.reports.drawing import (
     BLACK,

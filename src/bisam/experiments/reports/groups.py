@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
-from bisam.experiments.catalogue import METHODS
 from bisam.experiments.data import NAMES
-from bisam.experiments.recipes import Recipe
+from bisam.experiments.recipes.catalogue import METHODS
+from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs import Finished
 
 Groups = Mapping[Recipe, Sequence[Finished]]

@@ -13,8 +13,8 @@ from math import isnan, nan
 from statistics import mean, stdev
 from typing import Any
 
-from bisam.experiments.presets import CIFAR
-from bisam.experiments.recipes import Recipe
+from bisam.experiments.recipes.presets import CIFAR
+from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports.differences import baseline, paired
 from bisam.experiments.reports.groups import Groups, setting
 from bisam.experiments.runs import Finished

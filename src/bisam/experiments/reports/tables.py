@@ -10,7 +10,7 @@ from math import isnan, nan
 from statistics import mean, median, stdev
 from typing import Any
 
-from bisam.experiments.recipes import Recipe
+from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports.differences import Baselines, Difference, baseline, differences, paired, student
 from bisam.experiments.reports.groups import (
     Groups,

@@ -19,9 +19,9 @@ from typing import Annotated, Any
 from cyclopts import Parameter, Token
 
 from bisam.arguments import non_negative, positive
-from bisam.experiments.catalogue import METHODS
-from bisam.experiments.expressions import VOCABULARY, build, check
-from bisam.experiments.names import unknown
+from bisam.experiments.errors import unknown
+from bisam.experiments.recipes.catalogue import METHODS
+from bisam.experiments.recipes.expressions import VOCABULARY, build, check
 from bisam.methods import Method
 
 

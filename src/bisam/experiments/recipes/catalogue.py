@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from bisam.experiments.entries import Entry, arxiv
+from bisam.experiments.recipes.entries import Entry, arxiv
 
 _FORET, _KWON, _XIE = arxiv("2010.01412"), arxiv("2102.11600"), arxiv("2407.12993")
 

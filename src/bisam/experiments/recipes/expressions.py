@@ -19,7 +19,7 @@ from torch import nn
 
 import bisam
 from bisam import SharpnessAware, masks, perturbations, schedules
-from bisam.experiments.names import unknown
+from bisam.experiments.errors import unknown
 from bisam.methods import Method
 
 _ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 
-from bisam.experiments.names import unknown
-from bisam.experiments.recipes import Recipe
+from bisam.experiments.errors import unknown
+from bisam.experiments.recipes.recipe import Recipe
 
 CIFAR = Recipe(
     dataset="cifar10",
