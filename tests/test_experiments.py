@@ -26,7 +26,7 @@ from bisam.experiments.machine import Machine
 from bisam.experiments.recipes.catalogue import METHODS
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs import Run, RunError
-from bisam.experiments.study import expand
+from bisam.experiments.studies.study import expand
 from bisam.experiments.train import train
 from bisam.experiments.watch import Watch
 from bisam.perturbations import L2

@@ -17,13 +17,13 @@ from torchvision.datasets import cifar
 from bisam.experiments import processes
 from bisam.experiments.estimate import queries
 from bisam.experiments.machine import Machine
-from bisam.experiments.paper import MODELS, PAPER
 from bisam.experiments.processes import Outcome
 from bisam.experiments.recipes.presets import PRESETS
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs import Run, RunError
 from bisam.experiments.shown import show_failed
 from bisam.experiments.studies import STUDIES
+from bisam.experiments.studies.paper import MODELS, PAPER
 from bisam.experiments.train import train
 from tests.test_folders import classes, flower_root, pet_root  # noqa: F401 - fixtures
 from tests.test_models import bert  # noqa: F401 - a fixture

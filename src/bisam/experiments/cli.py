@@ -31,7 +31,7 @@ from bisam.experiments.shown import (
 from bisam.experiments.terminal import Display, console, duration, errors
 
 if TYPE_CHECKING:
-    from bisam.experiments.study import Study
+    from bisam.experiments.studies.study import Study
 
 app = App(
     name="bisam",
@@ -95,7 +95,7 @@ def run(
         default = {"--gpus": gpus or None, "--cpus": cpus if cpus != 1 else None}
         _refuse("without --ray there is no cluster", {**default, "--retries": retries if retries != 3 else None})
     from bisam.experiments import loggers
-    from bisam.experiments.study import expand
+    from bisam.experiments.studies.study import expand
 
     chosen = _study(study)
     recipes = expand(chosen.changed(epochs, changes), seeds or chosen.seeds, chosen.first_seed)

@@ -19,7 +19,7 @@ from bisam.experiments.terminal import console, errors
 
 if TYPE_CHECKING:
     from bisam.experiments.processes import Outcome
-    from bisam.experiments.study import Study
+    from bisam.experiments.studies.study import Study
 
 
 def runs_of(chosen: Study, changes: tuple[str, ...], out: Path) -> list[Finished]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from bisam.experiments.recipes.catalogue import METHODS
 from bisam.experiments.recipes.presets import CIFAR
 from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.study import Study
+from bisam.experiments.studies.study import Study
 
 
 def _digits(epochs: int | None) -> list[Recipe]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from bisam.experiments.ours import OURS
-from bisam.experiments.paper import PAPER
+from bisam.experiments.studies.local import OURS
+from bisam.experiments.studies.paper import PAPER
 
 STUDIES = {study.name: study for study in (*OURS, *PAPER)}
 """What `bisam run` runs, besides the measurements."""

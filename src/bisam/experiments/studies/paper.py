@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from bisam.experiments.recipes.presets import BERT, CIFAR, IMAGENET, VIT
 from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.study import Study
+from bisam.experiments.studies.study import Study
 
 MODELS = ("densenet121", "resnet56", "vgg19_bn", "wrn28_2", "wrn28_10")
 """The networks of tables 1, 2, 4, 5 and 9 to 11, in the paper's order."""
