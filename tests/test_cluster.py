@@ -20,10 +20,10 @@ from filelock import FileLock
 
 from bisam import __version__
 from bisam.experiments import cluster
-from bisam.experiments.machine import Machine
 from bisam.experiments.processes import Outcome
 from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.runs import Run, RunError
+from bisam.experiments.runs.folder import Run, RunError
+from bisam.experiments.runs.machine import Machine
 from bisam.experiments.train import train
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # Ray's sockets and log files
@@ -138,7 +138,7 @@ INTERRUPTED = """
 import sys
 from pathlib import Path
 from bisam.experiments import cluster
-from bisam.experiments.machine import Machine
+from bisam.experiments.runs.machine import Machine
 from bisam.experiments.recipes.recipe import Recipe
 
 class Progress:

@@ -17,9 +17,9 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from bisam.experiments import loggers, processes
-from bisam.experiments.machine import Machine
 from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.runs import Run
+from bisam.experiments.runs.folder import Run
+from bisam.experiments.runs.machine import Machine
 from bisam.experiments.train import train
 
 pytestmark = [
@@ -163,9 +163,9 @@ def test_a_resumed_run_goes_on_in_the_same_place(run, name):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from bisam.experiments.machine import Machine
+from bisam.experiments.runs.machine import Machine
 from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.runs import Run
+from bisam.experiments.runs.folder import Run
 from bisam.experiments.train import train
 
 calls, replace = 0, Path.replace

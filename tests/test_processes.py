@@ -18,10 +18,10 @@ import pytest
 import torch
 from filelock import FileLock
 
-from bisam.experiments import processes, runs
-from bisam.experiments.machine import Machine, end_with_parent, threads
+from bisam.experiments import processes
 from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.runs import Run
+from bisam.experiments.runs.folder import Run, finished
+from bisam.experiments.runs.machine import Machine, end_with_parent, threads
 from bisam.experiments.train import train
 
 SHORT = Recipe(method="bisam_log", noise=0.4, rho=0.4, epochs=2, batch_size=256)
@@ -123,7 +123,7 @@ def test_a_run_that_another_study_holds_is_said_and_the_others_go_on(tmp_path):
         outcomes = processes.run_all([SHORT, SGD], tmp_path, 1, Machine(log=()), Silent())
     assert f"{held} is in use by another process: let it finish, or give another --out" in outcomes[0].error
     assert outcomes[1].error is None
-    assert [run.recipe for run in runs.finished(tmp_path)] == [SGD]
+    assert [run.recipe for run in finished(tmp_path)] == [SGD]
 
 
 def test_runs_without_their_data_do_not_start_and_the_others_go_on(tmp_path):
@@ -224,7 +224,7 @@ import multiprocessing as mp, os, signal, sys
 from dataclasses import replace
 from pathlib import Path
 from bisam.experiments import processes
-from bisam.experiments.machine import Machine, end_with_parent, threads
+from bisam.experiments.runs.machine import Machine, end_with_parent, threads
 from bisam.experiments.recipes.recipe import Recipe
 
 class Killer:

@@ -16,14 +16,13 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from bisam.experiments import runs
 from bisam.experiments.recipes.catalogue import METHODS
 from bisam.experiments.recipes.presets import CIFAR
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports import drawing, figures, pages, published, tables as report, tuning
 from bisam.experiments.reports.differences import baseline, differences, student
 from bisam.experiments.reports.groups import BROUGHT, grouped, names, places, setting
-from bisam.experiments.runs import Finished, Run
+from bisam.experiments.runs.folder import Finished, Run, finished as finished_runs, to_csv
 
 SAM = Recipe(method="sam", noise=0.4, rho=0.4, epochs=3)
 SGD = replace(SAM, method="sgd", rho=None, epochs=6)
@@ -266,7 +265,7 @@ def test_the_summary_is_mean_and_standard_deviation_over_seeds():
 
 
 def test_differences_are_columns_of_the_csv():
-    sgd, sam, log = csv.DictReader(io.StringIO(runs.to_csv(report.summary(SMALL))))
+    sgd, sam, log = csv.DictReader(io.StringIO(to_csv(report.summary(SMALL))))
     assert (log["baseline"], log["pairs"]) == ("SAM", "2")
     assert float(log["difference_mean"]) == pytest.approx(0.015)
     assert float(log["difference_high"]) == pytest.approx(0.015 + 12.706205 * 0.005, abs=1e-6)
@@ -824,8 +823,8 @@ def test_run_folders_before_metrics_were_named_are_reported(finished):
         path.write_text(json.dumps({key: old[key] for key in old if key not in ("metric", "scores", "examples")}))
     for path in finished.glob("digits/*/*/metrics.csv"):
         rows = list(csv.DictReader(io.StringIO(path.read_text())))
-        path.write_text(runs.to_csv([{key: row[key] for key in ("epoch", "validation", "flipped")} for row in rows]))
-    found = [one for one in runs.finished(finished / "digits") if isinstance(one, Finished)]
+        path.write_text(to_csv([{key: row[key] for key in ("epoch", "validation", "flipped")} for row in rows]))
+    found = [one for one in finished_runs(finished / "digits") if isinstance(one, Finished)]
     assert len(found) == 4
     assert report.markdown("T", found, {})
     for name in FIGURES:

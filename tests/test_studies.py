@@ -16,11 +16,11 @@ from torchvision.datasets import cifar
 
 from bisam.experiments import processes
 from bisam.experiments.estimate import queries
-from bisam.experiments.machine import Machine
 from bisam.experiments.processes import Outcome
 from bisam.experiments.recipes.presets import PRESETS
 from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.runs import Run, RunError
+from bisam.experiments.runs.folder import Run, RunError
+from bisam.experiments.runs.machine import Machine
 from bisam.experiments.shown import show_failed
 from bisam.experiments.studies import STUDIES
 from bisam.experiments.studies.paper import MODELS, PAPER
@@ -317,7 +317,7 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.runs import Run, RunError
+from bisam.experiments.runs.folder import Run, RunError
 from bisam.experiments.train import train
 
 torch.set_num_threads(1)

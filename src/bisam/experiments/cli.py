@@ -14,10 +14,10 @@ from rich.text import Text
 
 from bisam import __version__
 from bisam.experiments.errors import unknown
-from bisam.experiments.machine import Machine, threads
 from bisam.experiments.recipes.presets import with_preset
 from bisam.experiments.recipes.recipe import Recipe, Whole
-from bisam.experiments.runs import Run, RunError, write
+from bisam.experiments.runs.folder import Run, RunError, write
+from bisam.experiments.runs.machine import Machine, threads
 from bisam.experiments.shown import (
     all_finished,
     pairs,
@@ -222,8 +222,9 @@ def train(
 @app.command(name="list", help_epilogue="Example:  bisam list")
 def list_studies() -> int:
     """List the studies, and the methods, data sets and models that `bisam train` takes."""
-    from bisam.experiments import data, models
+    from bisam.experiments import data
     from bisam.experiments.measurements import MEASUREMENTS
+    from bisam.experiments.models.build import NAMES as MODELS
     from bisam.experiments.recipes.catalogue import METHODS
     from bisam.experiments.reports.groups import title
     from bisam.experiments.studies import STUDIES
@@ -238,7 +239,7 @@ def list_studies() -> int:
     for measurement in MEASUREMENTS.values():
         table.add_row(measurement.name, measurement.title, "a measurement", "")
     console.print(table)
-    for what, names in (("dataset", data.NAMES), ("model", models.NAMES)):
+    for what, names in (("dataset", data.NAMES), ("model", MODELS)):
         table = Table(f"--{what}", "what", box=None, pad_edge=False, header_style="bold")
         for name, text in names.items():
             table.add_row(name, text)

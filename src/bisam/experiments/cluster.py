@@ -25,10 +25,10 @@ import torch
 from filelock import FileLock, Timeout
 
 from bisam import __version__
-from bisam.experiments.machine import Machine
 from bisam.experiments.processes import Done, Outcome, Progress, attempted, collected, deaf
 from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.runs import Run, RunError, write
+from bisam.experiments.runs.folder import Run, RunError, write
+from bisam.experiments.runs.machine import Machine
 
 
 def run_all(

@@ -11,9 +11,9 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from bisam.experiments.data import Batches, Split, batches_of
-from bisam.experiments.images import Images
+from bisam.experiments.data.image_tensors import Images
 from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.runs import Row
+from bisam.experiments.runs.folder import Row
 from bisam.experiments.scores import ranked
 from bisam.experiments.watch import Watch
 

@@ -9,13 +9,14 @@ from functools import cache
 import torch
 from torch import nn
 
-from bisam.experiments import data, models
+from bisam.experiments import data
 from bisam.experiments.data import Data, batches_of
-from bisam.experiments.images import Images, channels
-from bisam.experiments.machine import Machine
+from bisam.experiments.data.image_tensors import Images, channels
+from bisam.experiments.models.build import build
 from bisam.experiments.pace import PACE, Pace
 from bisam.experiments.recipes.expressions import toy
 from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.runs.machine import Machine
 from bisam.experiments.watch import Watch
 from bisam.methods import Method
 
@@ -77,7 +78,7 @@ def _measured(recipe: Recipe, machine: Machine) -> tuple[float, float, int, int]
     splits = data.load(recipe, machine)
     fabric = replace(machine, devices=1, nodes=1, strategy="auto").fabric(recipe.precision)
     with torch.random.fork_rng([]):
-        model = models.build(recipe.model, splits.classes, channels=channels(splits.test))
+        model = build(recipe.model, splits.classes, channels=channels(splits.test))
         probe(model, splits, recipe)
     if recipe.channels_last:
         model = model.to(memory_format=torch.channels_last)

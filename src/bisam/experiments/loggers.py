@@ -22,7 +22,7 @@ from filelock import FileLock
 
 from bisam.experiments.errors import unknown
 from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.runs import Run, write
+from bisam.experiments.runs.folder import Run, write
 
 
 class Logger(Protocol):

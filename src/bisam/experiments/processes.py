@@ -21,9 +21,9 @@ from typing import Any, Protocol
 import torch
 
 from bisam.experiments.data import DataError, source
-from bisam.experiments.machine import Machine, end_with_parent, threads
 from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.runs import Row, Run, RunError
+from bisam.experiments.runs.folder import Row, Run, RunError
+from bisam.experiments.runs.machine import Machine, end_with_parent, threads
 from bisam.experiments.train import OnEpoch, train
 
 

@@ -14,7 +14,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.runs import Finished, RunError, finished, to_csv, write
+from bisam.experiments.runs.folder import Finished, RunError, finished, to_csv, write
 from bisam.experiments.terminal import console, errors
 
 if TYPE_CHECKING:

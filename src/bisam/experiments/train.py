@@ -21,17 +21,18 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 from torch.optim.swa_utils import AveragedModel
 
 from bisam import SharpnessAware
-from bisam.experiments import data, models
+from bisam.experiments import data
 from bisam.experiments.data import Data, Split, batches_of
+from bisam.experiments.data.image_tensors import channels
 from bisam.experiments.epochs import predictions, train_epoch
 from bisam.experiments.estimate import probe
-from bisam.experiments.images import channels
 from bisam.experiments.loggers import loggers
-from bisam.experiments.machine import Machine, end_with_parent
+from bisam.experiments.models.build import build
 from bisam.experiments.optimization import descent_loss, optimizer_of, scaler_of, scheduler_of
 from bisam.experiments.pace import Pace
 from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.runs import Row, Run, RunError, damaged
+from bisam.experiments.runs.folder import Row, Run, RunError, damaged
+from bisam.experiments.runs.machine import Machine, end_with_parent
 from bisam.experiments.scores import scores
 from bisam.experiments.sharded import (
     averaging,
@@ -81,7 +82,7 @@ def _prepared(fabric: Fabric, run: Run, machine: Machine) -> Callable[[], Traini
     splits = data.load(run.recipe, machine)
     _fits(run.recipe, splits, machine)
     torch.manual_seed(run.recipe.seed)
-    model = models.build(run.recipe.model, splits.classes, channels=channels(splits.test), weights=run.recipe.weights)
+    model = build(run.recipe.model, splits.classes, channels=channels(splits.test), weights=run.recipe.weights)
     probe(model, splits, run.recipe)
     return lambda: Training(fabric, run, machine, splits, model)
 

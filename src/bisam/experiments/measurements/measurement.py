@@ -23,8 +23,8 @@ import torch
 from filelock import FileLock, Timeout
 
 from bisam.experiments.errors import unknown
-from bisam.experiments.machine import Machine
-from bisam.experiments.runs import RunError, environment, read_json, write
+from bisam.experiments.runs.folder import RunError, environment, read_json, write
+from bisam.experiments.runs.machine import Machine
 from bisam.experiments.timing import Ratio, conditions
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from bisam.experiments.recipes.catalogue import METHODS
 from bisam.experiments.recipes.entries import FAMILIES
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports.groups import Groups, metric, names, place, places
-from bisam.experiments.runs import Finished, write
+from bisam.experiments.runs.folder import Finished, write
 from bisam.experiments.scores import TITLES
 
 BLACK, GREY = "#000000", "#7F7F7F"

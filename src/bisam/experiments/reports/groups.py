@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from bisam.experiments.data import NAMES
 from bisam.experiments.recipes.catalogue import METHODS
 from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.runs import Finished
+from bisam.experiments.runs.folder import Finished
 
 Groups = Mapping[Recipe, Sequence[Finished]]
 """The runs of each recipe, by seed; as keys recipes have seed 0."""

@@ -17,7 +17,7 @@ from bisam.experiments.recipes.presets import CIFAR
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports.differences import baseline, paired
 from bisam.experiments.reports.groups import Groups, setting
-from bisam.experiments.runs import Finished
+from bisam.experiments.runs.folder import Finished
 
 
 @dataclass(frozen=True)

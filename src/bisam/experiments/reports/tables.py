@@ -25,7 +25,7 @@ from bisam.experiments.reports.groups import (
     varying,
 )
 from bisam.experiments.reports.published import beside
-from bisam.experiments.runs import Finished
+from bisam.experiments.runs.folder import Finished
 from bisam.experiments.scores import TITLES
 
 Row = dict[str, Any]

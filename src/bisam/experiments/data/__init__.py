@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from bisam.experiments.errors import unknown
-from bisam.experiments.machine import Machine
 from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.runs.machine import Machine
 
 GLUE = ("cola", "sst2", "mrpc", "qqp", "mnli", "qnli", "rte", "wnli")
 NAMES = {
@@ -127,28 +127,30 @@ def _load(recipe: Recipe, machine: Machine) -> Data:
     kind, _, detail = recipe.dataset.partition(":")
     root, download, size = machine.data_dir, machine.download, recipe.image_size
     if kind in ("digits", "cifar10", "cifar100") and not detail:
-        from bisam.experiments import images
+        from bisam.experiments.data.image_tensors import cifar, digits
 
         if kind == "digits":
-            return images.digits()
-        return images.cifar(kind, root, download, recipe.augment, recipe.cutout)
+            return digits()
+        return cifar(kind, root, download, recipe.augment, recipe.cutout)
     if (kind in ("imagenet", "flowers", "pets") and not detail) or (kind == "folder" and detail):
-        from bisam.experiments import models, photographs
+        from bisam.experiments.data.image_folders import flowers, folder, imagenet, pets, standardised
+        from bisam.experiments.models.build import statistics
 
         match kind:
             case "imagenet":
-                data = photographs.imagenet(root, size, machine.loaders)
+                data = imagenet(root, size, machine.loaders)
             case "folder":
-                data = photographs.folder(Path(detail).expanduser(), size, machine.loaders)
+                data = folder(Path(detail).expanduser(), size, machine.loaders)
             case _:
-                load_one = photographs.flowers if kind == "flowers" else photographs.pets
+                load_one = flowers if kind == "flowers" else pets
                 data = load_one(root, size, machine.loaders, download=download)
-        known = models.statistics(recipe.model)
-        return data if known is None else photographs.standardised(data, *known)
+        known = statistics(recipe.model)
+        return data if known is None else standardised(data, *known)
     if kind == "glue" and detail in GLUE:
-        from bisam.experiments import models, texts
+        from bisam.experiments.data.glue import glue
+        from bisam.experiments.models.build import tokenizer
 
-        return texts.glue(detail, root, models.tokenizer(recipe.model), recipe.max_length, download)
+        return glue(detail, root, tokenizer(recipe.model), recipe.max_length, download)
     raise unknown("dataset", recipe.dataset, NAMES)
 
 

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from bisam.experiments.errors import unknown
-from bisam.experiments.networks import VGG, ConvNet, DenseNet, ResNet, WideResNet
+from bisam.experiments.models.networks import VGG, ConvNet, DenseNet, ResNet, WideResNet
 
 PRETRAINED = "pretrained"
 
-_OURS: dict[str, tuple[Callable[[int, int], nn.Module], str]] = {
+OURS: dict[str, tuple[Callable[[int, int], nn.Module], str]] = {
     "convnet": (ConvNet, "three convolutions, for digits of 8x8"),
     "resnet20": (partial(ResNet, 20), "CIFAR ResNet (He et al. 2016), 0.27M parameters"),
     "resnet32": (partial(ResNet, 32), "CIFAR ResNet (He et al. 2016), 0.46M parameters"),
@@ -43,7 +43,7 @@ _OURS: dict[str, tuple[Callable[[int, int], nn.Module], str]] = {
     ),
 }
 
-NAMES: dict[str, str] = {name: line for name, (_, line) in _OURS.items()} | {
+NAMES: dict[str, str] = {name: line for name, (_, line) in OURS.items()} | {
     "torchvision:NAME": "a classifier of torchvision.models, as torchvision:resnet50",
     "timm:NAME": "a classifier of timm, as timm:vit_base_patch16_224",
     "hf:NAME": "a sequence classifier of Hugging Face's hub or of a local folder, as hf:bert-base-uncased",
@@ -131,11 +131,11 @@ class Logits(nn.Module):
 
 
 def _ours(name: str, classes: int, channels: int, pretrained: bool) -> nn.Module:
-    if name not in _OURS:
+    if name not in OURS:
         raise unknown("model", name, NAMES)
     if pretrained:
         raise ValueError(f"model {name!r} has no pretrained weights: give a file of them, or none")
-    network, _ = _OURS[name]
+    network, _ = OURS[name]
     return network(classes, channels)
 
 

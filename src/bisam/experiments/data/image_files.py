@@ -137,7 +137,7 @@ class _Decoder(Dataset[Any]):
     def __getitem__(self, key: tuple[str, int, int]) -> Tensor | str:
         path, number, epoch = key
         try:
-            image = _decoded(path)
+            image = decoded(path)
         except Exception as error:  # each format has its own way to be damaged
             return f"{path} cannot be read ({reason(error)}): replace or delete it"
         if not self._training:
@@ -151,7 +151,7 @@ class _Decoder(Dataset[Any]):
             torch.set_rng_state(state)
 
 
-def _decoded(path: str) -> Image.Image:
+def decoded(path: str) -> Image.Image:
     """The image in RGB."""
     with Image.open(path) as image:
         if image.mode.startswith("I"):  # 16 bits; Pillow would cut them off at 255

@@ -22,12 +22,12 @@ from PIL import Image
 from torch import Tensor
 
 from bisam.experiments.data import Data
-from bisam.experiments.folders import Channels, Folder, reason
+from bisam.experiments.data.image_files import Channels, Folder, reason
 
 _ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 _VALIDATION = ("val", "valid", "validation")
 _PARTS = {"train", *_VALIDATION, "test"}
-_CHECKED = 20_000  # of more images none is looked at up front: on a slow disk it would take minutes
+CHECKED = 20_000  # of more images none is looked at up front: on a slow disk it would take minutes
 
 
 def imagenet(root: Path, image_size: int = 224, processes: int = 0) -> Data:
@@ -267,7 +267,7 @@ def _check(paths: Sequence[str], root: Path, remedy: str = "replace or delete th
     Raises:
         ValueError: some cannot.
     """
-    if len(paths) > _CHECKED:
+    if len(paths) > CHECKED:
         return
     with warnings.catch_warnings(), ThreadPoolExecutor(8) as pool:
         warnings.simplefilter("ignore")  # of what can be read in spite of it

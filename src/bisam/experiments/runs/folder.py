@@ -266,7 +266,7 @@ def environment() -> dict[str, str]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "hardware": f"{_processor()}, {os.cpu_count()} cores, {platform.system()}",
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 
@@ -278,8 +278,9 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def _commit() -> str:
-    package = Path(__file__).resolve().parents[1]
+def commit() -> str:
+    """The commit of this package, or unknown where it is not in its own repository."""
+    package = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(package), *arguments]
