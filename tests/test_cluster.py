@@ -24,7 +24,7 @@ from bisam.experiments.processes import Outcome
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Run, RunError
 from bisam.experiments.runs.machine import Machine
-from bisam.experiments.train import train
+from bisam.experiments.training.train import train
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # Ray's sockets and log files
 

@@ -29,8 +29,8 @@ from bisam.experiments.runs import folder
 from bisam.experiments.runs.folder import Run, RunError, finished
 from bisam.experiments.runs.machine import Machine
 from bisam.experiments.studies.study import expand
-from bisam.experiments.train import train
-from bisam.experiments.watch import Watch
+from bisam.experiments.training.counting import Watch
+from bisam.experiments.training.train import train
 from bisam.perturbations import L2
 
 SHORT = Recipe(method="bisam_log", noise=0.4, rho=0.4, epochs=3, batch_size=256)
@@ -219,7 +219,7 @@ def test_a_run_leaves_recipe_metrics_checkpoint_and_result(run):
 
 def test_a_finished_run_is_not_run_again(run, monkeypatch):
     first = train(run)
-    monkeypatch.setattr("bisam.experiments.train.train_epoch", lambda *_: pytest.fail("it ran again"))
+    monkeypatch.setattr("bisam.experiments.training.train.train_epoch", lambda *_: pytest.fail("it ran again"))
     assert train(run) == first
 
 
@@ -244,7 +244,7 @@ import os, signal, sys
 from pathlib import Path
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Run
-from bisam.experiments.train import train
+from bisam.experiments.training.train import train
 
 calls, replace = 0, Path.replace
 def replaced(path, target):
@@ -453,7 +453,7 @@ def test_a_compiled_run_resumes_to_the_same_bits(tmp_path):
     recipe = replace(SHORT, compile=True, epochs=2, batch_size=64, limit=150)
     code = (
         "import sys; from pathlib import Path; from bisam.experiments.recipes.recipe import Recipe; "
-        "from bisam.experiments.runs.folder import Run; from bisam.experiments.train import train\n"
+        "from bisam.experiments.runs.folder import Run; from bisam.experiments.training.train import train\n"
         "class Stop(Exception): pass\n"
         "def each(row):\n"
         "    if row['epoch'] == int(sys.argv[2]): raise Stop\n"

@@ -11,13 +11,13 @@ import torch
 from bisam import ERM, SharpnessAware, cross_entropy
 from bisam.experiments import data
 from bisam.experiments.data.image_tensors import Images, digits
-from bisam.experiments.epochs import train_epoch
 from bisam.experiments.estimate import estimate
 from bisam.experiments.models.build import build
-from bisam.experiments.pace import PACE, Pace
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.machine import Machine
-from bisam.experiments.watch import Watch
+from bisam.experiments.training.counting import Watch
+from bisam.experiments.training.epoch import train_epoch
+from bisam.experiments.training.reference_speed import PACE, Pace
 
 RECIPE = Recipe(method="sgd", batch_size=128, epochs=2)
 BEGIN = 100.0  # seconds, of a clock that nothing else moves

@@ -22,7 +22,7 @@ from bisam.experiments import processes
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Run, finished
 from bisam.experiments.runs.machine import Machine, end_with_parent, threads
-from bisam.experiments.train import train
+from bisam.experiments.training.train import train
 
 SHORT = Recipe(method="bisam_log", noise=0.4, rho=0.4, epochs=2, batch_size=256)
 SGD = replace(SHORT, method="sgd", rho=None)

@@ -16,8 +16,8 @@ from bisam.experiments.models.build import OURS
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Run, RunError
 from bisam.experiments.runs.machine import Machine
-from bisam.experiments.sharded import blocks
-from bisam.experiments.train import Training, train
+from bisam.experiments.training.fsdp import blocks
+from bisam.experiments.training.train import Training, train
 
 MANY = Machine(log=(), nodes=2, strategy="fsdp")
 

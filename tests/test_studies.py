@@ -24,7 +24,7 @@ from bisam.experiments.runs.machine import Machine
 from bisam.experiments.shown import show_failed
 from bisam.experiments.studies import STUDIES
 from bisam.experiments.studies.paper import MODELS, PAPER
-from bisam.experiments.train import train
+from bisam.experiments.training.train import train
 from tests.test_folders import classes, flower_root, pet_root  # noqa: F401 - fixtures
 from tests.test_models import bert  # noqa: F401 - a fixture
 from tests.test_texts import classic
@@ -318,7 +318,7 @@ from pathlib import Path
 import torch
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Run, RunError
-from bisam.experiments.train import train
+from bisam.experiments.training.train import train
 
 torch.set_num_threads(1)
 root, method, more = Path(sys.argv[1]), sys.argv[2], eval(sys.argv[3])

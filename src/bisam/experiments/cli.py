@@ -94,8 +94,8 @@ def run(
     if ray is None:
         default = {"--gpus": gpus or None, "--cpus": cpus if cpus != 1 else None}
         _refuse("without --ray there is no cluster", {**default, "--retries": retries if retries != 3 else None})
-    from bisam.experiments import loggers
     from bisam.experiments.studies.study import expand
+    from bisam.experiments.training import loggers
 
     chosen = _study(study)
     recipes = expand(chosen.changed(epochs, changes), seeds or chosen.seeds, chosen.first_seed)
@@ -194,9 +194,9 @@ def train(
     """
     import torch
 
-    from bisam.experiments import loggers
-    from bisam.experiments.scores import TITLES
-    from bisam.experiments.train import train as train_run
+    from bisam.experiments.training import loggers
+    from bisam.experiments.training.metrics import TITLES
+    from bisam.experiments.training.train import train as train_run
 
     loggers.check(machine.log)
     one = Run.under(out / "train", recipe)

@@ -13,11 +13,11 @@ from bisam.experiments import data
 from bisam.experiments.data import Data, batches_of
 from bisam.experiments.data.image_tensors import Images, channels
 from bisam.experiments.models.build import build
-from bisam.experiments.pace import PACE, Pace
 from bisam.experiments.recipes.expressions import toy
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.machine import Machine
-from bisam.experiments.watch import Watch
+from bisam.experiments.training.counting import Watch
+from bisam.experiments.training.reference_speed import PACE, Pace
 from bisam.methods import Method
 
 _STEPS = 2

@@ -24,7 +24,7 @@ from bisam.experiments.data import DataError, source
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Row, Run, RunError
 from bisam.experiments.runs.machine import Machine, end_with_parent, threads
-from bisam.experiments.train import OnEpoch, train
+from bisam.experiments.training.train import OnEpoch, train
 
 
 class Progress(Protocol):

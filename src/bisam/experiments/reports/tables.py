@@ -26,7 +26,7 @@ from bisam.experiments.reports.groups import (
 )
 from bisam.experiments.reports.published import beside
 from bisam.experiments.runs.folder import Finished
-from bisam.experiments.scores import TITLES
+from bisam.experiments.training.metrics import TITLES
 
 Row = dict[str, Any]
 

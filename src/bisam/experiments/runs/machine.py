@@ -94,7 +94,7 @@ class Machine:
         # Spawned on one machine; on several, whoever started the processes has told them who they are.
         strategy = ("ddp" if self.nodes > 1 else "ddp_spawn") if self.parallel else "auto"
         if self.strategy == "fsdp":
-            from bisam.experiments.sharded import FullySharded
+            from bisam.experiments.training.fsdp import FullySharded
 
             strategy = FullySharded("popen" if self.nodes > 1 else "spawn")
         try:

@@ -121,7 +121,7 @@ class MLflow:
         study = folder.resolve().parents[1]
         uri = os.environ.get("MLFLOW_TRACKING_URI")
         # Two processes that make the same tables break both.
-        with FileLock(study / ".mlflow.lock"), _hushed(), _no_litter(Path("mlruns")):
+        with FileLock(study / ".mlflow.lock"), _hushed(), no_litter(Path("mlruns")):
             self._client = mlflow.MlflowClient(uri or f"sqlite:///{study / 'mlflow.db'}")
             run = self._found(folder / "mlflow.id")
             if run is None:
@@ -177,7 +177,7 @@ def _hushed() -> Generator[None]:
 
 
 @contextmanager
-def _no_litter(folder: Path) -> Generator[None]:
+def no_litter(folder: Path) -> Generator[None]:
     """Without an empty folder that appears in the block: MLflow's place for artifacts, wherever the command is run."""
     was_there = folder.exists()
     yield

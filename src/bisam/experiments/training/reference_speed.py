@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from bisam import ERM, SharpnessAware
 from bisam.experiments.data import Split
-from bisam.experiments.epochs import train_epoch
-from bisam.experiments.optimization import optimizer_of, scaler_of
 from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.sharded import shard
-from bisam.experiments.watch import Watch
+from bisam.experiments.training.counting import Watch
+from bisam.experiments.training.epoch import train_epoch
+from bisam.experiments.training.fsdp import shard
+from bisam.experiments.training.optimizers import optimizer_of, scaler_of
 
 PACE = 8
 """Plain steps beside each epoch."""

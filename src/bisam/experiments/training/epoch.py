@@ -14,8 +14,8 @@ from bisam.experiments.data import Batches, Split, batches_of
 from bisam.experiments.data.image_tensors import Images
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Row
-from bisam.experiments.scores import ranked
-from bisam.experiments.watch import Watch
+from bisam.experiments.training.counting import Watch
+from bisam.experiments.training.metrics import ranked
 
 
 def train_epoch(

@@ -24,17 +24,14 @@ from bisam import SharpnessAware
 from bisam.experiments import data
 from bisam.experiments.data import Data, Split, batches_of
 from bisam.experiments.data.image_tensors import channels
-from bisam.experiments.epochs import predictions, train_epoch
 from bisam.experiments.estimate import probe
-from bisam.experiments.loggers import loggers
 from bisam.experiments.models.build import build
-from bisam.experiments.optimization import descent_loss, optimizer_of, scaler_of, scheduler_of
-from bisam.experiments.pace import Pace
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Row, Run, RunError, damaged
 from bisam.experiments.runs.machine import Machine, end_with_parent
-from bisam.experiments.scores import scores
-from bisam.experiments.sharded import (
+from bisam.experiments.training.counting import Watch
+from bisam.experiments.training.epoch import predictions, train_epoch
+from bisam.experiments.training.fsdp import (
     averaging,
     divided,
     is_sharded,
@@ -44,7 +41,10 @@ from bisam.experiments.sharded import (
     share_buffers,
     whole,
 )
-from bisam.experiments.watch import Watch
+from bisam.experiments.training.loggers import loggers
+from bisam.experiments.training.metrics import scores
+from bisam.experiments.training.optimizers import descent_loss, optimizer_of, scaler_of, scheduler_of
+from bisam.experiments.training.reference_speed import Pace
 from bisam.shards import reshard
 
 OnEpoch = Callable[[Row], None]
