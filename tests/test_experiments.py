@@ -21,7 +21,8 @@ import torch
 from filelock import FileLock
 
 from bisam import ERM, KSAM, RSAM, SAM, EBiSAM, SharpnessAware, cross_entropy, experiments
-from bisam.experiments import data, processes, studies
+from bisam.experiments import data, studies
+from bisam.experiments.launch import processes
 from bisam.experiments.models.build import build
 from bisam.experiments.recipes.catalogue import METHODS
 from bisam.experiments.recipes.recipe import Recipe

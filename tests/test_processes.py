@@ -18,7 +18,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from bisam.experiments import processes
+from bisam.experiments.launch import processes
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Run, finished
 from bisam.experiments.runs.machine import Machine, end_with_parent, threads
@@ -78,7 +78,7 @@ def test_a_run_that_is_killed_costs_the_others_nothing(tmp_path):
     ],
 )
 def test_how_a_process_ended_is_said(code, message):
-    assert re.search(message, processes._killed(code))
+    assert re.search(message, processes.reason_killed(code))
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ KILLED = """
 import multiprocessing as mp, os, signal, sys
 from dataclasses import replace
 from pathlib import Path
-from bisam.experiments import processes
+from bisam.experiments.launch import processes
 from bisam.experiments.runs.machine import Machine, end_with_parent, threads
 from bisam.experiments.recipes.recipe import Recipe
 

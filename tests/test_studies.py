@@ -14,9 +14,9 @@ import pytest
 import torch
 from torchvision.datasets import cifar
 
-from bisam.experiments import processes
-from bisam.experiments.estimate import queries
-from bisam.experiments.processes import Outcome
+from bisam.experiments.launch import processes
+from bisam.experiments.launch.estimate import queries
+from bisam.experiments.launch.processes import Outcome
 from bisam.experiments.recipes.presets import PRESETS
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Run, RunError

@@ -113,13 +113,13 @@ def run(
     with Display(sum(recipe.epochs for recipe in recipes), len(recipes)) as display:
         try:
             if ray is None:
-                from bisam.experiments.processes import run_all
+                from bisam.experiments.launch.processes import run_all
 
                 outcomes = run_all(recipes, root, count, machine, display)
             else:
-                from bisam.experiments import cluster
+                from bisam.experiments.launch.ray import run_all as run_on_ray
 
-                outcomes = cluster.run_all(
+                outcomes = run_on_ray(
                     recipes, root, machine, display, address=ray, gpus=gpus, cpus=cpus, retries=retries
                 )
         except KeyboardInterrupt:
@@ -144,7 +144,7 @@ def _refuse(why: str, flags: dict[str, Any]) -> None:
 
 def _plan(chosen: Study, recipes: list[Recipe], root: Path, machine: Machine, workers: int) -> int:
     """What `run` would do."""
-    from bisam.experiments.estimate import estimate
+    from bisam.experiments.launch.estimate import estimate
     from bisam.experiments.reports.groups import title
 
     threads(min(workers, len(recipes)))  # as in the processes that would run

@@ -18,7 +18,7 @@ from bisam.experiments.runs.folder import Finished, RunError, finished, to_csv, 
 from bisam.experiments.terminal import console, errors
 
 if TYPE_CHECKING:
-    from bisam.experiments.processes import Outcome
+    from bisam.experiments.launch.processes import Outcome
     from bisam.experiments.studies.study import Study
 
 

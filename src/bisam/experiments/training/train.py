@@ -24,7 +24,7 @@ from bisam import SharpnessAware
 from bisam.experiments import data
 from bisam.experiments.data import Data, Split, batches_of
 from bisam.experiments.data.image_tensors import channels
-from bisam.experiments.estimate import probe
+from bisam.experiments.launch.estimate import probe
 from bisam.experiments.models.build import build
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Row, Run, RunError, damaged

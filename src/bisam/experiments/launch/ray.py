@@ -25,7 +25,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from bisam import __version__
-from bisam.experiments.processes import Done, Outcome, Progress, attempted, collected, deaf
+from bisam.experiments.launch.processes import Done, Outcome, Progress, attempted, collected, deaf
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Run, RunError, write
 from bisam.experiments.runs.machine import Machine
@@ -65,17 +65,17 @@ def run_all(
     for name, value in (("cpus", cpus - 1), ("gpus", gpus), ("retries", retries)):
         if value < 0:
             raise ValueError(f"--{name} is too small: {value + (name == 'cpus'):g}")
-    machine, root = _of_a_task(machine, gpus), root.resolve()
+    machine, root = machine_of_a_task(machine, gpus), root.resolve()
 
     def run(left: Sequence[Recipe], done: Done) -> None:
-        with _connected(ray, address), _marked(root) as mark:
-            _find_room(ray, cpus, gpus, strict=address == "local")
-            task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(_work)
+        with _connected(ray, address), marked(root) as mark:
+            find_room(ray, cpus, gpus, strict=address == "local")
+            task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(work)
 
             def start(recipe: Recipe, again: bool = False) -> Any:
                 return task.remote(recipe, root, machine, mark, __version__, cpus, os.getcwd(), again)
 
-            _as_tasks(ray, {start(recipe): recipe for recipe in left}, start, retries, _News(root, progress), done)
+            run_as_tasks(ray, {start(recipe): recipe for recipe in left}, start, retries, News(root, progress), done)
 
     return collected(recipes, root, progress, run)
 
@@ -87,7 +87,7 @@ def _imported() -> Any:
         raise ValueError("--ray needs ray: pip install 'bisam[cluster]'") from None
 
 
-def _of_a_task(machine: Machine, gpus: float) -> Machine:
+def machine_of_a_task(machine: Machine, gpus: float) -> Machine:
     """The machine as a task sees it, which knows its GPUs as cuda and has another working folder."""
     if machine.nodes > 1:
         raise ValueError(f"--nodes {machine.nodes} with --ray: there a run is on one machine; give it --devices")
@@ -148,7 +148,7 @@ def _no_cluster(address: str, error: BaseException) -> ValueError:
     )
 
 
-def _find_room(ray: Any, cpus: int, gpus: float, *, strict: bool) -> None:
+def find_room(ray: Any, cpus: int, gpus: float, *, strict: bool) -> None:
     """Tell of a wait that may have no end."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
@@ -160,7 +160,7 @@ def _find_room(ray: Any, cpus: int, gpus: float, *, strict: bool) -> None:
 
 
 @contextmanager
-def _marked(root: Path) -> Generator[Path]:
+def marked(root: Path) -> Generator[Path]:
     """A file by which a worker knows that its `root` is this one."""
     mark = root / f".ray-{uuid.uuid4().hex}"
     write(mark, "")
@@ -170,7 +170,7 @@ def _marked(root: Path) -> Generator[Path]:
         mark.unlink(missing_ok=True)
 
 
-class _News:
+class News:
     """Epochs as the run folders tell them."""
 
     def __init__(self, root: Path, progress: Progress) -> None:
@@ -193,7 +193,8 @@ class _News:
         self._next = time.monotonic() + 1
 
 
-def _as_tasks(ray: Any, tasks: dict[Any, Recipe], start: Any, retries: int, news: _News, done: Done) -> None:
+def run_as_tasks(ray: Any, tasks: dict[Any, Recipe], start: Any, retries: int, news: News, done: Done) -> None:
+    """Wait for tasks and start those that are lost again, each at most `retries` times."""
     # Not by Ray's own retries, which go on without end when memory is short.
     lost = Counter[Recipe]()
     try:
@@ -235,7 +236,7 @@ def _last_line(error: Exception) -> str:
     return (lines or [type(error).__name__])[-1][:300]
 
 
-def _work(
+def work(
     recipe: Recipe, root: Path, machine: Machine, mark: Path, version: str, cpus: int, folder: str, again: bool
 ) -> Outcome:
     """What a worker does."""
@@ -249,12 +250,13 @@ def _work(
     torch.set_num_threads(cpus)
     if again:
         # A file server needs a minute or two to see that the machine that had the lock is no more.
-        with suppress(Timeout), FileLock(Run.under(root, recipe).folder / ".lock", timeout=_LEASE):
+        with suppress(Timeout), FileLock(Run.under(root, recipe).folder / ".lock", timeout=LEASE):
             pass
     return attempted(recipe, root, machine)
 
 
-_LEASE = 150.0
+LEASE = 150.0
+"""Seconds after which a file server has dropped the lock of a lost machine."""
 
 
 def _sees(mark: Path) -> bool:

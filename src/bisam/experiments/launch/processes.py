@@ -207,7 +207,7 @@ def _in_processes(
                     if killed[recipe] < _LIVES:
                         left.appendleft(recipe)
                     else:
-                        done(Outcome(recipe, None, _killed(worker.process.exitcode)))
+                        done(Outcome(recipe, None, reason_killed(worker.process.exitcode)))
                     continue
                 if isinstance(message, Outcome):
                     worker.recipe = None
@@ -226,7 +226,8 @@ def _without(left: deque[Recipe], lacking: Outcome, done: Done) -> deque[Recipe]
     return deque(recipe for recipe, lacks in zip(left, same, strict=True) if not lacks)
 
 
-def _killed(code: int | None) -> str:
+def reason_killed(code: int | None) -> str:
+    """Why a run is given up whose process ended with this exit code, and what to do."""
     goes_on = "the same command goes on from its last epoch"
     if code == -9:  # SIGKILL, which not every system has by name
         return (
