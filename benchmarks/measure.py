@@ -13,14 +13,14 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.table import Table
 
-from bisam.experiments.runs import folder
-from bisam.experiments.timing import (
+from bisam.experiments.measurements.timing import (
     Ratio as Ratio,
     conditions,
     interleaved as interleaved,
     ratio as ratio,
     seconds as seconds,
 )
+from bisam.experiments.runs import folder
 
 
 def environment() -> dict[str, Any]:

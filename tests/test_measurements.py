@@ -215,9 +215,9 @@ def test_table_11(tmp_path):
 
 def test_the_batch_of_a_model():
     sizes = TABLE_11.settings["batch_size"]
-    assert [epochs._batch_size(sizes, model) for model in ("resnet56", "wrn28_10")] == [128, 8]
-    assert epochs._batch_size(("4",), "wrn28_10") == 4
-    assert epochs._batch_size(("wrn28_2=4",), "resnet56") == 128
+    assert [epochs.batch_size_of(sizes, model) for model in ("resnet56", "wrn28_10")] == [128, 8]
+    assert epochs.batch_size_of(("4",), "wrn28_10") == 4
+    assert epochs.batch_size_of(("wrn28_2=4",), "resnet56") == 128
 
 
 def test_what_was_published_is_beside_the_ratios():

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torchvision.datasets import cifar
 
+from bisam.experiments.cli.shown import show_failed
 from bisam.experiments.launch import processes
 from bisam.experiments.launch.estimate import queries
 from bisam.experiments.launch.processes import Outcome
@@ -21,7 +22,6 @@ from bisam.experiments.recipes.presets import PRESETS
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Run, RunError
 from bisam.experiments.runs.machine import Machine
-from bisam.experiments.shown import show_failed
 from bisam.experiments.studies import STUDIES
 from bisam.experiments.studies.paper import MODELS, PAPER
 from bisam.experiments.training.train import train

@@ -13,7 +13,7 @@ from torch import Tensor
 from bisam import NegLog, Tanh
 from bisam.experiments.errors import unknown
 from bisam.experiments.measurements.measurement import Measurement, Row, Settings, flat, met, with_quartiles
-from bisam.experiments.timing import interleaved, ratio, threads
+from bisam.experiments.measurements.timing import interleaved, ratio, threads
 from bisam.objectives import LowerBound
 
 if TYPE_CHECKING:

@@ -23,9 +23,9 @@ import torch
 from filelock import FileLock, Timeout
 
 from bisam.experiments.errors import unknown
+from bisam.experiments.measurements.timing import Ratio, conditions
 from bisam.experiments.runs.folder import RunError, environment, read_json, write
 from bisam.experiments.runs.machine import Machine
-from bisam.experiments.timing import Ratio, conditions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,12 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from bisam import __version__
-from bisam.experiments.errors import unknown
-from bisam.experiments.recipes.presets import with_preset
-from bisam.experiments.recipes.recipe import Recipe, Whole
-from bisam.experiments.runs.folder import Run, RunError, write
-from bisam.experiments.runs.machine import Machine, threads
-from bisam.experiments.shown import (
+from bisam.experiments.cli.progress import Display, console, duration, errors
+from bisam.experiments.cli.shown import (
     all_finished,
     pairs,
     runs_of,
@@ -28,7 +24,11 @@ from bisam.experiments.shown import (
     show_measured,
     without_seed,
 )
-from bisam.experiments.terminal import Display, console, duration, errors
+from bisam.experiments.errors import unknown
+from bisam.experiments.recipes.presets import with_preset
+from bisam.experiments.recipes.recipe import Recipe, Whole
+from bisam.experiments.runs.folder import Run, RunError, write
+from bisam.experiments.runs.machine import Machine, threads
 
 if TYPE_CHECKING:
     from bisam.experiments.studies.study import Study

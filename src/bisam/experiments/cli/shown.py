@@ -13,9 +13,9 @@ from rich.measure import Measurement as Width
 from rich.table import Column, Table
 from rich.text import Text
 
+from bisam.experiments.cli.progress import console, errors
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Finished, RunError, finished, to_csv, write
-from bisam.experiments.terminal import console, errors
 
 if TYPE_CHECKING:
     from bisam.experiments.launch.processes import Outcome
