@@ -6,13 +6,16 @@ import logging
 import multiprocessing as mp
 import os
 import threading
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 from cyclopts import Parameter
 from lightning_fabric import Fabric
+from lightning_fabric.strategies import DDPStrategy
+from torch import nn
 
 from bisam.experiments.errors import unknown
 
@@ -22,6 +25,28 @@ for _name in ("lightning_fabric", "torch.multiprocessing.spawn"):
 STRATEGIES = ("auto", "ddp", "fsdp")
 PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed", "64": "64-true"}
 """Recipes' names of precisions, and Fabric's."""
+
+
+class FullySharded(DDPStrategy):
+    """Fabric's processes and collectives, with models that are divided already in place of DistributedDataParallel.
+
+    Fabric's own ModelParallelStrategy cannot spawn processes.
+    """
+
+    def __init__(self, start_method: Any) -> None:
+        super().__init__(start_method=start_method)
+        self._backward_sync_control = cast(Any, _NoControl())
+
+    def setup_module(self, module: nn.Module) -> Any:
+        """The same module."""
+        return module
+
+
+class _NoControl:
+    """The loss gets each gradient reduced, whatever the loop asks for."""
+
+    def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 @dataclass(frozen=True)
@@ -94,8 +119,6 @@ class Machine:
         # Spawned on one machine; on several, whoever started the processes has told them who they are.
         strategy = ("ddp" if self.nodes > 1 else "ddp_spawn") if self.parallel else "auto"
         if self.strategy == "fsdp":
-            from bisam.experiments.training.fsdp import FullySharded
-
             strategy = FullySharded("popen" if self.nodes > 1 else "spawn")
         try:
             devices = [int(one) for one in index.split(",")] if index else self.devices

@@ -11,43 +11,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from lightning_fabric import Fabric
-from lightning_fabric.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
+from bisam.experiments.runs.machine import FullySharded
 from bisam.shards import Shards, local, sharded_kind
 
 Averaging = Callable[[Sequence[Tensor], Sequence[Tensor], Any], None]
-
-
-class FullySharded(DDPStrategy):
-    """Fabric's processes and collectives, with models that `shard` has divided in place of DistributedDataParallel.
-
-    Fabric's own ModelParallelStrategy cannot spawn processes.
-    """
-
-    def __init__(self, start_method: Any) -> None:
-        super().__init__(start_method=start_method)
-        self._backward_sync_control = cast(Any, _NoControl())
-
-    def setup_module(self, module: nn.Module) -> Any:
-        """The same module."""
-        return module
-
-
-class _NoControl:
-    """The loss gets each gradient reduced, whatever the loop asks for."""
-
-    def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[None]:
-        return nullcontext()
 
 
 def is_sharded(fabric: Fabric) -> bool:
