@@ -19,10 +19,11 @@ import torch
 from filelock import FileLock
 
 from bisam import __version__
+from bisam.experiments.errors import RunError
 from bisam.experiments.launch import ray as on_ray
 from bisam.experiments.launch.processes import Outcome
 from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.runs.folder import Run, RunError
+from bisam.experiments.runs.folder import Run
 from bisam.experiments.runs.machine import Machine
 from bisam.experiments.training.train import train
 

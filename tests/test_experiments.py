@@ -22,12 +22,13 @@ from filelock import FileLock
 
 from bisam import ERM, KSAM, RSAM, SAM, EBiSAM, SharpnessAware, cross_entropy, experiments
 from bisam.experiments import data, studies
+from bisam.experiments.errors import RunError
 from bisam.experiments.launch import processes
 from bisam.experiments.models.build import build
 from bisam.experiments.recipes.catalogue import METHODS
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs import folder
-from bisam.experiments.runs.folder import Run, RunError, finished
+from bisam.experiments.runs.folder import Run, finished
 from bisam.experiments.runs.machine import Machine
 from bisam.experiments.studies.study import expand
 from bisam.experiments.training.counting import Watch

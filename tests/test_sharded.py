@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from bisam.experiments.errors import RunError
 from bisam.experiments.models.build import OURS
 from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.runs.folder import Run, RunError
+from bisam.experiments.runs.folder import Run
 from bisam.experiments.runs.machine import Machine
 from bisam.experiments.training.fsdp import blocks
 from bisam.experiments.training.train import Training, train

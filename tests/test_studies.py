@@ -15,12 +15,13 @@ import torch
 from torchvision.datasets import cifar
 
 from bisam.experiments.cli.shown import show_failed
+from bisam.experiments.errors import RunError
 from bisam.experiments.launch import processes
 from bisam.experiments.launch.estimate import queries
 from bisam.experiments.launch.processes import Outcome
 from bisam.experiments.recipes.presets import PRESETS
 from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.runs.folder import Run, RunError
+from bisam.experiments.runs.folder import Run
 from bisam.experiments.runs.machine import Machine
 from bisam.experiments.studies import STUDIES
 from bisam.experiments.studies.paper import MODELS, PAPER
@@ -317,7 +318,8 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.runs.folder import Run, RunError
+from bisam.experiments.runs.folder import Run
+from bisam.experiments.errors import RunError
 from bisam.experiments.training.train import train
 
 torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Names: the error for one that is not known."""
+"""Errors that the command shows in one line."""
 
 from __future__ import annotations
 
@@ -12,3 +12,11 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> ValueError:
     near = get_close_matches(name, names, 1) or [n for n in names if n.lower() == name.lower()]
     hint = f"did you mean {near[0]!r}? There is: " if near else "there is: "
     return ValueError(f"unknown {kind} {name!r}, {hint}{', '.join(names)}")
+
+
+class DataError(ValueError):
+    """A data set is missing, damaged or unknown; the message says what to put where."""
+
+
+class RunError(Exception):
+    """Something is wrong with a run folder; the message says what and what to do."""

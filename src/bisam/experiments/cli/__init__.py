@@ -24,10 +24,10 @@ from bisam.experiments.cli.shown import (
     show_measured,
     without_seed,
 )
-from bisam.experiments.errors import unknown
+from bisam.experiments.errors import RunError, unknown
 from bisam.experiments.recipes.presets import with_preset
 from bisam.experiments.recipes.recipe import Recipe, Whole
-from bisam.experiments.runs.folder import Run, RunError, write
+from bisam.experiments.runs.folder import Run, write
 from bisam.experiments.runs.machine import Machine, threads
 
 if TYPE_CHECKING:

@@ -14,8 +14,9 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from bisam.experiments.cli.progress import console, errors
+from bisam.experiments.errors import RunError
 from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.runs.folder import Finished, RunError, finished, to_csv, write
+from bisam.experiments.runs.folder import Finished, finished, to_csv, write
 
 if TYPE_CHECKING:
     from bisam.experiments.launch.processes import Outcome

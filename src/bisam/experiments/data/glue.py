@@ -23,7 +23,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from bisam.experiments.data import Data, shares
+from bisam.experiments.data.splits import Data, shares
 from bisam.experiments.errors import unknown
 
 if TYPE_CHECKING:

@@ -21,8 +21,8 @@ from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 
-from bisam.experiments.data import Data
 from bisam.experiments.data.image_files import Channels, Folder, reason
+from bisam.experiments.data.splits import Data
 
 _ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 _VALIDATION = ("val", "valid", "validation")

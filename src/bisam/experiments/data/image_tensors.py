@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn.functional import pad
 
-from bisam.experiments.data import Data, Split, shares
+from bisam.experiments.data.splits import Data, Split, shares
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from bisam.experiments import data
-from bisam.experiments.data import Data, batches_of
 from bisam.experiments.data.image_tensors import Images, channels
+from bisam.experiments.data.splits import Data, batches_of
 from bisam.experiments.models.build import build
 from bisam.experiments.recipes.expressions import toy
 from bisam.experiments.recipes.recipe import Recipe

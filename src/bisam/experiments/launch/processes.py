@@ -20,9 +20,10 @@ from typing import Any, Protocol
 
 import torch
 
-from bisam.experiments.data import DataError, source
+from bisam.experiments.data import source
+from bisam.experiments.errors import DataError, RunError
 from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.runs.folder import Row, Run, RunError
+from bisam.experiments.runs.folder import Row, Run
 from bisam.experiments.runs.machine import Machine, end_with_parent, threads
 from bisam.experiments.training.train import OnEpoch, train
 

@@ -25,9 +25,10 @@ import torch
 from filelock import FileLock, Timeout
 
 from bisam import __version__
+from bisam.experiments.errors import RunError
 from bisam.experiments.launch.processes import Done, Outcome, Progress, attempted, collected, deaf
 from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.runs.folder import Run, RunError, write
+from bisam.experiments.runs.folder import Run, write
 from bisam.experiments.runs.machine import Machine
 
 

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from filelock import FileLock, Timeout
 
-from bisam.experiments.errors import unknown
+from bisam.experiments.errors import RunError, unknown
 from bisam.experiments.measurements.timing import Ratio, conditions
-from bisam.experiments.runs.folder import RunError, environment, read_json, write
+from bisam.experiments.runs.folder import environment, read_json, write
 from bisam.experiments.runs.machine import Machine
 
 if TYPE_CHECKING:

@@ -27,13 +27,10 @@ import torch
 from filelock import FileLock, Timeout
 
 from bisam import __version__
+from bisam.experiments.errors import RunError
 from bisam.experiments.recipes.recipe import Recipe
 
 Row = dict[str, float]
-
-
-class RunError(Exception):
-    """Something is wrong with a run folder; the message says what and what to do."""
 
 
 @dataclass(frozen=True)

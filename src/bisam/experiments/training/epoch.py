@@ -10,8 +10,8 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from bisam.experiments.data import Batches, Split, batches_of
 from bisam.experiments.data.image_tensors import Images
+from bisam.experiments.data.splits import Batches, Split, batches_of
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Row
 from bisam.experiments.training.counting import Watch

@@ -13,7 +13,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from bisam import ERM, SharpnessAware
-from bisam.experiments.data import Split
+from bisam.experiments.data.splits import Split
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.training.counting import Watch
 from bisam.experiments.training.epoch import train_epoch

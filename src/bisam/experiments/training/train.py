@@ -22,12 +22,13 @@ from torch.optim.swa_utils import AveragedModel
 
 from bisam import SharpnessAware
 from bisam.experiments import data
-from bisam.experiments.data import Data, Split, batches_of
 from bisam.experiments.data.image_tensors import channels
+from bisam.experiments.data.splits import Data, Split, batches_of
+from bisam.experiments.errors import RunError
 from bisam.experiments.launch.estimate import probe
 from bisam.experiments.models.build import build
 from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.runs.folder import Row, Run, RunError, damaged
+from bisam.experiments.runs.folder import Row, Run, damaged
 from bisam.experiments.runs.machine import Machine, end_with_parent
 from bisam.experiments.training.counting import Watch
 from bisam.experiments.training.epoch import predictions, train_epoch
