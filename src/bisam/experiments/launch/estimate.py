@@ -7,17 +7,17 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
-from torch import nn
 
 from bisam.experiments import data
-from bisam.experiments.data.image_tensors import Images, channels
-from bisam.experiments.data.splits import Data, batches_of
+from bisam.experiments.data.image_tensors import channels
+from bisam.experiments.data.splits import batches_of
 from bisam.experiments.models.build import build
 from bisam.experiments.recipes.expressions import toy
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.machine import Machine
 from bisam.experiments.training.counting import Watch
 from bisam.experiments.training.reference_speed import PACE, Pace
+from bisam.experiments.training.train import probe
 from bisam.methods import Method
 
 _STEPS = 2
@@ -88,26 +88,3 @@ def _measured(recipe: Recipe, machine: Machine) -> tuple[float, float, int, int]
     start = time.perf_counter()
     next(splits.train.batches(recipe.batch_size, torch.Generator().manual_seed(0)))
     return step, time.perf_counter() - start, len(splits.train), len(splits.validation)
-
-
-@torch.no_grad()
-def probe(model: nn.Module, splits: Data, recipe: Recipe) -> None:
-    """Make sure that the model takes the images.
-
-    Raises:
-        ValueError: it does not.
-    """
-    if isinstance(splits.test, Images):
-        images = splits.test.images[:2].float()
-    elif recipe.dataset.startswith("glue:"):
-        return
-    else:
-        images = torch.zeros(2, 3, recipe.image_size, recipe.image_size)
-    try:
-        model.eval()(images)
-    except Exception as error:  # each network has its own way to say no
-        shape, reason = " x ".join(map(str, images.shape[1:])), " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"model {recipe.model!r} cannot take the images of {recipe.dataset}, {shape}: {reason}"
-        ) from error
-    model.train()

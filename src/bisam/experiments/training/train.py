@@ -22,10 +22,9 @@ from torch.optim.swa_utils import AveragedModel
 
 from bisam import SharpnessAware
 from bisam.experiments import data
-from bisam.experiments.data.image_tensors import channels
+from bisam.experiments.data.image_tensors import Images, channels
 from bisam.experiments.data.splits import Data, Split, batches_of
 from bisam.experiments.errors import RunError
-from bisam.experiments.launch.estimate import probe
 from bisam.experiments.models.build import build
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Row, Run, damaged
@@ -99,6 +98,29 @@ def _fits(recipe: Recipe, splits: Data, machine: Machine) -> None:
     if not batches_of(len(splits.train), recipe.batch_size, processes):
         examples = min(recipe.batch_size, len(splits.train))
         raise ValueError(f"batches of {examples} cannot be shared by {processes} devices: give a larger batch_size")
+
+
+@torch.no_grad()
+def probe(model: nn.Module, splits: Data, recipe: Recipe) -> None:
+    """Make sure that the model takes the images.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if isinstance(splits.test, Images):
+        images = splits.test.images[:2].float()
+    elif recipe.dataset.startswith("glue:"):
+        return
+    else:
+        images = torch.zeros(2, 3, recipe.image_size, recipe.image_size)
+    try:
+        model.eval()(images)
+    except Exception as error:  # each network has its own way to say no
+        shape, reason = " x ".join(map(str, images.shape[1:])), " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"model {recipe.model!r} cannot take the images of {recipe.dataset}, {shape}: {reason}"
+        ) from error
+    model.train()
 
 
 def _train(fabric: Fabric, run: Run, machine: Machine, on_epoch: OnEpoch | None) -> dict[str, Any]:
