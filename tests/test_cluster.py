@@ -21,7 +21,7 @@ from filelock import FileLock
 from bisam import __version__
 from bisam.experiments.errors import RunError
 from bisam.experiments.launch import ray as on_ray
-from bisam.experiments.launch.processes import Outcome
+from bisam.experiments.launch.outcomes import Outcome
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Run
 from bisam.experiments.runs.machine import Machine

@@ -19,6 +19,7 @@ import torch
 from filelock import FileLock
 
 from bisam.experiments.launch import processes
+from bisam.experiments.launch.outcomes import attempted
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Run, finished
 from bisam.experiments.runs.machine import Machine, end_with_parent, threads
@@ -104,7 +105,7 @@ class Raising(Machine):
     ],
 )
 def test_an_error_is_one_line(tmp_path, error, message):
-    outcome = processes.attempted(SHORT, tmp_path, Raising(error=error))
+    outcome = attempted(SHORT, tmp_path, Raising(error=error))
     assert outcome.result is None
     assert outcome.error is not None
     assert message in outcome.error
@@ -113,7 +114,7 @@ def test_an_error_is_one_line(tmp_path, error, message):
 
 def test_ctrl_c_is_left_to_the_user(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        processes.attempted(SHORT, tmp_path, Raising(error=KeyboardInterrupt()))
+        attempted(SHORT, tmp_path, Raising(error=KeyboardInterrupt()))
 
 
 def test_a_run_that_another_study_holds_is_said_and_the_others_go_on(tmp_path):

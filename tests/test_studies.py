@@ -18,7 +18,7 @@ from bisam.experiments.cli.shown import show_failed
 from bisam.experiments.errors import RunError
 from bisam.experiments.launch import processes
 from bisam.experiments.launch.estimate import queries
-from bisam.experiments.launch.processes import Outcome
+from bisam.experiments.launch.outcomes import Outcome
 from bisam.experiments.recipes.presets import PRESETS
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Run

@@ -19,7 +19,7 @@ from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Finished, finished, to_csv, write
 
 if TYPE_CHECKING:
-    from bisam.experiments.launch.processes import Outcome
+    from bisam.experiments.launch.outcomes import Outcome
     from bisam.experiments.studies.study import Study
 
 

@@ -10,48 +10,19 @@ import signal
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import compress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, Protocol
-
-import torch
+from typing import Any
 
 from bisam.experiments.data import source
-from bisam.experiments.errors import DataError, RunError
+from bisam.experiments.launch.outcomes import Done, Outcome, Progress, attempted, collected
 from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.runs.folder import Row, Run
-from bisam.experiments.runs.machine import Machine, end_with_parent, threads
-from bisam.experiments.training.train import OnEpoch, train
-
-
-class Progress(Protocol):
-    """What a display must do."""
-
-    def epoch(self, recipe: Recipe, epoch: int, validation: float) -> None:
-        """An epoch of a run is over."""
-        ...
-
-    def done(self, recipe: Recipe, error: str | None) -> None:
-        """A run is over, or failed."""
-        ...
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run of a study ended."""
-
-    recipe: Recipe
-    result: dict[str, Any] | None
-    error: str | None = None
-    started: bool = True
-    """False where its data cannot be had."""
-
-
-Done = Callable[[Outcome], None]
+from bisam.experiments.runs.folder import Row
+from bisam.experiments.runs.machine import Machine, deaf, end_with_parent, threads
 
 
 def run_all(recipes: Sequence[Recipe], root: Path, workers: int, machine: Machine, progress: Progress) -> list[Outcome]:
@@ -68,56 +39,6 @@ def run_all(recipes: Sequence[Recipe], root: Path, workers: int, machine: Machin
         _in_processes(left, root, share, machine, progress, done)
 
     return collected(recipes, root, progress, run)
-
-
-def collected(
-    recipes: Sequence[Recipe], root: Path, progress: Progress, run: Callable[[Sequence[Recipe], Done], None]
-) -> list[Outcome]:
-    """Outcomes in the order of `recipes`: of what is finished already, and of what `run` makes of the rest."""
-    outcomes: dict[Recipe, Outcome] = {}
-
-    def done(outcome: Outcome) -> None:
-        outcomes[outcome.recipe] = outcome
-        if outcome.started:
-            progress.done(outcome.recipe, outcome.error)
-
-    left: list[Recipe] = []
-    for recipe in dict.fromkeys(recipes):
-        if (outcome := _so_far(recipe, root)) is None:
-            left.append(recipe)
-        else:
-            done(outcome)
-    if left:
-        run(left, done)
-    return [outcomes[recipe] for recipe in recipes]
-
-
-def _so_far(recipe: Recipe, root: Path) -> Outcome | None:
-    run = Run.under(root, recipe)
-    try:
-        if (result := run.result) is None:
-            return None
-        run.check_recipe()
-        return Outcome(recipe, result)
-    except RunError as error:
-        return Outcome(recipe, None, str(error))
-
-
-def attempted(recipe: Recipe, root: Path, machine: Machine, on_epoch: OnEpoch | None = None) -> Outcome:
-    """Train in this process; where it fails, one line that says why, since a study goes on."""
-    try:
-        return Outcome(recipe, train(Run.under(root, recipe), machine, on_epoch))
-    except DataError as error:
-        return Outcome(recipe, None, " ".join(str(error).split()), started=False)
-    except (RunError, ValueError) as error:
-        reason = str(error)
-    except OSError as error:
-        reason = f"cannot write under {error.filename or 'its folder'}: {error.strerror or error}"
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        reason = f"out of memory: fewer runs at a time or a smaller batch_size need less ({str(error)[:300]})"
-    except (Exception, SystemExit) as error:  # the type is what a bug report needs
-        reason = f"{type(error).__name__}: {str(error)[:300]}"
-    return Outcome(recipe, None, " ".join(reason.split()))
 
 
 _SPAWN = mp.get_context("spawn")  # fork is unsafe once torch has threads
@@ -244,19 +165,6 @@ def _signal(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:  # a real-time signal
         return f"signal {number}"
-
-
-@contextmanager
-def deaf() -> Generator[None]:
-    """Without Ctrl-C. Processes that start here inherit that: they must not hear it, even while they import."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _serve(connection: Connection, share: int) -> None:

@@ -26,10 +26,10 @@ from filelock import FileLock, Timeout
 
 from bisam import __version__
 from bisam.experiments.errors import RunError
-from bisam.experiments.launch.processes import Done, Outcome, Progress, attempted, collected, deaf
+from bisam.experiments.launch.outcomes import Done, Outcome, Progress, attempted, collected
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Run, write
-from bisam.experiments.runs.machine import Machine
+from bisam.experiments.runs.machine import Machine, deaf
 
 
 def run_all(
