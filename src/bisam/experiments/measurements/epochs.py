@@ -15,7 +15,7 @@ from bisam.experiments.measurements.measurement import Measurement, Row, Setting
 from bisam.experiments.measurements.timing import interleaved, ratio, threads
 from bisam.experiments.models.build import NAMES, build
 from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.reports import published
+from bisam.experiments.studies import published
 
 if TYPE_CHECKING:
     pass

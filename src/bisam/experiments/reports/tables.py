@@ -11,6 +11,7 @@ from statistics import mean, median, stdev
 from typing import Any
 
 from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.reports.comparison import beside
 from bisam.experiments.reports.differences import Baselines, Difference, baseline, differences, paired, student
 from bisam.experiments.reports.groups import (
     Groups,
@@ -24,7 +25,6 @@ from bisam.experiments.reports.groups import (
     title,
     varying,
 )
-from bisam.experiments.reports.published import beside
 from bisam.experiments.runs.folder import Finished
 from bisam.experiments.training.metrics import TITLES
 
