@@ -1,4 +1,4 @@
-"""Terminal: what the command says while it works, and where it says it."""
+"""Progress: what the command says while it works, and where it says it."""
 
 from __future__ import annotations
 

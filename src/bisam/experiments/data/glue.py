@@ -1,4 +1,4 @@
-"""Texts: sentences and pairs of sentences, tokenised once and padded batch by batch: GLUE, from files or from the hub.
+"""GLUE: sentences and pairs of sentences, tokenised once and padded batch by batch, from files or from the hub.
 
 data = glue("rte", Path("data"), AutoTokenizer.from_pretrained("bert-base-uncased"))
 for inputs, y in data.train.batches(32, generator):

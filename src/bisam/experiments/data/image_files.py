@@ -1,4 +1,4 @@
-"""Folders: images in files, decoded and transformed one by one, in processes of torch's DataLoader.
+"""Image files: images, decoded and transformed one by one, in processes of torch's DataLoader.
 
     for x, y in Folder(paths, labels, image_size=224, processes=8).batches(128, generator):
         ...

@@ -1,4 +1,4 @@
-"""Photographs: the data sets of images in files, and anybody's own.
+"""Image folders: the data sets of images in files, and anybody's own.
 
 data = folder(Path("photographs"), image_size=224, processes=8)
 for x, y in data.train.batches(128, generator):

@@ -1,4 +1,4 @@
-"""Images: small images as tensors on the device, augmented a batch at a time.
+"""Image tensors: small images in memory on the device, augmented a batch at a time.
 
 A crop with padding and a flip are one gather of rows, so that a batch costs a dozen operations and no Python per image.
 """

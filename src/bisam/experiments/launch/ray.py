@@ -1,4 +1,4 @@
-"""Cluster: independent runs of a study on many machines, as tasks of Ray (extra `cluster`).
+"""Ray: independent runs of a study on many machines, as tasks of Ray (extra `cluster`).
 
 The run folders are all that the machines share, so they must be on storage that all of them see under the same path, as
 must the data; each machine has the same bisam. A task whose machine or process is lost is given to another, which goes

@@ -1,4 +1,4 @@
-"""Measurements: what the paper reports without a training: the time of an epoch and of a loss, and an example.
+"""Measurement: what the paper reports without a training: the time of an epoch and of a loss, and an example.
 
     folder = run(MEASUREMENTS["table12"], {"rounds": "51"}, Path("runs"))
     print(report(MEASUREMENTS["table12"], folder).markdown)

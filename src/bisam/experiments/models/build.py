@@ -1,4 +1,4 @@
-"""Models by name: ours for small images, and every classifier of torchvision, timm and Hugging Face.
+"""Build: models by name, ours for small images, and every classifier of torchvision, timm and Hugging Face.
 
 >>> model = build("resnet56", 10)
 >>> model = build("torchvision:resnet50", 37, weights="pretrained")

@@ -1,4 +1,4 @@
-"""Report: tables from run folders, and from nothing else. Each number is a mean ± standard deviation over n seeds."""
+"""Tables from run folders, and from nothing else. Each number is a mean ± standard deviation over n seeds."""
 
 from __future__ import annotations
 

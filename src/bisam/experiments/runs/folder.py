@@ -1,4 +1,4 @@
-"""Run: one training run as a folder, written atomically, resumed by the same command, held by one process at a time.
+"""Folder: one training run on disk, written atomically, resumed by the same command, held by one process at a time.
 
 runs/digits/sam-noise-0.4-1f0c22e9/seed-0/
     recipe.json       what was asked for; its fingerprint is in the folder's name

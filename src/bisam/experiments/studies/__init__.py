@@ -1,4 +1,4 @@
-"""Studies: those there are, by name."""
+"""Studies: which runs are compared, by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ours: the studies that are not in a paper and run on two cores."""
+"""Local: the studies that are not in a paper and run on two cores."""
 
 from __future__ import annotations
 

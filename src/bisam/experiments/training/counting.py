@@ -1,4 +1,4 @@
-"""Watch: a method, and what an onlooker sees of it."""
+"""Counting: the gradients and forward passes that a method takes, and its last answer."""
 
 from __future__ import annotations
 

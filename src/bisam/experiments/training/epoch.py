@@ -1,4 +1,4 @@
-"""Epochs: one pass over a split, to train on it or to predict it."""
+"""Epoch: one pass over a split, to train on it or to predict it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sharded: a model whose parameters are divided among the devices of a run (FSDP2), and its state in one piece.
+"""FSDP: a model whose parameters are divided among the devices of a run (FSDP2), and its state in one piece.
 
     shard(model, fabric)                        # before its optimizer is made, on all devices together
     state = whole(model.state_dict())           # on all together: ordinary tensors on the CPU

@@ -1,4 +1,4 @@
-"""Scores: how good predictions are, as each task's own metric says, in [0, 1] or, for a correlation, [-1, 1].
+"""Metrics: scores of predictions, as each task's own metric says, in [0, 1] or, for a correlation, [-1, 1].
 
 >>> scores(("accuracy", "top5"), ranked(logits, ("accuracy", "top5")), labels)
 """

@@ -1,4 +1,4 @@
-"""Optimization: the base optimizer of a recipe, its schedule, and the loss that is descended."""
+"""Optimizers: the base optimizer of a recipe, its schedule, and the loss that is descended."""
 
 from __future__ import annotations
 

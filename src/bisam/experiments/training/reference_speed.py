@@ -1,4 +1,4 @@
-"""Pace: how fast this machine is now, by steps of plain training."""
+"""Reference speed: how fast this machine is now, by steps of plain training."""
 
 from __future__ import annotations
 
