@@ -66,7 +66,7 @@ def on_this_node(root: Path) -> list[str]:
     OURS["plain"] = (network, "")
     for each in RECIPES:
         assert train(Run.under(root / "whole", each), MANY)["metric"] == "accuracy"  # on every rank
-    said, broken, epoch = [], Run.under(root / "broken", RECIPES[1]), Training._epoch
+    said, broken, epoch = [], Run.under(root / "broken", RECIPES[1]), Training.epoch
     for last in (1, 2):
 
         def interrupted(self: Training, number: int, last: int = last) -> Any:
@@ -74,10 +74,10 @@ def on_this_node(root: Path) -> list[str]:
                 raise InterruptedError
             return epoch(self, number)
 
-        Training._epoch = interrupted
+        Training.epoch = interrupted
         with pytest.raises(InterruptedError):
             train(broken, MANY)
-    Training._epoch = epoch
+    Training.epoch = epoch
     try:
         train(broken, Machine(log=(), nodes=2))
     except RunError as error:

@@ -211,7 +211,7 @@ class Training:
         recipe, fabric = self._recipe, self._fabric
         boards = loggers(self._machine.log, self._run.folder, recipe.to_dict()) if fabric.is_global_zero else []
         for epoch in range(len(self._history) + 1, recipe.epochs + 1):
-            row = self._epoch(epoch)
+            row = self.epoch(epoch)
             self._history.append(row)
             for board in boards:
                 board.log({k: v for k, v in row.items() if k != "epoch"}, epoch)
@@ -227,7 +227,8 @@ class Training:
             result = self._run.finish(result)
         return fabric.broadcast(result)  # nobody goes before it is written
 
-    def _epoch(self, epoch: int) -> Row:
+    def epoch(self, epoch: int) -> Row:
+        """Train one epoch and validate; returns its row of metrics."""
         # An epoch draws the same whether or not it follows a resume; all methods see the same batches.
         seed = self._recipe.seed * 1_000_003 + epoch
         torch.manual_seed(seed + 15_485_863 * self._fabric.global_rank)
