@@ -27,7 +27,7 @@ from torch import nn
 from benchmarks.measure import Parser, interleaved, ratio, report, verdict, write
 from benchmarks.models import batch_for, mlp, resnet56
 from bisam import ERM, SAM, SAMPa, SharpnessAware, cross_entropy, next_step
-from bisam.experiments.timing import Times
+from bisam.experiments.measurements.timing import Times
 from bisam.integrations.pairs import InPairs
 from bisam.methods import Method
 

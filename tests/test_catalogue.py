@@ -17,8 +17,9 @@ from torch.utils._pytree import tree_leaves
 
 import bisam
 from bisam import Evaluation, Oracle, SharpnessAware, cross_entropy
-from bisam.experiments import catalogue, cli, entries
-from bisam.experiments.expressions import VOCABULARY, build
+from bisam.experiments import cli
+from bisam.experiments.recipes import catalogue, entries
+from bisam.experiments.recipes.expressions import VOCABULARY, build
 from bisam.oracle import Query, View
 
 N, WIDTH, STEPS = 64, 400, 120
