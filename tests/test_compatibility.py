@@ -65,7 +65,7 @@ from bisam import (
     Tanh,
     VaSSO,
     cross_entropy,
-    lookahead,
+    next_step,
 )
 from bisam.integrations.checkpoint import make_room
 from bisam.masks import FisherMask, RandomMask
@@ -127,7 +127,7 @@ class Mine:
     """A user's method with a memory: the gradient, averaged."""
 
     rate: float = 0.5
-    remembers: ClassVar[bool] = True
+    stateful: ClassVar[bool] = True
 
     def __call__(self, oracle: Oracle, batch: Any) -> Evaluation:
         answer = oracle.query(batch)
@@ -169,10 +169,10 @@ CASES = {
     "AESAM": Case("AESAM", lambda o: AESAM(L2(0.3), steps=12)),
     "SSAMF": Case("SSAMF", lambda o: SSAMF(L2(0.1), keep=0.5, every=4, samples=3), norm=nn.LayerNorm),
     "MomentumSAM": Case("MomentumSAM", lambda o: MomentumSAM(L2(0.1)), momentum),
-    "SAMPa": Case("SAMPa", lambda o: SAMPa(L2(0.1), ahead=lookahead(o)), momentum),
+    "SAMPa": Case("SAMPa", lambda o: SAMPa(L2(0.1), ahead=next_step(o)), momentum),
     "SAMPa-log": Case(
         "SAMPa(perturb=Friendly)",
-        lambda o: SAMPa(Friendly(L2(0.1)), NegLog(), ahead=lookahead(o), lam=0.5),
+        lambda o: SAMPa(Friendly(L2(0.1)), NegLog(), ahead=next_step(o), lam=0.5),
         AdamW,
     ),
     "BSAM": Case("BSAM", lambda o: BSAM(1000, 0.05)),
@@ -297,7 +297,8 @@ def test_a_lookahead_is_loaded_as_it_was_saved_and_resumes():
 
 def test_a_pickled_lookahead_resumes():
     """The pickle contains the module, the class and the attributes by the names of 0.1."""
-    optimizer = pickle.loads((FILES / "lookahead" / "optimizer.pickle").read_bytes())
+    with pytest.warns(DeprecationWarning, match="bisam.optimizers is now bisam.optim"):
+        optimizer = pickle.loads((FILES / "lookahead" / "optimizer.pickle").read_bytes())
     assert isinstance(optimizer, Lookahead)
     assert optimizer.k == 3
     (weights,) = optimizer.param_groups[0]["params"]
@@ -380,8 +381,8 @@ def training():
     """The functions that read and train runs, or skip if their dependencies are not installed."""
     for name in ("cyclopts", "lightning_fabric", "sklearn"):
         pytest.importorskip(name)
-    names = ("runs.Run", "runs.finished", "runs.read_recipe", "machine.Machine", "train.train")
-    parts = [name.split(".") for name in names]
+    names = ("folder.Run", "folder.finished", "folder.read_recipe", "machine.Machine")
+    parts = [("runs." + module, name) for module, name in (n.split(".") for n in names)] + [("training.train", "train")]
     return SimpleNamespace(
         **{name: getattr(importlib.import_module(f"bisam.experiments.{module}"), name) for module, name in parts}
     )

@@ -298,11 +298,12 @@ EXPRESSIONS = (
 
 
 def experiments(folder: Path, whole: Path) -> None:
-    from bisam.experiments import main
     from bisam.experiments.machine import Machine
+    from bisam.experiments.train import train
+
+    from bisam.experiments import main
     from bisam.experiments.recipes import Recipe
     from bisam.experiments.runs import Run
-    from bisam.experiments.train import train
 
     quiet = Machine(log=())
 
