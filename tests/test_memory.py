@@ -36,7 +36,7 @@ from bisam import (
     Vector,
     cross_entropy,
 )
-from bisam.evaluation import take
+from bisam.batches import take
 from bisam.methods.method import stateful
 from bisam.oracle import Query
 from bisam.perturbations import L2, Friendly, Smoothed

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from bisam.evaluation import Batch, Evaluation, divisor, join, largest, split
+from bisam.batches import Batch, largest, split
+from bisam.evaluation import Evaluation, divisor, join
 from bisam.methods.method import Method, stateful
 from bisam.methods.sam import ERM, SAM
 from bisam.oracle import Oracle

@@ -21,7 +21,8 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor
 
-from bisam.evaluation import Batch, Evaluation
+from bisam.batches import Batch
+from bisam.evaluation import Evaluation
 from bisam.integrations.pairs.pair import (
     Form,
     Note,

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
-from bisam.evaluation import Batch, Evaluation
+from bisam.batches import Batch
+from bisam.evaluation import Evaluation
 from bisam.model.oracle import ModelOracle
 from bisam.objectives import Objective
 from bisam.oracle import Oracle

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from bisam.evaluation import Batch, Evaluation, size
+from bisam.batches import Batch, size
+from bisam.evaluation import Evaluation
 from bisam.methods import Method
 from bisam.objectives import CrossEntropy, LowerBound, Objective
 from bisam.oracle import Oracle, Query, View
