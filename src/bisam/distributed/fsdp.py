@@ -73,7 +73,7 @@ class FSDPModules:
                 p.grad = grad
 
     def leaves(self) -> list[Tensor] | None:
-        """Returns the gathered parameters, which a graph holds in place of the sharded ones; None if torch hides them."""
+        """Returns the gathered parameters, which graphs hold instead of the sharded ones; None if torch hides them."""
         groups = [group for module in self._modules for group in _groups(module)]
         if any(not hasattr(group, "fsdp_params") for group in groups):
             return None

@@ -248,13 +248,13 @@ def check_model(below: ModelOracle) -> None:
     """
     if any(isinstance(module, DistributedDataParallel) for module in below.model.modules()):
         raise ValueError(
-            "the model is in DistributedDataParallel, whose forward passes are of all ranks at once, and the two of a "
-            "pair do different ones: wrap the other way round, DistributedDataParallel(SharpnessAware(model, ...))"
+            "the model is in DistributedDataParallel, whose forward passes need all ranks, and the two ranks of a pair "
+            "run different ones: wrap the other way round, DistributedDataParallel(SharpnessAware(model, ...))"
         )
     if below.layout is not WHOLE:
         raise ValueError(
-            "sharded parameters (FSDP2, tensor parallelism) and scope='global' make a query one of all ranks, "
-            "and the two of a pair make different ones: use DistributedDataParallel(SharpnessAware(model, ...)), "
+            "sharded parameters (FSDP2, tensor parallelism) and scope='global' need all ranks in each query, "
+            "and the two ranks of a pair make different ones: use DistributedDataParallel(SharpnessAware(model, ...)), "
             "without the argument"
         )
     if is_gloo() and (kind := below.weights.tensors[0].device.type) != "cpu":

@@ -220,8 +220,8 @@ def _refuse(trainer: Trainer) -> None:
         )
     if trainer.is_deepspeed_enabled:
         raise ValueError(
-            "SharpnessAwareTrainer was not made for DeepSpeed: ZeRO-3 takes parameters away between two passes, and "
-            "other stages scale losses in their own way. Train with DDP or FSDP2"
+            "SharpnessAwareTrainer does not support DeepSpeed: ZeRO-3 frees parameters between two passes, and other "
+            "stages scale losses differently. Train with DDP or FSDP2"
         )
     if trainer.is_fsdp_xla_enabled or (plugin is not None and getattr(plugin, "fsdp_version", 1) != 2):
         raise ValueError(
