@@ -53,8 +53,8 @@ class MSAM:
         instance("method", self.method, _METHOD)
         if not self.separate and (name := stateful(self.method)):
             raise ValueError(
-                f"all micro-batches would share what {name} remembers, and none would find its own: use "
-                f"MSAM(m, method, separate=True), where each has a memory as replicas have, or a method without one"
+                f"all micro-batches would share what {name} remembers: use MSAM(m, method, separate=True), which keeps "
+                f"one state for each micro-batch as replicas do, or a method that is not stateful"
             )
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
