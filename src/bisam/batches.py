@@ -1,5 +1,6 @@
 """Batches: the size of a batch, and the parts of one. A batch is any nest of tuples, lists, dicts and tensors.
 
+>>> import torch
 >>> x, y = torch.zeros(70, 4), torch.zeros(70, dtype=torch.int64)
 >>> parts = split((x, y), 32)
 >>> [size(part) for part in parts]
