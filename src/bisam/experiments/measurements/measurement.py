@@ -54,6 +54,13 @@ class Measurement:
     """Of the table: heading, and from a row to the cell."""
     figures: Mapping[str, tuple[str, Callable[[list[Row]], Figure]]] = field(default_factory=dict)
     """By the name of the file, what it shows and how it is drawn."""
+    summary: str = ""
+    """One line for a list of measurements, where it differs from the title."""
+
+    @property
+    def drawn_only(self) -> bool:
+        """Whether nothing is measured: it has no parts, and its figures are drawn from formulas."""
+        return not self.parts(self.settings)
 
     def changed(self, texts: Mapping[str, str]) -> dict[str, Any]:
         """The settings that `texts` change, as values.
@@ -110,6 +117,8 @@ def run(
     device = machine.fabric().device
     settings = {**measurement.settings, **values}
     parts = measurement.parts(settings)
+    if not parts:
+        return root / measurement.name
     folder = root / _slug(measurement, values, device)
     with _held(folder):
         _claim(folder, measurement, settings, device)
@@ -138,10 +147,13 @@ def report(measurement: Measurement, place: Path, changed: Mapping[str, str] | N
         ValueError: nothing of this measurement is there.
         RunError: a file is damaged.
     """
-    folder, settings = _found(measurement, place, changed)
+    if measurement.drawn_only:
+        folder, settings = place, {**measurement.settings, **measurement.changed(changed or {})}
+    else:
+        folder, settings = _found(measurement, place, changed)
     names = measurement.parts(settings)
     parts = [content for part in names if (content := _read(folder, part)) is not None]
-    if not parts:
+    if names and not parts:
         raise ValueError(f"no part of {measurement.name} is measured in {folder}: run `bisam run {measurement.name}`")
     rows: list[Row] = [row for content in parts for row in content["rows"]]
     header = tuple(measurement.columns)
@@ -153,20 +165,18 @@ def report(measurement: Measurement, place: Path, changed: Mapping[str, str] | N
             f"{folder} holds rows that this version cannot read ({error!r}): delete it to measure again"
         ) from error
     missing = len(names) - len(parts)
-    lines = [
+    table = [f"| {' | '.join(line)} |" for line in (header, ("---",) * len(header), *cells)]
+    blocks = [
         f"# {measurement.title}",
-        "",
         measurement.note,
-        "",
-        *(f"| {' | '.join(line)} |" for line in (header, ("---",) * len(header), *cells)),
-        "",
-        *([f"Not measured yet: {missing} of {len(names)} parts.", ""] if missing else []),
-        *(line for file, (what, _) in measurement.figures.items() for line in (f"![{what}]({file})", "")),
-        f"Settings: {', '.join(f'{name} {_shown(value)}' for name, value in settings.items())}.",
-        "",
-        *_provenance(content["environment"] for content in parts),
+        "\n".join(table) if header else "",
+        f"Not measured yet: {missing} of {len(names)} parts." if missing else "",
+        *(f"![{shown}]({file})" for file, (shown, _) in measurement.figures.items()),
+        f"Settings: {', '.join(f'{name} {_shown(value)}' for name, value in settings.items())}." if settings else "",
+        "\n".join(_provenance(content["environment"] for content in parts)),
     ]
-    return Report(measurement.title, header, cells, rows, "\n".join(lines) + "\n", figures)
+    markdown = "\n\n".join(block for block in blocks if block) + "\n"
+    return Report(measurement.title, header, cells, rows, markdown, figures)
 
 
 def parsed(name: str, text: str, default: Any) -> Any:
