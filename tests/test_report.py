@@ -577,7 +577,7 @@ def test_a_page_shows_html_and_leaves_out_pictures_that_are_not_there():
 # Figures
 
 
-FIGURES = [name for name in figures.WHAT if name != "grid"]
+FIGURES = [name for name in figures.CAPTIONS if name != "grid"]
 VARIED = [run(replace(LOG, mu=mu, rho=rho)) for mu in (0.1, 1.0) for rho in (0.0, 0.1, 0.2)]
 
 
@@ -610,7 +610,7 @@ def test_figures_stand_several_places_metrics_and_names(some, name):
 
 
 def test_the_registry_names_each_figure():
-    for name in figures.WHAT:
+    for name in figures.CAPTIONS:
         assert callable(getattr(figures, name))
     with pytest.raises(ValueError, match="unknown figure 'flip', did you mean 'flips'"):
         figures.draw("flip", SMALL)

@@ -83,8 +83,8 @@ _FIGURES: dict[
     "radius": ("Validation score against the radius", radius, with_radius),
     "time": ("Test score against the time of a step", time, list),
 }
-WHAT = {name: what for name, (what, _, _) in _FIGURES.items()}
-"""What the figures show, by their names."""
+CAPTIONS = {name: caption for name, (caption, _, _) in _FIGURES.items()}
+"""Captions of the figures, by name."""
 
 
 def usable(name: str, runs: Sequence[Finished]) -> list[Finished]:
@@ -100,7 +100,7 @@ def draw(name: str, runs: Sequence[Finished]) -> Figure:
     """
     if name not in _FIGURES:
         raise unknown("figure", name, _FIGURES)
-    what, function, _ = _FIGURES[name]
+    caption, function, _ = _FIGURES[name]
     if not usable(name, runs):
-        raise ValueError(f"there is no run for {name}: {what}")
+        raise ValueError(f"there is no run for {name}: {caption}")
     return function(runs)
