@@ -1,7 +1,7 @@
 """SharpnessAware: a training loss whose gradient is the sharpness-aware one.
 
 SAM minimises max over small e of L(w + e), and the gradient of that is the gradient of L at w + e (Danskin): SAM is a
-loss. So it goes where the loss goes, and the rest of a training loop stays as it is:
+loss. It replaces the loss in a training loop; the rest of the loop is unchanged:
 
     sharp = SharpnessAware(model, BiSAM(rho=0.05), loss=cross_entropy)
     loss = sharp(x, y)                       # was: criterion(model(x), y)
@@ -12,53 +12,77 @@ loss. So it goes where the loss goes, and the rest of a training loop stays as i
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from bisam import hosts, memory as memories
-from bisam.arguments import instance
-from bisam.evaluation import Evaluation, join
+from bisam import state as memories
+from bisam.distributed.fsdp import reshard
+from bisam.distributed.layout import ShardedLayout
+from bisam.distributed.placement import Scope
+from bisam.evaluation import Batch, Evaluation, join
 from bisam.methods import Method
-from bisam.model_oracle import Forward, ModelOracle, Scale, Scope
+from bisam.model import compatibility
+from bisam.model.gradients import Scaler
+from bisam.model.oracle import Forward, ModelOracle
 from bisam.objectives import Objective
-from bisam.shards import Shards, reshard
+from bisam.validation import instance
+from bisam.vector import WHOLE, Tensors
 
 
 class SharpnessAware(nn.Module):
-    """The loss of `model` at the point that `method` chooses, with the gradient that `method` computes.
+    """A training loss of `model` with the gradient that a sharpness-aware `method` computes.
 
-    Called on a batch in training mode it returns a scalar that is differentiable with respect to the model's trainable
-    parameters, once: scale it, divide it, add to it, call `backward()`. In eval mode, or under `no_grad`, it is the
-    plain loss. The mode is the model's, however it was set. If a call fails, weights, gradients and buffers are as
-    before it.
+    In training mode, a call on a batch returns a scalar that is differentiable once with respect to the trainable
+    parameters of the model. It can be scaled, divided and added to other losses before `backward()`. In eval mode, or
+    under `no_grad`, a call returns the plain loss. The mode is that of the model. If a call raises an error, weights,
+    gradients and buffers are as before the call.
 
     Args:
-        model: the module to be trained. It stays the user's: save it, move it, wrap it as always.
-        method: `ERM()`, `SAM()`, `BiSAM()`, ... or any `(oracle, batch) -> Evaluation`.
+        model: the module to train. It is not copied or changed: save it, move it and wrap it as usual.
+        method: `ERM()`, `SAM()`, `BiSAM()`, ... or any callable `(oracle, batch) -> Evaluation`.
         loss: `(outputs, targets) -> losses`, one per example or a scalar. Some methods need one per example.
-        forward: `(model, *batch) -> (outputs, targets)`, for batches other than `(*inputs, targets)`.
-        scale: the `torch.amp.GradScaler` in use with float16, or a callable that returns its factor.
-        same_noise: whether all forward passes on a batch see the same dropout masks, as in the JAX original. By default
-            they are fresh, as in every PyTorch implementation.
-        perturbation: in data-parallel training, whether a rank perturbs for its own part of the batch ("local") or all
-            of them for the whole ("global", at the price of a reduction in each query, over the ranks of the
-            DistributedDataParallel inside, or else all). None is what the host does: local under
-            DistributedDataParallel, as in the paper of SAM, and global under FSDP2, which cannot otherwise. Means are
-            over ranks, which are taken to have equal parts.
+        forward: `(model, *batch) -> (outputs, targets)`. Default: the last element of the batch is the targets and the
+            others are the inputs of the model.
+        scaler: the `torch.amp.GradScaler` that scales float16 losses, or a callable that returns its factor.
+        same_noise: if True, all forward passes on a batch use the same dropout masks, as in the original JAX
+            implementation. Default: each pass draws new masks, as in all PyTorch implementations.
+        scope: in data-parallel training, whether each rank perturbs for its own part of the batch ("local") or all
+            ranks perturb for the whole batch ("global"). With "global" each query includes a reduction over the ranks
+            of the DistributedDataParallel inside the loss, or else over all ranks. Default: "local" under
+            DistributedDataParallel, as in the paper of SAM, and "global" under FSDP2, which supports nothing else.
+            Means are over ranks, which are assumed to have equal parts of the batch.
 
     Raises:
-        TypeError: an argument is not what it should be (a class in place of an instance, say).
-        ValueError: `perturbation` is neither.
+        TypeError: an argument has the wrong type (for example a class in place of an instance).
+        ValueError: `scope` is neither "local", "global" nor None.
 
-    Called, it raises:
-        TypeError: `forward` or `loss` return something else than they should.
-        ValueError: no parameter is trainable, or others than the method remembers are; the batch is empty; targets do
-            not fit; losses have the wrong shape or no gradient; a gradient is sparse; the loss depends on tensors that
-            need a gradient and would not get one; the model's wrapper or its parameters are of a kind that this version
-            cannot serve.
+    Raises when called:
+        TypeError: `forward` or `loss` returns a value of the wrong type.
+        ValueError: no parameter is trainable, or the state of the method belongs to other parameters than the trainable
+            ones; the batch is empty; the targets do not match; the losses have the wrong shape or no gradient; a
+            gradient is sparse; the loss depends on tensors that require a gradient but would not be trained; the
+            wrapper of the model or its parameters are of a type that is not supported.
+
+    Example:
+        >>> import torch
+        >>> from bisam import BiSAM, SharpnessAware, cross_entropy
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(4, 3)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> sharp = SharpnessAware(model, BiSAM(rho=0.05), cross_entropy)
+        >>> x, y = torch.randn(8, 4), torch.randint(3, (8,))
+        >>> for _ in range(3):
+        ...     optimizer.zero_grad()
+        ...     loss = sharp(x, y)
+        ...     loss.backward()
+        ...     optimizer.step()
+        >>> sharp.clean.outputs.shape        # logits at the unperturbed weights, for metrics
+        torch.Size([8, 3])
     """
 
     def __init__(
@@ -68,9 +92,9 @@ class SharpnessAware(nn.Module):
         loss: Objective,
         forward: Forward | None = None,
         *,
-        scale: Scale | None = None,
+        scaler: Scaler | None = None,
         same_noise: bool = False,
-        perturbation: Scope | None = None,
+        scope: Scope | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(cast(Any, model), nn.Module):
@@ -79,80 +103,82 @@ class SharpnessAware(nn.Module):
         instance("loss", loss, "bisam.cross_entropy or another (outputs, targets) -> losses")
         if forward is not None:
             instance("forward", forward, "a function (model, *batch) -> (outputs, targets)")
-        if scale is not None:
+        if scaler is not None:
             instance(
-                "scale", scale, "a torch.amp.GradScaler or a function that returns the factor", torch.amp.GradScaler
+                "scaler", scaler, "a torch.amp.GradScaler or a function that returns the factor", torch.amp.GradScaler
             )
-        if perturbation not in ("local", "global", None):
-            raise ValueError(
-                f"perturbation must be 'local', 'global' or None, got {perturbation!r}: the geometry is the method's, "
-                "SAM(L2(0.1))"
-            )
+        if scope not in ("local", "global", None):
+            raise ValueError(f"scope must be 'local', 'global' or None, got {scope!r}")
         self.model = model
         self.method = method
         self.loss = loss
         self._forward = forward
-        self._scale = scale
+        self._scaler = scaler
         self._same_noise = same_noise
-        self._perturbation: Scope | None = perturbation
+        self._scope: Scope | None = scope
         self._memory = _Memory()
 
     def forward(self, *batch: Any) -> Tensor:
-        """The loss of a batch.
+        """Returns the loss of a batch.
 
         Args:
-            *batch: inputs and targets, as `forward` takes them; by default `(*inputs, targets)`.
+            *batch: the batch, as the argument `forward` of the constructor takes it; by default `(*inputs, targets)`.
 
         Returns:
             A scalar: in training the loss at the displaced weights, else the plain loss.
         """
         memory = self._memory
         if not memory.checked:
-            hosts.check(self, self.method, self._perturbation)
-        memory.seen, memory.clean = [], None  # the last step's outputs need not live through this one
+            compatibility.check(self, self.method, self._scope)
+        memory.seen, memory.clean = [], None  # free the outputs of the last step
         oracle = ModelOracle(
             self.model,
             self.loss,
             self._forward,
-            scale=self._scale,
+            scaler=self._scaler,
             same_noise=self._same_noise,
-            perturbation=self._perturbation,
+            scope=self._scope,
             step=memory.step,
-            state=dict(memory.state),  # what the method writes counts once the step has succeeded
             check=not memory.checked,
         )
         try:
-            if not (_innermost(self.model).training and torch.is_grad_enabled()):
-                value = oracle.plain(batch)
+            if _innermost(self.model).training and torch.is_grad_enabled():
+                value = self._step(oracle, batch)
             else:
-                if not memory.checked:
-                    _warn_of_half(oracle)
-                if memory.state and memory.trained != (trained := [id(p) for p in oracle.parameters]):
-                    memories.check(memory.state, oracle.weights)
-                    memory.trained = trained
-                layout, before = oracle.weights.layout, memory.state
-                if layout is not None:
-                    before = memories.laid_out(before, layout)
-                    oracle.state = dict(before)
-                value = oracle.differentiable(self.method(oracle, batch))
-                after = memories.settled(oracle.state, before, oracle.overflow)
-                memory.state = after if layout is None else memories.laid_out(after, None)
-                memory.step, memory.checked = memory.step + 1, True
+                value = _plain(oracle, batch)
         except BaseException:
-            oracle.rollback()
+            oracle.module_buffers.rollback()
             raise
         memory.seen = oracle.seen
         return value
 
+    def _step(self, oracle: ModelOracle, batch: Batch) -> Tensor:
+        """Computes the sharpness-aware loss; the state of the method changes only if the whole step succeeds."""
+        memory = self._memory
+        if not memory.checked:
+            _warn_of_half(oracle)
+        if memory.state and memory.trained != (trained := [id(p) for p in oracle.parameters]):
+            memories.check(memory.state, oracle.weights)
+            memory.trained = trained
+        layout, before = oracle.layout, memory.state
+        if layout is not WHOLE:
+            before = memories.laid_out(before, layout)
+        oracle.state = dict(before)
+        value = _differentiable(oracle, self.method(oracle, batch))
+        after = memories.settled(oracle.state, before, oracle.overflow)
+        memory.state = after if layout is WHOLE else memories.laid_out(after)
+        memory.step, memory.checked = memory.step + 1, True
+        return value
+
     @property
     def clean(self) -> Evaluation:
-        """Training losses and outputs at the unperturbed weights in the last call, detached: metrics at no extra pass.
+        """Losses and outputs at the unperturbed weights in the last call, detached, for metrics without a forward pass.
 
-        Of a method that makes no query there (`RSAM`, `MomentumSAM`, `SAMPa`, `BSAM`), those at the point that stands
-        in for the weights, where running statistics move.
+        Methods that make no query at the weights (`RSAM`, `MomentumSAM`, `SAMPa`, `BSAM`) report the evaluation at the
+        point where they update running statistics.
 
         Raises:
-            RuntimeError: there was no call yet, or its method made no query that moves running statistics.
+            RuntimeError: the loss was not called yet, or its method made no query that updates running statistics.
         """
         if not self._memory.seen:
             raise RuntimeError(
@@ -163,19 +189,19 @@ class SharpnessAware(nn.Module):
         return self._memory.clean
 
     def extra_repr(self) -> str:
-        """The method, for print(sharp)."""
+        """Returns the method, for `print(sharp)`."""
         return f"method={self.method!r}"
 
     def get_extra_state(self) -> dict[str, Any]:
-        """The step count and what the method remembers, as tensors and plain containers."""
-        layout = Shards.of(self._trained()) if self._memory.state else None
-        return {"step": self._memory.step, **memories.save(self._memory.state, self.method, layout)}
+        """Returns the step count and the state of the method, as tensors and plain containers."""
+        layout = ShardedLayout.of(self._trained()) if self._memory.state else None
+        return {"step": self._memory.step, **memories.save(self._memory.state, self.method, layout or WHOLE)}
 
     def set_extra_state(self, state: Any) -> None:
-        """Continue from `get_extra_state`; used by `load_state_dict`.
+        """Restores the result of `get_extra_state`; called by `load_state_dict`.
 
         Raises:
-            ValueError: the state is the memory of another method or belongs to another model.
+            ValueError: the state belongs to another method or to another model.
         """
         self._memory.state = memories.load(state, self.method, self._trained())
         self._memory.step = int(state["step"])
@@ -187,7 +213,7 @@ class SharpnessAware(nn.Module):
 
 @dataclass
 class _Memory:
-    """What changes from call to call."""
+    """The attributes that change from call to call."""
 
     step: int = 0
     state: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -197,12 +223,73 @@ class _Memory:
     checked: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: everything but the last batch's outputs."""
+        """Returns what copies and pickles contain: all attributes except the outputs of the last batch."""
         return {**self.__dict__, "seen": [], "clean": None}
 
 
+class WithGradient(torch.autograd.Function):
+    """An autograd function that returns `value` and has `gradient` as its gradient with respect to the parameters.
+
+    Call `apply(value, overflow, gradient, wraps, *parameters)`. `overflow` (0 or NaN) is added to the factor that
+    `backward` receives. `wraps` convert the local parts of the gradient to the tensor type of the parameters; None if
+    the parameters are ordinary tensors.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        value: Tensor,
+        overflow: Tensor | None,
+        gradient: Tensors,
+        wraps: Sequence[Callable[[Tensor], Tensor]] | None,
+        *_: Tensor,
+    ) -> Tensor:
+        """Returns the value, and saves the gradient for `backward`."""
+        ctx.overflow, ctx.wraps = overflow, wraps
+        ctx.save_for_backward(*gradient)  # freed by backward(): a loss that is stored for logging keeps no gradient
+        return value.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *factors: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Returns the gradient times the incoming factor."""
+        factor = factors[0] if ctx.overflow is None else factors[0] + ctx.overflow
+        if ctx.wraps is None:
+            return None, None, None, None, *torch._foreach_mul(ctx.saved_tensors, factor)
+        # Multiply before wrapping: local parts take one call, which DTensors of several meshes do not allow.
+        parts = torch._foreach_mul(ctx.saved_tensors, factor.to(ctx.saved_tensors[0].device))
+        return None, None, None, None, *[wrap(part) for wrap, part in zip(ctx.wraps, parts, strict=True)]
+
+
+def _plain(oracle: ModelOracle, batch: Batch) -> Tensor:
+    """Returns the training loss at the weights with its graph, as a loop without this library computes it."""
+    if oracle.model.training:  # under no_grad, where running statistics are updated too
+        _ = oracle.module_buffers.untouched
+    made = oracle.run(batch)
+    oracle.seen.append(made.detached())
+    return made.value
+
+
+def _differentiable(oracle: ModelOracle, evaluation: Evaluation) -> Tensor:
+    """Returns `evaluation.value` as a loss whose gradient with respect to the parameters is `evaluation.grad`."""
+    grad, parameters = evaluation.gradient, oracle.parameters
+    if grad.holes != oracle.holes and any(getattr(m, "find_unused_parameters", False) for m in oracle.model.modules()):
+        raise ValueError(
+            "DistributedDataParallel(find_unused_parameters=True) inside the loss looks at the last query alone, "
+            "and this model or method may use different parameters in different queries: wrap the other way round, "
+            "DistributedDataParallel(SharpnessAware(model, ...), find_unused_parameters=True)"
+        )
+    tensors, wraps, layout = grad.tensors, None, oracle.layout
+    if layout.sharded:
+        wraps = [partial(layout.wrapped, i) for i in range(len(grad)) if i not in grad.holes]
+    if grad.holes:
+        kept = [i for i in range(len(grad)) if i not in grad.holes]
+        tensors, parameters = [tensors[i] for i in kept], [parameters[i] for i in kept]
+    return cast(Tensor, WithGradient.apply(evaluation.value, oracle.overflow, tensors, wraps, *parameters))
+
+
 def _innermost(model: nn.Module) -> nn.Module:
-    """The user's own module inside DistributedDataParallel and its like, which hold it as `module` and nothing else."""
+    """Returns the user's module inside wrappers such as DistributedDataParallel, whose only member is `module`."""
     while list(model._modules) == ["module"] and not model._parameters and not model._buffers:
         model = cast(nn.Module, model._modules["module"])
     return model
@@ -215,5 +302,5 @@ def _warn_of_half(oracle: ModelOracle) -> None:
             f"the model has {half.pop()} parameters: a perturbation is much smaller than the weights and partly rounds "
             "away, so that the method is weaker than its rho says. Keep the parameters in float32 and run the model "
             "under torch.autocast instead",
-            stacklevel=5,
+            stacklevel=6,
         )

@@ -1,21 +1,30 @@
-"""Oracle: what a sharpness-aware method may ask, and the same oracle seen from elsewhere.
+"""Oracle: the interface through which a method queries losses and gradients at displaced weights.
 
-A method queries losses and their gradient at displaced weights, and never meets the model:
+A method never accesses the model:
 
-    g = oracle.query(batch, NegLog())                 # Evaluation at the weights w: losses, value, grad, outputs
-    h = oracle.query(batch, at=g.grad * 0.1)          # the training loss at w + e
+    >>> import torch
+    >>> from bisam import ModelOracle, NegLog, cross_entropy
+    >>> _ = torch.manual_seed(0)
+    >>> oracle = ModelOracle(torch.nn.Linear(4, 3), cross_entropy)
+    >>> batch = torch.randn(8, 4), torch.randint(3, (8,))
+    >>> g = oracle.query(batch, NegLog())                 # Evaluation at the weights w: losses, value, grad, outputs
+    >>> h = oracle.query(batch, at=g.grad * 0.1)          # the training loss at w + e
 
-    oracle.shifted(noise)                             # centred at w + noise
-    oracle.still()                                    # where no query moves running statistics
-    oracle.within("perturb")                          # with a state of its own
+A view of an oracle changes one of its properties:
 
-`model_oracle.py` has the one that answers for a torch module.
+    >>> noise = oracle.weights.random(torch.randn_like) * 0.01
+    >>> smoothed = oracle.shifted(noise)                  # centred at w + noise
+    >>> frozen = oracle.without_tracking()                # no query updates running statistics
+    >>> part = oracle.within("perturb")                   # with its own state
+
+`bisam.model.oracle` implements the oracle of a torch module.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -25,22 +34,92 @@ from bisam.objectives import Count, Objective
 from bisam.vector import Vector
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Query:
+    """A query to an oracle: a loss and optionally its gradient, on a batch, at displaced weights.
+
+    A query is a value that passes through all wrappers of an oracle. It is constant except for `at`, which the oracle
+    removes with `take`, so that the memory of a displacement is free during the forward pass.
+
+    Args:
+        batch: a batch or a part of one.
+        objective: objective to evaluate. Default: the training loss.
+        at: displacement of the weights. Default: none, the query is at the weights. The query takes ownership: keep no
+            other reference to it.
+        grad: whether to compute the gradient.
+        track: whether to update running statistics. Default: only if `at` is None.
+
+    Example:
+        >>> import torch
+        >>> from bisam import ModelOracle, Query, cross_entropy
+        >>> _ = torch.manual_seed(0)
+        >>> oracle = ModelOracle(torch.nn.Linear(4, 3), cross_entropy)
+        >>> batch = torch.randn(8, 4), torch.randint(3, (8,))
+        >>> e = oracle.query(batch).gradient * 0.1
+        >>> ahead, behind = oracle.ask([Query(batch, at=e), Query(batch, at=-e)])
+        >>> bool(ahead.value > behind.value)
+        True
+    """
+
+    batch: Batch
+    objective: Objective | None = None
+    at: Vector | None = None
+    grad: bool = True
+    track: bool | None = None
+    displaced: bool = field(init=False, repr=False)
+    """Whether the query is at displaced weights; still valid after `take`."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "displaced", self.at is not None)
+
+    @property
+    def tracks(self) -> bool:
+        """Whether the query updates running statistics."""
+        return not self.displaced if self.track is None else self.track
+
+    def take(self) -> Vector | None:
+        """Returns the displacement and removes it from the query.
+
+        Raises:
+            RuntimeError: it was removed before.
+        """
+        at = self.at
+        if at is None and self.displaced:
+            raise RuntimeError("the displacement of this query was taken already: ask with a new Query")
+        object.__setattr__(self, "at", None)
+        return at
+
+
 class Oracle(ABC):
-    """A first-order oracle of a loss around fixed weights: the whole world of a method.
+    """A first-order oracle of a loss near fixed weights: all that a method can access.
 
     Attributes:
         weights: the point w that displacements are added to. Read-only.
-        names: the parameters' names, in the order of `weights`.
-        layers: the class names of the modules they belong to, in that order.
-        parameters: the tensors that an optimizer holds, in that order.
-        buffers: running statistics and what else a model keeps beside its parameters, as they are now.
-        loss: the training loss, which is what a query evaluates unless told otherwise.
-        step: number of losses computed before this one.
-        alone: whether a query is answered for its batch alone. Where parameters are sharded, or the perturbation was
-            asked to be global, answers are means over the batches of all ranks.
-        state: what the method remembers between steps (numbers, tensors, Vectors, in dicts, lists and tuples); saved
-            and restored by `SharpnessAware.state_dict`. Replace values, do not change them in place: a step that fails
-            leaves what was there.
+        names: names of the parameters, in the order of `weights`.
+        layers: class names of the modules that the parameters belong to, in the same order.
+        parameters: the tensors that an optimizer holds, in the same order.
+        buffers: running statistics and other buffers of the model, with their present values.
+        loss: the training loss, which is the default objective of a query.
+        step: number of losses that were computed before this one.
+        is_local: whether an answer is computed on this rank's batch only. If parameters are sharded, or if the scope is
+            "global", answers are means over the batches of all ranks.
+        state: state of the method between steps (numbers, tensors, Vectors, in dicts, lists and tuples). It is saved
+            and restored by `SharpnessAware.state_dict`. Replace its values, do not modify them in place: a step that
+            fails restores the previous values.
+
+    Example:
+        A method is a function of an oracle and a batch. This one is SAM with an L2 ball:
+
+        >>> import torch
+        >>> from bisam import SAM, Evaluation, Oracle, SharpnessAware, cross_entropy
+        >>> def my_sam(oracle: Oracle, batch: tuple) -> Evaluation:
+        ...     g = oracle.query(batch).gradient
+        ...     return oracle.query(batch, at=g * (0.05 / g.norm()))
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(4, 3)
+        >>> x, y = torch.randn(8, 4), torch.randint(3, (8,))
+        >>> mine = SharpnessAware(model, my_sam, cross_entropy)(x, y)
+        >>> torch.testing.assert_close(mine, SharpnessAware(model, SAM(0.05), cross_entropy)(x, y))
     """
 
     weights: Vector
@@ -50,10 +129,17 @@ class Oracle(ABC):
     buffers: Sequence[Tensor] = ()
     loss: Objective
     step: int = 0
-    alone: bool = True
+    is_local: bool = True
     state: dict[str, Any]
 
     @abstractmethod
+    def ask(self, queries: Sequence[Query]) -> list[Evaluation]:
+        """Returns the answers to queries that do not depend on each other, in their order.
+
+        The only method that a subclass must implement. `ModelOracle` answers in series, the oracle of a pair of ranks
+        in parallel.
+        """
+
     def query(
         self,
         batch: Batch,
@@ -63,70 +149,57 @@ class Oracle(ABC):
         grad: bool = True,
         track: bool | None = None,
     ) -> Evaluation:
-        """Evaluate `objective` (default: the training loss) on `batch` at `weights + at`.
-
-        Args:
-            batch: a batch, whole or a part of it.
-            objective: what to evaluate; None is the training loss.
-            at: displacement, given away: pass it without keeping it and its memory is free during the forward pass.
-            grad: whether the gradient is wanted.
-            track: whether running statistics move; None: exactly when `at` is None.
-        """
-
-    def together(self, *queries: Mapping[str, Any]) -> list[Evaluation]:
-        """Answers to queries that do not depend on each other, each given as the keyword arguments of `query`.
-
-        In series here; a subclass may answer them in parallel.
-        """
-        return [self.query(**query) for query in queries]
+        """Evaluates `objective` (default: the training loss) on `batch` at `weights + at`; arguments as `Query`."""
+        queries, at = (Query(batch, objective, at, grad, track),), None  # this frame must not keep the displacement
+        return self.ask(queries)[0]
 
     def averaged(self, value: Tensor, count: Count) -> tuple[Tensor, Count]:
-        """The value and count of answers for this rank's batch as those of the batches that it is a part of."""
+        """Returns the value and count of this rank's answer, averaged over the ranks if the scope is global."""
         return value, count
 
     def agree(self, what: str, number: int) -> None:  # noqa: B027 - one rank agrees with itself
-        """Make sure that all ranks whose batches are the parts of one have the same `number` of `what`.
+        """Checks that all ranks that share a batch have the same `number` of `what`.
 
         Raises:
-            ValueError: they do not, and would wait for each other for ever.
+            ValueError: the numbers differ, which would make the ranks wait for each other forever.
         """
 
     def shifted(self, by: Vector, *, track: bool = False) -> Oracle:
-        """The same oracle, centred at `weights + by` (random smoothing, landscapes).
+        """Returns the same oracle, centred at `weights + by` (random smoothing, loss landscapes).
 
         Args:
             by: the displacement.
-            track: whether a query at the new centre moves running statistics, as one at the weights does.
+            track: whether a query at the new centre updates running statistics, as one at the weights does.
         """
         return View(self, by=by, track=track)
 
-    def still(self) -> Oracle:
-        """The same oracle, where no query moves running statistics: they moved already."""
-        return View(self, still=True)
+    def without_tracking(self) -> Oracle:
+        """Returns the same oracle, whose queries do not update running statistics: an earlier query has done so."""
+        return View(self, never_track=True)
 
     def within(self, part: str, step: int | None = None) -> Oracle:
-        """The same oracle for a part of a method, with a state of its own: two parts never share what they remember.
+        """Returns the same oracle for a part of a method, with its own state: two parts never share state.
 
         Args:
-            part: the name of the part, under which its state is kept.
-            step: how often the part was called before; by default as often as the whole.
+            part: name of the part, the key of its state.
+            step: number of earlier calls of the part. Default: that of the whole method.
         """
         self.state[part] = own = dict(self.state.get(part, {}))  # a copy: see `state`
         return View(self, state=own, step=step)
 
 
 class View(Oracle):
-    """Another oracle with another centre, other statistics or another state.
+    """A view of another oracle, with another centre, other tracking of running statistics, or another state.
 
-    To watch an oracle, override `query` and `together` in a subclass.
+    To observe the queries of an oracle, override `ask` in a subclass.
 
     Args:
-        oracle: the one below.
+        oracle: the underlying oracle.
         by: displacement of the centre.
-        track: whether queries at a displaced centre move running statistics.
-        still: whether no query does.
-        state: what the method remembers, by default that of the oracle below.
-        step: by default that of the oracle below.
+        track: whether queries at a displaced centre update running statistics.
+        never_track: if True, no query updates running statistics.
+        state: state of the method. Default: that of the underlying oracle.
+        step: step counter. Default: that of the underlying oracle.
     """
 
     def __init__(
@@ -135,13 +208,18 @@ class View(Oracle):
         *,
         by: Vector | None = None,
         track: bool = False,
-        still: bool = False,
+        never_track: bool = False,
         state: dict[str, Any] | None = None,
         step: int | None = None,
     ) -> None:
-        self._oracle, self._by, self._track, self._still = oracle, by, track, still
+        self._oracle, self._by, self._track, self._never_track = oracle, by, track, never_track
         self.state = oracle.state if state is None else state
         self.step = oracle.step if step is None else step
+
+    @property
+    def below(self) -> Oracle:
+        """The underlying oracle."""
+        return self._oracle
 
     @property
     def weights(self) -> Vector:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -174,9 +252,9 @@ class View(Oracle):
         return self._oracle.loss
 
     @property
-    def alone(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def is_local(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """See `Oracle`."""
-        return self._oracle.alone
+        return self._oracle.is_local
 
     def averaged(self, value: Tensor, count: Count) -> tuple[Tensor, Count]:
         """See `Oracle.averaged`."""
@@ -186,33 +264,21 @@ class View(Oracle):
         """See `Oracle.agree`."""
         self._oracle.agree(what, number)
 
-    def query(
-        self,
-        batch: Batch,
-        objective: Objective | None = None,
-        *,
-        at: Vector | None = None,
-        grad: bool = True,
-        track: bool | None = None,
-    ) -> Evaluation:
-        """See `Oracle.query`."""
-        track, given = self._tracks(at, track), [self._seen_from(at)]
-        at = None  # given away: this frame must not keep it through the forward pass
-        return self._oracle.query(batch, objective, at=given.pop(), grad=grad, track=track)
+    def ask(self, queries: Sequence[Query]) -> list[Evaluation]:
+        """See `Oracle.ask`."""
+        return self._oracle.ask([self._seen_below(query) for query in queries])
 
-    def together(self, *queries: Mapping[str, Any]) -> list[Evaluation]:
-        """See `Oracle.together`."""
-        moved = [
-            {**q, "at": self._seen_from(q.get("at")), "track": self._tracks(q.get("at"), q.get("track"))}
-            for q in queries
-        ]
-        return self._oracle.together(*moved)
-
-    def _seen_from(self, at: Vector | None) -> Vector | None:
-        return at if self._by is None else self._by if at is None else self._by + at
-
-    def _tracks(self, at: Vector | None, track: bool | None) -> bool | None:
-        if self._still:
-            return False
-        # To the oracle below, a query at this centre is one somewhere else: what that means is decided here.
-        return self._track and at is None if track is None and self._by is not None else track
+    def _seen_below(self, query: Query) -> Query:
+        """Translates a query for the underlying oracle; takes the displacement out of `query`."""
+        if self._by is None and not self._never_track:
+            return query
+        track = query.track
+        if self._never_track:
+            track = False
+        elif track is None and self._by is not None:
+            # For the underlying oracle a query at this centre is displaced, so its default would be wrong.
+            track = self._track and not query.displaced
+        at = query.take()
+        if self._by is not None:
+            at = self._by if at is None else self._by + at
+        return Query(query.batch, query.objective, at, query.grad, track)

@@ -1,16 +1,19 @@
-"""Methods: the papers. Which queries, where, and how their gradients combine.
+"""Methods: the algorithms of the papers. A method chooses its queries and combines their gradients.
 
-A method is a value, `(oracle, batch) -> Evaluation`: the loss to report and the gradient to descend. It does no I/O,
-knows no model and keeps nothing: what it remembers between steps is in `oracle.state`, so the same object may serve two
-losses. Letters are the papers': g the ascent gradient, h the descent gradient, e the displacement.
+A method is a value, `(oracle, batch) -> Evaluation`. It returns the loss to report and the gradient to descend. It does
+no I/O, does not access the model, and stores nothing in itself: the state that it keeps between steps is in
+`oracle.state`, so two losses may use the same object. The letters are those of the papers: g is the ascent gradient, h
+the descent gradient, e the displacement.
 
-    SAM(L2(0.1), ascent=Tanh())                  # climb a lower bound of the 0-1 loss: BiSAM (tanh)
-    GSAM(Friendly(L2(0.05)), alpha=0.4)          # any perturbation
-    KSAM(64, RSAM(0.01, EBiSAM()))               # any nest
+    >>> from bisam import GSAM, KSAM, RSAM, SAM, EBiSAM, L2, Tanh
+    >>> from bisam.perturbations import Friendly
+    >>> tanh = SAM(L2(0.1), ascent=Tanh())                # the adversary climbs a bound of the 0-1 loss: BiSAM (tanh)
+    >>> friendly = GSAM(Friendly(L2(0.05)), alpha=0.4)    # any perturbation
+    >>> nested = KSAM(64, RSAM(0.01, EBiSAM()))           # any nest of wrappers
 """
 
-from bisam.methods.bayes import BSAM as BSAM
-from bisam.methods.combining import (
+from bisam.methods.bayesian import BSAM as BSAM
+from bisam.methods.combined import (
     CRSAM as CRSAM,
     GSAM as GSAM,
     WSAM as WSAM,
@@ -18,7 +21,17 @@ from bisam.methods.combining import (
     FunctionalSAM as FunctionalSAM,
     GBiSAM as GBiSAM,
 )
+from bisam.methods.efficient import (
+    AESAM as AESAM,
+    ESAM as ESAM,
+    SSAMF as SSAMF,
+    EBiSAM as EBiSAM,
+    LookSAM as LookSAM,
+    MomentumSAM as MomentumSAM,
+    SAMPa as SAMPa,
+)
 from bisam.methods.games import RAPP as RAPP, ExtraGradient as ExtraGradient
+from bisam.methods.method import Method as Method
 from bisam.methods.sam import (
     ASAM as ASAM,
     ERM as ERM,
@@ -30,18 +43,8 @@ from bisam.methods.sam import (
     ABiSAM as ABiSAM,
     BiSAM as BiSAM,
     FisherSAM as FisherSAM,
-    Method as Method,
     MultiStepSAM as MultiStepSAM,
     VaSSO as VaSSO,
     ZSharp as ZSharp,
-)
-from bisam.methods.saving import (
-    AESAM as AESAM,
-    ESAM as ESAM,
-    SSAMF as SSAMF,
-    EBiSAM as EBiSAM,
-    LookSAM as LookSAM,
-    MomentumSAM as MomentumSAM,
-    SAMPa as SAMPa,
 )
 from bisam.methods.wrappers import KSAM as KSAM, MSAM as MSAM, RSAM as RSAM, During as During, Every as Every

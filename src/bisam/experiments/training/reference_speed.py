@@ -55,7 +55,7 @@ class Pace:
         self._fabric, self._watch = fabric, Watch(ERM())
         self._split = Begun(split.first(steps * recipe.batch_size))
         self._recipe = replace(recipe, accumulate=1, clip=None)
-        loss = SharpnessAware(copied, self._watch, nn.CrossEntropyLoss(reduction="none"), scale=scaler_of(fabric))
+        loss = SharpnessAware(copied, self._watch, nn.CrossEntropyLoss(reduction="none"), scaler=scaler_of(fabric))
         self._sharp, self._optimizer = fabric.setup(loss, optimizer_of(copied, recipe))
 
     def seconds(self) -> float:

@@ -21,6 +21,7 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 from torch.optim.swa_utils import AveragedModel
 
 from bisam import SharpnessAware
+from bisam.distributed.fsdp import reshard
 from bisam.experiments import data
 from bisam.experiments.data.image_tensors import Images, channels
 from bisam.experiments.data.splits import Data, Split, batches_of
@@ -45,7 +46,6 @@ from bisam.experiments.training.loggers import loggers
 from bisam.experiments.training.metrics import scores
 from bisam.experiments.training.optimizers import descent_loss, optimizer_of, scaler_of, scheduler_of
 from bisam.experiments.training.reference_speed import Pace
-from bisam.shards import reshard
 
 OnEpoch = Callable[[Row], None]
 
@@ -192,7 +192,7 @@ class Training:
             # resumed run comes to its sizes in another order.
             model.compile(dynamic=False)
         loss = SharpnessAware(
-            model, self._watch, descent_loss(recipe.label_smoothing, splits.classes), scale=scaler_of(fabric)
+            model, self._watch, descent_loss(recipe.label_smoothing, splits.classes), scaler=scaler_of(fabric)
         )
         self._sharp, self._optimizer = fabric.setup(loss, optimizer)
         self._history: list[Row] = []

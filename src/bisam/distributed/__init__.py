@@ -1,0 +1,1 @@
+"""Distributed: parameters and batches that are shared by ranks (DistributedDataParallel, FSDP2, tensor parallelism)."""

@@ -1,0 +1,205 @@
+"""Placement: where parameters and batches are, and how weights, gradients and averages are computed there.
+
+There is one class for each way of distributing a training step. All have the same methods, so that the oracle of a
+model need not distinguish them:
+
+    placement = place(model, parameters, fsdp_modules=[], scope=None)
+    placement.weights(parameters)                   # a Vector in the layout of the parameters
+    placement.gradients(loss, parameters)           # of this rank's loss, or of the mean of all ranks' losses
+    placement.averaged(value, count, gradient)      # an answer of this rank, averaged over the whole batch
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from bisam.distributed.fsdp import FSDPModules, accumulation_hooks
+from bisam.distributed.layout import ReplicatedLayout, ShardedLayout, local
+from bisam.distributed.peers import Peers
+from bisam.objectives import Count
+from bisam.vector import WHOLE, Layout, Vector
+
+Scope = Literal["local", "global"]
+"""Whether a rank perturbs for its own part of the batch ("local") or for the whole batch ("global")."""
+
+
+class Local:
+    """Whole parameters, and answers for this rank's batch only: a single process or a data-parallel replica.
+
+    Attributes:
+        layout: the layout of Vectors of weights and gradients.
+        is_local: whether an answer is for this rank's batch only.
+    """
+
+    layout: Layout = WHOLE
+    is_local: bool = True
+
+    def weights(self, parameters: Sequence[Tensor]) -> Vector:
+        """Returns the data of the parameters; changing it changes the model."""
+        # .data, not .detach(): a graph that the user still holds would detect the displacement, which is undone later.
+        return Vector([p.data for p in parameters], layout=self.layout)
+
+    def gradients(self, loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """Returns the gradients of `loss`, None for parameters that it does not depend on; `.grad` is unchanged.
+
+        Raises:
+            ValueError: the model uses re-entrant activation checkpointing.
+        """
+        # autograd.grad, not backward: it leaves .grad to the user, and starts no reducer of a distributed wrapper.
+        try:
+            return torch.autograd.grad(loss, parameters, allow_unused=True)
+        except RuntimeError as error:
+            if "use_reentrant" not in str(error):
+                raise
+            raise ValueError(
+                "re-entrant activation checkpointing takes no gradient but by backward(), which would fill .grad: "
+                "call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+            ) from error
+
+    def averaged(self, value: Tensor, count: Count, gradient: Vector | None) -> tuple[Tensor, Count, Vector | None]:
+        """Returns value, count and gradient of this rank's answer, averaged over the ranks that share the batch."""
+        return value, count, gradient
+
+    def agree(self, what: str, number: int) -> None:
+        """Checks that all ranks that share a batch have the same `number` of `what`.
+
+        Raises:
+            ValueError: the numbers differ, which would make the ranks wait for each other forever.
+        """
+
+    def before_forward(self) -> None:
+        """Frees copies of the weights that were gathered for an earlier pass, because the weights have changed."""
+
+    def recover(self, parameters: Sequence[Tensor]) -> None:
+        """Resets the state that an interrupted forward or backward pass has left."""
+
+    def leaves(self) -> list[Tensor] | None:
+        """Returns the leaves of a graph that replace parameters; None if they cannot be determined."""
+        return []
+
+    def hooks(self, parameters: Sequence[Tensor]) -> list[dict[int, Any]]:
+        """Returns hooks, in addition to those of tensors, that the computation of a gradient would run."""
+        return []
+
+
+class Replicated(Local):
+    """Whole parameters on all ranks, and answers that are averaged over the batches of all ranks.
+
+    Args:
+        peers: the ranks.
+    """
+
+    is_local = False
+
+    def __init__(self, peers: Peers) -> None:
+        self._peers = peers
+        self.layout = ReplicatedLayout(peers)
+
+    def averaged(self, value: Tensor, count: Count, gradient: Vector | None) -> tuple[Tensor, Count, Vector | None]:
+        """See `Local.averaged`."""
+        return self._peers.answer(value, count, gradient, reduced=False)
+
+    def agree(self, what: str, number: int) -> None:
+        """See `Local.agree`."""
+        self._peers.agree(what, number)
+
+
+class TensorParallel(Local):
+    """Parameters that are sharded over ranks, all of which compute on the same batch.
+
+    Args:
+        layout: the layout of the parameters.
+    """
+
+    def __init__(self, layout: ShardedLayout) -> None:
+        self.layout = self._shards = layout
+
+    def weights(self, parameters: Sequence[Tensor]) -> Vector:
+        """See `Local.weights`; returns the local parts."""
+        return Vector([local(p.data) for p in parameters], layout=self.layout)
+
+    def gradients(self, loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """See `Local.gradients`; returns the local parts."""
+        return self._shards.parts(super().gradients(loss, parameters))
+
+
+class FullySharded(Local):
+    """Modules under FSDP2, which gathers weights for each pass and reduces gradients before they are stored in `.grad`.
+
+    Args:
+        modules: the modules to which `fully_shard` was applied.
+        layout: the layout of the trainable parameters; None if FSDP2 holds frozen parameters only.
+        peers: the ranks to average over if the trainable parameters are not sharded.
+    """
+
+    def __init__(self, modules: FSDPModules, layout: ShardedLayout | None, peers: Peers | None) -> None:
+        self._modules, self._shards = modules, layout
+        self._peers = layout.peers if layout is not None else peers
+        self.layout = layout or (ReplicatedLayout(peers) if peers else WHOLE)
+        self.is_local = self._peers is None
+
+    def weights(self, parameters: Sequence[Tensor]) -> Vector:
+        """See `Local.weights`; returns the local parts."""
+        return Vector([local(p.data) for p in parameters], layout=self.layout)
+
+    def gradients(self, loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """See `Local.gradients`; returns gradients of the mean of all ranks' losses.
+
+        Raises:
+            ValueError: gradients of another loss are not reduced yet, and would be added to these.
+        """
+        grads = self._modules.gradients(loss, parameters)
+        return grads if self._shards is None else self._shards.parts(grads)
+
+    def averaged(self, value: Tensor, count: Count, gradient: Vector | None) -> tuple[Tensor, Count, Vector | None]:
+        """See `Local.averaged`."""
+        if self._peers is None:
+            return value, count, gradient
+        return self._peers.answer(value, count, gradient, reduced=self._shards is not None)
+
+    def agree(self, what: str, number: int) -> None:
+        """See `Local.agree`."""
+        if self._peers is not None:
+            self._peers.agree(what, number)
+
+    def before_forward(self) -> None:
+        """See `Local.before_forward`."""
+        self._modules.reshard()
+
+    def recover(self, parameters: Sequence[Tensor]) -> None:
+        """See `Local.recover`."""
+        self._modules.recover(parameters)
+
+    def leaves(self) -> list[Tensor] | None:
+        """See `Local.leaves`; returns the gathered parameters."""
+        return self._modules.leaves()
+
+    def hooks(self, parameters: Sequence[Tensor]) -> list[dict[int, Any]]:
+        """See `Local.hooks`."""
+        return accumulation_hooks(parameters)
+
+
+_LOCAL = Local()
+
+
+def place(model: nn.Module, parameters: Sequence[Tensor], fsdp_modules: Sequence[Any], scope: Scope | None) -> Local:
+    """Returns the placement of a model.
+
+    Args:
+        model: the model, with the wrappers inside it.
+        parameters: its trainable parameters.
+        fsdp_modules: its modules to which `fully_shard` was applied, outer ones first.
+        scope: "global" averages answers over all ranks, "local" does not. None: as the wrapper does. Under FSDP2 and
+            tensor parallelism the wrapper determines the scope (`bisam.model.compatibility` refuses the other value).
+    """
+    shards = ShardedLayout.of(parameters)
+    if shards is not None:
+        return FullySharded(FSDPModules(fsdp_modules), shards, None) if fsdp_modules else TensorParallel(shards)
+    peers = Peers.of(model, parameters) if scope == "global" else None
+    if fsdp_modules:
+        return FullySharded(FSDPModules(fsdp_modules), None, peers)
+    return _LOCAL if peers is None else Replicated(peers)

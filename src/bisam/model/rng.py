@@ -1,0 +1,70 @@
+"""RNG: saves, restores and replaces the state of the random generators that forward passes draw from."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+
+from bisam.evaluation import Batch
+
+
+class RandomState:
+    """The present state of the random generators of a forward pass, on the CPU and on the devices in use.
+
+    Args:
+        parameters: the parameters of the model.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._cpu = torch.get_rng_state()
+        devices = {p.device for p in parameters if p.device.type not in ("cpu", "meta")}
+        self._others = [(d, torch.get_device_module(d).get_rng_state(d)) for d in devices]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The states of the generators, that of the CPU first."""
+        return [self._cpu, *(state for _, state in self._others)]
+
+    def restore(self) -> None:
+        """Restores the state of the generators."""
+        torch.set_rng_state(self._cpu)
+        for device, state in self._others:
+            torch.get_device_module(device).set_rng_state(state, device)
+
+    @contextmanager
+    def forked(self, *key: int) -> Generator[None]:
+        """A context that seeds the generators by `key` and restores their state at its end."""
+        seed = int.from_bytes(blake2b(repr(key).encode(), digest_size=8).digest(), "little")
+        torch.set_rng_state(torch.Generator().manual_seed(seed).get_state())
+        for device, _ in self._others:  # not torch.manual_seed, which would seed all devices
+            module = torch.get_device_module(device)
+            module.set_rng_state(torch.Generator(device).manual_seed(seed).get_state(), device)
+        try:
+            yield
+        finally:
+            self.restore()
+
+
+class SameNoise:
+    """Replays the random state of the first query on a batch in all later queries on it.
+
+    Args:
+        parameters: the parameters of the model.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._parameters = parameters
+        self._first: tuple[Batch, RandomState] | None = None
+
+    def begin(self, batch: Batch) -> RandomState | None:
+        """Replays the state if an earlier query used the batch, and returns the state to restore after the query."""
+        if self._first is not None and self._first[0] is batch:
+            present = RandomState(self._parameters)  # keep draws between two queries, such as a mask
+            self._first[1].restore()
+            return present
+        self._first = batch, RandomState(self._parameters)
+        return None

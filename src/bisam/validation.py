@@ -1,0 +1,123 @@
+"""Validation: checks of arguments that would fail late or silently; messages show the value and the remedy."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import Any, cast
+
+from torch import Tensor
+
+
+def positive(name: str, value: Any) -> None:
+    """Checks that a hyper-parameter is a positive finite number.
+
+    Raises:
+        TypeError: it is not a number; the message shows the name and the value.
+        ValueError: it is not positive or not finite.
+    """
+    number(name, value)
+    if not (0 < value < math.inf):
+        raise ValueError(f"{name} must be positive and finite, got {value!r}")
+
+
+def number(name: str, value: Any) -> None:
+    """Checks that a hyper-parameter is a real number.
+
+    Raises:
+        TypeError: it is not; the message shows the name and the value.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def finite(name: str, value: Any) -> None:
+    """Checks that a hyper-parameter is a finite number.
+
+    Raises:
+        TypeError: it is not a number; the message shows the name and the value.
+        ValueError: it is not finite.
+    """
+    number(name, value)
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value!r}")
+
+
+def non_negative(name: str, value: Any) -> None:
+    """Checks that a hyper-parameter is a finite number >= 0.
+
+    Raises:
+        TypeError: it is not a number; the message shows the name and the value.
+        ValueError: it is negative or not finite.
+    """
+    number(name, value)
+    if not (0 <= value < math.inf):
+        raise ValueError(f"{name} must be non-negative and finite, got {value!r}")
+
+
+def share(name: str, value: Any, *, zero: bool = False, one: bool = True) -> None:
+    """Checks that a number is in (0, 1]; `zero` allows 0 and `one=False` excludes 1.
+
+    Raises:
+        TypeError: it is not a number; the message shows the name and the value.
+        ValueError: it is outside the interval; the message shows the name and the value.
+    """
+    number(name, value)
+    if not (0 <= value <= 1) or (value == 0 and not zero) or (value == 1 and not one):
+        raise ValueError(f"{name} must be in {'[' if zero else '('}0, 1{']' if one else ')'}, got {value!r}")
+
+
+def portion(share: float, n: int) -> int:
+    """Returns the share of n, rounded up, at least 1; 0.07 of 100 is 7, although 0.07 * 100 > 7 in floating point."""
+    return min(n, max(1, math.ceil(share * n - 1e-9)))
+
+
+def whole(name: str, value: Any, least: int = 1) -> None:
+    """Checks that a number is an int of at least `least`.
+
+    Raises:
+        TypeError: it is not an int; the message shows the name and the value.
+        ValueError: it is less than `least`; the message shows the name and the value.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value!r}")
+
+
+def instance(name: str, value: Any, remedy: str, *also: type) -> None:
+    """Checks that a value is callable and not a class.
+
+    Raises:
+        TypeError: it is a class, or it is neither callable nor an instance of the types `also`; the message shows the
+            name, the value and `remedy`.
+    """
+    if isinstance(value, type):
+        raise TypeError(f"{name} is the class {value.__name__}, not an instance: write {value.__name__}(...)")
+    if not (callable(value) or isinstance(value, also)):
+        raise TypeError(f"{name} must be {remedy}, got {value!r}")
+
+
+def check_losses(losses: Any, targets: Any) -> None:
+    """Checks that an objective returned a scalar or one loss per example.
+
+    Raises:
+        TypeError: it did not return a floating-point tensor.
+        ValueError: its shape does not match the shape of the targets.
+    """
+    if not isinstance(losses, Tensor) or not losses.is_floating_point():
+        raise TypeError(f"the loss must return a floating-point tensor, got {describe(losses)}")
+    if losses.dim() == 0 or not isinstance(targets, Tensor):
+        return
+    if losses.dim() > max(targets.dim(), 1) or losses.shape[:1] != (targets.shape or (1,))[:1]:
+        raise ValueError(
+            f"the loss returned shape {tuple(losses.shape)} for targets of shape {tuple(targets.shape)}: it must be a "
+            "scalar, or one loss per example (N,)"
+        )
+
+
+def describe(value: Any) -> str:
+    """Describes a value for an error message."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)} and type {value.dtype}"
+    return f"a tuple of {len(cast('tuple[Any, ...]', value))}" if isinstance(value, tuple) else type(value).__name__
