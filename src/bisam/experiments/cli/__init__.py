@@ -3,7 +3,8 @@
 run, report, plot, list   work on a subject of `subjects.py`: a study (`study.py`) or a measurement (`measurement.py`)
 train                     trains one recipe
 methods                   shows the catalogue of methods
-options.py                flags that commands share; idle.py refuses flags that have no effect
+options.py, flags.py      flags that commands share, and those that are fields of a recipe
+idle.py                   refuses flags that have no effect
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from bisam import __version__
 from bisam.experiments.cli import list as listing, methods, plot, report, run, train
 from bisam.experiments.cli.terminal import errors
 from bisam.experiments.errors import RunError
-from bisam.experiments.recipes.presets import with_preset
 
 app = App(
     name="bisam",
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def _called(arguments: list[str]) -> Any:
-    command, bound, unparsed = app.parse_args(with_preset(arguments), exit_on_error=False, print_error=False)
+    command, bound, unparsed = app.parse_args(arguments, exit_on_error=False, print_error=False)
     own: dict[str, Any] = {"given": given_flags(arguments)} if "given" in unparsed else {}
     return command(*bound.args, **bound.kwargs, **own)
 

@@ -11,16 +11,18 @@ from rich.measure import Measurement as Width
 from rich.table import Table
 from rich.text import Text
 
-from bisam.experiments.cli.options import Launch, flag, pairs
+from bisam.experiments.cli.options import Launch, flag
 from bisam.experiments.cli.report_files import write_report
 from bisam.experiments.cli.terminal import console, errors
 from bisam.experiments.measurements import Measurement, report as report_of, run as measure
+from bisam.experiments.recipes.changes import pairs
 from bisam.experiments.runs.folder import to_csv
 from bisam.experiments.runs.machine import Machine
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_CHANGE = "rounds=5"
 _DRAWN = frozenset({"out", "dry_run"})
 _MEASURED = _DRAWN | {"set", "device", "devices", "nodes"}
 
@@ -53,7 +55,7 @@ class MeasurementSubject:
     def plan(self, launch: Launch, machine: Machine, out: Path) -> int:
         """Print the parts that `run` would measure."""
         one = self.measurement
-        parts = one.parts({**one.settings, **one.changed(pairs(launch.changes))})
+        parts = one.parts({**one.settings, **one.changed(pairs(launch.changes, _CHANGE))})
         console.print(
             f"{self.name} has {len(parts)} parts: {', '.join(parts)}" if parts else f"{self.name} has no parts"
         )
@@ -69,7 +71,7 @@ class MeasurementSubject:
                     console.print(f"{done}/{total} parts: {part}", soft_wrap=True)
 
             try:
-                folder = measure(self.measurement, pairs(launch.changes), out, machine, tell)
+                folder = measure(self.measurement, pairs(launch.changes, _CHANGE), out, machine, tell)
             except KeyboardInterrupt:
                 errors.print("interrupted: measured parts are kept; the same command measures the others")
                 return 130
@@ -77,7 +79,7 @@ class MeasurementSubject:
 
     def report(self, changes: tuple[str, ...], out: Path, to: Path | None) -> int:
         """Print the table, and write the report."""
-        return self._report(out, to or out / self.name, pairs(changes))
+        return self._report(out, to or out / self.name, pairs(changes, _CHANGE))
 
     def figure(self, name: str | None, changes: tuple[str, ...], out: Path) -> Figure:
         """Its figure.
@@ -87,7 +89,7 @@ class MeasurementSubject:
         """
         if name is not None:
             raise ValueError(f"{self.name} trains nothing and has no figure {name}: bisam report {self.name}")
-        drawings = report_of(self.measurement, out, pairs(changes)).figures
+        drawings = report_of(self.measurement, out, pairs(changes, _CHANGE)).figures
         if not drawings:
             raise ValueError(f"{self.name} has no figure: bisam report {self.name} shows its table")
         return next(iter(drawings.values()))

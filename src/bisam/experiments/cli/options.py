@@ -8,7 +8,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from bisam.experiments.recipes.recipe import Whole
+from bisam.experiments.cli.flags import Whole
 from bisam.experiments.runs.machine import Machine
 
 Out = Annotated[Path, Parameter(help="Folder that the run folders are in.")]
@@ -56,15 +56,3 @@ class Launch:
 def flag(name: str) -> str:
     """A flag as it is typed: `--data-dir` for `data_dir`."""
     return f"--{name.replace('_', '-')}"
-
-
-def pairs(changes: tuple[str, ...]) -> dict[str, str]:
-    """The values of `--set`, as text.
-
-    Raises:
-        ValueError: one has no value.
-    """
-    parts = [change.partition("=") for change in changes]
-    if wrong := [change for change, part in zip(changes, parts, strict=True) if not part[1]]:
-        raise ValueError(f"--set {wrong[0]!r} has no value: write it as in --set rounds=5")
-    return {name.strip().replace("-", "_"): value.strip() for name, _, value in parts}

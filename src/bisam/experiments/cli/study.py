@@ -13,11 +13,12 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from bisam.experiments.cli.idle import refuse_idle
-from bisam.experiments.cli.options import Launch, flag, pairs
+from bisam.experiments.cli.options import Launch, flag
 from bisam.experiments.cli.progress import Display, duration
 from bisam.experiments.cli.report_files import write_report
 from bisam.experiments.cli.terminal import console, errors
 from bisam.experiments.errors import RunError
+from bisam.experiments.recipes.changes import pairs
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Finished, Run, finished, to_csv
 from bisam.experiments.runs.machine import Machine, threads
@@ -61,7 +62,10 @@ class StudySubject:
             _refuse("without --ray there is no cluster", given & {"gpus", "cpus", "retries"})
         else:
             _refuse("with --ray, --cpus and --gpus decide how many runs there are at a time", given & {"workers"})
-        refuse_idle(self.study.changed(launch.epochs, launch.changes), machine, given, frozenset(pairs(launch.changes)))
+        recipes = self.study.changed(launch.epochs, launch.changes)
+        refuse_idle(recipes, machine, given, frozenset(pairs(launch.changes, "epochs=1")))
+        for recipe in recipes:
+            recipe.check_trainable()
         loggers.check(machine.log)
         if launch.ray is None:
             if machine.nodes > 1:

@@ -8,12 +8,13 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from bisam.experiments.cli.flags import RecipeFlags
 from bisam.experiments.cli.idle import refuse_idle
 from bisam.experiments.cli.options import Given, MachineFlags, Out
 from bisam.experiments.cli.progress import Display
 from bisam.experiments.cli.terminal import console, errors
 from bisam.experiments.errors import RunError
-from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.recipes.presets import started
 from bisam.experiments.runs.folder import Run
 from bisam.experiments.runs.machine import Machine
 
@@ -25,7 +26,7 @@ EXAMPLES = (
 
 def train(
     *,
-    recipe: Annotated[Recipe, Parameter(name="*")] = Recipe(),  # noqa: B008
+    flags: Annotated[RecipeFlags, Parameter(name="*")] = RecipeFlags(),  # noqa: B008
     preset: str | None = None,
     machine: MachineFlags = Machine(),  # noqa: B008
     out: Out = Path("runs"),
@@ -42,7 +43,9 @@ def train(
     from bisam.experiments.training.metrics import TITLES
     from bisam.experiments.training.train import train as train_run
 
+    recipe = started(preset, flags.given)
     refuse_idle([recipe], machine, given)
+    recipe.check_trainable()
     loggers.check(machine.log)
     one = Run.under(out / "train", recipe)
     with Display(recipe.epochs, 1) as display:
