@@ -346,8 +346,8 @@ def test_words_say_what_is_decided_and_that_nothing_is_corrected():
     runs = [*SMALL, *seeded(replace(SAM, method="asam"), 0.95, 0.99)]
     text = report.markdown("T", runs, {})
     assert "to that of SAM, seed by seed" in text
-    assert "not decided, are 2 of 3: SGD (2× epochs), BiSAM (-log)." in text
-    assert "Decided is 1 of 3: ASAM (+5.00)." in text
+    assert "For 2 of 3 comparisons the interval contains 0 (undecided): SGD (2× epochs), BiSAM (-log)." in text
+    assert "For 1 of 3 it does not (decided): ASAM (+5.00)." in text
     assert "not corrected for multiple comparisons: of 3 such intervals 0.15 are expected to miss" in text
     assert "label noise 40 %: SGD (2× epochs), BiSAM" in report.markdown(
         "T", [*runs, *seeded(replace(LOG, noise=0.0), 0.5, 0.6)], {}
@@ -357,7 +357,7 @@ def test_words_say_what_is_decided_and_that_nothing_is_corrected():
 def test_many_undecided_are_counted_and_not_listed():
     runs = [one for rho in range(1, 15) for one in seeded(replace(LOG, rho=float(rho)), 0.9, 0.95)]
     text = report.markdown("T", [*seeded(SAM, 0.92, 0.91), *runs], {})
-    assert "not decided, are 14 of 14. Decided are none of 14." in text
+    assert "For 14 of 14 comparisons the interval contains 0 (undecided). For none of 14 it does not (decided)." in text
 
 
 def test_methods_stand_side_by_side_where_there_are_several_places():
@@ -423,14 +423,14 @@ def test_late_flips_are_compared_with_the_baselines():
         *(flipped(replace(SAM, method="esam"), seed, *[math.nan] * 10) for seed in range(3)),
     ]
     text = report.markdown("T", runs, {"flips.png": "flips"})
-    _, _, section = text.partition("## What the perturbation flips, late in training")
+    _, _, section = text.partition("## Samples flipped by the perturbation, late in training")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("|")]
     assert rows[0] == ["method", "flipped", "per cent of the samples", "n", "difference", "verdict"]
     assert [row[0] for row in rows[2:4]] == ["SAM", "BiSAM (-log)"]
     assert rows[2][1:] == ["102.00 ± 1.00", "9.46 ± 0.09", "3", "–", "–"]
     assert rows[3][1:] == ["123.00 ± 2.00", "11.41 ± 0.19", "3", "+21.00 [+18.52, +23.48] (3)", "decided"]
     assert len([row for row in rows if row[0] in ("SGD (1× epochs)", "ESAM")]) == 0
-    assert "## What the perturbation flips" not in report.markdown("T", runs, {})
+    assert "## Samples flipped by" not in report.markdown("T", runs, {})
 
 
 # Published

@@ -1,4 +1,4 @@
-"""Measurements: what the paper reports without a training: the time of an epoch and of a loss, and an example."""
+"""Measurements: the results of the paper that need no training run: times, an example, and the bounds."""
 
 from bisam.experiments.measurements.bounds import FIGURE_1
 from bisam.experiments.measurements.epochs import TABLE_11

@@ -1,4 +1,4 @@
-"""Figures: what a study shows, from run folders and nothing else.
+"""Figures of a study, drawn from run folders only.
 
 figures.save(figures.draw("accuracy", runs), Path("accuracy.svg"))
 """
@@ -36,7 +36,7 @@ from bisam.experiments.runs.folder import Finished
 
 
 def accuracy(runs: Sequence[Finished]) -> Figure:
-    """Test score by method, with the best-validation and with the last weights; many methods from best to worst."""
+    """Test score by method, with the weights of the best and of the last epoch; many methods are sorted."""
     groups = grouped(runs)
     shown, styled = panels(groups), styles(names(groups))
     many = len(styled) > MANY
@@ -81,14 +81,14 @@ _FIGURES: dict[
     "gradients": ("Validation score against gradients and against time", gradients, list),
     "grid": ("Validation score against rho, mu and alpha", grid, varied),
     "radius": ("Validation score against the radius", radius, with_radius),
-    "time": ("Test score against the time of a step", time, list),
+    "time": ("Test score against step time", time, list),
 }
 CAPTIONS = {name: caption for name, (caption, _, _) in _FIGURES.items()}
 """Captions of the figures, by name."""
 
 
 def usable(name: str, runs: Sequence[Finished]) -> list[Finished]:
-    """The runs that a figure shows; without any it cannot be drawn."""
+    """The runs that a figure shows; it cannot be drawn without any."""
     return _FIGURES[name][2](runs)
 
 
