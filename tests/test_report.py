@@ -345,7 +345,7 @@ def test_the_report_has_numbers_and_where_they_come_from():
 def test_words_say_what_is_decided_and_that_nothing_is_corrected():
     runs = [*SMALL, *seeded(replace(SAM, method="asam"), 0.95, 0.99)]
     text = report.markdown("T", runs, {})
-    assert "to that of SAM, seed by seed" in text
+    assert "minus that of SAM, paired by seed" in text
     assert "For 2 of 3 comparisons the interval contains 0 (undecided): SGD (2× epochs), BiSAM (-log)." in text
     assert "For 1 of 3 it does not (decided): ASAM (+5.00)." in text
     assert "not corrected for multiple comparisons: of 3 such intervals 0.15 are expected to miss" in text
@@ -476,7 +476,7 @@ def test_published_flips_are_of_the_papers_bounds_and_radius(changes):
 
 def test_without_a_published_number_the_report_says_so():
     text = report.markdown("T", SMALL, {})
-    assert "for none of these settings was a number found in a public source" in text
+    assert "no number for these settings was found in a public source" in text
     assert "## Published" not in text
 
 

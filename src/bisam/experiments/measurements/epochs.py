@@ -91,11 +91,11 @@ TABLE_11 = Measurement(
     title="Time of an epoch",
     note=(
         f"Seconds are {EPOCH} times the median time of a step on random images of 32x32, with the batch size of the "
-        "row; with 128 this is an epoch of CIFAR without data loading and evaluation. The ratios are more reliable: all "
-        "methods train the same model in turn, one step each, and a ratio is the median over the iterations, with the "
-        f"quartiles. The bar for BiSAM relative to SAM is {_EPOCH_BAR}. The published column gives the seconds of SAM "
-        "and BiSAM and their ratio (Xie et al., 2024, Appendix B, CIFAR-10, A100). A smaller batch increases the share "
-        "of the loss in the step, if anything."
+        "row; with 128 this is an epoch of CIFAR without data loading and evaluation. The ratios are more reliable: "
+        "all methods train the same model in turn, one step each, and a ratio is the median over the iterations, "
+        f"with the quartiles. The bar for BiSAM relative to SAM is {_EPOCH_BAR}. The published column gives the "
+        "seconds of SAM and BiSAM and their ratio (Xie et al., 2024, Appendix B, CIFAR-10, A100). A smaller batch "
+        "increases the share of the loss in the step, if anything."
     ),
     settings={
         "models": tuple(PUBLISHED),

@@ -117,14 +117,14 @@ EXAMPLE = Measurement(
     name="example",
     title="The example of Section 2.2: which option the adversary picks",
     note=(
-        "The adversary chooses between two vectors of scores (here probabilities) for an example of class 1: "
-        "A = (1/K + δ, 1/K - δ/(K-1), ...) is classified correctly, B = (1/2 - δ, 1/2 + δ, 0, ...) incorrectly. It "
+        "The adversary chooses between two vectors of scores (here probabilities) for an example of class 1: A = "
+        "(1/K + δ, 1/K - δ/(K-1), ...) is classified correctly, B = (1/2 - δ, 1/2 + δ, 0, ...) incorrectly. It "
         "should pick B, the error. With cross-entropy (CE) it picks A, where the loss -log(1/K + δ) grows without "
-        "bound as K grows and δ falls. With the lower bound of the 0-1 loss, the largest φ(F) over the classes, it picks B: "
-        "the bound is φ(0) = 0 for A and φ(2δ) > 0 for B (tanh with slope 0.1, -log). The algorithm, however, maximises a "
-        "soft maximum over the classes, which cannot resolve differences below about log(K)/µ, and in A all K classes "
-        "are close to the label: the column for the paper's µ (10 for tanh, 1 for -log) shows its choice. The last "
-        "column is the smallest power of ten as µ for which it picks B. Exact values in float64."
+        "bound as K grows and δ falls. With the lower bound of the 0-1 loss, the largest φ(F) over the classes, it "
+        "picks B: the bound is φ(0) = 0 for A and φ(2δ) > 0 for B (tanh with slope 0.1, -log). The algorithm, "
+        "however, maximises a soft maximum over the classes, which cannot resolve differences below about log(K)/µ, "
+        "and in A all K classes are close to the label: the column for the paper's µ (10 for tanh, 1 for -log) shows "
+        "its choice. The last column is the smallest power of ten as µ for which it picks B. Exact values in float64."
     ),
     settings={"classes": (10, 100, 1000, 10000), "deltas": (0.1, 0.01, 0.001)},
     parts=_example_parts,

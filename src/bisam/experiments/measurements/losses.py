@@ -107,8 +107,8 @@ TABLE_12 = Measurement(
         "to the ascent loss of SAM in the training loop, which is the mean of per-example cross-entropies with label "
         f"smoothing 0.1, both in the same mode. The bar for BiSAM is {_LOSS_BAR:g}. Row by row is the loop over the "
         "batch of the authors' public code; it is not compiled. Published for 100 classes and 10,000 repetitions: "
-        "3.96 s against 2.40 s of cross-entropy in PyTorch (1.65) and 2.34 s against 3.25 s in TensorFlow (0.72) (Xie et al., "
-        "2024, Appendix B)."
+        "3.96 s against 2.40 s of cross-entropy in PyTorch (1.65) and 2.34 s against 3.25 s in TensorFlow (0.72) "
+        "(Xie et al., 2024, Appendix B)."
     ),
     settings={"classes": (100, 10), "batch_size": 128, "modes": _MODES, "rounds": 201, "threads": 1},
     parts=_loss_parts,

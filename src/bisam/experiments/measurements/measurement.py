@@ -313,5 +313,5 @@ def with_quartiles(row: Row, key: str, digits: int = 3) -> str:
 
 
 def met(value: float, bar: float) -> str:
-    """The verdict "met" if a value is at most its bar, else "missed"."""
+    """The verdict on a value: met if it is at most its bar, else missed."""
     return "met" if value <= bar else "missed"

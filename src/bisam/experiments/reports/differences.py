@@ -55,7 +55,7 @@ def paired(
 def baseline(recipe: Recipe, recipes: Iterable[Recipe], baselines: Baselines) -> Recipe | None:
     """The baseline of `recipe`: among the recipes with its setting, the one that differs least.
 
-    None if there is no such recipe, if two differ equally little, or if the first baseline is the method of `recipe` itself.
+    None if there is no such recipe, if two differ equally little, or if the first baseline is the method of `recipe`.
     """
     if isinstance(baselines, Mapping):
         baselines = [baselines[recipe.method]] if recipe.method in baselines else []

@@ -86,7 +86,7 @@ def names(recipes: Iterable[Recipe]) -> dict[Recipe, str]:
 
 
 def varying(recipes: Iterable[Recipe]) -> list[str]:
-    """The fields in which recipes differ, except the method, the seed and the fields in `BROUGHT`."""
+    """The fields in which recipes differ, except the method, the seed and the fields that belong to a method."""
     recipes = list(recipes)
     values = {f: {getattr(r, f) for r in recipes if f not in r.own_fields} for f in _FIELDS}
     return [name for name, found in values.items() if len(found) > 1]
