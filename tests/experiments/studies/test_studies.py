@@ -14,7 +14,7 @@ import pytest
 import torch
 from torchvision.datasets import cifar
 
-from bisam.experiments.cli.shown import show_failed
+from bisam.experiments.cli.study import show_failed
 from bisam.experiments.errors import RunError
 from bisam.experiments.launch import processes
 from bisam.experiments.launch.estimate import queries
@@ -289,7 +289,7 @@ def test_an_unknown_preset_is_one_line(bisam):
         (("plot", "figure3"), "unknown figure 'figure3', did you mean 'figure"),
         (("plot", "flips"), "Name the study too"),
         (("plot", "figure1", "--to", "figure1.gif"), ".png, .pdf or .svg"),
-        (("plot", "figure2"), "no finished run of figure2 there"),
+        (("plot", "figure2"), "no finished run of figure2 in runs"),
         (("plot", "table12"), "table12"),
     ],
 )
@@ -404,7 +404,7 @@ def test_what_each_device_remembers_is_saved_for_each(tmp_path):
         (("run", "table12", "--seeds", 4), "table12 trains nothing: leave --seeds out"),
         (("run", "figure1", "--set", "a=1", "--epochs", 3), "leave --epochs, --set out"),
         (("run", "digits", "--gpus", 2), "without --ray there is no cluster: leave --gpus out"),
-        (("run", "digits", "--nodes", 2), "on one machine each; on many machines use --ray"),
+        (("run", "digits", "--nodes", 2), "each run of a study is on one machine; on many machines use --ray"),
         (("train", "--nodes", 2), "by torchrun or srun"),
         (("train", "--strategy", "fsdp"), "divides a model among devices, and there is 1: give --devices"),
         (("train", "--device", "cuda:1", "--devices", 2), "names 1, and --devices is 2: name as many, or none"),

@@ -63,8 +63,7 @@ def field_docs(owner: type) -> dict[str, str]:
 
 def _signature() -> inspect.Signature:
     hints, docs = get_type_hints(Recipe), field_docs(Recipe)
-    whole: Any = Whole
-    converted: dict[Any, Any] = {int: whole, int | None: whole | None}
+    converted: dict[Any, Any] = {int: Whole, int | None: cast(Any, Whole) | None}
     flags = [
         inspect.Parameter(
             one.name,

@@ -1,4 +1,4 @@
-"""Comparison: published numbers beside ours for the same quantity."""
+"""Comparison of our results with published numbers for the same quantity."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bisam.experiments.studies.published import PUBLISHED, QUANTITIES, Published
 
 @dataclass(frozen=True)
 class Beside:
-    """A published number beside ours, which is one value for each seed."""
+    """A published number and our values, one for each seed."""
 
     recipe: Recipe
     published: Published
@@ -26,20 +26,20 @@ class Beside:
 
     @property
     def title(self) -> str:
-        """What was measured."""
+        """The quantity that was measured."""
         quantity = QUANTITIES[self.published.quantity]
         return f"{quantity.title}, relative to SAM's" if quantity.relative else quantity.title
 
     @property
     def text(self) -> str:
-        """Ours as people write it."""
+        """Our values as mean ± standard deviation (n)."""
         digits = QUANTITIES[self.published.quantity].digits
         spread = f" ± {stdev(self.ours):.{digits}f}" if len(self.ours) > 1 else ""
         return f"{mean(self.ours):.{digits}f}{spread} ({len(self.ours)})"
 
 
 def beside(groups: Groups) -> list[Beside]:
-    """What is published about recipes as those of `groups`, beside what their runs measured."""
+    """The published numbers that apply to the recipes of `groups`, each with our values."""
     found: list[Beside] = []
     for recipe, runs in groups.items():
         for number in PUBLISHED:

@@ -1,4 +1,4 @@
-"""Groups: finished runs by recipe, in the order of tables and figures, and names that tell recipes apart."""
+"""Groups: finished runs by recipe, in the order of tables and figures, with names that distinguish recipes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FIELDS = [field.name for field in fields(Recipe) if field.name not in ("method"
 
 
 class Place(NamedTuple):
-    """Where methods meet: a column of the side-by-side table, a panel of a figure."""
+    """A setting in which methods are compared: a column of the side-by-side table, a panel of a figure."""
 
     dataset: str
     model: str
@@ -29,12 +29,12 @@ class Place(NamedTuple):
 
 
 def place(recipe: Recipe) -> Place:
-    """Where a recipe meets others."""
+    """The place of a recipe."""
     return Place(recipe.dataset, recipe.model, recipe.noise)
 
 
 def places(recipes: Iterable[Recipe]) -> dict[Place, str]:
-    """The places in their order, and what tells each from the others: nothing if there is only one."""
+    """The places in order, each with a title that distinguishes it: empty if there is only one."""
     found = list(dict.fromkeys(place(recipe) for recipe in recipes))
     several = [len(set(column)) > 1 for column in zip(*found, strict=True)]
     parts = {at: (at.dataset, at.model, f"label noise {100 * at.noise:g} %") for at in found}
@@ -55,14 +55,14 @@ def perturbed(runs: Iterable[Finished]) -> list[Finished]:
 
 
 def title(recipe: Recipe) -> str:
-    """A method as people write it: its name, or the expression."""
+    """The name of a method, or its expression."""
     if recipe.is_plain and recipe.optimizer == "adamw":
         return "AdamW"
     return METHODS[recipe.method].name if recipe.method in METHODS else recipe.method
 
 
 def names(recipes: Iterable[Recipe]) -> dict[Recipe, str]:
-    """Recipes in few words: the method, and what tells it from others of its kind in the same place."""
+    """Short names: the method, and the fields that distinguish a recipe from others of its kind in its place."""
     recipes = list(recipes)
     kin: dict[tuple[str, Place], list[Recipe]] = defaultdict(list)
     epochs: dict[Place, Counter[int]] = defaultdict(Counter)
@@ -86,7 +86,7 @@ def names(recipes: Iterable[Recipe]) -> dict[Recipe, str]:
 
 
 def varying(recipes: Iterable[Recipe]) -> list[str]:
-    """The fields in which recipes differ, but for the method, the seed, and what a method brings along."""
+    """The fields in which recipes differ, except the method, the seed and the fields that belong to a method."""
     recipes = list(recipes)
     values = {f: {getattr(r, f) for r in recipes if f not in r.own_fields} for f in _FIELDS}
     return [name for name, found in values.items() if len(found) > 1]
