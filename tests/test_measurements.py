@@ -17,7 +17,7 @@ from bisam.experiments.errors import RunError
 from bisam.experiments.measurements import MEASUREMENTS, Measurement, epochs, losses, report, run
 from bisam.experiments.measurements.example import option_a, option_b
 from bisam.experiments.measurements.losses import row_by_row
-from bisam.experiments.runs.folder import to_csv
+from bisam.experiments.runs.files import to_csv
 from bisam.experiments.runs.machine import Machine
 
 EXAMPLE, TABLE_11, TABLE_12 = (MEASUREMENTS[name] for name in ("example", "table11", "table12"))

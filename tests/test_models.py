@@ -214,15 +214,15 @@ def test_weights_are_drawn_as_he_et_al_2015_draw_them():
 
 def test_an_unknown_name_is_answered_with_the_nearest():
     assert complaint("resnet57", 10).startswith(
-        "unknown model 'resnet57', did you mean 'resnet56'? There is: convnet, "
+        "unknown model 'resnet57', did you mean 'resnet56'? Available: convnet, "
     )
     assert "torchvision:NAME" in complaint("nothing of the kind", 10)
-    assert complaint("tv:resnet50", 10) == "unknown source of models 'tv', there is: torchvision, timm, hf"
+    assert complaint("tv:resnet50", 10) == "unknown source of models 'tv', available: torchvision, timm, hf"
 
 
 def test_an_unknown_name_of_torchvision_is_answered_with_the_nearest():
     message = complaint("torchvision:resnet5", 10)
-    assert message.startswith("unknown model 'torchvision:resnet5', did you mean 'torchvision:resnet50'? There is: ")
+    assert message.startswith("unknown model 'torchvision:resnet5', did you mean 'torchvision:resnet50'? Available: ")
     assert message.count("torchvision:") < 10
     assert "unknown model" in complaint("torchvision:fcos_resnet50_fpn", 10)  # a detector is no classifier
 
@@ -246,7 +246,7 @@ def test_the_statistics_of_an_unknown_name_of_timm_are_refused(name):
 @needs_timm
 def test_an_unknown_name_of_timm_is_answered_with_the_nearest():
     message = complaint("timm:resnet5", 10)
-    assert message.startswith("unknown model 'timm:resnet5', did you mean 'timm:resnet50'? There is: ")
+    assert message.startswith("unknown model 'timm:resnet5', did you mean 'timm:resnet50'? Available: ")
     assert message.count("timm:") < 10
     assert "did you mean 'timm:test_resnet.r160_in1k'" in complaint("timm:test_resnet.r160", 10)
 

@@ -27,7 +27,8 @@ from bisam.experiments.cli.shown import (
 from bisam.experiments.errors import RunError, unknown
 from bisam.experiments.recipes.presets import with_preset
 from bisam.experiments.recipes.recipe import Recipe, Whole
-from bisam.experiments.runs.folder import Run, write
+from bisam.experiments.runs.files import write
+from bisam.experiments.runs.folder import Run
 from bisam.experiments.runs.machine import Machine, threads
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from rich.text import Text
 from bisam.experiments.cli.progress import console, errors
 from bisam.experiments.errors import RunError
 from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.runs.folder import Finished, finished, to_csv, write
+from bisam.experiments.runs.files import to_csv, write
+from bisam.experiments.runs.folder import Finished, finished
 
 if TYPE_CHECKING:
     from bisam.experiments.launch.outcomes import Outcome

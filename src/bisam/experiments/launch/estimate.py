@@ -15,9 +15,9 @@ from bisam.experiments.models.build import build
 from bisam.experiments.recipes.expressions import toy
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.machine import Machine
-from bisam.experiments.training.counting import Watch
-from bisam.experiments.training.reference_speed import PACE, Pace
-from bisam.experiments.training.train import probe
+from bisam.experiments.training.checks import check_model
+from bisam.experiments.training.counting import CountedMethod
+from bisam.experiments.training.reference_speed import REFERENCE_STEPS, ReferenceSpeed
 from bisam.methods import Method
 
 _STEPS = 2
@@ -52,7 +52,7 @@ def estimate(recipe: Recipe, machine: Machine) -> Estimate:
     except (MemoryError, torch.OutOfMemoryError):
         return Estimate(step, None, f"{recipe.model} with batches of {recipe.batch_size} is out of memory here")
     losses = batches_of(training, recipe.batch_size, machine.devices * machine.nodes)
-    plain = min(losses, PACE)  # which each epoch adds to see how fast the machine is
+    plain = min(losses, REFERENCE_STEPS)  # which each epoch adds to see how fast the machine is
     epoch = losses * (step + _FORWARD * forwards) + plain + _FORWARD * validation / recipe.batch_size
     return Estimate(step, recipe.epochs * (seconds * epoch + _READS * latency))
 
@@ -60,10 +60,10 @@ def estimate(recipe: Recipe, machine: Machine) -> Estimate:
 @cache
 def queries(expression: str, batch_size: int) -> tuple[float, float]:
     """Gradients and forward passes of a batch that a method takes in a step, on average over a short run on a toy."""
-    watches: list[Watch] = []
+    watches: list[CountedMethod] = []
 
     def watched(method: Method) -> Method:
-        watches.append(Watch(method))
+        watches.append(CountedMethod(method))
         return watches[0]
 
     size = min(batch_size, 256)
@@ -79,12 +79,12 @@ def _measured(recipe: Recipe, machine: Machine) -> tuple[float, float, int, int]
     fabric = replace(machine, devices=1, nodes=1, strategy="auto").fabric(recipe.precision)
     with torch.random.fork_rng([]):
         model = build(recipe.model, splits.classes, channels=channels(splits.test))
-        probe(model, splits, recipe)
+        check_model(model, splits, recipe)
     if recipe.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    pace = Pace(fabric, model, splits.train.to(fabric.device), recipe, _STEPS)
-    pace.seconds()  # warms up
-    step = min(pace.seconds() for _ in range(2))
+    speed = ReferenceSpeed(fabric, model, splits.train.to(fabric.device), recipe, _STEPS)
+    speed.seconds_per_loss()  # warms up
+    step = min(speed.seconds_per_loss() for _ in range(2))
     start = time.perf_counter()
     next(splits.train.batches(recipe.batch_size, torch.Generator().manual_seed(0)))
     return step, time.perf_counter() - start, len(splits.train), len(splits.validation)

@@ -13,7 +13,8 @@ from bisam.experiments.errors import DataError, RunError
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Run
 from bisam.experiments.runs.machine import Machine
-from bisam.experiments.training.train import OnEpoch, train
+from bisam.experiments.training.devices import OnEpoch
+from bisam.experiments.training.train import train
 
 
 class Progress(Protocol):

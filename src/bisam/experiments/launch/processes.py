@@ -22,7 +22,7 @@ from bisam.experiments.data import source
 from bisam.experiments.launch.outcomes import Done, Outcome, Progress, attempted, collected
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Row
-from bisam.experiments.runs.machine import Machine, deaf, end_with_parent, threads
+from bisam.experiments.runs.machine import Machine, end_with_parent, ignore_interrupts, threads
 
 
 def run_all(recipes: Sequence[Recipe], root: Path, workers: int, machine: Machine, progress: Progress) -> list[Outcome]:
@@ -55,7 +55,7 @@ class _Worker:
         self.connection, theirs = _SPAWN.Pipe()
         # It may have children, as a run on several devices does: a daemon may not.
         self.process = _SPAWN.Process(target=_serve, args=(theirs, share), daemon=False)
-        with deaf():
+        with ignore_interrupts():
             self.process.start()
         theirs.close()
 
@@ -84,7 +84,7 @@ def _staff() -> Generator[list[_Worker]]:
     try:
         yield staff
     except BaseException:
-        with deaf():  # to a second Ctrl-C
+        with ignore_interrupts():  # to a second Ctrl-C
             for worker in staff:
                 worker.process.terminate()
             for worker in staff:

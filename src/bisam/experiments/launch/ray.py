@@ -28,8 +28,9 @@ from bisam import __version__
 from bisam.experiments.errors import RunError
 from bisam.experiments.launch.outcomes import Done, Outcome, Progress, attempted, collected
 from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.runs.folder import Run, write
-from bisam.experiments.runs.machine import Machine, deaf
+from bisam.experiments.runs.files import write
+from bisam.experiments.runs.folder import Run
+from bisam.experiments.runs.machine import Machine, ignore_interrupts
 
 
 def run_all(
@@ -122,7 +123,7 @@ def _connected(ray: Any, address: str) -> Generator[None]:
         import_module("ray._private.worker").__dict__["_worker_logs_enabled"] = False
         yield
     finally:
-        with deaf():
+        with ignore_interrupts():
             ray.shutdown()
 
 
@@ -218,7 +219,7 @@ def run_as_tasks(ray: Any, tasks: dict[Any, Recipe], start: Any, retries: int, n
     except (ray.exceptions.RayError, ConnectionError) as error:
         raise RunError(f"the Ray cluster is gone ({_last_line(error)}): the same command goes on") from error
     finally:
-        with deaf(), suppress(Exception):  # to a second Ctrl-C; and the cluster may be gone
+        with ignore_interrupts(), suppress(Exception):  # to a second Ctrl-C; and the cluster may be gone
             for task in tasks:
                 ray.cancel(task, force=True)
             if tasks:

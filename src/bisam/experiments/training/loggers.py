@@ -22,7 +22,8 @@ from filelock import FileLock
 
 from bisam.experiments.errors import unknown
 from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.runs.folder import Run, write
+from bisam.experiments.runs.files import write
+from bisam.experiments.runs.folder import Run
 
 
 class Logger(Protocol):
