@@ -1,4 +1,4 @@
-"""The page docs/benchmarks.md from the JSON that the benchmarks write.
+"""Writes docs/benchmarks.md and docs/scaling.md from the JSON files of the benchmarks.
 
 python -m benchmarks.objective --json objective.json
 python -m benchmarks.step --json step.json
@@ -26,15 +26,16 @@ from bisam.experiments.runs.files import read_json, write
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 INTRODUCTION = """# Benchmarks
 
-Made by `python -m benchmarks.objective`, `benchmarks.step`, `benchmarks.pipeline`, `benchmarks.parallel`,
-`benchmarks.scaling` and `benchmarks.docs`. Contestants run in turn within each round, so that whatever slows the
-machine slows all of them; a figure is the median over the rounds of the ratio to the reference, with the quartiles.
-Absolute times are left out: they mean little on a shared machine.
+`python -m benchmarks.docs` writes this page from the results of `benchmarks.objective`, `benchmarks.step`,
+`benchmarks.pipeline`, `benchmarks.parallel` and `benchmarks.scaling`. The measured variants take turns within each
+round, so that anything that slows the machine slows all of them. Each number is the median over the rounds of the ratio
+to the reference, with the quartiles; a bar is the value that the median must meet. Absolute times are omitted because
+they mean little on a shared machine.
 """
 
 
 def section(content: Mapping[str, Any]) -> list[str]:
-    """One benchmark as Markdown."""
+    """Markdown of the results of one benchmark."""
     environment = ", ".join(f"{k} {v}" for k, v in content["environment"].items() if v is not None)
     settings = ", ".join(f"{k} {v}" for k, v in content["settings"].items())
     return [*_MAKERS[content["benchmark"]](content), "", f"{environment}; {settings}.", ""]
@@ -47,8 +48,8 @@ def _objective(content: Mapping[str, Any]) -> list[str]:
         if r["contestant"] != REFERENCE
     ]
     heading = ("examples x classes", "objective", "ratio", "quartiles", "bar")
-    title = f"## An objective's passes, relative to cross-entropy with label smoothing 0.1{_threads(content)}"
-    return [title, "", *_table(heading, rows)]
+    title = "## Forward and backward pass of an objective, relative to cross-entropy with label smoothing 0.1"
+    return [f"{title}{_threads(content)}", "", *_table(heading, rows)]
 
 
 def _step(content: Mapping[str, Any]) -> list[str]:
@@ -61,16 +62,18 @@ def _step(content: Mapping[str, Any]) -> list[str]:
         (r["contestant"], str(r["at_second_loss"]), str(r["between_steps"]), f"{r['checkpoint_ratio']:.3f}")
         for r in content["footprint"]
     ]
-    allocator = ", with memory kept by the allocator" if content["settings"]["keep_memory"] else ""
+    allocator = ", with an allocator that keeps freed memory" if content["settings"]["keep_memory"] else ""
+    title = "## Training step, relative to two forward-backward passes and one optimizer step"
     return [
-        f"## A step, relative to two forward-backwards and the base optimizer's step{_threads(content)}{allocator}",
+        f"{title}{_threads(content)}{allocator}",
         "",
-        *_table(("model", "step", "ratio", "quartiles", "bar"), rows),
+        *_table(("model", "implementation", "ratio", "quartiles", "bar"), rows),
         "",
-        "Weight-sized storages alive (bars: 2 and 1; momentum not counted), and the checkpoint relative to the base "
-        "optimizer's:",
+        "Live weight-sized storages (bars: 2 at the second loss, 1 between steps; momentum is not counted) and "
+        "checkpoint size relative to the base optimizer's. The limit is two forward-backward passes and one optimizer "
+        "step:",
         "",
-        *_table(("step", "at the second loss", "between steps", "checkpoint"), kept),
+        *_table(("implementation", "at the second loss", "between steps", "checkpoint"), kept),
     ]
 
 
@@ -80,8 +83,8 @@ def _pipeline(content: Mapping[str, Any]) -> list[str]:
         for r in content["rows"]
         if r["contestant"] != pipeline.REFERENCE
     ]
-    title = f"## Augmented images per second, relative to torchvision's transforms image by image{_threads(content)}"
-    return [title, "", *_table(("augmentation", "pipeline", "ratio", "quartiles", "bar"), rows)]
+    title = "## Augmented images per second, relative to torchvision transforms applied image by image"
+    return [f"{title}{_threads(content)}", "", *_table(("augmentation", "pipeline", "ratio", "quartiles", "bar"), rows)]
 
 
 def _parallel(content: Mapping[str, Any]) -> list[str]:
@@ -90,8 +93,8 @@ def _parallel(content: Mapping[str, Any]) -> list[str]:
         for r in content["rows"]
         if r["contestant"] != parallel.REFERENCE
     ]
-    title = f"## SAMPa on a pair of processes: times as fast as SAM on one{_threads(content)}"
-    return [title, "", *_table(("model", "step", "ratio", "quartiles", "bar"), rows)]
+    title = f"## SAMPa on a pair of processes: speed relative to SAM on one process{_threads(content)}"
+    return [title, "", *_table(("model", "implementation", "ratio", "quartiles", "bar"), rows)]
 
 
 def _scaling(content: Mapping[str, Any]) -> list[str]:
@@ -106,8 +109,8 @@ def _scaling(content: Mapping[str, Any]) -> list[str]:
         for r in content["rows"]
         if r["contestant"] != scaling.ALONE
     ]
-    title = f"## A step on two processes of DistributedDataParallel, relative to one{_threads(content)}"
-    heading = ("model, batch of a process", "method", "nesting", "ratio", "quartiles", "all-reduces a step")
+    title = f"## Step time on two processes of DistributedDataParallel, relative to one process{_threads(content)}"
+    heading = ("model, batch per process", "method", "nesting", "ratio", "quartiles", "all-reduces per step")
     return [title, "", *_table(heading, rows)]
 
 

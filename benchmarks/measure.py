@@ -1,4 +1,4 @@
-"""What the benchmarks share beside the timing: the command line, the table on the terminal, the JSON."""
+"""Command line, terminal table and JSON output, shared by the benchmarks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from bisam.experiments.runs import environment as own, files
 
 
 def environment() -> dict[str, Any]:
-    """What a number depends on: hardware, versions, threads and the commit."""
+    """Hardware, versions, threads and commit of a measurement."""
     return {**own.environment(), "pytorch_optimizer": version("pytorch_optimizer"), **conditions()}
 
 
@@ -34,7 +34,7 @@ def report(
     rows: Sequence[Mapping[str, Any]],
     notes: Sequence[str] = (),
 ) -> None:
-    """A table on the terminal; a column is a heading and a function from the row to the cell."""
+    """Print a table; each column is a heading and a function from a row to a cell."""
     console = Console(width=None if sys.stdout.isatty() else 140)
     table = Table(title=title, title_justify="left")
     for i, heading in enumerate(columns):
@@ -47,20 +47,20 @@ def report(
 
 
 def verdict(row: Mapping[str, Any]) -> str:
-    """Of a row against its bar, as a cell."""
+    """Cell that says whether a row meets its bar."""
     if row.get("passed") is None:
         return ""
     return f"{'[green]pass' if row['passed'] else '[red]fail'}[/] (bar {row['bar']:g})"
 
 
 def write(path: Path, benchmark: str, settings: Mapping[str, Any], results: Mapping[str, Any]) -> None:
-    """The results as JSON, whole or not at all."""
+    """Write the results as JSON, atomically."""
     content = {"benchmark": benchmark, "environment": environment(), "settings": dict(settings), **results}
     files.write(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 class Parser(argparse.ArgumentParser):
-    """Command line of a benchmark: a mistake is one line and exit code 2."""
+    """Command line of a benchmark; a wrong argument gives one line and exit code 2."""
 
     def __init__(self, module: str, description: str, examples: str, repeats: int) -> None:
         super().__init__(
@@ -71,17 +71,17 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
         self.add_argument("--repeats", type=at_least(1), default=repeats, help="rounds (default: %(default)s)")
-        # One: with more, each small operation waits for a core that another program may hold, and cross-entropy, which
-        # splits 128 rows, then takes a hundred times as long as what does not.
+        # One thread by default: with more, small operations wait for a core that another program may hold, and
+        # cross-entropy, which splits 128 rows over threads, becomes a hundred times slower than unsplit operations.
         self.add_argument("--threads", type=at_least(1), default=1, help="threads of torch (default: %(default)s)")
-        self.add_argument("--json", type=json_path, metavar="PATH", help="write the numbers there")
+        self.add_argument("--json", type=json_path, metavar="PATH", help="write the results to this file")
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """A type for a flag: a whole number that is not smaller."""
+    """Argument type: a whole number of at least `least`."""
 
     def parse(text: str) -> int:
         try:
@@ -96,7 +96,7 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def json_path(text: str) -> Path:
-    """A type for a flag: a file that can be written, which is better known before the minutes of measuring."""
+    """Argument type: a file that can be written, checked before the measurement starts."""
     path = Path(text)
     if path.is_dir() or not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is no file in an existing folder")

@@ -1,4 +1,4 @@
-"""Two models at the ends of the scale: one whose time is arithmetic, one whose time is the number of its tensors."""
+"""Two extreme models: the time of one is dominated by arithmetic, of the other by the number of tensors."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ def resnet56(classes: int = 10) -> ResNet:
 
 
 def mlp(layers: int = 86, width: int = 16) -> nn.Sequential:
-    """Linear layers with ReLU between: 172 small tensors, which cost calls and hardly any arithmetic.
+    """Linear layers with ReLU: 172 small tensors, dominated by call overhead.
 
-    Initialised after He et al., 2015: with torch's default the gradient of the first layers would be denormal.
+    He initialisation (2015), because with torch's default the gradients of the first layers would be denormal.
     """
     linears = [nn.Linear(width, width) for _ in range(layers)]
     for m in linears:

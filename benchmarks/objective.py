@@ -1,4 +1,4 @@
-"""How long a lower bound of the 0-1 loss takes, forward and backward, relative to cross-entropy.
+"""Time of the forward and backward pass of a lower bound of the 0-1 loss, relative to cross-entropy.
 
 python -m benchmarks.objective
 """
@@ -20,7 +20,7 @@ from bisam.experiments.measurements.losses import Loss, row_by_row
 REFERENCE = "cross-entropy"
 SIZES = [(128, 10), (128, 100), (512, 1000), (1024, 32000)]
 BARS = {"NegLog": 1.0, "Tanh": 1.2}
-PATIENCE = 3.0  # seconds for one call; whoever takes longer is left out
+PATIENCE = 3.0  # seconds per call; slower implementations are skipped
 
 CONTESTANTS: dict[str, Loss] = {
     REFERENCE: partial(F.cross_entropy, label_smoothing=0.1),
@@ -37,7 +37,7 @@ def forward_backward(loss: Loss, logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def expected_seconds(loss: Loss, logits: Tensor, labels: Tensor) -> float:
-    """Of a call, from one on a part of the batch: each in-place step of the loop copies the gradient of all rows."""
+    """Estimate from a part of the batch. Quadratic: each in-place step of the loop copies the gradient of all rows."""
     part = max(1, len(logits) // 16)
     head = logits.detach()[:part].clone().requires_grad_()
     call = partial(forward_backward, loss, head, labels[:part])
@@ -45,7 +45,7 @@ def expected_seconds(loss: Loss, logits: Tensor, labels: Tensor) -> float:
 
 
 def size(text: str) -> tuple[int, int]:
-    """A batch and its classes, as in 128x10."""
+    """Parse examples x classes, as in 128x10."""
     parts = text.lower().split("x")
     if len(parts) != 2 or not all(p.isdecimal() for p in parts) or int(parts[0]) < 1 or int(parts[1]) < 2:
         raise argparse.ArgumentTypeError(f"must be examples x classes, as in 128x10, got {text!r}")

@@ -1,7 +1,7 @@
-"""How much faster a step of SAMPa is on a pair of processes than a step of SAM on one.
+"""Speed of a SAMPa step on a pair of processes, relative to a SAM step on one process.
 
-Each process has one thread, or as many as `--threads` says: the pair uses two cores where one process uses one, as two
-GPUs in the place of one. While one process is timed, the other waits and computes nothing.
+Each process has one thread, or `--threads` threads, so the pair uses twice the cores of one process, as two GPUs would
+replace one. While the single process is timed, the other one waits and computes nothing.
 
     python -m benchmarks.parallel
 """
@@ -26,9 +26,9 @@ from torch import nn
 
 from benchmarks.measure import Parser, interleaved, ratio, report, verdict, write
 from benchmarks.models import batch_for, mlp, resnet56
-from bisam import ERM, SAM, SAMPa, SharpnessAware, cross_entropy, lookahead
+from bisam import ERM, SAM, SAMPa, SharpnessAware, cross_entropy, next_step
 from bisam.experiments.measurements.timing import Times
-from bisam.integrations.parallel import InPairs
+from bisam.integrations.pairs import InPairs
 from bisam.methods import Method
 
 REFERENCE = "SAM, one process"
@@ -41,7 +41,7 @@ Step = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Case:
-    """A model, the size of its batch, and how many times as fast a pair has to be."""
+    """A model, its batch size, and the speed-up that a pair must reach."""
 
     model: Callable[[], nn.Module]
     n: int
@@ -56,7 +56,7 @@ CASES = {
 
 
 def in_two(work: Callable[..., Any], *arguments: Any) -> Any:
-    """What `work(rank, *arguments)` returns on rank 0 of two processes over gloo, as JSON has it."""
+    """Run `work(rank, *arguments)` on two processes over gloo; the result of rank 0, passed through JSON."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with TemporaryDirectory() as folder:
         path = Path(folder, "result.json")
@@ -75,11 +75,11 @@ def _process(
     if rank == 0:
         path.write_text(json.dumps(result))
     dist.barrier()
-    os._exit(0)  # torch 2.6 sometimes waits for ever where it destroys the group
+    os._exit(0)  # torch 2.6 sometimes hangs when it destroys the group
 
 
 def taking_turns(rank: int, alone: Mapping[str, Step], both: Mapping[str, Step], repeats: int) -> Times:
-    """Seconds per call, on rank 0: of what it calls alone, and of what both ranks call, until both are done."""
+    """Seconds per call, measured on rank 0: of the steps that it runs alone, and of the steps that both ranks run."""
     names, turn = list(both), torch.zeros((), dtype=torch.int64)
     if rank == 1:
         while True:
@@ -119,16 +119,16 @@ def measured(rank: int, name: str, repeats: int) -> Times:
     make = partial(step, model, case.n)
     alone = {
         REFERENCE: make(lambda _: SAM()),
-        "SAMPa, one process": make(lambda optimizer: SAMPa(ahead=lookahead(optimizer))),
+        "SAMPa, one process": make(lambda optimizer: SAMPa(ahead=next_step(optimizer))),
         "SGD, one process": make(lambda _: ERM()),
     }
     torch.manual_seed(1)  # the same batch on both
-    both = {OURS: make(lambda optimizer: InPairs(SAMPa(ahead=lookahead(optimizer))))}
+    both = {OURS: make(lambda optimizer: InPairs(SAMPa(ahead=next_step(optimizer))))}
     return taking_turns(rank, alone, both, repeats)
 
 
 def rows(name: str, repeats: int) -> list[dict[str, Any]]:
-    """A row for each contestant; `median` says how many times as fast it is as the reference."""
+    """One row per implementation; `median` is its speed relative to the reference."""
     times, case = in_two(measured, name, repeats), CASES[name]
     found: list[dict[str, Any]] = []
     for contestant in times:
@@ -142,7 +142,7 @@ def rows(name: str, repeats: int) -> list[dict[str, Any]]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(
         "benchmarks.parallel",
-        "How many times as fast a step of SAMPa on a pair of processes is as a step of SAM on one, over gloo on this "
+        "Speed of a SAMPa step on a pair of processes, relative to a SAM step on one process; over gloo, on this "
         "machine.",
         "  python -m benchmarks.parallel\n"
         "  python -m benchmarks.parallel --models resnet56 --repeats 101 --json parallel.json",
@@ -157,11 +157,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         own = rows(name, arguments.repeats)
         found += own
         report(
-            f"Times as fast as SAM on one process: {name}, batch {CASES[name].n}",
+            f"Speed relative to SAM on one process: {name}, batch {CASES[name].n}",
             {
-                "step": lambda r: r["contestant"],
+                "implementation": lambda r: r["contestant"],
                 "time": lambda r: f"{r['seconds'] * 1e3:.2f} ms",
-                "times as fast": lambda r: f"{r['median']:.3f}",
+                "speed": lambda r: f"{r['median']:.3f}",
                 "quartiles": lambda r: f"{r['low']:.3f} to {r['high']:.3f}",
                 "verdict": verdict,
             },

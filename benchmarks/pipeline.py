@@ -1,4 +1,4 @@
-"""How many images per second come out of the training pipeline, in batches on tensors and image by image.
+"""Images per second of two training pipelines: batched on tensors, and image by image.
 
 python -m benchmarks.pipeline
 """
@@ -27,7 +27,7 @@ CUTOUT = 16
 
 
 class PILImages(Dataset[tuple[Tensor, int]]):
-    """Images as torchvision.datasets.CIFAR10 holds and gives them: an array (N, H, W, 3) and a PIL image at a time."""
+    """Images in the format of torchvision.datasets.CIFAR10: stored as an array (N, H, W, 3), returned as PIL images."""
 
     def __init__(self, images: np.ndarray, labels: Sequence[int], transform: Callable[[Any], Tensor]) -> None:
         self.images, self.labels, self.transform = images, labels, transform
@@ -40,7 +40,7 @@ class PILImages(Dataset[tuple[Tensor, int]]):
 
 
 class Cutout:
-    """Blanks a square of half of the images (C, H, W), as the BiSAM authors do: it may stick out."""
+    """Zeros a square in half of the images (C, H, W), as in the BiSAM authors' code; it may extend past the border."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -54,7 +54,7 @@ class Cutout:
 
 
 def per_image(images: np.ndarray, labels: list[int], batch_size: int, cutout: int) -> DataLoader[Any]:
-    """The pipeline of most repositories, in the main process."""
+    """The usual pipeline of torchvision transforms, in the main process."""
     side = images.shape[1]
     steps: list[Callable[[Any], Any]] = [
         transforms.RandomCrop(side, padding=4),
@@ -67,7 +67,7 @@ def per_image(images: np.ndarray, labels: list[int], batch_size: int, cutout: in
 
 
 def in_batches(images: np.ndarray, labels: list[int], batch_size: int, cutout: int) -> Callable[[], Iterable[Any]]:
-    """bisam's pipeline: an epoch at each call."""
+    """The pipeline of bisam; each call returns an epoch."""
     tensors = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
     split = Images(tensors, torch.tensor(labels), torch.tensor(MEAN), torch.tensor(STD), Augmentation(cutout=cutout))
     return partial(split.batches, batch_size, torch.Generator().manual_seed(0))
@@ -79,7 +79,7 @@ def exhaust(batches: Callable[[], Iterable[Any]]) -> None:
 
 
 def rows(count: int, batch_size: int, repeats: int, cutout: int) -> list[dict[str, Any]]:
-    """A row for each pipeline; `ratio` says how many times as many images per second it makes as the reference."""
+    """One row per pipeline; `median` is its number of images per second relative to the reference."""
     torch.manual_seed(0)
     random = np.random.default_rng(0)
     images, labels = random.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8), random.integers(0, 10, count).tolist()
@@ -98,13 +98,13 @@ def rows(count: int, batch_size: int, repeats: int, cutout: int) -> list[dict[st
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(
         "benchmarks.pipeline",
-        "Images per second of the augmentation in batches (crop, flip, standardisation; with and without Cutout) "
-        "relative to torchvision's transforms image by image in the main process, on random images of CIFAR's size.",
+        "Images per second of batched augmentation (crop, flip, standardisation; with and without Cutout) relative to "
+        "torchvision transforms applied image by image in the main process, on random images of CIFAR's size.",
         "  python -m benchmarks.pipeline\n"
         "  python -m benchmarks.pipeline --images 5120 --repeats 51 --json pipeline.json",
         repeats=31,
     )
-    parser.add_argument("--images", type=at_least(1), default=1280, help="images of an epoch (default: %(default)s)")
+    parser.add_argument("--images", type=at_least(1), default=1280, help="images per epoch (default: %(default)s)")
     parser.add_argument("--batch-size", type=at_least(1), default=128, help="default: %(default)s")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for cutout in (0, CUTOUT):
         found += rows(arguments.images, arguments.batch_size, arguments.repeats, cutout)
     report(
-        "Images per second, relative to torchvision's transforms image by image",
+        "Images per second, relative to torchvision transforms applied image by image",
         {
             "augmentation": augmentation,
             "pipeline": lambda r: r["contestant"],
@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def augmentation(row: dict[str, Any]) -> str:
-    """Of a row, in words."""
+    """Name of the augmentation of a row."""
     return "crop, flip, Cutout" if row["cutout"] else "crop, flip"
 
 

@@ -1,6 +1,6 @@
-"""Weak scaling: what DistributedDataParallel costs a step of plain training and one of SAM, on two processes.
+"""Weak scaling: cost of DistributedDataParallel for a step of plain training and a step of SAM, on two processes.
 
-They talk over gloo. Each has a batch of its own and one thread, or as many as `--threads` says. The reference is the
+The processes communicate over gloo. Each has its own batch and one thread, or `--threads` threads. The reference is the
 same step on one process with the same batch, while the other process waits and computes nothing.
 
     python -m benchmarks.scaling
@@ -28,7 +28,7 @@ ALONE, OUTSIDE, INSIDE = "one process", "DDP(SharpnessAware(model))", "Sharpness
 
 
 def loss(model: nn.Module, method: Method, nesting: str) -> tuple[nn.Module, DistributedDataParallel | None]:
-    """The loss of a copy of the model, and the wrapper around or inside it."""
+    """The loss of a copy of the model, and the DDP wrapper around or inside it."""
     model = copy.deepcopy(model)
     if nesting == INSIDE:
         wrapper = DistributedDataParallel(model)
@@ -53,13 +53,13 @@ def step(sharp: nn.Module, batch: Sequence[Tensor]) -> Step:
 
 
 def reductions(model: nn.Module, batch: Sequence[Tensor], method: Method, nesting: str) -> int:
-    """All-reduce calls of a step: the third, for the second finds other buckets than the first."""
+    """Number of all-reduce calls in the third step, because DDP rebuilds its buckets after the first."""
     sharp, wrapper = loss(model, method, nesting)
     if wrapper is None:
         return 0
     calls = [0]
 
-    def hook(state, bucket):  # DistributedDataParallel reads annotations, and knows no strings
+    def hook(state, bucket):  # no annotations: DDP checks them and does not resolve strings
         calls[0] += 1
         work = dist.all_reduce(bucket.buffer().div_(dist.get_world_size()), async_op=True)
         return work.get_future().then(lambda future: future.value()[0])
@@ -84,7 +84,7 @@ def measured(rank: int, name: str, repeats: int) -> dict[str, Any]:
 
 
 def rows(name: str, repeats: int) -> list[dict[str, Any]]:
-    """A row for each method and nesting; `median` is its time over that of the method on one process."""
+    """One row per method and nesting; `median` is its time relative to the same method on one process."""
     found, case = in_two(measured, name, repeats), CASES[name]
     times, counts = found["times"], found["reductions"]
     return [
@@ -105,8 +105,8 @@ def rows(name: str, repeats: int) -> list[dict[str, Any]]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(
         "benchmarks.scaling",
-        "Time of a step on two processes under DistributedDataParallel, relative to that on one process with the batch "
-        "of one of them, for plain training (ERM) and SAM, in both nestings; and its all-reduce calls.",
+        "Step time on two processes under DistributedDataParallel, relative to one process with the batch of one of "
+        "them, for plain training (ERM) and SAM, in both nestings; and the number of all-reduce calls.",
         "  python -m benchmarks.scaling\n"
         "  python -m benchmarks.scaling --models resnet56 --repeats 101 --json scaling.json",
         repeats=31,
@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in arguments.models:
         own = rows(name, arguments.repeats)
         found += own
-        report(f"Time on two processes over that on one: {name}, batch {CASES[name].n} each", shown, own)
+        report(f"Step time on two processes relative to one: {name}, batch {CASES[name].n} each", shown, own)
     if arguments.json:
         write(arguments.json, "scaling", {"repeats": arguments.repeats}, {"rows": found})
 

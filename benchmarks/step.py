@@ -1,6 +1,6 @@
-"""How long a sharpness-aware step takes relative to its limit, what it keeps in memory, and what it writes to disk.
+"""Time of a sharpness-aware step relative to its limit, its memory, and the size of its checkpoints.
 
-The limit is what no such step can do without: two forward and backward passes and one step of the base optimizer.
+The limit is the work that every such step needs: two forward-backward passes and one step of the base optimizer.
 
     python -m benchmarks.step
 """
@@ -38,7 +38,7 @@ Step = Callable[[Tensor, Tensor], Any]
 
 @dataclass
 class Training:
-    """A model in training: its step, which leaves the gradients empty, and what a checkpoint holds beside the model."""
+    """A model in training: its step, which clears the gradients, and the checkpoint content besides the model."""
 
     step: Step
     checkpoint: Callable[[], Any]
@@ -58,7 +58,7 @@ def limit(model: nn.Module, loss: Loss) -> Training:
 
 
 def ours(method: Method, model: nn.Module, loss: Loss) -> Training:
-    # The default loss is per example here, and F.cross_entropy there: each as its documentation has it.
+    # Each library gets the loss of its documentation: one per example in bisam, F.cross_entropy elsewhere.
     sharp = SharpnessAware(model, method, loss=cross_entropy if loss is F.cross_entropy else loss)
     base = SGD(model.parameters())
 
@@ -83,7 +83,7 @@ def peer(model: nn.Module, loss: Loss) -> Training:
 
 
 def two_steps(model: nn.Module, loss: Loss) -> Training:
-    """The loop that most repositories share, tensor by tensor; its optimizer keeps, and saves, the old weights."""
+    """The loop that most repositories share, tensor by tensor. Its optimizer keeps and saves the old weights."""
     base = SGD(model.parameters())
     old: dict[Tensor, Tensor] = {}
 
@@ -127,7 +127,7 @@ CONTESTANTS: dict[str, Callable[[nn.Module, Loss], Training]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A model, the size of its batch and the bar for a step of bisam's SAM."""
+    """A model, its batch size, and the bar for a step of bisam's SAM."""
 
     model: Callable[[], nn.Module]
     n: int
@@ -142,7 +142,7 @@ CASES = {
 
 
 def speed(case: Case, repeats: int) -> list[dict[str, Any]]:
-    """A row for each contestant."""
+    """One row per implementation."""
     torch.manual_seed(0)
     model = case.model()
     x, y = batch_for(model, case.n)
@@ -162,7 +162,7 @@ def speed(case: Case, repeats: int) -> list[dict[str, Any]]:
 
 @dataclass
 class Storages(TorchDispatchMode):
-    """Counts the living storages of at least `least` bytes that appeared while it was on, and those given to it."""
+    """Counts live storages of at least `least` bytes that were created inside the context or added by `add`."""
 
     least: int
     seen: dict[int, StorageWeakRef] = field(default_factory=dict)
@@ -187,9 +187,10 @@ class Storages(TorchDispatchMode):
 
 
 def memory(make: Callable[[nn.Module, Loss], Training], width: int = 512) -> dict[str, int]:
-    """Weight-sized storages, the weights themselves counted: at the second loss, and after the step.
+    """Weight-sized storages at the second loss and after the step, including the weights themselves.
 
-    The base optimizer's momentum is not: one for all contestants, and there is none before the first step ends.
+    The momentum of the base optimizer is not counted: it is the same for all implementations, and does not exist before
+    the first step ends.
     """
     torch.manual_seed(0)
     model = nn.Linear(width, width, bias=False)
@@ -216,7 +217,7 @@ def saved_bytes(content: Any) -> int:
 
 
 def sizes(make: Callable[[nn.Module, Loss], Training], width: int = 512) -> int:
-    """Bytes of a checkpoint, without the model."""
+    """Bytes of a checkpoint without the model."""
     torch.manual_seed(0)
     model = nn.Linear(width, width, bias=False)
     training = make(model, F.cross_entropy)
@@ -225,7 +226,7 @@ def sizes(make: Callable[[nn.Module, Loss], Training], width: int = 512) -> int:
 
 
 def footprints() -> list[dict[str, Any]]:
-    """Memory and checkpoints, a row for each contestant."""
+    """Memory and checkpoint size, one row per implementation."""
     base = sizes(limit)
     rows: list[dict[str, Any]] = []
     for name, make in CONTESTANTS.items():
@@ -237,7 +238,7 @@ def footprints() -> list[dict[str, Any]]:
 
 
 def kept_memory() -> bool:
-    """Have malloc return nothing to the system from here on; whether the C library is one that can."""
+    """Make malloc keep freed memory from now on; False if the C library cannot."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     trim_threshold, mmap_threshold = -1, -3
     return mallopt is not None and bool(mallopt(trim_threshold, 2**31 - 1) and mallopt(mmap_threshold, 2**25))
@@ -246,8 +247,8 @@ def kept_memory() -> bool:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(
         "benchmarks.step",
-        "Time of a training step relative to two forward and backward passes and one step of SGD with momentum; "
-        "memory and checkpoints.",
+        "Time of a training step relative to two forward-backward passes and one step of SGD with momentum; memory and "
+        "checkpoint size.",
         "  python -m benchmarks.step\n"
         "  python -m benchmarks.step --models mlp-32 mlp-128 --repeats 101 --json step.json",
         repeats=31,
@@ -256,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--keep-memory",
         action="store_true",
-        help="have glibc keep freed memory: without the page faults of giving it back and asking for it again",
+        help="make glibc keep freed memory, to avoid the page faults of returning and requesting it",
     )
     arguments = parser.parse_args(argv)
     if arguments.keep_memory and not kept_memory():
@@ -269,9 +270,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         own = [{"model": name, "batch": case.n, **row} for row in speed(case, arguments.repeats)]
         rows += own
         report(
-            f"One step relative to its limit: {name}, batch {case.n}",
+            f"Step time relative to the limit: {name}, batch {case.n}",
             {
-                "step": lambda r: r["contestant"],
+                "implementation": lambda r: r["contestant"],
                 "time": lambda r: f"{r['seconds'] * 1e3:.2f} ms",
                 "ratio": lambda r: f"{r['median']:.3f}",
                 "quartiles": lambda r: f"{r['low']:.3f} to {r['high']:.3f}",
@@ -282,9 +283,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     footprint = footprints()
     report(
-        "Weight-sized storages alive, and the checkpoint relative to the base optimizer's",
+        "Live weight-sized storages, and checkpoint size relative to the base optimizer's",
         {
-            "step": lambda r: r["contestant"],
+            "implementation": lambda r: r["contestant"],
             "at the second loss": lambda r: str(r["at_second_loss"]),
             "between steps": lambda r: str(r["between_steps"]),
             "checkpoint": lambda r: f"{r['checkpoint_ratio']:.3f}",

@@ -1,4 +1,4 @@
-"""Two games on which gradient descent-ascent runs away, and what brings the players back: a table and a figure."""
+"""Two games on which gradient descent-ascent diverges, and methods that converge: a table and a figure."""
 
 import argparse
 from pathlib import Path
@@ -19,17 +19,17 @@ GAMES = {
     "bilinear: xy": (0.0, 1.0),
     "cohypomonotone: rho = -1/3": (RHO, (1 - RHO**2) ** 0.5),
 }
-METHODS = {  # name: the method, its optimizer, the steps between points that count, a colour (Okabe and Ito, 2008)
+METHODS = {  # name: method, optimizer, steps between plotted points, colour (Okabe and Ito, 2008)
     "GDA": (ERM(), lambda p: SGD(p, lr=GAMMA), 1, "#000000"),
     "EG": (ExtraGradient(GAMMA), lambda p: SGD(p, lr=GAMMA), 1, "#56B4E9"),
-    "LA-GDA": (ERM(), lambda p: Lookahead(SGD(p, lr=GAMMA), k=2, lam=LAM), 2, "#E69F00"),
-    "LA-EG": (ExtraGradient(GAMMA), lambda p: Lookahead(SGD(p, lr=GAMMA), k=2, lam=LAM), 2, "#009E73"),
+    "LA-GDA": (ERM(), lambda p: Lookahead(SGD(p, lr=GAMMA), k=2, alpha=LAM), 2, "#E69F00"),
+    "LA-EG": (ExtraGradient(GAMMA), lambda p: Lookahead(SGD(p, lr=GAMMA), k=2, alpha=LAM), 2, "#009E73"),
     "RAPP": (RAPP(GAMMA, inner=3), lambda p: SGD(p, lr=LAM * GAMMA), 1, "#D55E00"),
 }
 
 
 class Game(nn.Module):
-    """min over x, max over y of f(x, y) = a/2 x^2 + b xy - a/2 y^2, solved at 0; its gradient is (f_x, -f_y)."""
+    """min over x, max over y of f(x, y) = a/2 x^2 + b xy - a/2 y^2. Solution: 0. Gradient: (f_x, -f_y)."""
 
     def __init__(self, a: float, b: float) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Game(nn.Module):
 
 
 def play(game: Game, method, make_optimizer, every: int) -> tuple[list[int], list[tuple[float, float]]]:
-    """Where the players are after how many gradient evaluations."""
+    """The numbers of gradient evaluations, and the positions of the players after them."""
     sharp = SharpnessAware(game, method, loss=lambda value, _: value, forward=lambda game: (game(), None))
     optimizer = make_optimizer(game.parameters())
     evaluations, points = [0], [(game.x.item(), game.y.item())]

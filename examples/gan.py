@@ -1,4 +1,4 @@
-"""A small generative adversarial network on scikit-learn's digits, trained as the game that it is."""
+"""A small generative adversarial network on scikit-learn's digits, trained as a game of two players."""
 
 import argparse
 from pathlib import Path
@@ -19,16 +19,16 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 GAMMA, LAM, BATCH, NOISE = 0.2, 0.9, 64, 16
-METHODS = {  # the method, its optimizer, gradient evaluations in a step
+METHODS = {  # method, optimizer, gradient evaluations per step
     "gda": (ERM(), lambda p: SGD(p, lr=GAMMA), 1),
-    "eg": (ExtraGradient(0.03), lambda p: SGD(p, lr=0.03), 2),  # from 0.1 on it blows up here
-    "lagda": (ERM(), lambda p: Lookahead(SGD(p, lr=GAMMA), k=5, lam=0.5), 1),
+    "eg": (ExtraGradient(0.03), lambda p: SGD(p, lr=0.03), 2),  # diverges here from 0.1 on
+    "lagda": (ERM(), lambda p: Lookahead(SGD(p, lr=GAMMA), k=5, alpha=0.5), 1),
     "rapp": (RAPP(GAMMA, inner=3), lambda p: SGD(p, lr=LAM * GAMMA), 3),
 }
 
 
 class GAN(nn.Module):
-    """Both players in one module. Its output is two losses added up, of which each reaches one player only."""
+    """Both players in one module. The output is the sum of two losses; each reaches the weights of one player only."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,27 +43,27 @@ class GAN(nn.Module):
 
     def forward(self, real: Tensor, noise: Tensor) -> Tensor:
         fake = self.generator(noise)
-        watched = self.discriminator(torch.cat([real, fake.detach()]))
+        judged = self.discriminator(torch.cat([real, fake.detach()]))
         frozen = {name: p.detach() for name, p in self.discriminator.named_parameters()}
         fooled = functional_call(self.discriminator, frozen, fake)
-        return F.softplus(-watched[: len(real)]) + F.softplus(watched[len(real) :]) + F.softplus(-fooled)
+        return F.softplus(-judged[: len(real)]) + F.softplus(judged[len(real) :]) + F.softplus(-fooled)
 
 
 def score(images: Tensor) -> float:
-    """1 to 10: how sure a classifier is of each digit, and how evenly it sees all ten (an inception score)."""
+    """Inception score, 1 to 10: high if a classifier is sure of each digit and sees all ten equally often."""
     p = torch.tensor(classifier.predict_proba(images.numpy()))
     return (p * (p / p.mean(0)).log()).sum(1).mean().exp().item()
 
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--method", choices=METHODS, default="rapp")
-parser.add_argument("--evaluations", type=int, default=9000, help="gradient evaluations, whatever the method")
+parser.add_argument("--evaluations", type=int, default=9000, help="gradient evaluations, the same for every method")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--to", type=Path, default=Path("runs/gan.png"))
 arguments = parser.parse_args()
 method, make_optimizer, cost = METHODS[arguments.method]
 
-torch.set_num_threads(1)  # more of them only get in the way of networks this small
+torch.set_num_threads(1)  # more threads slow down networks this small
 torch.manual_seed(arguments.seed)
 images, digits = load_digits(return_X_y=True)
 classifier = LogisticRegression(max_iter=5000).fit(images / 16, digits)

@@ -1,4 +1,4 @@
-"""Accelerate: the model is prepared as always, and the loss made around what comes back."""
+"""Accelerate: prepare the model as usual, then create the loss around the prepared model."""
 
 import torch
 from accelerate import Accelerator
@@ -19,8 +19,8 @@ scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=6 * 21)
 accelerator = Accelerator(gradient_accumulation_steps=2)
 model, optimizer, scheduler, loader = accelerator.prepare(model, optimizer, scheduler, loader)
 criterion = nn.CrossEntropyLoss(label_smoothing=0.1, reduction="none")
-sharp = SharpnessAware(model, BiSAM(rho=0.05), loss=criterion, scale=accelerator.scaler)  # None unless in float16
-accelerator.register_for_checkpointing(sharp)  # so that save_state takes along what a method remembers
+sharp = SharpnessAware(model, BiSAM(rho=0.05), loss=criterion, scaler=accelerator.scaler)  # None except with float16
+accelerator.register_for_checkpointing(sharp)  # save_state then includes the state of the method
 
 for _ in range(6):
     model.train()

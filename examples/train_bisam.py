@@ -1,4 +1,4 @@
-"""The same loop with BiSAM: one import, one object, one changed line."""
+"""The training loop of train_plain.py with BiSAM: one import, one object, one changed line."""
 
 import torch
 from sklearn.datasets import load_digits

@@ -1,4 +1,4 @@
-"""A loss of several parts: classification and reconstruction in one, and a penalty on the weights added outside."""
+"""A loss of several parts: classification plus reconstruction, and a penalty on the weights added outside."""
 
 import torch
 import torch.nn.functional as F
@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from bisam import SAM, NegLog, SharpnessAware
-from bisam.perturbations import L2
 
 
 class Autoencoder(nn.Module):
@@ -22,13 +21,13 @@ class Autoencoder(nn.Module):
 
 
 def both(outputs: tuple[Tensor, Tensor], targets: tuple[Tensor, Tensor]) -> Tensor:
-    """What is minimised, one loss per example."""
+    """The loss that is minimised, one value per example."""
     (logits, picture), (labels, inputs) = outputs, targets
     return F.cross_entropy(logits, labels, reduction="none") + (picture - inputs).square().mean(1)
 
 
 def flips(outputs: tuple[Tensor, Tensor], targets: tuple[Tensor, Tensor]) -> Tensor:
-    """What the adversary climbs: the classes alone, and how they flip (BiSAM)."""
+    """The objective that the adversary maximises: classification alone, with a bound of BiSAM."""
     return NegLog()(outputs[0], targets[0])
 
 
@@ -39,7 +38,7 @@ loader = DataLoader(TensorDataset(x[:1300], y[:1300]), batch_size=64, shuffle=Tr
 model = Autoencoder()
 sharp = SharpnessAware(
     model,
-    SAM(L2(0.05), ascent=flips),
+    SAM(0.05, ascent=flips),
     loss=both,
     forward=lambda model, inputs, labels: (model(inputs), (labels, inputs)),
 )
@@ -48,7 +47,7 @@ optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 for _ in range(5):
     model.train()
     for inputs, targets in loader:
-        penalty = sum(p.abs().sum() for p in model.parameters())  # at the weights: nothing perturbs it
+        penalty = sum(p.abs().sum() for p in model.parameters())  # at the weights: the penalty is not perturbed
         loss = sharp(inputs, targets) + 1e-5 * penalty
         loss.backward()
         optimizer.step()

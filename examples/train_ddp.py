@@ -1,4 +1,4 @@
-"""DistributedDataParallel: each replica perturbs for its own part. torchrun --nproc-per-node 2 train_ddp.py"""
+"""DistributedDataParallel: each replica perturbs for its part of the batch. torchrun --nproc-per-node 2 train_ddp.py"""
 
 import os
 
@@ -25,7 +25,7 @@ loader = DataLoader(train, batch_size=64 // dist.get_world_size(), sampler=sampl
 model = nn.Sequential(nn.Linear(64, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, 10)).to(device)
 model = DistributedDataParallel(model)
 criterion = nn.CrossEntropyLoss(label_smoothing=0.1, reduction="none")
-# perturbation="global" would make it that of the whole batch, for a reduction more in each query.
+# scope="global" would perturb for the whole batch, at the cost of one more reduction in each query.
 sharp = SharpnessAware(model, BiSAM(rho=0.05), loss=criterion)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
 
@@ -34,7 +34,7 @@ for epoch in range(5):
     model.train()
     for inputs, targets in loader:
         loss = sharp(inputs.to(device), targets.to(device))
-        loss.backward()  # the one reduction of the step
+        loss.backward()  # the only reduction of the step
         optimizer.step()
         optimizer.zero_grad()
 

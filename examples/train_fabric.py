@@ -1,4 +1,4 @@
-"""Lightning Fabric: the loss is set up in place of the model, and saved in its place."""
+"""Lightning Fabric: set up and save the loss instead of the model."""
 
 import tempfile
 from pathlib import Path
@@ -32,7 +32,7 @@ for epoch in range(5):
         fabric.clip_gradients(sharp, optimizer, max_norm=1.0)
         optimizer.step()
         optimizer.zero_grad()
-    # The weights and what a method remembers; fabric.load(path, the same dictionary) goes on from here.
+    # The weights and the state of the method; fabric.load(path, ...) with the same dictionary resumes.
     fabric.save(path, {"sharp": sharp, "optimizer": optimizer, "epoch": epoch})
 
 model.eval()

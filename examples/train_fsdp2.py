@@ -1,4 +1,4 @@
-"""FSDP2: shard first; the perturbation is that of the whole batch. torchrun --nproc-per-node 2 train_fsdp2.py"""
+"""FSDP2: shard the model first; the perturbation is for the whole batch. torchrun --nproc-per-node 2 train_fsdp2.py"""
 
 import os
 import tempfile
@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from bisam import LookSAM, NegLog, SharpnessAware
 from bisam.integrations.checkpoint import make_room
-from bisam.perturbations import L2
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 if device == "cuda":
@@ -31,7 +30,7 @@ def make() -> tuple[nn.Module, SharpnessAware]:
     model = nn.Sequential(nn.Linear(64, 128), nn.LayerNorm(128), nn.ReLU(), nn.Linear(128, 10)).to(device)
     fully_shard(model[0], mesh=mesh)
     fully_shard(model, mesh=mesh)
-    return model, SharpnessAware(model, LookSAM(L2(0.05), ascent=NegLog()), loss=nn.CrossEntropyLoss(reduction="none"))
+    return model, SharpnessAware(model, LookSAM(0.05, ascent=NegLog()), loss=nn.CrossEntropyLoss(reduction="none"))
 
 
 model, sharp = make()
@@ -46,8 +45,8 @@ for epoch in range(12):
 
 folder = [tempfile.mkdtemp()]
 dist.broadcast_object_list(folder)
-checkpoint.save({"sharp": sharp.state_dict()}, checkpoint_id=folder[0])  # by as many ranks as there are, and loaded by
-model, sharp = make()  # as many as there will be, with what LookSAM remembers
+checkpoint.save({"sharp": sharp.state_dict()}, checkpoint_id=folder[0])
+model, sharp = make()  # on any number of ranks; the state of LookSAM is loaded too
 make_room(sharp, folder[0])
 checkpoint.load(state := {"sharp": sharp.state_dict()}, checkpoint_id=folder[0])
 sharp.load_state_dict(state["sharp"])

@@ -1,4 +1,4 @@
-"""Lightning: automatic optimization, with the sharp loss as an attribute of the module."""
+"""Lightning: automatic optimization, with the loss as an attribute of the module."""
 
 import lightning
 import torch
@@ -14,13 +14,13 @@ class Digits(lightning.LightningModule):
         super().__init__()
         self.model = nn.Sequential(nn.Linear(64, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, 10))
         criterion = nn.CrossEntropyLoss(label_smoothing=0.1, reduction="none")
-        # A part of the module, so that checkpoints hold what a method remembers. The weights are in them once, under
-        # two names; a checkpoint from before the loss loads with strict=False.
+        # An attribute of the module, so that checkpoints contain the state of the method. They store the weights once,
+        # under two names; a checkpoint made without the loss loads with strict=False.
         self.sharp = SharpnessAware(self.model, BiSAM(rho=0.05), loss=criterion)
 
     def training_step(self, batch, index):
         loss = self.sharp(*batch)
-        self.log("clean_loss", self.sharp.clean.value, prog_bar=True)  # at the weights themselves, at no extra pass
+        self.log("clean_loss", self.sharp.clean.value, prog_bar=True)  # at the weights, without an extra pass
         return loss
 
     def test_step(self, batch, index):

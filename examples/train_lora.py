@@ -1,4 +1,4 @@
-"""LoRA with BiSAM: a network learns the digits, then adapters alone learn them mirrored along the diagonal."""
+"""LoRA with BiSAM: a network learns the digits, then its adapters learn digits mirrored along the diagonal."""
 
 import tempfile
 

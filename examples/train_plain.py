@@ -1,4 +1,4 @@
-"""A plain training loop on scikit-learn's digits. `diff train_plain.py train_bisam.py` is the tutorial."""
+"""A plain training loop on scikit-learn's digits. Compare it with train_bisam.py."""
 
 import torch
 from sklearn.datasets import load_digits

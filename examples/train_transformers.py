@@ -1,4 +1,4 @@
-"""The Trainer of Hugging Face with BiSAM: one import, one name and one argument differ from a plain script."""
+"""The Hugging Face Trainer with BiSAM: one import, one name and one argument differ from a plain script."""
 
 import tempfile
 
@@ -24,7 +24,7 @@ model = ViTForImageClassification(
         num_attention_heads=4,
         intermediate_size=64,
         num_labels=10,
-        initializer_range=0.2,  # the default is for wide networks
+        initializer_range=0.2,  # the default suits wide networks
     )
 )
 with tempfile.TemporaryDirectory() as folder:

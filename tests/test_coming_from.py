@@ -136,7 +136,7 @@ def twins(make=cases.mlp) -> tuple[nn.Module, nn.Module]:
     return model, copy.deepcopy(model)
 
 
-ROWS = re.findall(r"^\| `(\w+\(.*?params.*?)` \| `(.*?)`.*? \| ((?:the same|others).*?) \|$", PAGE, re.MULTILINE)
+ROWS = re.findall(r"^\| `(\w+\(.*?params.*?)` \| `(.*?)`.*? \| ((?:the same|different).*?) \|$", PAGE, re.MULTILINE)
 
 
 def built(expression: str, module: Any, model: nn.Module, settings: dict[str, float] | None = None) -> Any:
@@ -153,14 +153,14 @@ def test_each_row_of_pytorch_optimizer_is_as_it_says(before, after, weights):
     model, twin = twins()
     train_theirs(built(before, theirs, model), model)
     apart = distance(model, train_ours(built(after, bisam, twin), twin))
-    if weights.startswith("others"):
+    if weights.startswith("different"):
         assert apart > 1e-2
     else:
         assert apart < tolerance(weights)
 
 
 def test_decoupled_wsam_is_the_same_with_plain_sgd():
-    before, after, _ = next(row for row in ROWS if row[0].startswith("WSAM") and row[2].startswith("others"))
+    before, after, _ = next(row for row in ROWS if row[0].startswith("WSAM") and row[2].startswith("different"))
     model, twin = twins()
     train_theirs(built(before, theirs, model, {"lr": 0.1}), model)
     line = re.search(r"\* \*\*WSAM\*\*.*?(?=\n\*)", PAGE, re.DOTALL).group()

@@ -15,15 +15,17 @@ ROOT = Path(bisam.__file__).parent
 # In this order; files of one floor do not see each other, and a package's files see their own package. The rooms of
 # experiments have floors of their own, as `experiments.data`: a package, or a file beside the packages.
 FLOORS = [
-    {"arguments", "vector"},
-    {"bridge", "objectives", "buffers", "schedules", "shards", "noise"},
-    {"memory", "hosts"},
+    {"validation", "vector"},
+    {"objectives", "schedules"},
+    {"distributed"},
     {"evaluation"},
     {"oracle"},
-    {"model_oracle", "perturbations", "optimizers"},
+    {"perturbations", "optim"},
     {"masks"},
     {"methods"},
+    {"state", "model"},
     {"loss"},
+    {"deprecated"},
     {"integrations", "analysis"},
     {"experiments.errors"},
     {"experiments.recipes"},

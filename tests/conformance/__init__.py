@@ -1,9 +1,9 @@
-"""Behaviours of sharpness-aware training as cases that any implementation can be put to: `python -m tests.conformance`.
+"""Conformance suite for implementations of sharpness-aware training: `python -m tests.conformance`.
 
-adapter.py      what an implementation shows of itself, in a few lines
+adapter.py      the interface between an implementation and the cases
 behaviours.py   the cases
-reference.py    the formula as a loop, which cases compare with, and which passes all that do not ask for a loss
-mutants.py      the reference with defects, which the cases must find
-runner.py       from adapters and cases to results
-table.py        from results to docs/conformance.md, and back
+reference.py    the formula as a loop: the cases compare with it, and it passes all cases that do not need a loss
+mutants.py      the reference with defects that the cases must detect
+runner.py       runs cases on adapters
+table.py        writes results to docs/conformance.md, and reads them
 """

@@ -1,4 +1,4 @@
-"""The command: put implementations to the cases, show what came of it, and write the page."""
+"""Command: run the cases on implementations, print the results, and write the page."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .table import page
 
 
 class Parser(argparse.ArgumentParser):
-    """A mistake is one line and exit code 2."""
+    """A wrong argument gives one line and exit code 2."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")
@@ -29,7 +29,7 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(
         prog="python -m tests.conformance",
-        description="Puts implementations of sharpness-aware training to cases of what users rely on.",
+        description="Tests implementations of sharpness-aware training for behaviour that users rely on.",
         epilog="examples:\n"
         "  python -m tests.conformance\n"
         "  python -m tests.conformance --adapter mypackage.conformance:adapter\n"
@@ -42,9 +42,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="MODULE:OBJECT",
         action="extend",
         nargs="+",
-        help="what to measure (default: bisam, and pytorch_optimizer where it is installed)",
+        help="adapters to test (default: bisam, and pytorch_optimizer if it is installed)",
     )
-    parser.add_argument("--to", type=Path, metavar="PATH", help="write the table as Markdown there")
+    parser.add_argument("--to", type=Path, metavar="PATH", help="write the table as Markdown to this file")
     arguments = parser.parse_args(argv)
     if arguments.to and (arguments.to.is_dir() or not arguments.to.parent.is_dir()):
         parser.error(f"argument --to: {str(arguments.to)!r} is no file in an existing folder")

@@ -1,8 +1,8 @@
-"""Adapter: how an implementation's documentation says to train, and all that the cases see of it.
+"""Adapter: training with an implementation as its documentation describes. The cases see nothing else of it.
 
-Of four features, those that it documents no way to use stand in `not_offered` with a reason, and the cases that need
-them are not applicable. `LOSS` stands there unless the implementation is a loss: its trainers then have a `loss(x, y)`.
-`remarks` by the name of a case are printed where the case fails.
+`not_offered` lists, with a reason, the features whose use the implementation does not document; cases that need them
+are not applicable. It contains `LOSS` unless the implementation is a loss, whose trainers have a `loss(x, y)`.
+`remarks`, by the name of a case, are printed if the case fails.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ FEATURES = (GRAD_SCALER, RHO_PER_GROUP, SPARSE, LOSS)
 
 class Trainer(Protocol):
     model: nn.Module
-    optimizer: torch.optim.Optimizer  # what a scheduler is given
+    optimizer: torch.optim.Optimizer  # the optimizer that a scheduler takes
 
     def step(self, *parts: Batch) -> Tensor: ...  # one update from a batch in parts; the loss at the weights before it
     def closure(self, batch: Batch) -> Callable[[], Tensor]: ...  # for `optimizer.step(closure)`, as torch has it
 
-    def state_dict(self) -> dict[str, Any]:  # all that a user saves
+    def state_dict(self) -> dict[str, Any]:  # everything that a user saves
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -1,8 +1,9 @@
-"""Behaviours: what a user relies on, one case each; the docstring is the statement that the table prints.
+"""Cases: one behaviour that users rely on each. The docstring is the statement that the table prints.
 
-A case gets an adapter, trains small models with it, and raises if the statement does not hold. Most compare with the
-reference after the same actions, in float64 to seven digits, or with bits from before. A feature that a case needs is
-named, so that the case is not applicable where it is not offered. Only a loss can express the `LOSS` cases.
+A case gets an adapter, trains small models with it, and raises if the statement does not hold. Most cases compare with
+the reference after the same actions, in float64 to seven digits, or compare bits with an earlier state. A case names
+the feature that it needs, and is not applicable to implementations that do not offer it. Only a loss can express the
+`LOSS` cases.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def halves(whole: Batch) -> list[Batch]:
 
 
 def make(adapter: Adapter, model: nn.Module, **changes: Any) -> Trainer:
-    """SAM with SGD, unless `changes` say otherwise."""
+    """SAM with SGD by default; `changes` override the arguments."""
     arguments = {"loss": F.cross_entropy, "params": list(model.parameters()), "base": SGD, "rho": RHO, "lr": 0.1}
     return adapter.make(model, **{**arguments, **changes})
 
@@ -90,7 +91,7 @@ def train(trainer: Trainer, steps: Iterable[int] = range(3)) -> None:
 
 
 def bits(tensors: Iterable[Tensor]) -> list[Any]:
-    """For comparisons in which NaN equals itself."""
+    """The bytes of the tensors, so that NaN equals itself in comparisons."""
     return [t.detach().clone().reshape(-1).view(torch.uint8).tolist() for t in tensors]
 
 
@@ -113,7 +114,7 @@ def agree(
     to: float = TOLERANCE,
     **changes: Any,
 ) -> None:
-    """The same actions lead to the weights that they lead the reference to."""
+    """Assert that the same actions give the weights of the reference."""
     trained: list[list[Tensor]] = []
     for implementation in (adapter, reference):
         trainer = make(implementation, seeded(model), **changes)
@@ -122,11 +123,11 @@ def agree(
     close(*trained, to=to)
 
 
-# Numbers.
+# Numerics.
 
 
 class Quadratic(nn.Module):
-    """f(w) = sum_i a_i w_i^2 / 2, whatever the input."""
+    """f(w) = sum_i a_i w_i^2 / 2, independent of the input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -148,16 +149,16 @@ def steps_on_a_quadratic(adapter: Adapter, *expected: tuple[float, ...], **chang
         close([model.weight.detach()], [torch.tensor(row, dtype=torch.double)])
 
 
-@case("numbers")
+@case("numerics")
 def sam_with_sgd(adapter: Adapter) -> None:
-    """Two steps of SAM with SGD on a quadratic are the known numbers, to seven digits."""
+    """Two steps of SAM with SGD on a quadratic give the known values to seven digits."""
     first, second = (0.899458469639, -1.182671028446, 0.028068020377), (0.808579972028, -0.689981586205, 0.000449394423)
     steps_on_a_quadratic(adapter, first, second, rho=0.05)
 
 
-@case("numbers")
+@case("numerics")
 def sam_with_momentum_and_decay(adapter: Adapter) -> None:
-    """Three steps with momentum and weight decay too: the decay acts on the weights, and not in the ascent."""
+    """Three steps with momentum and weight decay give the known values; the ascent excludes weight decay."""
     steps_on_a_quadratic(
         adapter,
         (0.898458469639, -1.180671028446, 0.027568020377),
@@ -169,16 +170,16 @@ def sam_with_momentum_and_decay(adapter: Adapter) -> None:
     )
 
 
-@case("numbers")
+@case("numerics")
 def asam_with_sgd(adapter: Adapter) -> None:
-    """Two steps of ASAM (eta 0) on a quadratic are the known numbers, to seven digits."""
+    """Two steps of ASAM (eta 0) on a quadratic give the known values to seven digits."""
     first, second = (0.896911358059, -0.804653831569, 0.018727500349), (0.793917529259, -0.329104910565, 0.001862941244)
     steps_on_a_quadratic(adapter, first, second, rho=0.5, adaptive=True)
 
 
-@case("numbers")
+@case("numerics")
 def adamw(adapter: Adapter) -> None:
-    """A network trained with AdamW as the base optimizer has the weights of the reference."""
+    """A network trained with AdamW as the base optimizer has the same weights as the reference."""
     agree(adapter, base=AdamW, lr=1e-2, weight_decay=0.1)
 
 
@@ -192,15 +193,15 @@ class Tied(nn.Module):
         return self.decode(torch.tanh(self.encode(x)))[:, :4]
 
 
-@case("numbers")
+@case("numerics")
 def tied_weights(adapter: Adapter) -> None:
     """A matrix that two layers share is displaced once."""
     agree(adapter, Tied)
 
 
-@case("numbers")
+@case("numerics")
 def frozen_weights(adapter: Adapter) -> None:
-    """Frozen parameters take no part: not in the norm, not in the step, not in the decay."""
+    """Frozen parameters are excluded from the norm, the step and the weight decay."""
 
     def half_frozen() -> nn.Module:
         model = mlp()
@@ -210,9 +211,9 @@ def frozen_weights(adapter: Adapter) -> None:
     agree(adapter, half_frozen, weight_decay=0.1)
 
 
-@case("numbers")
+@case("numerics")
 def rho_zero(adapter: Adapter) -> None:
-    """With rho 0 it is the base optimizer, bit for bit."""
+    """With rho 0 the weights are bit-identical to those of the base optimizer alone."""
     model, plain = seeded(mlp), seeded(mlp)
     train(make(adapter, model, rho=0.0, base=AdamW))
     optimizer = AdamW(plain.parameters(), lr=0.1)
@@ -224,9 +225,9 @@ def rho_zero(adapter: Adapter) -> None:
     assert weights(model) == weights(plain), "weights are not those of the base optimizer"
 
 
-@case("numbers")
+@case("numerics")
 def zero_gradient(adapter: Adapter) -> None:
-    """A gradient of zero moves nothing, and makes nothing NaN."""
+    """A zero gradient leaves the weights unchanged and produces no NaN."""
     model = seeded(mlp)
     before = weights(model)
     make(adapter, model, loss=lambda outputs, targets: 0 * F.cross_entropy(outputs, targets)).step(batch())
@@ -247,18 +248,18 @@ def two_hundred_steps_of_length_zero(adapter: Adapter, dtype: torch.dtype) -> No
 
 @case("restore")
 def restore_in_float32(adapter: Adapter) -> None:
-    """200 steps at learning rate 0 change no bit of the weights, in float32."""
+    """200 steps at learning rate 0 leave float32 weights bit-identical."""
     two_hundred_steps_of_length_zero(adapter, torch.float32)
 
 
 @case("restore")
 def restore_in_bfloat16(adapter: Adapter) -> None:
-    """200 steps at learning rate 0 change no bit of the weights, in bfloat16."""
+    """200 steps at learning rate 0 leave bfloat16 weights bit-identical."""
     two_hundred_steps_of_length_zero(adapter, torch.bfloat16)
 
 
 class Branches(nn.Module):
-    """Two branches; `used` says for each forward pass whether the second one takes part (stochastic depth)."""
+    """Two branches; `used` says for each forward pass whether the second one is used (stochastic depth)."""
 
     def __init__(self, *used: bool) -> None:
         super().__init__()
@@ -272,13 +273,13 @@ class Branches(nn.Module):
 
 @case("restore")
 def used_in_the_first_pass_only(adapter: Adapter) -> None:
-    """A parameter that only the first pass uses (stochastic depth) is restored, and neither steps nor decays."""
+    """A parameter used only in the first pass (stochastic depth) is restored and neither updated nor decayed."""
     agree(adapter, lambda: Branches(True, False, True, False), lambda t: train(t, range(2)), weight_decay=0.1)
 
 
 @case("restore")
 def used_in_the_second_pass_only(adapter: Adapter) -> None:
-    """A parameter that only the second pass uses steps from its weight as it is, also where the user has changed it."""
+    """A parameter used only in the second pass is updated from its current value, also if the user has changed it."""
 
     def actions(trainer: Trainer) -> None:
         train(trainer, [0])
@@ -291,14 +292,14 @@ def used_in_the_second_pass_only(adapter: Adapter) -> None:
 
 
 def at_pass(k: int, model: nn.Module, act: Callable[[Tensor], Tensor]) -> None:
-    """`act` on the outputs of the k-th forward pass from here."""
+    """Apply `act` to the outputs of the k-th forward pass from now on."""
     count = iter(range(1, 1000))
     model.register_forward_hook(lambda module, args, outputs: act(outputs) if next(count) == k else outputs)
 
 
 @case("restore")
 def an_exception_in_the_second_pass(adapter: Adapter) -> None:
-    """An exception in the second pass, KeyboardInterrupt too, leaves the weights as before the step."""
+    """After an exception in the second pass (also KeyboardInterrupt), the weights are those before the step."""
     for error in (RuntimeError, KeyboardInterrupt):
 
         def fail(outputs: Tensor, error: type[BaseException] = error) -> Tensor:
@@ -314,7 +315,7 @@ def an_exception_in_the_second_pass(adapter: Adapter) -> None:
 
 
 class Careful(SGD):
-    """SGD that skips a step whose gradients are not finite."""
+    """SGD that skips steps with non-finite gradients."""
 
     def step(self, closure: Any = None) -> Any:
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
@@ -336,19 +337,19 @@ def not_finite_in(adapter: Adapter, k: int) -> None:
 
 @case("restore")
 def not_finite_in_the_first_pass(adapter: Adapter) -> None:
-    """After NaN in the first pass, if the base optimizer skips the step, training goes on as without that batch."""
+    """After NaN in the first pass, if the base optimizer skips the step, training continues as without that batch."""
     not_finite_in(adapter, 1)
 
 
 @case("restore")
 def not_finite_in_the_second_pass(adapter: Adapter) -> None:
-    """After NaN in the second pass, if the base optimizer skips the step, training goes on as without that batch."""
+    """After NaN in the second pass, if the base optimizer skips the step, training continues as without that batch."""
     not_finite_in(adapter, 2)
 
 
 @case("restore")
 def storage(adapter: Adapter) -> None:
-    """The weights stay where they are in memory, and views of a flat vector stay views."""
+    """The weights keep their storage: weights that are views of a flat vector remain views."""
     model = seeded(mlp)
     flat = nn.utils.parameters_to_vector(model.parameters()).detach()
     nn.utils.vector_to_parameters(flat, model.parameters())
@@ -362,7 +363,7 @@ def storage(adapter: Adapter) -> None:
 
 
 def buffers_of_a_plain_loop(adapter: Adapter, model: Callable[[], nn.Module], suffix: str = "") -> None:
-    """Of the names that end so, after steps at learning rate 0 and after as many forward passes of a copy."""
+    """Compare buffers whose names end in `suffix` after steps at learning rate 0 with those of a plain forward loop."""
     trained, plain = seeded(model), seeded(model)
     train(make(adapter, trained, lr=0.0))
     for seed in range(3):
@@ -375,7 +376,7 @@ def buffers_of_a_plain_loop(adapter: Adapter, model: Callable[[], nn.Module], su
 
 @case("buffers")
 def batch_norm(adapter: Adapter) -> None:
-    """BatchNorm's running mean and variance are those of a plain loop: they move once per step."""
+    """BatchNorm's running mean and variance equal those of a plain loop: they are updated once per step."""
     buffers_of_a_plain_loop(adapter, lambda: mlp(nn.BatchNorm1d(8)), "mean")
     buffers_of_a_plain_loop(adapter, lambda: mlp(nn.BatchNorm1d(8)), "var")
 
@@ -394,7 +395,7 @@ def cumulative_batch_norm(adapter: Adapter) -> None:
 
 @case("buffers")
 def batch_norm_in_eval_mode(adapter: Adapter) -> None:
-    """A BatchNorm in eval mode inside a model in training keeps its statistics."""
+    """A BatchNorm layer in eval mode inside a model in training mode keeps its statistics."""
     buffers_of_a_plain_loop(adapter, lambda: mlp(nn.BatchNorm1d(8).eval()))
 
 
@@ -405,7 +406,7 @@ class Instances(nn.InstanceNorm1d):
 
 @case("buffers")
 def instance_norm(adapter: Adapter) -> None:
-    """InstanceNorm's running mean is that of a plain loop."""
+    """InstanceNorm's running mean equals that of a plain loop."""
     buffers_of_a_plain_loop(adapter, lambda: mlp(Instances(8, track_running_stats=True)), "mean")
 
 
@@ -434,19 +435,19 @@ def resumed_is_uninterrupted(adapter: Adapter, **changes: Any) -> None:
 
 @case("resume")
 def resume_with_momentum(adapter: Adapter) -> None:
-    """Training resumed from `state_dict()` equals uninterrupted training bit for bit, with SGD and momentum."""
+    """Training resumed from `state_dict()` is bit-identical to uninterrupted training, with SGD and momentum."""
     resumed_is_uninterrupted(adapter, momentum=0.9)
 
 
 @case("resume")
 def resume_with_adamw(adapter: Adapter) -> None:
-    """Training resumed from `state_dict()` equals uninterrupted training bit for bit, with AdamW."""
+    """Training resumed from `state_dict()` is bit-identical to uninterrupted training, with AdamW."""
     resumed_is_uninterrupted(adapter, base=AdamW, lr=1e-2)
 
 
 @case("resume")
 def learning_rate_after_loading(adapter: Adapter) -> None:
-    """A learning rate that is set after loading is the one that the base optimizer uses."""
+    """The base optimizer uses a learning rate that is set after loading."""
 
     def actions(trainer: Trainer) -> None:
         train(trainer, [0])
@@ -459,7 +460,7 @@ def learning_rate_after_loading(adapter: Adapter) -> None:
 
 @case("resume")
 def deep_copy(adapter: Adapter) -> None:
-    """A deep copy of model and optimizer together goes on by itself, as with torch's optimizers."""
+    """A deep copy of model and optimizer together trains independently, as with torch's optimizers."""
     trainer = make(adapter, seeded(mlp), momentum=0.9)
     train(trainer, [0])
     other, before = copy.deepcopy(trainer), weights(trainer.model)
@@ -469,12 +470,12 @@ def deep_copy(adapter: Adapter) -> None:
     close(other.model.parameters(), trainer.model.parameters(), to=0.0)
 
 
-# What a torch optimizer's users do with it.
+# Use as a torch optimizer.
 
 
 @case("optimizer")
 def torch_closure(adapter: Adapter) -> None:
-    """`optimizer.step(closure)` alone, as torch specifies closures, is a sharpness-aware step."""
+    """`optimizer.step(closure)` alone, with a closure as torch specifies it, is a sharpness-aware step."""
 
     def actions(trainer: Trainer) -> None:
         for seed in range(3):
@@ -485,7 +486,7 @@ def torch_closure(adapter: Adapter) -> None:
 
 @case("optimizer")
 def add_param_group(adapter: Adapter) -> None:
-    """Parameters that `add_param_group` adds in the middle of training are displaced and trained."""
+    """Parameters that `add_param_group` adds during training are displaced and trained."""
 
     def actions(trainer: Trainer) -> None:
         train(trainer, [0])
@@ -510,25 +511,25 @@ def scheduled(adapter: Adapter, scheduler: Callable[[torch.optim.Optimizer], Any
 
 @case("optimizer")
 def step_lr(adapter: Adapter) -> None:
-    """StepLR reaches the base optimizer, without a warning."""
+    """StepLR works on the base optimizer without a warning."""
     scheduled(adapter, lambda optimizer: StepLR(optimizer, 2))
 
 
 @case("optimizer")
 def one_cycle_lr(adapter: Adapter) -> None:
-    """OneCycleLR, which moves the momentum too, reaches the base optimizer, without a warning."""
+    """OneCycleLR, which also changes the momentum, works on the base optimizer without a warning."""
     scheduled(adapter, lambda optimizer: OneCycleLR(optimizer, 0.2, total_steps=6))
 
 
 @case("optimizer")
 def reduce_on_plateau(adapter: Adapter) -> None:
-    """ReduceLROnPlateau reaches the base optimizer, without a warning."""
+    """ReduceLROnPlateau works on the base optimizer without a warning."""
     scheduled(adapter, lambda optimizer: ReduceLROnPlateau(optimizer, patience=0), 1.0)
 
 
 @case("optimizer")
 def loss_at_the_weights(adapter: Adapter) -> None:
-    """The loss at the weights before the step is there for the log, without a third forward pass."""
+    """The loss at the weights before the step is available for logging without a third forward pass."""
     model, passes = seeded(mlp), []
     trainer, (x, y) = make(adapter, model), batch()
     expected = F.cross_entropy(model(x), y).detach()
@@ -539,7 +540,7 @@ def loss_at_the_weights(adapter: Adapter) -> None:
 
 @case("optimizer", needs=RHO_PER_GROUP)
 def rho_per_group(adapter: Adapter) -> None:
-    """Each parameter group may have a rho of its own."""
+    """Each parameter group may have its own rho."""
     trained = []
     for implementation in (adapter, reference):
         model = seeded(mlp)
@@ -575,7 +576,7 @@ class Autocast(nn.Module):
 
 @case("AMP")
 def autocast(adapter: Adapter) -> None:
-    """A model that runs under bfloat16 autocast trains its float32 weights, up to bfloat16's rounding."""
+    """A model under bfloat16 autocast trains its float32 weights, up to bfloat16 rounding."""
 
     def actions(trainer: Trainer) -> None:
         trainer.step(batch(dtype=torch.float32))
@@ -585,7 +586,7 @@ def autocast(adapter: Adapter) -> None:
 
 @case("AMP", needs=GRAD_SCALER)
 def grad_scaler(adapter: Adapter) -> None:
-    """With a GradScaler the update is the one without."""
+    """The update with a GradScaler equals the update without one."""
     trained = []
     for scaler in (torch.amp.GradScaler("cpu", init_scale=1024.0), None):
         model = seeded(lambda: mlp(dtype=torch.float32))
@@ -616,13 +617,13 @@ def overflow_in(adapter: Adapter, k: int) -> None:
 
 @case("AMP", needs=GRAD_SCALER)
 def overflow_in_the_first_pass(adapter: Adapter) -> None:
-    """Where gradients overflow in the first pass, the step is skipped and the scale halved once."""
+    """If gradients overflow in the first pass, the step is skipped and the scale is halved once."""
     overflow_in(adapter, 1)
 
 
 @case("AMP", needs=GRAD_SCALER)
 def overflow_in_the_second_pass(adapter: Adapter) -> None:
-    """Where gradients overflow in the second pass, the step is skipped and the scale halved once."""
+    """If gradients overflow in the second pass, the step is skipped and the scale is halved once."""
     overflow_in(adapter, 2)
 
 
@@ -630,7 +631,7 @@ def overflow_in_the_second_pass(adapter: Adapter) -> None:
 
 
 def either(actual: nn.Module, *meanings: nn.Module) -> None:
-    """The weights are those of one of the accepted meanings."""
+    """Assert that the weights equal those of one of the accepted meanings."""
     gaps = [
         max((a - b).abs().max().item() for a, b in zip(actual.parameters(), m.parameters(), strict=True))
         for m in meanings
@@ -639,7 +640,7 @@ def either(actual: nn.Module, *meanings: nn.Module) -> None:
 
 
 def meanings_of(parts: list[Batch]) -> list[nn.Module]:
-    """Trained for a step by SAM on the whole batch, and by the mean over its parts (m-sharpness)."""
+    """Models after one step of SAM on the whole batch, and of the mean of SAM over its parts (m-sharpness)."""
     trainers = [make(reference, seeded(mlp)) for _ in range(2)]
     trainers[0].step(tuple(torch.cat(t) for t in zip(*parts, strict=True)))
     trainers[1].step(*parts)
@@ -648,7 +649,7 @@ def meanings_of(parts: list[Batch]) -> list[nn.Module]:
 
 @case("accumulation")
 def accumulation(adapter: Adapter) -> None:
-    """A step on a batch in two parts is SAM's on the whole batch, or the mean of SAM on the parts (m-sharpness)."""
+    """A step on a batch in two parts equals SAM on the whole batch, or the mean of SAM over the parts (m-sharpness)."""
     parts = halves(batch())
     trainer = make(adapter, seeded(mlp))
     trainer.step(*parts)
@@ -661,7 +662,7 @@ def parallel() -> nn.Module:
 
 @case("DDP", processes=2)
 def replicas(adapter: Adapter) -> None:
-    """Under DistributedDataParallel with two processes, the replicas are equal bit for bit after three steps."""
+    """Under DistributedDataParallel with two processes, the replicas are bit-identical after three steps."""
     model = parallel()
     trainer = make(adapter, model, momentum=0.9)
     for seed in range(3):
@@ -674,13 +675,13 @@ def replicas(adapter: Adapter) -> None:
 
 @case("DDP", processes=2)
 def step_under_ddp(adapter: Adapter) -> None:
-    """A step under DistributedDataParallel is SAM's on the whole batch, or the mean of SAM on the replicas' parts."""
+    """A step under DistributedDataParallel equals SAM on the whole batch, or the mean of SAM over the replicas."""
     model, parts = parallel(), halves(batch())
     make(adapter, model).step(parts[dist.get_rank()])
     either(model, *meanings_of(parts))
 
 
-# What only a loss can do.
+# Losses only.
 
 
 def gradients(model: nn.Module, backward: Callable[[], Any]) -> list[Tensor]:
@@ -689,9 +690,9 @@ def gradients(model: nn.Module, backward: Callable[[], Any]) -> list[Tensor]:
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
-@case("only a loss", needs=LOSS)
+@case("loss only", needs=LOSS)
 def a_sum_of_losses(adapter: Adapter) -> None:
-    """The loss plus a penalty on the weights has the sum of both gradients, the penalty's at the weights themselves."""
+    """The loss plus a penalty has the sum of both gradients; that of the penalty is taken at the weights themselves."""
     model, (x, y) = seeded(mlp), batch()
 
     def penalty() -> Tensor:
@@ -705,9 +706,9 @@ def a_sum_of_losses(adapter: Adapter) -> None:
     close(actual, [g + h for g, h in zip(plain, sharp, strict=True)], "gradients")
 
 
-@case("only a loss", needs=LOSS)
+@case("loss only", needs=LOSS)
 def accumulation_by_backward(adapter: Adapter) -> None:
-    """`(loss / n).backward()` for each of n parts, with no part kept, is the mean of SAM on the parts (m-sharpness)."""
+    """`(loss / n).backward()` on n parts, freed one by one, gives the mean of SAM over the parts (m-sharpness)."""
     model, parts = seeded(mlp), halves(batch())
     trainer: Any = make(adapter, model)
     for part in parts:
@@ -716,9 +717,9 @@ def accumulation_by_backward(adapter: Adapter) -> None:
     close(model.parameters(), meanings_of(parts)[1].parameters())
 
 
-@case("only a loss", needs=LOSS)
+@case("loss only", needs=LOSS)
 def plain_in_eval_mode(adapter: Adapter) -> None:
-    """In eval mode and under no_grad the loss is the plain loss, so that validation needs no other function."""
+    """In eval mode and under no_grad the loss is the plain loss, so validation needs no separate function."""
     model, (x, y) = seeded(lambda: mlp(nn.BatchNorm1d(8))), batch()
     trainer: Any = make(adapter, model)
     with torch.no_grad():

@@ -1,6 +1,6 @@
-"""Mutants: the reference with one defect each, seen in public code, and the cases that must find it.
+"""Mutants: the reference with one defect each, seen in public code, and the cases that must detect it.
 
-Together they fail every case: a case that cannot fail says nothing.
+Together they fail every case, because a case that cannot fail tests nothing.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from .reference import Looped, Reference, trainable
 
 
 class NoAscent(Reference):
-    """The second pass is at the weights too."""
+    """Runs the second pass at the weights too."""
 
     def displacements(self, weights, g):
         return [torch.zeros_like(w) for w in weights]
 
 
 class Unsteady(Reference):
-    """A norm of zero is divided by, and something else than zero comes of rho 0."""
+    """Divides by a norm of zero, and displaces weights even with rho 0."""
 
     def displacements(self, weights, g):
         norm = torch.cat([t.reshape(-1) for t in g]).norm()
@@ -27,7 +27,7 @@ class Unsteady(Reference):
 
 
 class InPlace(Reference):
-    """Two passes of the model itself, and the way back by subtraction: the loop of most repositories."""
+    """Runs both passes on the model itself and restores by subtraction: the loop of most repositories."""
 
     def sam(self, x, y):
         weights = trainable(self.model)
@@ -43,7 +43,7 @@ class InPlace(Reference):
 
 
 class Rebinding(Reference):
-    """The way back is `p.data = old`."""
+    """Restores with `p.data = old`."""
 
     def step(self, *parts):
         for p in trainable(self.model):
@@ -52,7 +52,7 @@ class Rebinding(Reference):
 
 
 class Stale(Reference):
-    """The way back is to the weights of an older step, and a parameter without a gradient gets zeros."""
+    """Restores the weights of an older step, and replaces missing gradients by zeros."""
 
     def sam(self, x, y):
         loss, gradients = super().sam(x, y)
@@ -66,7 +66,7 @@ class Stale(Reference):
 
 
 class TrainMode(Reference):
-    """It sets the mode of the whole model, and runs it once more to log the loss."""
+    """Sets the mode of the whole model, and runs it once more to log the loss."""
 
     def step(self, *parts):
         self.model.train()
@@ -76,7 +76,7 @@ class TrainMode(Reference):
 
 
 class Forgetful(Reference):
-    """Its state is not the base optimizer's."""
+    """Omits the state of the base optimizer."""
 
     def state_dict(self):
         return {"model": self.model.state_dict()}
@@ -86,7 +86,7 @@ class Forgetful(Reference):
 
 
 class Deaf(Reference):
-    """The base optimizer keeps the learning rate that it was made with, and a copy keeps the optimizer."""
+    """Keeps the initial learning rate of the base optimizer, and shares the optimizer between copies."""
 
     def step(self, *parts):
         for group in self.optimizer.param_groups:
@@ -98,7 +98,7 @@ class Deaf(Reference):
 
 
 class Unscaled(Reference):
-    """The scaler's step is never asked."""
+    """Does not call the step of the scaler."""
 
     def step(self, *parts):
         loss = self.backward(*parts)
@@ -107,14 +107,14 @@ class Unscaled(Reference):
 
 
 class Alone(Reference):
-    """Replicas do not talk."""
+    """Does not average over replicas."""
 
     def average(self, gradients):
         pass
 
 
 class NotSharp(Reference):
-    """A loss, but the plain one, and another in eval mode."""
+    """Returns the plain loss, and a different one in eval mode."""
 
     def loss(self, x, y):
         return F.cross_entropy(self.model(x), y) * (1 if self.model.training and torch.is_grad_enabled() else 2)
@@ -142,4 +142,4 @@ MUTANTS: dict[type[Reference], set[str]] = {
     NotSharp: {"a_sum_of_losses", "accumulation_by_backward", "plain_in_eval_mode"},
 }
 
-no_ascent, alone = Looped(NoAscent), Looped(Alone)  # by name, for other processes
+no_ascent, alone = Looped(NoAscent), Looped(Alone)  # module attributes, for other processes

@@ -1,4 +1,4 @@
-"""`SharpnessAware` in place of the criterion, in PyTorch's own loop; a batch in parts is accumulated."""
+"""`SharpnessAware` replaces the criterion in a plain PyTorch loop; a batch in parts is accumulated."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ class Ours(Trainer):
 class Bisam(Adapter):
     name, version = "bisam", __version__
     not_offered: ClassVar = {
-        RHO_PER_GROUP: "rho belongs to the method, which has one for all parameters",
-        SPARSE: "refused with a ValueError, as documented",
+        RHO_PER_GROUP: "rho belongs to the method and is the same for all parameters",
+        SPARSE: "raises a ValueError, as documented",
     }
 
     def make(self, model, loss, params, base, *, rho, adaptive=False, scaler=None, **options):
         scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
         method = ASAM(rho) if adaptive else SAM(L2(rho))
-        return Ours(SharpnessAware(model, method, loss, scale=scaler), base(params, **options), scaler)
+        return Ours(SharpnessAware(model, method, loss, scaler=scaler), base(params, **options), scaler)
 
 
 adapter = Bisam()

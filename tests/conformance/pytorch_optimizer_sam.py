@@ -1,7 +1,6 @@
-"""Its docstring's loop: a backward pass, then `step(closure)`, whose closure clears the gradients and makes the second.
+"""The loop of its docstring: a backward pass, then `step(closure)`; the closure clears gradients and runs a second one.
 
-Batch normalisation is paused in the second pass by the library's own helpers; a batch in parts is run part by part in
-the closure.
+The library's helpers pause batch normalisation in the second pass; the closure processes a batch in parts one by one.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from .adapter import GRAD_SCALER, LOSS, Adapter, Trainer
 
 
 @dataclass
-class Theirs(Trainer):
+class SAMTrainer(Trainer):
     model: nn.Module
     criterion: Any
     optimizer: torch.optim.Optimizer
@@ -57,13 +56,13 @@ class PytorchOptimizer(Adapter):
         LOSS: "it is an optimizer",
     }
     remarks: ClassVar = {
-        "torch_closure": "its docstring asks for a backward pass before `step(closure)`, with which the step is right",
-        "instance_norm": "its helpers are for BatchNorm",
-        "spectral_norm": "its helpers are for BatchNorm",
+        "torch_closure": "its docstring requires a backward pass before `step(closure)`; with it the step is correct",
+        "instance_norm": "its helpers handle BatchNorm only",
+        "spectral_norm": "its helpers handle BatchNorm only",
     }
 
     def make(self, model, loss, params, base, *, rho, adaptive=False, scaler=None, **options):
-        return Theirs(model, loss, SAM(params, base, rho=rho, adaptive=adaptive, **options), scaler)
+        return SAMTrainer(model, loss, SAM(params, base, rho=rho, adaptive=adaptive, **options), scaler)
 
 
 adapter = PytorchOptimizer()

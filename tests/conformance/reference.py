@@ -1,6 +1,6 @@
-"""The reference: SAM as the formula has it, slowly. The second pass is a copy's, so that there is nothing to restore.
+"""Reference: SAM as in the formula, slow. The second pass runs on a copy, so that there is nothing to restore.
 
-It passes every case that does not ask for a loss: they favour no design.
+It passes every case that does not need a loss, which shows that the cases favour no design.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Reference(Trainer):
         return [rho[w] * s**2 * t / norm.clamp(min=1e-30) for w, s, t in zip(weights, scales, g, strict=True)]
 
     def sam(self, x: Tensor, y: Tensor) -> tuple[Tensor, dict[Tensor, Tensor | None]]:
-        """The loss at the weights, and for each weight the gradient at the displaced ones."""
+        """The loss at the weights, and the gradient of each weight at the displaced weights."""
         model = getattr(self.model, "module", self.model)
         weights = trainable(model)
         loss = self.criterion(model(x), y)
@@ -48,7 +48,7 @@ class Reference(Trainer):
         return loss.detach(), dict(zip(weights, h, strict=True))
 
     def backward(self, *parts: Batch) -> Tensor:
-        """Fill `.grad` with the mean over the parts and over the processes; the mean loss at the weights."""
+        """Fill `.grad` with the mean over parts and processes; return the mean loss at the weights."""
         self.optimizer.zero_grad()
         total = torch.zeros(())
         for x, y in parts:
@@ -62,7 +62,7 @@ class Reference(Trainer):
         return total
 
     def average(self, gradients: list[Tensor]) -> None:
-        """Over the processes, in place."""
+        """Average over the processes, in place."""
         if dist.is_initialized():
             for g in gradients:
                 dist.all_reduce(g.div_(dist.get_world_size()))
@@ -83,7 +83,7 @@ def trainable(model: nn.Module) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Looped(Adapter):
-    """A kind of `Reference`."""
+    """Adapter of a subclass of `Reference`."""
 
     trainer: type[Reference] = Reference
     version: str = "-"

@@ -1,4 +1,4 @@
-"""Runner: cases put to adapters, in this process and in two that talk over gloo.
+"""Runner: runs cases on adapters, in this process and in two processes that communicate over gloo.
 
 results = run(["tests.conformance.ours:adapter"])       # {"tests.conformance.ours:adapter": {case: Result}}
 """
@@ -26,7 +26,7 @@ from .behaviours import CASES, Case
 OURS = f"{__package__}.ours:adapter"
 PYTORCH_OPTIMIZER = f"{__package__}.pytorch_optimizer_sam:adapter"
 HOST = "127.0.0.1"
-PATIENCE = 120  # seconds for what runs in two processes
+PATIENCE = 120  # seconds for the cases that need two processes
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def load(spec: str) -> Adapter:
     """The adapter at `module:object`.
 
     Raises:
-        ValueError: there is none, its implementation cannot be imported, or it declares an unknown feature.
+        ValueError: it does not exist, its implementation cannot be imported, or it declares an unknown feature.
     """
     module, _, name = spec.partition(":")
     try:
@@ -53,7 +53,7 @@ def load(spec: str) -> Adapter:
 
 
 def attempt(adapter: Adapter, case: Case) -> Result:
-    """The case, whether or not the adapter says that it is applicable."""
+    """Run the case, applicable or not."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
@@ -75,7 +75,7 @@ def applicable(adapter: Adapter, case: Case) -> bool:
 
 
 def run(specs: Sequence[str], cases: Sequence[Case] = CASES) -> dict[str, dict[str, Result]]:
-    """The result of each case by name, for each adapter by its `module:object`."""
+    """Results by `module:object` of the adapter and name of the case."""
     results: dict[str, dict[str, Result]] = {}
     for spec in specs:
         adapter, results[spec] = load(spec), {}
@@ -90,13 +90,13 @@ def run(specs: Sequence[str], cases: Sequence[Case] = CASES) -> dict[str, dict[s
 
 
 def distributed(pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], Result]:
-    """Results of (adapter, case), in two processes that end in any case.
+    """Results of (adapter, case), from two processes that are always terminated.
 
-    Both serve all pairs: after an error in one of them, what follows may fail too.
+    Both processes run all pairs, so an error in one pair may make later pairs fail too.
     """
     if not pairs:
         return {}
-    store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)  # here, so that it outlives both
+    store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)  # in this process, so that it outlives both
     with TemporaryDirectory() as folder:
         context = mp.spawn(_process, (store.port, pairs, folder), nprocs=2, join=False)
         deadline, missing = time.monotonic() + PATIENCE, f"not done after {PATIENCE} s"
@@ -122,11 +122,11 @@ def _process(rank: int, port: int, pairs: Sequence[tuple[str, str]], folder: str
         Path(folder, f"{i}.{rank}.json").write_text(json.dumps(vars(result)))
     store.set(f"done {rank}", "")
     store.wait([f"done {1 - rank}"], timeout)
-    os._exit(0)  # torch 2.6 sometimes waits for ever where it destroys the group
+    os._exit(0)  # torch 2.6 sometimes hangs when it destroys the group
 
 
 def joined(folder: Path, i: int, missing: str) -> Result:
-    """A pass if both processes pass, else the first failure."""
+    """Pass if both processes pass, else the first failure."""
     paths = [folder / f"{i}.{rank}.json" for rank in (0, 1)]
     each = [Result(**json.loads(p.read_text())) if p.exists() else Result("fail", missing) for p in paths]
     return next((result for result in each if result.verdict != "pass"), each[0])

@@ -1,4 +1,4 @@
-"""The page docs/conformance.md: a row for each case, a column for each implementation, and what failed how."""
+"""Writes docs/conformance.md: one row per case, one column per implementation, and remarks on failures."""
 
 from __future__ import annotations
 
@@ -16,36 +16,37 @@ ADAPTER = "tests.conformance.adapter"
 
 INTRODUCTION = """# Conformance
 
-Made by `python -m tests.conformance --to docs/conformance.md`. Each row is a behaviour that users of sharpness-aware
-training rely on, run on each implementation as its documentation says to use it.
+`python -m tests.conformance --to docs/conformance.md` writes this page. Each row is a behaviour that users of
+sharpness-aware training rely on. Each implementation is used as its documentation describes.
 
-* pass: the behaviour is as stated.
-* fail: it is not, or an error was raised; the remark says what was found.
-* n/a: it needs one of four features (GradScaler, a rho for each parameter group, sparse gradients, being a loss) that
-  the implementation documents no way to use. This says what is offered, and not that something is wrong.
+* pass: the implementation behaves as stated.
+* fail: it does not, or it raised an error; the remark describes the result.
+* n/a: the row needs a feature whose use the implementation does not document: GradScaler, a rho for each parameter
+  group, sparse gradients, or being a loss. This describes its scope and is not a defect.
 """
 
-CAVEATS = """## How fair it is
+CAVEATS = """## Fairness
 
-The authors of bisam chose the rows, from what users of SAM repositories report. That bisam passes them is no surprise:
-a row is there because we had to get it right. What can be said for the suite:
+The authors of bisam chose the rows, from problems that users of SAM repositories report. It is no surprise that bisam
+passes them: each row is a case that bisam had to handle. Three properties support the suite:
 
-* A loop of the plain formula ([reference.py](../tests/conformance/reference.py)), which is no loss, passes every row
-  but those under "only a loss", which only a loss can express.
+* A loop of the plain formula ([reference.py](../tests/conformance/reference.py)), which is not a loss, passes every row
+  except the group "loss only", which only a loss can express.
 * For each row there is a loop with a known defect that fails it ([mutants.py](../tests/conformance/mutants.py)).
-* Where more than one meaning is accepted (a batch in parts, several processes), each of them passes.
+* Where more than one meaning is accepted (a batch in parts, several processes), each accepted meaning passes.
 
-The rows do not weigh alike, and a count of passes means nothing: some matter to everybody, some to few. Speed, memory
-and accuracy are not in it, nor are GPUs, FSDP and tensor parallelism. Corrections are welcome, of an adapter above all.
+The rows are not equally important, and the number of passes means nothing: some rows matter to everybody, some to few.
+The suite does not cover speed, memory, accuracy, GPUs, FSDP or tensor parallelism. Corrections are welcome, especially
+corrections of an adapter.
 """
 
-INSTRUCTIONS = """## Put yours to it
+INSTRUCTIONS = """## Run the suite on your own implementation
 
-Write an adapter: a `make` that returns a trainer with `model`, `optimizer`, `step` and `closure`
-([adapter.py](../tests/conformance/adapter.py) has the types). This one is pytorch_optimizer's:
+Write an adapter whose `make` returns a trainer with `model`, `optimizer`, `step` and `closure`
+([adapter.py](../tests/conformance/adapter.py) has the types). This is the adapter of pytorch_optimizer:
 """
 
-COMMAND = """Then, from a checkout of bisam with `pip install -e ".[dev]"`:
+COMMAND = """Then run, in a checkout of bisam with `pip install -e ".[dev]"`:
 
 ```
 python -m tests.conformance --adapter mypackage.conformance:adapter
@@ -54,7 +55,7 @@ python -m tests.conformance --adapter mypackage.conformance:adapter
 
 
 def page(adapters: Mapping[str, Adapter], results: Mapping[str, Mapping[str, Result]], where: str) -> str:
-    """The Markdown of results by adapter and case; `where` says on what they were made."""
+    """Markdown of the results by adapter and case; `where` describes the environment of the measurement."""
     remarks: list[str] = []
 
     def cell(spec: str, name: str) -> str:
@@ -76,7 +77,7 @@ def page(adapters: Mapping[str, Adapter], results: Mapping[str, Mapping[str, Res
         [
             *(INTRODUCTION, *table, "", f"{where}.", ""),
             *("Remarks:", "", *(f"{i}. {remark}" for i, remark in enumerate(remarks, 1)), ""),
-            *("How each was used:", "", *used, ""),
+            *("How each implementation was used:", "", *used, ""),
             *(CAVEATS, INSTRUCTIONS, "```python", code.rstrip(), "```", "", COMMAND.rstrip(), ""),
         ]
     )
@@ -87,7 +88,7 @@ def _documented(adapter: Adapter) -> str:
 
 
 def verdicts(text: str) -> dict[str, dict[str, str]]:
-    """Of a page: for each "name version" in its heading, the verdict on each statement."""
+    """Parse a page: for each "name version" in its heading, the verdict on each statement."""
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     heading, _, *rows = lines
     return {

@@ -1,4 +1,4 @@
-"""The suite itself: ours passes, so does the reference, each case can fail, and the page says what running gives."""
+"""The suite itself: bisam and the reference pass, each case can fail, and the page agrees with the results."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_ours(case):
     if applicable(adapter, case):
         assert attempt(adapter, case) == PASS
     else:
-        assert attempt(adapter, case) != PASS, f"it works: {case.needs!r} need not stand in not_offered"
+        assert attempt(adapter, case) != PASS, f"it works: remove {case.needs!r} from not_offered"
 
 
 @each_case
@@ -49,13 +49,13 @@ def test_every_case_can_fail():
 
 
 def column(name: str) -> tuple[str, dict[str, str]]:
-    """Of the page: the heading of an implementation, and the verdicts below it."""
+    """Heading of an implementation on the page, and the verdicts below it."""
     return next((heading, rows) for heading, rows in verdicts(PAGE.read_text()).items() if heading.split()[0] == name)
 
 
 @cache
 def theirs_as_on_the_page() -> dict[str, str]:
-    """The peer's verdicts by statement; empty where it is not installed, or not of the version on the page."""
+    """Verdicts of pytorch_optimizer by statement; empty unless the version on the page is installed."""
     if not find_spec("pytorch_optimizer"):
         return {}
     adapter, made_with = load(PYTORCH_OPTIMIZER), re.search(r"torch (\d+\.\d+)\.", PAGE.read_text())
@@ -67,7 +67,7 @@ def theirs_as_on_the_page() -> dict[str, str]:
 
 
 def test_two_processes():
-    """One start of two processes for all that needs them."""
+    """Starts two processes once for all cases that need them."""
     page = theirs_as_on_the_page()
     specs = [OURS, *LOOPS.values(), *([PYTORCH_OPTIMIZER] if page else [])]
     results = distributed([(spec, case.name) for spec in specs for case in ELSEWHERE])
@@ -89,7 +89,7 @@ def test_both_processes_must_pass(tmp_path):
 def test_the_page_has_all_cases_and_our_results():
     adapter = load(OURS)
     expected = {case.statement: "pass" if applicable(adapter, case) else "n/a" for case in CASES}
-    assert column("bisam")[1] == expected, "make it again: python -m tests.conformance --to docs/conformance.md"
+    assert column("bisam")[1] == expected, "outdated page; run: python -m tests.conformance --to docs/conformance.md"
 
 
 def test_the_page_has_the_results_of_pytorch_optimizer():

@@ -13,13 +13,13 @@ _FORET, _KWON, _XIE = arxiv("2010.01412"), arxiv("2102.11600"), arxiv("2407.1299
 
 _SAMPA = Entry(
     "SAMPa-0.2",
-    "SAMPa(L2({rho}), ahead=lookahead(optimizer), lam=0.2)",
+    "SAMPa(L2({rho}), ahead=next_step(optimizer), lam=0.2)",
     "two gradients that two devices can take at once",
     "Xie et al., 2024",
     arxiv("2410.10683"),
     state="gradient, batch",
     kept=1,
-    memory=5,
+    memory=4,
     rho=0.1,
     advice="0.1",
     family="saving",
@@ -222,7 +222,7 @@ METHODS: dict[str, Entry] = {
         "Wu et al., 2024",
         arxiv("2312.13555"),
         gradients="3",
-        memory=5,
+        memory=4,
         rho=0.1,
         advice="0.1",
         family="combining",
@@ -318,7 +318,7 @@ METHODS: dict[str, Entry] = {
     "sampa_0": replace(
         _SAMPA,
         name="SAMPa-0",
-        expression="SAMPa(L2({rho}), ahead=lookahead(optimizer), lam=0)",
+        expression="SAMPa(L2({rho}), ahead=next_step(optimizer), lam=0)",
         what="the same without the gradient at the point ahead",
     ),
     "every": Entry(

@@ -30,7 +30,18 @@ _ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.FloorDiv: operator.floordiv,
 }
 _MODULES: tuple[ModuleType, ...] = (bisam, perturbations, masks, schedules)
-_HIDDEN = {"Around", "Evaluation", "Lookahead", "LowerBound", "ModelOracle", "Oracle", "SharpnessAware", "Vector"}
+_HIDDEN = {
+    "Around",
+    "Evaluation",
+    "Lookahead",
+    "LowerBound",
+    "Method",
+    "ModelOracle",
+    "Oracle",
+    "Query",
+    "SharpnessAware",
+    "Vector",
+}
 
 VOCABULARY: dict[str, Callable[..., Any]] = {
     name: value
@@ -38,10 +49,10 @@ VOCABULARY: dict[str, Callable[..., Any]] = {
     for name, value in vars(module).items()
     if getattr(value, "__module__", "").startswith("bisam.")
     and callable(value)
-    and (name[0].isupper() or name in ("lookahead", "cross_entropy"))
+    and (name[0].isupper() or name in ("next_step", "cross_entropy"))
     and name not in _HIDDEN
-}
-"""What an expression may call: methods, perturbations, masks, schedules, bounds, `lookahead`."""
+} | {"lookahead": bisam.next_step}  # as recipes of version 0.1 spell it
+"""What an expression may call: methods, perturbations, masks, schedules, bounds, `next_step`."""
 
 
 def build(expression: str, **names: Any) -> Method:

@@ -18,11 +18,11 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter, Token
 
-from bisam.arguments import non_negative, positive
 from bisam.experiments.errors import unknown
 from bisam.experiments.recipes.catalogue import METHODS
 from bisam.experiments.recipes.expressions import VOCABULARY, build, check
 from bisam.methods import Method
+from bisam.validation import non_negative, positive
 
 
 def whole(type_: Any, tokens: Sequence[Token]) -> int:

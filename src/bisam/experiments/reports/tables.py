@@ -120,7 +120,9 @@ def cells(row: Row, header: Sequence[str]) -> tuple[str, ...]:
 
 def difference(row: Row) -> str:
     """The difference of a row with its interval and its pairs; a dash where there are less than two."""
-    return _interval(Difference(*(row[f"difference_{part}"] for part in ("mean", "low", "high")), row["pairs"]), 100)
+    return _interval(
+        Difference(*[row[f"difference_{part}"] for part in ("mean", "low", "high")], pairs=row["pairs"]), 100
+    )
 
 
 def markdown(

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
-from bisam import Evaluation, Oracle, Vector
+from bisam import Evaluation, Oracle
 from bisam.evaluation import Batch, size
 from bisam.methods import Method
-from bisam.objectives import Objective
-from bisam.oracle import View
+from bisam.oracle import Query, View
 
 
 class CountedMethod:
@@ -38,20 +36,7 @@ class _Counted(View):
         super().__init__(oracle)
         self._counts = counts
 
-    def query(
-        self,
-        batch: Batch,
-        objective: Objective | None = None,
-        *,
-        at: Vector | None = None,
-        grad: bool = True,
-        track: bool | None = None,
-    ) -> Evaluation:
-        self._counts[grad] += size(batch) or 1
-        given, at = [at], None  # not held through the forward pass, see Oracle.query
-        return super().query(batch, objective, at=given.pop(), grad=grad, track=track)
-
-    def together(self, *queries: Mapping[str, Any]) -> list[Evaluation]:
+    def ask(self, queries: Sequence[Query]) -> list[Evaluation]:
         for query in queries:
-            self._counts[query.get("grad", True)] += size(query["batch"]) or 1
-        return super().together(*queries)
+            self._counts[query.grad] += size(query.batch) or 1
+        return super().ask(queries)

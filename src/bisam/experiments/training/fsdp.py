@@ -21,8 +21,8 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
+from bisam.distributed.layout import ShardedLayout, dtensor_type, local
 from bisam.experiments.runs.machine import FullySharded
-from bisam.shards import Shards, local, sharded_kind
 
 Averaging = Callable[[Sequence[Tensor], Sequence[Tensor], Any], None]
 
@@ -85,14 +85,14 @@ def whole(state: Any, keep: bool = True) -> Any:
 
     All processes must call it; one without `keep` takes part in the collectives and gets None for each tensor.
     """
-    if not any(isinstance(leaf, sharded_kind()) for leaf in tree_flatten(state)[0]):
+    if not any(isinstance(leaf, dtensor_type()) for leaf in tree_flatten(state)[0]):
         return state
 
     def gathered(tensor: Any) -> Any:
         full = tensor.full_tensor()
         return full.cpu() if keep else None
 
-    return tree_map_only(cast(Any, sharded_kind()), gathered, state)
+    return tree_map_only(cast(Any, dtensor_type()), gathered, state)
 
 
 def divided(state: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def gathered_memories(own: Any, fabric: Fabric) -> list[Any]:
     if fabric.world_size == 1:
         return [own]
     (leaves, structure), unsharded = tree_flatten(own), tree_flatten(whole(own))[0]
-    sharded = [isinstance(leaf, sharded_kind()) for leaf in leaves]
+    sharded = [isinstance(leaf, dtensor_type()) for leaf in leaves]
     every: list[Any] = [None] * fabric.world_size
     mine = [None if is_shard else leaf for leaf, is_shard in zip(leaves, sharded, strict=True)]
     dist.all_gather_object(every, mine)
@@ -147,9 +147,9 @@ def averaging(decay: float) -> Averaging:
 
 
 def _part(value: Any, like: Any) -> Any:
-    if not (isinstance(value, Tensor) and isinstance(like, sharded_kind())):
+    if not (isinstance(value, Tensor) and isinstance(like, dtensor_type())):
         return value
     if value.shape != like.shape:
         return value  # such as the step count of an optimizer
-    shards = Shards([like])
+    shards = ShardedLayout([like])
     return shards.wrapped(0, shards.part(0, value.to(like.device)))

@@ -69,7 +69,7 @@ class ReferenceSpeed:
         self._fabric, self._method = fabric, CountedMethod(ERM())
         self._split = PrefetchedSplit(split.first(steps * recipe.batch_size))
         self._recipe = replace(recipe, accumulate=1, clip=None)
-        loss = SharpnessAware(copied, self._method, nn.CrossEntropyLoss(reduction="none"), scale=grad_scaler(fabric))
+        loss = SharpnessAware(copied, self._method, nn.CrossEntropyLoss(reduction="none"), scaler=grad_scaler(fabric))
         self._sharp, self._optimizer = fabric.setup(loss, build_optimizer(copied, recipe))
 
     def seconds_per_loss(self) -> float:

@@ -15,6 +15,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from bisam import SharpnessAware
+from bisam.distributed.fsdp import reshard
 from bisam.experiments import data
 from bisam.experiments.data.image_tensors import channels
 from bisam.experiments.data.splits import Data, Split, batches_of
@@ -38,7 +39,6 @@ from bisam.experiments.training.optimizers import (
 from bisam.experiments.training.reference_speed import ReferenceSpeed
 from bisam.experiments.training.state import RunState
 from bisam.experiments.training.weight_average import WeightAverage
-from bisam.shards import reshard
 
 
 def train(run: Run, machine: Machine = Machine(), on_epoch: OnEpoch | None = None) -> dict[str, Any]:  # noqa: B008
@@ -110,7 +110,7 @@ class Training:
             # from a static one; a resumed run meets the sizes in another order.
             model.compile(dynamic=False)
         loss = SharpnessAware(
-            model, self._method, descent_loss(recipe.label_smoothing, splits.classes), scale=grad_scaler(fabric)
+            model, self._method, descent_loss(recipe.label_smoothing, splits.classes), scaler=grad_scaler(fabric)
         )
         sharp, optimizer = fabric.setup(loss, optimizer)
         self._state = RunState(fabric, sharp, optimizer, scheduler, average)
