@@ -356,7 +356,7 @@ def test_flipped_samples_are_right_at_w_and_wrong_at_w_plus_e():
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        (replace(SHORT, dataset="cifar10"), "cifar10 is not there: give --download .*"),
+        (replace(SHORT, dataset="cifar10"), "cifar10 is missing: give --download .*"),
         (replace(SHORT, dataset="digit"), "did you mean 'digits'"),
         (replace(SHORT, model="resnet57"), "unknown model 'resnet57', did you mean 'resnet56'"),
     ],
@@ -528,7 +528,7 @@ AUTHORS = ("train", "--optim", "bisam_log", "--rho", "0.05", "--epochs", "200", 
         (("bogus",), "Available commands"),
         (
             (*AUTHORS, "--model", "resnet56", "--dataset", "cifar10", "--data-dir", "nowhere"),
-            "cifar10 is not there",
+            "cifar10 is missing",
         ),
     ],
 )

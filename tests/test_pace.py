@@ -10,7 +10,8 @@ import torch
 
 from bisam import ERM, SharpnessAware, cross_entropy
 from bisam.experiments import data
-from bisam.experiments.data.image_tensors import Images, digits
+from bisam.experiments.data.digits import digits
+from bisam.experiments.data.image_tensors import Images
 from bisam.experiments.launch.estimate import estimate
 from bisam.experiments.models.build import build
 from bisam.experiments.recipes.recipe import Recipe

@@ -134,7 +134,7 @@ def test_runs_without_their_data_do_not_start_and_the_others_go_on(tmp_path):
     outcomes = processes.run_all([*lacking, SGD], tmp_path / "runs", 1, machine, progress)
     assert [outcome.started for outcome in outcomes] == [False, False, False, True]
     assert len({outcome.error for outcome in outcomes[:3]}) == 1
-    assert "cifar10 is not there: give --download" in outcomes[0].error
+    assert "cifar10 is missing: give --download" in outcomes[0].error
     assert [outcome.recipe for outcome in outcomes] == [*lacking, SGD]
     assert progress.ended == {SGD: None}
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [SGD.slug]

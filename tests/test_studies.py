@@ -223,7 +223,7 @@ def test_a_study_without_its_data_starts_nothing(bisam, tmp_path):
         "run", "table2", "--seeds", 1, "--workers", 1, "--data-dir", tmp_path, "--out", tmp_path / "o"
     )
     assert (code, out) == (2, "")
-    assert "seed 0 and 19 more did not start: cifar100 is not there: give --download" in err
+    assert "seed 0 and 19 more did not start: cifar100 is missing: give --download" in err
     assert err.count("\n") == 1
     assert not (tmp_path / "o").exists()
 
@@ -245,7 +245,7 @@ def test_a_dry_run_without_the_data_says_so(bisam, tmp_path):
     code, out, err = bisam("run", "table1", "--dry-run", "--data-dir", tmp_path)
     assert code == 0
     assert "120 of 120 runs of table1 are left, about ?" in out
-    assert "cifar10 is not there: give --download" in err
+    assert "cifar10 is missing: give --download" in err
     assert err.count("\n") == 1
 
 
