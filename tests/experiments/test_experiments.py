@@ -27,11 +27,11 @@ from bisam.experiments.launch import processes
 from bisam.experiments.models.build import build
 from bisam.experiments.recipes.catalogue import METHODS
 from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.runs import folder
+from bisam.experiments.runs import environment
 from bisam.experiments.runs.folder import Run, finished
 from bisam.experiments.runs.machine import Machine
 from bisam.experiments.studies.study import expand
-from bisam.experiments.training.counting import Watch
+from bisam.experiments.training.counting import CountedMethod
 from bisam.experiments.training.train import train
 from bisam.perturbations import L2
 
@@ -337,7 +337,7 @@ def test_a_full_disk_leaves_the_last_epoch(run, monkeypatch):
 def test_flipped_samples_are_right_at_w_and_wrong_at_w_plus_e():
     d = data.load(Recipe(), Machine())
     model = build("convnet", 10, channels=1)
-    watch = Watch(SAM(L2(2.0)))
+    watch = CountedMethod(SAM(L2(2.0)))
     sharp = SharpnessAware(model, watch, cross_entropy)
     x, y = d.train.images[:256], d.train.labels[:256]
     sharp(x, y)
@@ -345,7 +345,7 @@ def test_flipped_samples_are_right_at_w_and_wrong_at_w_plus_e():
     plain.load_state_dict(model.state_dict())
     assert torch.equal(sharp.clean.outputs, plain.train()(x).detach())
     assert not torch.equal(watch.outputs, sharp.clean.outputs)
-    still = Watch(ERM())
+    still = CountedMethod(ERM())
     sharp = SharpnessAware(model, still, cross_entropy)
     sharp(x, y)
     assert torch.equal(still.outputs, sharp.clean.outputs)
@@ -354,7 +354,7 @@ def test_flipped_samples_are_right_at_w_and_wrong_at_w_plus_e():
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        (replace(SHORT, dataset="cifar10"), "cifar10 is not there: give --download .*"),
+        (replace(SHORT, dataset="cifar10"), "cifar10 is missing: give --download .*"),
         (replace(SHORT, dataset="digit"), "did you mean 'digits'"),
         (replace(SHORT, model="resnet57"), "unknown model 'resnet57', did you mean 'resnet56'"),
     ],
@@ -497,8 +497,8 @@ def test_the_commit_is_this_projects_or_unknown(tmp_path, monkeypatch):
         ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "x", "--allow-empty"],
     ):
         subprocess.run(["git", "-C", tmp_path, *command], check=True)
-    monkeypatch.setattr(folder, "__file__", str(package / "folder.py"))
-    assert folder.commit() == "unknown"
+    monkeypatch.setattr(environment, "__file__", str(package / "environment.py"))
+    assert environment.commit() == "unknown"
 
 
 # The command line
@@ -526,7 +526,7 @@ AUTHORS = ("train", "--optim", "bisam_log", "--rho", "0.05", "--epochs", "200", 
         (("bogus",), "Available commands"),
         (
             (*AUTHORS, "--model", "resnet56", "--dataset", "cifar10", "--data-dir", "nowhere"),
-            "cifar10 is not there",
+            "cifar10 is missing",
         ),
     ],
 )

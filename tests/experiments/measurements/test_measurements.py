@@ -19,7 +19,7 @@ from bisam.experiments.errors import RunError
 from bisam.experiments.measurements import MEASUREMENTS, Measurement, epochs, losses, report, run
 from bisam.experiments.measurements.example import option_a, option_b
 from bisam.experiments.measurements.losses import row_by_row
-from bisam.experiments.runs.folder import to_csv
+from bisam.experiments.runs.files import to_csv
 from bisam.experiments.runs.machine import Machine
 
 FIGURE_1, EXAMPLE, TABLE_11, TABLE_12 = MEASUREMENTS.values()

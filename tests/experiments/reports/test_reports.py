@@ -22,7 +22,8 @@ from bisam.experiments.reports import drawing, figures, pages, tables as report,
 from bisam.experiments.reports.comparison import beside
 from bisam.experiments.reports.differences import baseline, differences, student
 from bisam.experiments.reports.groups import grouped, names, places
-from bisam.experiments.runs.folder import Finished, Run, finished as finished_runs, to_csv
+from bisam.experiments.runs.files import to_csv
+from bisam.experiments.runs.folder import Finished, Run, finished as finished_runs
 from bisam.experiments.studies import published
 
 SAM = Recipe(method="sam", noise=0.4, rho=0.4, epochs=3)

@@ -24,7 +24,8 @@ from filelock import FileLock, Timeout
 
 from bisam.experiments.errors import RunError, unknown
 from bisam.experiments.measurements.timing import Ratio, conditions
-from bisam.experiments.runs.folder import environment, read_json, write
+from bisam.experiments.runs.environment import environment
+from bisam.experiments.runs.files import read_json, write
 from bisam.experiments.runs.machine import Machine
 
 if TYPE_CHECKING:

@@ -22,7 +22,8 @@ from bisam.experiments.recipes.catalogue import BASELINE, METHODS
 from bisam.experiments.recipes.entries import FAMILIES
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports.groups import Groups, metric, names, place, places
-from bisam.experiments.runs.folder import Finished, write
+from bisam.experiments.runs.files import write
+from bisam.experiments.runs.folder import Finished
 from bisam.experiments.training.metrics import TITLES
 
 BLACK, GREY = "#000000", "#7F7F7F"
