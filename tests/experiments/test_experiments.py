@@ -96,7 +96,7 @@ def test_a_recipe_refuses_what_is_out_of_range(field, value):
         ({"method": "KSAM(0)"}, "k must be at least 1, got 0"),
         ({"method": "NegLog(1).mu()"}, "neither a number nor a call"),
         ({"method": "SAM(L2(rho))"}, "unknown name 'rho'"),
-        ({"method": "SAM(NegLog())"}, "no method that can take a step"),
+        ({"method": "SAM(NegLog())"}, "perturb must be a radius or a perturbation"),
         ({"method": "KSAM(32, ERM)"}, r"ERM is no value: write a call, such as ERM\(...\)"),
         ({"method": "SAM(L2(1 / 0))"}, "division by zero"),
         ({"method": "SAM(L2('x' * 10))"}, "'x'\" is no number|is no number"),

@@ -22,7 +22,6 @@ from torch import Tensor
 from bisam.experiments.data.glue import TASKS
 from bisam.experiments.data.splits import Data
 from bisam.experiments.errors import DataError, unknown
-from bisam.experiments.recipes.presets import GLUE
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.machine import Machine
 

@@ -27,6 +27,7 @@ from bisam.experiments.measurements.timing import Ratio, conditions
 from bisam.experiments.runs.environment import environment
 from bisam.experiments.runs.files import read_json, write
 from bisam.experiments.runs.machine import Machine
+from bisam.experiments.runs.provenance import MEASURED, line, where
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -290,16 +291,15 @@ def _environment(device: torch.device, settings: Settings) -> dict[str, Any]:
 
 def _provenance(made: Iterable[Mapping[str, Any]]) -> list[str]:
     """Provenance of the numbers: one line for each environment."""
-    keys = ("hardware", "device", "threads", "torch", "python", "bisam", "commit")
     places: dict[str, list[Mapping[str, Any]]] = {}
     for one in made:
-        places.setdefault(", ".join(f"{key} {one.get(key, 'unknown')}" for key in keys), []).append(one)
+        places.setdefault(where(one, MEASURED), []).append(one)
     lines: list[str] = []
-    for where, group in places.items():
-        dates = sorted({str(one.get("date", "unknown"))[:10] for one in group})
+    for place, group in places.items():
+        dates = [str(one.get("date", "unknown")) for one in group]
         loads = sorted(float(one["load"]) for one in group if one.get("load") is not None)
         load = f", load {loads[0]:.1f} to {loads[-1]:.1f}" if loads else ""
-        lines.append(f"Made {' to '.join(dict.fromkeys((dates[0], dates[-1])))} on {where}{load}.")
+        lines.append(line(place, dates, load))
     return lines
 
 

@@ -26,6 +26,7 @@ from bisam.experiments.reports.groups import (
     varying,
 )
 from bisam.experiments.runs.folder import Finished
+from bisam.experiments.runs.provenance import RESULT, line, where
 from bisam.experiments.training.metrics import TITLES
 
 Row = dict[str, Any]
@@ -162,14 +163,9 @@ def markdown(
 
 def provenance(runs: Sequence[Finished]) -> list[str]:
     """Provenance of the numbers in Markdown: one line for each environment."""
-    keys = ("hardware", "device", "torch", "python", "bisam", "commit")
+    keys, dates = RESULT, [run.result["finished"] for run in runs]
     made = sorted({tuple(str(run.result.get(key, "unknown")) for key in keys) for run in runs})
-    dates = sorted(run.result["finished"][:10] for run in runs)
-    when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
-    return [
-        f"Made {escaped(when)} on {escaped(', '.join(f'{k} {v}' for k, v in zip(keys, env, strict=True)))}."
-        for env in made
-    ]
+    return [escaped(line(where(dict(zip(keys, values, strict=True)), keys), dates)) for values in made]
 
 
 def escaped(text: str) -> str:
