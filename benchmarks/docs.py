@@ -20,7 +20,8 @@ from typing import Any
 from benchmarks import parallel, pipeline, scaling
 from benchmarks.objective import REFERENCE
 from benchmarks.step import LIMIT
-from bisam.experiments.runs import RunError, read_json, write
+from bisam.experiments.errors import RunError
+from bisam.experiments.runs.folder import read_json, write
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 INTRODUCTION = """# Benchmarks

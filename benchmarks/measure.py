@@ -13,19 +13,19 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.table import Table
 
-from bisam.experiments import runs
-from bisam.experiments.timing import (
+from bisam.experiments.measurements.timing import (
     Ratio as Ratio,
     conditions,
     interleaved as interleaved,
     ratio as ratio,
     seconds as seconds,
 )
+from bisam.experiments.runs import folder
 
 
 def environment() -> dict[str, Any]:
     """Hardware, versions, threads and commit of a measurement."""
-    return {**runs.environment(), "pytorch_optimizer": version("pytorch_optimizer"), **conditions()}
+    return {**folder.environment(), "pytorch_optimizer": version("pytorch_optimizer"), **conditions()}
 
 
 def report(
@@ -56,7 +56,7 @@ def verdict(row: Mapping[str, Any]) -> str:
 def write(path: Path, benchmark: str, settings: Mapping[str, Any], results: Mapping[str, Any]) -> None:
     """Write the results as JSON, atomically."""
     content = {"benchmark": benchmark, "environment": environment(), "settings": dict(settings), **results}
-    runs.write(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+    folder.write(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 class Parser(argparse.ArgumentParser):

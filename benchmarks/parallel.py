@@ -26,9 +26,9 @@ from torch import nn
 
 from benchmarks.measure import Parser, interleaved, ratio, report, verdict, write
 from benchmarks.models import batch_for, mlp, resnet56
-from bisam import ERM, SAM, SAMPa, SharpnessAware, cross_entropy, lookahead
-from bisam.experiments.timing import Times
-from bisam.integrations.parallel import InPairs
+from bisam import ERM, SAM, SAMPa, SharpnessAware, cross_entropy, next_step
+from bisam.experiments.measurements.timing import Times
+from bisam.integrations.pairs import InPairs
 from bisam.methods import Method
 
 REFERENCE = "SAM, one process"
@@ -119,11 +119,11 @@ def measured(rank: int, name: str, repeats: int) -> Times:
     make = partial(step, model, case.n)
     alone = {
         REFERENCE: make(lambda _: SAM()),
-        "SAMPa, one process": make(lambda optimizer: SAMPa(ahead=lookahead(optimizer))),
+        "SAMPa, one process": make(lambda optimizer: SAMPa(ahead=next_step(optimizer))),
         "SGD, one process": make(lambda _: ERM()),
     }
     torch.manual_seed(1)  # the same batch on both
-    both = {OURS: make(lambda optimizer: InPairs(SAMPa(ahead=lookahead(optimizer))))}
+    both = {OURS: make(lambda optimizer: InPairs(SAMPa(ahead=next_step(optimizer))))}
     return taking_turns(rank, alone, both, repeats)
 
 

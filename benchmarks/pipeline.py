@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from benchmarks.measure import Parser, at_least, interleaved, ratio, report, verdict, write
-from bisam.experiments.images import Augmentation, Images
+from bisam.experiments.data.image_tensors import Augmentation, Images
 
 REFERENCE = "torchvision, image by image"
 OURS = "bisam, in batches"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import cos, pi
 from typing import Any
@@ -52,9 +52,10 @@ from bisam import (
     VaSSO,
     Vector,
     ZSharp,
-    lookahead,
+    next_step,
 )
 from bisam.masks import DropGrow, FisherMask, RandomMask
+from bisam.oracle import Query
 from bisam.perturbations import L2, Adaptive, Friendly, LossEquated, NormLayers, Smoothed, ZScore
 from bisam.schedules import Cosine, Follow, Linear, Warmup
 
@@ -280,10 +281,10 @@ FAMILY: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], references.Twin]
         lambda o: MomentumSAM(Adaptive(0.5), NegLog(), momentum=0.5),
         references.momentum_sam(references.adaptive(0.5), LOG, 0.5),
     ),
-    "SAMPa": (lambda o: SAMPa(L2(0.1), ahead=lookahead(o)), references.sampa(B, CE, CE, 0.2)),
-    "SAMPa-0": (lambda o: SAMPa(L2(0.1), ahead=lookahead(o), lam=0.0), references.sampa(B, CE, CE, 0.0)),
+    "SAMPa": (lambda o: SAMPa(L2(0.1), ahead=next_step(o)), references.sampa(B, CE, CE, 0.2)),
+    "SAMPa-0": (lambda o: SAMPa(L2(0.1), ahead=next_step(o), lam=0.0), references.sampa(B, CE, CE, 0.0)),
     "SAMPa-log": (
-        lambda o: SAMPa(Friendly(L2(0.1)), NegLog(), ahead=lookahead(o), lam=0.5),
+        lambda o: SAMPa(Friendly(L2(0.1)), NegLog(), ahead=next_step(o), lam=0.5),
         references.sampa(references.friendly(B, 1.0, 0.9), LOG, CE, 0.5),
     ),
     # Two gradients combined.
@@ -382,8 +383,11 @@ class Quadratic(Oracle):
     def __init__(self, *w: float) -> None:
         self.weights, self.names, self.state = Vector([torch.tensor(w, dtype=torch.double)]), ["w"], {}
 
-    def query(self, batch, objective=None, *, at=None, grad=True, track=None) -> Evaluation:
-        (a,), (w,) = batch, self.weights if at is None else self.weights + at
+    def ask(self, queries: Sequence[Query]) -> list[Evaluation]:
+        return [self._answer(query.batch[0], query.take(), query.grad) for query in queries]
+
+    def _answer(self, a: Tensor, at: Vector | None, grad: bool) -> Evaluation:
+        (w,) = self.weights if at is None else self.weights + at
         return Evaluation((a * (w - 1) ** 2 / 2).sum(1), Vector([a.mean(0) * (w - 1)]) if grad else None)
 
 

@@ -113,7 +113,7 @@ def test_float16_skips_the_steps_that_overflow_and_trains_after_them():
     model = nn.Sequential(nn.Linear(6, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, cases.CLASSES)).to(DEVICE)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**30, growth_interval=1000)
-    sharp = SharpnessAware(model, BiSAM(0.1), cross_entropy, scale=scaler)
+    sharp = SharpnessAware(model, BiSAM(0.1), cross_entropy, scaler=scaler)
     x, y = (t.to(DEVICE) for t in cases.batch(n=64))
     losses, skipped = [], 0
     for _ in range(60):

@@ -13,7 +13,7 @@ pytest.importorskip("rich")
 pytest.importorskip("torchvision")
 
 from benchmarks import docs, measure, models, objective, parallel, pipeline, scaling, step
-from bisam.experiments import timing
+from bisam.experiments.measurements import timing
 
 MAINS = [module.main for module in (objective, step, pipeline, parallel, scaling)]
 RATIO = {"median", "low", "high", "rounds", "seconds", "bar", "passed"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from torch.utils._pytree import tree_leaves
 
 import bisam
 from bisam import Evaluation, Oracle, SharpnessAware, cross_entropy
-from bisam.experiments import catalogue, cli, entries
-from bisam.experiments.expressions import VOCABULARY, build
-from bisam.oracle import View
+from bisam.experiments import cli
+from bisam.experiments.recipes import catalogue, entries
+from bisam.experiments.recipes.expressions import VOCABULARY, build
+from bisam.oracle import Query, View
 
 N, WIDTH, STEPS = 64, 400, 120
 ENTRIES = {**catalogue.METHODS, **catalogue.GAMES}
@@ -36,17 +37,10 @@ class Counting(View):
         super().__init__(oracle)
         self.counts = counts
 
-    def query(self, batch, objective=None, *, at=None, grad=True, track=None) -> Evaluation:
-        self._count(batch, grad)
-        return super().query(batch, objective, at=at, grad=grad, track=track)
-
-    def together(self, *queries: Mapping[str, Any]) -> list[Evaluation]:
+    def ask(self, queries: Sequence[Query]) -> list[Evaluation]:
         for query in queries:
-            self._count(query["batch"], query.get("grad", True))
-        return super().together(*queries)
-
-    def _count(self, batch, grad) -> None:
-        self.counts["gradients" if grad else "forwards"] += len(batch[0]) / N
+            self.counts["gradients" if query.grad else "forwards"] += len(query.batch[0]) / N
+        return super().ask(queries)
 
 
 class Weights(TorchDispatchMode):
@@ -129,7 +123,7 @@ def test_it_takes_the_memory_that_it_claims(key):
 
 def test_every_public_method_has_a_row():
     written = " ".join(entry.expression for entry in ENTRIES.values())
-    functions = {"Follow", "L2", "lookahead", "cross_entropy", "NegLog", "Tanh"}
+    functions = {"Follow", "L2", "next_step", "cross_entropy", "NegLog", "Tanh"}
     public = {name for name in VOCABULARY if hasattr(bisam, name)} - functions
     assert {name for name in public if f"{name}(" not in written} == set()
 

@@ -19,12 +19,13 @@ import torch
 from filelock import FileLock
 
 from bisam import __version__
-from bisam.experiments import cluster
-from bisam.experiments.machine import Machine
-from bisam.experiments.processes import Outcome
-from bisam.experiments.recipes import Recipe
-from bisam.experiments.runs import Run, RunError
-from bisam.experiments.train import train
+from bisam.experiments.errors import RunError
+from bisam.experiments.launch import ray as on_ray
+from bisam.experiments.launch.outcomes import Outcome
+from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.runs.folder import Run
+from bisam.experiments.runs.machine import Machine
+from bisam.experiments.training.train import train
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # Ray's sockets and log files
 
@@ -79,7 +80,7 @@ def test_a_study_has_the_bits_of_one_process(ray, tmp_path):
     damaged.folder.mkdir(parents=True)
     (damaged.folder / "checkpoint.pt").write_bytes(b"garbage")
     progress = Silent()
-    outcomes = cluster.run_all(recipes, tmp_path / "runs", QUIET, progress, address="auto")
+    outcomes = on_ray.run_all(recipes, tmp_path / "runs", QUIET, progress, address="auto")
     assert [outcome.recipe for outcome in outcomes] == recipes
     assert outcomes[0].result == kept
     assert "checkpoint.pt is damaged" in outcomes[1].error
@@ -117,7 +118,7 @@ class Deadly(Machine):
 def test_a_run_whose_worker_is_killed_goes_on_to_the_same_bits(ray, tmp_path):
     recipes = [SHORT, replace(SHORT, precision="bf16", epochs=30)]
     machine = Deadly(log=(), folder=tmp_path)
-    outcomes = cluster.run_all(recipes, tmp_path / "runs", machine, Silent(), address="auto", retries=2)
+    outcomes = on_ray.run_all(recipes, tmp_path / "runs", machine, Silent(), address="auto", retries=2)
     assert outcomes[0].error is None
     assert "its worker was lost 3 times (WorkerCrashedError; short of memory?): the same" in outcomes[1].error
     assert ((tmp_path / "32").read_text(), (tmp_path / "bf16").read_text()) == ("xx", "xxx")
@@ -128,8 +129,8 @@ def test_a_run_whose_worker_is_killed_goes_on_to_the_same_bits(ray, tmp_path):
 
 
 def test_a_folder_that_workers_do_not_see_is_said_and_not_made(ray, tmp_path, monkeypatch):
-    monkeypatch.setattr(cluster, "_marked", lambda root: nullcontext(root / "on-another-machine"))
-    (outcome,) = cluster.run_all([SHORT], tmp_path, QUIET, Silent(), address="auto")
+    monkeypatch.setattr(on_ray, "marked", lambda root: nullcontext(root / "on-another-machine"))
+    (outcome,) = on_ray.run_all([SHORT], tmp_path, QUIET, Silent(), address="auto")
     assert f"does not see {tmp_path}: give an --out on storage that all machines share" in outcome.error
     assert not Run.under(tmp_path, SHORT).folder.exists()
 
@@ -137,9 +138,9 @@ def test_a_folder_that_workers_do_not_see_is_said_and_not_made(ray, tmp_path, mo
 INTERRUPTED = """
 import sys
 from pathlib import Path
-from bisam.experiments import cluster
-from bisam.experiments.machine import Machine
-from bisam.experiments.recipes import Recipe
+from bisam.experiments.launch import ray as on_ray
+from bisam.experiments.runs.machine import Machine
+from bisam.experiments.recipes.recipe import Recipe
 
 class Progress:
     def epoch(self, recipe, epoch, validation):
@@ -149,7 +150,7 @@ class Progress:
 
 recipe = Recipe(method="bisam_log", noise=0.4, rho=0.4, epochs=100000, batch_size=256)
 try:
-    cluster.run_all([recipe], Path(sys.argv[1]), Machine(log=()), Progress(), address="local")
+    on_ray.run_all([recipe], Path(sys.argv[1]), Machine(log=()), Progress(), address="local")
 except KeyboardInterrupt:
     print("interrupted")
 """
@@ -233,7 +234,7 @@ class Ray:
 def played(tmp_path, *script, retries=3):
     ray, outcomes = Ray(*script), []
     tasks = {ray.start(SHORT): SHORT}
-    cluster._as_tasks(ray, tasks, ray.start, retries, cluster._News(tmp_path, Silent()), outcomes.append)
+    on_ray.run_as_tasks(ray, tasks, ray.start, retries, on_ray.News(tmp_path, Silent()), outcomes.append)
     return ray, outcomes
 
 
@@ -268,7 +269,7 @@ def test_a_cluster_that_goes_away_is_one_line(tmp_path):
 def test_epochs_are_told_by_the_run_folders(tmp_path):
     train(Run.under(tmp_path, SHORT), QUIET)
     progress = Silent()
-    news = cluster._News(tmp_path, progress)
+    news = on_ray.News(tmp_path, progress)
     news.tell([SHORT, SGD])
     news._next = 0
     news.tell([SHORT, SGD])
@@ -277,18 +278,18 @@ def test_epochs_are_told_by_the_run_folders(tmp_path):
 
 def test_a_lost_machines_lock_is_waited_for(tmp_path, monkeypatch):
     """Until the lease is over; then it is said that the folder is in use."""
-    monkeypatch.setattr(cluster, "_LEASE", 0.1)
+    monkeypatch.setattr(on_ray, "LEASE", 0.1)
     folder = Run.under(tmp_path, SHORT).folder
     folder.mkdir(parents=True)
     with FileLock(folder / ".lock"):
-        outcome = cluster._work(SHORT, tmp_path, QUIET, tmp_path, __version__, 1, os.getcwd(), again=True)
+        outcome = on_ray.work(SHORT, tmp_path, QUIET, tmp_path, __version__, 1, os.getcwd(), again=True)
     assert "is in use by another process" in outcome.error
-    outcome = cluster._work(SHORT, tmp_path, QUIET, tmp_path, __version__, 1, os.getcwd(), again=True)
+    outcome = on_ray.work(SHORT, tmp_path, QUIET, tmp_path, __version__, 1, os.getcwd(), again=True)
     assert outcome.error is None
 
 
 def test_another_version_on_a_worker_is_said(tmp_path):
-    outcome = cluster._work(SHORT, tmp_path, QUIET, tmp_path, "0.0", 1, os.getcwd(), again=False)
+    outcome = on_ray.work(SHORT, tmp_path, QUIET, tmp_path, "0.0", 1, os.getcwd(), again=False)
     assert f"has bisam {__version__}, this machine 0.0: install the same on all" in outcome.error
     assert not Run.under(tmp_path, SHORT).folder.exists()
 
@@ -299,7 +300,7 @@ def test_another_version_on_a_worker_is_said(tmp_path):
 def test_without_ray_it_is_said_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ValueError, match=r"--ray needs ray: pip install 'bisam\[cluster\]'"):
-        cluster.run_all([SHORT], tmp_path, QUIET, Silent(), address="local")
+        on_ray.run_all([SHORT], tmp_path, QUIET, Silent(), address="local")
 
 
 @pytest.mark.parametrize(
@@ -318,7 +319,7 @@ def test_without_ray_it_is_said_what_to_install(tmp_path, monkeypatch):
 def test_a_mistake_is_named(tmp_path, monkeypatch, machine, settings, message):
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: False))
     with pytest.raises(ValueError, match=message):
-        cluster.run_all([SHORT], tmp_path, machine, Silent(), **{"address": "auto", **settings})
+        on_ray.run_all([SHORT], tmp_path, machine, Silent(), **{"address": "auto", **settings})
     assert not Run.under(tmp_path, SHORT).folder.exists()
 
 
@@ -329,7 +330,7 @@ def test_where_nobody_listens_there_is_no_cluster(tmp_path, monkeypatch, prefix)
         closed.bind(("127.0.0.1", 0))
         address = f"{prefix}127.0.0.1:{closed.getsockname()[1]}"
         with pytest.raises(ValueError, match=f"--ray {address}: no cluster to work with .*ray start --head"):
-            cluster.run_all([SHORT], tmp_path, QUIET, Silent(), address=address)
+            on_ray.run_all([SHORT], tmp_path, QUIET, Silent(), address=address)
 
 
 def test_a_cluster_that_asks_for_a_token_says_so(tmp_path, monkeypatch):
@@ -342,20 +343,20 @@ def test_a_cluster_that_asks_for_a_token_says_so(tmp_path, monkeypatch):
     ray = SimpleNamespace(is_initialized=lambda: False, init=init, shutdown=lambda: None)
     monkeypatch.setitem(sys.modules, "ray", ray)
     with pytest.raises(ValueError, match=r"auto asks for its token \(Failed to connect.*\): set RAY_AUTH_MODE=token"):
-        cluster.run_all([SHORT], tmp_path, QUIET, Silent(), address="auto")
+        on_ray.run_all([SHORT], tmp_path, QUIET, Silent(), address="auto")
 
 
 def test_a_task_knows_its_gpu_as_cuda_and_data_by_their_whole_path():
-    machine = cluster._of_a_task(Machine(data_dir=Path("data")), gpus=0.25)
+    machine = on_ray.machine_of_a_task(Machine(data_dir=Path("data")), gpus=0.25)
     assert machine.device == "cuda"
     assert machine.data_dir == Path.cwd() / "data"
-    assert cluster._of_a_task(Machine(), gpus=0).device == "cpu"
+    assert on_ray.machine_of_a_task(Machine(), gpus=0).device == "cpu"
 
 
 def test_a_run_for_which_there_is_no_room_is_said():
     ray = SimpleNamespace(nodes=lambda: [{"Alive": True, "Resources": {"CPU": 2}}, {"Alive": False, "Resources": {}}])
-    cluster._find_room(ray, 2, 0, strict=True)
+    on_ray.find_room(ray, 2, 0, strict=True)
     with pytest.raises(ValueError, match="no machine of the cluster has 4 CPUs: give smaller --cpus or --gpus"):
-        cluster._find_room(ray, 4, 0, strict=True)
+        on_ray.find_room(ray, 4, 0, strict=True)
     with pytest.warns(RuntimeWarning, match=r"has 1 CPUs and 0\.5 GPUs: the runs wait until one joins"):
-        cluster._find_room(ray, 1, 0.5, strict=False)
+        on_ray.find_room(ray, 1, 0.5, strict=False)

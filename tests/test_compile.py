@@ -120,7 +120,7 @@ def test_a_compiled_model_in_float16_with_a_grad_scaler_trains_to_the_bit(method
         model, scaler = convnet().float(), torch.amp.GradScaler("cpu", init_scale=scale)
         optimizer = cases.OPTIMIZERS["sgd"](model.parameters())
         callable_model = torch.compile(model, backend=backend) if backend else model
-        sharp = SharpnessAware(callable_model, method, cross_entropy, scale=scaler)
+        sharp = SharpnessAware(callable_model, method, cross_entropy, scaler=scaler)
         torch.manual_seed(0)
         for i in range(5):
             x, y = cases.batch(i)

@@ -260,7 +260,7 @@ def global_against_one_process() -> dict[str, Any]:
             findings[name] = far(
                 trained(
                     many,
-                    lambda o, m=many, make=make, order=order: nested(order, m, make(o), perturbation="global"),
+                    lambda o, m=many, make=make, order=order: nested(order, m, make(o), scope="global"),
                     part,
                     seed=5 + rank,  # the first rank's stream is the one that counts
                 ),
@@ -361,7 +361,7 @@ def overflown() -> dict[str, Any]:
         bad = float("inf") if sharp.get_extra_state()["step"] == 2 and dist.get_rank() else 1.0
         return cross_entropy(outputs, targets) * bad
 
-    sharp = SharpnessAware(model, MomentumSAM(), loss, scale=lambda: 8.0, perturbation="global")
+    sharp = SharpnessAware(model, MomentumSAM(), loss, scaler=lambda: 8.0, scope="global")
     values = [sharp(*part(step)).item() for step in range(4)]
     fine = all(t.isfinite().all() for t in memory_of(sharp)) and values[3] < 10
     return {} if fine else {"values": values}
@@ -369,7 +369,7 @@ def overflown() -> dict[str, Any]:
 
 def copied() -> dict[str, Any]:
     model = network()
-    sharp = SharpnessAware(model, METHODS["LookSAM"](None), cross_entropy, perturbation="global")
+    sharp = SharpnessAware(model, METHODS["LookSAM"](None), cross_entropy, scope="global")
     sharp(*part(0))
     other = copy.deepcopy(sharp)
     pickle.dumps(other._memory)
@@ -403,7 +403,7 @@ def ddp_otherwise() -> dict[str, Any]:
             "static graph, outside": static(),
             "static graph, inside": refused(still, "static_graph=True) inside the loss would never average"),
             "replicas that decide": refused(decides(), "with AESAM replicas may differ in their number of forward"),
-            "that decide together": {} if decides(perturbation="global")()(*part(0)) > 0 else {"loss": 0},
+            "that decide together": {} if decides(scope="global")()(*part(0)) > 0 else {"loss": 0},
         }
     )
 
@@ -588,7 +588,7 @@ def adapters() -> dict[str, float]:
         if many:
             mesh = init_device_mesh("cpu", (dist.get_world_size(),))
             fully_shard(model, mesh=mesh, ignored_params=set(model[-1].parameters()))
-        sharp = SharpnessAware(model, SAM(L2(0.1)), cross_entropy, perturbation="global" if many else None)
+        sharp = SharpnessAware(model, SAM(L2(0.1)), cross_entropy, scope="global" if many else None)
         sharp(*(part if many else whole)(0)).backward()
         grads.append([p.grad for p in model[-1].parameters()])
     off = distance(*grads)
@@ -637,7 +637,7 @@ def sharded_otherwise() -> dict[str, Any]:
         return lambda: SharpnessAware(sharded(network()), method, cross_entropy, **arguments)
 
     def parallel_and_global() -> SharpnessAware:
-        return SharpnessAware(tensor_parallel(network()), SAM(), cross_entropy, perturbation="global")
+        return SharpnessAware(tensor_parallel(network()), SAM(), cross_entropy, scope="global")
 
     return wrong(
         {
@@ -661,9 +661,7 @@ def sharded_otherwise() -> dict[str, Any]:
             "inference mode": inference(),
             "adapters beside a sharded model": adapters(),
             "around the loss": refused(around, "fully_shard the model, not the loss"),
-            "local": refused(
-                lonely(SAM(), perturbation="local"), 'perturbation="local" needs the gradient of each rank'
-            ),
+            "local": refused(lonely(SAM(), scope="local"), 'scope="local" needs the gradient of each rank'),
             "single examples": refused(lonely(SSAMF()), "use FisherSAM"),
             "tensor parallelism, global": refused(parallel_and_global, "different parts of one tensor"),
         }
@@ -713,7 +711,7 @@ def test_two_dimensions_of_ranks():
 def uneven() -> dict[str, str]:
     """Ranks with a different number of micro-batches would wait for each other."""
     model = network()
-    sharp = SharpnessAware(model, MSAM(2, SAM(L2(0.1))), cross_entropy, perturbation="global")
+    sharp = SharpnessAware(model, MSAM(2, SAM(L2(0.1))), cross_entropy, scope="global")
     before = [p.detach().clone() for p in model.parameters()]
     x, y = part(0)
     cut = 4 - 2 * dist.get_rank()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from bisam import ERM, MSAM, SAM, BiSAM, NegLog, SharpnessAware, cross_entropy
+from bisam import ERM, MSAM, SAM, BiSAM, LookSAM, NegLog, SharpnessAware, cross_entropy
 from bisam.perturbations import L2, Adaptive
 
 X, Y = torch.randn(8, 4, generator=torch.Generator().manual_seed(1)).double(), torch.arange(8) % 3
@@ -148,10 +148,16 @@ def test_clean_is_the_same_under_autocast_and_after_it():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: SAM(0.05), r"perturb must be a perturbation such as L2\(0.05\), got 0.05"),
+        (
+            lambda: SAM("0.05"),
+            r"perturb must be a radius such as 0.05, or .* got '0.05'",
+        ),
+        (lambda: SAM(NegLog()), "perturb must be a radius or a perturbation .* got the objective NegLog"),
+        (lambda: SAM(True), "rho must be a number, got True"),
+        (lambda: LookSAM(None), "perturb must be a radius .* got None"),
         (lambda: SAM(L2), "perturb is the class L2"),
         (lambda: SAM(ascent=NegLog), "ascent is the class NegLog"),
-        (lambda: BiSAM(NegLog()), "rho must be a number or a schedule, .* got NegLog"),
+        (lambda: BiSAM(NegLog()), "perturb must be a radius or a perturbation .* got the objective NegLog"),
         (lambda: BiSAM(bound=NegLog), "ascent is the class NegLog"),
         (lambda: MSAM(32, SAM), "method is the class SAM"),
         (lambda: MSAM(4.0), "must be an int, got 4.0"),

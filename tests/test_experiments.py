@@ -21,14 +21,18 @@ import torch
 from filelock import FileLock
 
 from bisam import ERM, KSAM, RSAM, SAM, EBiSAM, SharpnessAware, cross_entropy, experiments
-from bisam.experiments import data, models, processes, runs, studies
-from bisam.experiments.catalogue import METHODS
-from bisam.experiments.machine import Machine
-from bisam.experiments.recipes import Recipe
-from bisam.experiments.runs import Run, RunError
-from bisam.experiments.study import expand
-from bisam.experiments.train import train
-from bisam.experiments.watch import Watch
+from bisam.experiments import data, studies
+from bisam.experiments.errors import RunError
+from bisam.experiments.launch import processes
+from bisam.experiments.models.build import build
+from bisam.experiments.recipes.catalogue import METHODS
+from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.runs import folder
+from bisam.experiments.runs.folder import Run, finished
+from bisam.experiments.runs.machine import Machine
+from bisam.experiments.studies.study import expand
+from bisam.experiments.training.counting import Watch
+from bisam.experiments.training.train import train
 from bisam.perturbations import L2
 
 SHORT = Recipe(method="bisam_log", noise=0.4, rho=0.4, epochs=3, batch_size=256)
@@ -217,7 +221,7 @@ def test_a_run_leaves_recipe_metrics_checkpoint_and_result(run):
 
 def test_a_finished_run_is_not_run_again(run, monkeypatch):
     first = train(run)
-    monkeypatch.setattr("bisam.experiments.train.train_epoch", lambda *_: pytest.fail("it ran again"))
+    monkeypatch.setattr("bisam.experiments.training.train.train_epoch", lambda *_: pytest.fail("it ran again"))
     assert train(run) == first
 
 
@@ -240,9 +244,9 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, stop_after):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from bisam.experiments.recipes import Recipe
-from bisam.experiments.runs import Run
-from bisam.experiments.train import train
+from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.runs.folder import Run
+from bisam.experiments.training.train import train
 
 calls, replace = 0, Path.replace
 def replaced(path, target):
@@ -279,7 +283,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, file, call, kept):
     assert not list(broken.folder.glob(".*.tmp"))
     train(whole)
     assert same_outcome(whole, broken)
-    metrics = [[row["flipped"] for row in next(runs.finished(root)).metrics] for root in (tmp_path, tmp_path / "whole")]
+    metrics = [[row["flipped"] for row in next(finished(root)).metrics] for root in (tmp_path, tmp_path / "whole")]
     assert metrics[0] == metrics[1]
     assert len(metrics[0]) == SHORT.epochs
 
@@ -334,12 +338,12 @@ def test_a_full_disk_leaves_the_last_epoch(run, monkeypatch):
 
 def test_flipped_samples_are_right_at_w_and_wrong_at_w_plus_e():
     d = data.load(Recipe(), Machine())
-    model = models.build("convnet", 10, channels=1)
+    model = build("convnet", 10, channels=1)
     watch = Watch(SAM(L2(2.0)))
     sharp = SharpnessAware(model, watch, cross_entropy)
     x, y = d.train.images[:256], d.train.labels[:256]
     sharp(x, y)
-    plain = models.build("convnet", 10, channels=1)
+    plain = build("convnet", 10, channels=1)
     plain.load_state_dict(model.state_dict())
     assert torch.equal(sharp.clean.outputs, plain.train()(x).detach())
     assert not torch.equal(watch.outputs, sharp.clean.outputs)
@@ -413,7 +417,7 @@ def test_a_killed_worker_costs_no_run(tmp_path):
     progress = Killer()
     outcomes = processes.run_all(recipes, tmp_path, workers=2, machine=Machine(), progress=progress)
     assert [(outcome.recipe, outcome.error) for outcome in outcomes] == [(recipe, None) for recipe in recipes]
-    assert len(list(runs.finished(tmp_path))) == 3
+    assert len(list(finished(tmp_path))) == 3
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
@@ -450,16 +454,16 @@ def test_a_compiled_run_resumes_to_the_same_bits(tmp_path):
     """In a fresh process, whose first batch is another than in the one that was interrupted."""
     recipe = replace(SHORT, compile=True, epochs=2, batch_size=64, limit=150)
     code = (
-        "import sys; from pathlib import Path; from bisam.experiments.recipes import Recipe; "
-        "from bisam.experiments.runs import Run; from bisam.experiments.train import train\n"
+        "import sys; from pathlib import Path; from bisam.experiments.recipes.recipe import Recipe; "
+        "from bisam.experiments.runs.folder import Run; from bisam.experiments.training.train import train\n"
         "class Stop(Exception): pass\n"
         "def each(row):\n"
         "    if row['epoch'] == int(sys.argv[2]): raise Stop\n"
         f"try: train(Run.under(Path(sys.argv[1]), {recipe!r}), on_epoch=each)\n"
         "except Stop: pass\n"
     )
-    for folder, last in (("a", 9), ("b", 1), ("b", 9)):
-        subprocess.run([sys.executable, "-c", code, tmp_path / folder, str(last)], check=True)
+    for name, last in (("a", 9), ("b", 1), ("b", 9)):
+        subprocess.run([sys.executable, "-c", code, tmp_path / name, str(last)], check=True)
     assert same_outcome(Run.under(tmp_path / "a", recipe), Run.under(tmp_path / "b", recipe))
 
 
@@ -488,15 +492,15 @@ def test_the_methods_study_runs_every_method():
 
 def test_the_commit_is_this_projects_or_unknown(tmp_path, monkeypatch):
     """A copy inside another project's repository must not claim that project's commit."""
-    package = tmp_path / "venv" / "bisam" / "experiments"
+    package = tmp_path / "venv" / "bisam" / "experiments" / "runs"
     package.mkdir(parents=True)
     for command in (
         ["init", "-q"],
         ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "x", "--allow-empty"],
     ):
         subprocess.run(["git", "-C", tmp_path, *command], check=True)
-    monkeypatch.setattr(runs, "__file__", str(package / "runs.py"))
-    assert runs._commit() == "unknown"
+    monkeypatch.setattr(folder, "__file__", str(package / "folder.py"))
+    assert folder.commit() == "unknown"
 
 
 # The command line

@@ -57,8 +57,8 @@ from bisam import (
     ZSharp,
     cross_entropy,
 )
-from bisam.arguments import remembering
 from bisam.masks import DropGrow, FisherMask, RandomMask
+from bisam.methods.method import stateful
 from bisam.perturbations import L2, Adaptive, Friendly, NormLayers
 from bisam.schedules import Constant, Linear
 
@@ -240,7 +240,7 @@ class Training:
         torch.manual_seed(3)
         self.model, self.dtype = make_model().to(dtype), dtype
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-3)
-        self.sharp = SharpnessAware(self.model, make_method(self.optimizer), cross_entropy, scale=scaler)
+        self.sharp = SharpnessAware(self.model, make_method(self.optimizer), cross_entropy, scaler=scaler)
         self.scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
 
     def batch(self, number: int) -> tuple[Tensor, Tensor]:
@@ -286,7 +286,7 @@ def training(name: str, *args: Any, **kwargs: Any) -> Training:
     return Training(cases.FAMILY[name][0], *args, **kwargs)
 
 
-STATEFUL = [name for name in cases.FAMILY if remembering(training(name).sharp.method)]
+STATEFUL = [name for name in cases.FAMILY if stateful(training(name).sharp.method)]
 
 
 @each_method

@@ -18,12 +18,11 @@ from scipy.io import savemat
 from torchvision.datasets import Flowers102, OxfordIIITPet
 from torchvision.transforms import v2
 
-from bisam.experiments import folders, photographs
-from bisam.experiments.data import load
-from bisam.experiments.folders import Folder
-from bisam.experiments.machine import Machine
-from bisam.experiments.photographs import flowers, folder, imagenet, pets
-from bisam.experiments.recipes import Recipe
+from bisam.experiments.data import image_files, image_folders, load
+from bisam.experiments.data.image_files import Folder
+from bisam.experiments.data.image_folders import flowers, folder, imagenet, pets
+from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.runs.machine import Machine
 
 CPU = torch.device("cpu")
 
@@ -166,7 +165,7 @@ def test_every_kind_of_image_becomes_rgb(tmp_path, mode):
     x, _ = next(Folder([str(path)], torch.zeros(1, dtype=torch.int64), 16).batches(1))
     assert x.shape == (1, 3, 16, 16)
     if mode in ("1", "L", "LA"):
-        grey = x[0] * torch.tensor(folders.STD)[:, None, None] + torch.tensor(folders.MEAN)[:, None, None]
+        grey = x[0] * torch.tensor(image_files.STD)[:, None, None] + torch.tensor(image_files.MEAN)[:, None, None]
         torch.testing.assert_close(grey[0], grey[1], atol=1e-5, rtol=0)
         assert grey.std() > 0.05
 
@@ -175,12 +174,12 @@ def test_transparency_in_a_palette_makes_no_warning(tmp_path):
     path = write(tmp_path / "a.png", mode="P", transparency=bytes([0, 128]))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert folders._decoded(str(path)).mode == "RGB"
+        assert image_files.decoded(str(path)).mode == "RGB"
 
 
 def test_sixteen_bits_are_scaled_not_cut_off(tmp_path):
     Image.fromarray(np.array([[0, 256, 65535]], np.uint16)).save(tmp_path / "a.png")
-    assert np.asarray(folders._decoded(str(tmp_path / "a.png")))[0, :, 0].tolist() == [0, 1, 255]
+    assert np.asarray(image_files.decoded(str(tmp_path / "a.png")))[0, :, 0].tolist() == [0, 1, 255]
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 200), (300, 2)])
@@ -346,7 +345,7 @@ def test_unreadable_images_are_counted_and_named(tmp_path):
 
 
 def test_of_many_images_none_is_looked_at_up_front(tmp_path, monkeypatch):
-    monkeypatch.setattr(photographs, "_CHECKED", 5)
+    monkeypatch.setattr(image_folders, "CHECKED", 5)
     classes(tmp_path, a=10, b=10)
     for path in tmp_path.glob("?/*"):
         path.write_text("no image")
@@ -374,7 +373,7 @@ def test_a_network_of_timm_sees_images_as_it_was_trained_with(tmp_path):
     one, other = (load(replace(recipe, model=name), Machine()) for name in ("timm:test_vit", recipe.model))
     for part in ("train", "validation", "test"):
         pixels = []
-        for data, mean, std in ((one, (0.5,) * 3, (0.5,) * 3), (other, folders.MEAN, folders.STD)):
+        for data, mean, std in ((one, (0.5,) * 3, (0.5,) * 3), (other, image_files.MEAN, image_files.STD)):
             x, _ = next(getattr(data, part).batches(4, torch.Generator().manual_seed(0)))
             mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
             pixels.append((x * std + mean) * 255)

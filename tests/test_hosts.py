@@ -36,7 +36,7 @@ def make(method, scale=None) -> tuple[SharpnessAware, torch.optim.Optimizer, Any
     model = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.2), nn.Linear(16, 4))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.1)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
-    return SharpnessAware(model, method, cross_entropy, scale=scale), optimizer, scheduler
+    return SharpnessAware(model, method, cross_entropy, scaler=scale), optimizer, scheduler
 
 
 def loader() -> DataLoader[tuple[Tensor, ...]]:

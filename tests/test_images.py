@@ -14,7 +14,7 @@ from PIL import Image
 from scipy.stats import chisquare
 from torchvision import transforms
 
-from bisam.experiments.images import Augmentation, Images
+from bisam.experiments.data.image_tensors import Augmentation, Images
 
 H, W, PADDING = 7, 6, 4  # more than the padding, so that every crop has pixels in it and is like no other
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,30 +12,55 @@ import pytest
 import bisam
 
 ROOT = Path(bisam.__file__).parent
-# In this order; files of one floor do not see each other, and a package's files see their own package.
+# In this order; files of one floor do not see each other, and a package's files see their own package. The rooms of
+# experiments have floors of their own, as `experiments.data`: a package, or a file beside the packages.
 FLOORS = [
-    {"arguments", "vector"},
-    {"bridge", "objectives", "buffers", "schedules", "shards", "noise"},
-    {"memory", "hosts"},
+    {"validation", "vector"},
+    {"objectives", "schedules"},
+    {"distributed"},
     {"evaluation"},
     {"oracle"},
-    {"model_oracle", "perturbations", "optimizers"},
+    {"perturbations", "optim"},
     {"masks"},
     {"methods"},
+    {"state", "model"},
     {"loss"},
+    {"deprecated"},
     {"integrations", "analysis"},
-    {"experiments"},
+    {"experiments.errors"},
+    {"experiments.recipes"},
+    {"experiments.runs", "experiments.models"},
+    {"experiments.data", "experiments.studies"},
+    {"experiments.training", "experiments.measurements"},
+    {"experiments.launch", "experiments.reports"},
+    {"experiments.cli"},
+    {"experiments"},  # its entry point
     {"__init__"},
 ]
+WITH_ROOMS = {"experiments"}
 ROOFS = {"integrations", "experiments"}  # these import what they integrate, and nothing imports them
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
 FILES = {path.relative_to(ROOT): path for path in sorted(ROOT.rglob("*.py"))}
 each_file = pytest.mark.parametrize("file", FILES, ids=str)
 
 
+def place(parts: Sequence[str]) -> str:
+    """The name on the floor plan of a module below bisam: its first part, or its first two where there are rooms."""
+    rooms = [".".join(parts[:2])] if len(parts) > 1 and parts[0] in WITH_ROOMS else []
+    return next((name for name in (*rooms, *parts[:1]) if name in FLOOR), "__init__")
+
+
 def house(file: Path) -> str:
-    """The name on the floor plan: a file of the root, or the folder that a file is in."""
-    return file.parts[0].removesuffix(".py")
+    """The name on the floor plan: a file of the root, the folder that a file is in, or its room in there."""
+    parts = file.with_suffix("").parts
+    if parts[0] in WITH_ROOMS and len(parts) > 1:
+        return parts[0] if parts[1] == "__init__" else ".".join(parts[:2])
+    return parts[0]
+
+
+def roof(name: str) -> str:
+    """The folder whose room a name is, or the name itself."""
+    return name.partition(".")[0]
 
 
 def imported(source: str, file: Path) -> set[str]:
@@ -52,16 +78,39 @@ def imported(source: str, file: Path) -> set[str]:
 
 def of_bisam(names: set[str]) -> set[str]:
     """The houses behind names, where `from bisam import SAM` is a visit to the roof."""
-    parts = [name.split(".") for name in names if name.split(".")[0] == "bisam"]
-    return {p[1] if len(p) > 1 and p[1] in FLOOR else "__init__" for p in parts}
+    return {place(name.split(".")[1:]) for name in names if name.split(".")[0] == "bisam"}
 
 
 def violations(source: str, file: Path) -> set[str]:
     own = house(file)
-    inside = {own} if len(file.parts) > 1 else set()
-    return {name for name in of_bisam(imported(source, file)) - inside if FLOOR[name] >= FLOOR[own]} | (
-        of_bisam(imported(source, file)) & ROOFS - inside
-    )
+    outside = of_bisam(imported(source, file)) - ({own} if len(file.parts) > 1 else set())
+    return {name for name in outside if FLOOR[name] >= FLOOR[own] or (roof(name) in ROOFS and roof(name) != roof(own))}
+
+
+def circle(sources: Mapping[Path, str]) -> list[str]:
+    """Modules that import each other in a circle, the first of them again at the end; none if there is no circle."""
+    names = {".".join(("bisam", *file.with_suffix("").parts)).removesuffix(".__init__"): file for file in sources}
+
+    def module(name: str) -> str | None:
+        while name and name not in names:
+            name = name.rpartition(".")[0]
+        return name or None
+
+    arrows = {name: {module(found) for found in imported(sources[file], file)} for name, file in names.items()}
+    over: set[str] = set()
+
+    def follow(name: str, path: list[str]) -> list[str]:
+        if name in path:
+            return [*path[path.index(name) :], name]
+        if name in over:
+            return []
+        for found in sorted(other for other in arrows[name] if other and other != name):
+            if way := follow(found, [*path, name]):
+                return way
+        over.add(name)
+        return []
+
+    return next((way for name in names if (way := follow(name, []))), [])
 
 
 @each_file
@@ -78,10 +127,14 @@ def test_a_file_imports_lower_floors_only(file):
 
 @each_file
 def test_the_core_imports_torch_and_the_standard_library_only(file):
-    if house(file) in ROOFS:
+    if roof(house(file)) in ROOFS:
         return
     outside = {name.split(".")[0] for name in imported(FILES[file].read_text(), file)} - set(sys.stdlib_module_names)
     assert outside <= {"torch", "bisam"}
+
+
+def test_no_files_of_experiments_import_each_other_in_a_circle():
+    assert circle({file: path.read_text() for file, path in FILES.items() if file.parts[0] == "experiments"}) == []
 
 
 def test_the_core_is_there():
@@ -100,8 +153,35 @@ def test_the_core_is_there():
         ("methods.py", "from bisam.oracle import Oracle", set()),
         ("analysis/hessian.py", "from bisam.analysis.probe import f\nfrom ..loss import g", set()),
         ("analysis/hessian.py", "from ..integrations import f", {"integrations"}),
-        ("__init__.py", "from bisam.experiments import cli", {"experiments"}),
+        ("__init__.py", "from bisam.experiments import cli", {"experiments.cli"}),
+        ("experiments/data/glue.py", "from bisam.experiments.data import load\nfrom . import splits", set()),
+        ("experiments/data/glue.py", "from bisam.experiments.training.epoch import f", {"experiments.training"}),
+        ("experiments/data/glue.py", "def f():\n    from ..studies import g", {"experiments.studies"}),
+        ("experiments/data/glue.py", "from bisam.experiments import errors, launch", {"experiments.launch"}),
+        ("experiments/errors.py", "import bisam.experiments.recipes.recipe", {"experiments.recipes"}),
+        ("experiments/cli/__init__.py", "from bisam.experiments import main", {"experiments"}),
+        ("experiments/cli/run.py", "from bisam.integrations.pairs import f", {"integrations"}),
+        ("experiments/cli/run.py", "from bisam.experiments.data import load\nfrom .progress import f", set()),
+        ("experiments/__init__.py", "from bisam.experiments.cli import main", set()),
+        ("integrations/pairs.py", "from bisam.experiments.runs.folder import Run", {"experiments.runs"}),
     ],
 )
 def test_the_checker_sees_what_is_wrong(file, source, found):
     assert violations(source, Path(file)) == found
+
+
+@pytest.mark.parametrize(
+    ("sources", "found"),
+    [
+        ({"a": "from bisam.b import f", "b": "import torch"}, []),
+        ({"a": "from bisam.b import f", "b": "def g():\n    from bisam import a"}, ["bisam.a", "bisam.b", "bisam.a"]),
+        ({"c": "import bisam.a", "a": "import bisam.b", "b": "from . import a"}, ["bisam.a", "bisam.b", "bisam.a"]),
+        ({"p/__init__": "from bisam.p.a import f", "p/a": "from bisam.p.b import f", "p/b": ""}, []),
+        (
+            {"p/__init__": "from bisam.p.a import f", "p/a": "from bisam.p import g"},
+            ["bisam.p", "bisam.p.a", "bisam.p"],
+        ),
+    ],
+)
+def test_the_checker_sees_a_circle(sources, found):
+    assert circle({Path(f"{name}.py"): source for name, source in sources.items()}) == found

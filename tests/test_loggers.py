@@ -16,11 +16,12 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from bisam.experiments import loggers, processes
-from bisam.experiments.machine import Machine
-from bisam.experiments.recipes import Recipe
-from bisam.experiments.runs import Run
-from bisam.experiments.train import train
+from bisam.experiments.launch import processes
+from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.runs.folder import Run
+from bisam.experiments.runs.machine import Machine
+from bisam.experiments.training import loggers
+from bisam.experiments.training.train import train
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*``noload`` loader strategy"),  # mlflow's use of SQLAlchemy
@@ -57,7 +58,7 @@ def tensorboard(run):
 
 
 def mlflow(run):
-    with loggers._no_litter(Path("mlruns")):
+    with loggers.no_litter(Path("mlruns")):
         client = pytest.importorskip("mlflow").MlflowClient(f"sqlite:///{run.folder.parents[1] / 'mlflow.db'}")
     (experiment,) = [e for e in client.search_experiments() if e.name == "bisam"]
     name = f"{run.folder.parent.name}/{run.folder.name}"
@@ -163,10 +164,10 @@ def test_a_resumed_run_goes_on_in_the_same_place(run, name):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from bisam.experiments.machine import Machine
-from bisam.experiments.recipes import Recipe
-from bisam.experiments.runs import Run
-from bisam.experiments.train import train
+from bisam.experiments.runs.machine import Machine
+from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.runs.folder import Run
+from bisam.experiments.training.train import train
 
 calls, replace = 0, Path.replace
 def replaced(path, target):

@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
 
-from bisam import Lookahead, ModelOracle, Vector, cross_entropy, lookahead
+from bisam import Lookahead, ModelOracle, Vector, cross_entropy, next_step
 
 # The previewed step.
 
@@ -51,7 +51,7 @@ def step(optimizer: torch.optim.Optimizer, model: nn.Module, g: Vector) -> None:
 
 def check_preview(optimizer: torch.optim.Optimizer, model: nn.Module, g: Vector, tolerance: float = 1e-12) -> Vector:
     before, state = references.flat(model), copy.deepcopy(optimizer.state_dict())
-    e = lookahead(optimizer)(g, ModelOracle(model, cross_entropy))
+    e = next_step(optimizer)(g, ModelOracle(model, cross_entropy))
     assert torch.equal(references.flat(model), before)
     torch.testing.assert_close(optimizer.state_dict(), state, rtol=0, atol=0)
     step(optimizer, model, g)
@@ -93,7 +93,7 @@ def test_groups_have_settings_of_their_own_and_what_is_in_none_stays(setting):
 def test_the_preview_follows_schedules_and_loaded_states():
     model = cases.mlp()
     optimizer = SETTINGS["nesterov"](model.parameters())
-    preview, schedule = lookahead(optimizer), StepLR(optimizer, 1, 0.1)
+    preview, schedule = next_step(optimizer), StepLR(optimizer, 1, 0.1)
     old = copy.deepcopy(optimizer.state_dict())
     e = [preview(gradient(model, 0), ModelOracle(model, cross_entropy)).norm()]
     step(optimizer, model, gradient(model, 1))
@@ -110,7 +110,7 @@ def test_complex_parameters(setting):
     optimizer = SETTINGS[setting](model.parameters())
     for i in range(3):
         before = [p.detach().clone() for p in model]
-        e = lookahead(optimizer)(gradient(model, i), ModelOracle(model, cross_entropy))
+        e = next_step(optimizer)(gradient(model, i), ModelOracle(model, cross_entropy))
         step(optimizer, model, gradient(model, i))
         torch.testing.assert_close([a + b for a, b in zip(before, e, strict=True)], list(model), rtol=0, atol=1e-12)
 
@@ -136,7 +136,7 @@ def test_nothing_waits_for_a_device(setting, flag):
     optimizer.state[weight] = {name: torch.empty_like(weight) for name in names}
     optimizer.state[weight]["step"] = torch.empty((), device="meta")
     g = Vector([torch.empty_like(p) for p in model.parameters()])
-    assert [e.shape for e in lookahead(optimizer)(g, ModelOracle(model, cross_entropy))] == [(2, 3), (2,)]
+    assert [e.shape for e in next_step(optimizer)(g, ModelOracle(model, cross_entropy))] == [(2, 3), (2,)]
 
 
 @pytest.mark.skipif("decoupled_weight_decay" not in signature(Adam).parameters, reason="this torch has AdamW alone")
@@ -151,14 +151,14 @@ def test_a_copy_previews_the_copied_model():
     model = cases.mlp()
     optimizer = SETTINGS["momentum"](model.parameters())
     step(optimizer, model, gradient(model, 0))
-    expected = lookahead(optimizer)(gradient(model, 1), ModelOracle(model, cross_entropy))
-    pair = model, lookahead(optimizer)
+    expected = next_step(optimizer)(gradient(model, 1), ModelOracle(model, cross_entropy))
+    pair = model, next_step(optimizer)
     copies = [copy.deepcopy(pair), pickle.loads(pickle.dumps(pair))]
     step(optimizer, model, gradient(model, 2))
     for twin, preview in copies:
         e = preview(gradient(twin, 1), ModelOracle(twin, cross_entropy))
         assert [cases.bits(a) for a in e] == [cases.bits(b) for b in expected]
-        assert repr(preview) == "lookahead(SGD)"
+        assert repr(preview) == "next_step(SGD)"
 
 
 def test_what_lightning_and_accelerate_wrap_is_unwrapped():
@@ -167,7 +167,7 @@ def test_what_lightning_and_accelerate_wrap_is_unwrapped():
     AcceleratedOptimizer = type("AcceleratedOptimizer", (torch.optim.Optimizer,), {"__init__": lambda self: None})
     accelerated = AcceleratedOptimizer()
     accelerated.optimizer = fabric.setup_optimizers(optimizer)
-    assert lookahead(accelerated) == lookahead(optimizer)
+    assert next_step(accelerated) == next_step(optimizer)
 
 
 class Mine(SGD):
@@ -187,12 +187,12 @@ class Mine(SGD):
 )
 def test_an_optimizer_whose_step_is_not_known_is_refused(make, words):
     with pytest.raises(TypeError, match=words):
-        lookahead(make([nn.Parameter(torch.zeros(2))]))
+        next_step(make([nn.Parameter(torch.zeros(2))]))
 
 
 def test_an_optimizer_of_another_model_is_refused():
     model = cases.mlp()
-    preview = lookahead(SGD(copy.deepcopy(model).parameters()))
+    preview = next_step(SGD(copy.deepcopy(model).parameters()))
     with pytest.raises(ValueError, match="the SGD holds none of the model's parameters"):
         preview(gradient(model, 0), ModelOracle(model, cross_entropy))
 
@@ -242,7 +242,7 @@ def test_lam_one_is_the_optimizer_inside(name, schedule, k):
     model = cases.convnet()
     plain = copy.deepcopy(model)
     bare = cases.OPTIMIZERS[name](plain.parameters())
-    optimizer = Lookahead(cases.OPTIMIZERS[name](model.parameters()), k, lam=1.0)
+    optimizer = Lookahead(cases.OPTIMIZERS[name](model.parameters()), k, alpha=1.0)
     fit(optimizer, model, range(10), SCHEDULES[schedule](optimizer))
     fit(bare, plain, range(10), SCHEDULES[schedule](bare))
     assert cases.parameters(model) == cases.parameters(plain)
@@ -427,13 +427,13 @@ def test_the_settings_are_those_of_the_optimizer_inside():
     inside = SETTINGS["momentum"](cases.mlp().parameters())
     optimizer = Lookahead(inside)
     assert isinstance(optimizer, torch.optim.Optimizer)
-    assert (optimizer.k, optimizer.lam) == (5, 0.5)
+    assert (optimizer.k, optimizer.alpha) == (5, 0.5)
     inside.load_state_dict({**inside.state_dict(), "state": {}})  # which makes new groups
     optimizer.param_groups[0]["lr"] = 7.0
     assert inside.param_groups[0]["lr"] == 7.0
     assert optimizer.state is inside.state
     assert optimizer.defaults is inside.defaults
-    assert repr(optimizer) == f"Lookahead({inside!r}, k=5, lam=0.5)"
+    assert repr(optimizer) == f"Lookahead({inside!r}, k=5, alpha=0.5)"
 
 
 def test_in_fabric():
@@ -453,10 +453,10 @@ def test_in_fabric():
     [
         ({"k": 0}, ValueError, "k must be at least 1, got 0"),
         ({"k": 2.0}, TypeError, "k must be an int, got 2.0"),
-        ({"lam": 0.0}, ValueError, r"lam must be in \(0, 1\], got 0.0"),
-        ({"lam": 1.5}, ValueError, r"lam must be in \(0, 1\], got 1.5"),
-        ({"lam": float("nan")}, ValueError, "got nan"),
-        ({"lam": "half"}, TypeError, "lam must be a number, got 'half'"),
+        ({"alpha": 0.0}, ValueError, r"alpha must be in \(0, 1\], got 0.0"),
+        ({"alpha": 1.5}, ValueError, r"alpha must be in \(0, 1\], got 1.5"),
+        ({"alpha": float("nan")}, ValueError, "got nan"),
+        ({"alpha": "half"}, TypeError, "alpha must be a number, got 'half'"),
         ({"optimizer": SGD}, TypeError, "Lookahead takes an optimizer"),
         ({"optimizer": [nn.Parameter(torch.zeros(1))]}, TypeError, "Lookahead takes an optimizer"),
     ],

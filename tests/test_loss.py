@@ -450,7 +450,7 @@ def test_an_argument_of_another_kind_is_named(arguments, message):
 @pytest.mark.parametrize("scale", [1024.0, torch.amp.GradScaler])
 def test_a_scale_of_another_kind_is_named(scale):
     with pytest.raises(TypeError, match="scale"):
-        SharpnessAware(cases.mlp(), SAM(), cross_entropy, scale=scale)
+        SharpnessAware(cases.mlp(), SAM(), cross_entropy, scaler=scale)
 
 
 X, Y = cases.batch()

@@ -13,11 +13,12 @@ from filelock import FileLock
 pytest.importorskip("matplotlib")
 
 from bisam import NegLog, Tanh
-from bisam.experiments.machine import Machine
+from bisam.experiments.errors import RunError
 from bisam.experiments.measurements import MEASUREMENTS, Measurement, epochs, losses, report, run
 from bisam.experiments.measurements.example import option_a, option_b
 from bisam.experiments.measurements.losses import row_by_row
-from bisam.experiments.runs import RunError, to_csv
+from bisam.experiments.runs.folder import to_csv
+from bisam.experiments.runs.machine import Machine
 
 EXAMPLE, TABLE_11, TABLE_12 = (MEASUREMENTS[name] for name in ("example", "table11", "table12"))
 TINY = {"models": "resnet20", "iterations": "2", "batch_size": "4"}
@@ -215,9 +216,9 @@ def test_table_11(tmp_path):
 
 def test_the_batch_of_a_model():
     sizes = TABLE_11.settings["batch_size"]
-    assert [epochs._batch_size(sizes, model) for model in ("resnet56", "wrn28_10")] == [128, 8]
-    assert epochs._batch_size(("4",), "wrn28_10") == 4
-    assert epochs._batch_size(("wrn28_2=4",), "resnet56") == 128
+    assert [epochs.batch_size_of(sizes, model) for model in ("resnet56", "wrn28_10")] == [128, 8]
+    assert epochs.batch_size_of(("4",), "wrn28_10") == 4
+    assert epochs.batch_size_of(("wrn28_2=4",), "resnet56") == 128
 
 
 def test_what_was_published_is_beside_the_ratios():
@@ -236,8 +237,8 @@ def test_table_12(tmp_path, monkeypatch):
     folder = run(TABLE_12, {"rounds": "2", "batch_size": "4", "classes": "3"}, tmp_path)
     shown = report(TABLE_12, folder)
     eager, compiled = ([row for row in shown.rows if row["mode"] == mode] for mode in ("eager", "compiled"))
-    assert [row["loss"] for row in eager] == list(losses._LOSSES)
-    assert [row["loss"] for row in compiled] == list(losses._LOSSES)[:4]
+    assert [row["loss"] for row in eager] == list(losses.LOSSES)
+    assert [row["loss"] for row in compiled] == list(losses.LOSSES)[:4]
     for row in shown.rows:
         assert row["to_plain"] == 1 or row["loss"] != "cross-entropy"
         barred = row["loss"] in ("BiSAM (-log)", "BiSAM (tanh)")
@@ -261,13 +262,13 @@ def test_without_a_compiler_it_says_what_to_give(tmp_path, monkeypatch):
 
 def test_the_timed_losses_are_what_their_names_say():
     logits, labels = torch.randn(5, 4, dtype=torch.double, requires_grad=True), torch.tensor([0, 1, 2, 3, 0])
-    of = {name: loss(logits, labels) for name, loss in losses._LOSSES.items()}
+    of = {name: loss(logits, labels) for name, loss in losses.LOSSES.items()}
     assert all(value.dim() == 0 for value in of.values())
     for bound, name in ((NegLog(), "BiSAM (-log)"), (Tanh(), "BiSAM (tanh)")):
         torch.testing.assert_close(of[name], bound(logits, labels).mean())
         torch.testing.assert_close(of[f"{name}, row by row"], of[name])
         torch.testing.assert_close(row_by_row(bound, logits, labels), bound(logits, labels))
-    assert len({loss.__code__ for loss in losses._LOSSES.values()}) == len(of)  # type: ignore[attr-defined]
+    assert len({loss.__code__ for loss in losses.LOSSES.values()}) == len(of)  # type: ignore[attr-defined]
 
 
 # The example

@@ -762,7 +762,7 @@ def test_a_checkpoint_grows_by_keys_only(method):
 
 
 def scaled_step(model: nn.Module, scaler: torch.amp.GradScaler | None, loss=cross_entropy, method=SAM(L2(0.5))):  # noqa: B008
-    sharp = SharpnessAware(model, method, loss, scale=scaler)
+    sharp = SharpnessAware(model, method, loss, scaler=scaler)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     x, y = (t.float() if t.is_floating_point() else t for t in cases.batch())
     for _ in range(3 if loss is cross_entropy else 1):
@@ -849,7 +849,7 @@ def test_an_overflow_of_float16_skips_the_step_until_the_scale_fits():
 @pytest.mark.parametrize("factor", [1024.0, torch.tensor(1024.0)], ids=["float", "tensor"])
 def test_scale_may_be_a_function(factor):
     model, other = pair(lambda: cases.mlp().float())
-    sharps = [SharpnessAware(model, SAM(), cross_entropy, scale=lambda: factor)]
+    sharps = [SharpnessAware(model, SAM(), cross_entropy, scaler=lambda: factor)]
     sharps += [SharpnessAware(other, SAM(), cross_entropy)]
     x, y = cases.batch()
     first, second = (grads_of(s(x.float(), y), s.model) for s in sharps)
@@ -969,7 +969,7 @@ def test_a_step_adds_the_same_number_of_operations_at_any_depth(method, make, sm
 def test_a_step_waits_for_no_value(method, scaler):
     model = normed().float()
     scaler = torch.amp.GradScaler("cpu") if scaler else None
-    sharp = SharpnessAware(model, method, cross_entropy, scale=scaler, same_noise=True)
+    sharp = SharpnessAware(model, method, cross_entropy, scaler=scaler, same_noise=True)
     x, y = cases.batch()
     with Operations() as mode:
         loss = sharp(x.float(), y)

@@ -36,11 +36,12 @@ from bisam import (
     Vector,
     cross_entropy,
 )
-from bisam.arguments import remembering
 from bisam.evaluation import take
-from bisam.memory import kind, load, save, settled
+from bisam.methods.method import stateful
+from bisam.oracle import Query
 from bisam.perturbations import L2, Friendly, Smoothed
 from bisam.schedules import Cosine
+from bisam.state import kind, load, save, settled
 
 PARAMETERS = [nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(()))]
 
@@ -203,7 +204,7 @@ def test_a_memory_from_before_methods_were_named_is_taken():
     ],
 )
 def test_what_remembers_is_found_at_any_depth(method, name):
-    assert remembering(method) == name
+    assert stateful(method) == name
 
 
 # Overflows.
@@ -277,13 +278,10 @@ class Recorder(cases.Quadratic):
         self.layers, self.loss = ["LayerNorm"], cross_entropy
         self.parameters = [nn.Parameter(self.weights.tensors[0])]
 
-    def query(self, batch, objective=None, *, at=None, grad=True, track=None) -> Evaluation:
-        self.seen.append((None if at is None else at.tensors[0].tolist(), grad, track))
-        return super().query(batch, objective, at=at, grad=grad, track=track)
-
-    def together(self, *queries):
+    def ask(self, queries):
         self.groups.append(len(queries))
-        return super().together(*queries)
+        self.seen += [(None if q.at is None else q.at.tensors[0].tolist(), q.grad, q.track) for q in queries]
+        return super().ask(queries)
 
 
 def shift(*values: float) -> Vector:
@@ -318,9 +316,9 @@ def test_views_answer_for_the_oracle_below():
     oracle = Recorder(2.0, 3.0)
     for view in (
         oracle.within("a"),
-        oracle.still(),
+        oracle.without_tracking(),
         oracle.shifted(shift(0, 0)),
-        oracle.within("a").still().within("b"),
+        oracle.within("a").without_tracking().within("b"),
     ):
         assert (view.names, view.layers, view.loss) == (["w"], ["LayerNorm"], cross_entropy)
         assert view.parameters is oracle.parameters
@@ -333,16 +331,19 @@ def test_views_answer_for_the_oracle_below():
     [
         (lambda o: o, [(None, None), ([1, 1], None)]),
         (lambda o: o.within("a"), [(None, None), ([1, 1], None)]),
-        (lambda o: o.still(), [(None, False), ([1, 1], False)]),
+        (lambda o: o.without_tracking(), [(None, False), ([1, 1], False)]),
         (lambda o: o.shifted(shift(3, 0)), [([3, 0], False), ([4, 1], False)]),
         (lambda o: o.shifted(shift(3, 0), track=True), [([3, 0], True), ([4, 1], False)]),
         (
             lambda o: o.shifted(shift(3, 0), track=True).shifted(shift(0, 2), track=True),
             [([3, 2], True), ([4, 3], False)],
         ),
-        (lambda o: o.still().shifted(shift(3, 0), track=True), [([3, 0], False), ([4, 1], False)]),
-        (lambda o: o.shifted(shift(3, 0), track=True).still(), [([3, 0], False), ([4, 1], False)]),
-        (lambda o: o.still().within("a").shifted(shift(3, 0), track=True), [([3, 0], False), ([4, 1], False)]),
+        (lambda o: o.without_tracking().shifted(shift(3, 0), track=True), [([3, 0], False), ([4, 1], False)]),
+        (lambda o: o.shifted(shift(3, 0), track=True).without_tracking(), [([3, 0], False), ([4, 1], False)]),
+        (
+            lambda o: o.without_tracking().within("a").shifted(shift(3, 0), track=True),
+            [([3, 0], False), ([4, 1], False)],
+        ),
     ],
 )
 def test_where_a_view_looks_and_what_moves_statistics(view, queries):
@@ -356,7 +357,8 @@ def test_where_a_view_looks_and_what_moves_statistics(view, queries):
     expected = [(at, tracks(track, at)) for at, track in queries]
     assert [(at, tracks(track, at)) for at, _, track in oracle.seen] == expected
     oracle.seen.clear()
-    seen.together({"batch": (A,)}, {"batch": (A,), "at": shift(1, 1), "grad": False})
+    oracle.groups.clear()
+    seen.ask([Query((A,)), Query((A,), at=shift(1, 1), grad=False)])
     assert [(at, tracks(track, at)) for at, _, track in oracle.seen] == expected
     assert [grad for _, grad, _ in oracle.seen] == [True, False]
     assert oracle.groups == [2]  # one call: a subclass may answer in parallel
@@ -364,7 +366,7 @@ def test_where_a_view_looks_and_what_moves_statistics(view, queries):
 
 @pytest.mark.parametrize(
     ("view", "expected"),
-    [(lambda o: o, True), (lambda o: o.still(), False), (lambda o: o.shifted(shift(3, 0)), True)],
+    [(lambda o: o, True), (lambda o: o.without_tracking(), False), (lambda o: o.shifted(shift(3, 0)), True)],
 )
 def test_asked_to_move_statistics_a_view_does_unless_it_is_still(view, expected):
     oracle = Recorder(2.0, 3.0)
@@ -379,7 +381,7 @@ def test_asked_to_move_statistics_a_view_does_unless_it_is_still(view, expected)
 def test_what_does_not_depend_on_each_other_is_asked_together_at_any_depth(around):
     oracle = Recorder(2.0, 3.0)
     around(CRSAM())(oracle, (A,))
-    assert oracle.groups == [2]
+    assert oracle.groups == [1, 2]
     oracle.groups.clear()
     for _ in range(2):
         around(SAMPa(ahead=lambda g, o: g * -0.1))(oracle, (A,))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import FrozenInstanceError
 
 import cases
 import pytest
@@ -25,9 +26,10 @@ from bisam import (
     Vector,
     cross_entropy,
 )
-from bisam.arguments import portion, share, whole
 from bisam.masks import top
+from bisam.oracle import Query
 from bisam.perturbations import L2, Adaptive
+from bisam.validation import portion, share, whole
 
 
 def close(actual, expected, tolerance: float) -> None:
@@ -233,16 +235,45 @@ def test_shifted_model_oracle_leaves_weights_and_statistics():
     close(answer.value, cross_entropy(model(batch[0]), batch[1]).mean().detach(), 1e-12)
 
 
-def test_together_answers_in_order():
+def test_several_queries_are_answered_in_order():
     oracle = cases.Quadratic(2.0, 3.0)
     e = oracle.weights * 0.1
-    plain, displaced, value = oracle.together(
-        {"batch": (A,)}, {"batch": (A,), "at": e}, {"batch": (A[:1],), "grad": False}
-    )
+    plain, displaced, value = oracle.ask([Query((A,)), Query((A,), at=e), Query((A[:1],), grad=False)])
     assert torch.equal(plain.losses, oracle.query((A,)).losses)
     assert torch.equal(displaced.losses, oracle.query((A,), at=e).losses)
     assert value.grad is None
     assert value.losses.shape == (1,)
+
+
+def test_a_query_is_constant_and_gives_its_displacement_away_once():
+    e = Vector([torch.ones(2)])
+    query = Query((A,), at=e, track=None)
+    with pytest.raises(FrozenInstanceError):
+        query.grad = False
+    assert query.displaced
+    assert not query.tracks
+    assert query.take() is e
+    assert query.at is None
+    assert query.displaced
+    assert not query.tracks
+    with pytest.raises(RuntimeError, match="taken already"):
+        query.take()
+
+
+def test_a_query_at_the_weights_may_be_asked_again():
+    query = Query((A,))
+    assert query.take() is None
+    assert query.take() is None
+    assert query.tracks
+    assert not Query((A,), track=False).tracks
+
+
+def test_a_displaced_query_is_asked_once():
+    oracle = cases.Quadratic(2.0, 3.0)
+    queries = [Query((A,), at=oracle.weights * 0.1)]
+    oracle.ask(queries)
+    with pytest.raises(RuntimeError, match="ask with a new Query"):
+        oracle.ask(queries)
 
 
 def test_complex_parameters_climb_as_their_real_and_imaginary_parts():

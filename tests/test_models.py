@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bisam.experiments import models, networks
+from bisam.experiments.models import networks
+from bisam.experiments.models.build import NAMES, Logits, build, statistics, tokenizer
 
 COUNTS = {  # of parameters, for 10 and for 100 classes
     "convnet": (14_746, 17_716),
@@ -37,7 +38,7 @@ needs_transformers = pytest.mark.skipif(find_spec("transformers") is None, reaso
 
 def parameters(name: str, classes: int) -> int:
     with torch.device("meta"):
-        return sum(p.numel() for p in models.build(name, classes).parameters())
+        return sum(p.numel() for p in build(name, classes).parameters())
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:
@@ -54,7 +55,7 @@ def differing(a: nn.Module, b: nn.Module) -> list[str]:
 def complaint(*arguments, **options) -> str:
     """The message of the error, which is one line."""
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - what it says is the test
-        models.build(*arguments, **options)
+        build(*arguments, **options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -81,13 +82,13 @@ def test_parameters_are_as_many_as_the_papers_networks_have(name):
 
 
 def test_the_parameters_of_every_network_are_counted():
-    assert [*COUNTS] == [name for name in models.NAMES if ":" not in name]
+    assert [*COUNTS] == [name for name in NAMES if ":" not in name]
 
 
 @pytest.mark.parametrize("name", [name for name in COUNTS if "28_10" not in name])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_images_become_logits_and_every_parameter_gets_a_gradient(name, channels):
-    model = models.build(name, 7, channels=channels)
+    model = build(name, 7, channels=channels)
     assert model.training
     side = LEAST.get(name, 8) + 1
     logits = model(torch.randn(4, channels, side, side))
@@ -99,7 +100,7 @@ def test_images_become_logits_and_every_parameter_gets_a_gradient(name, channels
 @pytest.mark.parametrize("name", COUNTS)
 def test_any_image_that_is_large_enough_will_do(name):
     with torch.device("meta"):
-        model = models.build(name, 5).eval()
+        model = build(name, 5).eval()
         least = LEAST.get(name, 1)
         for shape in ((least, least), (32, 32), (64, 96), (33, 47)):
             assert model(torch.empty(2, 3, *shape)).shape == (2, 5)
@@ -107,13 +108,13 @@ def test_any_image_that_is_large_enough_will_do(name):
 
 @pytest.mark.parametrize(("name", "least"), LEAST.items())
 def test_an_image_that_is_too_small_is_answered_with_the_least_size(name, least):
-    model = models.build(name, 5).to("meta")
+    model = build(name, 5).to("meta")
     with pytest.raises(ValueError, match=f"images of {least}x{least - 1} are too small.*needs {least}x{least}"):
         model(torch.empty(2, 3, least, least - 1, device="meta"))
 
 
 def test_the_stages_of_a_residual_network_halve_the_image_and_double_the_channels():
-    model = models.build("resnet20", 10)
+    model = build("resnet20", 10)
     shapes = []
     for block in model:
         if isinstance(block, networks.ResidualBlock):
@@ -178,7 +179,7 @@ def test_a_depth_that_a_residual_network_cannot_have(depth):
 
 def test_the_convnet_is_the_one_of_earlier_results():
     torch.manual_seed(5)
-    model = models.build("convnet", 10, channels=1)
+    model = build("convnet", 10, channels=1)
     torch.manual_seed(5)
     layers = []
     for inputs, outputs, stride in ((1, 16, 1), (16, 32, 2), (32, 32, 1)):
@@ -194,16 +195,16 @@ def test_the_convnet_is_the_one_of_earlier_results():
 @pytest.mark.parametrize("name", ["convnet", "resnet20", "wrn28_2", "densenet121"])
 def test_a_seed_decides_the_weights(name):
     torch.manual_seed(3)
-    first = models.build(name, 10)
+    first = build(name, 10)
     torch.manual_seed(3)
-    again = models.build(name, 10)
-    other = models.build(name, 10)
+    again = build(name, 10)
+    other = build(name, 10)
     assert same(first, again)
     assert not same(first, other)
 
 
 def test_weights_are_drawn_as_he_et_al_2015_draw_them():
-    for module in models.build("wrn28_2", 10).modules():
+    for module in build("wrn28_2", 10).modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             inputs = module.weight[0].numel()
             count = module.weight.numel()
@@ -227,19 +228,19 @@ def test_an_unknown_name_of_torchvision_is_answered_with_the_nearest():
 
 
 def test_the_statistics_of_torchvisions_weights():
-    assert models.statistics("torchvision:resnet50") == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    assert models.statistics("torchvision:efficientnet_v2_l") == ((0.5,) * 3, (0.5,) * 3)
-    assert models.statistics("torchvision:mnasnet0_75") is not None
-    assert models.statistics("resnet20") is models.statistics("hf:bert-base-uncased") is None
+    assert statistics("torchvision:resnet50") == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert statistics("torchvision:efficientnet_v2_l") == ((0.5,) * 3, (0.5,) * 3)
+    assert statistics("torchvision:mnasnet0_75") is not None
+    assert statistics("resnet20") is statistics("hf:bert-base-uncased") is None
     with pytest.raises(ValueError, match="did you mean 'torchvision:resnet50'"):
-        models.statistics("torchvision:resnet500")
+        statistics("torchvision:resnet500")
 
 
 @needs_timm
 @pytest.mark.parametrize("name", ["timm:resnet5", "timm:test_resnet.r160"])
 def test_the_statistics_of_an_unknown_name_of_timm_are_refused(name):
     with pytest.raises(ValueError, match=r"^unknown model 'timm:.*did you mean 'timm:(test_)?resnet"):
-        models.statistics(name)
+        statistics(name)
 
 
 @needs_timm
@@ -276,43 +277,43 @@ def test_torchvision_takes_three_channels():
 
 def test_only_models_of_hugging_face_have_a_tokenizer():
     with pytest.raises(ValueError, match="'resnet20' has no tokenizer"):
-        models.tokenizer("resnet20")
+        tokenizer("resnet20")
 
 
 @pytest.mark.parametrize("wrapped", ["plain", "module.", "network.", "state_dict"])
 def test_weights_from_a_file(tmp_path, wrapped):
-    state = models.build("convnet", 4).state_dict()
+    state = build("convnet", 4).state_dict()
     saved = {wrapped + k: v for k, v in state.items()} if wrapped.endswith(".") else state
     torch.save({"state_dict": saved, "epoch": 3} if wrapped == "state_dict" else saved, tmp_path / "w.pt")
-    loaded = models.build("convnet", 4, weights=str(tmp_path / "w.pt")).state_dict()
+    loaded = build("convnet", 4, weights=str(tmp_path / "w.pt")).state_dict()
     assert all(torch.equal(loaded[k], state[k]) for k in state)
 
 
 def test_weights_from_a_safetensors_file(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
-    model = models.build("convnet", 4)
+    model = build("convnet", 4)
     safetensors.save_file(model.state_dict(), tmp_path / "w.safetensors")
-    assert same(models.build("convnet", 4, weights=str(tmp_path / "w.safetensors")), model)
+    assert same(build("convnet", 4, weights=str(tmp_path / "w.safetensors")), model)
     assert "cannot be read" in complaint("convnet", 4, weights=str(tmp_path / "none.safetensors"))
 
 
 @pytest.mark.parametrize(("name", "head"), [("resnet20", "14"), ("torchvision:squeezenet1_1", "classifier.1")])
 def test_a_head_for_another_number_of_classes_is_a_fresh_one(tmp_path, name, head):
-    model = models.build(name, 6)
+    model = build(name, 6)
     torch.save(model.state_dict(), tmp_path / "w.pt")
     torch.manual_seed(8)
-    loaded = models.build(name, 9, weights=str(tmp_path / "w.pt"))
+    loaded = build(name, 9, weights=str(tmp_path / "w.pt"))
     torch.manual_seed(8)
-    fresh = models.build(name, 9)
+    fresh = build(name, 9)
     assert differing(loaded, model) == [f"{head}.weight", f"{head}.bias"]
     assert torch.equal(loaded.get_submodule(head).weight, fresh.get_submodule(head).weight)
-    assert same(models.build(name, 6, weights=str(tmp_path / "w.pt")), model)
+    assert same(build(name, 6, weights=str(tmp_path / "w.pt")), model)
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path):
     path = tmp_path / "w.pt"
     start = f"weights {str(path)!r} do not fit 'convnet': "
-    state = models.build("convnet", 10).state_dict()
+    state = build("convnet", 10).state_dict()
 
     def answer(state: dict[str, torch.Tensor]) -> str:
         torch.save(state, path)
@@ -337,7 +338,7 @@ def test_what_is_no_file_of_weights(tmp_path):
     )
     path.write_bytes(b"hello, I am no file of tensors")
     assert "not a file of tensors alone" in complaint("convnet", 10, weights=str(path))
-    torch.save(models.build("convnet", 10), path)  # a pickled module: to load it would run it
+    torch.save(build("convnet", 10), path)  # a pickled module: to load it would run it
     assert "not a file of tensors alone" in complaint("convnet", 10, weights=str(path))
     torch.save([torch.zeros(3)], path)
     assert "are not a state dict" in complaint("convnet", 10, weights=str(path))
@@ -354,9 +355,9 @@ def test_real_weights_of_imagenet(data):
     if not path.is_file():
         pytest.skip(f"no {path}")
     theirs = torch.load(path, weights_only=True)
-    full = models.build("torchvision:squeezenet1_1", 1000, weights=str(path))
+    full = build("torchvision:squeezenet1_1", 1000, weights=str(path))
     assert all(torch.equal(p, theirs[name].float()) for name, p in full.named_parameters())
-    ten = models.build("torchvision:squeezenet1_1", 10, weights=str(path))
+    ten = build("torchvision:squeezenet1_1", 10, weights=str(path))
     assert differing(ten, full) == ["classifier.1.weight", "classifier.1.bias"]
     assert ten(torch.randn(2, 3, 64, 64)).shape == (2, 10)
 
@@ -370,9 +371,9 @@ def test_pretrained_weights_of_torchvision_from_its_cache(name, head, no_network
     folder = tmp_path / "torch" / "hub" / "checkpoints"
     folder.mkdir(parents=True)
     torch.save(source.state_dict(), folder / file)
-    model = models.build(f"torchvision:{name}", 1000, weights="pretrained")
+    model = build(f"torchvision:{name}", 1000, weights="pretrained")
     assert same(model, source)
-    model = models.build(f"torchvision:{name}", 7, weights="pretrained")
+    model = build(f"torchvision:{name}", 7, weights="pretrained")
     assert model.training
     assert differing(model, source) == [f"{head}.weight", f"{head}.bias"]
     assert model(torch.randn(2, 3, 64, 64)).shape == (2, 7)
@@ -380,7 +381,7 @@ def test_pretrained_weights_of_torchvision_from_its_cache(name, head, no_network
 
 @pytest.mark.parametrize("name", ["googlenet", "shufflenet_v2_x0_5"])
 def test_a_random_network_of_torchvision_returns_logits_in_training(name):
-    model = models.build(f"torchvision:{name}", 7)
+    model = build(f"torchvision:{name}", 7)
     assert model.training
     assert model(torch.randn(2, 3, 64, 64)).shape == (2, 7)
 
@@ -393,7 +394,7 @@ def test_pretrained_weights_of_torchvision_without_a_network(no_network):
 
 @needs_timm
 def test_a_network_of_timm():
-    model = models.build("timm:test_resnet", 7, channels=1)
+    model = build("timm:test_resnet", 7, channels=1)
     assert model.training
     assert model(torch.randn(2, 1, 32, 32)).shape == (2, 7)
 
@@ -401,14 +402,14 @@ def test_a_network_of_timm():
 @needs_timm
 def test_pretrained_weights_of_timm_from_the_hubs_cache(no_network, tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
-    source = models.build("timm:test_resnet", 1000)
+    source = build("timm:test_resnet", 1000)
     folder = tmp_path / "hub" / "models--timm--test_resnet.r160_in1k"
     (folder / "refs").mkdir(parents=True)
     (folder / "refs" / "main").write_text("0" * 40)
     (folder / "snapshots" / ("0" * 40)).mkdir(parents=True)
     safetensors.save_file(source.state_dict(), folder / "snapshots" / ("0" * 40) / "model.safetensors")
-    assert same(models.build("timm:test_resnet", 1000, weights="pretrained"), source)
-    model = models.build("timm:test_resnet.r160_in1k", 7, weights="pretrained")
+    assert same(build("timm:test_resnet", 1000, weights="pretrained"), source)
+    model = build("timm:test_resnet.r160_in1k", 7, weights="pretrained")
     assert differing(model, source) == ["fc.weight", "fc.bias"]
 
 
@@ -439,7 +440,7 @@ def bert(tmp_path) -> Path:
 
 
 def sentences(bert: Path) -> dict[str, torch.Tensor]:
-    read = models.tokenizer(f"hf:{bert}")
+    read = tokenizer(f"hf:{bert}")
     return dict(read(["a cat sat", "a dog"], padding=True, return_tensors="pt"))
 
 
@@ -451,8 +452,8 @@ def test_a_tokenizer_from_a_folder(bert):
 
 def test_a_classifier_of_sentences_from_a_folder(bert, no_network):
     torch.manual_seed(2)
-    model = models.build(f"hf:{bert}", 3)
-    assert isinstance(model, models.Logits)
+    model = build(f"hf:{bert}", 3)
+    assert isinstance(model, Logits)
     assert model.training
     inputs = sentences(bert)
     logits = model(inputs)
@@ -460,21 +461,21 @@ def test_a_classifier_of_sentences_from_a_folder(bert, no_network):
     F.cross_entropy(logits, torch.tensor([0, 2])).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
     torch.manual_seed(2)
-    assert same(model, models.build(f"hf:{bert}", 3))
+    assert same(model, build(f"hf:{bert}", 3))
     padded = {name: F.pad(value, (0, 4)) for name, value in inputs.items()}
     model.eval()
     torch.testing.assert_close(model(padded), model(inputs), rtol=1e-4, atol=1e-6)
 
 
 def test_pretrained_weights_from_a_folder(bert, no_network, caplog, capfd):
-    source = models.build(f"hf:{bert}", 3).to(torch.bfloat16)
+    source = build(f"hf:{bert}", 3).to(torch.bfloat16)
     source.network.save_pretrained(bert)
     capfd.readouterr()
-    model = models.build(f"hf:{bert}", 3, weights="pretrained")
+    model = build(f"hf:{bert}", 3, weights="pretrained")
     assert same(model, source.float())
     assert model.training
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    model = models.build(f"hf:{bert}", 5, weights="pretrained")
+    model = build(f"hf:{bert}", 5, weights="pretrained")
     assert differing(model, source) == ["network.classifier.weight", "network.classifier.bias"]
     assert model(sentences(bert)).shape == (2, 5)
     assert caplog.text == ""
@@ -483,10 +484,10 @@ def test_pretrained_weights_from_a_folder(bert, no_network, caplog, capfd):
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_weights_of_a_classifier_of_sentences_from_a_file(bert, tmp_path, whole):
-    source = models.build(f"hf:{bert}", 3)
+    source = build(f"hf:{bert}", 3)
     torch.save((source if whole else source.network).state_dict(), tmp_path / "w.pt")
-    assert same(models.build(f"hf:{bert}", 3, weights=str(tmp_path / "w.pt")), source)
-    other = models.build(f"hf:{bert}", 4, weights=str(tmp_path / "w.pt"))
+    assert same(build(f"hf:{bert}", 3, weights=str(tmp_path / "w.pt")), source)
+    other = build(f"hf:{bert}", 4, weights=str(tmp_path / "w.pt"))
     assert differing(other, source) == ["network.classifier.weight", "network.classifier.bias"]
 
 
@@ -494,7 +495,7 @@ def test_a_folder_without_a_model(tmp_path):
     pytest.importorskip("transformers")
     assert complaint(f"hf:{tmp_path}", 2).startswith(f"model 'hf:{tmp_path}' cannot be had (")
     with pytest.raises(ValueError, match=r"the tokenizer of .* cannot be had"):
-        models.tokenizer(f"hf:{tmp_path}")
+        tokenizer(f"hf:{tmp_path}")
 
 
 def test_a_folder_without_weights(bert):
@@ -508,5 +509,5 @@ def test_a_name_of_the_hub_without_a_network(weights, no_network, capfd):
     assert message.startswith("model 'hf:nobody/nothing' cannot be had (")
     assert message.endswith("give a local folder as hf:FOLDER, or set HF_HOME to a filled cache")
     with pytest.raises(ValueError, match="the tokenizer of 'hf:nobody/nothing' cannot be had"):
-        models.tokenizer("hf:nobody/nothing")
+        tokenizer("hf:nobody/nothing")
     assert "Retrying" not in capfd.readouterr().err

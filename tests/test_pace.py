@@ -9,14 +9,15 @@ import pytest
 import torch
 
 from bisam import ERM, SharpnessAware, cross_entropy
-from bisam.experiments import data, models
-from bisam.experiments.epochs import train_epoch
-from bisam.experiments.estimate import estimate
-from bisam.experiments.images import Images, digits
-from bisam.experiments.machine import Machine
-from bisam.experiments.pace import PACE, Pace
-from bisam.experiments.recipes import Recipe
-from bisam.experiments.watch import Watch
+from bisam.experiments import data
+from bisam.experiments.data.image_tensors import Images, digits
+from bisam.experiments.launch.estimate import estimate
+from bisam.experiments.models.build import build
+from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.runs.machine import Machine
+from bisam.experiments.training.counting import Watch
+from bisam.experiments.training.epoch import train_epoch
+from bisam.experiments.training.reference_speed import PACE, Pace
 
 RECIPE = Recipe(method="sgd", batch_size=128, epochs=2)
 BEGIN = 100.0  # seconds, of a clock that nothing else moves
@@ -42,13 +43,13 @@ def slow(monkeypatch):
 
 
 def test_the_pace_is_that_of_steps(slow):
-    model = models.build("convnet", 10, channels=1)
+    model = build("convnet", 10, channels=1)
     assert Pace(Machine().fabric(), model, slow.train, RECIPE).seconds() == (PACE - 1) / PACE
 
 
 def test_an_epoch_begins_with_its_data(slow):
     fabric, watch = Machine().fabric(), Watch(ERM())
-    loss = SharpnessAware(models.build("convnet", 10, channels=1), watch, cross_entropy)
+    loss = SharpnessAware(build("convnet", 10, channels=1), watch, cross_entropy)
     sharp, optimizer = fabric.setup(loss, torch.optim.SGD(loss.parameters(), 0.1))
     row = train_epoch(fabric, sharp, watch, optimizer, slow.train.first(1024), RECIPE, torch.Generator())
     assert (row["seconds"], row["losses"]) == (BEGIN + 8, 8)

@@ -25,11 +25,23 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DistributedSampler
 
-from bisam import CRSAM, ERM, MSAM, RSAM, SAM, Evaluation, NegLog, SAMPa, SharpnessAware, cross_entropy, lookahead
-from bisam.integrations import pairs, parallel
-from bisam.integrations.parallel import InPairs, replica, replicas
+from bisam import (
+    CRSAM,
+    ERM,
+    MSAM,
+    RSAM,
+    SAM,
+    Evaluation,
+    NegLog,
+    SAMPa,
+    SharpnessAware,
+    Vector,
+    cross_entropy,
+    next_step,
+)
+from bisam.integrations.pairs import InPairs, method as parallel, pair as pairs, replica, replicas
 from bisam.masks import RandomMask
-from bisam.oracle import Oracle
+from bisam.oracle import Oracle, Query
 from bisam.perturbations import L2
 
 HOST, PATIENCE = "127.0.0.1", 120.0
@@ -130,7 +142,7 @@ def alone(method: Any) -> Any:
 
 
 def sampa(**options: Any) -> Callable[[torch.optim.Optimizer], SAMPa]:
-    return lambda optimizer: SAMPa(ahead=lookahead(optimizer), **options)
+    return lambda optimizer: SAMPa(ahead=next_step(optimizer), **options)
 
 
 def same_on_both(value: Any) -> None:
@@ -174,8 +186,8 @@ def the_numbers_are_those_of_one_process(rank: int) -> None:
 def every_method_is_the_same_in_a_pair(rank: int) -> None:
     own = {
         "RSAM-CRSAM": lambda o: RSAM(0.05, CRSAM()),
-        "SAMPa-mask": lambda o: SAMPa(RandomMask(L2(0.1), beta=0.5, per="entry"), ahead=lookahead(o)),
-        "MSAM-SAMPa": lambda o: MSAM(3, SAMPa(ahead=lookahead(o)), separate=True),
+        "SAMPa-mask": lambda o: SAMPa(RandomMask(L2(0.1), beta=0.5, per="entry"), ahead=next_step(o)),
+        "MSAM-SAMPa": lambda o: MSAM(3, SAMPa(ahead=next_step(o)), separate=True),
     }
     for name, method in {**{name: make for name, (make, _) in FAMILY.items()}, **own}.items():
         ends = []
@@ -295,7 +307,7 @@ def an_overflow_on_one_rank_counts_on_both(rank: int) -> None:
     for late in (False, True):
         ends = []
         for around in (InPairs, alone):
-            run = running(sampa(), around=around, scale=lambda: 1e300).steps(3)
+            run = running(sampa(), around=around, scaler=lambda: 1e300).steps(3)
             x, y = cases.batch(3)
             large, small = (x * 1e30, y), (x, y)
             run.sharp(*(large if late else small))
@@ -354,7 +366,7 @@ def differences_between_the_ranks_are_said(rank: int) -> None:
         growing.steps(1)
     assert growing.model.seen.shape == (0,)
 
-    masked = running(lambda o: SAMPa(RandomMask(L2(0.1)), ahead=lookahead(o)))
+    masked = running(lambda o: SAMPa(RandomMask(L2(0.1)), ahead=next_step(o)))
     untouched = copy.deepcopy(masked).everything
     torch.manual_seed(rank)
     with refused(ValueError, "draws random numbers", "torch.manual_seed"):
@@ -414,7 +426,7 @@ def a_rank_that_goes_on_alone_is_found_out(rank: int) -> None:
         return inner(oracle, batch)
 
     failing, run = [False], running(lambda o: method)
-    inner = SAMPa(ahead=lookahead(run.optimizer))
+    inner = SAMPa(ahead=next_step(run.optimizer))
     run.steps(4)
     before = run.everything
     if rank == 0:
@@ -432,8 +444,8 @@ def wrappers_that_cannot_be_inside_are_refused(rank: int) -> None:
     sharp = SharpnessAware(DDP(inside.model), inside.sharp.method, cross_entropy)
     with refused(ValueError, "DistributedDataParallel(SharpnessAware(model, ...))"):
         sharp(*cases.batch())
-    with refused(ValueError, "perturbation='global'", "DistributedDataParallel(SharpnessAware(model, ...))"):
-        running(sampa(), perturbation="global").steps(1)
+    with refused(ValueError, "scope='global'", "DistributedDataParallel(SharpnessAware(model, ...))"):
+        running(sampa(), scope="global").steps(1)
     with refused(ValueError, "InPairs is inside of another InPairs"):
         running(lambda o: InPairs(sampa()(o))).steps(1)
     with refused(ValueError, "no trainable parameter"):
@@ -602,7 +614,7 @@ def test_a_pair_needs_two_processes():
 def test_a_wrong_argument_is_named_where_it_is_given():
     with pytest.raises(TypeError, match="method is the class SAM, not an instance"):
         InPairs(SAM)
-    with pytest.raises(TypeError, match=r"method must be SAMPa\(ahead=lookahead\(optimizer\)\) or another"):
+    with pytest.raises(TypeError, match=r"method must be SAMPa\(ahead=next_step\(optimizer\)\) or another"):
         InPairs(0.05)
 
 
@@ -618,8 +630,8 @@ def test_a_wrong_argument_is_named_where_it_is_given():
     ],
 )
 def test_the_even_rank_asks_what_moves_running_statistics(tracked, members):
-    assert parallel._members([{"batch": (), "at": None, "track": track} for track in tracked]) == members
-    assert parallel._members([{"batch": (), "at": None if track else 1} for track in tracked]) == members
+    assert parallel._members([Query((), track=track) for track in tracked]) == members
+    assert parallel._members([Query((), at=None if track else Vector([torch.ones(1)])) for track in tracked]) == members
 
 
 def test_memory_that_is_sent_has_the_layout_of_what_it_is_sent_for():

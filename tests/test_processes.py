@@ -18,11 +18,12 @@ import pytest
 import torch
 from filelock import FileLock
 
-from bisam.experiments import processes, runs
-from bisam.experiments.machine import Machine, end_with_parent, threads
-from bisam.experiments.recipes import Recipe
-from bisam.experiments.runs import Run
-from bisam.experiments.train import train
+from bisam.experiments.launch import processes
+from bisam.experiments.launch.outcomes import attempted
+from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.runs.folder import Run, finished
+from bisam.experiments.runs.machine import Machine, end_with_parent, threads
+from bisam.experiments.training.train import train
 
 SHORT = Recipe(method="bisam_log", noise=0.4, rho=0.4, epochs=2, batch_size=256)
 SGD = replace(SHORT, method="sgd", rho=None)
@@ -78,7 +79,7 @@ def test_a_run_that_is_killed_costs_the_others_nothing(tmp_path):
     ],
 )
 def test_how_a_process_ended_is_said(code, message):
-    assert re.search(message, processes._killed(code))
+    assert re.search(message, processes.reason_killed(code))
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Raising(Machine):
     ],
 )
 def test_an_error_is_one_line(tmp_path, error, message):
-    outcome = processes.attempted(SHORT, tmp_path, Raising(error=error))
+    outcome = attempted(SHORT, tmp_path, Raising(error=error))
     assert outcome.result is None
     assert outcome.error is not None
     assert message in outcome.error
@@ -113,7 +114,7 @@ def test_an_error_is_one_line(tmp_path, error, message):
 
 def test_ctrl_c_is_left_to_the_user(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        processes.attempted(SHORT, tmp_path, Raising(error=KeyboardInterrupt()))
+        attempted(SHORT, tmp_path, Raising(error=KeyboardInterrupt()))
 
 
 def test_a_run_that_another_study_holds_is_said_and_the_others_go_on(tmp_path):
@@ -123,7 +124,7 @@ def test_a_run_that_another_study_holds_is_said_and_the_others_go_on(tmp_path):
         outcomes = processes.run_all([SHORT, SGD], tmp_path, 1, Machine(log=()), Silent())
     assert f"{held} is in use by another process: let it finish, or give another --out" in outcomes[0].error
     assert outcomes[1].error is None
-    assert [run.recipe for run in runs.finished(tmp_path)] == [SGD]
+    assert [run.recipe for run in finished(tmp_path)] == [SGD]
 
 
 def test_runs_without_their_data_do_not_start_and_the_others_go_on(tmp_path):
@@ -223,9 +224,9 @@ KILLED = """
 import multiprocessing as mp, os, signal, sys
 from dataclasses import replace
 from pathlib import Path
-from bisam.experiments import processes
-from bisam.experiments.machine import Machine, end_with_parent, threads
-from bisam.experiments.recipes import Recipe
+from bisam.experiments.launch import processes
+from bisam.experiments.runs.machine import Machine, end_with_parent, threads
+from bisam.experiments.recipes.recipe import Recipe
 
 class Killer:
     def epoch(self, recipe, epoch, validation):

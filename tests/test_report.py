@@ -16,14 +16,15 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from bisam.experiments import runs
-from bisam.experiments.catalogue import METHODS
-from bisam.experiments.presets import CIFAR
-from bisam.experiments.recipes import Recipe
-from bisam.experiments.reports import drawing, figures, pages, published, tables as report, tuning
+from bisam.experiments.recipes.catalogue import METHODS
+from bisam.experiments.recipes.presets import CIFAR
+from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.reports import drawing, figures, pages, tables as report, tuning
+from bisam.experiments.reports.comparison import beside
 from bisam.experiments.reports.differences import baseline, differences, student
 from bisam.experiments.reports.groups import BROUGHT, grouped, names, places, setting
-from bisam.experiments.runs import Finished, Run
+from bisam.experiments.runs.folder import Finished, Run, finished as finished_runs, to_csv
+from bisam.experiments.studies import published
 
 SAM = Recipe(method="sam", noise=0.4, rho=0.4, epochs=3)
 SGD = replace(SAM, method="sgd", rho=None, epochs=6)
@@ -266,7 +267,7 @@ def test_the_summary_is_mean_and_standard_deviation_over_seeds():
 
 
 def test_differences_are_columns_of_the_csv():
-    sgd, sam, log = csv.DictReader(io.StringIO(runs.to_csv(report.summary(SMALL))))
+    sgd, sam, log = csv.DictReader(io.StringIO(to_csv(report.summary(SMALL))))
     assert (log["baseline"], log["pairs"]) == ("SAM", "2")
     assert float(log["difference_mean"]) == pytest.approx(0.015)
     assert float(log["difference_high"]) == pytest.approx(0.015 + 12.706205 * 0.005, abs=1e-6)
@@ -449,12 +450,12 @@ def test_published_numbers_name_their_source_and_nothing_recollected():
 def test_ours_stands_beside_the_published_number():
     log = replace(PAPER, method="bisam_log")
     runs = [*seeded(PAPER, 0.941, 0.945, time=2.0), *seeded(log, 0.94, 0.95, time=2.2)]
-    found = {(one.recipe.method, one.title): (one.text, one.published.text) for one in published.beside(grouped(runs))}
+    found = {(one.recipe.method, one.title): (one.text, one.published.text) for one in beside(grouped(runs))}
     assert found["bisam_log", "time of an epoch, relative to SAM's"] == ("1.10 ± 0.00 (2)", "1.30 (30 / 23 s)")
     assert found["sam", "flipped training samples, epoch 100"] == ("1000 ± 0 (2)", "1250 to 1310")
     assert found["bisam_log", "flipped training samples, most in epochs 101 to 200"] == ("2000 ± 0 (2)", "1890")
     assert len(found) == 7
-    (one,) = published.beside(grouped(seeded(replace(PAPER, rho=0.1), 0.941, 0.945)))
+    (one,) = beside(grouped(seeded(replace(PAPER, rho=0.1), 0.941, 0.945)))
     assert (one.title, one.text, one.published.text) == ("validation accuracy at the end (%)", "94.2 ± 0.3 (2)", "94.0")
     text = report.markdown("T", runs, {})
     assert "## Published" in text
@@ -465,14 +466,14 @@ def test_a_published_number_is_for_its_own_setting():
     others = {"epochs": 15, "limit": 100, "noise": 0.2, "model": "resnet20", "dataset": "cifar100", "rho": 0.2}
     others |= {"batch_size": 256, "learning_rate": 0.05, "label_smoothing": 0.0, "optimizer": "adamw", "augment": False}
     for name, value in others.items():
-        assert published.beside(grouped([run(replace(PAPER, **{name: value}))])) == []
+        assert beside(grouped([run(replace(PAPER, **{name: value}))])) == []
 
 
 @pytest.mark.parametrize("changes", [{"mu": 10.0}, {"rho": 0.01}, {"method": "bisam_tanh", "alpha": 1.0}])
 def test_published_flips_are_of_the_papers_bounds_and_radius(changes):
-    assert all("flipped" in one.title for one in published.beside(grouped([run(replace(CIFAR, rho=None))])))
-    assert len(published.beside(grouped([run(replace(CIFAR, rho=None))]))) == 3
-    assert published.beside(grouped([run(replace(CIFAR, **changes))])) == []
+    assert all("flipped" in one.title for one in beside(grouped([run(replace(CIFAR, rho=None))])))
+    assert len(beside(grouped([run(replace(CIFAR, rho=None))]))) == 3
+    assert beside(grouped([run(replace(CIFAR, **changes))])) == []
 
 
 def test_without_a_published_number_the_report_says_so():
@@ -484,7 +485,7 @@ def test_without_a_published_number_the_report_says_so():
 def test_sampa_counts_one_gradient_in_sequence():
     sampa = replace(PAPER, method="sampa")
     runs = [*seeded(PAPER, 0.9), *seeded(sampa, 0.9)]
-    found = {one.title: one for one in published.beside(grouped(runs)) if one.recipe.method == "sampa"}
+    found = {one.title: one for one in beside(grouped(runs)) if one.recipe.method == "sampa"}
     one = found["gradients one after another, relative to SAM's"]
     assert (one.text, one.published.text) == ("0.50 (1)", "0.50 (70,400 / 140,800)")
     assert published.in_sequence(replace(SAM, method="looksam"), 1.2) == 1.2
@@ -501,7 +502,7 @@ def test_sampa_counts_one_gradient_in_sequence():
 )
 def test_the_reply_to_reviewers_is_beside_imagenet(method, number):
     recipe = Recipe(dataset="imagenet", model="torchvision:resnet50", method=method, batch_size=512)
-    first, fifth = published.beside(grouped([run(recipe, 0.7, more={"top5": 0.9})]))
+    first, fifth = beside(grouped([run(recipe, 0.7, more={"top5": 0.9})]))
     assert (first.text, first.published.text) == ("70.00 (1)", number)
     assert (fifth.title, fifth.text) == ("top-5 accuracy (%)", "90.00 (1)")
     assert "a third of ImageNet-1K" in first.published.setting
@@ -824,8 +825,8 @@ def test_run_folders_before_metrics_were_named_are_reported(finished):
         path.write_text(json.dumps({key: old[key] for key in old if key not in ("metric", "scores", "examples")}))
     for path in finished.glob("digits/*/*/metrics.csv"):
         rows = list(csv.DictReader(io.StringIO(path.read_text())))
-        path.write_text(runs.to_csv([{key: row[key] for key in ("epoch", "validation", "flipped")} for row in rows]))
-    found = [one for one in runs.finished(finished / "digits") if isinstance(one, Finished)]
+        path.write_text(to_csv([{key: row[key] for key in ("epoch", "validation", "flipped")} for row in rows]))
+    found = [one for one in finished_runs(finished / "digits") if isinstance(one, Finished)]
     assert len(found) == 4
     assert report.markdown("T", found, {})
     for name in FIGURES:

@@ -13,7 +13,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, StepLR
 
-from bisam import SAM, SharpnessAware, cross_entropy, lookahead
+from bisam import SAM, SharpnessAware, cross_entropy, next_step
 from bisam.perturbations import L2, Adaptive, LossEquated
 from bisam.schedules import Constant, Cosine, Follow, Linear, Warmup, at, check
 
@@ -225,7 +225,7 @@ def test_a_begin_is_whole_and_not_negative(value):
         Cosine(0.1, 0.2, 5, value)
 
 
-@pytest.mark.parametrize("value", [None, 0.1, torch.optim.SGD, nn.Linear(2, 2), lookahead(optimizer())], ids=str)
+@pytest.mark.parametrize("value", [None, 0.1, torch.optim.SGD, nn.Linear(2, 2), next_step(optimizer())], ids=str)
 def test_what_has_no_learning_rate_cannot_be_followed(value):
     with pytest.raises(TypeError, match="optimizer"):
         Follow(value, high=0.1)

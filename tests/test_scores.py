@@ -6,7 +6,7 @@ import pytest
 import torch
 from sklearn.metrics import top_k_accuracy_score
 
-from bisam.experiments.scores import TITLES, ranked, scores
+from bisam.experiments.training.metrics import TITLES, ranked, scores
 
 BOTH = ("accuracy", "top5")
 

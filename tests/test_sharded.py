@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from bisam.experiments import models
-from bisam.experiments.machine import Machine
-from bisam.experiments.recipes import Recipe
-from bisam.experiments.runs import Run, RunError
-from bisam.experiments.sharded import blocks
-from bisam.experiments.train import Training, train
+from bisam.experiments.errors import RunError
+from bisam.experiments.models.build import OURS
+from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.runs.folder import Run
+from bisam.experiments.runs.machine import Machine
+from bisam.experiments.training.fsdp import blocks
+from bisam.experiments.training.train import Training, train
 
 MANY = Machine(log=(), nodes=2, strategy="fsdp")
 
@@ -62,10 +63,10 @@ def on_this_node(root: Path) -> list[str]:
     rank = torch.distributed.get_rank()
     names = {"RANK": rank, "GROUP_RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1}
     os.environ |= {name: str(value) for name, value in names.items()} | {"TORCHELASTIC_RUN_ID": "none"}
-    models._OURS["plain"] = (network, "")
+    OURS["plain"] = (network, "")
     for each in RECIPES:
         assert train(Run.under(root / "whole", each), MANY)["metric"] == "accuracy"  # on every rank
-    said, broken, epoch = [], Run.under(root / "broken", RECIPES[1]), Training._epoch
+    said, broken, epoch = [], Run.under(root / "broken", RECIPES[1]), Training.epoch
     for last in (1, 2):
 
         def interrupted(self: Training, number: int, last: int = last) -> Any:
@@ -73,10 +74,10 @@ def on_this_node(root: Path) -> list[str]:
                 raise InterruptedError
             return epoch(self, number)
 
-        Training._epoch = interrupted
+        Training.epoch = interrupted
         with pytest.raises(InterruptedError):
             train(broken, MANY)
-    Training._epoch = epoch
+    Training.epoch = epoch
     try:
         train(broken, Machine(log=(), nodes=2))
     except RunError as error:
@@ -99,7 +100,7 @@ def parts(run: Run) -> tuple[list[Any], Any]:
 def test_a_sharded_run_is_that_of_one_process_also_after_interruptions(tmp_path, monkeypatch):
     said = ranks.run(2, on_this_node, tmp_path)
     assert all("was begun with --strategy fsdp, which perturbs for the whole batch" in each[0] for each in said)
-    monkeypatch.setitem(models._OURS, "plain", (network, ""))
+    monkeypatch.setitem(OURS, "plain", (network, ""))
     for each in RECIPES:
         one, many = Run.under(tmp_path / "one", each), Run.under(tmp_path / "whole", each)
         alone, together = train(one, Machine(log=())), many.result

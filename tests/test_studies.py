@@ -14,17 +14,18 @@ import pytest
 import torch
 from torchvision.datasets import cifar
 
-from bisam.experiments import processes
-from bisam.experiments.estimate import queries
-from bisam.experiments.machine import Machine
-from bisam.experiments.paper import MODELS, PAPER
-from bisam.experiments.presets import PRESETS
-from bisam.experiments.processes import Outcome
-from bisam.experiments.recipes import Recipe
-from bisam.experiments.runs import Run, RunError
-from bisam.experiments.shown import show_failed
+from bisam.experiments.cli.shown import show_failed
+from bisam.experiments.errors import RunError
+from bisam.experiments.launch import processes
+from bisam.experiments.launch.estimate import queries
+from bisam.experiments.launch.outcomes import Outcome
+from bisam.experiments.recipes.presets import PRESETS
+from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.runs.folder import Run
+from bisam.experiments.runs.machine import Machine
 from bisam.experiments.studies import STUDIES
-from bisam.experiments.train import train
+from bisam.experiments.studies.paper import MODELS, PAPER
+from bisam.experiments.training.train import train
 from tests.test_folders import classes, flower_root, pet_root  # noqa: F401 - fixtures
 from tests.test_models import bert  # noqa: F401 - a fixture
 from tests.test_texts import classic
@@ -316,9 +317,10 @@ import os, random, shutil, signal, sys, time
 from dataclasses import replace
 from pathlib import Path
 import torch
-from bisam.experiments.recipes import Recipe
-from bisam.experiments.runs import Run, RunError
-from bisam.experiments.train import train
+from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.runs.folder import Run
+from bisam.experiments.errors import RunError
+from bisam.experiments.training.train import train
 
 torch.set_num_threads(1)
 root, method, more = Path(sys.argv[1]), sys.argv[2], eval(sys.argv[3])

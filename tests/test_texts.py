@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bisam.experiments.texts import TASKS, glue
+from bisam.experiments.data.glue import TASKS, glue
 
 datasets = pytest.importorskip("datasets")
 transformers = pytest.importorskip("transformers")

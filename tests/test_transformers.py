@@ -33,14 +33,14 @@ from bisam import (
     SAMPa,
     SharpnessAware,
     cross_entropy,
-    lookahead,
+    next_step,
 )
 from bisam.perturbations import L2
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 pytest.importorskip("accelerate")
-integration = importlib.import_module("bisam.integrations.transformers")
+integration = importlib.import_module("bisam.integrations.transformers.trainer")
 BatchEncoding, Trainer, TrainingArguments = (
     transformers.BatchEncoding,
     transformers.Trainer,
@@ -597,7 +597,7 @@ def test_a_scaler_is_told_to_the_loss(tmp_path):
         ({"method": MSAM(1, SAM())}, 2, 0),
         ({"method": KSAM(1, SAM())}, 0.5, 1),
         ({"method": Every(2, SAM())}, 1.5, 0),
-        ({"method_of": lambda optimizer: SAMPa(ahead=lookahead(optimizer), ascent=NegLog())}, 3, 0),
+        ({"method_of": lambda optimizer: SAMPa(ahead=next_step(optimizer), ascent=NegLog())}, 3, 0),
     ],
     ids=named,
 )
@@ -640,7 +640,7 @@ def test_a_loss_of_ones_own_is_inside(tmp_path):
 
 METHODS = {
     "looksam": {"method": LookSAM(L2(0.3), k=2)},
-    "sampa": {"method_of": lambda optimizer: SAMPa(ahead=lookahead(optimizer))},
+    "sampa": {"method_of": lambda optimizer: SAMPa(ahead=next_step(optimizer))},
     "every": {"method": Every(2, BiSAM(0.3))},
     "bsam": {"method": BSAM(64, 0.01)},
 }
@@ -735,7 +735,7 @@ def _replica(rank: int, port: int, folder: str) -> None:
     run = partial(trained, folder=Path(folder), task="causal", **options)
     ends = {
         "bisam": run(SharpnessAwareTrainer, model=double(), method=BiSAM(0.3)),
-        "global": run(SharpnessAwareTrainer, model=double(), method=SAM(L2(0.3)), perturbation="global"),
+        "global": run(SharpnessAwareTrainer, model=double(), method=SAM(L2(0.3)), scope="global"),
         "alone": run(SharpnessAwareTrainer, model=double(), method=ERM(), average_tokens_across_devices=False),
         "plain alone": run(Trainer, model=double(), average_tokens_across_devices=False),
         "bert": run(SharpnessAwareTrainer, model=bert().double(), task="sequence", method=ERM()),
@@ -842,6 +842,7 @@ def test_an_old_transformers_is_refused(tmp_path, monkeypatch):
 
 def test_without_transformers_the_import_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    monkeypatch.delitem(sys.modules, "bisam.integrations.transformers")
+    for module in [name for name in sys.modules if name.startswith("bisam.integrations.transformers")]:
+        monkeypatch.delitem(sys.modules, module)
     with pytest.raises(ImportError, match=r'needs transformers: pip install "bisam\[transformers\]"'):
         importlib.import_module("bisam.integrations.transformers")

@@ -1,6 +1,6 @@
 """bisam: sharpness-aware training as a loss: SAM, BiSAM and the whole family, each with each."""
 
-from bisam import masks as masks, perturbations as perturbations, schedules as schedules
+from bisam import deprecated as _deprecated, masks as masks, perturbations as perturbations, schedules as schedules
 from bisam.evaluation import Evaluation as Evaluation
 from bisam.loss import SharpnessAware as SharpnessAware
 from bisam.methods import (
@@ -33,21 +33,29 @@ from bisam.methods import (
     FunctionalSAM as FunctionalSAM,
     GBiSAM as GBiSAM,
     LookSAM as LookSAM,
+    Method as Method,
     MomentumSAM as MomentumSAM,
     MultiStepSAM as MultiStepSAM,
     SAMPa as SAMPa,
     VaSSO as VaSSO,
     ZSharp as ZSharp,
 )
-from bisam.model_oracle import ModelOracle as ModelOracle
+from bisam.model.oracle import ModelOracle as ModelOracle
 from bisam.objectives import (
     LowerBound as LowerBound,
     NegLog as NegLog,
     Tanh as Tanh,
     cross_entropy as cross_entropy,
 )
-from bisam.optimizers import Lookahead as Lookahead, lookahead as lookahead
-from bisam.oracle import Oracle as Oracle
+from bisam.optim import Lookahead as Lookahead, next_step as next_step
+from bisam.oracle import Oracle as Oracle, Query as Query
+from bisam.perturbations import L2 as L2, Adaptive as Adaptive, Perturbation as Perturbation
 from bisam.vector import Vector as Vector
 
 __version__ = "0.1.0"
+
+_deprecated.install()
+
+
+def __getattr__(name: str) -> object:
+    return _deprecated.attribute(name)

@@ -17,9 +17,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from bisam.arguments import portion, share, whole
 from bisam.oracle import Oracle
 from bisam.perturbations import Around
+from bisam.validation import portion, share, whole
 from bisam.vector import Vector
 
 
@@ -56,7 +56,7 @@ class RandomMask(Around):
         if self.beta == 1:
             return e
         if self.per == "tensor":
-            drawn = e.agreed(torch.rand(len(e), device="cpu"))  # on the CPU: no device waits
+            drawn = e.from_first_rank(torch.rand(len(e), device="cpu"))  # on the CPU: no device waits
             factors = ((drawn < self.beta).double() / self.beta).unbind()
             return e.like([t * factor for t, factor in zip(e, factors, strict=True)], e.holes)
         return e * e.like([noise < self.beta for noise in _noise(e)]) * (1 / self.beta)
@@ -82,7 +82,7 @@ class FisherMask(Around):
 
     keep: float = 0.1
     every: int = 100
-    remembers: ClassVar[bool] = True
+    stateful: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -124,7 +124,7 @@ class DropGrow(Around):
     drop: float = 0.5
     every: int = 1000
     steps: int | None = None
-    remembers: ClassVar[bool] = True
+    stateful: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -178,7 +178,7 @@ def top(scores: Vector, keep: float, maskable: Sequence[bool] | None = None) -> 
 
 
 def _noise(like: Vector) -> Vector:
-    return like.drawn(lambda t: torch.rand(t.shape, device=t.device))
+    return like.random(lambda t: torch.rand(t.shape, device=t.device))
 
 
 def _flat(vector: Vector) -> Tensor:

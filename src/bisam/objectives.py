@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from bisam.arguments import positive
+from bisam.validation import positive
 
 Objective = Callable[[Any, Any], Tensor]
 """`(outputs, targets) -> losses`: one per example, or a scalar."""

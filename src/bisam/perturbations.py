@@ -14,26 +14,30 @@ and around it what is done to the gradient before, or to the displacement after:
     RandomMask(Friendly(L2(0.05)), beta=0.5)                    # see masks.py
 
 A perturbation is any callable `(gradient, oracle) -> displacement`; a zero gradient gives a zero displacement. What it
-remembers between steps is in `oracle.state`.
+remembers between steps is in `oracle.state`. Wherever a perturbation is taken, a radius `rho` stands for `L2(rho)`.
 """
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from numbers import Real
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
 from bisam import schedules
-from bisam.arguments import instance, non_negative, portion, positive, share
+from bisam.objectives import CrossEntropy, LowerBound
 from bisam.oracle import Oracle
 from bisam.schedules import Radius
+from bisam.validation import instance, non_negative, portion, positive, share
 from bisam.vector import TINY, Vector
 
 Perturbation = Callable[[Vector, Oracle], Vector]
+"""`(gradient, oracle) -> displacement`."""
 
 _NORM = re.compile(r"((^|[._])bn|norm)\d*([._]|$)")
 
@@ -133,25 +137,55 @@ class LossEquated:
         return gradient * ((schedules.at(self.sigma, oracle.step) / norm).clamp_max(self.rho_max) / norm)
 
 
-@dataclass(frozen=True)
-class Around:
-    """What is common to perturbations with another one inside.
+def is_radius(value: Any) -> bool:
+    """Whether a value is a radius: a number, or a schedule, which takes the step alone."""
+    if isinstance(value, Real):
+        return True
+    if isinstance(value, type) or not callable(value):
+        return False
+    try:
+        taken = inspect.signature(value).parameters.values()
+    except (TypeError, ValueError):  # a callable without a signature
+        return False
+    places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    needed = [p for p in taken if p.kind in places and p.default is p.empty]
+    return len(needed) == 1 and all(p.kind is not p.VAR_POSITIONAL for p in taken)
 
-    Args:
-        perturb: the one inside.
+
+def geometry(value: Perturbation | Radius) -> Perturbation:
+    """The perturbation itself, or the L2 ball of a radius.
 
     Raises:
-        TypeError: it is no perturbation.
+        TypeError: it is neither a perturbation nor a radius.
+        ValueError: the radius is negative or not finite.
+    """
+    if is_radius(value):
+        return L2(cast(Radius, value))
+    if isinstance(value, LowerBound | CrossEntropy):
+        raise TypeError(f"perturb must be a radius or a perturbation such as L2(0.05), got the objective {value!r}")
+    instance("perturb", value, "a radius such as 0.05, or a perturbation such as L2(0.05)")
+    return cast(Perturbation, value)
+
+
+@dataclass(frozen=True)
+class Around:
+    """Base of perturbations with another one inside.
+
+    Args:
+        perturb: the perturbation inside, or a radius.
+
+    Raises:
+        TypeError: it is neither.
     """
 
-    perturb: Perturbation = field(default=L2(0.05))
+    perturb: Perturbation | Radius = field(default=L2(0.05))
 
     def __post_init__(self) -> None:
-        instance("perturb", self.perturb, "a perturbation such as L2(0.05)")
+        object.__setattr__(self, "perturb", geometry(self.perturb))
 
     def inner(self, gradient: Vector, oracle: Oracle) -> Vector:
         """The displacement of the perturbation inside."""
-        return self.perturb(gradient, oracle.within("perturb"))
+        return cast(Perturbation, self.perturb)(gradient, oracle.within("perturb"))
 
 
 @dataclass(frozen=True)
@@ -173,7 +207,7 @@ class Friendly(Around):
 
     sigma: float = 1.0
     lam: float = 0.9
-    remembers: ClassVar[bool] = True
+    stateful: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -203,7 +237,7 @@ class Smoothed(Around):
     """
 
     theta: float = 0.9
-    remembers: ClassVar[bool] = True
+    stateful: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

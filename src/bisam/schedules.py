@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bisam.arguments import non_negative, whole
+from bisam.validation import non_negative, whole
 
 Schedule = Callable[[int], float | Tensor]
 """From a step to a value: a number, or a tensor of no dimensions."""

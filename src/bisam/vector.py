@@ -8,14 +8,15 @@ number of tensors:
     t = w.abs() + 0.01              # elementwise, with scalars
     cosine = g.dot(h) / (g.norm() * h.norm())
 
-Vectors are values: no operation changes its operands. Where parameters are sharded over ranks a Vector holds the parts
-that are here, and `layout` knows the rest: norms and inner products are those of the whole, the same on all ranks.
+Vectors are values: no operation changes its operands. Where parameters are sharded over ranks a Vector holds the local
+parts, and its `layout` knows how they make up the whole: norms and inner products are those of the whole vector, and
+the same on all ranks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -31,36 +32,51 @@ TINY = 1e-12
 _HALF = frozenset({torch.float16, torch.bfloat16})
 
 
-class Layout(Protocol):
-    """How tensors that several ranks share are made of their parts; all ranks call each of these together."""
+class Layout:
+    """How tensors that several ranks share are made of their parts. This one is for whole tensors on a single rank.
+
+    All ranks call each method together.
+
+    Attributes:
+        sharded: whether a rank holds parts of the tensors.
+    """
+
+    sharded: bool = False
+
+    def __repr__(self) -> str:
+        return "WHOLE" if self is WHOLE else f"{type(self).__name__}()"
 
     def total(self, parts: Tensor) -> Tensor:
-        """The sum over tensors and ranks of numbers (n,) that are sums over the entries here; of no dimensions."""
-        ...
+        """The sum over tensors and ranks of `parts` (n,), the sums over the local entries; of shape ()."""
+        return parts.sum()
 
     def whole(self, i: int, part: Tensor) -> Tensor:
-        """Tensor `i`, of its part here."""
-        ...
+        """Tensor `i`, gathered from the parts."""
+        return part
 
     def part(self, i: int, whole: Tensor) -> Tensor:
-        """The part of tensor `i` that is here."""
-        ...
+        """The local part of tensor `i`."""
+        return whole
 
-    def unfilled(self, i: int, part: Tensor) -> Tensor:
-        """Tensor `i` with nothing in it yet, of the type and on the device of its part here."""
-        ...
+    def empty(self, i: int, part: Tensor) -> Tensor:
+        """An uninitialised tensor of the shape of the whole tensor `i`, with the type and device of `part`."""
+        return part
 
-    def drawn(self, i: int, whole: Tensor) -> Tensor:
-        """The part of tensor `i` that is here, of random numbers that may differ between ranks."""
-        ...
+    def random(self, i: int, whole: Tensor) -> Tensor:
+        """The local part of tensor `i`, filled with random numbers that may differ between ranks before this call."""
+        return whole
 
-    def first(self, value: Tensor) -> Tensor:
-        """The value that the first of the ranks has."""
-        ...
+    def from_first_rank(self, value: Tensor) -> Tensor:
+        """The value on the first rank."""
+        return value
 
     def wrapped(self, i: int, part: Tensor) -> Tensor:
-        """Tensor `i` as checkpoints take it, of its part here."""
-        ...
+        """Tensor `i` as parameters and checkpoints hold it, made of its local part."""
+        return part
+
+
+WHOLE = Layout()
+"""The layout of ordinary tensors."""
 
 
 class Vector:
@@ -73,12 +89,12 @@ class Vector:
     Args:
         tensors: the parts, in the order of the model's trainable parameters; at least one.
         holes: positions of `tensors` that are structurally zero.
-        layout: of which whole tensors these are parts; None if they are whole.
+        layout: how whole tensors are made of these parts.
     """
 
     __slots__ = ("holes", "layout", "tensors")
 
-    def __init__(self, tensors: Tensors, holes: frozenset[int] = frozenset(), layout: Layout | None = None) -> None:
+    def __init__(self, tensors: Tensors, holes: frozenset[int] = frozenset(), layout: Layout = WHOLE) -> None:
         self.tensors = tensors
         self.holes = holes
         self.layout = layout
@@ -121,7 +137,7 @@ class Vector:
         return Vector(tensors, holes, self.layout)
 
     def _with(self, other: Vector, tensors: Tensors, holes: frozenset[int]) -> Vector:
-        return Vector(tensors, holes, self.layout or other.layout)
+        return Vector(tensors, holes, other.layout if self.layout is WHOLE else self.layout)
 
     def abs(self) -> Vector:
         """Elementwise magnitude (real for complex entries)."""
@@ -134,7 +150,7 @@ class Vector:
     def norm(self) -> Tensor:
         """Euclidean norm of the whole vector: a real tensor of no dimensions, in float32 at least."""
         tensors, dtype = _wide(self.tensors)
-        if self.layout is not None:
+        if self.layout is not WHOLE:
             norms = torch.stack(torch._foreach_norm(tensors, 2, dtype))
             return self.layout.total(norms * norms).sqrt()
         if _is_small_on_cpu(tensors):
@@ -150,7 +166,7 @@ class Vector:
         gain = torch._foreach_norm(torch._foreach_clamp_min(products, 0.0), 1, dtype)
         loss = torch._foreach_norm(torch._foreach_clamp_max(products, 0.0), 1, dtype)
         parts = torch.stack(gain) - torch.stack(loss)
-        return parts.sum() if self.layout is None else self.layout.total(parts)
+        return self.layout.total(parts)
 
     def onto(self, other: Vector) -> Vector:
         """The part of this vector along `other`: its projection, 0 where `other` is 0."""
@@ -167,35 +183,31 @@ class Vector:
         holes = frozenset(i for i, keep in enumerate(mask) if i in (self if keep else other).holes)
         return self._with(other, tensors, holes)
 
-    # What elementwise operations and norms cannot say is said of whole tensors, wherever their parts are.
+    # For what elementwise operations and norms cannot express: functions of whole tensors, wherever their parts are.
 
     def whole(self) -> Vector:
-        """The whole tensors: this vector itself, unless it is sharded."""
-        if (layout := self.layout) is None:
+        """The whole tensors, gathered from all ranks if this vector is sharded."""
+        if not self.layout.sharded:
             return self
-        return Vector([layout.whole(i, t) for i, t in enumerate(self.tensors)], self.holes)
+        return Vector([self.layout.whole(i, t) for i, t in enumerate(self.tensors)], self.holes)
 
     def part(self, whole: Vector) -> Vector:
-        """Of `whole`, which is the same on all ranks, what is here."""
-        if (layout := self.layout) is None:
-            return whole
-        return self.like([layout.part(i, t) for i, t in enumerate(whole.tensors)], whole.holes)
+        """The local part of `whole`, which is the same on all ranks."""
+        return self.like([self.layout.part(i, t) for i, t in enumerate(whole.tensors)], whole.holes)
 
     def each(self, function: Callable[[Tensor], Tensor]) -> Vector:
-        """A function of each whole tensor, one at a time; it returns one of that shape."""
-        if (layout := self.layout) is None:
-            return Vector([function(t) for t in self.tensors])
+        """A function of each whole tensor, one at a time; it returns a tensor of the same shape."""
+        layout = self.layout
         return self.like([layout.part(i, function(layout.whole(i, t))) for i, t in enumerate(self.tensors)])
 
-    def drawn(self, draw: Callable[[Tensor], Tensor]) -> Vector:
+    def random(self, draw: Callable[[Tensor], Tensor]) -> Vector:
         """Random numbers for each entry, by a function that draws for a whole tensor, such as `torch.randn_like`."""
-        if (layout := self.layout) is None:
-            return Vector([draw(t) for t in self.tensors])
-        return self.like([layout.drawn(i, draw(layout.unfilled(i, t))) for i, t in enumerate(self.tensors)])
+        layout = self.layout
+        return self.like([layout.random(i, draw(layout.empty(i, t))) for i, t in enumerate(self.tensors)])
 
-    def agreed(self, value: Tensor) -> Tensor:
-        """The same random number everywhere: that of the first of the ranks that share this vector."""
-        return value if self.layout is None else self.layout.first(value)
+    def from_first_rank(self, value: Tensor) -> Tensor:
+        """The same random number on all ranks that share this vector: the first rank's `value`."""
+        return self.layout.from_first_rank(value)
 
 
 def clone(tensors: Tensors) -> Tensors:

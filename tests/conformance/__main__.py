@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import torch
 
-from bisam.experiments.runs import environment, write
+from bisam.experiments.runs.folder import environment, write
 
 from .behaviours import CASES
 from .runner import OURS, PYTORCH_OPTIMIZER, load, run

@@ -58,7 +58,7 @@ class Bisam(Adapter):
     def make(self, model, loss, params, base, *, rho, adaptive=False, scaler=None, **options):
         scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
         method = ASAM(rho) if adaptive else SAM(L2(rho))
-        return Ours(SharpnessAware(model, method, loss, scale=scaler), base(params, **options), scaler)
+        return Ours(SharpnessAware(model, method, loss, scaler=scaler), base(params, **options), scaler)
 
 
 adapter = Bisam()

@@ -9,8 +9,8 @@ losses. Letters are the papers': g the ascent gradient, h the descent gradient, 
     KSAM(64, RSAM(0.01, EBiSAM()))               # any nest
 """
 
-from bisam.methods.bayes import BSAM as BSAM
-from bisam.methods.combining import (
+from bisam.methods.bayesian import BSAM as BSAM
+from bisam.methods.combined import (
     CRSAM as CRSAM,
     GSAM as GSAM,
     WSAM as WSAM,
@@ -18,7 +18,17 @@ from bisam.methods.combining import (
     FunctionalSAM as FunctionalSAM,
     GBiSAM as GBiSAM,
 )
+from bisam.methods.efficient import (
+    AESAM as AESAM,
+    ESAM as ESAM,
+    SSAMF as SSAMF,
+    EBiSAM as EBiSAM,
+    LookSAM as LookSAM,
+    MomentumSAM as MomentumSAM,
+    SAMPa as SAMPa,
+)
 from bisam.methods.games import RAPP as RAPP, ExtraGradient as ExtraGradient
+from bisam.methods.method import Method as Method
 from bisam.methods.sam import (
     ASAM as ASAM,
     ERM as ERM,
@@ -30,18 +40,8 @@ from bisam.methods.sam import (
     ABiSAM as ABiSAM,
     BiSAM as BiSAM,
     FisherSAM as FisherSAM,
-    Method as Method,
     MultiStepSAM as MultiStepSAM,
     VaSSO as VaSSO,
     ZSharp as ZSharp,
-)
-from bisam.methods.saving import (
-    AESAM as AESAM,
-    ESAM as ESAM,
-    SSAMF as SSAMF,
-    EBiSAM as EBiSAM,
-    LookSAM as LookSAM,
-    MomentumSAM as MomentumSAM,
-    SAMPa as SAMPa,
 )
 from bisam.methods.wrappers import KSAM as KSAM, MSAM as MSAM, RSAM as RSAM, During as During, Every as Every

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bisam.arguments import positive, whole
 from bisam.evaluation import Batch, Evaluation
 from bisam.oracle import Oracle
+from bisam.validation import positive, whole
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from bisam.arguments import instance, non_negative, remembering, whole
 from bisam.evaluation import Batch, Evaluation, divisor, join, largest, split
-from bisam.methods.sam import ERM, SAM, Method
+from bisam.methods.method import Method, stateful
+from bisam.methods.sam import ERM, SAM
 from bisam.oracle import Oracle
+from bisam.validation import instance, non_negative, whole
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class MSAM:
     def __post_init__(self) -> None:
         whole("m, the number of examples in a micro-batch,", self.m)
         instance("method", self.method, _METHOD)
-        if not self.separate and (name := remembering(self.method)):
+        if not self.separate and (name := stateful(self.method)):
             raise ValueError(
                 f"all micro-batches would share what {name} remembers, and none would find its own: use "
                 f"MSAM(m, method, separate=True), where each has a memory as replicas have, or a method without one"
@@ -103,7 +104,7 @@ class KSAM:
                 f"k is {self.k}, and the batch has only {len(losses)} examples: choose a smaller k, or leave out the "
                 "smaller batch at the end of an epoch with drop_last=True in the DataLoader"
             )
-        return self.method(oracle.within("method").still(), largest(losses, self.k, batch))
+        return self.method(oracle.within("method").without_tracking(), largest(losses, self.k, batch))
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ class RSAM:
         if self.sigma == 0:
             return self.method(inside, batch)
         w = oracle.weights
-        noise = w.drawn(torch.randn_like) * w.each(lambda t: (self.sigma * self._scale(t)).expand_as(t))
+        noise = w.random(torch.randn_like) * w.each(lambda t: (self.sigma * self._scale(t)).expand_as(t))
         return self.method(inside.shifted(noise, track=True), batch)
 
     def _scale(self, w: Tensor) -> Tensor:

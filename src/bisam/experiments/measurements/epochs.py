@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from bisam import SharpnessAware
-from bisam.experiments import models
+from bisam.experiments.errors import unknown
 from bisam.experiments.measurements.measurement import Measurement, Row, Settings, flat, met, parsed, with_quartiles
-from bisam.experiments.names import unknown
-from bisam.experiments.recipes import Recipe
-from bisam.experiments.reports import published
-from bisam.experiments.timing import interleaved, ratio, threads
+from bisam.experiments.measurements.timing import interleaved, ratio, threads
+from bisam.experiments.models.build import NAMES, build
+from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.studies import published
 
 if TYPE_CHECKING:
     pass
@@ -35,14 +35,14 @@ def _epoch_parts(settings: Settings) -> list[str]:
         raise ValueError(f"setting classes must be at least 2, got {settings['classes']}")
     for model in settings["models"]:
         source, colon, _ = model.partition(":")
-        known = [name for name in models.NAMES if not name.startswith("hf:")]  # they read text
+        known = [name for name in NAMES if not name.startswith("hf:")]  # they read text
         if (f"{source}:NAME" if colon else model) not in known:
             raise unknown("model of images", model, known)
-        _batch_size(settings["batch_size"], model)
+        batch_size_of(settings["batch_size"], model)
     return list(settings["models"])
 
 
-def _batch_size(entries: tuple[str, ...], model: str) -> int:
+def batch_size_of(entries: tuple[str, ...], model: str) -> int:
     """Of `model`: "128" is for all, "wrn28_10=8" for one."""
     sizes: dict[str, int] = {}
     for entry in entries:
@@ -53,10 +53,10 @@ def _batch_size(entries: tuple[str, ...], model: str) -> int:
 
 def _measure_epoch(part: str, settings: Settings, device: torch.device) -> list[dict[str, Any]]:
     """All methods train one model in turn, so that they meet the same weights, at the same place in memory."""
-    n, classes = _batch_size(settings["batch_size"], part), settings["classes"]
+    n, classes = batch_size_of(settings["batch_size"], part), settings["classes"]
     with threads(settings["threads"]), torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        model = models.build(part, classes).to(device)
+        model = build(part, classes).to(device)
         x = torch.randn(n, 3, 32, 32).to(device)
         y = torch.randint(classes, (n,)).to(device)
         # So slow that nothing diverges on labels without a pattern; a step takes as long as with any other rate.

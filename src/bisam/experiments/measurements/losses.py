@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bisam import NegLog, Tanh
+from bisam.experiments.errors import unknown
 from bisam.experiments.measurements.measurement import Measurement, Row, Settings, flat, met, with_quartiles
-from bisam.experiments.names import unknown
-from bisam.experiments.timing import interleaved, ratio, threads
+from bisam.experiments.measurements.timing import interleaved, ratio, threads
 from bisam.objectives import LowerBound
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ _NEG_LOG, _TANH = NegLog(), Tanh()
 _smoothed = partial(F.cross_entropy, label_smoothing=0.1, reduction="none")
 _PLAIN, _USED = "cross-entropy", "cross-entropy as SAM climbs it in training"
 # Functions with code of their own: the compiler keeps what it has compiled by code, and tries them in their order.
-_LOSSES: dict[str, Loss] = {
+LOSSES: dict[str, Loss] = {
     _PLAIN: lambda logits, labels: F.cross_entropy(logits, labels),
     _USED: lambda logits, labels: _smoothed(logits, labels).mean(),
     "BiSAM (-log)": lambda logits, labels: _NEG_LOG(logits, labels).mean(),
@@ -68,11 +68,11 @@ def _measure_loss(part: str, settings: Settings, device: torch.device) -> list[d
         return torch.autograd.grad(loss(logits, labels), logits)[0]
 
     with threads(settings["threads"]):
-        losses = _LOSSES
+        losses = LOSSES
         if compiled:
             torch.compiler.reset()
             # Not the loops, which it would unroll for these labels only.
-            losses = {k: torch.compile(loss, dynamic=False) for k, loss in _LOSSES.items() if "row by row" not in k}
+            losses = {k: torch.compile(loss, dynamic=False) for k, loss in LOSSES.items() if "row by row" not in k}
         try:
             times = interleaved({k: partial(gradient, loss) for k, loss in losses.items()}, settings["rounds"], device)
         except RuntimeError as error:

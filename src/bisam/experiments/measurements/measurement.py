@@ -1,4 +1,4 @@
-"""Measurements: what the paper reports without a training: the time of an epoch and of a loss, and an example.
+"""Measurement: what the paper reports without a training: the time of an epoch and of a loss, and an example.
 
     folder = run(MEASUREMENTS["table12"], {"rounds": "51"}, Path("runs"))
     print(report(MEASUREMENTS["table12"], folder).markdown)
@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from filelock import FileLock, Timeout
 
-from bisam.experiments.machine import Machine
-from bisam.experiments.names import unknown
-from bisam.experiments.runs import RunError, environment, read_json, write
-from bisam.experiments.timing import Ratio, conditions
+from bisam.experiments.errors import RunError, unknown
+from bisam.experiments.measurements.timing import Ratio, conditions
+from bisam.experiments.runs.folder import environment, read_json, write
+from bisam.experiments.runs.machine import Machine
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,8 +12,8 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from bisam.experiments.reports.drawing import MANY, Panel, Style, heading, legend, panels, plain, sheet, styles
 from bisam.experiments.reports.groups import Groups, grouped, names, perturbed
-from bisam.experiments.reports.published import in_sequence
-from bisam.experiments.runs import Finished
+from bisam.experiments.runs.folder import Finished
+from bisam.experiments.studies.published import in_sequence
 
 
 def curves(runs: Sequence[Finished]) -> Figure:

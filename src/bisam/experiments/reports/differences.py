@@ -13,9 +13,9 @@ from statistics import mean, stdev
 
 from scipy.special import stdtrit
 
-from bisam.experiments.recipes import Recipe
+from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports.groups import BROUGHT, SETTINGS, Groups
-from bisam.experiments.runs import Finished
+from bisam.experiments.runs.folder import Finished
 
 Baselines = Sequence[str] | Mapping[str, str]
 """Methods to compare with, the first that there is; or of each method the one that it is compared with."""

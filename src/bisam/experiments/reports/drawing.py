@@ -18,12 +18,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bisam.experiments.catalogue import METHODS
-from bisam.experiments.entries import FAMILIES
-from bisam.experiments.recipes import Recipe
+from bisam.experiments.recipes.catalogue import METHODS
+from bisam.experiments.recipes.entries import FAMILIES
+from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports.groups import Groups, metric, names, place, places
-from bisam.experiments.runs import Finished, write
-from bisam.experiments.scores import TITLES
+from bisam.experiments.runs.folder import Finished, write
+from bisam.experiments.training.metrics import TITLES
 
 BLACK, GREY = "#000000", "#7F7F7F"
 BLUE, SKY, GREEN, ORANGE, RED, PURPLE = "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7"

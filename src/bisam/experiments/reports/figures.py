@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
-from bisam.experiments.names import unknown
+from bisam.experiments.errors import unknown
 from bisam.experiments.reports.curves import curves as curves, flips as flips, gradients as gradients
 from bisam.experiments.reports.drawing import (
     BLACK,
@@ -40,7 +40,7 @@ from bisam.experiments.reports.drawing import (
 from bisam.experiments.reports.groups import grouped, names, perturbed
 from bisam.experiments.reports.scatter import time as time
 from bisam.experiments.reports.tuning import grid as grid, radius as radius, varied, with_radius
-from bisam.experiments.runs import Finished
+from bisam.experiments.runs.folder import Finished
 from bisam.objectives import NegLog, Tanh
 
 

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
-from bisam.experiments.catalogue import METHODS
 from bisam.experiments.data import NAMES
-from bisam.experiments.recipes import Recipe
-from bisam.experiments.runs import Finished
+from bisam.experiments.recipes.catalogue import METHODS
+from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.runs.folder import Finished
 
 Groups = Mapping[Recipe, Sequence[Finished]]
 """The runs of each recipe, by seed; as keys recipes have seed 0."""

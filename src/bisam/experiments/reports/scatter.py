@@ -27,7 +27,7 @@ from bisam.experiments.reports.drawing import (
     tested,
 )
 from bisam.experiments.reports.groups import grouped, names
-from bisam.experiments.runs import Finished
+from bisam.experiments.runs.folder import Finished
 
 
 def time(runs: Sequence[Finished]) -> Figure:

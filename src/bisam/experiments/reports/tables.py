@@ -1,4 +1,4 @@
-"""Report: tables from run folders, and from nothing else. Each number is a mean ± standard deviation over n seeds."""
+"""Tables from run folders, and from nothing else. Each number is a mean ± standard deviation over n seeds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from math import isnan, nan
 from statistics import mean, median, stdev
 from typing import Any
 
-from bisam.experiments.recipes import Recipe
+from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.reports.comparison import beside
 from bisam.experiments.reports.differences import Baselines, Difference, baseline, differences, paired, student
 from bisam.experiments.reports.groups import (
     Groups,
@@ -24,9 +25,8 @@ from bisam.experiments.reports.groups import (
     title,
     varying,
 )
-from bisam.experiments.reports.published import beside
-from bisam.experiments.runs import Finished
-from bisam.experiments.scores import TITLES
+from bisam.experiments.runs.folder import Finished
+from bisam.experiments.training.metrics import TITLES
 
 Row = dict[str, Any]
 
@@ -120,7 +120,9 @@ def cells(row: Row, header: Sequence[str]) -> tuple[str, ...]:
 
 def difference(row: Row) -> str:
     """The difference of a row with its interval and its pairs; a dash where there are less than two."""
-    return _interval(Difference(*(row[f"difference_{part}"] for part in ("mean", "low", "high")), row["pairs"]), 100)
+    return _interval(
+        Difference(*[row[f"difference_{part}"] for part in ("mean", "low", "high")], pairs=row["pairs"]), 100
+    )
 
 
 def markdown(

@@ -29,7 +29,7 @@ from bisam.experiments.reports.drawing import (
     spread,
 )
 from bisam.experiments.reports.groups import Place, grouped, perturbed, place, places, setting, title
-from bisam.experiments.runs import Finished
+from bisam.experiments.runs.folder import Finished
 
 _LINES = (
     Style(BLUE, "-", "o"),

@@ -1,0 +1,92 @@
+"""Peers: ranks whose batches are the parts of one batch, and the averages over them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from bisam.vector import Tensors, Vector
+
+
+class Peers:
+    """Ranks whose batches are the parts of one batch: averages over them are those of the whole batch.
+
+    Args:
+        groups: process groups, averaged over one after the other.
+        device: the device of the tensors that they exchange.
+    """
+
+    def __init__(self, groups: Sequence[Any], device: torch.device) -> None:
+        self._groups, self._device = groups, device
+
+    @classmethod
+    def of(cls, model: nn.Module, parameters: Sequence[Tensor]) -> Peers | None:
+        """The ranks of the DistributedDataParallel inside the model, or else all ranks; None on a single rank."""
+        if not (parameters and dist.is_available() and dist.is_initialized()):
+            return None
+        found = (getattr(m, "process_group", None) for m in model.modules() if hasattr(m, "reducer"))
+        group = next(found, None) or dist.group.WORLD
+        return None if dist.get_world_size(group) == 1 else cls([group], parameters[0].device)
+
+    def answer(
+        self, value: Tensor, count: int | Tensor, gradient: Vector | None, reduced: bool
+    ) -> tuple[Tensor, Tensor, Vector | None]:
+        """The means over the ranks of an answer to a query, and of its gradient unless that is `reduced` already."""
+        wide = torch.promote_types(value.dtype, torch.float32)  # half precision cannot count
+        counted = count.to(wide) if isinstance(count, Tensor) else torch.full_like(value, count, dtype=wide)
+        both = torch.stack([value.to(wide), counted])
+        if gradient is None or reduced:
+            (both,) = self.mean([both])
+            return both[0].to(value.dtype), both[1], gradient
+        holes = gradient.holes
+        used = torch.ones(len(gradient), device=both.device)
+        if holes:
+            used[torch.tensor(sorted(holes), device=both.device)] = 0
+        both, used, *grads = self.mean([both, used, *gradient])
+        if holes:  # a position stays a hole only if it is one on all ranks; only ranks that have some need to look
+            holes = frozenset(i for i, share in enumerate(used.tolist()) if i in holes and not share)
+        return both[0].to(value.dtype), both[1], gradient.like(grads, holes)
+
+    def mean(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The means of tensors over the ranks, in one reduction for each type and device; new tensors."""
+        kinds: dict[tuple[Any, ...], list[int]] = {}
+        for i, t in enumerate(tensors):
+            kinds.setdefault((t.dtype, t.device), []).append(i)
+        means = list(tensors)
+        for indices in kinds.values():
+            these: Tensors = [tensors[i] for i in indices]
+            flat = torch._C._nn.flatten_dense_tensors(these)  # pyright: ignore
+            flat = flat.clone() if len(these) == 1 else flat  # flattening a single tensor returns that tensor
+            for group in self._groups:
+                flat /= dist.get_world_size(group)  # first, as DistributedDataParallel does: a sum may overflow
+                dist.all_reduce(flat, group=group)
+            for i, mean in zip(indices, torch._C._nn.unflatten_dense_tensors(flat, these), strict=True):  # pyright: ignore
+                means[i] = mean
+        return means
+
+    def first(self, value: Tensor) -> Tensor:
+        """The value on the first of the ranks."""
+        there = value.to(self._device).contiguous()
+        for group in self._groups:
+            dist.broadcast(there, dist.get_global_rank(group, 0), group=group)
+        return there.to(value.device)
+
+    def agree(self, what: str, number: int) -> None:
+        """Check that all ranks have the same number; waits for them.
+
+        Raises:
+            ValueError: they do not; raised on all ranks.
+        """
+        extremes = torch.tensor([number, -number], device=self._device)
+        for group in self._groups:
+            dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
+        most, least = extremes.tolist()[0], -extremes.tolist()[1]
+        if most != least:
+            raise ValueError(
+                f"ranks differ in {what} ({least} to {most}), and would wait for each other: give them batches of the "
+                "same size (drop_last=True in the DataLoader, or a DistributedSampler)"
+            )

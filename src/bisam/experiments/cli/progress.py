@@ -1,0 +1,76 @@
+"""Progress: what the command says while it works, and where it says it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from bisam.experiments.recipes.recipe import Recipe
+
+console = Console()
+errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+
+
+class Display:
+    """A bar over all epochs with the last news, or a line per run where the output is no terminal."""
+
+    def __init__(self, epochs: int, runs: int) -> None:
+        self.finished = 0
+        self._runs = runs
+        self._epochs: dict[Recipe, int] = {}
+        self._bar = Progress(
+            TextColumn("{task.fields[runs]}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("epochs"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[news]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=epochs, runs=self._count(), news="")
+
+    def __enter__(self) -> Display:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Leave the bar as it is."""
+        self._bar.stop()
+
+    def epoch(self, recipe: Recipe, epoch: int, validation: float) -> None:
+        """An epoch of a run is over."""
+        news = f"{recipe.method} noise {recipe.noise:g} seed {recipe.seed}: {100 * validation:.1f} % valid."
+        self._advance(recipe, epoch, news)
+
+    def done(self, recipe: Recipe, error: str | None) -> None:
+        """A run is over, or failed."""
+        self.finished += error is None
+        self._advance(recipe, recipe.epochs, None)
+        if not console.is_terminal:
+            state = "done" if error is None else "failed"
+            console.print(f"{self._count()}: {recipe.slug} seed {recipe.seed} {state}", soft_wrap=True, highlight=False)
+
+    def _advance(self, recipe: Recipe, epoch: int, news: str | None) -> None:
+        step = max(0, epoch - self._epochs.get(recipe, 0))
+        self._epochs[recipe] = max(epoch, self._epochs.get(recipe, 0))
+        fields: dict[str, Any] = {} if news is None else {"news": news}
+        self._bar.update(self._task, advance=step, runs=self._count(), **fields)
+
+    def _count(self) -> str:
+        return f"{self.finished}/{self._runs} runs"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that people would use."""
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s"

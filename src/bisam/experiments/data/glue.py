@@ -1,0 +1,338 @@
+"""GLUE: sentences and pairs of sentences, tokenised once and padded batch by batch, from files or from the hub.
+
+data = glue("rte", Path("data"), AutoTokenizer.from_pretrained("bert-base-uncased"))
+for inputs, y in data.train.batches(32, generator):
+    model(**inputs)
+"""
+
+from __future__ import annotations
+
+import glob as patterns
+import os
+import tempfile
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from pathlib import Path
+from textwrap import shorten
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from bisam.experiments.data.splits import Data, shares
+from bisam.experiments.errors import unknown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, eq=False)
+class Texts:
+    """A split of tokenised texts and their labels (N,).
+
+    Attributes:
+        tokens: input_ids, and token_type_ids where the tokenizer gives them, of all texts one after another: lists of
+            Python's would take ten times the memory.
+        ends: where in them each text begins, and the last ends (N + 1,).
+        labels: classes.
+        tokenizer: pads batches, on the side that it pads.
+        device: where batches are.
+    """
+
+    tokens: Mapping[str, np.ndarray]
+    ends: np.ndarray
+    labels: Tensor
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device = _CPU
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device) -> Texts:
+        """The same, with its batches on `device`."""
+        return replace(self, device=device)
+
+    def first(self, count: int) -> Texts:
+        """The first `count` examples."""
+        return replace(self, ends=self.ends[: count + 1], labels=self.labels[:count])
+
+    def relabelled(self, labels: Tensor) -> Texts:
+        """The same with other labels (N,)."""
+        return replace(self, labels=labels)
+
+    def batches(
+        self, size: int, generator: torch.Generator | None = None, rank: int = 0, ranks: int = 1
+    ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """What a model of Hugging Face's takes by name, each (n, length), and labels (n,); see `Split.batches`.
+
+        The length is that of the longest text in the batch.
+        """
+        for index in shares(len(self), size, generator, rank, ranks):
+            texts = [slice(*self.ends[i : i + 2]) for i in index.tolist()]
+            rows = {name: [flat[text].tolist() for text in texts] for name, flat in self.tokens.items()}
+            padded = self.tokenizer.pad(rows, return_attention_mask=True, return_tensors="pt")
+            yield {name: tensor.to(self.device) for name, tensor in padded.items()}, self.labels[index].to(self.device)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task of GLUE, in the files of its classic download and on the hub."""
+
+    folder: str
+    """Of the classic download."""
+    texts: tuple[str, ...]
+    """Columns with the sentences, on the hub."""
+    columns: tuple[str, ...] = ()
+    """The same in the files, where they differ."""
+    label: str = "label"
+    """Column with the label, in the files."""
+    labels: tuple[str, ...] = ("0", "1")
+    """As the files write them, by class."""
+    headless: tuple[str, ...] = ()
+    """Columns of files that begin without their names."""
+    files: tuple[tuple[str, str], ...] = (("train.tsv", "dev.tsv"),)
+    """Names of the training and the test file; where there are several pairs, the first that is there counts."""
+    test: str = "validation"
+    """The test's name on the hub."""
+    metrics: tuple[str, ...] = ("accuracy",)
+    """Scores; the first chooses the best epoch."""
+    cut: int = 0
+    """Lines of the official file that are cut off, at most: they are left out, as on the hub."""
+
+
+_SENTENCES, _ENTAILS = ("sentence1", "sentence2"), ("entailment", "not_entailment")
+TASKS = {
+    "cola": Task("CoLA", ("sentence",), headless=("source", "label", "mark", "sentence"), metrics=("matthews",)),
+    "sst2": Task("SST-2", ("sentence",), headless=("sentence", "label")),
+    "mrpc": Task(
+        "MRPC",
+        _SENTENCES,
+        columns=("#1 String", "#2 String"),
+        label="Quality",
+        files=(("train.tsv", "dev.tsv"), ("msr_paraphrase_train.txt", "msr_paraphrase_test.txt")),
+        metrics=("f1", "accuracy"),
+    ),
+    "qqp": Task("QQP", ("question1", "question2"), label="is_duplicate", metrics=("f1", "accuracy"), cut=10),
+    "mnli": Task(
+        "MNLI",
+        ("premise", "hypothesis"),
+        columns=_SENTENCES,
+        label="gold_label",
+        labels=("entailment", "neutral", "contradiction"),
+        files=(("train.tsv", "dev_matched.tsv"),),
+        test="validation_matched",
+    ),
+    "qnli": Task("QNLI", ("question", "sentence"), labels=_ENTAILS),
+    "rte": Task("RTE", _SENTENCES, labels=_ENTAILS),
+    "wnli": Task("WNLI", _SENTENCES),
+}
+"""The tasks of GLUE that are classifications: all but STS-B."""
+
+
+def glue(
+    task: str, root: Path, tokenizer: PreTrainedTokenizerBase, max_length: int = 128, download: bool = False
+) -> Data:
+    """A task of GLUE (Wang et al., 2019, https://arxiv.org/abs/1804.07461).
+
+    The test is the official development set, as the labels of the official test are nobody's to see; of MNLI it is the
+    matched one. 10 % of the official training set are held out for validation, the same for every seed.
+
+    Args:
+        task: key of `TASKS`.
+        root: folder with the classic download in `glue/CoLA`, `glue/MRPC`, ...; what is fetched is kept in `glue/hub`.
+        tokenizer: of the model.
+        max_length: of a text or a pair in tokens, the special ones included; longer ones are cut.
+        download: whether to fetch what is missing from the hub, https://huggingface.co/datasets/nyu-mll/glue.
+
+    Raises:
+        ValueError: the task is unknown, its data is missing or damaged, or the tokenizer cannot do it.
+    """
+    if task not in TASKS:
+        raise unknown("GLUE task", task, TASKS)
+    one = TASKS[task]
+    special = tokenizer.num_special_tokens_to_add(pair=len(one.texts) == 2)
+    if max_length < special + len(one.texts):
+        raise ValueError(f"max_length must be at least {special + len(one.texts)} for {task}, got {max_length}")
+    if tokenizer.pad_token_id is None:
+        raise ValueError(f"{type(tokenizer).__name__} has no token to pad with: set tokenizer.pad_token")
+    place = root / "glue" / one.folder
+    training, test = _local(place, one) if place.is_dir() else _from_hub(task, root, download)
+    n = len(training.labels)
+    order = np.random.default_rng(42).permutation(n)
+    parts = (training.of(order[n // 10 :]), training.of(order[: n // 10]), test)
+    return Data(
+        *(_tokenised(part, tokenizer, max_length) for part in parts), classes=len(one.labels), metrics=one.metrics
+    )
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Columns of sentences, and labels."""
+
+    texts: list[list[str]]
+    labels: np.ndarray = field(repr=False)
+
+    def of(self, rows: np.ndarray) -> _Table:
+        return _Table([[column[i] for i in rows] for column in self.texts], self.labels[rows])
+
+
+def _tokenised(table: _Table, tokenizer: Any, max_length: int, at_once: int = 1000) -> Texts:
+    flat: dict[str, list[np.ndarray]] = {}
+    lengths: list[int] = []
+    for start in range(0, len(table.labels), at_once):
+        sentences = [column[start : start + at_once] for column in table.texts]
+        rows = tokenizer(*sentences, truncation=True, max_length=max_length, return_attention_mask=False)
+        for name, values in rows.items():
+            flat.setdefault(name, []).append(np.fromiter(chain.from_iterable(values), np.int32))
+        lengths += map(len, rows["input_ids"])
+    tokens = {name: np.concatenate(chunks) for name, chunks in flat.items()}
+    return Texts(tokens, np.cumsum([0, *lengths]), torch.from_numpy(table.labels), tokenizer)
+
+
+def _local(place: Path, task: Task) -> tuple[_Table, _Table]:
+    """The training and the test part in the files of the classic download."""
+    for pair in task.files:
+        if all((place / name).is_file() for name in pair):
+            with tempfile.TemporaryDirectory() as cache:  # not the user's: the files are the data, and small
+                train, test = (_read(place / name, task, cache) for name in pair)
+            return train, test
+    names = ", or ".join(" and ".join(pair) for pair in task.files)
+    raise ValueError(f"{place} has no {names}: put them there, or delete the folder and give --download")
+
+
+def _read(path: Path, task: Task, cache: str) -> _Table:
+    datasets = _datasets()
+    names, header, lines = _lines(path, task)
+    sentences = task.columns or task.texts
+    wanted = (*sentences, task.label)
+    with _no_bars(datasets):
+        try:
+            rows = datasets.Dataset.from_csv(
+                patterns.escape(str(path)),
+                features=datasets.Features({name: datasets.Value("string") for name in names if name in wanted}),
+                cache_dir=cache,
+                keep_in_memory=True,
+                delimiter="\t",
+                quoting=3,  # a quotation mark is a character like any other
+                header=header,
+                names=names,
+                usecols=wanted,
+                na_filter=False,  # "null" is a word
+                skip_blank_lines=False,
+                encoding="utf-8-sig",
+            )[:]
+        except Exception as error:  # pandas, pyarrow and datasets each have their own
+            raise ValueError(f"{path} cannot be read ({_reason(error)}): replace it") from error
+    first = 1 if header is None else 2
+    kept = {name: [rows[name][line - first] for line in lines] for name in wanted}
+    classes = {name: i for i, name in enumerate(task.labels)}
+    for line, label in zip(lines, kept[task.label], strict=True):
+        if label not in classes:
+            raise ValueError(f"{path}, line {line}: label {label!r} is none of {', '.join(classes)}: mend the line")
+    labels = np.array([classes[label] for label in kept[task.label]], np.int64)
+    return _Table([kept[name] for name in sentences], labels)
+
+
+def _lines(path: Path, task: Task) -> tuple[list[str], int | None, list[int]]:
+    """Columns of a file, where their names are if there, and the numbers of its lines with an example.
+
+    Raises:
+        ValueError: a column is missing, or a line has other columns.
+    """
+    wanted = (*(task.columns or task.texts), task.label)
+    good, cut = list[int](), list[tuple[int, int]]()
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            names = file.readline().rstrip("\n").split("\t")
+            header = 0 if set(wanted) <= set(names) else None
+            if header is None:
+                missing = ", ".join(name for name in wanted if name not in names)
+                if len(names) != len(task.headless):
+                    raise ValueError(f"{path}, line 1: no column {missing}: give the file of GLUE's download")
+                names = list(task.headless)
+                file.seek(0)
+            for number, line in enumerate(file, 1 if header is None else 2):
+                fields = line.count("\t") + 1
+                if fields == len(names):
+                    good.append(number)
+                elif line.strip(" \n"):
+                    cut.append((number, fields))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({_reason(error)}): replace it") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({_reason(error)}): replace it") from error
+    for number, fields in cut:
+        if fields > len(names) or len(cut) > task.cut:
+            raise ValueError(f"{path}, line {number}: {fields} fields in place of {len(names)}: mend the line")
+    if not good:
+        raise ValueError(f"{path} has no examples: replace it")
+    return names, header, good
+
+
+def _from_hub(task: str, root: Path, download: bool) -> tuple[_Table, _Table]:
+    """The training and the test part, fetched once and kept."""
+    datasets = _datasets()
+    one, place = TASKS[task], root / "glue" / "hub" / task
+    local = f"{' and '.join(one.files[0])} of https://gluebenchmark.com/tasks into {root / 'glue' / one.folder}"
+    if not place.is_dir():
+        if not download:
+            raise ValueError(
+                f"GLUE's {task} is not there: give --download to fetch it, or put {local} "
+                "(or point --data-dir to where glue is)"
+            )
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(place.parent / f".{task}.lock"):  # processes of a study do not all fetch it
+                if not place.is_dir():
+                    whole = datasets.load_dataset("nyu-mll/glue", task)
+                    with tempfile.TemporaryDirectory(dir=place.parent) as unfinished:
+                        whole.save_to_disk(os.path.join(unfinished, task))
+                        os.rename(os.path.join(unfinished, task), place)
+        except Exception as error:  # the hub, its cache and the disk each have their own
+            raise ValueError(f"GLUE's {task} could not be fetched ({_reason(error)}): put {local} by hand") from error
+    try:
+        kept = datasets.load_from_disk(str(place))
+        train, test = (_of_hub(f"{place}, {part}", kept[part][:], one) for part in ("train", one.test))
+    except (OSError, LookupError) as error:
+        raise ValueError(f"{place} is damaged ({_reason(error)}): delete it and give --download") from error
+    return train, test
+
+
+def _of_hub(where: str, rows: dict[str, Sequence[Any]], task: Task) -> _Table:
+    labels = np.array(rows["label"], np.int64)
+    wrong = np.flatnonzero((labels < 0) | (labels >= len(task.labels)))
+    if len(wrong):
+        row = int(wrong[0])
+        raise ValueError(
+            f"{where}, row {row}: label {labels[row]} is outside 0 to {len(task.labels) - 1}: fetch it again"
+        )
+    return _Table([list(rows[name]) for name in task.texts], labels)
+
+
+@contextmanager
+def _no_bars(datasets: Any) -> Generator[None]:
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def _datasets() -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError(f"GLUE needs the package {error.name}: pip install 'bisam[experiments]'") from error
+    return datasets
+
+
+def _reason(error: Exception) -> str:
+    return shorten(getattr(error, "strerror", None) or str(error) or type(error).__name__, 200)

@@ -1,0 +1,297 @@
+"""Image folders: the data sets of images in files, and anybody's own.
+
+data = folder(Path("photographs"), image_size=224, processes=8)
+for x, y in data.train.batches(128, generator):
+...
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+from PIL import Image
+from torch import Tensor
+
+from bisam.experiments.data.image_files import Channels, Folder, reason
+from bisam.experiments.data.splits import Data
+
+_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+_VALIDATION = ("val", "valid", "validation")
+_PARTS = {"train", *_VALIDATION, "test"}
+CHECKED = 20_000  # of more images none is looked at up front: on a slow disk it would take minutes
+
+
+def imagenet(root: Path, image_size: int = 224, processes: int = 0) -> Data:
+    """ImageNet-1K (Russakovsky et al., 2015, https://arxiv.org/abs/1409.0575), or a part of its classes.
+
+    The official validation images are the test; 2 % of the training images are held out for validation, the same for
+    every seed and of each class alike.
+
+    Args:
+        root: folder with `imagenet/train/WNID/*.JPEG` and `imagenet/val/WNID/*.JPEG` in it.
+        image_size: in pixels.
+        processes: that decode images; 0: this one.
+
+    Raises:
+        ValueError: it is missing or damaged.
+    """
+    place = root.absolute() / "imagenet"
+    missing = [name for name in ("train", "val") if not (place / name).is_dir()]
+    if missing:
+        raise ValueError(
+            f"ImageNet is not there, without {place / missing[0]}: unpack the images of https://image-net.org to "
+            f"{place}/train/WNID/*.JPEG and {place}/val/WNID/*.JPEG (or point --data-dir to where imagenet is)"
+        )
+    return replace(_from_parts(place, "val", None, image_size, processes, every=50), metrics=("accuracy", "top5"))
+
+
+def flowers(root: Path, image_size: int = 224, processes: int = 0, download: bool = False) -> Data:
+    """Oxford Flowers-102 (Nilsback and Zisserman, 2008), in its official parts of 1,020, 1,020 and 6,149 images.
+
+    Args:
+        root: folder with `flowers-102` in it.
+        image_size: in pixels.
+        processes: that decode images; 0: this one.
+        download: whether to fetch what is missing, from https://www.robots.ox.ac.uk/~vgg/data/flowers/102/.
+
+    Raises:
+        ValueError: it is missing or damaged.
+    """
+    from torchvision.datasets import Flowers102
+
+    place = root.absolute() / "flowers-102"
+    fetch = f"102flowers.tgz, unpacked, imagelabels.mat and setid.mat of {Flowers102._download_url_prefix} into {place}"
+    parts = _official(Flowers102, ("train", "val", "test"), "Flowers-102", place, fetch, download)
+    train, validation, test = (
+        _shuffled(part._image_files, torch.tensor(part._labels), image_size, processes) for part in parts
+    )
+    _check([*train.paths, *validation.paths, *test.paths], place, f"delete {place / 'jpg'} and put {fetch}")
+    return Data(replace(train, training=True), validation, test, classes=102)
+
+
+def pets(root: Path, image_size: int = 224, processes: int = 0, download: bool = False) -> Data:
+    """Oxford-IIIT Pet (Parkhi et al., 2012), 37 breeds, in its official parts of 3,680 and 3,669 images.
+
+    10 % of the former are held out for validation, the same for every seed and of each class alike.
+
+    Args:
+        root: folder with `oxford-iiit-pet` in it.
+        image_size: in pixels.
+        processes: that decode images; 0: this one.
+        download: whether to fetch what is missing, from https://www.robots.ox.ac.uk/~vgg/data/pets/.
+
+    Raises:
+        ValueError: it is missing or damaged.
+    """
+    from torchvision.datasets import OxfordIIITPet
+
+    place = root.absolute() / "oxford-iiit-pet"
+    fetch = (
+        f"images.tar.gz and annotations.tar.gz of https://www.robots.ox.ac.uk/~vgg/data/pets/, unpacked, into {place}"
+    )
+    parts = _official(OxfordIIITPet, ("trainval", "test"), "Oxford-IIIT Pet", place, fetch, download)
+    whole, test = (_shuffled(part._images, torch.tensor(part._labels), image_size, processes) for part in parts)
+    _check([*whole.paths, *test.paths], place, f"delete {place} and put {fetch}")
+    train, validation = _held_out(whole, place)
+    return Data(train, validation, test, classes=37)
+
+
+def folder(path: Path, image_size: int = 224, processes: int = 0) -> Data:
+    """Anybody's images, with a folder for each class.
+
+    Either `path/train/CLASS/*`, and `path/val/CLASS/*` and `path/test/CLASS/*` where there are: without `val`, 10 % of
+    the training images are held out for validation; without `test`, `val` is the test; without both, 10 % are held out
+    for each. Or `path/CLASS/*`, of which 80, 10 and 10 % are the three parts. What is held out is the same for every
+    seed and of each class alike. Images count wherever they are in the folder of a class; other files do not.
+
+    Args:
+        path: the folder.
+        image_size: in pixels.
+        processes: that decode images; 0: this one.
+
+    Raises:
+        ValueError: there is no such folder, classes are empty or differ between the parts, or images cannot be read.
+    """
+    path = path.absolute()
+    names = set(_subfolders(path))
+    if not names:
+        raise _classless(path)
+    if not names <= _PARTS and not ("train" in names and _subfolders(path / "train")):
+        whole, classes = _found(path, image_size, processes)
+        return Data(*_in_three(whole, path), classes=len(classes))
+    if "train" not in names:
+        raise ValueError(
+            f"{path} has {', '.join(sorted(names))} and no train: put the training images into {path / 'train'}/CLASS/"
+        )
+    validation = next((name for name in _VALIDATION if name in names), None)
+    return _from_parts(path, validation, "test" if "test" in names else None, image_size, processes)
+
+
+def standardised(data: Data, mean: Channels, std: Channels) -> Data:
+    """`data` of images in files with its channels standardised with these, as shares of 255."""
+    parts = {name: replace(getattr(data, name), mean=mean, std=std) for name in ("train", "validation", "test")}
+    return replace(data, **parts)
+
+
+def _from_parts(
+    path: Path, validation: str | None, test: str | None, image_size: int, processes: int, every: int = 10
+) -> Data:
+    """The data in `path/train` and these parts; where one is missing, one of `every` training images is held out."""
+    names = [name for name in (validation, test) if name is not None]
+    root = path / "train"
+    whole, classes = _found(root, image_size, processes)
+    parts: list[Folder] = []
+    for name in names:
+        part, there = _found(path / name, image_size, processes)
+        only = {"train": sorted(set(classes) - set(there)), name: sorted(set(there) - set(classes))}
+        if any(only.values()):
+            wrong = " and ".join(f"{_some(values)} only in {where}" for where, values in only.items() if values)
+            raise ValueError(f"the parts of {path} have different classes, {wrong}: give each the same class folders")
+        parts.append(part)
+    match parts:
+        case []:
+            splits = _in_three(whole, root)
+        case [only_part]:
+            splits = (*_held_out(whole, root, every), only_part)
+        case _:
+            splits = (replace(whole, training=True), *parts)
+    return Data(*splits, classes=len(classes))
+
+
+def _found(root: Path, image_size: int, processes: int) -> tuple[Folder, list[str]]:
+    """All images in the class folders of `root`, for evaluation, and the classes."""
+    images: dict[str, list[str]] = {}
+    for name in _subfolders(root):
+        images[name] = sorted(
+            os.path.join(place, file)
+            for place, _, files in os.walk(root / name, followlinks=True)
+            for file in files
+            if file.lower().endswith(_ENDINGS) and not file.startswith(".")
+        )
+    if len(images) < 2:
+        raise _classless(root, *images)
+    if empty := [name for name, paths in images.items() if not paths]:
+        raise ValueError(
+            f"{len(empty)} of {len(images)} class folders in {root} have no images: {_some(empty)}: put images there "
+            f"({', '.join(_ENDINGS)}), or delete them"
+        )
+    paths = [path for each in images.values() for path in each]
+    labels = torch.arange(len(images)).repeat_interleave(torch.tensor([len(each) for each in images.values()]))
+    _check(paths, root)
+    return _shuffled(paths, labels, image_size, processes), list(images)
+
+
+def _shuffled(paths: Sequence[str | Path], labels: Tensor, image_size: int, processes: int) -> Folder:
+    # Files come class by class, of which the first few hundred would be a strange sample.
+    order = torch.from_numpy(np.random.default_rng(42).permutation(len(labels)))
+    return Folder([str(paths[i]) for i in order.tolist()], labels[order], image_size, processes=processes)
+
+
+def _subfolders(root: Path) -> list[str]:
+    try:
+        return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    except OSError as error:
+        raise ValueError(
+            f"{root} cannot be read ({reason(error)}): give a folder with a folder for each class"
+        ) from error
+
+
+def _classless(root: Path, *only: str) -> ValueError:
+    there = f"one class folder, {only[0]}" if only else "no class folders"
+    return ValueError(f"{root} has {there}: put the images of each class into a folder of its own, {root}/CLASS/*.jpg")
+
+
+def _held_out(whole: Folder, root: Path, every: int = 10) -> tuple[Folder, Folder]:
+    """What is left for training, and one of `every` images."""
+    place = _place(whole.labels, every)
+    return _parts(whole, root, place != every - 1, place == every - 1)
+
+
+def _in_three(whole: Folder, root: Path) -> tuple[Folder, Folder, Folder]:
+    """80, 10 and 10 %."""
+    place = _place(whole.labels, 10)
+    return _parts(whole, root, (place != 4) & (place != 9), place == 4, place == 9)
+
+
+def _parts(whole: Folder, root: Path, *chosen: Tensor) -> Any:
+    if not all(mask.any() for mask in chosen):
+        raise ValueError(
+            f"{root} has {len(whole)} images, too few to hold some out: add images, or val and test folders"
+        )
+    train, *others = (whole.where(mask) for mask in chosen)
+    return replace(train, training=True), *others
+
+
+def _place(labels: Tensor, every: int) -> Tensor:
+    """Place (N,) of each image, modulo `every`, in a queue that is sorted by class; -1 for the only image of a class.
+
+    So a place holds the same share of each class, up to one image.
+    """
+    order = labels.argsort(stable=True)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order)) % every
+    place[torch.bincount(labels)[labels] == 1] = -1
+    return place
+
+
+def _official(kind: Any, parts: Sequence[str], name: str, place: Path, fetch: str, download: bool) -> list[Any]:
+    """The parts of a data set of torchvision's, in `place`."""
+    root = place.parent
+    try:
+        if not download:
+            return [kind(str(root), part) for part in parts]
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / f".{place.name}.lock"):  # processes of a study do not all fetch it
+            return [kind(str(root), part, download=True) for part in parts]
+    except (RuntimeError, OSError, EOFError, LookupError, ValueError) as error:
+        if download:
+            raise ValueError(f"{name} could not be fetched ({reason(error)}): put {fetch} by hand") from error
+        what = "is not whole" if place.exists() else "is not there"
+        raise ValueError(
+            f"{name} {what}: give --download to fetch it, or put {fetch} (or point --data-dir to where {place.name} is)"
+        ) from error
+
+
+def _check(paths: Sequence[str], root: Path, remedy: str = "replace or delete them") -> None:
+    """Make sure that images can be read, as far as a look at headers and ends of files shows.
+
+    Raises:
+        ValueError: some cannot.
+    """
+    if len(paths) > CHECKED:
+        return
+    with warnings.catch_warnings(), ThreadPoolExecutor(8) as pool:
+        warnings.simplefilter("ignore")  # of what can be read in spite of it
+        damaged = [path for path, wrong in zip(paths, pool.map(_damaged, paths), strict=True) if wrong]
+    if damaged:
+        names = _some([os.path.relpath(path, root) for path in damaged])
+        raise ValueError(f"{len(damaged):,} of {len(paths):,} images in {root} cannot be read: {names}: {remedy}")
+
+
+def _damaged(path: str) -> bool:
+    try:
+        with open(path, "rb") as file:
+            file.seek(-2, os.SEEK_END)
+            ends = file.read() == b"\xff\xd9"
+            file.seek(0)
+            with Image.open(file) as image:
+                if image.format == "PNG":
+                    image.verify()
+                elif image.format != "JPEG" or not ends:
+                    image.load()  # a JPEG without its end may be cut off, or have a harmless tail
+    except Exception:  # each format has its own way to be damaged
+        return True
+    return False
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -1,0 +1,92 @@
+"""Outcomes: how the runs of a study ended, of those that were finished before and of those that are tried now."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from bisam.experiments.errors import DataError, RunError
+from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.runs.folder import Run
+from bisam.experiments.runs.machine import Machine
+from bisam.experiments.training.train import OnEpoch, train
+
+
+class Progress(Protocol):
+    """What a display must do."""
+
+    def epoch(self, recipe: Recipe, epoch: int, validation: float) -> None:
+        """An epoch of a run is over."""
+        ...
+
+    def done(self, recipe: Recipe, error: str | None) -> None:
+        """A run is over, or failed."""
+        ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run of a study ended."""
+
+    recipe: Recipe
+    result: dict[str, Any] | None
+    error: str | None = None
+    started: bool = True
+    """False where its data cannot be had."""
+
+
+Done = Callable[[Outcome], None]
+
+
+def collected(
+    recipes: Sequence[Recipe], root: Path, progress: Progress, run: Callable[[Sequence[Recipe], Done], None]
+) -> list[Outcome]:
+    """Outcomes in the order of `recipes`: of what is finished already, and of what `run` makes of the rest."""
+    outcomes: dict[Recipe, Outcome] = {}
+
+    def done(outcome: Outcome) -> None:
+        outcomes[outcome.recipe] = outcome
+        if outcome.started:
+            progress.done(outcome.recipe, outcome.error)
+
+    left: list[Recipe] = []
+    for recipe in dict.fromkeys(recipes):
+        if (outcome := _so_far(recipe, root)) is None:
+            left.append(recipe)
+        else:
+            done(outcome)
+    if left:
+        run(left, done)
+    return [outcomes[recipe] for recipe in recipes]
+
+
+def _so_far(recipe: Recipe, root: Path) -> Outcome | None:
+    run = Run.under(root, recipe)
+    try:
+        if (result := run.result) is None:
+            return None
+        run.check_recipe()
+        return Outcome(recipe, result)
+    except RunError as error:
+        return Outcome(recipe, None, str(error))
+
+
+def attempted(recipe: Recipe, root: Path, machine: Machine, on_epoch: OnEpoch | None = None) -> Outcome:
+    """Train in this process; where it fails, one line that says why, since a study goes on."""
+    try:
+        return Outcome(recipe, train(Run.under(root, recipe), machine, on_epoch))
+    except DataError as error:
+        return Outcome(recipe, None, " ".join(str(error).split()), started=False)
+    except (RunError, ValueError) as error:
+        reason = str(error)
+    except OSError as error:
+        reason = f"cannot write under {error.filename or 'its folder'}: {error.strerror or error}"
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        reason = f"out of memory: fewer runs at a time or a smaller batch_size need less ({str(error)[:300]})"
+    except (Exception, SystemExit) as error:  # the type is what a bug report needs
+        reason = f"{type(error).__name__}: {str(error)[:300]}"
+    return Outcome(recipe, None, " ".join(reason.split()))

@@ -1,0 +1,268 @@
+"""Ray: independent runs of a study on many machines, as tasks of Ray (extra `cluster`).
+
+The run folders are all that the machines share, so they must be on storage that all of them see under the same path, as
+must the data; each machine has the same bisam. A task whose machine or process is lost is given to another, which goes
+on from the run folder's checkpoint: the system has dropped the lost one's lock.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+import uuid
+import warnings
+from collections import Counter
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from bisam import __version__
+from bisam.experiments.errors import RunError
+from bisam.experiments.launch.outcomes import Done, Outcome, Progress, attempted, collected
+from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.runs.folder import Run, write
+from bisam.experiments.runs.machine import Machine, deaf
+
+
+def run_all(
+    recipes: Sequence[Recipe],
+    root: Path,
+    machine: Machine,
+    progress: Progress,
+    *,
+    address: str,
+    gpus: float = 0,
+    cpus: int = 1,
+    retries: int = 3,
+) -> list[Outcome]:
+    """Run what is not finished yet, each run as a task; outcomes in the order of `recipes`.
+
+    Args:
+        recipes: what to run.
+        root: folder that the run folders are in, on storage that all machines share.
+        machine: devices, data and loggers of each run.
+        progress: what is told of epochs and ends.
+        address: "local" for a cluster of this machine alone, which ends with the study; "auto" for the one that this
+            machine belongs to; or host:port, or ray://host:port from outside. A process that is connected already
+            stays so.
+        gpus: GPUs of each run; a share such as 0.25 puts several runs on one.
+        cpus: CPUs, and threads, of each run.
+        retries: how often a run may be lost with its machine or process.
+
+    Raises:
+        ValueError: there is no ray, no such cluster, or the settings contradict each other.
+        RunError: the connection to the cluster broke.
+        KeyboardInterrupt: the user stopped it; the tasks are cancelled and finished runs are on disk.
+    """
+    ray = _imported()
+    for name, value in (("cpus", cpus - 1), ("gpus", gpus), ("retries", retries)):
+        if value < 0:
+            raise ValueError(f"--{name} is too small: {value + (name == 'cpus'):g}")
+    machine, root = machine_of_a_task(machine, gpus), root.resolve()
+
+    def run(left: Sequence[Recipe], done: Done) -> None:
+        with _connected(ray, address), marked(root) as mark:
+            find_room(ray, cpus, gpus, strict=address == "local")
+            task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(work)
+
+            def start(recipe: Recipe, again: bool = False) -> Any:
+                return task.remote(recipe, root, machine, mark, __version__, cpus, os.getcwd(), again)
+
+            run_as_tasks(ray, {start(recipe): recipe for recipe in left}, start, retries, News(root, progress), done)
+
+    return collected(recipes, root, progress, run)
+
+
+def _imported() -> Any:
+    try:
+        return import_module("ray")
+    except ModuleNotFoundError:
+        raise ValueError("--ray needs ray: pip install 'bisam[cluster]'") from None
+
+
+def machine_of_a_task(machine: Machine, gpus: float) -> Machine:
+    """The machine as a task sees it, which knows its GPUs as cuda and has another working folder."""
+    if machine.nodes > 1:
+        raise ValueError(f"--nodes {machine.nodes} with --ray: there a run is on one machine; give it --devices")
+    if gpus > 1 and gpus != int(gpus):
+        raise ValueError(f"--gpus {gpus:g} is neither a whole number nor a share of one GPU")
+    if not gpus and machine.device != "cpu":
+        raise ValueError(f"--device {machine.device} with --ray needs --gpus, the number or share of GPUs of a run")
+    if gpus and machine.device not in ("cpu", "cuda", "auto"):
+        raise ValueError(f"--device {machine.device} with --gpus: Ray chooses among the GPUs; leave --device out")
+    if gpus and machine.devices > max(1, gpus):
+        raise ValueError(f"--devices {machine.devices} need --gpus {machine.devices}, got {gpus:g}")
+    return replace(machine, device="cuda" if gpus else "cpu", data_dir=machine.data_dir.absolute())
+
+
+@contextmanager
+def _connected(ray: Any, address: str) -> Generator[None]:
+    if ray.is_initialized():
+        yield
+        return
+    if address not in ("local", "auto"):
+        _reach(address)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    small = {"include_dashboard": False, "object_store_memory": 100 * 2**20} if address == "local" else {}
+    try:
+        try:
+            ray.init(address=address, **quiet, **small)
+        except (OSError, RuntimeError) as error:  # not there; or of another version
+            raise _no_cluster(address, error) from error
+        # What it says of lost workers is said here, in one line and once.
+        import_module("ray._private.worker").__dict__["_worker_logs_enabled"] = False
+        yield
+    finally:
+        with deaf():
+            ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Look whether somebody listens there: Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError(f"--ray {address!r} is no address: it takes local, auto, host:port or ray://host:port")
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise _no_cluster(address, error) from error
+
+
+def _no_cluster(address: str, error: BaseException) -> ValueError:
+    reason = " ".join(str(error).split())[:200]
+    cause: BaseException | None = error
+    while cause is not None:
+        if "auth" in str(cause).lower() and "token" in str(cause).lower():
+            return ValueError(f"--ray {address} asks for its token ({reason}): set RAY_AUTH_MODE=token")
+        cause = cause.__cause__ or cause.__context__
+    return ValueError(
+        f"--ray {address}: no cluster to work with ({reason}): `ray start --head` starts one, or take local"
+    )
+
+
+def find_room(ray: Any, cpus: int, gpus: float, *, strict: bool) -> None:
+    """Tell of a wait that may have no end."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
+        return
+    wanted = f"no machine of the cluster has {cpus} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
+    if strict:
+        raise ValueError(f"{wanted}: give smaller --cpus or --gpus")
+    warnings.warn(f"{wanted}: the runs wait until one joins", RuntimeWarning, stacklevel=2)
+
+
+@contextmanager
+def marked(root: Path) -> Generator[Path]:
+    """A file by which a worker knows that its `root` is this one."""
+    mark = root / f".ray-{uuid.uuid4().hex}"
+    write(mark, "")
+    try:
+        yield mark
+    finally:
+        mark.unlink(missing_ok=True)
+
+
+class News:
+    """Epochs as the run folders tell them."""
+
+    def __init__(self, root: Path, progress: Progress) -> None:
+        self._root, self._progress = root, progress
+        self._seen: dict[Recipe, float] = {}
+        self._next = 0.0
+
+    def tell(self, recipes: Iterable[Recipe]) -> None:
+        """Look at most once a second."""
+        if time.monotonic() < self._next:
+            return
+        for recipe in recipes:
+            run = Run.under(self._root, recipe)
+            with suppress(OSError, RunError):  # not begun yet; or damaged, which the run itself will say
+                if (changed := (run.folder / "metrics.csv").stat().st_mtime) == self._seen.get(recipe):
+                    continue
+                self._seen[recipe] = changed
+                for row in run.metrics()[-1:]:
+                    self._progress.epoch(recipe, int(row["epoch"]), row["validation"])
+        self._next = time.monotonic() + 1
+
+
+def run_as_tasks(ray: Any, tasks: dict[Any, Recipe], start: Any, retries: int, news: News, done: Done) -> None:
+    """Wait for tasks and start those that are lost again, each at most `retries` times."""
+    # Not by Ray's own retries, which go on without end when memory is short.
+    lost = Counter[Recipe]()
+    try:
+        while tasks:
+            ready, _ = ray.wait(list(tasks), timeout=1)
+            news.tell(tasks.values())
+            for task in ready:
+                recipe = tasks.pop(task)
+                try:
+                    outcome = ray.get(task)
+                except ray.exceptions.RayTaskError as error:  # before it was attempted, as where there is no bisam
+                    outcome = Outcome(recipe, None, _last_line(error))
+                except ray.exceptions.RayError as error:
+                    lost[recipe] += 1
+                    if lost[recipe] <= retries:
+                        tasks[start(recipe, True)] = recipe
+                        continue
+                    outcome = Outcome(recipe, None, _lost(error, lost[recipe], ray))
+                done(outcome)
+    except (ray.exceptions.RayError, ConnectionError) as error:
+        raise RunError(f"the Ray cluster is gone ({_last_line(error)}): the same command goes on") from error
+    finally:
+        with deaf(), suppress(Exception):  # to a second Ctrl-C; and the cluster may be gone
+            for task in tasks:
+                ray.cancel(task, force=True)
+            if tasks:
+                ray.wait(list(tasks), num_returns=len(tasks), timeout=10)
+
+
+def _lost(error: Exception, times: int, ray: Any) -> str:
+    goes_on = "the same command goes on from its last epoch"
+    if isinstance(error, ray.exceptions.OutOfMemoryError):
+        return f"its machine was short of memory {times} times: give each run more --cpus; {goes_on}"
+    return f"its worker was lost {times} times ({type(error).__name__}; short of memory?): {goes_on}"
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines or [type(error).__name__])[-1][:300]
+
+
+def work(
+    recipe: Recipe, root: Path, machine: Machine, mark: Path, version: str, cpus: int, folder: str, again: bool
+) -> Outcome:
+    """What a worker does."""
+    here = socket.gethostname()
+    if version != __version__:
+        return Outcome(recipe, None, f"{here} has bisam {__version__}, this machine {version}: install the same on all")
+    if not _sees(mark):
+        return Outcome(recipe, None, f"{here} does not see {root}: give an --out on storage that all machines share")
+    with suppress(OSError):  # where relative paths of the recipe begin
+        os.chdir(folder)
+    torch.set_num_threads(cpus)
+    if again:
+        # A file server needs a minute or two to see that the machine that had the lock is no more.
+        with suppress(Timeout), FileLock(Run.under(root, recipe).folder / ".lock", timeout=LEASE):
+            pass
+    return attempted(recipe, root, machine)
+
+
+LEASE = 150.0
+"""Seconds after which a file server has dropped the lock of a lost machine."""
+
+
+def _sees(mark: Path) -> bool:
+    for _ in range(10):  # a network file system may remember for a while that there was nothing
+        if mark.exists():
+            return True
+        time.sleep(0.5)
+    return False

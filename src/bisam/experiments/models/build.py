@@ -1,0 +1,346 @@
+"""Build: models by name, ours for small images, and every classifier of torchvision, timm and Hugging Face.
+
+>>> model = build("resnet56", 10)
+>>> model = build("torchvision:resnet50", 37, weights="pretrained")
+>>> model = build("hf:bert-base-uncased", 2, weights="pretrained")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
+from difflib import get_close_matches
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bisam.experiments.errors import unknown
+from bisam.experiments.models.networks import VGG, ConvNet, DenseNet, ResNet, WideResNet
+
+PRETRAINED = "pretrained"
+
+OURS: dict[str, tuple[Callable[[int, int], nn.Module], str]] = {
+    "convnet": (ConvNet, "three convolutions, for digits of 8x8"),
+    "resnet20": (partial(ResNet, 20), "CIFAR ResNet (He et al. 2016), 0.27M parameters"),
+    "resnet32": (partial(ResNet, 32), "CIFAR ResNet (He et al. 2016), 0.46M parameters"),
+    "resnet44": (partial(ResNet, 44), "CIFAR ResNet (He et al. 2016), 0.66M parameters"),
+    "resnet56": (partial(ResNet, 56), "CIFAR ResNet (He et al. 2016), 0.85M parameters"),
+    "wrn28_2": (partial(WideResNet, 34, 2), "WRN-28-2 as in the SAM literature, really of 34 layers, 1.9M parameters"),
+    "wrn28_10": (
+        partial(WideResNet, 34, 10),
+        "WRN-28-10 as in the SAM literature, really of 34 layers, 46M parameters",
+    ),
+    "wrn28_2_published": (partial(WideResNet, 28, 2), "WRN-28-2 (Zagoruyko and Komodakis 2016), 1.5M parameters"),
+    "wrn28_10_published": (partial(WideResNet, 28, 10), "WRN-28-10 (Zagoruyko and Komodakis 2016), 36M parameters"),
+    "densenet121": (DenseNet, "DenseNet-121 for images of 32x32 (Huang et al. 2017), 7.0M parameters"),
+    "vgg19_bn": (
+        VGG,
+        "VGG-19 with batch normalisation for images of 32x32 (Simonyan and Zisserman 2015), 21M parameters",
+    ),
+}
+
+NAMES: dict[str, str] = {name: line for name, (_, line) in OURS.items()} | {
+    "torchvision:NAME": "a classifier of torchvision.models, as torchvision:resnet50",
+    "timm:NAME": "a classifier of timm, as timm:vit_base_patch16_224",
+    "hf:NAME": "a sequence classifier of Hugging Face's hub or of a local folder, as hf:bert-base-uncased",
+}
+
+
+def build(name: str, classes: int, *, channels: int = 3, weights: str | None = None) -> nn.Module:
+    """The network `name` for `classes` classes, in float32 and in training mode.
+
+    It takes images (N, channels, H, W), or, if it is Hugging Face's, the dict of tensors that its tokenizer makes. It
+    returns logits (N, classes). What is drawn at random is drawn from torch's global generator.
+
+    Args:
+        name: one of `NAMES`.
+        classes: number of logits.
+        channels: of the images; torchvision's networks take 3.
+        weights: None for random ones, "pretrained" for the source's own, or the path of a state dict that torch.save
+            or safetensors wrote. The head is a fresh one where the weights' own is for another number of classes.
+
+    Raises:
+        ValueError: the name is unknown, a package is missing, or the weights cannot be had or do not fit.
+    """
+    source, colon, rest = name.partition(":")
+    pretrained = weights == PRETRAINED
+    if not colon:
+        model = _ours(name, classes, channels, pretrained)
+    elif source == "torchvision":
+        model = _torchvision(rest, classes, channels, pretrained)
+    elif source == "timm":
+        model = _timm(rest, classes, channels, pretrained)
+    elif source == "hf":
+        model = _hugging_face(rest, classes, pretrained)
+    else:
+        raise unknown("source of models", source, ["torchvision", "timm", "hf"])
+    if weights is not None and not pretrained:
+        network = model.network if isinstance(model, Logits) else model
+        _fit(network, _read(weights), classes, f"weights {weights!r} do not fit {name!r}")
+    return model
+
+
+def tokenizer(name: str) -> Any:
+    """The tokenizer of the model `hf:...`, as Hugging Face makes it.
+
+    Raises:
+        ValueError: the name is not Hugging Face's, transformers is missing, or the tokenizer cannot be had.
+    """
+    source, _, rest = name.partition(":")
+    if source != "hf":
+        raise ValueError(f"model {name!r} has no tokenizer: those of Hugging Face have one, as hf:bert-base-uncased")
+    transformers = _package("transformers", f"the tokenizer of {name!r}")
+    place = _place(rest)
+    with _had(f"the tokenizer of {name!r}", _HF_REMEDY), _hub(place):
+        return transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+
+
+def statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and standard deviation of the channels that a model's weights were trained with, as shares of 255.
+
+    They are known of timm's models and torchvision's, where these have weights. Else None.
+
+    Raises:
+        ValueError: timm or torchvision is missing, or has no such model.
+    """
+    source, _, rest = name.partition(":")
+    if source == "timm":
+        settings = _timm_with(rest).get_pretrained_cfg(rest)
+    elif source == "torchvision":
+        weights = _torchvision_with(rest).get_model_weights(rest)
+        settings = weights.DEFAULT.transforms() if len(weights) else None
+    else:
+        return None
+    return None if settings is None or len(settings.mean) != 3 else (tuple(settings.mean), tuple(settings.std))
+
+
+class Logits(nn.Module):
+    """A classifier of Hugging Face as a function of one argument: of a dict of tensors, with logits (N, classes)."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Token ids and masks (N, length), by name, to logits (N, classes)."""
+        return self.network(**inputs).logits
+
+
+def _ours(name: str, classes: int, channels: int, pretrained: bool) -> nn.Module:
+    if name not in OURS:
+        raise unknown("model", name, NAMES)
+    if pretrained:
+        raise ValueError(f"model {name!r} has no pretrained weights: give a file of them, or none")
+    network, _ = OURS[name]
+    return network(classes, channels)
+
+
+def _torchvision(name: str, classes: int, channels: int, pretrained: bool) -> nn.Module:
+    full, models = f"torchvision:{name}", _torchvision_with(name)
+    if channels != 3:
+        raise ValueError(f"model {full!r} takes images of 3 channels, not of {channels}: ours and timm's take any")
+    # With auxiliary heads these two return tuples in training, and without their own initialisation one of them warns.
+    settings = {"aux_logits": False, "init_weights": True} if name in {"googlenet", "inception_v3"} else {}
+    if not pretrained:
+        return models.get_model(name, weights=None, num_classes=classes, **settings)
+    with _had(f"the pretrained weights of {full!r}", "give a file of weights, or set TORCH_HOME to a filled cache"):
+        model = models.get_model(name, weights="DEFAULT")
+    if name == "inception_v3":
+        model.aux_logits, model.AuxLogits = False, None
+    _renew_head(model, classes)
+    return model
+
+
+def _timm(name: str, classes: int, channels: int, pretrained: bool) -> nn.Module:
+    full, timm = f"timm:{name}", _timm_with(name)
+    settings = {"num_classes": classes, "in_chans": channels}
+    if not pretrained:
+        return timm.create_model(name, **settings)
+    if not timm.models.is_model_pretrained(name.partition(".")[0]):
+        raise ValueError(f"model {full!r} has no pretrained weights: give a file of them, or none")
+    with (
+        _had(f"the pretrained weights of {full!r}", "give a file of weights, or set HF_HOME to a filled cache"),
+        _hub(None),
+    ):
+        return timm.create_model(name, pretrained=True, **settings)
+
+
+def _torchvision_with(name: str) -> Any:
+    """The models of torchvision, among which is `name`."""
+    models = _package("torchvision", f"model 'torchvision:{name}'").models
+    known = models.list_models(module=models)
+    if name not in known:
+        raise _unknown_of("torchvision", name, known)
+    return models
+
+
+def _timm_with(name: str) -> Any:
+    """Timm, which has the architecture and the tag of `name`."""
+    timm = _package("timm", f"model 'timm:{name}'")
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        raise _unknown_of("timm", name, timm.list_models())
+    tagged = timm.list_pretrained(f"{architecture}.*") if tag else []
+    if tag and name not in tagged:
+        raise _unknown_of("timm", name, tagged or [architecture])
+    return timm
+
+
+_HF_REMEDY = "give a local folder as hf:FOLDER, or set HF_HOME to a filled cache"
+
+
+def _hugging_face(name: str, classes: int, pretrained: bool) -> Logits:
+    full = f"hf:{name}"
+    transformers = _package("transformers", f"model {full!r}")
+    place = _place(name)
+    classifier = transformers.AutoModelForSequenceClassification
+    with _had(f"model {full!r}", _HF_REMEDY), _hub(place), _quiet(transformers.logging):
+        config = transformers.AutoConfig.from_pretrained(place, num_labels=classes, trust_remote_code=False)
+        if pretrained:
+            network = classifier.from_pretrained(
+                place, config=config, ignore_mismatched_sizes=True, trust_remote_code=False
+            )
+        else:
+            network = classifier.from_config(config, trust_remote_code=False)
+    # It comes in the precision of its file, and in evaluation mode.
+    return Logits(network.float()).train()
+
+
+def _place(name: str) -> str:
+    """The local folder or the hub's name behind `hf:`."""
+    folder = Path(name).expanduser()
+    if name and folder.is_dir():
+        return str(folder)
+    if not name or name[0] in "./~" or name.count("/") > 1:
+        raise ValueError(f"model 'hf:{name}' is no folder here, nor a name of the hub, as hf:bert-base-uncased")
+    return name
+
+
+def _package(package: str, what: str) -> Any:
+    try:
+        return import_module(package)
+    except ImportError as error:
+        package = package.partition(".")[0]
+        raise ValueError(f"{what} needs {package}: pip install 'bisam[experiments]'") from error
+
+
+def _unknown_of(source: str, name: str, known: Iterable[str]) -> ValueError:
+    """The error for a name that `source` does not know, with some of the nearest: it may know a thousand."""
+    nearest = get_close_matches(name, list(known), 6, cutoff=0)
+    return unknown("model", f"{source}:{name}", [f"{source}:{near}" for near in nearest])
+
+
+@contextmanager
+def _had(what: str, remedy: str) -> Generator[None]:
+    """Makes one line of a failure inside: of no network, an unknown name, a file that is missing or broken."""
+    try:
+        yield
+    # Each library raises its own of a dozen unrelated classes here, those of its HTTP client included.
+    except Exception as error:
+        raise ValueError(f"{what} cannot be had ({_line(error)}): {remedy}") from error
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(" :.") or type(error).__name__
+
+
+@contextmanager
+def _hub(place: str | None) -> Generator[None]:
+    """Hugging Face's hub, in its offline mode where it cannot be reached: it would try six times, 23 s for each file.
+
+    Offline it reads its cache, if that has what is asked for. A `place` that is a folder needs no hub.
+    """
+    constants: Any = import_module("huggingface_hub.constants")
+    utils: Any = import_module("huggingface_hub.utils")
+    offline = constants.HF_HUB_OFFLINE
+    if not offline and (place is None or not Path(place).is_dir()):
+        try:
+            utils.get_session().head(constants.ENDPOINT, timeout=5)
+        except Exception:
+            constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+
+
+@contextmanager
+def _quiet(logging: Any) -> Generator[None]:
+    """No report that the head is fresh, which is meant."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _renew_head(model: nn.Module, classes: int) -> None:
+    """Puts a fresh head in the place of the last layer with weights, if that is for another number of classes."""
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    name, old = layers[-1]
+    bias = old.bias is not None
+    if isinstance(old, nn.Linear):
+        if old.out_features != classes:
+            model.set_submodule(name, nn.Linear(old.in_features, classes, bias=bias))
+    elif old.out_channels != classes:
+        model.set_submodule(name, nn.Conv2d(old.in_channels, classes, 1, bias=bias))
+
+
+def _read(path: str) -> dict[str, Tensor]:
+    """The state dict in a file, without what `DistributedDataParallel`, Lightning and `Logits` put around its names."""
+    wanted = "give the path of a file that torch.save(model.state_dict(), path) wrote, or 'pretrained'"
+    if path.endswith(".safetensors"):
+        load = _package("safetensors.torch", f"the file {path!r}").load_file
+    else:
+        load = partial(torch.load, map_location="cpu", weights_only=True)
+    try:
+        loaded = load(path)
+    except OSError as error:
+        raise ValueError(f"weights {path!r} cannot be read ({error.strerror or _line(error)}): {wanted}") from error
+    # A broken file fails wherever its bytes lead the reader.
+    except Exception as error:
+        raise ValueError(f"weights {path!r} are not a file of tensors alone ({_line(error)}): {wanted}") from error
+    if isinstance(loaded, Mapping) and "state_dict" in loaded:
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise ValueError(f"weights {path!r} are not a state dict: {wanted}")
+    state: dict[str, Tensor] = {str(name): tensor for name, tensor in loaded.items()}
+    for prefix in ("module.", "network."):
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return state
+
+
+def _fit(model: nn.Module, state: dict[str, Tensor], classes: int, complaint: str) -> None:
+    """Loads `state` into `model`, but for a head that differs in the number of classes and in nothing else."""
+    own = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    reshaped = {
+        name: (tensor.shape, own[name]) for name, tensor in state.items() if tensor.shape != own.get(name, tensor.shape)
+    }
+    lengths = {theirs[:1] for theirs, _ in reshaped.values()}
+    heads = {name for name, (theirs, ours) in reshaped.items() if ours == (classes, *theirs[1:]) and len(lengths) == 1}
+    kept = {name: tensor for name, tensor in state.items() if name not in reshaped}
+    missing, unexpected = model.load_state_dict(kept, strict=False)
+    faults = {
+        "missing": [name for name in missing if name not in reshaped],
+        "unexpected": unexpected,
+        "of another shape": [
+            f"{name} {tuple(theirs)}, not {tuple(ours)}"
+            for name, (theirs, ours) in reshaped.items()
+            if name not in heads
+        ],
+    }
+    if any(faults.values()):
+        raise ValueError(
+            f"{complaint}: " + "; ".join(f"{kind} {_few(names)}" for kind, names in faults.items() if names)
+        )
+
+
+def _few(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

@@ -1,0 +1,1 @@
+"""Recipes: a training run as a value."""

@@ -1,0 +1,205 @@
+"""Published: numbers of the papers that were read in a public source, and how the same quantity is read from our runs.
+
+What is not here was looked for and not found: above all the accuracies in the tables of both papers. Nothing is filled
+in from memory, and nothing is derived but a quotient of two numbers of the same source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from math import nan
+from typing import Any
+
+from bisam.experiments.recipes.presets import CIFAR
+from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.runs.folder import Finished
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """What was measured, and how it is read from a run."""
+
+    title: str
+    of: Callable[[Finished], float] | None = None
+    """None where runs do not tell."""
+    digits: int = 2
+    relative: bool = False
+    """Whether it is compared as a quotient by SAM's, since it depends on the hardware or the length of the run."""
+
+
+def _flips(first: int, last: int) -> Callable[[Finished], float]:
+    return lambda run: max(row["flipped"] for row in run.metrics[first - 1 : last])
+
+
+def _sequence(run: Finished) -> float:
+    return sum(in_sequence(run.recipe, row["gradients"]) * row["losses"] for row in run.metrics)
+
+
+def in_sequence(recipe: Recipe, gradients: float) -> float:
+    """Gradients of a step that wait for each other, of all its `gradients`: those of SAMPa do not."""
+    return min(gradients, 1.0) if recipe.expression.startswith("SAMPa(") else gradients
+
+
+def _top5(run: Finished) -> float:
+    return 100 * run.result.get("scores", {}).get("best", {}).get("top5", nan)
+
+
+QUANTITIES = {
+    "epoch": Quantity("time of an epoch", lambda run: run.result["relative_time"], relative=True),
+    "run": Quantity("time of the run", lambda run: run.result["relative_time"] * run.recipe.epochs, relative=True),
+    "sequence": Quantity("gradients one after another", _sequence, relative=True),
+    "flips_100": Quantity("flipped training samples, epoch 100", _flips(100, 100), digits=0),
+    "flips_peak": Quantity("flipped training samples, most in epochs 101 to 200", _flips(101, 200), digits=0),
+    "flips_200": Quantity("flipped training samples, epoch 200", _flips(200, 200), digits=0),
+    "validation": Quantity(
+        "validation accuracy at the end (%)", lambda run: 100 * run.metrics[-1]["validation"], digits=1
+    ),
+    "top1": Quantity("top-1 accuracy (%)", lambda run: 100 * run.result["test_best"]),
+    "top5": Quantity("top-5 accuracy (%)", _top5),
+    "loss": Quantity("time of the ascent loss, forward and backward", relative=True),
+}
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published number.
+
+    Attributes:
+        quantity: the key of `QUANTITIES`.
+        method: of recipes that it applies to, as a regular expression.
+        value: the number.
+        high: upper end, where it is a range from `value` on.
+        std: standard deviation.
+        sam: SAM's number from the same source, where the quotient is what compares.
+        where: fields of recipes that it applies to, with their values, defaults of the method included; none where no
+            run measures it.
+        setting: what else is known of how it was measured.
+        source: where it was read.
+    """
+
+    quantity: str
+    method: str
+    value: float
+    high: float | None = None
+    std: float | None = None
+    sam: float | None = None
+    unit: str = ""
+    where: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    setting: str = ""
+    source: str = ""
+
+    @property
+    def text(self) -> str:
+        """The number as people write it."""
+        digits = QUANTITIES[self.quantity].digits
+        if self.sam is not None:
+            return f"{self.value / self.sam:.{digits}f} ({self.value:,g} / {self.sam:,g}{self.unit})"
+        ends = [f"{end:.{digits}f}" for end in (self.value, self.high) if end is not None]
+        return " to ".join(ends) + ("" if self.std is None else f" ± {self.std:.{digits}f}")
+
+
+_APPENDIX = "Xie et al., 2024, arXiv 2407.12993, appendix B, tables 11 and 12"
+_FLIPS = "Xie et al., 2024, figure 2, read off figs/reverse0_resnet56.png of github.com/LIONS-EPFL/BiSAM"
+_REPLY = "the BiSAM authors' reply to reviewers, hackmd.io/@oOkom9RcT0C6_AQaiqBWSw/HJpam3_in"
+_SAMPA_TIME = "Xie, Pethick and Cevher, 2024, arXiv 2410.10683, read off the authors' figs/SAMPa_Time.png"
+_SAMPA = "Xie, Pethick and Cevher, 2024, arXiv 2410.10683, read off the authors' figures"
+
+_BISAM = "bisam_log|bisam_tanh"
+_MSAM = r"|MSAM\(\d+, "  # the paper's own ImageNet runs; whether those of the reply were such is not said
+_IMAGENET = {
+    "sam": rf"sam{_MSAM}SAM\(.*",
+    "bisam_log": rf"bisam_log{_MSAM}BiSAM\(((?!Tanh).)*",
+    "bisam_tanh": rf"bisam_tanh{_MSAM}BiSAM\(.*Tanh.*",
+}
+_RESNET56 = {"dataset": "cifar10", "model": "resnet56"}
+_FREE = {"method", "seed", "rho", "mu", "alpha", "eta", "cutout", "precision", "channels_last", "compile", "ema"}
+_AS_THERE = {field.name: getattr(CIFAR, field.name) for field in fields(Recipe) if field.name not in _FREE}
+_BOUNDS = {"bisam_log": {"mu": 1.0}, "bisam_tanh": {"mu": 10.0, "alpha": 0.1}}
+_BY_SAMPA = {**_AS_THERE, "rho": 0.1}
+_BY_DEFAULT = "200 epochs; the radius is not said, 0.1 is the default of their code"
+_RESNET50 = {"dataset": "imagenet", "model": "torchvision:resnet50", "noise": 0.0, "limit": None}
+_THIRD = "a third of ImageNet-1K, 90 epochs, batch 512, 2 runs"
+
+
+def _epoch(model: str, sam: float, bisam: float) -> Published:
+    where = {"dataset": "cifar10", "model": model}
+    return Published(
+        "epoch",
+        _BISAM,
+        bisam,
+        sam=sam,
+        unit=" s",
+        where=where,
+        setting="an A100; which BiSAM is not said",
+        source=_APPENDIX,
+    )
+
+
+def _loss(framework: str, sam: float, bisam: float) -> Published:
+    setting = f"{framework}, batch 128, 100 classes, 10,000 repetitions; which BiSAM is not said"
+    return Published("loss", _BISAM, bisam, sam=sam, unit=" s", setting=setting, source=_APPENDIX)
+
+
+def _flipped(method: str, at_100: tuple[float, float | None], peak: float, at_200: float) -> list[Published]:
+    numbers = {"flips_100": at_100, "flips_peak": (peak, None), "flips_200": (at_200, None)}
+    where = {**_AS_THERE, "rho": 0.05, **_BOUNDS.get(method, {})}
+    setting = "ResNet-56, 200 epochs, the paper's radius and bounds"
+    return [
+        Published(quantity, method, value, high, where=where, setting=setting, source=_FLIPS)
+        for quantity, (value, high) in numbers.items()
+    ]
+
+
+def _imagenet(method: str, top1: tuple[float, float], top5: tuple[float, float]) -> list[Published]:
+    return [
+        Published(quantity, _IMAGENET[method], value, std=std, where=_RESNET50, setting=_THIRD, source=_REPLY)
+        for quantity, (value, std) in {"top1": top1, "top5": top5}.items()
+    ]
+
+
+def _sampa(
+    method: str, seconds: float, gradients: float | None, validation: tuple[float, float | None]
+) -> list[Published]:
+    low, high = validation
+    two = ", SAMPa on two devices" if method == "sampa" else ""
+    found = [
+        Published(
+            "run",
+            method,
+            seconds,
+            sam=3760,
+            unit=" s",
+            where=_RESNET56,
+            setting=f"200 epochs{two}",
+            source=_SAMPA_TIME,
+        ),
+        Published("validation", method, low, high, where=_BY_SAMPA, setting=_BY_DEFAULT, source=_SAMPA),
+    ]
+    if gradients is not None:
+        found.append(
+            Published("sequence", method, gradients, sam=140_800, where=_RESNET56, setting="200 epochs", source=_SAMPA)
+        )
+    return found
+
+
+PUBLISHED: tuple[Published, ...] = (
+    _epoch("densenet121", 58, 64),
+    _epoch("resnet56", 23, 30),
+    _epoch("vgg19_bn", 10, 16),
+    _epoch("wrn28_2", 19, 21),
+    _epoch("wrn28_10", 65, 71),
+    _loss("PyTorch", 2.40, 3.96),
+    _loss("TensorFlow", 3.25, 2.34),
+    *_flipped("sam", (1250, 1310), 1595, 1220),
+    *_flipped("bisam_tanh", (1300, None), 1700, 1505),
+    *_flipped("bisam_log", (1480, None), 1890, 1485),
+    *_imagenet("sam", (66.62, 0.43), (87.68, 0.25)),
+    *_imagenet("bisam_tanh", (66.64, 0.80), (87.68, 0.46)),
+    *_imagenet("bisam_log", (66.71, 0.21), (87.75, 0.19)),
+    Published("validation", "sam", 94.0, where=_BY_SAMPA, setting=_BY_DEFAULT, source=_SAMPA),
+    *_sampa("sampa", 2340, 70_400, (94.4, 94.7)),
+    *_sampa("ae_sam", 2480, 92_000, (94.4, 94.7)),
+    *_sampa("esam", 3110, None, (94.4, 94.7)),
+    *_sampa("looksam", 3300, 84_500, (91.6, None)),
+)

@@ -1,0 +1,99 @@
+"""Study: a named set of recipes times seeds, as one table or figure compares them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from types import NoneType
+from typing import Any, get_args, get_type_hints
+
+from bisam.experiments.errors import unknown
+from bisam.experiments.recipes.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Study:
+    """A named comparison."""
+
+    name: str
+    title: str
+    recipes: Callable[[int | None], list[Recipe]]
+    """From a number of epochs (None: the study's own) to its recipes, in the order of the table."""
+    seeds: int
+    figures: tuple[str, ...] = ("accuracy", "flips")
+    """Names of functions in `figures`."""
+    first_seed: int = 0
+    note: str = ""
+    """What the report says about how to read it."""
+    baselines: tuple[str, ...] = ("sam",)
+    """The methods that others are compared with."""
+    shared: str = ""
+    """Another study, whose folder of runs this one uses because they have runs in common."""
+
+    @property
+    def folder(self) -> str:
+        """Name of the folder with its runs."""
+        return self.shared or self.name
+
+    def changed(self, epochs: int | None, changes: Sequence[str]) -> list[Recipe]:
+        """Its recipes with other epochs, and with other values of fields.
+
+        Args:
+            epochs: of each run (where SGD has twice as many, of the others).
+            changes: "field=value"; settings of methods are changed in those that have them.
+
+        Raises:
+            ValueError: a field or value is unknown, or no recipe can have it.
+        """
+        values = dict(_change(text) for text in changes)
+        for name in ("seed", "method"):
+            if name in values:
+                raise ValueError(f"--set {name}={values[name]} is refused: a study has its own ({_INSTEAD[name]})")
+        if "epochs" in values:
+            epochs = values.pop("epochs")
+        if epochs is not None and epochs < 1:
+            raise ValueError(f"epochs must be at least 1, got {epochs}")
+        recipes = self.recipes(epochs)
+        settings = {name: values.pop(name) for name in ("rho", "mu", "alpha", "eta") if name in values}
+        recipes = [replace(recipe, **values) for recipe in recipes]
+        for name, value in settings.items():
+            takes = [name in recipe.settings for recipe in recipes]
+            if not any(takes):
+                raise ValueError(f"--set {name}={value}: no method of {self.name} has {name} as a setting")
+            recipes = [replace(r, **{name: value}) if t else r for r, t in zip(recipes, takes, strict=True)]
+        return list(dict.fromkeys(recipes))
+
+
+_INSTEAD = {"seed": "--seeds says how many", "method": "bisam train --method runs another"}
+
+
+def expand(recipes: Sequence[Recipe], seeds: int, first: int = 0) -> list[Recipe]:
+    """Recipes times seeds, all recipes of one seed before the next, so that an early look compares like with like."""
+    return [replace(recipe, seed=seed) for seed in range(first, first + seeds) for recipe in recipes]
+
+
+def _change(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    name = name.strip().replace("-", "_")
+    if not equals:
+        raise ValueError(f"--set {text!r} has no value: write it as in --set epochs=1")
+    known = [field.name for field in fields(Recipe)]
+    if name not in known:
+        raise unknown("field", name, known)
+    return name, _parsed(name, value.strip())
+
+
+def _parsed(name: str, text: str) -> Any:
+    hint = get_type_hints(Recipe)[name]
+    kinds = get_args(hint) or (hint,)
+    if NoneType in kinds and text.lower() == "none":
+        return None
+    kind = next(k for k in kinds if k is not NoneType)
+    try:
+        return _TRUTH[text.lower()] if kind is bool else kind(text)
+    except (KeyError, ValueError):
+        what = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
+        raise ValueError(f"--set {name}={text}: {text!r} is not {what}") from None
+
+
+_TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}

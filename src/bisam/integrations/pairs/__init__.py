@@ -1,0 +1,6 @@
+"""Pairs: two ranks that answer the independent queries of a method at once.
+
+from bisam.integrations.pairs import InPairs, replica, replicas
+"""
+
+from bisam.integrations.pairs.method import InPairs as InPairs, replica as replica, replicas as replicas

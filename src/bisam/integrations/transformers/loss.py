@@ -1,0 +1,281 @@
+"""The Trainer's own loss as an objective, for `transformers.py`; and what its queries cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from bisam.evaluation import Batch, Evaluation, size
+from bisam.methods import Method
+from bisam.objectives import CrossEntropy, LowerBound, Objective
+from bisam.oracle import Oracle, Query, View
+
+Inputs = dict[str, Any]
+"""A batch as the Trainer's collator made it."""
+
+
+class TrainerLoss:
+    """The Trainer's own loss as an objective: a scalar, the mean over what counts in the batch that is queried.
+
+    It is computed where the model is run, in `forward`, and comes along with the logits.
+    """
+
+    ignore_index = -100
+
+    def __init__(self, trainer: Any, compute: Callable[..., Any]) -> None:
+        self._trainer, self._compute = trainer, compute
+        self.asked: Objective | None = None  # by the query that runs the model
+        self.is_local = True  # whether an answer is for this process's own batch, and not a mean over all processes
+        self.counted: Tensor | None = None  # items of the last query
+        self.whole: Tensor | int | None = None  # items of all accumulated batches
+        self._divides: bool | None = None  # whether the model's loss goes by the number of items that it is given
+
+    def __call__(self, outputs: Tensor, targets: Tensor | None) -> Tensor:
+        """The loss that came along with these logits, or that of logits which were kept without it."""
+        own = outputs.own if isinstance(outputs, _Logits) else None
+        return self._anew(outputs, targets) if own is None else own
+
+    def per_example(self, outputs: Tensor, targets: Tensor | None) -> Tensor:
+        """One loss for each example, by itself."""
+        targets = _classes(targets, "choosing examples")
+        if self._trainer.compute_loss_func is not None:
+            return torch.stack([self._anew(outputs[i : i + 1], targets[i : i + 1]) for i in range(len(targets))])
+        losses, counted = self._crossed(outputs, targets)
+        return losses.flatten(1).sum(1) / counted.flatten(1).sum(1).clamp_min(1) if losses.dim() > 1 else losses
+
+    def forward(self, model: nn.Module, inputs: Inputs) -> tuple[Any, Any]:
+        """Logits (N, K, ...) that know their loss, and labels (N, ...); labels are None where there are no classes."""
+        items = self.counted = self.items(inputs)
+        watched = None
+        if items is None:
+            items = self.whole
+        elif self._divides is None and torch.is_grad_enabled():
+            items = watched = _Seen.apply(items, next(p for p in model.parameters() if p.requires_grad))
+        with self._for_itself():
+            loss, outputs = self._compute(model, dict(inputs), return_outputs=True, num_items_in_batch=items)
+        if watched is not None:
+            self._divides = _depends(loss, watched)
+        logits, targets = self._laid_out(inputs, outputs)
+        classes = isinstance(self.asked, LowerBound | CrossEntropy)
+        if classes:
+            _classes(targets, repr(self.asked))
+        logits = loss.detach() if logits is None else logits if targets is None else logits.movedim(-1, 1)
+        known = logits.as_subclass(_Logits)
+        known.own = None if classes else loss  # which nobody asked for, and whose graph holds copies of the logits
+        return known, targets
+
+    def items(self, inputs: Inputs) -> Tensor | None:
+        """How many items count in a batch, as the Trainer counts them; None where it does not."""
+        if self.whole is None or not isinstance(inputs.get("labels"), Tensor):
+            return None
+        labels: Tensor = inputs["labels"]
+        if isinstance(shifted := inputs.get("shift_labels"), Tensor):
+            labels = shifted
+        elif self._trainer._loss_shifts_labels:
+            labels = labels[..., 1:]
+        count = labels.ne(-100).sum(dtype=torch.float32)
+        if not self.is_local and self._processes > 1:
+            # The mean of the processes' losses is then the mean over all of their items.
+            count = cast(Tensor, self._trainer.accelerator.reduce(count, reduction="mean"))
+        return torch.where(count == 0, 1.0, count)
+
+    def share(self, inputs: Inputs, dtype: torch.dtype) -> Tensor | int | None:
+        """What the mean over a batch is multiplied by for the Trainer, which adds up what it gets; None is 1."""
+        if self.whole is None:
+            return None
+        items = self.items(inputs) if self._divides else None
+        if items is not None:
+            return items.to(torch.promote_types(dtype, torch.float32)) * self._processes / self.whole
+        return None if self._processes == 1 else self._processes
+
+    @property
+    def _processes(self) -> int:
+        """What the Trainer multiplies a loss with, of which all processes have a part."""
+        trainer = self._trainer
+        counts = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
+        if not (counts and trainer.args.average_tokens_across_devices):
+            return 1
+        return trainer.accelerator.num_processes // trainer.get_tp_size()
+
+    @contextmanager
+    def _for_itself(self) -> Generator[None]:
+        """Without the Trainer's factor for an average over all processes."""
+        args = self._trainer.args
+        kept, args.average_tokens_across_devices = args.average_tokens_across_devices, False
+        try:
+            yield
+        finally:
+            args.average_tokens_across_devices = kept
+
+    def _laid_out(self, inputs: Inputs, outputs: Any) -> tuple[Any, Tensor | None]:
+        """Logits as the model gives them, and labels for each but their last dimension, if these are classes."""
+        if isinstance(outputs, dict):
+            logits = cast(Inputs, outputs).get("logits")
+        else:
+            logits = next((o for o in outputs if isinstance(o, Tensor) and o.dim()), None)
+        logits = logits if isinstance(logits, Tensor) else None
+        labels = inputs.get("labels")
+        if logits is None or not isinstance(labels, Tensor) or labels.dtype != torch.int64 or logits.shape[-1] < 2:
+            return logits, None
+        if logits.dim() == 2:
+            labels = labels.flatten()
+        elif self._shifts:
+            shifted = inputs.get("shift_labels")
+            labels = F.pad(labels[..., 1:], (0, 1), value=-100) if shifted is None else shifted
+        return logits, labels.to(logits.device) if labels.shape == logits.shape[:-1] else None
+
+    @property
+    def _shifts(self) -> bool:
+        """Whether position t of the logits is compared with label t + 1."""
+        inner: Any = self._trainer.accelerator.unwrap_model(cast(nn.Module, self._trainer.model))
+        inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+        known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+        return self._trainer._loss_shifts_labels or any(c.__name__ in known for c in type(inner).__mro__)
+
+    def _anew(self, outputs: Tensor, targets: Tensor | None) -> Tensor:
+        """The loss of logits that were kept without it."""
+        targets = _classes(targets, "the loss of logits that were kept")
+        loss = self._trainer.compute_loss_func
+        if loss is None:
+            losses, counted = self._crossed(outputs, targets)
+            return losses.sum() / counted.sum().clamp_min(1)
+        labels = F.pad(targets[..., :-1], (1, 0), value=-100) if targets.dim() > 1 and self._shifts else targets
+        logits = SequenceClassifierOutput(logits=cast(Any, outputs.movedim(1, -1)))
+        return loss(logits, labels, num_items_in_batch=targets.ne(-100).sum(dtype=torch.float32).clamp_min(1))
+
+    def _crossed(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        smoother = self._trainer.label_smoother
+        smoothing = 0.0 if smoother is None else smoother.epsilon
+        return F.cross_entropy(outputs, targets, reduction="none", label_smoothing=smoothing), targets.ne(-100)
+
+
+class _Logits(Tensor):
+    """Logits with the loss that was made of them; what is computed from them are plain tensors."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
+    own: Tensor | None = None
+
+
+class _Seen(torch.autograd.Function):
+    """A number whose use a graph shows. It hangs on a parameter, which gets no gradient from it."""
+
+    @staticmethod
+    def forward(ctx: Any, number: Tensor, anchor: Tensor) -> Tensor:
+        return number.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return None, None
+
+
+def _classes(targets: Tensor | None, purpose: str) -> Tensor:
+    if targets is None:
+        raise ValueError(
+            f"{purpose} needs classes, and this task has none (int64 `labels`, and `logits` with the classes last, as "
+            "in classification and language models): for regression or several labels at once use a method that climbs "
+            "the training loss on whole batches, such as SAM()"
+        )
+    return targets
+
+
+def _depends(loss: Tensor, on: Tensor) -> bool:
+    todo, seen = [loss.grad_fn], set[Any]()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        if node is on.grad_fn:
+            return True
+        seen.add(node)
+        todo += [following for following, _ in node.next_functions]
+    return False
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Watched:
+    """A method whose queries are told to the training loss, and counted."""
+
+    method: Method
+    own: TrainerLoss
+    costs: Costs
+    transparent: ClassVar[bool] = True  # to `bisam.state.kind`
+
+    def __repr__(self) -> str:
+        return repr(self.method)
+
+    def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
+        """As the method."""
+        self.own.is_local = oracle.is_local
+        self.costs.steps += 1
+        return self.method(_Queries(oracle, self.own, self.costs, size(batch) or 1), batch)
+
+
+class _Queries(View):
+    """The oracle of one step, watched."""
+
+    def __init__(self, oracle: Oracle, own: TrainerLoss, costs: Costs, examples: int) -> None:
+        super().__init__(oracle)
+        self._own, self._costs, self._examples = own, costs, examples
+
+    def ask(self, queries: Sequence[Query]) -> list[Evaluation]:
+        """See `Oracle.ask`."""
+        return [self._watched(query) for query in queries]
+
+    def _watched(self, query: Query) -> Evaluation:
+        self._own.asked = query.objective
+        with self._costs.query((size(query.batch) or 1) / self._examples, query.grad):
+            (answer,) = super().ask([query])
+        # The mean is over items, of which an example may have many, and so must its weight be among other parts.
+        items = self._own.counted if answer.objective is self._own else None
+        return answer if items is None else replace(answer, count=items)
+
+
+class Costs:
+    """What the steps cost since the last line of the log."""
+
+    def __init__(self) -> None:
+        self.steps = self._queries = 0
+        self._batches = {True: 0.0, False: 0.0}
+        self._seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def query(self, share: float, grad: bool) -> Generator[None]:
+        """Count one, of a share of the batch."""
+        on_device = torch.cuda.is_available() and torch.cuda.is_initialized()
+        began = time.perf_counter()
+        events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        if on_device:  # queries are queued there: the clock here would measure how fast that is
+            events[0].record()
+        yield
+        if on_device:
+            events[1].record()
+            self._events.append(events)
+        else:
+            self._seconds += time.perf_counter() - began
+        self._queries += 1
+        self._batches[grad] += share
+
+    def since_last(self) -> dict[str, float]:
+        """Averages since the last call of this."""
+        if not self._queries:
+            return {}
+        if self._events:
+            self._events[-1][1].synchronize()  # the Trainer has just waited for the loss of these steps anyway
+        seconds = self._seconds + sum(first.elapsed_time(last) for first, last in self._events) / 1000
+        averages = {
+            "gradients_per_step": self._batches[True] / self.steps,
+            "forwards_per_step": self._batches[False] / self.steps,
+            "seconds_per_query": seconds / self._queries,
+        }
+        self.__init__()
+        return averages

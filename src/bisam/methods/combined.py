@@ -1,0 +1,257 @@
+"""Methods that combine the gradient at the weights with the one at the displaced weights.
+
+With an adversary that climbs something else than the loss (`ascent=NegLog()`), what is combined is still the gradient
+of the loss, at the price of one more query.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from bisam.evaluation import Batch, Evaluation
+from bisam.methods.sam import SAM
+from bisam.objectives import LowerBound, NegLog, count, mean
+from bisam.oracle import Oracle, Query
+from bisam.perturbations import L2, Perturbation
+from bisam.schedules import Radius
+from bisam.validation import non_negative, positive, share, whole
+from bisam.vector import TINY, Vector
+
+
+@dataclass(frozen=True)
+class GSAM(SAM):
+    """SAM that also narrows the gap between the perturbed and the plain loss (Zhuang et al., 2022).
+
+    https://arxiv.org/abs/2203.08065. The gradient is h - alpha u, where u is the part of the plain gradient that is
+    orthogonal to the perturbed one, h. In the paper rho follows the learning rate: `GSAM(L2(Follow(optimizer, ...)))`.
+
+    Args:
+        perturb: see `SAM`; the paper: rho 0.04 to 0.02 for ResNets, 0.6 to 0.1 for vision transformers.
+        ascent: see `SAM`.
+        descent: see `SAM`.
+        alpha: weight of the gap, >= 0; 0 is SAM; the paper: 0.01 for ResNets, 0.4 to 1 for vision transformers.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: `alpha` is negative or not finite.
+    """
+
+    alpha: float = 0.4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        non_negative("alpha", self.alpha)
+
+    def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
+        """Two queries; three with another ascent."""
+        g, answer = self.both(oracle, batch)
+        h = answer.gradient
+        return replace(answer, grad=h - (g - g.onto(h)) * self.alpha)
+
+
+def GBiSAM(rho: Perturbation | Radius = 0.05, bound: LowerBound = NegLog(), alpha: float = 0.4) -> GSAM:  # noqa: B008
+    """GSAM whose adversary climbs a lower bound of the 0-1 loss; the gap is that of the loss."""
+    return GSAM(rho, ascent=bound, alpha=alpha)
+
+
+@dataclass(frozen=True)
+class WSAM(SAM):
+    """Sharpness as a weighted term, L + gamma/(1 - gamma) (L(w + e) - L) (Yue et al., 2023).
+
+    https://arxiv.org/abs/2305.15817. This is the gradient of that sum. The paper's decoupled variant takes a step of
+    the optimizer along the plain gradient and a plain step along the rest, which no loss can express; with SGD without
+    momentum the two are the same.
+
+    Args:
+        perturb: see `SAM`.
+        ascent: see `SAM`.
+        descent: see `SAM`.
+        gamma: weight of the sharpness, in [0, 1): 0 is ERM, 0.5 is SAM, the paper: 0.8 to 0.95.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: `gamma` is outside its range.
+    """
+
+    gamma: float = 0.9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        share("gamma", self.gamma, zero=True, one=False)
+
+    def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
+        """Two queries; three with another ascent."""
+        weight = self.gamma / (1 - self.gamma)
+        g, answer = self.both(oracle, batch)
+        return replace(answer, grad=answer.gradient * weight + g * (1 - weight))
+
+
+@dataclass(frozen=True)
+class CRSAM(SAM):
+    """SAM with a penalty on curvature along the ascent, by finite differences (Wu et al., 2024).
+
+    https://arxiv.org/abs/2312.13555. With p and m the gradients at w + e and w - e and g the one at w, the gradient is
+    p + gamma (p + m - 2 g) + beta (p - m).
+
+    Args:
+        perturb: see `SAM`; the authors' rho is 0.1.
+        ascent: see `SAM`.
+        descent: see `SAM`.
+        gamma: weight of the second difference, >= 0.
+        beta: weight of the first difference, >= 0; with `gamma` 0 it is SAM.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: `gamma` or `beta` is negative or not finite.
+    """
+
+    perturb: Perturbation | Radius = field(default=L2(0.1))
+    gamma: float = 0.1
+    beta: float = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        non_negative("gamma", self.gamma)
+        non_negative("beta", self.beta)
+
+    def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
+        """Three queries, two of which do not depend on each other; four with another ascent."""
+        plain = None if self.ascent == self.descent else oracle.query(batch, self.descent, track=False)
+        a = oracle.query(batch, self.ascent)
+        g, e = (plain or a).gradient, self.displacement(a.gradient, oracle)
+        ahead, behind = oracle.ask([Query(batch, self.descent, at) for at in (e, -e)])
+        p, m = ahead.gradient, behind.gradient
+        return replace(ahead, grad=p + (p + m - g * 2) * self.gamma + (p - m) * self.beta)
+
+
+@dataclass(frozen=True)
+class XSAM(SAM):
+    """A direction between the displacement and the gradient there, or beyond (Chen and Zhou, 2026).
+
+    https://arxiv.org/abs/2603.10048. The gradient has the length of h = grad L(w + e), and the direction of the
+    spherical interpolation from e/||e|| to h/||h|| at alpha. Every so often alpha is the one of 0, 0.1, ..., 2 with the
+    largest loss at distance `rho_max` in that direction, which is 21 forward passes.
+
+    Args:
+        perturb: see `SAM`; the authors' rho is 0.15.
+        ascent: see `SAM`.
+        descent: see `SAM`.
+        rho_max: distance of the search, > 0.
+        every: steps between two searches, >= 1; the authors search once an epoch.
+        alpha: a fixed value, >= 0, in place of the search; 1 is SAM.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is outside its range.
+    """
+
+    perturb: Perturbation | Radius = field(default=L2(0.15))
+    rho_max: float = 0.3
+    every: int = 400
+    alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive("rho_max", self.rho_max)
+        whole("every", self.every)
+        if self.alpha is not None:
+            non_negative("alpha", self.alpha)
+
+    @property
+    def stateful(self) -> bool:
+        """Whether alpha is searched for."""
+        return self.alpha is None
+
+    def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
+        """Two queries, and now and then 21 forward passes."""
+        e = self.climb(oracle, batch)
+        answer = oracle.query(batch, self.descent, at=e)
+        length = answer.gradient.norm()
+        if self.alpha == 1:
+            return answer
+        between = partial(_slerp, e / (e.norm() + TINY), answer.gradient / (length + TINY))
+        if self.alpha is None and (oracle.step % self.every == 0 or "alpha" not in oracle.state):
+            grid = [i / 10 for i in range(21)]
+            far = [oracle.query(batch, self.descent, at=between(a) * self.rho_max, grad=False).value for a in grid]
+            oracle.state["alpha"] = torch.stack(far).argmax().to(length.dtype) / 10  # an integer / 10 would be float32
+        return replace(answer, grad=between(oracle.state["alpha"] if self.alpha is None else self.alpha) * length)
+
+
+def _slerp(a: Vector, b: Vector, alpha: float | Tensor) -> Vector:
+    """The great circle from unit vector `a`, at alpha = 0, through `b`, at 1; where they are the same, their mean."""
+    angle = torch.acos(a.dot(b).clamp(-1, 1))
+    sine = angle.sin()
+    same = sine < 1e-8
+    return a * torch.where(same, 0.5, torch.sin((1 - alpha) * angle) / sine) + b * torch.where(
+        same, 0.5, torch.sin(alpha * angle) / sine
+    )
+
+
+@dataclass(frozen=True)
+class FunctionalSAM(SAM):
+    """SAM through the function only: the outputs' gradient of the loss is that at the weights (Singh et al., 2025).
+
+    https://arxiv.org/abs/2502.02407. The gradient is J(w + e)^T c, with J the Jacobian of the outputs and c the
+    gradient of the loss with respect to them at w. The preconditioned perturbation of the paper is not part of it.
+
+    Args:
+        perturb: see `SAM`.
+        ascent: see `SAM`.
+        descent: see `SAM`.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+
+    Called, it raises:
+        TypeError: the model's outputs are no tensor.
+        ValueError: the loss has parameters of its own, which its tangent plane would not train.
+    """
+
+    def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
+        """Two queries; the loss that is reported is the one at the weights."""
+        g = oracle.query(batch, self.ascent)
+        loss = self.descent or oracle.loss
+        e, plain = self.displacement(g.gradient, oracle), g.under(loss)
+        del g  # and its gradient
+        answer = oracle.query(batch, _Tangent.of(plain), at=e)
+        value, counted = oracle.averaged(plain.value, plain.count)
+        return replace(answer, losses=plain.losses, value=value, count=counted, objective=loss)
+
+
+@dataclass(frozen=True, eq=False)
+class _Tangent:
+    """The mean loss as a linear function of the outputs, but for a constant."""
+
+    slope: Tensor
+
+    @classmethod
+    @torch.enable_grad()
+    def of(cls, plain: Evaluation) -> _Tangent:
+        _check_tangent(plain)
+        assert plain.objective is not None
+        half = plain.outputs.dtype in (torch.float16, torch.bfloat16)
+        outputs = (plain.outputs.float() if half else plain.outputs).detach().requires_grad_()
+        losses = plain.objective(outputs, plain.targets)
+        counted = count(losses, plain.targets, plain.objective) if losses.dim() else plain.count  # on this rank
+        value = mean(losses, counted)
+        return cls(torch.autograd.grad(value, outputs)[0])
+
+    def __call__(self, outputs: Tensor, targets: object) -> Tensor:
+        return (outputs * self.slope).sum()
+
+
+def _check_tangent(plain: Evaluation) -> None:
+    if not isinstance(plain.outputs, Tensor):
+        raise TypeError(
+            f"FunctionalSAM needs outputs that are one tensor, got {type(plain.outputs).__name__}: give SharpnessAware "
+            "a `forward` that returns (logits, targets)"
+        )
+    if isinstance(plain.objective, nn.Module) and any(p.requires_grad for p in plain.objective.parameters()):
+        raise ValueError(
+            f"FunctionalSAM cannot train the parameters of the loss {type(plain.objective).__name__}: put them into "
+            "the model, or use another method"
+        )

@@ -1,0 +1,53 @@
+"""Method: the protocol of the papers' algorithms, and the traits that a method or a perturbation may declare.
+
+A method is any callable `(oracle, batch) -> Evaluation`. What others must know about it is said by class attributes,
+which are False where they are not declared:
+
+    stateful          it remembers something between steps, in `oracle.state`
+    data_dependent    its number of forward passes depends on the data
+    transparent       it wraps another method, its field `method`, and remembers nothing itself
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from typing import Any, Protocol
+
+from bisam.evaluation import Batch, Evaluation
+from bisam.oracle import Oracle
+
+
+class Method(Protocol):
+    """`(oracle, batch) -> Evaluation`: the loss to report, and the gradient to descend."""
+
+    def __call__(self, oracle: Oracle, batch: Batch, /) -> Evaluation:
+        """The answer of one training step."""
+        ...
+
+
+OLDER_NAMES: dict[str, str] = {}
+"""Older names of traits that are still honoured; `bisam.deprecated` fills it."""
+
+
+def stateful(value: Any) -> str | None:
+    """The name of the first class in a nest of methods and perturbations that is stateful, or None."""
+    return _having("stateful", value)
+
+
+def data_dependent(value: Any) -> str | None:
+    """The name of the first class in a nest whose number of forward passes depends on the data, or None."""
+    return _having("data_dependent", value)
+
+
+def unwrapped(method: Any) -> Any:
+    """The method inside of transparent wrappers."""
+    while getattr(method, "transparent", False):
+        method = method.method
+    return method
+
+
+def _having(trait: str, value: Any) -> str | None:
+    if getattr(value, trait, False) or getattr(value, OLDER_NAMES.get(trait, trait), False):
+        return type(value).__name__
+    parts = [getattr(value, f.name) for f in fields(value)] if is_dataclass(value) else []
+    return next((found for part in parts if (found := _having(trait, part))), None)

@@ -1,0 +1,192 @@
+"""Compatibility: what is refused because it would train the model wrongly, not at all, or wait for ever.
+
+`RULES` is the table: one function for each combination that is refused, named by it. A rule returns the message, or
+None where it does not apply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, nn
+
+from bisam.distributed.fsdp import finalizes_by_hand, fsdp_module_type
+from bisam.distributed.layout import dtensor_type
+from bisam.distributed.placement import Scope
+from bisam.methods.method import data_dependent
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the rules look at.
+
+    Attributes:
+        sharp: the loss around the model.
+        method: its method.
+        scope: what was asked for.
+    """
+
+    sharp: nn.Module
+    method: Any
+    scope: Scope | None
+
+    @cached_property
+    def modules(self) -> list[nn.Module]:
+        """All modules."""
+        return list(self.sharp.modules())
+
+    @cached_property
+    def parameters(self) -> list[tuple[str, Tensor]]:
+        """The trainable parameters, by name."""
+        return [(name, p) for name, p in self.sharp.named_parameters() if p.requires_grad]
+
+    @cached_property
+    def ddp_inside(self) -> list[nn.Module]:
+        """The DistributedDataParallel wrappers inside the loss."""
+        return [module for module in self.modules if hasattr(module, "reducer")]
+
+    @cached_property
+    def fsdp_modules(self) -> list[nn.Module]:
+        """The modules under FSDP2."""
+        kind = fsdp_module_type()
+        return [module for module in self.modules if isinstance(module, kind)]
+
+    @cached_property
+    def whole(self) -> list[str]:
+        """The names of the trainable parameters that are not sharded."""
+        return [name for name, p in self.parameters if not isinstance(p, dtensor_type())]
+
+    @property
+    def some_sharded(self) -> bool:
+        """Whether some trainable parameter is sharded."""
+        return len(self.whole) < len(self.parameters)
+
+
+def fully_shard_around_the_loss(setup: Setup) -> str | None:
+    """`fully_shard(SharpnessAware(...))`."""
+    if not isinstance(setup.sharp, fsdp_module_type()):
+        return None
+    return "fully_shard the model, not the loss around it: SharpnessAware(fully_shard(model), ...)"
+
+
+def loss_inside_its_own_model(setup: Setup) -> str | None:
+    """`self.sharp = SharpnessAware(self, ...)`."""
+    if not any(module is setup.sharp for model in setup.sharp.children() for module in model.modules()):
+        return None
+    return (
+        "the loss is a part of the model that it trains, SharpnessAware(self, ...): give the network a module of "
+        "its own, self.sharp = SharpnessAware(self.network, ...)"
+    )
+
+
+def fsdp1(setup: Setup) -> str | None:
+    """`torch.distributed.fsdp.FullyShardedDataParallel`."""
+    if not any(base.__name__ == "FullyShardedDataParallel" for m in setup.modules for base in type(m).__mro__):
+        return None
+    return (
+        "FullyShardedDataParallel (FSDP1) keeps parameters where no displacement reaches them: use its successor, "
+        "torch.distributed.fsdp.fully_shard(model)"
+    )
+
+
+def deepspeed_zero3(setup: Setup) -> str | None:
+    """Parameters that DeepSpeed partitions."""
+    if not any(hasattr(p, "ds_id") for _, p in setup.parameters):
+        return None
+    return (
+        "DeepSpeed ZeRO-3 takes parameters away between two passes, and gradients inside the backward pass: use "
+        "torch.distributed.fsdp.fully_shard(model), or ZeRO stage 1 or 2"
+    )
+
+
+def ddp_static_graph_inside(setup: Setup) -> str | None:
+    """`SharpnessAware(DistributedDataParallel(model, static_graph=True))`."""
+    if not any(getattr(module, "static_graph", False) for module in setup.ddp_inside):
+        return None
+    return (
+        "DistributedDataParallel(static_graph=True) inside the loss would never average gradients: wrap the "
+        "other way round, DistributedDataParallel(SharpnessAware(model, ...), static_graph=True)"
+    )
+
+
+def data_dependent_method_in_ddp_with_buffers(setup: Setup) -> str | None:
+    """A method whose number of forward passes depends on the data, where each pass broadcasts buffers."""
+    waits = any(getattr(m, "broadcast_buffers", False) and list(m.buffers()) for m in setup.ddp_inside)
+    name = data_dependent(setup.method) if waits and setup.scope != "global" else None
+    if name is None:
+        return None
+    return (
+        f"with {name} replicas may differ in their number of forward passes, and DistributedDataParallel inside "
+        "the loss waits in each to broadcast buffers: use DistributedDataParallel(SharpnessAware(model, ...)), or "
+        'scope="global", where replicas decide together'
+    )
+
+
+def fsdp2_with_unsharded_parameters(setup: Setup) -> str | None:
+    """A model of which FSDP2 holds some trainable parameters and not others."""
+    if not (setup.fsdp_modules and setup.some_sharded and setup.whole):
+        return None
+    return (
+        f"{len(setup.whole)} trainable parameters are not sharded ({', '.join(setup.whole[:3])}), and nothing would "
+        "average their gradients: fully_shard(model) last, around all of it, and fully_shard(loss) if the loss has "
+        "parameters of its own; or freeze them"
+    )
+
+
+def fsdp2_manual_backward_finalization(setup: Setup) -> str | None:
+    """`set_manual_backward_finalization(True)`."""
+    if not any(finalizes_by_hand(module) for module in setup.fsdp_modules):
+        return None
+    return (
+        "set_manual_backward_finalization(True) keeps gradients back, and a method needs those of each query: "
+        "leave it out"
+    )
+
+
+def fsdp2_with_local_scope(setup: Setup) -> str | None:
+    """`scope="local"` under FSDP2."""
+    if not (setup.some_sharded and setup.fsdp_modules and setup.scope == "local"):
+        return None
+    return (
+        'scope="local" needs the gradient of each rank\'s own batch, and FSDP2 reduces all gradients: use '
+        'scope="global", or DistributedDataParallel'
+    )
+
+
+def tensor_parallelism_with_global_scope(setup: Setup) -> str | None:
+    """`scope="global"` under tensor parallelism alone."""
+    if not (setup.some_sharded and not setup.fsdp_modules and setup.scope == "global"):
+        return None
+    return (
+        'scope="global" would average parameters that are different parts of one tensor (tensor '
+        "parallelism): leave the argument out, or shard the model over the data-parallel ranks, fully_shard(model)"
+    )
+
+
+RULES: tuple[Callable[[Setup], str | None], ...] = (
+    fully_shard_around_the_loss,
+    loss_inside_its_own_model,
+    fsdp1,
+    deepspeed_zero3,
+    ddp_static_graph_inside,
+    data_dependent_method_in_ddp_with_buffers,
+    fsdp2_with_unsharded_parameters,
+    fsdp2_manual_backward_finalization,
+    fsdp2_with_local_scope,
+    tensor_parallelism_with_global_scope,
+)
+
+
+def check(sharp: nn.Module, method: Any, scope: Scope | None) -> None:
+    """Refuse a loss whose model or method is used in a combination that `RULES` lists.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    setup = Setup(sharp, method, scope)
+    for rule in RULES:
+        if message := rule(setup):
+            raise ValueError(message)

@@ -1,0 +1,173 @@
+"""State: what a method remembers between steps, how it is saved and restored, and kept clean of overflows.
+
+A method writes numbers, tensors and Vectors into `oracle.state`. On its way to a file a Vector is a list of tensors, so
+that `torch.load(weights_only=True)` takes it; on its way back it is checked against the method and the model at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+
+from bisam.distributed.layout import ShardedLayout, dtensor_type, local
+from bisam.methods.method import stateful, unwrapped
+from bisam.vector import WHOLE, Layout, Vector
+
+State = dict[str, Any]
+
+_VECTOR, _TUPLE = "__vector__", "__tuple__"
+
+
+def kind(method: Any) -> str:
+    """Whose memory it is: the classes that remember, and where in the nest, as `KSAM(method=LookSAM)`."""
+    method = unwrapped(method)
+    parts = {f.name: getattr(method, f.name) for f in fields(method)} if is_dataclass(method) else {}
+    inner = ", ".join(f"{name}={kind(part)}" for name, part in parts.items() if stateful(part))
+    name = getattr(method, "__qualname__", type(method).__name__)
+    return f"{name}({inner})" if inner else name
+
+
+def laid_out(state: State, layout: Layout = WHOLE) -> State:
+    """The same memory, with its Vectors in another layout: between steps it holds no process groups."""
+    return tree_map_only(Vector, lambda v: Vector(v.tensors, v.holes, layout), state)
+
+
+def save(state: State, method: Any, layout: Layout = WHOLE) -> dict[str, Any]:
+    """The memory of `method` as a file takes it."""
+    remembered = _without_empty(state if layout is WHOLE else laid_out(state, layout))
+    return {"method": kind(method) if remembered else None, "state": _packed(remembered)}
+
+
+def load(saved: dict[str, Any], method: Any, parameters: Sequence[nn.Parameter]) -> State:
+    """The memory that `save` was given.
+
+    Raises:
+        ValueError: it belongs to another method, or to another model.
+    """
+    if saved.get("method") and not saved["state"]:
+        raise ValueError(
+            f"the checkpoint has the memory of {saved['method']}, and none was loaded: torch.distributed.checkpoint "
+            "loads into what is there; call bisam.integrations.checkpoint.make_room(sharp, checkpoint) before it"
+        )
+    if saved["state"] and (other := saved.get("method") or kind(method)) != kind(method):
+        raise ValueError(
+            f"the saved state is the memory of {other}, and the method here is {kind(method)}: give the loss the same "
+            "method, or load the weights alone, sharp.model.load_state_dict(...), and begin with an empty memory"
+        )
+    return cast(State, _unpacked(saved["state"], parameters))
+
+
+def check(state: State, weights: Vector) -> None:
+    """Make sure that what is remembered belongs to these weights.
+
+    Raises:
+        ValueError: others are trained by now.
+    """
+    shapes = [w.shape for w in weights]
+    for leaf in tree_flatten(state)[0]:
+        if isinstance(leaf, Vector) and [t.shape for t in leaf.tensors] != shapes:
+            raise ValueError(
+                f"the method remembers {len(leaf)} parameters, and now {len(shapes)} are trained, or others: some were "
+                "frozen, unfrozen or sharded since. Make a new SharpnessAware, which begins with an empty memory"
+            )
+
+
+def settled(new: State, old: State, overflow: Tensor | None) -> State:
+    """`new`, or `old` if a float16 gradient overflowed in the step: an average that took in a NaN would keep it.
+
+    Args:
+        new: after the step.
+        old: before it.
+        overflow: see `ModelOracle.overflow`.
+    """
+    if overflow is None or not _without_empty(new):
+        return new
+    bad = overflow.isnan()
+    (after, structure), (before, other) = tree_flatten(new), tree_flatten(old)
+    if structure == other and all(_alike(a, b) for a, b in zip(after, before, strict=True)):
+        return tree_unflatten([_chosen(bad, b, a) for a, b in zip(after, before, strict=True)], structure)
+    return old if bool(bad) else new  # waits for the device, in the few steps that change what is remembered
+
+
+def _alike(a: Any, b: Any) -> bool:
+    if isinstance(a, Vector) and isinstance(b, Vector):
+        return True
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+    plain = int | float | str | bytes | None  # others, such as arrays, may have no `==` that is a bool
+    return a is b or (isinstance(a, plain) and type(a) is type(b) and a == b)
+
+
+def _chosen(condition: Tensor, yes: Any, no: Any) -> Any:
+    if isinstance(no, Vector):
+        tensors = [cast(Tensor, _chosen(condition, a, b)) for a, b in zip(yes.tensors, no.tensors, strict=True)]
+        return no.like(tensors, yes.holes & no.holes)
+    return torch.where(condition.to(no.device), yes, no) if isinstance(no, Tensor) else no
+
+
+def _without_empty(state: State) -> State:
+    """Without the parts of the method that remember nothing."""
+    parts = {k: _without_empty(cast(State, v)) if isinstance(v, dict) else v for k, v in state.items()}
+    return {k: v for k, v in parts.items() if not (isinstance(v, dict) and not v)}
+
+
+def _packed(state: Any) -> Any:
+    if isinstance(state, Vector):
+        tensors = [state.layout.wrapped(i, _compact(t)) for i, t in enumerate(state.tensors)]
+        return {_VECTOR: tensors, "holes": sorted(state.holes)}
+    if isinstance(state, Tensor):
+        return _compact(state)
+    if isinstance(state, dict):
+        return {k: _packed(v) for k, v in cast(State, state).items()}
+    if isinstance(state, list | tuple):
+        items = [_packed(v) for v in cast("list[Any]", state)]
+        return items if isinstance(state, list) else {_TUPLE: items}
+    return state
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    """A file takes all the memory that a tensor is a view of: a slice of a data set would bring the data set."""
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+
+
+def _unpacked(state: Any, parameters: Sequence[nn.Parameter]) -> Any:
+    # Copies: the caller may go on using the dictionary, as with a module's own state.
+    if isinstance(state, Tensor):
+        return state.to(parameters[0].device, copy=True)
+    if isinstance(state, list):
+        return [_unpacked(v, parameters) for v in cast("list[Any]", state)]
+    if not isinstance(state, dict):
+        return state
+    entries = cast(State, state)
+    if _TUPLE in entries:
+        return tuple(_unpacked(v, parameters) for v in entries[_TUPLE])
+    if _VECTOR not in entries:
+        return {k: _unpacked(v, parameters) for k, v in entries.items()}
+    tensors: list[Tensor] = entries[_VECTOR]
+    if [t.shape for t in tensors] != [p.shape for p in parameters]:
+        raise ValueError(
+            f"the saved state of the method has {len(tensors)} tensors, and the model {len(parameters)} trainable "
+            "parameters of other shapes: it was saved with another model, or with other parameters frozen"
+        )
+    shards = ShardedLayout.of(parameters)
+    parts = [_here(i, t, p, shards) for i, (t, p) in enumerate(zip(tensors, parameters, strict=True))]
+    moved = [torch.empty_like(local(p.data), dtype=t.dtype).copy_(t) for t, p in zip(parts, parameters, strict=True)]
+    return Vector(moved, frozenset(cast("list[int]", entries["holes"])))
+
+
+def _here(i: int, tensor: Any, parameter: Any, shards: ShardedLayout | None) -> Tensor:
+    """The part of what a checkpoint has of a parameter that belongs here, also if it was shared by other ranks."""
+    if isinstance(tensor, dtensor_type()):
+        alike = (tensor.device_mesh, tensor.placements) == (
+            getattr(parameter, "device_mesh", None),
+            getattr(parameter, "placements", None),
+        )
+        if alike:
+            return local(tensor)
+        tensor = tensor.full_tensor()
+    return tensor if shards is None else shards.part(i, tensor.to(parameter.device))
