@@ -12,7 +12,6 @@ from copy import deepcopy
 from math import isfinite
 from typing import Any
 
-import cases
 import pytest
 import torch
 import torch.distributed as dist
@@ -21,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bisam import ERM, SAM, BiSAM, NegLog, SharpnessAware, Tanh, cross_entropy
 from bisam.perturbations import L2
+from tests.support import cases
 
 
 def chosen() -> torch.device | None:

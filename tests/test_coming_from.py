@@ -12,7 +12,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import cases
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 import bisam
 from bisam import SharpnessAware
 from bisam.perturbations import L2
+from tests.support import cases
 
 theirs = pytest.importorskip("pytorch_optimizer")
 

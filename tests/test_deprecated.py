@@ -8,7 +8,6 @@ import pickle
 import sys
 import warnings
 
-import cases
 import pytest
 import torch
 from torch.optim import SGD
@@ -16,6 +15,7 @@ from torch.optim import SGD
 import bisam
 from bisam import MSAM, SAM, Lookahead, ModelOracle, Query, SharpnessAware, cross_entropy, deprecated
 from bisam.methods.method import stateful
+from tests.support import cases
 
 
 def test_a_public_name():

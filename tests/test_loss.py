@@ -6,10 +6,8 @@ import copy
 import warnings
 from contextlib import nullcontext
 
-import cases
 import pytest
 import torch
-from cases import buffers, everything, gradients, parameters
 from torch import Tensor, nn
 
 from bisam import (
@@ -29,6 +27,8 @@ from bisam import (
     cross_entropy,
 )
 from bisam.perturbations import L2, Adaptive
+from tests.support import cases
+from tests.support.cases import buffers, everything, gradients, parameters
 
 
 def normed() -> nn.Sequential:

@@ -8,7 +8,6 @@ import pickle
 import shutil
 
 import pytest
-import references
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
@@ -16,6 +15,7 @@ from torch import nn
 
 from bisam import BiSAM, LowerBound, NegLog, SharpnessAware, Tanh, cross_entropy, objectives
 from bisam.objectives import CrossEntropy
+from tests.support import references
 
 MUS = [0.3, 1.0, 5.0, 10.0, 64.0, 65.0, 300.0]
 ALPHAS = [0.1, 1.0, 7.0]

@@ -77,6 +77,7 @@ IN_MODULES = [getattr(module, name) for module, names in MODULES.items() for nam
 TYPES = {"Method", "Perturbation"}  # of functions: they have no signature of their own
 PUBLIC = [getattr(bisam, name) for name in sorted(NAMES - TYPES)] + IN_MODULES
 CORE = [
+    "batches",
     "deprecated",
     "distributed.fsdp",
     "distributed.layout",

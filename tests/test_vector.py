@@ -6,11 +6,11 @@ import operator
 
 import pytest
 import torch
-from cases import bits
 from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from bisam import Vector, vector
+from tests.support.cases import bits
 
 settings.register_profile("bisam", max_examples=40, deadline=None, derandomize=True)
 settings.load_profile("bisam")

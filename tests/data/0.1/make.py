@@ -14,8 +14,8 @@ The files are those that a user of bisam 0.1.0 has on disk during training, with
                           interrupted runs, a study, a measurement
     uninterrupted/        the same runs without the interruption; `weights.pt` has every n-th entry of each tensor
 
-Later versions of bisam may rename what is imported here. tests/test_compatibility.py reads the files with the current
-names.
+Later versions of bisam may rename what is imported here. tests/test_earlier_versions.py reads the files with the
+current names.
 """
 
 from __future__ import annotations

@@ -13,10 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from bisam import __version__
+from bisam.experiments.cli.flags import RecipeFlags, Whole
 from bisam.experiments.cli.progress import Display, console, duration, errors
 from bisam.experiments.cli.shown import (
     all_finished,
-    pairs,
     runs_of,
     show,
     show_failed,
@@ -25,8 +25,9 @@ from bisam.experiments.cli.shown import (
     without_seed,
 )
 from bisam.experiments.errors import RunError, unknown
-from bisam.experiments.recipes.presets import with_preset
-from bisam.experiments.recipes.recipe import Recipe, Whole
+from bisam.experiments.recipes.changes import pairs
+from bisam.experiments.recipes.presets import started
+from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Run, write
 from bisam.experiments.runs.machine import Machine, threads
 
@@ -99,6 +100,8 @@ def run(
 
     chosen = _study(study)
     recipes = expand(chosen.changed(epochs, changes), seeds or chosen.seeds, chosen.first_seed)
+    for recipe in recipes:
+        recipe.check_trainable()
     loggers.check(machine.log)
     if ray is None:
         if machine.nodes > 1:
@@ -182,7 +185,7 @@ def _plan(chosen: Study, recipes: list[Recipe], root: Path, machine: Machine, wo
 )
 def train(
     *,
-    recipe: Annotated[Recipe, Parameter(name="*")] = Recipe(),  # noqa: B008
+    flags: Annotated[RecipeFlags, Parameter(name="*")] = RecipeFlags(),  # noqa: B008
     preset: str | None = None,
     machine: MachineFlags = Machine(),  # noqa: B008
     out: Out = Path("runs"),
@@ -198,6 +201,8 @@ def train(
     from bisam.experiments.training.metrics import TITLES
     from bisam.experiments.training.train import train as train_run
 
+    recipe = started(preset, flags.given)
+    recipe.check_trainable()
     loggers.check(machine.log)
     one = Run.under(out / "train", recipe)
     with Display(recipe.epochs, 1) as display:
@@ -324,7 +329,7 @@ def plot(
 
     file = to or Path(f"{figure}.png")
     if figure in MEASUREMENTS:
-        drawings = measured(MEASUREMENTS[figure], out, pairs(changes)).figures
+        drawings = measured(MEASUREMENTS[figure], out, pairs(changes, "rounds=5")).figures
         if not drawings:
             raise ValueError(f"{figure} has no figure: bisam report {figure} shows its table")
         drawing = next(iter(drawings.values()))
@@ -349,7 +354,7 @@ def _measure(name: str, changes: tuple[str, ...], machine: Machine, out: Path, d
     from bisam.experiments.measurements import MEASUREMENTS, run as measure
 
     chosen = MEASUREMENTS[name]
-    changed = pairs(changes)
+    changed = pairs(changes, "rounds=5")
     if dry_run:
         parts = chosen.parts({**chosen.settings, **chosen.changed(changed)})
         console.print(f"{name} has {len(parts)} parts: {', '.join(parts)}")
@@ -381,7 +386,7 @@ def _study(name: str) -> Study:
 def main() -> None:
     """Entry point: a user's mistake is one line and exit code 2."""
     try:
-        code = app(with_preset(sys.argv[1:]), exit_on_error=False, print_error=False, result_action="return_value")
+        code = app(sys.argv[1:], exit_on_error=False, print_error=False, result_action="return_value")
     except (CycloptsError, RunError, ValueError) as error:
         errors.print(f"bisam: {' '.join(str(error).split())}")
         sys.exit(2)

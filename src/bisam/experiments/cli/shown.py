@@ -15,6 +15,7 @@ from rich.text import Text
 
 from bisam.experiments.cli.progress import console, errors
 from bisam.experiments.errors import RunError
+from bisam.experiments.recipes.changes import pairs
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Finished, finished, to_csv, write
 
@@ -109,7 +110,7 @@ def show_measured(name: str, place: Path, to: Path, changes: tuple[str, ...] = (
     from bisam.experiments.measurements import MEASUREMENTS, report as measured
     from bisam.experiments.reports.drawing import rendered
 
-    result = measured(MEASUREMENTS[name], place, pairs(changes))
+    result = measured(MEASUREMENTS[name], place, pairs(changes, "rounds=5"))
     table = Table(*result.header, title=result.title)
     for row in result.cells:
         table.add_row(*(Text(cell.replace("**", "")) for cell in row))
@@ -130,15 +131,3 @@ def show_figure1(to: Path) -> int:
     text = f"# Figure 1\n\n{what}.\n\n![{what}](figure1.png)\n"
     _written(to, text, "", {"figure1.png": rendered(figures.draw("figure1"))})
     return 0
-
-
-def pairs(changes: tuple[str, ...]) -> dict[str, str]:
-    """The values of `--set`, as text.
-
-    Raises:
-        ValueError: one has no value.
-    """
-    parts = [change.partition("=") for change in changes]
-    if wrong := [change for change, part in zip(changes, parts, strict=True) if not part[1]]:
-        raise ValueError(f"--set {wrong[0]!r} has no value: write it as in --set rounds=5")
-    return {name.strip().replace("-", "_"): value.strip() for name, _, value in parts}

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from bisam.experiments.data.splits import Data
 from bisam.experiments.errors import DataError, unknown
+from bisam.experiments.recipes.presets import GLUE
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.machine import Machine
 
-GLUE = ("cola", "sst2", "mrpc", "qqp", "mnli", "qnli", "rte", "wnli")
 NAMES = {
     "digits": "scikit-learn's 1,797 images of 8x8, no download",
     "cifar10": "50,000 + 10,000 images of 32x32, 10 classes",

@@ -12,7 +12,9 @@ from bisam.experiments import data
 from bisam.experiments.data.image_tensors import channels
 from bisam.experiments.data.splits import batches_of
 from bisam.experiments.models.build import build
-from bisam.experiments.recipes.expressions import toy
+from bisam.experiments.recipes.catalogue import PLAIN
+from bisam.experiments.recipes.entries import SETTINGS
+from bisam.experiments.recipes.expressions import take_steps
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.machine import Machine
 from bisam.experiments.training.counting import Watch
@@ -44,7 +46,7 @@ class Estimate:
 def estimate(recipe: Recipe, machine: Machine) -> Estimate:
     """What a run of `recipe` costs, from steps of plain training on its own data."""
     step, forwards = queries(recipe.expression, recipe.batch_size)
-    like = replace(recipe, method="sgd", rho=None, eta=None, mu=None, alpha=None, noise=0.0, epochs=1, seed=0)
+    like = replace(recipe, method=PLAIN, **dict.fromkeys(SETTINGS), noise=0.0, epochs=1, seed=0)
     try:
         seconds, latency, training, validation = _measured(replace(like, weights=None, warmup=0), machine)
     except ValueError as error:
@@ -67,7 +69,7 @@ def queries(expression: str, batch_size: int) -> tuple[float, float]:
         return watches[0]
 
     size = min(batch_size, 256)
-    toy(expression, size, _SAMPLED, watched, run=_SAMPLED)
+    take_steps(expression, size, _SAMPLED, watched, total=_SAMPLED)
     gradients, forwards = (watches[0].counts[kind] / (_SAMPLED * size) for kind in (True, False))
     return gradients, forwards
 

@@ -9,9 +9,10 @@ from math import isnan
 from statistics import mean, stdev
 from typing import Any
 
+from bisam.experiments.recipes.catalogue import BASELINE
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports.differences import baseline, paired
-from bisam.experiments.reports.groups import Groups, setting
+from bisam.experiments.reports.groups import Groups
 from bisam.experiments.studies.published import PUBLISHED, QUANTITIES, Published, Quantity
 
 
@@ -49,7 +50,7 @@ def beside(groups: Groups) -> list[Beside]:
 
 
 def _fits(recipe: Recipe, where: Mapping[str, Any]) -> bool:
-    return all(setting(recipe, name) == value for name, value in where.items())
+    return all(recipe.setting(name) == value for name, value in where.items())
 
 
 def _ours(quantity: Quantity, recipe: Recipe, runs: Any, groups: Groups) -> tuple[float, ...]:
@@ -58,5 +59,5 @@ def _ours(quantity: Quantity, recipe: Recipe, runs: Any, groups: Groups) -> tupl
     if not quantity.relative:
         values = tuple(of(run) for run in runs)
         return () if any(map(isnan, values)) else values
-    sam = baseline(recipe, groups, ("sam",))
+    sam = baseline(recipe, groups, (BASELINE,))
     return tuple(paired(runs, groups[sam], lambda run, other: of(run) / of(other))) if sam else ()

@@ -13,8 +13,9 @@ from statistics import mean, stdev
 
 from scipy.special import stdtrit
 
+from bisam.experiments.recipes.entries import SETTINGS
 from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.reports.groups import BROUGHT, SETTINGS, Groups
+from bisam.experiments.reports.groups import Groups
 from bisam.experiments.runs.folder import Finished
 
 Baselines = Sequence[str] | Mapping[str, str]
@@ -86,4 +87,4 @@ def _unlike(a: Recipe, b: Recipe) -> set[str]:
 
 
 def _free(a: Recipe, b: Recipe) -> set[str]:
-    return {*SETTINGS, *BROUGHT.get(a.method, ()), *BROUGHT.get(b.method, ())}
+    return {"method", *SETTINGS, *a.own_fields, *b.own_fields}

@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bisam.experiments.recipes.catalogue import METHODS
+from bisam.experiments.recipes.catalogue import BASELINE, METHODS
 from bisam.experiments.recipes.entries import FAMILIES
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports.groups import Groups, metric, names, place, places
@@ -115,7 +115,7 @@ def panels(groups: Groups, most: int | None = None) -> list[Panel]:
             continue
         families = {recipe: METHODS[recipe.method].family if recipe.method in METHODS else "" for recipe, *_ in shown}
         for family in dict.fromkeys(families.values()):
-            some = [one for one in shown if families[one[0]] == family or one[0].method == "sam"]
+            some = [one for one in shown if families[one[0]] == family or one[0].method == BASELINE]
             if len(some) > 1:  # not SAM alone
                 found.append(Panel(", ".join(p for p in (name, FAMILIES.get(family, "expressions")) if p), some))
     return found

@@ -10,16 +10,13 @@ from typing import Any, NamedTuple
 
 from bisam.experiments.data import NAMES
 from bisam.experiments.recipes.catalogue import METHODS
-from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.recipes.entries import SETTINGS
+from bisam.experiments.recipes.recipe import VERSION, Recipe
 from bisam.experiments.runs.folder import Finished
 
 Groups = Mapping[Recipe, Sequence[Finished]]
 """The runs of each recipe, by seed; as keys recipes have seed 0."""
 
-SETTINGS = ("method", "rho", "mu", "alpha", "eta")
-"""The fields that say how the gradient is computed."""
-BROUGHT: dict[str, tuple[str, ...]] = {"sgd": ("epochs",), "bsam": ("momentum", "weight_decay")}
-"""Fields that a method brings along: it is compared with others that differ there."""
 _FIELDS = [field.name for field in fields(Recipe) if field.name not in ("method", "seed")]
 
 
@@ -54,12 +51,12 @@ def grouped(runs: Iterable[Finished]) -> dict[Recipe, list[Finished]]:
 
 def perturbed(runs: Iterable[Finished]) -> list[Finished]:
     """The runs whose method perturbs the weights."""
-    return [run for run in runs if run.recipe.method != "sgd"]
+    return [run for run in runs if not run.recipe.is_plain]
 
 
 def title(recipe: Recipe) -> str:
     """A method as people write it: its name, or the expression."""
-    if recipe.method == "sgd" and recipe.optimizer == "adamw":
+    if recipe.is_plain and recipe.optimizer == "adamw":
         return "AdamW"
     return METHODS[recipe.method].name if recipe.method in METHODS else recipe.method
 
@@ -71,16 +68,17 @@ def names(recipes: Iterable[Recipe]) -> dict[Recipe, str]:
     epochs: dict[Place, Counter[int]] = defaultdict(Counter)
     for recipe in recipes:
         kin[title(recipe), place(recipe)].append(recipe)
-        epochs[place(recipe)][recipe.epochs] += recipe.method != "sgd"
+        epochs[place(recipe)][recipe.epochs] += not recipe.is_plain
     telling: dict[str, set[str]] = defaultdict(set)
     for (kind, _), group in kin.items():
         telling[kind] |= {name for name in _FIELDS if len({getattr(recipe, name) for recipe in group}) > 1}
 
     def words(recipe: Recipe) -> str:
         others, told = epochs[place(recipe)], telling[title(recipe)]
-        times = recipe.epochs / others.most_common(1)[0][0] if recipe.method == "sgd" and others.total() else None
+        times = recipe.epochs / others.most_common(1)[0][0] if recipe.is_plain and others.total() else None
+        told = told | {"version"} if recipe.version != VERSION else told
         shown = [name for name in _FIELDS if name in told and not (name == "epochs" and times)]
-        more = [f"{name.replace('_', ' ')} {setting(recipe, name)}" for name in shown]
+        more = [f"{name.replace('_', ' ')} {recipe.setting(name)}" for name in shown]
         more += [f"{times:g}× epochs"] if times not in (None, 1) else []
         return f"{title(recipe)} ({', '.join(more)})" if more else title(recipe)
 
@@ -90,17 +88,8 @@ def names(recipes: Iterable[Recipe]) -> dict[Recipe, str]:
 def varying(recipes: Iterable[Recipe]) -> list[str]:
     """The fields in which recipes differ, but for the method, the seed, and what a method brings along."""
     recipes = list(recipes)
-    values = {f: {getattr(r, f) for r in recipes if f not in BROUGHT.get(r.method, ())} for f in _FIELDS}
+    values = {f: {getattr(r, f) for r in recipes if f not in r.own_fields} for f in _FIELDS}
     return [name for name, found in values.items() if len(found) > 1]
-
-
-def setting(recipe: Recipe, name: str) -> Any:
-    """The value of a field; of rho, mu, alpha and eta the method's default where none is given, None if it has none."""
-    value = getattr(recipe, name)
-    if value is not None or name not in recipe.settings:
-        return value
-    entry = METHODS[recipe.method]
-    return {"rho": entry.rho, "mu": 10.0 if "Tanh" in entry.expression else 1.0, "alpha": 0.1, "eta": 0.0}[name]
 
 
 def metric(run: Finished) -> str:
@@ -113,8 +102,8 @@ def _order(recipe: Recipe) -> tuple[Any, ...]:
     known = datasets.index(recipe.dataset) if recipe.dataset in NAMES else len(datasets)
     method = methods.index(recipe.method) if recipe.method in METHODS else len(methods)
     at = (known, _natural(recipe.dataset), _natural(recipe.model), recipe.noise)
-    settings = [setting(recipe, name) or 0.0 for name in SETTINGS[1:]]
-    return (*at, method, _natural(recipe.method), recipe.epochs, *settings, recipe.slug)
+    settings = [recipe.setting(name) or 0.0 for name in SETTINGS]
+    return (*at, method, _natural(recipe.method), recipe.epochs, *settings, recipe.version, recipe.slug)
 
 
 def _natural(text: str) -> list[tuple[int, str]]:

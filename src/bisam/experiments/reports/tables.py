@@ -10,6 +10,7 @@ from math import isnan, nan
 from statistics import mean, median, stdev
 from typing import Any
 
+from bisam.experiments.recipes.catalogue import BASELINE
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports.comparison import beside
 from bisam.experiments.reports.differences import Baselines, Difference, baseline, differences, paired, student
@@ -21,7 +22,6 @@ from bisam.experiments.reports.groups import (
     names,
     place,
     places,
-    setting,
     title,
     varying,
 )
@@ -44,7 +44,7 @@ _LISTED = 12  # more names than that are only counted
 _NONE = Difference(nan, nan, nan, 0)
 
 
-def summary(runs: Iterable[Finished], baselines: Baselines = ("sam",)) -> list[Row]:
+def summary(runs: Iterable[Finished], baselines: Baselines = (BASELINE,)) -> list[Row]:
     """One row for each recipe, scores as shares of 1; nan where there is no number.
 
     Args:
@@ -60,7 +60,7 @@ def summary(runs: Iterable[Finished], baselines: Baselines = ("sam",)) -> list[R
     rows: list[Row] = []
     for recipe, group in groups.items():
         row: Row = {"name": called[recipe], "method": title(recipe)}
-        row |= {name: "" if (value := setting(recipe, name)) is None else value for name in told}
+        row |= {name: "" if (value := recipe.setting(name)) is None else value for name in told}
         row["metric"] = metric(group[0])
         for key in keys:
             row |= _moments(key, [run.result[key] for run in group if key in run.result])
@@ -130,7 +130,7 @@ def markdown(
     runs: Sequence[Finished],
     pictures: Mapping[str, str],
     note: str = "",
-    baselines: Baselines = ("sam",),
+    baselines: Baselines = (BASELINE,),
 ) -> str:
     """The whole report as Markdown.
 
@@ -257,7 +257,7 @@ def _are(count: int, of: int) -> str:
 def _flips(groups: Groups, baselines: Baselines) -> str:
     """What the perturbation flips late in training, and how that differs from the baseline's."""
     late = {recipe: [_late(run) for run in group] for recipe, group in groups.items()}
-    late = {r: values for r, values in late.items() if r.method != "sgd" and not any(map(isnan, values))}
+    late = {r: values for r, values in late.items() if not r.is_plain and not any(map(isnan, values))}
     called, titles = names(groups), places(groups)
     rows: list[tuple[str, ...]] = []
     for recipe, values in late.items():

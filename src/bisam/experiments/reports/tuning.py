@@ -28,7 +28,7 @@ from bisam.experiments.reports.drawing import (
     sheet,
     spread,
 )
-from bisam.experiments.reports.groups import Place, grouped, perturbed, place, places, setting, title
+from bisam.experiments.reports.groups import Place, grouped, perturbed, place, places, title
 from bisam.experiments.runs.folder import Finished
 
 _LINES = (
@@ -54,7 +54,7 @@ def radius(runs: Sequence[Finished]) -> Figure:
     titles, points = places(groups), defaultdict[str, list[Any]](list)
     for recipe, group in groups.items():
         values = [100 * run.result["validation_best"] for run in group]
-        points[title(recipe)].append((recipe, setting(recipe, "rho"), np.mean(values), spread(values) or 0))
+        points[title(recipe)].append((recipe, recipe.setting("rho"), np.mean(values), spread(values) or 0))
     lines = [(method, at, [p for p in each if place(p[0]) == at]) for method, each in points.items() for at in titles]
     figure, found = sheet(len(points), (2.2, 1.8), columns=6, sharey=True)
     axes = dict(zip(points, found, strict=True))
@@ -120,7 +120,7 @@ def varied(runs: Sequence[Finished]) -> list[Finished]:
     """The runs of methods of which runs differ in rho, mu or alpha."""
     values: dict[str, set[Any]] = defaultdict(set)
     for run in perturbed(runs):
-        values[title(run.recipe)].add(tuple(setting(run.recipe, name) for name in _TUNED))
+        values[title(run.recipe)].add(tuple(run.recipe.setting(name) for name in _TUNED))
     return [run for run in perturbed(runs) if len(values[title(run.recipe)]) > 1]
 
 
@@ -131,13 +131,13 @@ def _lines(panel: Panel, name: str) -> dict[str, list[tuple[float, float, float]
     """Values of a setting with mean and spread of the score, by the method and the values of the other settings."""
     found: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
     for recipe, _, group in panel.shown:
-        if setting(recipe, name) is None:
+        if recipe.setting(name) is None:
             continue
         kin = [other for other, *_ in panel.shown if title(other) == title(recipe)]
-        others = [o for o in _TUNED if o != name and len({setting(other, o) for other in kin}) > 1]
+        others = [o for o in _TUNED if o != name and len({other.setting(o) for other in kin}) > 1]
         values = [100 * run.result["validation_best"] for run in group]
-        label = ", ".join([title(recipe), *(f"{other} {setting(recipe, other):g}" for other in others)])
-        found[label].append((setting(recipe, name), float(np.mean(values)), spread(values) or 0.0))
+        label = ", ".join([title(recipe), *(f"{other} {recipe.setting(other):g}" for other in others)])
+        found[label].append((recipe.setting(name), float(np.mean(values)), spread(values) or 0.0))
     return {label: sorted(points) for label, points in found.items() if len(points) > 1}
 
 
@@ -153,4 +153,4 @@ def _ticks(ax: Axes, values: Sequence[float], size: float) -> None:
 
 def with_radius(runs: Sequence[Finished]) -> list[Finished]:
     """The runs whose method has a radius as its setting."""
-    return [run for run in perturbed(runs) if setting(run.recipe, "rho") is not None]
+    return [run for run in perturbed(runs) if run.recipe.setting("rho") is not None]

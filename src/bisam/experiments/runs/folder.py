@@ -110,6 +110,8 @@ class Run:
         try:
             checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
             found = Recipe.from_dict(checkpoint.pop("recipe"))
+        except RunError as error:  # of a later version
+            raise RunError(f"{path}: {error}") from error
         except Exception as error:  # torch raises whatever its unpickler stumbles over
             raise damaged(path, error) from error
         self._check(path, found)
@@ -170,6 +172,8 @@ def read_recipe(folder: Path) -> Recipe:
         return Recipe.from_dict(values or {})
     except (ValueError, TypeError) as error:
         raise damaged(path, error) from error
+    except RunError as error:  # of a later version
+        raise RunError(f"{path}: {error}") from error
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

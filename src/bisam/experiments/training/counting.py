@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from bisam import Evaluation, Oracle
-from bisam.evaluation import Batch, size
+from bisam.batches import Batch, size
 from bisam.methods import Method
 from bisam.oracle import Query, View
 

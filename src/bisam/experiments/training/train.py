@@ -63,6 +63,7 @@ def train(run: Run, machine: Machine = Machine(), on_epoch: OnEpoch | None = Non
         RunError: the folder is damaged, belongs to another recipe or is in use.
         OSError: the disk is full or read-only.
     """
+    run.recipe.check_trainable()
     fabric = machine.fabric(run.recipe.precision)
     if machine.nodes > 1:  # whoever started the processes has one of them on each device
         fabric.launch()

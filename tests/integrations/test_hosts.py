@@ -12,17 +12,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import cases
 import pytest
 import torch
 import torch.multiprocessing as mp
-from cases import buffers, parameters
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 from bisam import GSAM, SAM, BiSAM, EBiSAM, LookSAM, SharpnessAware, cross_entropy
 from bisam.perturbations import L2
+from tests.support import cases
+from tests.support.cases import buffers, parameters
 
 METHODS = {"SAM": SAM(), "BiSAM": BiSAM(), "GSAM": GSAM(), "LookSAM": LookSAM(L2(0.1), k=5), "EBiSAM": EBiSAM()}
 EPOCHS, PARTS, NORM = 3, 2, 0.5  # micro-batches in a step; the norm that gradients are clipped to
@@ -333,7 +333,7 @@ def test_replicas_that_accumulate_are_one_process_that_does(tmp_path):
 
 
 def test_the_page_changes_two_lines_of_each_host():
-    page = (Path(__file__).parent.parent / "docs" / "add-to-your-loop.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "add-to-your-loop.md").read_text()
     parts = page.split("\n## ")[1:]
     assert len(parts) == 15
     for part in parts:
@@ -345,6 +345,6 @@ def test_the_page_changes_two_lines_of_each_host():
         ast.parse(before)
         ast.parse(after)
     links = re.findall(r"\]\(([^)#]+)\)", page)
-    assert [link for link in links if not (Path(__file__).parent.parent / "docs" / link).exists()] == []
+    assert [link for link in links if not (Path(__file__).parents[2] / "docs" / link).exists()] == []
     anchors = {re.sub(r"[^\w\- ]", "", part.splitlines()[0].lower()).replace(" ", "-") for part in parts}
     assert set(re.findall(r"\]\(#([^)]+)\)", page)) == anchors

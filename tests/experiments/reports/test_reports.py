@@ -22,7 +22,7 @@ from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports import drawing, figures, pages, tables as report, tuning
 from bisam.experiments.reports.comparison import beside
 from bisam.experiments.reports.differences import baseline, differences, student
-from bisam.experiments.reports.groups import BROUGHT, grouped, names, places, setting
+from bisam.experiments.reports.groups import grouped, names, places
 from bisam.experiments.runs.folder import Finished, Run, finished as finished_runs, to_csv
 from bisam.experiments.studies import published
 
@@ -151,17 +151,16 @@ def test_places_say_what_varies():
 @pytest.mark.parametrize("name", ["rho", "mu", "alpha", "eta"])
 def test_a_setting_is_the_one_that_the_method_gets(method, name):
     recipe = Recipe(method=method)
-    value = setting(recipe, name)
+    value = recipe.setting(name)
     if name in recipe.settings:
         assert replace(recipe, **{name: value}).expression == recipe.expression
-        assert setting(replace(recipe, **{name: 0.25}), name) == 0.25
+        assert replace(recipe, **{name: 0.25}).setting(name) == 0.25
     else:
         assert value is None
 
 
 def test_what_methods_bring_along_are_fields_of_recipes():
-    assert set(BROUGHT) <= set(METHODS)
-    assert {name for each in BROUGHT.values() for name in each} <= set(SAM.to_dict())
+    assert {name for entry in METHODS.values() for name in entry.own_fields} <= set(SAM.to_dict())
 
 
 # Differences

@@ -7,7 +7,6 @@ import io
 import re
 from typing import Any
 
-import cases
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -36,12 +35,13 @@ from bisam import (
     Vector,
     cross_entropy,
 )
-from bisam.evaluation import take
+from bisam.batches import take
 from bisam.methods.method import stateful
 from bisam.oracle import Query
 from bisam.perturbations import L2, Friendly, Smoothed
 from bisam.schedules import Cosine
 from bisam.state import kind, load, save, settled
+from tests.support import cases
 
 PARAMETERS = [nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(()))]
 

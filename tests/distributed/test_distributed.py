@@ -1,6 +1,6 @@
 """Many ranks: DistributedDataParallel in both nestings, FSDP2, and a perturbation that is local or global.
 
-`BISAM_STEPS=50 pytest tests/test_distributed.py` takes as many steps as the documentation speaks of.
+`BISAM_STEPS=50 pytest tests/distributed/test_distributed.py` takes as many steps as the documentation speaks of.
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
-import cases
 import pytest
-import ranks
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -43,11 +41,12 @@ from bisam import (
     SharpnessAware,
     cross_entropy,
 )
-from bisam.evaluation import take
+from bisam.batches import take
 from bisam.integrations.checkpoint import make_room
 from bisam.masks import RandomMask
-from bisam.methods import saving, wrappers
+from bisam.methods import efficient, wrappers
 from bisam.perturbations import L2
+from tests.support import cases, ranks
 
 STEPS, PART = int(os.environ.get("BISAM_STEPS", "8")), 4
 DRAWING = "RandomMask-friendly SSAMD ESAM EBiSAM BSAM RSAM"  # random numbers of their own
@@ -212,7 +211,7 @@ def choosing_under_fsdp2() -> dict[str, Any]:
         one, many = network(), sharded(network())
         sharded_run = trained(many, lambda o, m=many, ours=ours: SharpnessAware(m, ours, cross_entropy), part)
         with pytest.MonkeyPatch.context() as patch:
-            for module in (saving, wrappers):
+            for module in (efficient, wrappers):
                 patch.setattr(module, "largest", of_each_part)
             plain = trained(one, lambda o, m=one, theirs=theirs: SharpnessAware(m, theirs, cross_entropy), batch)
         findings[name] = far(sharded_run, plain)

@@ -19,18 +19,16 @@ from bisam.experiments.errors import RunError
 from bisam.experiments.launch import processes
 from bisam.experiments.launch.estimate import queries
 from bisam.experiments.launch.outcomes import Outcome
-from bisam.experiments.recipes.presets import PRESETS
+from bisam.experiments.recipes.presets import GLUE, PRESETS
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Run
 from bisam.experiments.runs.machine import Machine
 from bisam.experiments.studies import STUDIES
 from bisam.experiments.studies.paper import MODELS, PAPER
 from bisam.experiments.training.train import train
-from tests.test_folders import classes, flower_root, pet_root  # noqa: F401 - fixtures
-from tests.test_models import bert  # noqa: F401 - a fixture
-from tests.test_texts import classic
-
-GLUE = ("cola", "sst2", "mrpc", "qqp", "mnli", "qnli", "rte", "wnli")
+from tests.experiments.data.test_glue import classic
+from tests.experiments.data.test_image_folders import classes, flower_root, pet_root  # noqa: F401 - fixtures
+from tests.experiments.models.test_build import bert  # noqa: F401 - a fixture
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ def test_the_folder_name_depends_on_every_field_but_the_seed():
     changed |= {"optimizer": "adamw", "schedule": "linear", "warmup": 3, "precision": "bf16"}
     one = replace(one, schedule="constant")
     for field in fields(Recipe):
-        if field.name != "seed":
+        if field.name not in ("seed", "version"):
             before = getattr(one, field.name)
             value = not before if isinstance(before, bool) else 7 if isinstance(before, int) else 0.25
             value = 7 if field.name == "limit" else value
@@ -96,10 +96,8 @@ def test_a_recipe_refuses_what_is_out_of_range(field, value):
         ({"method": "KSAM(0)"}, "k must be at least 1, got 0"),
         ({"method": "NegLog(1).mu()"}, "neither a number nor a call"),
         ({"method": "SAM(L2(rho))"}, "unknown name 'rho'"),
-        ({"method": "L2(0.1)"}, "no method that can take a step"),
         ({"method": "SAM(NegLog())"}, "no method that can take a step"),
         ({"method": "KSAM(32, ERM)"}, r"ERM is no value: write a call, such as ERM\(...\)"),
-        ({"method": "KSAM(65)", "batch_size": 64}, "k is 65, and the batch has only 64"),
         ({"method": "SAM(L2(1 / 0))"}, "division by zero"),
         ({"method": "SAM(L2('x' * 10))"}, "'x'\" is no number|is no number"),
         ({"method": "SAM(**L2(0.1))"}, "must name each argument once"),

@@ -14,12 +14,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import cases
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from cases import FAMILY, OPTIMIZERS, bits, buffers, parameters
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils._pytree import tree_leaves
@@ -43,6 +41,8 @@ from bisam.integrations.pairs import InPairs, method as parallel, pair as pairs,
 from bisam.masks import RandomMask
 from bisam.oracle import Oracle, Query
 from bisam.perturbations import L2
+from tests.support import cases
+from tests.support.cases import FAMILY, OPTIMIZERS, bits, buffers, parameters
 
 HOST, PATIENCE = "127.0.0.1", 120.0
 

@@ -23,7 +23,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
-import cases
 import pytest
 import torch
 import torch.distributed.checkpoint as checkpoint
@@ -71,6 +70,7 @@ from bisam.integrations.checkpoint import make_room
 from bisam.masks import FisherMask, RandomMask
 from bisam.perturbations import L2, Adaptive, Friendly, NormLayers, Smoothed, ZScore
 from bisam.schedules import Cosine
+from tests.support import cases
 
 FILES = Path(__file__).parent / "data" / "0.1"
 BEFORE, AFTER = 5, 4  # steps before the files were written, and from then to the weights that they are compared with

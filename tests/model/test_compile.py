@@ -6,16 +6,16 @@ import shutil
 from functools import partial
 from typing import Any
 
-import cases
 import pytest
 import torch
-from cases import bits, buffers, everything, parameters
 from torch import Tensor, nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch.utils.checkpoint import checkpoint
 
 from bisam import ERM, ESAM, GSAM, MSAM, SAM, BiSAM, LookSAM, SharpnessAware, cross_entropy
 from bisam.perturbations import L2
+from tests.support import cases
+from tests.support.cases import bits, buffers, everything, parameters
 
 # name: the method, and the graphs of its training steps: the batch; for ESAM also without gradient, and a part of it;
 # for MSAM the parts, of two sizes.

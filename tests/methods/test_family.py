@@ -9,11 +9,8 @@ from functools import partial
 from itertools import count
 from typing import Any
 
-import cases
 import pytest
-import references
 import torch
-from cases import bits, everything, gradients, parameters
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import StepLR
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -61,6 +58,8 @@ from bisam.masks import DropGrow, FisherMask, RandomMask
 from bisam.methods.method import stateful
 from bisam.perturbations import L2, Adaptive, Friendly, NormLayers
 from bisam.schedules import Constant, Linear
+from tests.support import cases, references
+from tests.support.cases import bits, everything, gradients, parameters
 
 MODELS = {**cases.MODELS, "mlp": cases.A_MODEL}
 each_method = pytest.mark.parametrize("name", cases.FAMILY)

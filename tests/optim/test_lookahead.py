@@ -9,15 +9,14 @@ from functools import partial
 from inspect import signature
 from types import SimpleNamespace
 
-import cases
 import pytest
-import references
 import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
 
 from bisam import Lookahead, ModelOracle, Vector, cross_entropy, next_step
+from tests.support import cases, references
 
 # The previewed step.
 

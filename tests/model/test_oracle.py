@@ -10,10 +10,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
-import cases
 import pytest
 import torch
-from cases import bits, buffers, everything, gradients, parameters
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -38,6 +36,8 @@ from bisam import (
     vector,
 )
 from bisam.perturbations import L2
+from tests.support import cases
+from tests.support.cases import bits, buffers, everything, gradients, parameters
 
 METHODS = [SAM(L2(0.5)), BiSAM(0.5), ASAM(0.5), MSAM(3, SAM(L2(0.5)))]
 each_method = pytest.mark.parametrize("method", METHODS, ids=["SAM", "BiSAM", "ASAM", "MSAM"])

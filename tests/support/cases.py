@@ -7,7 +7,6 @@ from functools import partial
 from math import cos, pi
 from typing import Any
 
-import references
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -58,6 +57,7 @@ from bisam.masks import DropGrow, FisherMask, RandomMask
 from bisam.oracle import Query
 from bisam.perturbations import L2, Adaptive, Friendly, LossEquated, NormLayers, Smoothed, ZScore
 from bisam.schedules import Cosine, Follow, Linear, Warmup
+from tests.support import references
 
 CLASSES = 4
 

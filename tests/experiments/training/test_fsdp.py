@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ranks
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
@@ -19,6 +18,7 @@ from bisam.experiments.runs.folder import Run
 from bisam.experiments.runs.machine import Machine
 from bisam.experiments.training.fsdp import blocks
 from bisam.experiments.training.train import Training, train
+from tests.support import ranks
 
 MANY = Machine(log=(), nodes=2, strategy="fsdp")
 

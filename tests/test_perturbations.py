@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import cases
 import pytest
 import torch
 
@@ -11,6 +10,7 @@ from bisam import L2, SAM, Adaptive, BiSAM, NegLog, masks, perturbations
 from bisam.masks import RandomMask
 from bisam.perturbations import is_radius
 from bisam.schedules import Constant, Cosine, Warmup
+from tests.support import cases
 
 CLASSES = ("SAM", "MultiStepSAM", "GSAM", "WSAM", "CRSAM", "XSAM", "FunctionalSAM", "LookSAM", "SSAMF", "MomentumSAM")
 FUNCTIONS = ("BiSAM", "GBiSAM", "FSAM", "VaSSO", "ZSharp", "SAMON", "FisherSAM", "SSAMD", "EBiSAM")

@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import FrozenInstanceError
 
-import cases
 import pytest
-import references
 import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
@@ -30,6 +28,7 @@ from bisam.masks import top
 from bisam.oracle import Query
 from bisam.perturbations import L2, Adaptive
 from bisam.validation import portion, share, whole
+from tests.support import cases, references
 
 
 def close(actual, expected, tolerance: float) -> None:
