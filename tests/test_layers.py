@@ -1,4 +1,7 @@
-"""The house: each file imports lower floors only, and the core imports torch and nothing else."""
+"""The layers: each file imports lower layers only, and the core imports torch and the standard library only.
+
+CONTRIBUTING's table of them is made of this file and of the modules' docstrings: `python tests/test_layers.py`.
+"""
 
 from __future__ import annotations
 
@@ -185,3 +188,41 @@ def test_the_checker_sees_what_is_wrong(file, source, found):
 )
 def test_the_checker_sees_a_circle(sources, found):
     assert circle({Path(f"{name}.py"): source for name, source in sources.items()}) == found
+
+
+# The table in CONTRIBUTING.
+
+CONTRIBUTING = ROOT.parent.parent / "CONTRIBUTING.md"
+BEGIN, END = "<!-- layers: begin (python tests/test_layers.py writes this table) -->", "<!-- layers: end -->"
+
+
+def described(name: str) -> tuple[str, str]:
+    """The path of a layer's module in the repository, and the first sentence of its docstring."""
+    path = ROOT.joinpath(*name.split("."))
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    first = (ast.get_docstring(ast.parse(file.read_text())) or "").split("\n\n")[0]
+    text = " ".join(first.split()).partition(": ")[2] or first
+    return f"{'/'.join(name.split('.'))}{'/' if path.is_dir() else '.py'}", text.rstrip(".:")
+
+
+def table() -> str:
+    rows = ["| layer | module | contents |", "|---|---|---|"]
+    for number, names in enumerate(FLOORS):
+        there = [n for n in sorted(names) if ROOT.joinpath(*n.split(".")).is_dir() or (ROOT / f"{n}.py").is_file()]
+        there += [n for n in sorted(names) if "." in n and ROOT.joinpath(*n.split(".")).with_suffix(".py").is_file()]
+        rows += [f"| {number} | `{module}` | {text} |" for module, text in map(described, there)]
+    return "\n".join([BEGIN, *rows, END])
+
+
+def written(page: str) -> str:
+    return page[: page.index(BEGIN)] + table() + page[page.index(END) + len(END) :]
+
+
+@pytest.mark.skipif(not CONTRIBUTING.is_file(), reason="needs a checkout")
+def test_contributing_has_the_layers():
+    page = CONTRIBUTING.read_text()
+    assert page == written(page), "run python tests/test_layers.py"
+
+
+if __name__ == "__main__":
+    CONTRIBUTING.write_text(written(CONTRIBUTING.read_text()))

@@ -1,4 +1,4 @@
-"""bisam: sharpness-aware training as a loss: SAM, BiSAM and the whole family, each with each."""
+"""bisam: sharpness-aware training for PyTorch. SAM, BiSAM and related methods as losses whose parts combine freely."""
 
 from bisam import deprecated as _deprecated, masks as masks, perturbations as perturbations, schedules as schedules
 from bisam.evaluation import Evaluation as Evaluation

@@ -1,6 +1,6 @@
-"""Deprecated: the names of bisam 0.1, which warn and will be gone in 0.3.
+"""Deprecated: the names of bisam 0.1. They warn, and bisam 0.3 removes them.
 
-Everything about them is in here. To drop them, delete this file, its two imports (in `bisam` and in
+This file contains all code for them. To remove them, delete this file, its two imports (in `bisam` and in
 `bisam.integrations.transformers.trainer`), `OLDER_NAMES` of `bisam.methods.method`, and `tests/test_deprecated.py`.
 """
 
@@ -45,7 +45,7 @@ MODULES = {
 
 
 def install() -> None:
-    """Let the old names work: called once, when bisam is imported."""
+    """Makes the old names work; called once, when bisam is imported."""
     SharpnessAware.__init__ = renamed(scale="scaler", perturbation="scope")(SharpnessAware.__init__)
     ModelOracle.__init__ = renamed(scale="scaler", perturbation="scope")(ModelOracle.__init__)
     Lookahead.__init__ = renamed(lam="alpha")(Lookahead.__init__)
@@ -65,10 +65,10 @@ def install() -> None:
 
 
 def renamed(**new_names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Let a function take keyword arguments by their old names, with a warning.
+    """A decorator that accepts keyword arguments by their old names, with a warning.
 
     Args:
-        **new_names: the new name of each old one.
+        **new_names: the new name of each old name.
     """
 
     def around(function: Callable[P, R]) -> Callable[P, R]:
@@ -88,10 +88,10 @@ def renamed(**new_names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 
 def attribute(name: str) -> Any:
-    """A public name of `bisam` that was renamed.
+    """Returns a public object of `bisam` by its old name.
 
     Raises:
-        AttributeError: there never was one.
+        AttributeError: there was no such name.
     """
     if name == "lookahead":
         _warn("bisam.lookahead", "bisam.next_step", level=4)
@@ -100,7 +100,7 @@ def attribute(name: str) -> Any:
 
 
 class _Alias:
-    """An attribute by its old name."""
+    """An attribute under its old name."""
 
     def __init__(self, owner: type, old: str, new: str) -> None:
         self._owner, self._old, self._new = owner.__name__, old, new
@@ -113,7 +113,7 @@ class _Alias:
 
 
 def _together(oracle: Oracle, *queries: Mapping[str, Any]) -> list[Evaluation]:
-    """Answers to queries that are given as keyword arguments; now `Oracle.ask`."""
+    """Answers queries that are given as keyword arguments; now `Oracle.ask`."""
     _warn("Oracle.together({...}, ...)", "Oracle.ask([Query(...), ...])", level=3)
     return oracle.ask([Query(**query) for query in queries])
 
@@ -121,7 +121,7 @@ def _together(oracle: Oracle, *queries: Mapping[str, Any]) -> list[Evaluation]:
 def _with_alpha(setstate: Callable[[Lookahead, dict[str, Any]], None]) -> Callable[[Lookahead, dict[str, Any]], None]:
     @wraps(setstate)
     def restore(self: Lookahead, state: dict[str, Any]) -> None:
-        # Without a warning: a file of 0.1 is no mistake.
+        # No warning: loading a file of 0.1 is supported.
         setstate(self, {"alpha" if name == "lam" else name: value for name, value in state.items()})
 
     return restore
@@ -135,7 +135,7 @@ class _Finder(MetaPathFinder):
 
 
 class _Moved(Loader):
-    """Makes a module whose names are those of the one that took its place."""
+    """Loads a module of an old name, whose attributes are those of the module that replaces it."""
 
     def __init__(self, new: str) -> None:
         self._new = new

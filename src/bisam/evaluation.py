@@ -1,7 +1,14 @@
-"""Evaluation: the answer to a query on a batch, and how batches split and answers join.
+"""Evaluation: the answer to a query on a batch, and functions that split batches and join answers.
 
-parts = split((x, y), 32)                         # tuples, lists, dicts and tensors, 32 examples each
-whole = join([oracle.query(part) for part in parts])
+A batch is any nest of tuples, lists, dicts and tensors:
+
+    >>> x, y = torch.zeros(70, 4), torch.zeros(70, dtype=torch.int64)
+    >>> parts = split((x, y), 32)
+    >>> [size(part) for part in parts]
+    [32, 32, 6]
+    >>> whole = join([Evaluation(losses=torch.ones(size(part))) for part in parts])
+    >>> whole.count
+    70
 """
 
 from __future__ import annotations
@@ -19,21 +26,35 @@ from bisam.objectives import Count, Objective
 from bisam.vector import Vector
 
 Batch = tuple[Any, ...]
-"""What the user passed to the loss, usually `(inputs, targets)`; any nest of tuples, lists, dicts and tensors."""
+"""The arguments of the loss, usually `(inputs, targets)`; any nest of tuples, lists, dicts and tensors."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The answer to a query.
+    """The answer to a query: losses and, if requested, their gradient.
 
     Attributes:
-        losses: one per example (N,) or (N, d1, ...), or a scalar where the objective gives one; detached.
-        grad: gradient of `value` with respect to the weights, or None where none was asked for.
-        outputs: what the model returned, detached.
-        value: the scalar that `grad` belongs to: the mean of the losses that count.
-        count: how many count; where the objective gives a scalar, that is taken to be the mean over the batch.
-        targets: what the objective compared the outputs with.
-        objective: what was evaluated.
+        losses: one per example (N,) or (N, d1, ...), or a scalar if the objective returns one; detached.
+        grad: gradient of `value` with respect to the weights, or None if it was not requested.
+        outputs: the outputs of the model, detached.
+        value: the scalar that `grad` is the gradient of: the mean of the losses that count.
+        count: number of losses that count. If the objective returns a scalar, that is assumed to be the mean over the
+            batch, and `count` is the number of examples.
+        targets: the targets that were passed to the objective.
+        objective: the objective that was evaluated.
+
+    Example:
+        >>> import torch
+        >>> from bisam import ModelOracle, cross_entropy
+        >>> _ = torch.manual_seed(0)
+        >>> oracle = ModelOracle(torch.nn.Linear(4, 3), cross_entropy)
+        >>> answer = oracle.query((torch.randn(8, 4), torch.randint(3, (8,))))
+        >>> answer.losses.shape, answer.outputs.shape, answer.count
+        (torch.Size([8]), torch.Size([8, 3]), tensor(8.))
+        >>> bool(answer.value == answer.losses.mean())
+        True
+        >>> answer.grad
+        Vector(2 tensors, 15 entries)
     """
 
     losses: Tensor
@@ -52,19 +73,23 @@ class Evaluation:
 
     @property
     def gradient(self) -> Vector:
-        """`grad`, for a query that asked for it."""
+        """`grad` of a query that requested it.
+
+        Raises:
+            AssertionError: the query was made with `grad=False`.
+        """
         assert self.grad is not None, "the query was made with grad=False"
         return self.grad
 
     @property
     def per_example(self) -> Tensor:
-        """The losses, one per example (N,): the mean over the positions of an example that count, where it has several.
+        """The losses, one per example (N,): for several positions per example, the mean over those that count.
 
-        An objective that returns a scalar may have a method `per_example(outputs, targets) -> (N,)` besides: its
-        losses are computed here, when a method asks for them, from the outputs that are there.
+        An objective that returns a scalar may also have a method `per_example(outputs, targets) -> (N,)`. It is called
+        with the stored outputs when a method needs these losses.
 
         Raises:
-            TypeError: the objective returned a scalar, and has no such method.
+            TypeError: the objective returned a scalar and has no such method.
         """
         if self.losses.dim() == 0:
             each = getattr(self.objective, "per_example", None)
@@ -84,7 +109,7 @@ class Evaluation:
 
     @torch.no_grad()
     def under(self, objective: Objective) -> Evaluation:
-        """The same outputs under another objective: no forward pass, no gradient."""
+        """Evaluates another objective on the same outputs, without a forward pass and without a gradient."""
         if objective is self.objective:
             return replace(self, grad=None)
         losses = objective(self._wide, self.targets)
@@ -94,22 +119,22 @@ class Evaluation:
 
     @property
     def _wide(self) -> Any:
-        """The outputs as they are under the autocast that may be over by now."""
+        """The outputs, in float32 if in half precision: the autocast context of the forward pass may have ended."""
         return tree_map_only(Tensor, _widened, self.outputs)
 
 
 def size(batch: Any) -> int | None:
-    """Number of examples: the first dimension of the first tensor that has one, or None where there is none."""
+    """Returns the number of examples: the first dimension of the first tensor that has one, else None."""
     flat = isinstance(batch, tuple) and batch and isinstance(batch[0], Tensor)
     leaves: Any = batch if flat else tree_flatten(batch)[0]
     return next((len(t) for t in leaves if isinstance(t, Tensor) and t.dim()), None)
 
 
 def split(batch: Batch, m: int) -> list[Batch]:
-    """Parts of `m` examples, the last one smaller where `m` does not divide the batch.
+    """Splits a batch into parts of `m` examples; the last one is smaller if `m` does not divide the batch size.
 
     Raises:
-        ValueError: the tensors of the batch disagree about its size, or there are none.
+        ValueError: the tensors of the batch have different numbers of examples, or there are no tensors.
     """
     leaves, structure = tree_flatten(batch)
     sizes = _sizes(leaves)
@@ -130,10 +155,10 @@ def split(batch: Batch, m: int) -> list[Batch]:
 
 
 def take(batch: Batch, index: Tensor) -> Batch:
-    """The examples `index` (k,) of a batch.
+    """Returns the examples `index` (k,) of a batch.
 
     Raises:
-        ValueError: the tensors of the batch disagree about its size.
+        ValueError: the tensors of the batch have different numbers of examples.
     """
     leaves, structure = tree_flatten(batch)
     sizes = _sizes(leaves)
@@ -144,10 +169,10 @@ def take(batch: Batch, index: Tensor) -> Batch:
 
 
 def largest(scores: Tensor, k: int, batch: Batch) -> Batch:
-    """The `k` examples of a batch with the largest scores (N,), in their order.
+    """Returns the `k` examples of a batch with the largest scores (N,), in the order of the batch.
 
     Raises:
-        ValueError: there are not as many scores as examples.
+        ValueError: the number of scores is not the number of examples.
     """
     if (n := size(batch)) != len(scores):
         raise ValueError(
@@ -165,7 +190,7 @@ def _sizes(leaves: Sequence[Any]) -> list[int]:
 
 
 def join(parts: Sequence[Evaluation]) -> Evaluation:
-    """Evaluations of the parts of a batch as one of the whole, without gradient; a part weighs what counts in it."""
+    """Joins evaluations of the parts of a batch, without gradients; each part is weighted by its `count`."""
     if len(parts) == 1:
         return replace(parts[0], grad=None)
     total: Count = sum(p.count for p in parts)
@@ -182,7 +207,7 @@ def _joined(trees: Sequence[Any]) -> Any:
 
 
 def divisor(total: Count) -> Count:
-    """`total`, or 1 where nothing counts and the sum is 0 too."""
+    """Returns `total`, or 1 if it is 0."""
     return max(total, 1) if isinstance(total, int) else total.clamp_min(1)
 
 

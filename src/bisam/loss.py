@@ -1,7 +1,7 @@
 """SharpnessAware: a training loss whose gradient is the sharpness-aware one.
 
 SAM minimises max over small e of L(w + e), and the gradient of that is the gradient of L at w + e (Danskin): SAM is a
-loss. So it goes where the loss goes, and the rest of a training loop stays as it is:
+loss. It replaces the loss in a training loop; the rest of the loop is unchanged:
 
     sharp = SharpnessAware(model, BiSAM(rho=0.05), loss=cross_entropy)
     loss = sharp(x, y)                       # was: criterion(model(x), y)
@@ -35,37 +35,54 @@ from bisam.vector import WHOLE, Tensors
 
 
 class SharpnessAware(nn.Module):
-    """The loss of `model` at the point that `method` chooses, with the gradient that `method` computes.
+    """A training loss of `model` with the gradient that a sharpness-aware `method` computes.
 
-    Called on a batch in training mode it returns a scalar that is differentiable with respect to the model's trainable
-    parameters, once: scale it, divide it, add to it, call `backward()`. In eval mode, or under `no_grad`, it is the
-    plain loss. The mode is the model's, however it was set. If a call fails, weights, gradients and buffers are as
-    before the call.
+    In training mode, a call on a batch returns a scalar that is differentiable once with respect to the trainable
+    parameters of the model. It can be scaled, divided and added to other losses before `backward()`. In eval mode, or
+    under `no_grad`, a call returns the plain loss. The mode is that of the model. If a call raises an error, weights,
+    gradients and buffers are as before the call.
 
     Args:
-        model: the module to be trained. It stays yours: save it, move it, wrap it as always.
-        method: `ERM()`, `SAM()`, `BiSAM()`, ... or any `(oracle, batch) -> Evaluation`.
+        model: the module to train. It is not copied or changed: save it, move it and wrap it as usual.
+        method: `ERM()`, `SAM()`, `BiSAM()`, ... or any callable `(oracle, batch) -> Evaluation`.
         loss: `(outputs, targets) -> losses`, one per example or a scalar. Some methods need one per example.
-        forward: `(model, *batch) -> (outputs, targets)`, for batches other than `(*inputs, targets)`.
+        forward: `(model, *batch) -> (outputs, targets)`. Default: the last element of the batch is the targets and the
+            others are the inputs of the model.
         scaler: the `torch.amp.GradScaler` that scales float16 losses, or a callable that returns its factor.
-        same_noise: whether all forward passes on a batch see the same dropout masks, as in the JAX original. By default
-            each pass draws new ones, as in every PyTorch implementation.
+        same_noise: if True, all forward passes on a batch use the same dropout masks, as in the original JAX
+            implementation. Default: each pass draws new masks, as in all PyTorch implementations.
         scope: in data-parallel training, whether each rank perturbs for its own part of the batch ("local") or all
-            ranks for the whole batch ("global"). Global costs a reduction in each query, over the ranks of the
-            DistributedDataParallel inside the loss, or else all ranks. None is what the wrapper does: local under
-            DistributedDataParallel, as in the paper of SAM, and global under FSDP2, which allows nothing else. Means
-            are over ranks, which are taken to have equal parts of the batch.
+            ranks perturb for the whole batch ("global"). With "global" each query includes a reduction over the ranks
+            of the DistributedDataParallel inside the loss, or else over all ranks. Default: "local" under
+            DistributedDataParallel, as in the paper of SAM, and "global" under FSDP2, which supports nothing else.
+            Means are over ranks, which are assumed to have equal parts of the batch.
 
     Raises:
-        TypeError: an argument is not what it should be (a class in place of an instance, say).
-        ValueError: `scope` is neither.
+        TypeError: an argument has the wrong type (for example a class in place of an instance).
+        ValueError: `scope` is neither "local", "global" nor None.
 
-    Called, it raises:
-        TypeError: `forward` or `loss` return something else than they should.
-        ValueError: no parameter is trainable, or the method remembers other parameters than those that are; the batch
-            is empty; targets do not fit; losses have the wrong shape or no gradient; a gradient is sparse; the loss
-            depends on tensors that need a gradient and would not get one; the model's wrapper or its parameters are of
-            a kind that is not supported.
+    Raises when called:
+        TypeError: `forward` or `loss` returns a value of the wrong type.
+        ValueError: no parameter is trainable, or the state of the method belongs to other parameters than the trainable
+            ones; the batch is empty; the targets do not match; the losses have the wrong shape or no gradient; a
+            gradient is sparse; the loss depends on tensors that require a gradient but would not be trained; the
+            wrapper of the model or its parameters are of a type that is not supported.
+
+    Example:
+        >>> import torch
+        >>> from bisam import BiSAM, SharpnessAware, cross_entropy
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(4, 3)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> sharp = SharpnessAware(model, BiSAM(rho=0.05), cross_entropy)
+        >>> x, y = torch.randn(8, 4), torch.randint(3, (8,))
+        >>> for _ in range(3):
+        ...     optimizer.zero_grad()
+        ...     loss = sharp(x, y)
+        ...     loss.backward()
+        ...     optimizer.step()
+        >>> sharp.clean.outputs.shape        # logits at the unperturbed weights, for metrics
+        torch.Size([8, 3])
     """
 
     def __init__(
@@ -102,10 +119,10 @@ class SharpnessAware(nn.Module):
         self._memory = _Memory()
 
     def forward(self, *batch: Any) -> Tensor:
-        """The loss of a batch.
+        """Returns the loss of a batch.
 
         Args:
-            *batch: inputs and targets, as `forward` takes them; by default `(*inputs, targets)`.
+            *batch: the batch, as the argument `forward` of the constructor takes it; by default `(*inputs, targets)`.
 
         Returns:
             A scalar: in training the loss at the displaced weights, else the plain loss.
@@ -113,7 +130,7 @@ class SharpnessAware(nn.Module):
         memory = self._memory
         if not memory.checked:
             compatibility.check(self, self.method, self._scope)
-        memory.seen, memory.clean = [], None  # the last step's outputs need not live through this one
+        memory.seen, memory.clean = [], None  # free the outputs of the last step
         oracle = ModelOracle(
             self.model,
             self.loss,
@@ -136,7 +153,7 @@ class SharpnessAware(nn.Module):
         return value
 
     def _step(self, oracle: ModelOracle, batch: Batch) -> Tensor:
-        """The sharpness-aware loss; what the method remembers changes only if all of it succeeds."""
+        """Computes the sharpness-aware loss; the state of the method changes only if the whole step succeeds."""
         memory = self._memory
         if not memory.checked:
             _warn_of_half(oracle)
@@ -155,13 +172,13 @@ class SharpnessAware(nn.Module):
 
     @property
     def clean(self) -> Evaluation:
-        """Losses and outputs at the unperturbed weights in the last call, detached: metrics without another pass.
+        """Losses and outputs at the unperturbed weights in the last call, detached, for metrics without a forward pass.
 
-        For a method that makes no query there (`RSAM`, `MomentumSAM`, `SAMPa`, `BSAM`), those at the point that stands
-        in for the weights, where running statistics move.
+        Methods that make no query at the weights (`RSAM`, `MomentumSAM`, `SAMPa`, `BSAM`) report the evaluation at the
+        point where they update running statistics.
 
         Raises:
-            RuntimeError: there was no call yet, or its method made no query that moves running statistics.
+            RuntimeError: the loss was not called yet, or its method made no query that updates running statistics.
         """
         if not self._memory.seen:
             raise RuntimeError(
@@ -172,19 +189,19 @@ class SharpnessAware(nn.Module):
         return self._memory.clean
 
     def extra_repr(self) -> str:
-        """The method, for print(sharp)."""
+        """Returns the method, for `print(sharp)`."""
         return f"method={self.method!r}"
 
     def get_extra_state(self) -> dict[str, Any]:
-        """The step count and what the method remembers, as tensors and plain containers."""
+        """Returns the step count and the state of the method, as tensors and plain containers."""
         layout = ShardedLayout.of(self._trained()) if self._memory.state else None
         return {"step": self._memory.step, **memories.save(self._memory.state, self.method, layout or WHOLE)}
 
     def set_extra_state(self, state: Any) -> None:
-        """Continue from `get_extra_state`; used by `load_state_dict`.
+        """Restores the result of `get_extra_state`; called by `load_state_dict`.
 
         Raises:
-            ValueError: the state is the memory of another method or belongs to another model.
+            ValueError: the state belongs to another method or to another model.
         """
         self._memory.state = memories.load(state, self.method, self._trained())
         self._memory.step = int(state["step"])
@@ -196,7 +213,7 @@ class SharpnessAware(nn.Module):
 
 @dataclass
 class _Memory:
-    """What changes from call to call."""
+    """The attributes that change from call to call."""
 
     step: int = 0
     state: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -206,15 +223,16 @@ class _Memory:
     checked: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: everything but the last batch's outputs."""
+        """Returns what copies and pickles contain: all attributes except the outputs of the last batch."""
         return {**self.__dict__, "seen": [], "clean": None}
 
 
 class WithGradient(torch.autograd.Function):
-    """`apply(value, overflow, gradient, wraps, *parameters)`: `value`, with `gradient` for the parameters.
+    """An autograd function that returns `value` and has `gradient` as its gradient with respect to the parameters.
 
-    The chain rule does the rest. `overflow` is added to the factor that `backward` gets: 0, or NaN. `wraps` make the
-    parameters' type of tensor from the local parts of the gradient; None where these are ordinary tensors.
+    Call `apply(value, overflow, gradient, wraps, *parameters)`. `overflow` (0 or NaN) is added to the factor that
+    `backward` receives. `wraps` convert the local parts of the gradient to the tensor type of the parameters; None if
+    the parameters are ordinary tensors.
     """
 
     @staticmethod
@@ -226,26 +244,26 @@ class WithGradient(torch.autograd.Function):
         wraps: Sequence[Callable[[Tensor], Tensor]] | None,
         *_: Tensor,
     ) -> Tensor:
-        """The value, and what is kept for `backward`."""
+        """Returns the value, and saves the gradient for `backward`."""
         ctx.overflow, ctx.wraps = overflow, wraps
-        ctx.save_for_backward(*gradient)  # freed by backward(): a loss that is kept for logging holds no memory
+        ctx.save_for_backward(*gradient)  # freed by backward(): a loss that is stored for logging keeps no gradient
         return value.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *factors: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The gradient, times the factor that autograd has come to."""
+        """Returns the gradient times the incoming factor."""
         factor = factors[0] if ctx.overflow is None else factors[0] + ctx.overflow
         if ctx.wraps is None:
             return None, None, None, None, *torch._foreach_mul(ctx.saved_tensors, factor)
-        # Here and not before: parts can be multiplied in one call, DTensors of several meshes cannot.
+        # Multiply before wrapping: local parts take one call, which DTensors of several meshes do not allow.
         parts = torch._foreach_mul(ctx.saved_tensors, factor.to(ctx.saved_tensors[0].device))
         return None, None, None, None, *[wrap(part) for wrap, part in zip(ctx.wraps, parts, strict=True)]
 
 
 def _plain(oracle: ModelOracle, batch: Batch) -> Tensor:
-    """The training loss at the weights with its graph, as a loop without this library computes it."""
-    if oracle.model.training:  # under no_grad, where running statistics move all the same
+    """Returns the training loss at the weights with its graph, as a loop without this library computes it."""
+    if oracle.model.training:  # under no_grad, where running statistics are updated too
         _ = oracle.module_buffers.untouched
     made = oracle.run(batch)
     oracle.seen.append(made.detached())
@@ -253,7 +271,7 @@ def _plain(oracle: ModelOracle, batch: Batch) -> Tensor:
 
 
 def _differentiable(oracle: ModelOracle, evaluation: Evaluation) -> Tensor:
-    """`evaluation.value` as a loss whose gradient with respect to the parameters is `evaluation.grad`."""
+    """Returns `evaluation.value` as a loss whose gradient with respect to the parameters is `evaluation.grad`."""
     grad, parameters = evaluation.gradient, oracle.parameters
     if grad.holes != oracle.holes and any(getattr(m, "find_unused_parameters", False) for m in oracle.model.modules()):
         raise ValueError(
@@ -271,7 +289,7 @@ def _differentiable(oracle: ModelOracle, evaluation: Evaluation) -> Tensor:
 
 
 def _innermost(model: nn.Module) -> nn.Module:
-    """The user's own module inside DistributedDataParallel and its like, which hold it as `module` and nothing else."""
+    """Returns the user's module inside wrappers such as DistributedDataParallel, whose only member is `module`."""
     while list(model._modules) == ["module"] and not model._parameters and not model._buffers:
         model = cast(nn.Module, model._modules["module"])
     return model

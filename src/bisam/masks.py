@@ -1,10 +1,12 @@
-"""Masks: perturbations that move a part of the weights.
+"""Masks: perturbations that displace a part of the weights.
 
-    RandomMask(L2(0.05), beta=0.6)                   # another random part at each step, enlarged: half of ESAM
-    FisherMask(L2(0.05), keep=0.1, every=100)        # where the batch's gradient is largest
-    DropGrow(L2(0.05), keep=0.5, every=2_000)        # a mask that wanders: SSAM-D
+    >>> from bisam import L2
+    >>> random = RandomMask(L2(0.05), beta=0.6)                 # a new random part at each step, rescaled: half of ESAM
+    >>> fisher = FisherMask(L2(0.05), keep=0.1, every=100)      # the weights with the largest gradient of a batch
+    >>> drop_grow = DropGrow(L2(0.05), keep=0.5, every=2_000)   # a mask that changes gradually: SSAM-D
 
-The displacement is that of the perturbation inside, whose norm is over all weights, times the mask.
+The displacement is that of the inner perturbation times the mask. The norm of the inner perturbation is that over all
+weights.
 """
 
 from __future__ import annotations
@@ -25,20 +27,20 @@ from bisam.vector import Vector
 
 @dataclass(frozen=True)
 class RandomMask(Around):
-    """A random part of the displacement, divided by its share: the same on average (Du et al., 2022).
+    """Keeps a random part of the displacement and divides it by beta, so that its mean is unchanged (Du et al., 2022).
 
-    Stochastic weight perturbation, the first half of ESAM, https://arxiv.org/abs/2110.03141. The authors' code decides
-    for each parameter tensor as a whole and divides by beta, as here; the 1 - beta of the paper's algorithm is an
-    error, they say.
+    Stochastic weight perturbation, the first half of ESAM, https://arxiv.org/abs/2110.03141. As in the authors' code,
+    the mask selects whole parameter tensors and the displacement is divided by beta; the authors say that the 1 - beta
+    in the algorithm of the paper is an error.
 
     Args:
-        perturb: the displacement that a part is taken of.
-        beta: probability of being in the part, in (0, 1]; 1 is SAM.
-        per: what is drawn: "tensor", each parameter tensor as a whole, or "entry".
+        perturb: perturbation whose displacement is masked, or a radius `rho`, which means `L2(rho)`.
+        beta: probability of being kept, in (0, 1]; 1 is SAM.
+        per: unit of the mask: "tensor" for whole parameter tensors, "entry" for single entries.
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: `beta` or `per` is not what it should be.
+        ValueError: `beta` is outside its range, or `per` is neither "tensor" nor "entry".
     """
 
     beta: float = 0.6
@@ -51,12 +53,12 @@ class RandomMask(Around):
             raise ValueError(f"per must be 'tensor' or 'entry', got {self.per!r}")
 
     def __call__(self, gradient: Vector, oracle: Oracle) -> Vector:
-        """The part of the displacement, enlarged."""
+        """Returns the masked and rescaled displacement."""
         e = self.inner(gradient, oracle)
         if self.beta == 1:
             return e
         if self.per == "tensor":
-            drawn = e.from_first_rank(torch.rand(len(e), device="cpu"))  # on the CPU: no device waits
+            drawn = e.from_first_rank(torch.rand(len(e), device="cpu"))  # on the CPU: no device synchronisation
             factors = ((drawn < self.beta).double() / self.beta).unbind()
             return e.like([t * factor for t, factor in zip(e, factors, strict=True)], e.holes)
         return e * e.like([noise < self.beta for noise in _noise(e)]) * (1 / self.beta)
@@ -64,16 +66,16 @@ class RandomMask(Around):
 
 @dataclass(frozen=True)
 class FisherMask(Around):
-    """The displacement of the weights with the largest diagonal Fisher information (Zhong et al., 2022).
+    """Keeps the displacement of the weights with the largest diagonal Fisher information (Zhong et al., 2022).
 
-    https://arxiv.org/abs/2210.05497. The Fisher information is estimated by the square of a batch's gradient; the mask
-    is made anew every `every` steps. Biases, embeddings and normalisation layers are not masked, as in the authors'
-    code.
+    Source: https://arxiv.org/abs/2210.05497. The Fisher information is estimated by the square of the gradient of a
+    batch; the mask is recomputed every `every` steps. Biases, embeddings and normalisation layers are not masked, as in
+    the authors' code.
 
     Args:
-        perturb: the displacement that a part is taken of.
-        keep: share of the maskable entries that are moved, rounded up, in (0, 1]; 1 is SAM.
-        every: steps between two masks, >= 1.
+        perturb: perturbation whose displacement is masked, or a radius `rho`, which means `L2(rho)`.
+        keep: share of the maskable entries that are displaced, rounded up, in (0, 1]; 1 is SAM.
+        every: interval between two computations of the mask in steps, >= 1.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -90,30 +92,31 @@ class FisherMask(Around):
         whole("every", self.every)
 
     def __call__(self, gradient: Vector, oracle: Oracle) -> Vector:
-        """The displacement where the mask is."""
+        """Returns the masked displacement."""
         if oracle.step % self.every == 0 or "mask" not in oracle.state:
             maskable = [
                 g.dim() > 1 and not any(kind in layer.lower() for kind in ("norm", "embedding"))
                 for g, layer in zip(gradient, oracle.layers, strict=True)
             ]
-            # In the order of the squares, which are not defined for complex entries, and underflow.
+            # |g| has the same order as its square, which can underflow and is not ordered for complex entries.
             oracle.state["mask"] = top(gradient.abs(), self.keep, maskable)
         return self.inner(gradient, oracle) * oracle.state["mask"]
 
 
 @dataclass(frozen=True)
 class DropGrow(Around):
-    """A sparse displacement whose mask drops the flattest weights and grows others at random (Mi et al., 2022).
+    """A sparse mask that drops the weights with the smallest gradients and grows random others (Mi et al., 2022).
 
-    The ascent of SSAM-D, https://arxiv.org/abs/2210.05177. The mask starts at random; every `every` steps the share
-    `drop` of it, rounded down, that has the smallest |g| makes room for as many weights outside of it.
+    The mask of SSAM-D, https://arxiv.org/abs/2210.05177. It is random at first. Every `every` steps the share `drop` of
+    it with the smallest |g|, rounded down, is replaced by as many random weights outside of the mask.
 
     Args:
-        perturb: the displacement that a part is taken of.
-        keep: share of the entries that are moved, rounded up, in (0, 1]; 1 is SAM; the authors' sparsity is 1 - keep.
-        drop: share of the mask that changes, in [0, 1].
-        every: steps between two masks, >= 1; the authors take 5 epochs.
-        steps: steps of the training run, over which `drop` goes to 0 on a cosine; None keeps it.
+        perturb: perturbation whose displacement is masked, or a radius `rho`, which means `L2(rho)`.
+        keep: share of the entries that are displaced, rounded up, in (0, 1]; 1 is SAM; the authors' sparsity is 1 -
+            keep.
+        drop: share of the mask that is replaced, in [0, 1].
+        every: interval between two updates of the mask in steps, >= 1; the authors use 5 epochs.
+        steps: length of the training run in steps, over which `drop` decays to 0 along a cosine. Default: no decay.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -135,7 +138,7 @@ class DropGrow(Around):
             whole("steps", self.steps)
 
     def __call__(self, gradient: Vector, oracle: Oracle) -> Vector:
-        """The displacement where the mask is."""
+        """Returns the masked displacement."""
         if "mask" not in oracle.state:
             oracle.state["mask"] = top(_noise(gradient), self.keep)
         elif oracle.step % self.every == 0:
@@ -154,15 +157,16 @@ class DropGrow(Around):
 
 
 def top(scores: Vector, keep: float, maskable: Sequence[bool] | None = None) -> Vector:
-    """A mask of the largest scores.
+    """Returns a mask of the largest scores.
 
     Args:
         scores: one per weight, >= 0.
-        keep: share of the maskable weights, rounded up.
-        maskable: which tensors the choice is made in, all others are in the mask; None for all.
+        keep: share of the maskable weights that are selected, rounded up.
+        maskable: for each tensor, whether its entries are selected by score; all entries of other tensors are in the
+            mask. Default: all tensors.
 
     Returns:
-        A Vector of booleans. Where weights are sharded, all scores are gathered for it.
+        A Vector of booleans. If the weights are sharded, all scores are gathered to compute it.
     """
     chosen = [True] * len(scores) if maskable is None else list(maskable)
     whole = scores.whole()

@@ -1,20 +1,27 @@
-"""Objectives: what is minimised, and what the adversary climbs.
+"""Objectives: the losses that are minimised, and those that the adversary climbs.
 
-An objective maps `(outputs, targets)` to one loss per example. Two matter here. The minimiser descends an *upper* bound
-of the 0-1 loss (`cross_entropy`, or any loss of PyTorch with `reduction="none"`). The maximiser of BiSAM (Xie et al.,
-ICML 2024, https://arxiv.org/abs/2407.12993) climbs a differentiable *lower* bound: with the margins F_j = f_j - f_y
-against the label y,
+An objective maps `(outputs, targets)` to one loss per example. The minimiser descends an *upper* bound of the 0-1 loss
+(`cross_entropy`, or any loss of PyTorch with `reduction="none"`). The maximiser of BiSAM (Xie et al., ICML 2024,
+https://arxiv.org/abs/2407.12993) climbs a differentiable *lower* bound: with the margins F_j = f_j - f_y against the
+label y,
 
     Q = (1/mu) log sum_j exp(mu phi(F_j)),    phi(x) <= 1 where x > 0, else phi(x) <= 0,
 
 so that Q - log(K)/mu <= 1{some wrong class scores higher than y} for K classes. The constant log(K)/mu has no gradient;
 the losses below are Q, as in the paper.
 
-    NegLog()(logits, labels)                          # (N, K), (N,) -> (N,)
-    Tanh(mu=10, alpha=0.1)(logits, labels)            # (N, K, H, W), (N, H, W) -> (N, H, W), -100 left out
-    LowerBound(phi=my_bound, mu=5)(logits, mixed)     # (N, K), (N, K) class probabilities -> (N,)
+    >>> logits, labels = torch.zeros(2, 3), torch.tensor([0, 2])
+    >>> NegLog()(logits, labels).shape                             # (N, K), (N,) -> (N,)
+    torch.Size([2])
+    >>> maps = torch.zeros(2, 3, 4, 4), torch.full((2, 4, 4), -100)
+    >>> Tanh(mu=10, alpha=0.1)(*maps).shape                        # (N, K, H, W), (N, H, W) -> (N, H, W), without -100
+    torch.Size([2, 4, 4])
+    >>> mixed = torch.full((2, 3), 1 / 3)
+    >>> LowerBound(phi=torch.tanh, mu=5)(logits, mixed).shape      # (N, K), (N, K) class probabilities -> (N,)
+    torch.Size([2])
 
-An objective may name an `ignore_index`: training then averages over the other targets, as torch's cross-entropy does.
+An objective may have an attribute `ignore_index`. Training then averages over the other targets, as the cross-entropy
+of torch does.
 """
 
 from __future__ import annotations
@@ -33,15 +40,15 @@ from torch.utils.checkpoint import checkpoint
 from bisam.validation import positive
 
 Objective = Callable[[Any, Any], Tensor]
-"""`(outputs, targets) -> losses`: one per example, or a scalar."""
+"""A function `(outputs, targets) -> losses` that returns one loss per example, or a scalar."""
 
 Count = int | Tensor
-"""A number of examples; a tensor of no dimensions where targets decide, as nothing may wait for its value."""
+"""A number of examples; a 0-dimensional tensor if it depends on the targets, which avoids a device synchronisation."""
 
 GAMMA = math.log(math.e - 1)
 """The offset that makes the -log bound pass through the origin (Xie et al., 2024, eq. 15)."""
 
-_BLOCK = 2**24  # entries of a soft-label block that are held at once: 64 MiB in float32
+_BLOCK = 2**24  # largest number of entries of a soft-label block: 64 MiB in float32
 _FAST_MU = 64.0  # exp(-mu) is still a normal float32, so that the sums below can neither overflow nor vanish
 
 
@@ -49,14 +56,17 @@ _FAST_MU = 64.0  # exp(-mu) is still a normal float32, so that the sums below ca
 class CrossEntropy:
     """Cross-entropy, one loss per example: the default descent objective.
 
-    For smoothing pass `torch.nn.CrossEntropyLoss(label_smoothing=..., reduction="none")`; for class weights one with
-    `reduction="mean"`, because torch divides by the sum of the weights and not by the number of examples.
+    For label smoothing pass `torch.nn.CrossEntropyLoss(label_smoothing=..., reduction="none")`. For class weights pass
+    one with `reduction="mean"`, because torch divides by the sum of the weights and not by the number of examples.
+
+    Args:
+        ignore_index: label of examples that are ignored.
     """
 
     ignore_index: int = -100
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Losses of the shape of the labels; zero where a label is `ignore_index`.
+        """Returns losses of the shape of the labels; zero where a label is `ignore_index`.
 
         Args:
             outputs: logits (N, K) or (N, K, d1, ...), or (K,) for one example.
@@ -64,8 +74,8 @@ class CrossEntropy:
 
         Raises:
             TypeError: `outputs` or `targets` have the wrong type.
-            ValueError: their shapes do not match, or a label is outside [0, K) (on the CPU; a GPU asserts, as in
-                torch).
+            ValueError: their shapes do not match, or a label is outside [0, K) (on the CPU; on a GPU a device-side
+                assert fails, as in torch).
         """
         _check(outputs, targets)
         loss = partial(F.cross_entropy, ignore_index=self.ignore_index, reduction="none")
@@ -77,14 +87,16 @@ cross_entropy = CrossEntropy()
 
 @dataclass(frozen=True)
 class LowerBound:
-    """Q of BiSAM for any `phi` below the 0-1 step (Xie et al., 2024, Lemma 3.1), differentiated by autograd.
+    """The objective Q of BiSAM for any `phi` below the 0-1 step (Xie et al., 2024, Lemma 3.1); it uses autograd.
 
     Args:
         phi: elementwise lower bound of the step function, differentiable: tensor -> tensor of the same shape.
-        mu: sharpness of the soft maximum over the classes, > 0. Larger is closer to the maximum: the gap is log(K)/mu.
-        ignore_index: label that marks examples to be left out.
+        mu: sharpness of the soft maximum over the classes, > 0. A larger value is closer to the maximum: the gap is
+            log(K)/mu.
+        ignore_index: label of examples that are ignored.
 
     Raises:
+        TypeError: `mu` is not a number.
         ValueError: `mu` is not positive and finite.
     """
 
@@ -96,17 +108,17 @@ class LowerBound:
         positive("mu", self.mu)
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Q per example, in float32 at least; zero where a label is `ignore_index`.
+        """Returns Q per example, in float32 or a wider type; zero where a label is `ignore_index`.
 
         Args:
-            outputs: logits (N, K), (N, K, d1, ...) or (K,), K >= 2. Never changed.
+            outputs: logits (N, K), (N, K, d1, ...) or (K,), K >= 2. They are not modified.
             targets: int64 labels (N,), (N, d1, ...) or (); or class probabilities of the shape of `outputs` (mixup,
                 cutmix, smoothing), for which Q is the expectation over the label, at K times the cost.
 
         Raises:
             TypeError: `outputs` or `targets` have the wrong type.
-            ValueError: their shapes do not match, or a label is outside [0, K) (on the CPU; a GPU asserts, as in
-                torch).
+            ValueError: their shapes do not match, K < 2, or a label is outside [0, K) (on the CPU; on a GPU a
+                device-side assert fails, as in torch).
         """
         classes = _check(outputs, targets)
         if classes < 2:
@@ -139,7 +151,7 @@ class LowerBound:
         return torch.stack(blocks).sum(0)
 
     def _against(self, logits: Tensor, probabilities: Tensor, start: int) -> Tensor:
-        """Sum over the labels from `start` of probability times Q: a hard-label problem with one dimension more."""
+        """Sum over the labels from `start` of probability times Q: a hard-label problem with one more dimension."""
         n, classes, *rest = logits.shape
         width = probabilities.shape[1]
         labels = torch.arange(start, start + width, device=logits.device).view(1, width, *[1] * len(rest))
@@ -153,16 +165,25 @@ class LowerBound:
 class NegLog(LowerBound):
     """BiSAM (-log): Q with phi(x) = 1 - log(1 + exp(gamma - x)), gamma = log(e - 1) (Xie et al., 2024, eq. 15).
 
-    Its gradient vanishes only where an example is already misclassified, so the adversary never gives up on a correct
-    one; the paper recommends it. Value and gradient are in closed form: phi(x) = 1 + log sigmoid(x - gamma), so for mu
-    = 1 Q = 1 + log sum_j sigmoid(f_j - f_y - gamma), which is cross-entropy with a sigmoid in place of the exponential.
+    Its gradient vanishes only for examples that are already misclassified, so the adversary keeps climbing on correctly
+    classified ones; the paper recommends it. Value and gradient are in closed form: phi(x) = 1 + log sigmoid(x -
+    gamma), so for mu = 1 Q = 1 + log sum_j sigmoid(f_j - f_y - gamma), which is cross-entropy with a sigmoid in place
+    of the exponential.
 
     Args:
         mu: sharpness of the soft maximum, > 0 (the paper: 1).
-        ignore_index: label that marks examples to be left out.
+        ignore_index: label of examples that are ignored.
 
     Raises:
+        TypeError: `mu` is not a number.
         ValueError: `mu` is not positive and finite.
+
+    Example:
+        >>> import torch
+        >>> from bisam import NegLog
+        >>> logits = torch.tensor([[2.0, 0.0], [-2.0, 0.0]])
+        >>> NegLog()(logits, torch.tensor([0, 0]))    # the second example is misclassified
+        tensor([0.1810, 1.1648])
     """
 
     phi: Callable[[Tensor], Tensor] = field(init=False, repr=False, compare=False)
@@ -178,12 +199,12 @@ class NegLog(LowerBound):
         return cast(Tensor, _ClosedForm.apply(logits, labels, self))
 
     def _terms(self, margins: Tensor) -> tuple[Tensor, Tensor]:
-        """With s = sigmoid(F - gamma): exp(mu (phi - 1)) = s^mu."""
+        """Returns s = sigmoid(F - gamma) and u = exp(mu (phi - 1)) = s^mu."""
         s = margins.sub_(GAMMA).sigmoid_()
         return s, s if self.mu == 1 else s.pow(self.mu)
 
     def _rows(self, weight: Tensor, s: Tensor, u: Tensor) -> Tensor:
-        """Phi' = 1 - s. Not weight s^(mu-1) s (1 - s), which is infinite times zero where s underflows and mu < 1."""
+        """Phi' = 1 - s. Not weight s^(mu-1) s (1 - s), which is infinity times zero where s underflows and mu < 1."""
         if self.mu == 1:
             return torch.ops.aten.sigmoid_backward(weight.expand_as(s), s)
         return (1.0 - s).mul_(u).mul_(weight)
@@ -193,15 +214,23 @@ class NegLog(LowerBound):
 class Tanh(LowerBound):
     """BiSAM (tanh): Q with phi(x) = tanh(alpha x) (Xie et al., 2024, eq. 14), value and gradient in closed form.
 
-    The authors' training script overrides its own mu = 10 with 1; the paper's setting is the default here.
+    The defaults are those of the paper; the authors' training script overrides its own mu = 10 with 1.
 
     Args:
         mu: sharpness of the soft maximum, > 0 (the paper: 10).
         alpha: slope of phi at 0, > 0 (the paper: 0.1).
-        ignore_index: label that marks examples to be left out.
+        ignore_index: label of examples that are ignored.
 
     Raises:
+        TypeError: `mu` or `alpha` is not a number.
         ValueError: `mu` or `alpha` is not positive and finite.
+
+    Example:
+        >>> import torch
+        >>> from bisam import Tanh
+        >>> logits = torch.tensor([[2.0, 0.0], [-2.0, 0.0]])
+        >>> Tanh()(logits, torch.tensor([0, 0]))    # the second example is misclassified
+        tensor([0.0130, 0.2104])
     """
 
     phi: Callable[[Tensor], Tensor] = field(init=False, repr=False, compare=False)
@@ -219,9 +248,10 @@ class Tanh(LowerBound):
         return cast(Tensor, _ClosedForm.apply(logits, labels, self))
 
     def _terms(self, margins: Tensor) -> tuple[Tensor, Tensor]:
-        """With s = sigmoid(2 alpha F), tanh(alpha F) = 2s - 1: exp(mu (phi - 1)) = exp(2 mu (s - 1)) = 2^(c s - c).
+        """Returns s = sigmoid(2 alpha F), where tanh(alpha F) = 2s - 1, and u = exp(mu (phi - 1)) = exp(2 mu (s - 1)).
 
-        On a CPU sigmoid is several times cheaper than tanh, and a power of two than one of e.
+        u is computed as 2^(c s - c). On a CPU sigmoid is several times cheaper than tanh, and a power of two than one
+        of e.
         """
         s, c = margins.mul_(2 * self.alpha).sigmoid_(), 2 * self.mu / math.log(2)
         return s, torch.rsub(s, -c, alpha=-c).exp2_()
@@ -229,16 +259,17 @@ class Tanh(LowerBound):
     def _rows(self, weight: Tensor, s: Tensor, u: Tensor) -> Tensor:
         """Phi' = 4 alpha s (1 - s)."""
         slope = u * (weight * (4 * self.alpha))
-        return torch.ops.aten.sigmoid_backward.grad_input(slope, s, grad_input=slope)  # in place: memory is what costs
+        return torch.ops.aten.sigmoid_backward.grad_input(slope, s, grad_input=slope)  # in place: memory is the cost
 
 
 def count(losses: Tensor, targets: Any, objective: Objective) -> Count:
-    """How many losses count: not those whose target is the objective's `ignore_index`, if it has one.
+    """Returns the number of losses that count: those whose target is not the objective's `ignore_index`, if it has one.
 
     Args:
         losses: one per example.
-        targets: what the objective was given; labels are integers.
-        objective: `torch.nn.CrossEntropyLoss(reduction="none")` and the objectives here have an `ignore_index`.
+        targets: targets that were passed to the objective; labels are integers.
+        objective: `torch.nn.CrossEntropyLoss(reduction="none")` and the objectives in this module have an
+            `ignore_index`.
     """
     ignored = getattr(objective, "ignore_index", None)
     if ignored is None or not isinstance(targets, Tensor) or targets.is_floating_point():
@@ -247,7 +278,7 @@ def count(losses: Tensor, targets: Any, objective: Objective) -> Count:
 
 
 def mean(losses: Tensor, counted: Count) -> Tensor:
-    """The mean over the losses that count, 0 where none does; ignored ones are 0. A scalar is returned as it is."""
+    """Returns the mean over the losses that count, or 0 if none does; ignored losses are 0. A scalar is unchanged."""
     if losses.dim() == 0:
         return losses
     return losses.mean() if isinstance(counted, int) else losses.sum() / counted.clamp_min(1)
@@ -262,7 +293,7 @@ def _tanh(alpha: float, x: Tensor) -> Tensor:
 
 
 def _split_labels(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Which labels are ignored, and an index along the classes that is valid for all (N, 1, d1, ...)."""
+    """Returns which labels are ignored, and an index along the classes that is valid for all (N, 1, d1, ...)."""
     ignored = labels == ignore_index
     return ignored, labels.masked_fill(ignored, 0).unsqueeze(1)
 
@@ -270,13 +301,13 @@ def _split_labels(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
 class _ClosedForm(torch.autograd.Function):
     """Q = 1 + log(sum u)/mu with u = exp(mu (phi - 1)); dQ/df_j = u_j phi'_j / sum u, less their sum at the label.
 
-    For a small batch what costs is the number of operations and not their size: hence `rsub` for 1 + x/mu.
+    For a small batch the number of operations determines the cost, not their size: hence `rsub` for 1 + x/mu.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, bound: NegLog | Tanh) -> Tensor:
         ignored, index, reference = _of_labels(logits, labels, bound.ignore_index)
-        # The margins first: what a bound adds to them would round away next to large logits.
+        # Subtract first: the offset of a bound would be rounded away next to large logits.
         s, u = bound._terms(torch.sub(logits, reference))
         total = u.sum(1)
         ctx.bound = bound
@@ -288,7 +319,7 @@ class _ClosedForm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (grad,), bound = grads, ctx.bound
         logits, labels, index, ignored, s, u, total = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True: s, u and total are constants to it, so start from the logits
+        if torch.is_grad_enabled():  # create_graph=True: s, u and total have no graph, so start from the logits
             values = LowerBound._labelled(bound, logits, labels)
             return torch.autograd.grad(values, logits, grad, create_graph=True)[0], None, None
         weight = grad / total
@@ -299,9 +330,9 @@ class _ClosedForm(torch.autograd.Function):
 
 
 def _of_labels(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Which labels are ignored, an index that is valid for all, and the logits at it; None where none is ignored.
+    """Returns which labels are ignored (None if none is), an index that is valid for all labels, and the logits at it.
 
-    On a CPU a label outside [0, K) is noticed where the logits are taken, so that nobody needs to look for one before.
+    On a CPU `gather` itself detects a label outside [0, K), so no separate check is needed.
     """
     noticed = type(labels) is Tensor and labels.device.type == "cpu" and not torch.compiler.is_compiling()
     if noticed and not 0 <= ignore_index < logits.shape[1]:
@@ -309,13 +340,13 @@ def _of_labels(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tenso
         try:
             return None, index, logits.gather(1, index)
         except RuntimeError:
-            pass  # some are to be ignored, or out of range, which the same call says again below
+            pass  # some labels are ignored or out of range; the same call below raises for the latter
     ignored, index = _split_labels(labels, ignore_index)
     return ignored, index, logits.gather(1, index)
 
 
 def _check(outputs: Any, targets: Any) -> int:
-    """Number of classes, once types and shapes are those that cross-entropy takes."""
+    """Checks that types and shapes are those that cross-entropy takes, and returns the number of classes."""
     for name, value in (("outputs", outputs), ("targets", targets)):
         if not isinstance(value, Tensor):
             raise TypeError(
@@ -344,7 +375,7 @@ def _check(outputs: Any, targets: Any) -> int:
 
 
 def _in_range(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-    """`loss(logits, labels)`, where torch's own complaint about a label's range becomes one that names the label."""
+    """Returns `loss(logits, labels)`; replaces torch's error for a label out of range by one that shows the label."""
     try:
         return loss(logits, labels)
     except (IndexError, RuntimeError) as error:

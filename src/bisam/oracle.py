@@ -1,15 +1,23 @@
-"""Oracle: what a sharpness-aware method may ask, and the same oracle seen from elsewhere.
+"""Oracle: the interface through which a method queries losses and gradients at displaced weights.
 
-A method queries losses and their gradient at displaced weights, and never meets the model:
+A method never accesses the model:
 
-    g = oracle.query(batch, NegLog())                 # Evaluation at the weights w: losses, value, grad, outputs
-    h = oracle.query(batch, at=g.grad * 0.1)          # the training loss at w + e
+    >>> import torch
+    >>> from bisam import ModelOracle, NegLog, cross_entropy
+    >>> _ = torch.manual_seed(0)
+    >>> oracle = ModelOracle(torch.nn.Linear(4, 3), cross_entropy)
+    >>> batch = torch.randn(8, 4), torch.randint(3, (8,))
+    >>> g = oracle.query(batch, NegLog())                 # Evaluation at the weights w: losses, value, grad, outputs
+    >>> h = oracle.query(batch, at=g.grad * 0.1)          # the training loss at w + e
 
-    oracle.shifted(noise)                             # centred at w + noise
-    oracle.without_tracking()                         # where no query moves running statistics
-    oracle.within("perturb")                          # with a state of its own
+A view of an oracle changes one of its properties:
 
-`bisam.model.oracle` has the oracle of a torch module.
+    >>> noise = oracle.weights.random(torch.randn_like) * 0.01
+    >>> smoothed = oracle.shifted(noise)                  # centred at w + noise
+    >>> frozen = oracle.without_tracking()                # no query updates running statistics
+    >>> part = oracle.within("perturb")                   # with its own state
+
+`bisam.model.oracle` implements the oracle of a torch module.
 """
 
 from __future__ import annotations
@@ -28,17 +36,29 @@ from bisam.vector import Vector
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Query:
-    """A question to an oracle: a loss and, if wanted, its gradient, on a batch at displaced weights.
+    """A query to an oracle: a loss and optionally its gradient, on a batch, at displaced weights.
 
-    A value that passes through every wrapper. It is constant but for `at`, which the oracle takes out (`take`), so that
-    a displacement's memory is free during the forward pass.
+    A query is a value that passes through all wrappers of an oracle. It is constant except for `at`, which the oracle
+    removes with `take`, so that the memory of a displacement is free during the forward pass.
 
     Args:
-        batch: a batch, whole or a part of it.
-        objective: what to evaluate; None is the training loss.
-        at: displacement of the weights; None is the weights themselves. It is given away: do not keep it.
-        grad: whether the gradient is wanted.
-        track: whether running statistics move; None: exactly when `at` is None.
+        batch: a batch or a part of one.
+        objective: objective to evaluate. Default: the training loss.
+        at: displacement of the weights. Default: none, the query is at the weights. The query takes ownership: keep no
+            other reference to it.
+        grad: whether to compute the gradient.
+        track: whether to update running statistics. Default: only if `at` is None.
+
+    Example:
+        >>> import torch
+        >>> from bisam import ModelOracle, Query, cross_entropy
+        >>> _ = torch.manual_seed(0)
+        >>> oracle = ModelOracle(torch.nn.Linear(4, 3), cross_entropy)
+        >>> batch = torch.randn(8, 4), torch.randint(3, (8,))
+        >>> e = oracle.query(batch).gradient * 0.1
+        >>> ahead, behind = oracle.ask([Query(batch, at=e), Query(batch, at=-e)])
+        >>> bool(ahead.value > behind.value)
+        True
     """
 
     batch: Batch
@@ -47,21 +67,21 @@ class Query:
     grad: bool = True
     track: bool | None = None
     displaced: bool = field(init=False, repr=False)
-    """Whether the query is at displaced weights; known also after `take`."""
+    """Whether the query is at displaced weights; still valid after `take`."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "displaced", self.at is not None)
 
     @property
     def tracks(self) -> bool:
-        """Whether running statistics move."""
+        """Whether the query updates running statistics."""
         return not self.displaced if self.track is None else self.track
 
     def take(self) -> Vector | None:
-        """The displacement, which the query lets go of.
+        """Returns the displacement and removes it from the query.
 
         Raises:
-            RuntimeError: it was taken before.
+            RuntimeError: it was removed before.
         """
         at = self.at
         if at is None and self.displaced:
@@ -71,21 +91,35 @@ class Query:
 
 
 class Oracle(ABC):
-    """A first-order oracle of a loss around fixed weights: the whole world of a method.
+    """A first-order oracle of a loss near fixed weights: all that a method can access.
 
     Attributes:
         weights: the point w that displacements are added to. Read-only.
-        names: the parameters' names, in the order of `weights`.
-        layers: the class names of the modules they belong to, in that order.
-        parameters: the tensors that an optimizer holds, in that order.
-        buffers: running statistics and what else a model keeps beside its parameters, as they are now.
-        loss: the training loss, which is what a query evaluates unless told otherwise.
-        step: number of losses computed before this one.
-        is_local: whether a query is answered for its batch alone. Where parameters are sharded, or the scope is
+        names: names of the parameters, in the order of `weights`.
+        layers: class names of the modules that the parameters belong to, in the same order.
+        parameters: the tensors that an optimizer holds, in the same order.
+        buffers: running statistics and other buffers of the model, with their present values.
+        loss: the training loss, which is the default objective of a query.
+        step: number of losses that were computed before this one.
+        is_local: whether an answer is computed on this rank's batch only. If parameters are sharded, or if the scope is
             "global", answers are means over the batches of all ranks.
-        state: what the method remembers between steps (numbers, tensors, Vectors, in dicts, lists and tuples); saved
-            and restored by `SharpnessAware.state_dict`. Replace values, do not change them in place: a step that fails
-            leaves what was there.
+        state: state of the method between steps (numbers, tensors, Vectors, in dicts, lists and tuples). It is saved
+            and restored by `SharpnessAware.state_dict`. Replace its values, do not modify them in place: a step that
+            fails restores the previous values.
+
+    Example:
+        A method is a function of an oracle and a batch. This one is SAM with an L2 ball:
+
+        >>> import torch
+        >>> from bisam import SAM, Evaluation, Oracle, SharpnessAware, cross_entropy
+        >>> def my_sam(oracle: Oracle, batch: tuple) -> Evaluation:
+        ...     g = oracle.query(batch).gradient
+        ...     return oracle.query(batch, at=g * (0.05 / g.norm()))
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(4, 3)
+        >>> x, y = torch.randn(8, 4), torch.randint(3, (8,))
+        >>> mine = SharpnessAware(model, my_sam, cross_entropy)(x, y)
+        >>> torch.testing.assert_close(mine, SharpnessAware(model, SAM(0.05), cross_entropy)(x, y))
     """
 
     weights: Vector
@@ -100,9 +134,10 @@ class Oracle(ABC):
 
     @abstractmethod
     def ask(self, queries: Sequence[Query]) -> list[Evaluation]:
-        """Answers to queries that do not depend on each other, in their order.
+        """Returns the answers to queries that do not depend on each other, in their order.
 
-        This is the one method that a subclass overrides: in series here, in parallel in the oracle of a pair of ranks.
+        The only method that a subclass must implement. `ModelOracle` answers in series, the oracle of a pair of ranks
+        in parallel.
         """
 
     def query(
@@ -114,57 +149,57 @@ class Oracle(ABC):
         grad: bool = True,
         track: bool | None = None,
     ) -> Evaluation:
-        """Evaluate `objective` (default: the training loss) on `batch` at `weights + at`; arguments as `Query`."""
-        queries, at = (Query(batch, objective, at, grad, track),), None  # this frame must not hold the displacement
+        """Evaluates `objective` (default: the training loss) on `batch` at `weights + at`; arguments as `Query`."""
+        queries, at = (Query(batch, objective, at, grad, track),), None  # this frame must not keep the displacement
         return self.ask(queries)[0]
 
     def averaged(self, value: Tensor, count: Count) -> tuple[Tensor, Count]:
-        """The value and count of answers for this rank's batch as those of the batches that it is a part of."""
+        """Returns the value and count of this rank's answer, averaged over the ranks if the scope is global."""
         return value, count
 
     def agree(self, what: str, number: int) -> None:  # noqa: B027 - one rank agrees with itself
-        """Make sure that all ranks whose batches are the parts of one have the same `number` of `what`.
+        """Checks that all ranks that share a batch have the same `number` of `what`.
 
         Raises:
-            ValueError: they do not, and would wait for each other for ever.
+            ValueError: the numbers differ, which would make the ranks wait for each other forever.
         """
 
     def shifted(self, by: Vector, *, track: bool = False) -> Oracle:
-        """The same oracle, centred at `weights + by` (random smoothing, landscapes).
+        """Returns the same oracle, centred at `weights + by` (random smoothing, loss landscapes).
 
         Args:
             by: the displacement.
-            track: whether a query at the new centre moves running statistics, as one at the weights does.
+            track: whether a query at the new centre updates running statistics, as one at the weights does.
         """
         return View(self, by=by, track=track)
 
     def without_tracking(self) -> Oracle:
-        """The same oracle, where no query moves running statistics, because they have moved already."""
+        """Returns the same oracle, whose queries do not update running statistics: an earlier query has done so."""
         return View(self, never_track=True)
 
     def within(self, part: str, step: int | None = None) -> Oracle:
-        """The same oracle for a part of a method, with a state of its own: two parts never share what they remember.
+        """Returns the same oracle for a part of a method, with its own state: two parts never share state.
 
         Args:
-            part: the name of the part, under which its state is kept.
-            step: how often the part was called before; by default as often as the whole.
+            part: name of the part, the key of its state.
+            step: number of earlier calls of the part. Default: that of the whole method.
         """
         self.state[part] = own = dict(self.state.get(part, {}))  # a copy: see `state`
         return View(self, state=own, step=step)
 
 
 class View(Oracle):
-    """Another oracle with another centre, other statistics or another state.
+    """A view of another oracle, with another centre, other tracking of running statistics, or another state.
 
-    To watch an oracle, override `ask` in a subclass.
+    To observe the queries of an oracle, override `ask` in a subclass.
 
     Args:
-        oracle: the one below.
+        oracle: the underlying oracle.
         by: displacement of the centre.
-        track: whether queries at a displaced centre move running statistics.
-        never_track: whether no query moves running statistics.
-        state: what the method remembers, by default that of the oracle below.
-        step: by default that of the oracle below.
+        track: whether queries at a displaced centre update running statistics.
+        never_track: if True, no query updates running statistics.
+        state: state of the method. Default: that of the underlying oracle.
+        step: step counter. Default: that of the underlying oracle.
     """
 
     def __init__(
@@ -183,7 +218,7 @@ class View(Oracle):
 
     @property
     def below(self) -> Oracle:
-        """The oracle that this is a view of."""
+        """The underlying oracle."""
         return self._oracle
 
     @property
@@ -234,14 +269,14 @@ class View(Oracle):
         return self._oracle.ask([self._seen_below(query) for query in queries])
 
     def _seen_below(self, query: Query) -> Query:
-        """The query as the oracle below understands it; takes the displacement out of `query`."""
+        """Translates a query for the underlying oracle; takes the displacement out of `query`."""
         if self._by is None and not self._never_track:
             return query
         track = query.track
         if self._never_track:
             track = False
         elif track is None and self._by is not None:
-            # To the oracle below, a query at this centre is one somewhere else: what that means is decided here.
+            # For the underlying oracle a query at this centre is displaced, so its default would be wrong.
             track = self._track and not query.displaced
         at = query.take()
         if self._by is not None:

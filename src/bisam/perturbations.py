@@ -1,20 +1,23 @@
-"""Perturbations: from an ascent gradient to a displacement of the weights.
+"""Perturbations: functions from an ascent gradient to a displacement of the weights.
 
-A geometry, which has the radius:
+A geometry defines the radius:
 
-    L2(0.05)                                                    # SAM: the Euclidean ball
-    L2(Cosine(0.05, 0.0, steps=10_000))                         # any radius may be a schedule
-    Adaptive(2.0)                                               # ASAM as most ports have it: all parameters, eta = 0
-    Adaptive(0.5, eta=0.01, where=lambda name, w: "weight" in name)     # ASAM as its authors have it
+    >>> from bisam.schedules import Cosine
+    >>> sam = L2(0.05)                                              # SAM: the Euclidean ball
+    >>> annealed = L2(Cosine(0.05, 0.0, steps=10_000))              # a radius may be a schedule
+    >>> asam = Adaptive(2.0)                                        # ASAM as in most ports: all parameters, eta = 0
+    >>> authors = Adaptive(0.5, eta=0.01, where=lambda name, w: "weight" in name)    # ASAM as its authors use it
 
-and around it what is done to the gradient before, or to the displacement after:
+Other perturbations contain a geometry. They change the gradient before it, or the displacement after it:
 
-    Friendly(L2(0.05))                                          # F-SAM: without the average gradient
-    NormLayers(Adaptive(2.0))                                   # SAM-ON, on ASAM's neighbourhood
-    RandomMask(Friendly(L2(0.05)), beta=0.5)                    # see masks.py
+    >>> from bisam.masks import RandomMask
+    >>> friendly = Friendly(L2(0.05))                               # F-SAM: without the average gradient
+    >>> norm_layers = NormLayers(Adaptive(2.0))                     # SAM-ON in the neighbourhood of ASAM
+    >>> masked = RandomMask(Friendly(L2(0.05)), beta=0.5)           # see masks.py
 
-A perturbation is any callable `(gradient, oracle) -> displacement`; a zero gradient gives a zero displacement. What it
-remembers between steps is in `oracle.state`. Wherever a perturbation is taken, a radius `rho` stands for `L2(rho)`.
+A perturbation is any callable `(gradient, oracle) -> displacement`; a zero gradient gives a zero displacement. The
+state that it keeps between steps is in `oracle.state`. Every argument that takes a perturbation also takes a radius
+`rho`, which means `L2(rho)`.
 """
 
 from __future__ import annotations
@@ -37,23 +40,32 @@ from bisam.validation import instance, non_negative, portion, positive, share
 from bisam.vector import TINY, Vector
 
 Perturbation = Callable[[Vector, Oracle], Vector]
-"""`(gradient, oracle) -> displacement`."""
+"""A function `(gradient, oracle) -> displacement`."""
 
 _NORM = re.compile(r"((^|[._])bn|norm)\d*([._]|$)")
 
 
 @dataclass(frozen=True)
 class L2:
-    """e = rho g/||g||, which maximises a linear function on a ball (Foret et al., 2021).
+    """The Euclidean ball: e = rho g/||g||, which maximises a linear function on it (Foret et al., 2021).
 
     Source: https://arxiv.org/abs/2010.01412, eq. 2.
 
     Args:
-        rho: radius, >= 0, or a schedule; 0 turns SAM into its base optimizer.
+        rho: radius, >= 0, a number or a schedule; with 0 SAM is its base optimizer.
 
     Raises:
         TypeError: `rho` is neither a number nor a schedule.
         ValueError: `rho` is negative or not finite.
+
+    Example:
+        >>> import torch
+        >>> from bisam import L2, ModelOracle, Vector, cross_entropy
+        >>> oracle = ModelOracle(torch.nn.Linear(2, 2, bias=False), cross_entropy)
+        >>> gradient = Vector([torch.tensor([[3.0, 0.0], [0.0, 4.0]])])
+        >>> L2(0.5)(gradient, oracle).tensors[0]
+        tensor([[0.3000, 0.0000],
+                [0.0000, 0.4000]])
     """
 
     rho: Radius
@@ -62,27 +74,36 @@ class L2:
         schedules.check("rho", self.rho)
 
     def __call__(self, gradient: Vector, oracle: Oracle) -> Vector:
-        """The displacement of length rho along `gradient`."""
+        """Returns the displacement of length rho along `gradient`."""
         return gradient * (schedules.at(self.rho, oracle.step) / (gradient.norm() + TINY))
 
 
 @dataclass(frozen=True)
 class Adaptive:
-    """e = rho T^2 g/||T g|| with T = |w| + eta: an ellipsoid that follows the weights' scale (Kwon et al., 2021).
+    """The ellipsoid of ASAM: e = rho T^2 g/||T g|| with T = |w| + eta, scales with the weights (Kwon et al., 2021).
 
-    Source: https://arxiv.org/abs/2102.11600. The authors' code applies T where a parameter's name contains "weight"
-    (norm layers included) and the identity elsewhere, with rho 0.5 and eta 0.01:
-    `Adaptive(0.5, eta=0.01, where=lambda name, w: "weight" in name)`. The popular port applies it to all parameters,
-    eta = 0: `Adaptive(rho)`, where rho 2.0 is a common choice. BiSAM's authors use the port.
+    Source: https://arxiv.org/abs/2102.11600. The authors' code applies T to parameters whose name contains "weight"
+    (including those of normalisation layers) and the identity to all others, with rho 0.5 and eta 0.01:
+    `Adaptive(0.5, eta=0.01, where=lambda name, w: "weight" in name)`. The most used port applies T to all parameters
+    with eta = 0: `Adaptive(rho)`, for which rho 2.0 is a common choice. The authors of BiSAM use the port.
 
     Args:
-        rho: radius, >= 0, in units of the weights, or a schedule.
-        eta: added to |w|, >= 0, so that weights near zero move too.
-        where: `(name, weight) -> bool`, the parameters that T scales; None for all.
+        rho: radius, >= 0, in units of the weights, a number or a schedule.
+        eta: added to |w|, >= 0, so that weights near zero are perturbed too.
+        where: `(name, weight) -> bool`, selects the parameters that T scales. Default: all.
 
     Raises:
-        TypeError: `rho` is neither a number nor a schedule.
+        TypeError: `rho` is neither a number nor a schedule, or `eta` is not a number.
         ValueError: `rho` or `eta` is negative or not finite.
+
+    Example:
+        >>> import torch
+        >>> from bisam import Adaptive, ModelOracle, Vector, cross_entropy
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = model.weight.data.copy_(torch.tensor([[1.0, -2.0]]))
+        >>> gradient = Vector([torch.tensor([[3.0, 2.0]])])
+        >>> Adaptive(0.5)(gradient, ModelOracle(model, cross_entropy)).tensors[0]    # T g = (3, 4), T^2 g = (3, 8)
+        tensor([[0.3000, 0.8000]])
     """
 
     rho: Radius
@@ -94,7 +115,7 @@ class Adaptive:
         non_negative("eta", self.eta)
 
     def __call__(self, gradient: Vector, oracle: Oracle) -> Vector:
-        """The displacement that is of length rho in the metric of T."""
+        """Returns the displacement that has length rho in the metric of T."""
         rho = schedules.at(self.rho, oracle.step)
         t = oracle.weights.abs()
         if self.eta:
@@ -109,18 +130,18 @@ class Adaptive:
 
 @dataclass(frozen=True)
 class LossEquated:
-    """e = r g/||g|| with r = min(sigma/||g||, rho_max): a fixed rise of the loss, to first order (Wang et al., 2026).
+    """A given increase of the loss to first order: e = r g/||g||, r = min(sigma/||g||, rho_max) (Wang et al., 2026).
 
-    The geometry of LE-SAM, https://arxiv.org/abs/2605.10183, as third parties write it. `sigma` is annealed to 0 on a
-    cosine over the final epochs: `Cosine(sigma, 0.0, steps=..., begin=...)`. The authors' values of `sigma` and
-    `rho_max` were not found in a public source: the defaults here are ours.
+    The geometry of LE-SAM, https://arxiv.org/abs/2605.10183, as third parties describe it. `sigma` is annealed to 0
+    along a cosine over the final epochs: `Cosine(sigma, 0.0, steps=..., begin=...)`. The authors' values of `sigma` and
+    `rho_max` were not found in a public source; the defaults are this library's.
 
     Args:
-        sigma: rise of the loss, >= 0, or a schedule.
+        sigma: increase of the loss, >= 0, a number or a schedule.
         rho_max: largest radius, > 0.
 
     Raises:
-        TypeError: `sigma` is neither a number nor a schedule.
+        TypeError: `sigma` is neither a number nor a schedule, or `rho_max` is not a number.
         ValueError: an argument is outside its range.
     """
 
@@ -132,13 +153,13 @@ class LossEquated:
         positive("rho_max", self.rho_max)
 
     def __call__(self, gradient: Vector, oracle: Oracle) -> Vector:
-        """The displacement along `gradient` that is worth sigma, or as much as rho_max is."""
+        """Returns the displacement along `gradient` that increases the loss by sigma, of length rho_max at most."""
         norm = gradient.norm() + TINY
         return gradient * ((schedules.at(self.sigma, oracle.step) / norm).clamp_max(self.rho_max) / norm)
 
 
 def is_radius(value: Any) -> bool:
-    """Whether a value is a radius: a number, or a schedule, which takes the step alone."""
+    """Whether a value is a radius: a number, or a schedule (a callable with one required argument, the step)."""
     if isinstance(value, Real):
         return True
     if isinstance(value, type) or not callable(value):
@@ -153,10 +174,10 @@ def is_radius(value: Any) -> bool:
 
 
 def geometry(value: Perturbation | Radius) -> Perturbation:
-    """The perturbation itself, or the L2 ball of a radius.
+    """Returns a perturbation unchanged, and a radius as an `L2` ball.
 
     Raises:
-        TypeError: it is neither a perturbation nor a radius.
+        TypeError: the value is neither a perturbation nor a radius.
         ValueError: the radius is negative or not finite.
     """
     if is_radius(value):
@@ -169,13 +190,14 @@ def geometry(value: Perturbation | Radius) -> Perturbation:
 
 @dataclass(frozen=True)
 class Around:
-    """Base of perturbations with another one inside.
+    """Base class of perturbations that contain another perturbation.
 
     Args:
-        perturb: the perturbation inside, or a radius.
+        perturb: the inner perturbation, or a radius `rho`, which means `L2(rho)`.
 
     Raises:
-        TypeError: it is neither.
+        TypeError: `perturb` is neither.
+        ValueError: the radius is negative or not finite.
     """
 
     perturb: Perturbation | Radius = field(default=L2(0.05))
@@ -184,21 +206,21 @@ class Around:
         object.__setattr__(self, "perturb", geometry(self.perturb))
 
     def inner(self, gradient: Vector, oracle: Oracle) -> Vector:
-        """The displacement of the perturbation inside."""
+        """Returns the displacement of the inner perturbation."""
         return cast(Perturbation, self.perturb)(gradient, oracle.within("perturb"))
 
 
 @dataclass(frozen=True)
 class Friendly(Around):
-    """Along d = g - sigma m, the part of the gradient that is particular to the batch (Li et al., 2024).
+    """F-SAM: perturbs along d = g - sigma m, the part of the gradient that is specific to the batch (Li et al., 2024).
 
-    m is a running average of the gradient, m <- lam m + (1 - lam) g after each use; at the first step m = g and d = g.
-    The ascent of F-SAM, https://arxiv.org/abs/2403.12350.
+    Source: https://arxiv.org/abs/2403.12350. m is a running average of the gradient, m <- lam m + (1 - lam) g after
+    each use; at the first step m = g and d = g.
 
     Args:
-        perturb: from d to the displacement.
-        sigma: share of the average that is taken away, >= 0; 0 is SAM.
-        lam: memory of the average, in [0, 1]; the authors use 0.6 to 0.95.
+        perturb: perturbation that is applied to d, or a radius `rho`, which means `L2(rho)`.
+        sigma: factor of the average that is subtracted, >= 0; 0 is SAM.
+        lam: decay of the average, in [0, 1]; the authors use 0.6 to 0.95.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -215,7 +237,7 @@ class Friendly(Around):
         share("lam", self.lam, zero=True)
 
     def __call__(self, gradient: Vector, oracle: Oracle) -> Vector:
-        """The displacement for the gradient without its average."""
+        """Returns the displacement for the gradient without its average."""
         m: Vector | None = oracle.state.get("m")
         oracle.state["m"] = gradient if m is None else m * self.lam + gradient * (1 - self.lam)
         return self.inner(gradient if m is None else gradient - m * self.sigma, oracle)
@@ -223,12 +245,12 @@ class Friendly(Around):
 
 @dataclass(frozen=True)
 class Smoothed(Around):
-    """Along a running average d <- (1 - theta) d + theta g, which has less variance (Li and Giannakis, 2023).
+    """VaSSO: perturbs along a running average of the gradient, d <- (1 - theta) d + theta g (Li and Giannakis, 2023).
 
-    The ascent of VaSSO, https://arxiv.org/abs/2309.15639. At the first step d = g.
+    Source: https://arxiv.org/abs/2309.15639. The average has a lower variance than g. At the first step d = g.
 
     Args:
-        perturb: from d to the displacement.
+        perturb: perturbation that is applied to d, or a radius `rho`, which means `L2(rho)`.
         theta: weight of the new gradient, in (0, 1]; 1 is SAM.
 
     Raises:
@@ -244,7 +266,7 @@ class Smoothed(Around):
         share("theta", self.theta)
 
     def __call__(self, gradient: Vector, oracle: Oracle) -> Vector:
-        """The displacement for the averaged gradient."""
+        """Returns the displacement for the averaged gradient."""
         d: Vector | None = oracle.state.get("d")
         d = gradient if d is None else d * (1 - self.theta) + gradient * self.theta
         oracle.state["d"] = d
@@ -253,15 +275,15 @@ class Smoothed(Around):
 
 @dataclass(frozen=True)
 class ZScore(Around):
-    """Along the entries of the gradient that stand out from their tensor (Yun, 2025): |z| in the top share `keep`.
+    """ZSharp: perturbs along the entries of the gradient with the largest |z|, the top share `keep` (Yun, 2025).
 
-    The ascent of ZSharp, https://arxiv.org/abs/2505.02369. z is the entry less the mean of its tensor, by the tensor's
-    standard deviation. Tensors of fewer than two dimensions (biases, norm layers) are kept whole, as in the authors'
-    code; theirs then gives each tensor a radius of its own, the paper and this class one to all.
+    Source: https://arxiv.org/abs/2505.02369. z is the entry minus the mean of its tensor, divided by the standard
+    deviation of the tensor. Tensors with fewer than two dimensions (biases, normalisation layers) are kept whole, as in
+    the authors' code. That code gives each tensor its own radius; the paper and this class use one radius for all.
 
     Args:
-        perturb: from the filtered gradient to the displacement.
-        keep: share of each tensor's entries that are kept, rounded up, in (0, 1]; 1 is SAM, the authors use 0.05.
+        perturb: perturbation that is applied to the filtered gradient, or a radius `rho`, which means `L2(rho)`.
+        keep: share of the entries of each tensor that are kept, rounded up, in (0, 1]; 1 is SAM; the authors use 0.05.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -275,39 +297,39 @@ class ZScore(Around):
         share("keep", self.keep)
 
     def __call__(self, gradient: Vector, oracle: Oracle) -> Vector:
-        """The displacement for the entries that stand out."""
+        """Returns the displacement for the filtered gradient."""
         if self.keep == 1:
             return self.inner(gradient, oracle)
         kept = gradient.each(lambda g: g if g.dim() < 2 or not g.numel() else g * self._outstanding(g))
         return self.inner(gradient.like(kept.tensors, gradient.holes), oracle)
 
     def _outstanding(self, g: Tensor) -> Tensor:
-        distance = (g - g.mean()).abs()  # |z| but for a factor, and its order is what counts
+        distance = (g - g.mean()).abs()  # |z| up to a factor, which does not change the order
         kept = portion(self.keep, g.numel())  # not kthvalue, which has no deterministic implementation on a GPU
         return distance >= distance.flatten().topk(kept).values[-1]
 
 
 @dataclass(frozen=True)
 class NormLayers(Around):
-    """Along the gradient of the normalisation layers alone (Mueller et al., 2023).
+    """SAM-ON: perturbs along the gradient of the normalisation layers only (Mueller et al., 2023).
 
-    The ascent of SAM-ON, https://arxiv.org/abs/2306.04226; the radius is that of the part. A parameter belongs to a
-    normalisation layer if the class of its module has "norm" in its name (all of torch's, timm's and Hugging Face's),
-    or a part of its own name begins or ends with "norm" or "bn", as in `layer1.0.bn2.weight`. The authors' rule is the
-    name alone, with "norm" or "bn" anywhere in it, where "subnet" would count.
+    Source: https://arxiv.org/abs/2306.04226. The displacement of these layers has the full radius. A parameter belongs
+    to a normalisation layer if the class name of its module contains "norm" (as those of torch, timm and Hugging Face
+    do), or if a component of its own name begins or ends with "norm" or "bn", as in `layer1.0.bn2.weight`. The authors
+    use the parameter's name only, with "norm" or "bn" anywhere in it, which also matches "subnet".
 
     Args:
-        perturb: from the part of the gradient to the displacement.
+        perturb: perturbation that is applied to this part of the gradient, or a radius `rho`, which means `L2(rho)`.
 
     Raises:
-        TypeError: `perturb` is no perturbation.
+        TypeError: `perturb` is neither a perturbation nor a radius.
 
-    Called, it raises:
-        ValueError: the model has no normalisation layer.
+    Raises when called:
+        ValueError: the model has no trainable normalisation layer.
     """
 
     def __call__(self, gradient: Vector, oracle: Oracle) -> Vector:
-        """The displacement of the normalisation layers."""
+        """Returns the displacement of the normalisation layers."""
         labels = zip(oracle.layers, oracle.names, strict=True)
         norms = ["norm" in layer.lower() or bool(_NORM.search(name.lower())) for layer, name in labels]
         if not any(norms):
@@ -316,5 +338,5 @@ class NormLayers(Around):
                 "Adaptive, with a where=, or name your layers' class ...Norm"
             )
         zeros = gradient.like([g if n else torch.zeros_like(g) for n, g in zip(norms, gradient, strict=True)])
-        # The displacement of a geometry is 0 where the gradient is; only what is around it may move the rest.
+        # A geometry gives a zero displacement where the gradient is zero; other perturbations may not.
         return self.inner(gradient.where(norms, zeros), oracle)

@@ -1,12 +1,15 @@
-"""Schedules: a radius over the steps of training, where a number is not enough.
+"""Schedules: a radius that changes over the steps of training, where a constant is not enough.
 
-    L2(Linear(0.6, 0.1, steps=10_000))                       # from 0.6 down to 0.1, and 0.1 from then on
-    L2(Warmup(0.05, steps=500))                              # from nothing up to 0.05
-    L2(Follow(optimizer, high=0.6, low=0.1))                 # as the learning rate goes: GSAM
-    LossEquated(Cosine(0.1, 0.0, steps=2_000, begin=8_000))  # constant, then to 0 in the last 2,000 steps
+    >>> from bisam import L2
+    >>> from bisam.perturbations import LossEquated
+    >>> linear = L2(Linear(0.6, 0.1, steps=10_000))                # from 0.6 down to 0.1, then constant
+    >>> warmup = L2(Warmup(0.05, steps=500))                       # from 0 up to 0.05
+    >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+    >>> gsam = L2(Follow(optimizer, high=0.6, low=0.1))            # follows the learning rate, as in GSAM
+    >>> late = LossEquated(Cosine(0.1, 0.0, steps=2_000, begin=8_000))    # constant, then to 0 over 2,000 steps
 
-A schedule is any callable from a step to a radius. Steps are calls of the method that the schedule belongs to: losses
-computed before, so micro-batches under accumulation, and inside `Every(5, ...)` every fifth of them.
+A schedule is any callable from a step to a radius. A step is a call of the method that the schedule belongs to: under
+gradient accumulation each micro-batch is a step, and inside `Every(5, ...)` every fifth of them.
 """
 
 from __future__ import annotations
@@ -22,23 +25,23 @@ from torch import Tensor
 from bisam.validation import non_negative, whole
 
 Schedule = Callable[[int], float | Tensor]
-"""From a step to a value: a number, or a tensor of no dimensions."""
+"""A function from a step to a value, which is a number or a 0-dimensional tensor."""
 
 Radius = float | Schedule
-"""A number, or a schedule."""
+"""A number or a schedule."""
 
 
 def at(radius: Radius, step: int) -> float | Tensor:
-    """The value of a number or a schedule at a step."""
+    """Returns the value of a number or a schedule at a step."""
     return radius(step) if callable(radius) else radius
 
 
 def check(name: str, radius: Any) -> None:
-    """Refuse what is neither a non-negative finite number nor a schedule of such.
+    """Checks that a radius is a finite number >= 0 or a schedule that returns one.
 
     Raises:
-        TypeError: it is neither; with the name and the value.
-        ValueError: the number, or the schedule's first value, is negative or not finite.
+        TypeError: it is neither; the message shows the name and the value.
+        ValueError: the number, or the first value of the schedule, is negative or not finite.
     """
     if isinstance(radius, type):
         raise TypeError(f"{name} is the class {radius.__name__}, not an instance: write {radius.__name__}(...)")
@@ -48,20 +51,21 @@ def check(name: str, radius: Any) -> None:
         first: Any = radius(0)
     except TypeError as error:
         raise TypeError(f"{name} must be a number or a schedule, step -> number, got {radius!r}") from error
-    if not isinstance(first, Tensor):  # a tensor may be on a device, which would have to be waited for
+    if not isinstance(first, Tensor):  # reading a tensor may synchronise with its device
         non_negative(f"{name} at step 0", first)
     return None
 
 
 @dataclass(frozen=True)
 class Constant:
-    """The same value at every step.
+    """A schedule with the same value at every step.
 
     Args:
         value: >= 0.
 
     Raises:
-        ValueError: it is negative or not finite.
+        TypeError: `value` is not a number.
+        ValueError: `value` is negative or not finite.
     """
 
     value: float
@@ -70,22 +74,22 @@ class Constant:
         non_negative("value", self.value)
 
     def __call__(self, step: int) -> float:
-        """The value."""
+        """Returns the value."""
         return self.value
 
 
 @dataclass(frozen=True)
 class Linear:
-    """From `start` to `end` on a straight line, and `end` from then on.
+    """A schedule that changes linearly from `start` to `end` and is constant afterwards.
 
     Args:
         start: value until step `begin`, >= 0.
         end: value from step `begin + steps` on, >= 0.
-        steps: length of the way, >= 1.
-        begin: first step of the way, >= 0.
+        steps: length of the change in steps, >= 1.
+        begin: first step of the change, >= 0.
 
     Raises:
-        TypeError: `steps` or `begin` is no int.
+        TypeError: `steps` or `begin` is not an int.
         ValueError: an argument is outside its range.
     """
 
@@ -101,7 +105,7 @@ class Linear:
         whole("begin", self.begin, least=0)
 
     def __call__(self, step: int) -> float:
-        """The value at a step."""
+        """Returns the value at a step."""
         way = self._way(min(max((step - self.begin) / self.steps, 0.0), 1.0))
         return self.start * (1 - way) + self.end * way
 
@@ -111,7 +115,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Cosine(Linear):
-    """From `start` to `end` on half a cosine, and `end` from then on; arguments as `Linear`."""
+    """A schedule that follows half a cosine from `start` to `end` and is constant afterwards; arguments as `Linear`."""
 
     def _way(self, time: float) -> float:
         return (1 - math.cos(math.pi * time)) / 2
@@ -119,14 +123,14 @@ class Cosine(Linear):
 
 @dataclass(frozen=True)
 class Warmup:
-    """`radius`, which grows to its full size over the first `steps` steps.
+    """A schedule that multiplies a radius by a factor that grows linearly to 1 over the first `steps` steps.
 
     Args:
         radius: a number or a schedule.
-        steps: length of the warm-up, >= 1; the first step has 1 / `steps` of the radius, step number `steps` all of it.
+        steps: length of the warm-up, >= 1; the factor is 1 / `steps` at the first step and 1 at step number `steps`.
 
     Raises:
-        TypeError: `radius` is neither a number nor a schedule, or `steps` no int.
+        TypeError: `radius` is neither a number nor a schedule, or `steps` is not an int.
         ValueError: an argument is outside its range.
     """
 
@@ -138,28 +142,28 @@ class Warmup:
         whole("steps", self.steps)
 
     def __call__(self, step: int) -> float | Tensor:
-        """The value at a step."""
+        """Returns the value at a step."""
         return at(self.radius, step) * min(1.0, (step + 1) / self.steps)
 
 
 @dataclass(frozen=True)
 class Follow:
-    """A radius that follows an optimizer's learning rate on a straight line (Zhuang et al., 2022).
+    """A radius that is a linear function of the learning rate of an optimizer (Zhuang et al., 2022).
 
-    radius = low + (high - low) (lr - lr_low) / (lr_high - lr_low); with `low` and `lr_low` 0 it is proportional to the
-    learning rate. It is never negative. The schedule of GSAM, https://arxiv.org/abs/2203.08065.
+    radius = low + (high - low) (lr - lr_low) / (lr_high - lr_low), and at least 0. With `low` and `lr_low` 0 it is
+    proportional to the learning rate. The schedule of GSAM, https://arxiv.org/abs/2203.08065.
 
     Args:
-        optimizer: whose first parameter group has the learning rate; any learning-rate scheduler may drive it.
+        optimizer: the learning rate is that of its first parameter group; any learning-rate scheduler may change it.
         high: radius at `lr_high`, >= 0.
         low: radius at `lr_low`, >= 0.
-        lr_high: the largest learning rate; by default the peak that a scheduler has noted in the group, else the
-            present one.
-        lr_low: the smallest learning rate.
+        lr_high: largest learning rate. Default: the peak that a scheduler has stored in the group (`max_lr` or
+            `initial_lr`), else the learning rate at construction.
+        lr_low: smallest learning rate.
 
     Raises:
         TypeError: `optimizer` has no parameter groups.
-        ValueError: `high` or `low` is negative, or the learning rates are the same.
+        ValueError: `high` or `low` is negative, or the learning rates are equal.
     """
 
     optimizer: Any
@@ -182,7 +186,7 @@ class Follow:
             raise ValueError(f"the largest and the smallest learning rate must differ, got {self._peak!r} for both")
 
     def __call__(self, step: int) -> float | Tensor:
-        """The value at the present learning rate."""
+        """Returns the value at the present learning rate."""
         share = (self._group["lr"] - self.lr_low) / (self._peak - self.lr_low)
         radius = self.low + (self.high - self.low) * (share.detach() if isinstance(share, torch.Tensor) else share)
         return radius.clamp_min(0) if isinstance(radius, torch.Tensor) else max(radius, 0.0)  # a warm-up below lr_low
@@ -191,7 +195,7 @@ class Follow:
     def _peak(self) -> float:
         if self.lr_high is not None:
             return self.lr_high
-        group = self._group  # asked each time: the scheduler may be made after this
+        group = self._group  # read each time: the scheduler may be created after this object
         return float(group.get("max_lr", group.get("initial_lr", self._first)))
 
     @property

@@ -1,7 +1,8 @@
-"""State: what a method remembers between steps, how it is saved and restored, and kept clean of overflows.
+"""State: saving, restoring and checking the state that a method keeps between steps.
 
-A method writes numbers, tensors and Vectors into `oracle.state`. On its way to a file a Vector is a list of tensors, so
-that `torch.load(weights_only=True)` takes it; on its way back it is checked against the method and the model at hand.
+A method writes numbers, tensors and Vectors into `oracle.state`. `save` converts each Vector to a list of tensors, so
+that `torch.load(weights_only=True)` can read the file. `load` converts them back and checks that they belong to the
+method and the model.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _VECTOR, _TUPLE = "__vector__", "__tuple__"
 
 
 def kind(method: Any) -> str:
-    """Whose memory it is: the classes that remember, and where in the nest, as `KSAM(method=LookSAM)`."""
+    """Returns the names of the stateful classes in a method and their place in the nest, as `KSAM(method=LookSAM)`."""
     method = unwrapped(method)
     parts = {f.name: getattr(method, f.name) for f in fields(method)} if is_dataclass(method) else {}
     inner = ", ".join(f"{name}={kind(part)}" for name, part in parts.items() if stateful(part))
@@ -33,21 +34,21 @@ def kind(method: Any) -> str:
 
 
 def laid_out(state: State, layout: Layout = WHOLE) -> State:
-    """The same memory, with its Vectors in another layout: between steps it holds no process groups."""
+    """Returns the same state with its Vectors in another layout: between steps the state holds no process groups."""
     return tree_map_only(Vector, lambda v: Vector(v.tensors, v.holes, layout), state)
 
 
 def save(state: State, method: Any, layout: Layout = WHOLE) -> dict[str, Any]:
-    """The memory of `method` as a file takes it."""
+    """Returns the state of `method` in the form that is written to a file."""
     remembered = _without_empty(state if layout is WHOLE else laid_out(state, layout))
     return {"method": kind(method) if remembered else None, "state": _packed(remembered)}
 
 
 def load(saved: dict[str, Any], method: Any, parameters: Sequence[nn.Parameter]) -> State:
-    """The memory that `save` was given.
+    """Returns the state that was passed to `save`.
 
     Raises:
-        ValueError: it belongs to another method, or to another model.
+        ValueError: it belongs to another method or to another model.
     """
     if saved.get("method") and not saved["state"]:
         raise ValueError(
@@ -63,10 +64,10 @@ def load(saved: dict[str, Any], method: Any, parameters: Sequence[nn.Parameter])
 
 
 def check(state: State, weights: Vector) -> None:
-    """Make sure that what is remembered belongs to these weights.
+    """Checks that a state belongs to these weights.
 
     Raises:
-        ValueError: others are trained by now.
+        ValueError: the trainable parameters have changed.
     """
     shapes = [w.shape for w in weights]
     for leaf in tree_flatten(state)[0]:
@@ -78,11 +79,11 @@ def check(state: State, weights: Vector) -> None:
 
 
 def settled(new: State, old: State, overflow: Tensor | None) -> State:
-    """`new`, or `old` if a float16 gradient overflowed in the step: an average that took in a NaN would keep it.
+    """Returns `new`, or `old` if a float16 gradient overflowed in the step: a running average would keep the NaN.
 
     Args:
-        new: after the step.
-        old: before it.
+        new: state after the step.
+        old: state before the step.
         overflow: see `ModelOracle.overflow`.
     """
     if overflow is None or not _without_empty(new):
@@ -91,7 +92,7 @@ def settled(new: State, old: State, overflow: Tensor | None) -> State:
     (after, structure), (before, other) = tree_flatten(new), tree_flatten(old)
     if structure == other and all(_alike(a, b) for a, b in zip(after, before, strict=True)):
         return tree_unflatten([_chosen(bad, b, a) for a, b in zip(after, before, strict=True)], structure)
-    return old if bool(bad) else new  # waits for the device, in the few steps that change what is remembered
+    return old if bool(bad) else new  # synchronises, in the few steps that change the structure of the state
 
 
 def _alike(a: Any, b: Any) -> bool:
@@ -99,7 +100,7 @@ def _alike(a: Any, b: Any) -> bool:
         return True
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
-    plain = int | float | str | bytes | None  # others, such as arrays, may have no `==` that is a bool
+    plain = int | float | str | bytes | None  # `==` of other types, such as arrays, may not return a bool
     return a is b or (isinstance(a, plain) and type(a) is type(b) and a == b)
 
 
@@ -111,7 +112,7 @@ def _chosen(condition: Tensor, yes: Any, no: Any) -> Any:
 
 
 def _without_empty(state: State) -> State:
-    """Without the parts of the method that remember nothing."""
+    """Removes the parts of the method that have no state."""
     parts = {k: _without_empty(cast(State, v)) if isinstance(v, dict) else v for k, v in state.items()}
     return {k: v for k, v in parts.items() if not (isinstance(v, dict) and not v)}
 
@@ -131,12 +132,12 @@ def _packed(state: Any) -> Any:
 
 
 def _compact(tensor: Tensor) -> Tensor:
-    """A file takes all the memory that a tensor is a view of: a slice of a data set would bring the data set."""
+    """Copies a tensor that is a view of a larger storage, because `torch.save` writes the whole storage."""
     return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
 
 
 def _unpacked(state: Any, parameters: Sequence[nn.Parameter]) -> Any:
-    # Copies: the caller may go on using the dictionary, as with a module's own state.
+    # Copies, as torch does for the state of a module: the caller may still use the dictionary.
     if isinstance(state, Tensor):
         return state.to(parameters[0].device, copy=True)
     if isinstance(state, list):
@@ -161,7 +162,7 @@ def _unpacked(state: Any, parameters: Sequence[nn.Parameter]) -> Any:
 
 
 def _here(i: int, tensor: Any, parameter: Any, shards: ShardedLayout | None) -> Tensor:
-    """The part of what a checkpoint has of a parameter that belongs here, also if it was shared by other ranks."""
+    """Returns this rank's part of a saved tensor, also if it was saved with another sharding."""
     if isinstance(tensor, dtensor_type()):
         alike = (tensor.device_mesh, tensor.placements) == (
             getattr(parameter, "device_mesh", None),

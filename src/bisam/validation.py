@@ -1,4 +1,4 @@
-"""Validation: refuse what would fail late or silently, where it is given; messages show the value and the remedy."""
+"""Validation: checks of arguments that would fail late or silently; messages show the value and the remedy."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 def positive(name: str, value: Any) -> None:
-    """Refuse a hyper-parameter that is not a positive finite number.
+    """Checks that a hyper-parameter is a positive finite number.
 
     Raises:
-        TypeError: it is no number; with the name and the value.
+        TypeError: it is not a number; the message shows the name and the value.
         ValueError: it is not positive or not finite.
     """
     number(name, value)
@@ -22,20 +22,20 @@ def positive(name: str, value: Any) -> None:
 
 
 def number(name: str, value: Any) -> None:
-    """Refuse a hyper-parameter that is no real number.
+    """Checks that a hyper-parameter is a real number.
 
     Raises:
-        TypeError: with the name and the value.
+        TypeError: it is not; the message shows the name and the value.
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
 
 
 def finite(name: str, value: Any) -> None:
-    """Refuse a hyper-parameter that is no finite number.
+    """Checks that a hyper-parameter is a finite number.
 
     Raises:
-        TypeError: it is no number; with the name and the value.
+        TypeError: it is not a number; the message shows the name and the value.
         ValueError: it is not finite.
     """
     number(name, value)
@@ -44,10 +44,10 @@ def finite(name: str, value: Any) -> None:
 
 
 def non_negative(name: str, value: Any) -> None:
-    """Refuse a hyper-parameter that is negative or not finite.
+    """Checks that a hyper-parameter is a finite number >= 0.
 
     Raises:
-        TypeError: it is no number; with the name and the value.
+        TypeError: it is not a number; the message shows the name and the value.
         ValueError: it is negative or not finite.
     """
     number(name, value)
@@ -56,11 +56,11 @@ def non_negative(name: str, value: Any) -> None:
 
 
 def share(name: str, value: Any, *, zero: bool = False, one: bool = True) -> None:
-    """Refuse what is not in (0, 1], or in [0, 1] where `zero` is allowed, or in [0, 1) where `one` is not.
+    """Checks that a number is in (0, 1]; `zero` allows 0 and `one=False` excludes 1.
 
     Raises:
-        TypeError: it is no number; with the name and the value.
-        ValueError: it is outside; with the name and the value.
+        TypeError: it is not a number; the message shows the name and the value.
+        ValueError: it is outside the interval; the message shows the name and the value.
     """
     number(name, value)
     if not (0 <= value <= 1) or (value == 0 and not zero) or (value == 1 and not one):
@@ -68,16 +68,16 @@ def share(name: str, value: Any, *, zero: bool = False, one: bool = True) -> Non
 
 
 def portion(share: float, n: int) -> int:
-    """How many of n are a share of them, rounded up: at least 1 of them; 0.07 of 100 are 7, though 0.07 * 100 > 7."""
+    """Returns the share of n, rounded up, at least 1; 0.07 of 100 is 7, although 0.07 * 100 > 7 in floating point."""
     return min(n, max(1, math.ceil(share * n - 1e-9)))
 
 
 def whole(name: str, value: Any, least: int = 1) -> None:
-    """Refuse what is not a whole number of at least `least`.
+    """Checks that a number is an int of at least `least`.
 
     Raises:
-        TypeError: it is no int; with the name and the value.
-        ValueError: it is less; with the name and the value.
+        TypeError: it is not an int; the message shows the name and the value.
+        ValueError: it is less than `least`; the message shows the name and the value.
     """
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {value!r}")
@@ -86,10 +86,11 @@ def whole(name: str, value: Any, least: int = 1) -> None:
 
 
 def instance(name: str, value: Any, remedy: str, *also: type) -> None:
-    """Refuse a class where an instance is needed, and what cannot be called.
+    """Checks that a value is callable and not a class.
 
     Raises:
-        TypeError: with the name, the value and `remedy`, unless it is one of the types `also`.
+        TypeError: it is a class, or it is neither callable nor an instance of the types `also`; the message shows the
+            name, the value and `remedy`.
     """
     if isinstance(value, type):
         raise TypeError(f"{name} is the class {value.__name__}, not an instance: write {value.__name__}(...)")
@@ -98,11 +99,11 @@ def instance(name: str, value: Any, remedy: str, *also: type) -> None:
 
 
 def check_losses(losses: Any, targets: Any) -> None:
-    """Make sure that an objective returned a scalar, or one loss per example.
+    """Checks that an objective returned a scalar or one loss per example.
 
     Raises:
-        TypeError: it returned no floating-point tensor.
-        ValueError: its shape does not fit that of the targets.
+        TypeError: it did not return a floating-point tensor.
+        ValueError: its shape does not match the shape of the targets.
     """
     if not isinstance(losses, Tensor) or not losses.is_floating_point():
         raise TypeError(f"the loss must return a floating-point tensor, got {describe(losses)}")
@@ -116,7 +117,7 @@ def check_losses(losses: Any, targets: Any) -> None:
 
 
 def describe(value: Any) -> str:
-    """What a value is, for a message."""
+    """Describes a value for an error message."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)} and type {value.dtype}"
     return f"a tuple of {len(cast('tuple[Any, ...]', value))}" if isinstance(value, tuple) else type(value).__name__

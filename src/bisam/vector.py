@@ -1,15 +1,18 @@
-"""Vector: the trainable weights, a gradient or a displacement, as one object that adds and scales.
+"""Vector: the trainable weights, a gradient or a displacement, as one object with vector arithmetic.
 
-A network's parameters are a list of tensors; the papers write one letter. `Vector` closes the gap: `w + rho * g /
-g.norm()` is legal code, and each operation is one `_foreach` call, so its cost in launches does not grow with the
-number of tensors:
+The parameters of a network are a list of tensors; the papers write one letter. With `Vector`, `w + rho * g / g.norm()`
+is valid code. Each operation is one `_foreach` call, so the number of kernel launches does not grow with the number of
+tensors:
 
-    e = g * (0.05 / g.norm())       # two calls for the norm, one for the product
-    t = w.abs() + 0.01              # elementwise, with scalars
-    cosine = g.dot(h) / (g.norm() * h.norm())
+    >>> g = Vector([torch.tensor([3.0]), torch.tensor([[4.0]])])
+    >>> w = Vector([torch.tensor([1.0]), torch.tensor([[2.0]])])
+    >>> e = g * (0.05 / g.norm())                  # two calls for the norm, one for the product
+    >>> t = w.abs() + 0.01                         # elementwise, with scalars
+    >>> g.dot(w) / (g.norm() * w.norm())           # cosine similarity
+    tensor(0.9839)
 
-Vectors are values: no operation changes its operands. Where parameters are sharded over ranks a Vector holds the local
-parts, and its `layout` knows how they make up the whole: norms and inner products are those of the whole vector, and
+Vectors are values: no operation changes its operands. If parameters are sharded over ranks, a Vector holds the local
+parts, and its `layout` defines how they make up the whole. Norms and inner products are those of the whole vector and
 the same on all ranks.
 """
 
@@ -22,18 +25,18 @@ import torch
 from torch import Tensor
 
 Scalar = float | Tensor
-"""A Python number, or a tensor of no dimensions (which stays on its device: nothing waits for its value)."""
+"""A Python number, or a 0-dimensional tensor, which stays on its device: no synchronisation."""
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
 
 TINY = 1e-12
-"""Added to a norm that divides, as in every public SAM: keeps a zero gradient from dividing by zero."""
+"""Added to the norm in a divisor, as in every public implementation of SAM: prevents a division by zero."""
 
 _HALF = frozenset({torch.float16, torch.bfloat16})
 
 
 class Layout:
-    """How tensors that several ranks share are made of their parts. This one is for whole tensors on a single rank.
+    """How tensors that several ranks share are made of their parts. This class is for whole tensors on a single rank.
 
     All ranks call each method together.
 
@@ -47,31 +50,31 @@ class Layout:
         return "WHOLE" if self is WHOLE else f"{type(self).__name__}()"
 
     def total(self, parts: Tensor) -> Tensor:
-        """The sum over tensors and ranks of `parts` (n,), the sums over the local entries; of shape ()."""
+        """Returns the sum over tensors and ranks of `parts` (n,), the sums over the local entries; of shape ()."""
         return parts.sum()
 
     def whole(self, i: int, part: Tensor) -> Tensor:
-        """Tensor `i`, gathered from the parts."""
+        """Returns tensor `i`, gathered from the parts."""
         return part
 
     def part(self, i: int, whole: Tensor) -> Tensor:
-        """The local part of tensor `i`."""
+        """Returns the local part of tensor `i`."""
         return whole
 
     def empty(self, i: int, part: Tensor) -> Tensor:
-        """An uninitialised tensor of the shape of the whole tensor `i`, with the type and device of `part`."""
+        """Returns an uninitialised tensor of the shape of the whole tensor `i`, with the type and device of `part`."""
         return part
 
     def random(self, i: int, whole: Tensor) -> Tensor:
-        """The local part of tensor `i`, filled with random numbers that may differ between ranks before this call."""
+        """Returns the local part of tensor `i`, from random numbers `whole` that may differ between ranks."""
         return whole
 
     def from_first_rank(self, value: Tensor) -> Tensor:
-        """The value on the first rank."""
+        """Returns the value on the first rank."""
         return value
 
     def wrapped(self, i: int, part: Tensor) -> Tensor:
-        """Tensor `i` as parameters and checkpoints hold it, made of its local part."""
+        """Returns tensor `i` in the type that parameters and checkpoints have, made of its local part."""
         return part
 
 
@@ -82,14 +85,30 @@ WHOLE = Layout()
 class Vector:
     """A list of tensors with the arithmetic of one flat vector.
 
-    `holes` are positions that are zero by structure: parameters that a loss does not depend on, whose gradient autograd
-    leaves undefined. They hold zeros, take part in every operation, and are remembered where the result is still
-    structurally zero, so that an optimizer meets `grad is None` exactly where it would in a plain loop.
+    It supports `+`, `-`, `*`, `/` with another Vector of the same shapes (elementwise) or with a scalar, except that
+    `-` takes a Vector only. `holes` are positions that are zero by structure: parameters that a loss does not depend
+    on, whose gradient autograd leaves undefined. Their tensors are zeros and take part in every operation. A result
+    keeps the holes that are still structurally zero, so that an optimizer has `grad is None` exactly where it has in a
+    plain training loop.
 
     Args:
-        tensors: the parts, in the order of the model's trainable parameters; at least one.
+        tensors: the tensors, in the order of the model's trainable parameters; at least one.
         holes: positions of `tensors` that are structurally zero.
         layout: how whole tensors are made of these parts.
+
+    Example:
+        >>> import torch
+        >>> from bisam import Vector
+        >>> g = Vector([torch.tensor([3.0, 0.0]), torch.tensor([[4.0]])])
+        >>> g
+        Vector(2 tensors, 3 entries)
+        >>> g.norm()
+        tensor(5.)
+        >>> e = g * (0.5 / g.norm())
+        >>> e.tensors[0]
+        tensor([0.3000, 0.0000])
+        >>> g.dot(e)
+        tensor(2.5000)
     """
 
     __slots__ = ("holes", "layout", "tensors")
@@ -125,7 +144,7 @@ class Vector:
 
     def __truediv__(self, other: Vector | Scalar) -> Vector:
         if isinstance(other, Vector):
-            holes = self.holes - other.holes  # 0/0 is no zero
+            holes = self.holes - other.holes  # 0/0 is not zero
             return self._with(other, torch._foreach_div(self.tensors, other.tensors), holes)
         return self.like(torch._foreach_div(self.tensors, other), self.holes)
 
@@ -133,22 +152,22 @@ class Vector:
         return self.like(torch._foreach_neg(self.tensors), self.holes)
 
     def like(self, tensors: Tensors, holes: frozenset[int] = frozenset()) -> Vector:
-        """Other tensors of the same shapes, in the same layout."""
+        """Returns a Vector of other tensors of the same shapes, in the same layout."""
         return Vector(tensors, holes, self.layout)
 
     def _with(self, other: Vector, tensors: Tensors, holes: frozenset[int]) -> Vector:
         return Vector(tensors, holes, other.layout if self.layout is WHOLE else self.layout)
 
     def abs(self) -> Vector:
-        """Elementwise magnitude (real for complex entries)."""
+        """Returns the elementwise absolute value (real for complex entries)."""
         return self.like(torch._foreach_abs(self.tensors), self.holes)
 
     def sqrt(self) -> Vector:
-        """Elementwise square root."""
+        """Returns the elementwise square root."""
         return self.like(torch._foreach_sqrt(self.tensors), self.holes)
 
     def norm(self) -> Tensor:
-        """Euclidean norm of the whole vector: a real tensor of no dimensions, in float32 at least."""
+        """Returns the Euclidean norm of the whole vector: a real 0-dimensional tensor, in float32 or a wider type."""
         tensors, dtype = _wide(self.tensors)
         if self.layout is not WHOLE:
             norms = torch.stack(torch._foreach_norm(tensors, 2, dtype))
@@ -158,9 +177,10 @@ class Vector:
         return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors, 2, dtype)))
 
     def dot(self, other: Vector) -> Tensor:
-        """Inner product with `other` (its real part for complex entries), a tensor of no dimensions.
+        """Returns the inner product with `other` (its real part for complex entries), a 0-dimensional tensor.
 
-        A sum is the 1-norm of the positive entries less that of the negative ones: `_foreach` has a norm and no sum.
+        The sum is computed as the 1-norm of the positive entries minus that of the negative ones, because torch has a
+        `_foreach` norm and no `_foreach` sum.
         """
         products, dtype = _wide(torch._foreach_mul(as_real(self.tensors), as_real(other.tensors)))
         gain = torch._foreach_norm(torch._foreach_clamp_min(products, 0.0), 1, dtype)
@@ -169,62 +189,62 @@ class Vector:
         return self.layout.total(parts)
 
     def onto(self, other: Vector) -> Vector:
-        """The part of this vector along `other`: its projection, 0 where `other` is 0."""
+        """Returns the projection of this vector onto `other`, or 0 if `other` is 0."""
         squared = other.dot(other)
         return other * (self.dot(other) / squared.clamp_min(torch.finfo(squared.dtype).tiny))
 
     def clone(self) -> Vector:
-        """A copy with memory of its own, bit for bit."""
+        """Returns a bit-identical copy with its own memory."""
         return self.like(clone(self.tensors), self.holes)
 
     def where(self, mask: Sequence[bool], other: Vector) -> Vector:
-        """The parts of this vector where `mask` is true and those of `other` elsewhere; nothing is copied."""
+        """Returns the tensors of this vector where `mask` is true and those of `other` elsewhere, without copying."""
         tensors = [a if keep else b for keep, a, b in zip(mask, self.tensors, other.tensors, strict=True)]
         holes = frozenset(i for i, keep in enumerate(mask) if i in (self if keep else other).holes)
         return self._with(other, tensors, holes)
 
-    # For what elementwise operations and norms cannot express: functions of whole tensors, wherever their parts are.
+    # Functions of whole tensors, also if sharded: for operations that are neither elementwise nor norms.
 
     def whole(self) -> Vector:
-        """The whole tensors, gathered from all ranks if this vector is sharded."""
+        """Returns the whole tensors, gathered from all ranks if this vector is sharded."""
         if not self.layout.sharded:
             return self
         return Vector([self.layout.whole(i, t) for i, t in enumerate(self.tensors)], self.holes)
 
     def part(self, whole: Vector) -> Vector:
-        """The local part of `whole`, which is the same on all ranks."""
+        """Returns the local part of `whole`, which is the same on all ranks."""
         return self.like([self.layout.part(i, t) for i, t in enumerate(whole.tensors)], whole.holes)
 
     def each(self, function: Callable[[Tensor], Tensor]) -> Vector:
-        """A function of each whole tensor, one at a time; it returns a tensor of the same shape."""
+        """Applies a function to each whole tensor, one at a time; it must return a tensor of the same shape."""
         layout = self.layout
         return self.like([layout.part(i, function(layout.whole(i, t))) for i, t in enumerate(self.tensors)])
 
     def random(self, draw: Callable[[Tensor], Tensor]) -> Vector:
-        """Random numbers for each entry, by a function that draws for a whole tensor, such as `torch.randn_like`."""
+        """Returns random numbers for each entry; `draw` fills a whole tensor, as `torch.randn_like` does."""
         layout = self.layout
         return self.like([layout.random(i, draw(layout.empty(i, t))) for i, t in enumerate(self.tensors)])
 
     def from_first_rank(self, value: Tensor) -> Tensor:
-        """The same random number on all ranks that share this vector: the first rank's `value`."""
+        """Returns the first rank's `value`, so that all ranks that share this vector use the same random number."""
         return self.layout.from_first_rank(value)
 
 
 def clone(tensors: Tensors) -> Tensors:
-    """Copies of `tensors` bit for bit, in one call where this torch has it, else in one call a tensor."""
+    """Returns bit-identical copies of `tensors`, in one call if this version of torch supports it."""
     together = getattr(torch, "_foreach_clone", None)
     return cast(Tensors, together(tensors)) if together else [t.clone() for t in tensors]
 
 
 def _is_small_on_cpu(tensors: Tensors) -> bool:
-    """Whether a call per tensor, which is what `_foreach` does on a CPU, costs more than copying them together."""
+    """Whether one call per tensor, as `_foreach` does on a CPU, costs more than copying the tensors together."""
     if {type(t) for t in tensors} != {Tensor} or not tensors[0].is_cpu:
         return False
     return sum([t.numel() for t in tensors]) <= 2**20
 
 
 def _wide(tensors: Tensors) -> tuple[Tensors, torch.dtype | None]:
-    """Tensors and the type to sum them in: float32 for half precision, which among others is converted first."""
+    """Returns tensors and the type for sums: float32 for half precision, which is converted first in mixed lists."""
     dtypes = {t.dtype for t in tensors}
     if not dtypes & _HALF:
         return tensors, None
@@ -234,5 +254,5 @@ def _wide(tensors: Tensors) -> tuple[Tensors, torch.dtype | None]:
 
 
 def as_real(tensors: Tensors) -> Tensors:
-    """Complex tensors as real ones with a last dimension of two; others as they are."""
+    """Returns complex tensors as real ones with a last dimension of two, and others unchanged."""
     return [torch.view_as_real(t) if t.is_complex() else t for t in tensors]

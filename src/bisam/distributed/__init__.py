@@ -1,1 +1,1 @@
-"""Distributed: parameters and batches that several ranks share (DistributedDataParallel, FSDP2, tensor parallelism)."""
+"""Distributed: parameters and batches that are shared by ranks (DistributedDataParallel, FSDP2, tensor parallelism)."""

@@ -1,4 +1,4 @@
-"""FSDP2: the modules that `fully_shard` was applied to. All private names of FSDP that bisam uses are in this file."""
+"""FSDP2: the modules to which `fully_shard` was applied. This file has all private names of FSDP that bisam uses."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 
 def fsdp_module_type() -> type | tuple[()]:
-    """The class of modules that `fully_shard` was applied to, or () where its module was not imported."""
+    """Returns the class of modules to which `fully_shard` was applied, or () if its module was not imported."""
     return getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
 
 
 def reshard(model: nn.Module) -> None:
-    """Drop parameters that were gathered for an evaluation: until then the model has them in place of its own."""
+    """Frees parameters that were gathered for an evaluation, which replace the sharded parameters until then."""
     if kind := fsdp_module_type():
         FSDPModules([module for module in model.modules() if isinstance(module, kind)]).reshard()
 
@@ -27,13 +27,13 @@ def finalizes_by_hand(module: Any) -> bool:
 
 
 def accumulation_hooks(parameters: Sequence[Tensor]) -> list[dict[int, Any]]:
-    """Hooks that run after a gradient was accumulated: FSDP2 runs them in every backward pass, also in a query's."""
+    """Returns the hooks that run after gradient accumulation: FSDP2 would run them in the backward pass of each query."""
     hooks = (getattr(p, "_post_accumulate_grad_hooks", None) for p in parameters)
     return [of_one for of_one in hooks if of_one]
 
 
 class FSDPModules:
-    """The modules that `fully_shard` was applied to.
+    """The modules to which `fully_shard` was applied.
 
     Args:
         modules: outer modules before the modules inside them.
@@ -43,18 +43,18 @@ class FSDPModules:
         self._modules = modules
 
     def reshard(self) -> None:
-        """Drop gathered weights, which belong to another point, or soon will."""
+        """Frees gathered weights that are or will be out of date."""
         for module in self._modules:
             for group in _groups(module):
                 if getattr(group, "_all_gather_result", None) is not None:
-                    group.wait_for_unshard()  # else a prefetched gather would arrive after the weights have moved
+                    group.wait_for_unshard()  # else a prefetched gather would end after the weights have changed
             module.reshard()
 
     def gradients(self, loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
-        """Gradients of the mean of all ranks' losses; the contents of `.grad` are kept.
+        """Returns gradients of the mean of all ranks' losses; the contents of `.grad` are kept.
 
         Raises:
-            ValueError: gradients of another loss wait for their reduction, and would become part of these.
+            ValueError: gradients of another loss are not reduced yet, and would be added to these.
         """
         if any(leaf.grad is not None for leaf in self.leaves() or ()):
             raise ValueError(
@@ -73,7 +73,7 @@ class FSDPModules:
                 p.grad = grad
 
     def leaves(self) -> list[Tensor] | None:
-        """The gathered parameters, which a graph holds in place of the sharded ones; None where torch hides them."""
+        """Returns the gathered parameters, which a graph holds in place of the sharded ones; None if unavailable in torch."""
         groups = [group for module in self._modules for group in _groups(module)]
         if any(not hasattr(group, "fsdp_params") for group in groups):
             return None
@@ -81,7 +81,7 @@ class FSDPModules:
         return [leaf for leaf in found if leaf is not None]
 
     def recover(self, parameters: Sequence[Tensor]) -> None:
-        """Reset FSDP2 after a forward or backward pass that was interrupted, where this version of torch can."""
+        """Resets FSDP2 after an interrupted forward or backward pass, if this version of torch supports it."""
         kept = [p.grad for p in parameters]
         for module in self._modules:
             if hasattr(module, "reset_iter_state") and getattr(module._get_fsdp_state(), "_is_root", False):
@@ -91,7 +91,7 @@ class FSDPModules:
 
     @contextmanager
     def _reduced(self) -> Generator[None]:
-        """Reduce gradients also while a loop accumulates and has turned that off: a method needs each gradient."""
+        """A context in which gradients are reduced, also under gradient accumulation: a method needs each gradient."""
         asked = [
             (module, [(group.reduce_grads, group.all_reduce_grads) for group in _groups(module)])
             for module in self._modules
@@ -102,7 +102,7 @@ class FSDPModules:
         for module, _ in off:
             module.set_requires_gradient_sync(True, recurse=False)
         for context in contexts:
-            context.is_last_backward = True  # else nobody would wait for the reductions
+            context.is_last_backward = True  # else FSDP2 would not wait for the reductions
         try:
             yield
         finally:

@@ -1,9 +1,9 @@
 """Layouts: how the tensors of a Vector that several ranks share are made of the parts on each rank.
 
-FSDP2 (`fully_shard`) and tensor parallelism keep parameters as DTensors. A method sees the local parts as ordinary
+FSDP2 (`fully_shard`) and tensor parallelism store parameters as DTensors. A method uses the local parts as ordinary
 tensors, and the `Layout` of their Vector combines them:
 
-    layout = ShardedLayout.of(parameters)           # None where the parameters are ordinary tensors
+    layout = ShardedLayout.of(parameters)           # None if the parameters are ordinary tensors
     layout.total(parts)                             # the sum over all ranks, for norms and inner products
 """
 
@@ -22,18 +22,18 @@ from bisam.vector import Layout
 
 
 def dtensor_type() -> type | tuple[()]:
-    """The class DTensor, or () where its module was not imported and no DTensor can exist."""
+    """Returns the class DTensor, or () if its module was not imported, so that no DTensor can exist."""
     return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
 
 
 @torch.no_grad()
 def local(tensor: Tensor) -> Tensor:
-    """The local part of a DTensor, sharing its memory; any other tensor unchanged."""
+    """Returns the local part of a DTensor, which shares its memory; any other tensor unchanged."""
     return cast(Any, tensor).to_local() if isinstance(tensor, dtensor_type()) else tensor
 
 
 class _Form(NamedTuple):
-    """How a DTensor is spread over ranks; kept in place of the DTensor, which holds memory."""
+    """How a DTensor is distributed over ranks; stored in place of the DTensor, which would keep its memory."""
 
     mesh: Any
     placements: tuple[Any, ...]
@@ -42,16 +42,16 @@ class _Form(NamedTuple):
 
     @property
     def split(self) -> tuple[int, ...]:
-        """The dimensions of the mesh that the tensor is divided over; it is replicated over the others."""
+        """The dimensions of the mesh over which the tensor is sharded; it is replicated over the others."""
         return tuple(d for d, placement in enumerate(self.placements) if not placement.is_replicate())
 
 
 class ShardedLayout(Layout):
-    """The layout of DTensors that are spread as `tensors` are.
+    """The layout of DTensors that are distributed as `tensors` are.
 
     Args:
-        tensors: the trainable parameters. Ordinary tensors among them are taken to be the same on all ranks, as they
-            are beside a plan of tensor parallelism.
+        tensors: the trainable parameters. Ordinary tensors among them are assumed to be the same on all ranks, as they
+            are under a plan of tensor parallelism.
     """
 
     sharded = True
@@ -72,7 +72,7 @@ class ShardedLayout(Layout):
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> ShardedLayout | None:
-        """The layout of these tensors, or None if all of them are ordinary tensors."""
+        """Returns the layout of these tensors, or None if all of them are ordinary tensors."""
         kind = dtensor_type()
         return cls(tensors) if kind and any(isinstance(t, kind) for t in tensors) else None
 
@@ -110,7 +110,7 @@ class ShardedLayout(Layout):
         return torch.empty(part.shape if form is None else form.shape, dtype=part.dtype, device=part.device)
 
     def random(self, i: int, whole: Tensor) -> Tensor:
-        """See `Layout.random`; each rank keeps its own draw of its part, and ranks with copies keep the first's."""
+        """See `Layout.random`; a shard keeps the draw of its rank, and replicas of a shard that of the first replica."""
         if (form := self._forms[i]) is None:
             return self.peers.first(whole)
         others = [d for d in range(form.mesh.ndim) if d not in form.split and form.mesh.size(d) > 1]
@@ -125,7 +125,7 @@ class ShardedLayout(Layout):
         return self.peers.first(value)
 
     def wrapped(self, i: int, part: Tensor) -> Any:
-        """See `Layout.wrapped`: a DTensor."""
+        """See `Layout.wrapped`; returns a DTensor."""
         if (form := self._forms[i]) is None:
             return part
         from torch.distributed.tensor import DTensor
@@ -135,12 +135,12 @@ class ShardedLayout(Layout):
         )
 
     def parts(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """The local parts of gradients; autograd may have spread some of them in another way than the parameters."""
+        """Returns the local parts of gradients, which autograd may have sharded in another way than the parameters."""
         return [g if g is None or form is None else _as(g, form) for g, form in zip(grads, self._forms, strict=True)]
 
     @property
     def peers(self) -> Peers:
-        """The ranks that the tensors are spread over."""
+        """The ranks over which the tensors are distributed."""
         meshes = dict.fromkeys(form.mesh for form in self._forms if form is not None)  # in an order that ranks agree on
         groups = [mesh.get_group(d) for mesh in meshes for d in range(mesh.ndim)]
         return Peers(groups, torch.device(next(iter(meshes)).device_type))
@@ -152,7 +152,7 @@ def _as(tensor: Any, form: _Form) -> Tensor:
 
 
 class ReplicatedLayout(Layout):
-    """The layout of whole tensors that all ranks hold and keep identical.
+    """The layout of whole tensors of which all ranks have identical copies.
 
     Args:
         peers: the ranks.

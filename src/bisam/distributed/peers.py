@@ -1,4 +1,4 @@
-"""Peers: ranks whose batches are the parts of one batch, and the averages over them."""
+"""Peers: ranks whose batches are parts of one batch, and averages over these ranks."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from bisam.vector import Tensors, Vector
 
 
 class Peers:
-    """Ranks whose batches are the parts of one batch: averages over them are those of the whole batch.
+    """Ranks whose batches are parts of one batch: averages over the ranks are averages over the whole batch.
 
     Args:
-        groups: process groups, averaged over one after the other.
-        device: the device of the tensors that they exchange.
+        groups: process groups; averages are computed over one after the other.
+        device: the device of the tensors that the ranks exchange.
     """
 
     def __init__(self, groups: Sequence[Any], device: torch.device) -> None:
@@ -25,7 +25,7 @@ class Peers:
 
     @classmethod
     def of(cls, model: nn.Module, parameters: Sequence[Tensor]) -> Peers | None:
-        """The ranks of the DistributedDataParallel inside the model, or else all ranks; None on a single rank."""
+        """Returns the ranks of the DistributedDataParallel inside the model, else all ranks; None for a single rank."""
         if not (parameters and dist.is_available() and dist.is_initialized()):
             return None
         found = (getattr(m, "process_group", None) for m in model.modules() if hasattr(m, "reducer"))
@@ -35,8 +35,8 @@ class Peers:
     def answer(
         self, value: Tensor, count: int | Tensor, gradient: Vector | None, reduced: bool
     ) -> tuple[Tensor, Tensor, Vector | None]:
-        """The means over the ranks of an answer to a query, and of its gradient unless that is `reduced` already."""
-        wide = torch.promote_types(value.dtype, torch.float32)  # half precision cannot count
+        """Returns the means over the ranks of an answer, and of its gradient unless that is already `reduced`."""
+        wide = torch.promote_types(value.dtype, torch.float32)  # half precision cannot represent large counts
         counted = count.to(wide) if isinstance(count, Tensor) else torch.full_like(value, count, dtype=wide)
         both = torch.stack([value.to(wide), counted])
         if gradient is None or reduced:
@@ -47,12 +47,12 @@ class Peers:
         if holes:
             used[torch.tensor(sorted(holes), device=both.device)] = 0
         both, used, *grads = self.mean([both, used, *gradient])
-        if holes:  # a position stays a hole only if it is one on all ranks; only ranks that have some need to look
+        if holes:  # a position is a hole only if it is one on all ranks; ranks without holes need no check
             holes = frozenset(i for i, share in enumerate(used.tolist()) if i in holes and not share)
         return both[0].to(value.dtype), both[1], gradient.like(grads, holes)
 
     def mean(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The means of tensors over the ranks, in one reduction for each type and device; new tensors."""
+        """Returns the means of tensors over the ranks as new tensors, with one reduction for each type and device."""
         kinds: dict[tuple[Any, ...], list[int]] = {}
         for i, t in enumerate(tensors):
             kinds.setdefault((t.dtype, t.device), []).append(i)
@@ -69,14 +69,14 @@ class Peers:
         return means
 
     def first(self, value: Tensor) -> Tensor:
-        """The value on the first of the ranks."""
+        """Returns the value on the first of the ranks."""
         there = value.to(self._device).contiguous()
         for group in self._groups:
             dist.broadcast(there, dist.get_global_rank(group, 0), group=group)
         return there.to(value.device)
 
     def agree(self, what: str, number: int) -> None:
-        """Check that all ranks have the same number; waits for them.
+        """Checks that all ranks have the same number; synchronises the ranks.
 
         Raises:
             ValueError: they do not; raised on all ranks.

@@ -1,12 +1,12 @@
-"""Placement: where parameters and batches are, and what that means for weights, gradients and averages.
+"""Placement: where parameters and batches are, and how weights, gradients and averages are computed there.
 
-One class for each way of distributing a training step. All of them answer the same questions, so that the oracle of a
-model never asks which one it has:
+There is one class for each way of distributing a training step. All have the same methods, so that the oracle of a
+model need not distinguish them:
 
     placement = place(model, parameters, fsdp_modules=[], scope=None)
     placement.weights(parameters)                   # a Vector in the layout of the parameters
     placement.gradients(loss, parameters)           # of this rank's loss, or of the mean of all ranks' losses
-    placement.averaged(value, count, gradient)      # an answer of this rank as that of the whole batch
+    placement.averaged(value, count, gradient)      # an answer of this rank, averaged over the whole batch
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ from bisam.objectives import Count
 from bisam.vector import WHOLE, Layout, Vector
 
 Scope = Literal["local", "global"]
-"""Whether a rank perturbs for its own part of the batch, or for the whole batch."""
+"""Whether a rank perturbs for its own part of the batch ("local") or for the whole batch ("global")."""
 
 
 class Local:
-    """Whole parameters, and answers for this rank's batch alone: one process, or a replica of data-parallel training.
+    """Whole parameters, and answers for this rank's batch only: a single process or a data-parallel replica.
 
     Attributes:
         layout: the layout of Vectors of weights and gradients.
-        is_local: whether an answer is that of this rank's batch alone.
+        is_local: whether an answer is for this rank's batch only.
     """
 
     layout: Layout = WHOLE
     is_local: bool = True
 
     def weights(self, parameters: Sequence[Tensor]) -> Vector:
-        """The parameters' data; changing it changes the model."""
-        # .data, not .detach(): displacements are undone, and a graph that the user still holds must not see them.
+        """Returns the data of the parameters; changing it changes the model."""
+        # .data, not .detach(): a graph that the user still holds would detect the displacement, which is undone later.
         return Vector([p.data for p in parameters], layout=self.layout)
 
     def gradients(self, loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        """The gradients of `loss`, None for parameters that it does not depend on; `.grad` is left alone.
+        """Returns the gradients of `loss`, None for parameters that it does not depend on; `.grad` is unchanged.
 
         Raises:
             ValueError: the model uses re-entrant activation checkpointing.
         """
-        # autograd.grad, not backward: .grad stays the user's, and no reducer of a distributed wrapper wakes up.
+        # autograd.grad, not backward: it leaves .grad to the user, and starts no reducer of a distributed wrapper.
         try:
             return torch.autograd.grad(loss, parameters, allow_unused=True)
         except RuntimeError as error:
@@ -61,33 +61,33 @@ class Local:
             ) from error
 
     def averaged(self, value: Tensor, count: Count, gradient: Vector | None) -> tuple[Tensor, Count, Vector | None]:
-        """Value, count and gradient of this rank's answer as those of the batch that its batch is a part of."""
+        """Returns value, count and gradient of this rank's answer, averaged over the ranks that share the batch."""
         return value, count, gradient
 
     def agree(self, what: str, number: int) -> None:
-        """Check that all ranks whose batches are the parts of one have the same `number` of `what`.
+        """Checks that all ranks that share a batch have the same `number` of `what`.
 
         Raises:
-            ValueError: they do not, and would wait for each other for ever.
+            ValueError: the numbers differ, which would make the ranks wait for each other forever.
         """
 
     def before_forward(self) -> None:
-        """Drop copies of the weights that were gathered for an earlier pass, because the weights have moved."""
+        """Frees copies of the weights that were gathered for an earlier pass, because the weights have changed."""
 
     def recover(self, parameters: Sequence[Tensor]) -> None:
-        """Reset what a forward or backward pass left behind that was interrupted."""
+        """Resets the state that an interrupted forward or backward pass has left."""
 
     def leaves(self) -> list[Tensor] | None:
-        """Leaves that a graph has in place of parameters; None where they cannot be known."""
+        """Returns the leaves of a graph that replace parameters; None if they cannot be determined."""
         return []
 
     def hooks(self, parameters: Sequence[Tensor]) -> list[dict[int, Any]]:
-        """Hooks, besides those of tensors, that computing a gradient would run."""
+        """Returns hooks, in addition to those of tensors, that the computation of a gradient would run."""
         return []
 
 
 class Replicated(Local):
-    """Whole parameters on all ranks, and answers that are averaged over the batches of all of them.
+    """Whole parameters on all ranks, and answers that are averaged over the batches of all ranks.
 
     Args:
         peers: the ranks.
@@ -109,7 +109,7 @@ class Replicated(Local):
 
 
 class TensorParallel(Local):
-    """Parameters in parts on several ranks, which all compute on the same batch.
+    """Parameters that are sharded over ranks, all of which compute on the same batch.
 
     Args:
         layout: the layout of the parameters.
@@ -119,21 +119,21 @@ class TensorParallel(Local):
         self.layout = self._shards = layout
 
     def weights(self, parameters: Sequence[Tensor]) -> Vector:
-        """See `Local.weights`; the local parts."""
+        """See `Local.weights`; returns the local parts."""
         return Vector([local(p.data) for p in parameters], layout=self.layout)
 
     def gradients(self, loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        """See `Local.gradients`; the local parts."""
+        """See `Local.gradients`; returns the local parts."""
         return self._shards.parts(super().gradients(loss, parameters))
 
 
 class FullySharded(Local):
-    """Modules under FSDP2, which gathers weights for each pass and reduces gradients on their way into `.grad`.
+    """Modules under FSDP2, which gathers weights for each pass and reduces gradients before they are stored in `.grad`.
 
     Args:
-        modules: the modules that `fully_shard` was applied to.
+        modules: the modules to which `fully_shard` was applied.
         layout: the layout of the trainable parameters; None if FSDP2 holds frozen parameters only.
-        peers: ranks to average over where the trainable parameters are not sharded.
+        peers: the ranks to average over if the trainable parameters are not sharded.
     """
 
     def __init__(self, modules: FSDPModules, layout: ShardedLayout | None, peers: Peers | None) -> None:
@@ -143,14 +143,14 @@ class FullySharded(Local):
         self.is_local = self._peers is None
 
     def weights(self, parameters: Sequence[Tensor]) -> Vector:
-        """See `Local.weights`; the local parts."""
+        """See `Local.weights`; returns the local parts."""
         return Vector([local(p.data) for p in parameters], layout=self.layout)
 
     def gradients(self, loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        """See `Local.gradients`; those of the mean of all ranks' losses.
+        """See `Local.gradients`; returns gradients of the mean of all ranks' losses.
 
         Raises:
-            ValueError: gradients of another loss wait for their reduction, and would become part of these.
+            ValueError: gradients of another loss are not reduced yet, and would be added to these.
         """
         grads = self._modules.gradients(loss, parameters)
         return grads if self._shards is None else self._shards.parts(grads)
@@ -175,7 +175,7 @@ class FullySharded(Local):
         self._modules.recover(parameters)
 
     def leaves(self) -> list[Tensor] | None:
-        """See `Local.leaves`; the gathered parameters."""
+        """See `Local.leaves`; returns the gathered parameters."""
         return self._modules.leaves()
 
     def hooks(self, parameters: Sequence[Tensor]) -> list[dict[int, Any]]:
@@ -187,14 +187,14 @@ _LOCAL = Local()
 
 
 def place(model: nn.Module, parameters: Sequence[Tensor], fsdp_modules: Sequence[Any], scope: Scope | None) -> Local:
-    """The placement of a model.
+    """Returns the placement of a model.
 
     Args:
         model: the model, with the wrappers inside it.
         parameters: its trainable parameters.
-        fsdp_modules: the modules in it that `fully_shard` was applied to, outer ones first.
-        scope: "global" averages answers over all ranks, "local" does not; None is what the wrapper does. Under FSDP2
-            and tensor parallelism the wrapper decides (`bisam.model.compatibility` refuses to ask for the other).
+        fsdp_modules: its modules to which `fully_shard` was applied, outer ones first.
+        scope: "global" averages answers over all ranks, "local" does not. None: as the wrapper does. Under FSDP2 and
+            tensor parallelism the wrapper determines the scope (`bisam.model.compatibility` refuses the other value).
     """
     shards = ShardedLayout.of(parameters)
     if shards is not None:

@@ -1,12 +1,15 @@
-"""Methods: the papers. Which queries, where, and how their gradients combine.
+"""Methods: the algorithms of the papers. A method chooses its queries and combines their gradients.
 
-A method is a value, `(oracle, batch) -> Evaluation`: the loss to report and the gradient to descend. It does no I/O,
-knows no model and keeps nothing: what it remembers between steps is in `oracle.state`, so the same object may serve two
-losses. Letters are the papers': g the ascent gradient, h the descent gradient, e the displacement.
+A method is a value, `(oracle, batch) -> Evaluation`. It returns the loss to report and the gradient to descend. It does
+no I/O, does not access the model, and stores nothing in itself: the state that it keeps between steps is in
+`oracle.state`, so two losses may use the same object. The letters are those of the papers: g is the ascent gradient, h
+the descent gradient, e the displacement.
 
-    SAM(L2(0.1), ascent=Tanh())                  # climb a lower bound of the 0-1 loss: BiSAM (tanh)
-    GSAM(Friendly(L2(0.05)), alpha=0.4)          # any perturbation
-    KSAM(64, RSAM(0.01, EBiSAM()))               # any nest
+    >>> from bisam import GSAM, KSAM, RSAM, SAM, EBiSAM, L2, Tanh
+    >>> from bisam.perturbations import Friendly
+    >>> tanh = SAM(L2(0.1), ascent=Tanh())                # the adversary climbs a bound of the 0-1 loss: BiSAM (tanh)
+    >>> friendly = GSAM(Friendly(L2(0.05)), alpha=0.4)    # any perturbation
+    >>> nested = KSAM(64, RSAM(0.01, EBiSAM()))           # any nest of wrappers
 """
 
 from bisam.methods.bayesian import BSAM as BSAM

@@ -1,4 +1,4 @@
-"""SAM as Bayes: a Gaussian posterior over the weights whose mean is trained."""
+"""SAM as a Bayesian method: trains the mean of a Gaussian posterior over the weights."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ from bisam.vector import Vector
 
 @dataclass(frozen=True)
 class BSAM:
-    """bSAM: SAM as the optimal relaxation of Bayes, with an Adam-like step of its own (Moellenhoff and Khan, 2023).
+    """bSAM: SAM as the optimal relaxation of the Bayes objective, with an Adam-like step (Moellenhoff and Khan, 2023).
 
-    https://arxiv.org/abs/2210.01620. With theta ~ N(w, 1/(examples s)): g is the gradient at theta, e = rho g/s, h the
-    gradient at w + e, m <- beta1 m + (1 - beta1) (h + delta w), and the gradient that is returned is m/s; then
-    s <- beta2 s + (1 - beta2) (sqrt(s) |g| + damping + delta), with delta = prior/examples. So the optimizer must be
-    SGD without momentum and weight decay, which are in here already; 1/(examples s) is the posterior's variance.
-    Running statistics move at theta.
+    Source: https://arxiv.org/abs/2210.01620. With theta ~ N(w, 1/(examples s)): g is the gradient at theta, e = rho
+    g/s, h the gradient at w + e, m <- beta1 m + (1 - beta1) (h + delta w), and the gradient that is returned is m/s;
+    then s <- beta2 s + (1 - beta2) (sqrt(s) |g| + damping + delta), with delta = prior/examples. The method already
+    contains momentum and weight decay, so the optimizer must be SGD without either. 1/(examples s) is the variance of
+    the posterior. Running statistics are updated at theta.
 
     Args:
-        examples: number of training examples N, times the augmentation factor; > 0 (authors, CIFAR-10: 200,000).
-        rho: >= 0.
-        ascent: what the adversary climbs; None is the training loss. Another one costs a query more.
-        descent: what is minimised; None is the training loss.
+        examples: number of training examples N times the augmentation factor, > 0 (the authors use 200,000 for
+            CIFAR-10).
+        rho: radius, >= 0.
+        ascent: objective that the adversary climbs. Default: the descent objective. Another one costs one more query.
+        descent: objective that is minimised. Default: the training loss.
         prior: precision of the prior, >= 0.
-        damping: > 0, keeps s from 0.
-        beta1: memory of m, in [0, 1).
-        beta2: memory of s, in [0, 1).
-        s: its value at the first step, > 0.
+        damping: lower limit that keeps s away from 0, > 0.
+        beta1: decay of m, in [0, 1).
+        beta2: decay of s, in [0, 1).
+        s: initial value of s, > 0.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -63,7 +64,7 @@ class BSAM:
                 instance(name, objective, "an objective such as NegLog()")
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
-        """Two queries; three with another ascent."""
+        """Makes two queries; three if `ascent` and `descent` differ."""
         w, delta = oracle.weights, self.prior / self.examples
         s: Vector = oracle.state.get("s") or w * 0 + self.s
         noise = w.random(torch.randn_like)
@@ -77,5 +78,5 @@ class BSAM:
         m = (answer.gradient + w * delta) * (1 - self.beta1)
         oracle.state["m"] = m = m if "m" not in oracle.state else oracle.state["m"] * self.beta1 + m
         oracle.state["s"] = s * self.beta2 + (s.sqrt() * g.abs() + (self.damping + delta)) * (1 - self.beta2)
-        # Not the prior alone: where no loss reaches, an optimizer must meet no gradient, as in a plain loop.
+        # Not the prior alone: a parameter that no loss depends on must have no gradient, as in a plain training loop.
         return replace(answer, grad=w.like((m / s).tensors, g.holes & answer.gradient.holes))

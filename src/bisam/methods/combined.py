@@ -1,7 +1,7 @@
-"""Methods that combine the gradient at the weights with the one at the displaced weights.
+"""Methods that combine the gradient at the weights with the gradient at the displaced weights.
 
-With an adversary that climbs something else than the loss (`ascent=NegLog()`), what is combined is still the gradient
-of the loss, at the price of one more query.
+If the adversary climbs another objective than the training loss (`ascent=NegLog()`), these methods still combine
+gradients of the training loss, at the cost of one more query.
 """
 
 from __future__ import annotations
@@ -24,16 +24,18 @@ from bisam.vector import TINY, Vector
 
 @dataclass(frozen=True)
 class GSAM(SAM):
-    """SAM that also narrows the gap between the perturbed and the plain loss (Zhuang et al., 2022).
+    """GSAM: SAM that also reduces the gap between the perturbed and the plain loss (Zhuang et al., 2022).
 
-    https://arxiv.org/abs/2203.08065. The gradient is h - alpha u, where u is the part of the plain gradient that is
-    orthogonal to the perturbed one, h. In the paper rho follows the learning rate: `GSAM(L2(Follow(optimizer, ...)))`.
+    Source: https://arxiv.org/abs/2203.08065. The gradient is h - alpha u, where u is the component of the plain
+    gradient that is orthogonal to the perturbed gradient h. In the paper rho follows the learning rate:
+    `GSAM(L2(Follow(optimizer, ...)))`.
 
     Args:
-        perturb: see `SAM`; the paper: rho 0.04 to 0.02 for ResNets, 0.6 to 0.1 for vision transformers.
+        perturb: see `SAM`; the paper uses rho from 0.04 to 0.02 for ResNets and from 0.6 to 0.1 for vision
+            transformers.
         ascent: see `SAM`.
         descent: see `SAM`.
-        alpha: weight of the gap, >= 0; 0 is SAM; the paper: 0.01 for ResNets, 0.4 to 1 for vision transformers.
+        alpha: weight of the gap, >= 0; 0 is SAM. The paper uses 0.01 for ResNets and 0.4 to 1 for vision transformers.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -47,30 +49,40 @@ class GSAM(SAM):
         non_negative("alpha", self.alpha)
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
-        """Two queries; three with another ascent."""
+        """Makes two queries; three if `ascent` and `descent` differ."""
         g, answer = self.both(oracle, batch)
         h = answer.gradient
         return replace(answer, grad=h - (g - g.onto(h)) * self.alpha)
 
 
 def GBiSAM(rho: Perturbation | Radius = 0.05, bound: LowerBound = NegLog(), alpha: float = 0.4) -> GSAM:  # noqa: B008
-    """GSAM whose adversary climbs a lower bound of the 0-1 loss; the gap is that of the loss."""
+    """GSAM whose adversary climbs a lower bound of the 0-1 loss; the gap is that of the training loss.
+
+    Args:
+        rho: a radius >= 0 (a number or a schedule), or a perturbation such as `Adaptive(2.0)`.
+        bound: the lower bound: `NegLog()` or `Tanh()`.
+        alpha: weight of the gap, >= 0; 0 is BiSAM.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: `rho` or `alpha` is negative or not finite.
+    """
     return GSAM(rho, ascent=bound, alpha=alpha)
 
 
 @dataclass(frozen=True)
 class WSAM(SAM):
-    """Sharpness as a weighted term, L + gamma/(1 - gamma) (L(w + e) - L) (Yue et al., 2023).
+    """WSAM: sharpness as a weighted term, L + gamma/(1 - gamma) (L(w + e) - L) (Yue et al., 2023).
 
-    https://arxiv.org/abs/2305.15817. This is the gradient of that sum. The paper's decoupled variant takes a step of
-    the optimizer along the plain gradient and a plain step along the rest, which no loss can express; with SGD without
-    momentum the two are the same.
+    Source: https://arxiv.org/abs/2305.15817. The method returns the gradient of that sum. The decoupled variant of the
+    paper passes the plain gradient through the optimizer and adds the rest as a plain step, which no loss can express;
+    with SGD without momentum both are the same.
 
     Args:
         perturb: see `SAM`.
         ascent: see `SAM`.
         descent: see `SAM`.
-        gamma: weight of the sharpness, in [0, 1): 0 is ERM, 0.5 is SAM, the paper: 0.8 to 0.95.
+        gamma: weight of the sharpness, in [0, 1): 0 is ERM, 0.5 is SAM; the paper uses 0.8 to 0.95.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -84,7 +96,7 @@ class WSAM(SAM):
         share("gamma", self.gamma, zero=True, one=False)
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
-        """Two queries; three with another ascent."""
+        """Makes two queries; three if `ascent` and `descent` differ."""
         weight = self.gamma / (1 - self.gamma)
         g, answer = self.both(oracle, batch)
         return replace(answer, grad=answer.gradient * weight + g * (1 - weight))
@@ -92,17 +104,17 @@ class WSAM(SAM):
 
 @dataclass(frozen=True)
 class CRSAM(SAM):
-    """SAM with a penalty on curvature along the ascent, by finite differences (Wu et al., 2024).
+    """CR-SAM: SAM with a penalty on the curvature along the ascent direction, by finite differences (Wu et al., 2024).
 
-    https://arxiv.org/abs/2312.13555. With p and m the gradients at w + e and w - e and g the one at w, the gradient is
-    p + gamma (p + m - 2 g) + beta (p - m).
+    Source: https://arxiv.org/abs/2312.13555. With p and m the gradients at w + e and w - e and g the gradient at w, the
+    returned gradient is p + gamma (p + m - 2 g) + beta (p - m).
 
     Args:
-        perturb: see `SAM`; the authors' rho is 0.1.
+        perturb: see `SAM`; the authors use rho 0.1.
         ascent: see `SAM`.
         descent: see `SAM`.
         gamma: weight of the second difference, >= 0.
-        beta: weight of the first difference, >= 0; with `gamma` 0 it is SAM.
+        beta: weight of the first difference, >= 0. With `gamma` and `beta` 0 it is SAM.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -119,7 +131,7 @@ class CRSAM(SAM):
         non_negative("beta", self.beta)
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
-        """Three queries, two of which do not depend on each other; four with another ascent."""
+        """Makes three queries, two of which are independent of each other; four if `ascent` and `descent` differ."""
         plain = None if self.ascent == self.descent else oracle.query(batch, self.descent, track=False)
         a = oracle.query(batch, self.ascent)
         g, e = (plain or a).gradient, self.displacement(a.gradient, oracle)
@@ -130,19 +142,19 @@ class CRSAM(SAM):
 
 @dataclass(frozen=True)
 class XSAM(SAM):
-    """A direction between the displacement and the gradient there, or beyond (Chen and Zhou, 2026).
+    """XSAM: interpolates or extrapolates between the displacement and the gradient at its end (Chen and Zhou, 2026).
 
-    https://arxiv.org/abs/2603.10048. The gradient has the length of h = grad L(w + e), and the direction of the
-    spherical interpolation from e/||e|| to h/||h|| at alpha. Every so often alpha is the one of 0, 0.1, ..., 2 with the
-    largest loss at distance `rho_max` in that direction, which is 21 forward passes.
+    Source: https://arxiv.org/abs/2603.10048. The gradient has the length of h = grad L(w + e), and the direction of the
+    spherical interpolation from e/||e|| to h/||h|| at alpha. At every `every`-th step alpha is chosen from 0, 0.1, ...,
+    2 as the value with the largest loss at distance `rho_max` in that direction, which takes 21 forward passes.
 
     Args:
-        perturb: see `SAM`; the authors' rho is 0.15.
+        perturb: see `SAM`; the authors use rho 0.15.
         ascent: see `SAM`.
         descent: see `SAM`.
         rho_max: distance of the search, > 0.
-        every: steps between two searches, >= 1; the authors search once an epoch.
-        alpha: a fixed value, >= 0, in place of the search; 1 is SAM.
+        every: interval between two searches in steps, >= 1; the authors search once per epoch.
+        alpha: fixed value, >= 0, which replaces the search; 1 is SAM. Default: search.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -163,11 +175,11 @@ class XSAM(SAM):
 
     @property
     def stateful(self) -> bool:
-        """Whether alpha is searched for."""
+        """Whether the method searches for alpha, which it then keeps between steps."""
         return self.alpha is None
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
-        """Two queries, and now and then 21 forward passes."""
+        """Makes two queries, and 21 forward passes at each search."""
         e = self.climb(oracle, batch)
         answer = oracle.query(batch, self.descent, at=e)
         length = answer.gradient.norm()
@@ -182,7 +194,7 @@ class XSAM(SAM):
 
 
 def _slerp(a: Vector, b: Vector, alpha: float | Tensor) -> Vector:
-    """The great circle from unit vector `a`, at alpha = 0, through `b`, at 1; where they are the same, their mean."""
+    """Interpolates on the great circle from unit vector `a` (alpha 0) to `b` (alpha 1); returns their mean if equal."""
     angle = torch.acos(a.dot(b).clamp(-1, 1))
     sine = angle.sin()
     same = sine < 1e-8
@@ -193,10 +205,11 @@ def _slerp(a: Vector, b: Vector, alpha: float | Tensor) -> Vector:
 
 @dataclass(frozen=True)
 class FunctionalSAM(SAM):
-    """SAM through the function only: the outputs' gradient of the loss is that at the weights (Singh et al., 2025).
+    """Functional SAM: perturbs the Jacobian but not the loss gradient at the outputs (Singh et al., 2025).
 
-    https://arxiv.org/abs/2502.02407. The gradient is J(w + e)^T c, with J the Jacobian of the outputs and c the
-    gradient of the loss with respect to them at w. The preconditioned perturbation of the paper is not part of it.
+    Source: https://arxiv.org/abs/2502.02407. The gradient is J(w + e)^T c, where J is the Jacobian of the outputs, and
+    c is the gradient of the loss with respect to the outputs at w. The preconditioned perturbation of the paper is not
+    implemented.
 
     Args:
         perturb: see `SAM`.
@@ -206,17 +219,17 @@ class FunctionalSAM(SAM):
     Raises:
         TypeError: an argument has the wrong type.
 
-    Called, it raises:
-        TypeError: the model's outputs are no tensor.
-        ValueError: the loss has parameters of its own, which its tangent plane would not train.
+    Raises when called:
+        TypeError: the outputs of the model are not one tensor.
+        ValueError: the loss has trainable parameters, which its linearisation would not train.
     """
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
-        """Two queries; the loss that is reported is the one at the weights."""
+        """Makes two queries; reports the loss at the weights."""
         g = oracle.query(batch, self.ascent)
         loss = self.descent or oracle.loss
         e, plain = self.displacement(g.gradient, oracle), g.under(loss)
-        del g  # and its gradient
+        del g  # frees its gradient
         answer = oracle.query(batch, _Tangent.of(plain), at=e)
         value, counted = oracle.averaged(plain.value, plain.count)
         return replace(answer, losses=plain.losses, value=value, count=counted, objective=loss)
@@ -224,7 +237,7 @@ class FunctionalSAM(SAM):
 
 @dataclass(frozen=True, eq=False)
 class _Tangent:
-    """The mean loss as a linear function of the outputs, but for a constant."""
+    """The mean loss as a linear function of the outputs, up to a constant."""
 
     slope: Tensor
 

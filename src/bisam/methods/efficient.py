@@ -1,4 +1,4 @@
-"""Methods that save gradients: on some examples, at some steps, from the step before, or side by side."""
+"""Methods that save gradient computations: fewer examples, fewer steps, reused gradients, or queries in parallel."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from bisam.vector import TINY, Vector
 
 @dataclass(frozen=True)
 class ESAM(SAM):
-    """Efficient SAM: a part of the weights is perturbed, a part of the examples descended on (Du et al., 2022).
+    """Efficient SAM: perturbs a part of the weights and descends on a part of the examples (Du et al., 2022).
 
-    https://arxiv.org/abs/2110.03141. The part of the weights is `RandomMask`. The examples are those whose loss the
-    perturbation raises most, which takes a forward pass of the batch at w + e.
+    Source: https://arxiv.org/abs/2110.03141. `RandomMask` selects the weights. The selected examples are those whose
+    loss increases most under the perturbation, which takes a forward pass of the batch at w + e.
 
     Args:
-        perturb: see `SAM`; a radius stands for `RandomMask(L2(rho), beta=0.6)`. The authors: rho 0.05 and beta 0.6 for
-            ResNet-18, 0.1 and 0.5 for WideResNets.
-        ascent: see `SAM`; a `LowerBound` makes it E-BiSAM.
+        perturb: see `SAM`; a radius means `RandomMask(L2(rho), beta=0.6)`. The authors use rho 0.05 and beta 0.6 for
+            ResNet-18, and 0.1 and 0.5 for WideResNets.
+        ascent: see `SAM`; a `LowerBound` gives E-BiSAM.
         descent: see `SAM`.
-        gamma: share of the examples, rounded up, in (0, 1]; 1 is SAM.
-        select: the loss whose rise chooses them, one per example; None is the training loss.
+        gamma: share of the examples that are selected, rounded up, in (0, 1]; with 1 all examples are used.
+        select: objective whose increase selects the examples, one loss per example. Default: the training loss.
 
     Raises:
         TypeError: an argument has the wrong type.
         ValueError: `gamma` is outside its range.
 
-    Called, it raises:
-        TypeError: the selecting loss is a scalar.
-        ValueError: its losses are not one for each example.
+    Raises when called:
+        TypeError: the selecting objective returns a scalar.
+        ValueError: the number of its losses is not the number of examples.
     """
 
     perturb: Perturbation | Radius = field(default=RandomMask(L2(0.05), beta=0.6))
@@ -57,10 +57,10 @@ class ESAM(SAM):
             instance("select", self.select, "an objective such as bisam.cross_entropy")
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
-        """A query at w, a forward pass and a query on the chosen examples at w + e."""
+        """Makes a query at w, then a forward pass and a query on the selected examples at w + e."""
         g = oracle.query(batch, self.ascent)
         e, before = self.displacement(g.gradient, oracle), replace(g, grad=None)
-        del g  # and its gradient
+        del g  # frees its gradient
         if self.gamma < 1:
             select = self.select or oracle.loss
             before = before.under(select).per_example
@@ -76,28 +76,39 @@ def EBiSAM(
     gamma: float = 0.5,
     select: Objective | None = None,
 ) -> ESAM:
-    """ESAM whose adversary climbs a lower bound of the 0-1 loss (Xie et al., 2024, https://arxiv.org/abs/2407.12993).
+    """Efficient BiSAM: ESAM whose adversary climbs a lower bound of the 0-1 loss (Xie et al., 2024).
 
-    Its pseudocode, and which loss chooses the examples, were not found in a public source: by default it is the
-    training loss, as in ESAM.
+    Source: https://arxiv.org/abs/2407.12993. The pseudocode, and the loss that selects the examples, were not found in
+    a public source; the default is the training loss, as in ESAM.
+
+    Args:
+        rho: a radius >= 0 (a number or a schedule), or a perturbation that `RandomMask` masks.
+        bound: the lower bound: `NegLog()` or `Tanh()`.
+        beta: probability that a tensor is perturbed, in (0, 1].
+        gamma: see `ESAM`.
+        select: see `ESAM`.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: `rho`, `beta` or `gamma` is outside its range.
     """
     return ESAM(RandomMask(rho, beta), ascent=bound, gamma=gamma, select=select)
 
 
 @dataclass(frozen=True)
 class LookSAM(SAM):
-    """SAM at every `k`-th step, and what it added to the gradient is used again between (Liu et al., 2022).
+    """LookSAM: SAM at every `k`-th step; the steps in between reuse its change of the gradient (Liu et al., 2022).
 
-    https://arxiv.org/abs/2203.02714. At a SAM step v = h - (its part along g) is kept; at the others the gradient is
-    g + alpha (||g||/||v||) v. The projection is that of the whole vector, as in the paper; the public ports project
-    each tensor by itself.
+    Source: https://arxiv.org/abs/2203.02714. A SAM step stores v, the component of h that is orthogonal to g; the other
+    steps use g + alpha (||g||/||v||) v. The projection is that of the whole vector, as in the paper; the public ports
+    project each tensor separately.
 
     Args:
-        perturb: see `SAM`; the ports' rho is 0.1.
+        perturb: see `SAM`; the ports use rho 0.1.
         ascent: see `SAM`.
         descent: see `SAM`.
         k: interval in steps, >= 1; 1 is SAM.
-        alpha: weight of what is used again, >= 0.
+        alpha: weight of the reused component, >= 0.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -115,7 +126,7 @@ class LookSAM(SAM):
         non_negative("alpha", self.alpha)
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
-        """Two queries (three with another ascent) at every k-th step, one at the others."""
+        """Makes two queries (three if `ascent` and `descent` differ) at every k-th step, and one at the others."""
         if oracle.step % self.k and "v" in oracle.state:
             answer, v = oracle.query(batch, self.descent), oracle.state["v"]
             g = answer.gradient
@@ -127,23 +138,24 @@ class LookSAM(SAM):
 
 @dataclass(frozen=True)
 class AESAM(SAM):
-    """SAM where the gradient is large for its time, else the plain gradient (Jiang et al., 2023).
+    """AE-SAM: SAM at steps whose gradient is unusually large, else the plain gradient (Jiang et al., 2023).
 
-    https://arxiv.org/abs/2304.14647. With running mean mu and variance var of ||g||^2, a step is one of SAM if
-    ||g||^2 >= mu + c sqrt(var), where c goes from `first` to `last` on a straight line over `steps`; mu begins at the
-    first ||g||^2 and var at 0, so the first step is one of SAM. The decision waits for the device, once a step. In
-    data-parallel training each replica decides for itself: wrap as `DistributedDataParallel(SharpnessAware(...))`,
-    where the number of forward passes may differ, and use no SyncBatchNorm; or ask for `scope="global"`. The
-    defaults of `first`, `last` and `delta` are from memory, not from a source.
+    Source: https://arxiv.org/abs/2304.14647. With running mean mu and variance var of ||g||^2, a step is a SAM step if
+    ||g||^2 >= mu + c sqrt(var), where c changes linearly from `first` to `last` over `steps`. mu starts at the first
+    ||g||^2 and var at 0, so the first step is a SAM step. The decision synchronises with the device once per step. In
+    data-parallel training each replica decides independently. Either wrap as
+    `DistributedDataParallel(SharpnessAware(...))` without SyncBatchNorm, because the number of forward passes may
+    differ between replicas; or pass `scope="global"`. The defaults of `first`, `last` and `delta` are not confirmed by
+    a source.
 
     Args:
         perturb: see `SAM`.
         ascent: see `SAM`.
         descent: see `SAM`.
-        steps: steps of the training run, >= 1.
+        steps: length of the training run in steps, >= 1.
         first: c at the first step (lambda_2 of the paper).
-        last: c after `steps` (lambda_1); the smaller, the more steps are SAM's.
-        delta: memory of mu and var, in [0, 1].
+        last: c after `steps` (lambda_1 of the paper); a smaller value makes more steps SAM steps.
+        delta: decay of mu and var, in [0, 1].
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -165,13 +177,13 @@ class AESAM(SAM):
         share("delta", self.delta, zero=True)
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
-        """One query at the weights, and a second one (a third with another ascent) where it is worth it."""
+        """Makes one query at the weights; at SAM steps one more, or two if `ascent` and `descent` differ."""
         answer = oracle.query(batch, self.descent)
         if not self._is_large(answer.gradient.norm() ** 2, oracle):
             return answer
         answer = answer if self.ascent == self.descent else oracle.query(batch, self.ascent, track=False)
         e = self.displacement(answer.gradient, oracle)
-        del answer  # and its gradient
+        del answer  # frees its gradient
         return oracle.query(batch, self.descent, at=e)
 
     def _is_large(self, squared: Tensor, oracle: Oracle) -> bool:
@@ -185,27 +197,28 @@ class AESAM(SAM):
 
 @dataclass(frozen=True)
 class SSAMF(SAM):
-    """Sparse SAM: only the weights of the largest Fisher information are perturbed, SSAM-F (Mi et al., 2022).
+    """SSAM-F: sparse SAM that perturbs the weights with the largest Fisher information only (Mi et al., 2022).
 
-    https://arxiv.org/abs/2210.05177. The diagonal Fisher information is the mean square of the descent loss's gradients
-    of single examples, here of the first ones of the batch; the authors draw 1,024 from the data set, every 5 epochs.
-    Their mask is empty until it is first renewed; this one is made at the first step.
+    Source: https://arxiv.org/abs/2210.05177. The diagonal Fisher information is the mean square of the gradients of the
+    descent objective on single examples. They are the first ones of the batch; the authors draw 1,024 from the data
+    set, every 5 epochs. The authors' mask is empty until its first update; this one is computed at the first step.
 
     Args:
-        perturb: the displacement that a part is taken of; its norm is over all weights.
+        perturb: see `SAM`; its displacement is masked, and its norm is that over all weights.
         ascent: see `SAM`.
         descent: see `SAM`.
-        keep: share of the entries that are moved, rounded up, in (0, 1]; 1 is SAM; the authors' sparsity is 1 - keep.
-        every: steps between two masks, >= 1.
-        samples: single examples of the Fisher information, >= 1; at most the batch.
+        keep: share of the entries that are perturbed, rounded up, in (0, 1]; 1 is SAM; the authors' sparsity is 1 -
+            keep.
+        every: interval between two computations of the mask in steps, >= 1.
+        samples: number of single examples for the Fisher information, >= 1; at most the batch size is used.
 
     Raises:
         TypeError: an argument has the wrong type.
         ValueError: an argument is outside its range.
 
-    Called, it raises:
-        ValueError: by torch, the model cannot train on a single example, as with BatchNorm1d, or gradients are means
-            over ranks (FSDP2): use `FisherSAM`.
+    Raises when called:
+        ValueError: the model cannot train on a single example (raised by torch, for example by BatchNorm1d), or
+            gradients are means over ranks (FSDP2): use `FisherSAM`.
     """
 
     keep: float = 0.8
@@ -220,7 +233,7 @@ class SSAMF(SAM):
         whole("samples", self.samples)
 
     def climb(self, oracle: Oracle, batch: Batch) -> Vector:
-        """The displacement where the mask is."""
+        """Returns the masked displacement."""
         if oracle.step % self.every == 0 or "mask" not in oracle.state:
             oracle.state["mask"] = self._mask(oracle, batch)
         return super().climb(oracle, batch) * oracle.state["mask"]
@@ -247,17 +260,18 @@ def _check_alone(oracle: Oracle) -> None:
 
 @dataclass(frozen=True)
 class MomentumSAM:
-    """The gradient at a point ahead along the momentum, in place of an ascent (Becker et al., 2024): one a step.
+    """Momentum-SAM: the gradient at a point ahead along the momentum, with one query per step (Becker et al., 2024).
 
-    https://arxiv.org/abs/2401.12033. v <- momentum v + h, and h is taken at w - rho v/||v||, with v from the steps
-    before; at the first step at w. v is that of SGD with this momentum and no weight decay, where each loss is a step:
-    under accumulation it goes by micro-batches, and in data-parallel training each replica has its own. Between steps
-    the weights are where they are; running statistics move at the displaced point, the only one there is.
+    Source: https://arxiv.org/abs/2401.12033. v <- momentum v + h, and h is computed at w - rho v/||v||, with the v of
+    the previous step; at the first step h is computed at w. v is the momentum buffer of SGD with this momentum and
+    without weight decay, if each loss is one step. Under gradient accumulation it is updated at each micro-batch, and
+    in data-parallel training each replica has its own. Between steps the model has its unperturbed weights. Running
+    statistics are updated at the displaced point, because there is no query at the weights.
 
     Args:
-        perturb: from -v to the displacement; the authors' rho is 0.3 to 3.
+        perturb: see `SAM`; it is applied to -v. The authors use rho 0.3 to 3.
         descent: see `SAM`.
-        momentum: in [0, 1), as the optimizer's.
+        momentum: decay of v, in [0, 1); use the value of the optimizer.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -276,7 +290,7 @@ class MomentumSAM:
         share("momentum", self.momentum, zero=True, one=False)
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
-        """One query."""
+        """Makes one query."""
         v: Vector | None = oracle.state.get("v")
         inside, perturb = oracle.within("perturb"), cast(Perturbation, self.perturb)
         answer = oracle.query(batch, self.descent, at=None if v is None else perturb(-v, inside), track=True)
@@ -286,20 +300,20 @@ class MomentumSAM:
 
 @dataclass(frozen=True)
 class SAMPa(SAM):
-    """SAM whose two gradients do not depend on each other: two devices can take them at once (Xie et al., 2024).
+    """SAMPa: SAM whose two gradients are independent, so that two devices can compute them at once (Xie et al., 2024).
 
-    https://arxiv.org/abs/2410.10683. With y the point where the optimizer would go along the gradient of the step
-    before, the gradient is (1 - lam) grad L(w + e) + lam grad L(y), and e climbs along the gradient at the y before. As
-    in the authors' code the first is taken on the batch of the step before, which is therefore remembered, not copied:
-    a loader must not fill the same tensors again. The loss that is reported, and running statistics, are those at y. On
-    one device it costs what SAM costs.
+    Source: https://arxiv.org/abs/2410.10683. y is the point to which the optimizer would move along the gradient of the
+    previous step. The gradient is (1 - lam) grad L(w + e) + lam grad L(y), where e climbs along the gradient at the
+    previous y. As in the authors' code, the first term is computed on the batch of the previous step. The method keeps
+    a reference to that batch and not a copy, so a data loader must not reuse its tensors. The reported loss and running
+    statistics are those at y. On one device a step costs as much as a step of SAM.
 
     Args:
-        perturb: see `SAM`; the authors' rho is 0.1.
+        perturb: see `SAM`; the authors use rho 0.1.
         ascent: see `SAM`.
         descent: see `SAM`.
-        ahead: `next_step(optimizer)`, with the optimizer that takes the steps.
-        lam: weight of the gradient at y, in [0, 1]; SAMPa-0 is 0, the authors use 0.2 in vision and 0.1 in language.
+        ahead: `next_step(optimizer)`, with the optimizer of the training loop.
+        lam: weight of the gradient at y, in [0, 1]; 0 is SAMPa-0; the authors use 0.2 in vision and 0.1 in language.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -317,7 +331,7 @@ class SAMPa(SAM):
         share("lam", self.lam, zero=True)
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
-        """Two independent queries (three with another ascent); at the first step those at the weights come before."""
+        """Makes two independent queries (three if `ascent` and `descent` differ); the first step also queries at w."""
         state = oracle.state
         if "batch" not in state:
             state.update(self._memory(batch, oracle.ask(self._looks(batch, None, track=False))))

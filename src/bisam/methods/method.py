@@ -1,11 +1,11 @@
-"""Method: the protocol of the papers' algorithms, and the traits that a method or a perturbation may declare.
+"""Method: the protocol of the algorithms, and the traits that a method or a perturbation may declare.
 
-A method is any callable `(oracle, batch) -> Evaluation`. What others must know about it is said by class attributes,
-which are False where they are not declared:
+A method is any callable `(oracle, batch) -> Evaluation`. Class attributes declare its traits. A trait that is not
+declared is False:
 
-    stateful          it remembers something between steps, in `oracle.state`
+    stateful          it keeps state between steps, in `oracle.state`
     data_dependent    its number of forward passes depends on the data
-    transparent       it wraps another method, its field `method`, and remembers nothing itself
+    transparent       it wraps another method, its field `method`, and keeps no state of its own
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ from bisam.oracle import Oracle
 
 
 class Method(Protocol):
-    """`(oracle, batch) -> Evaluation`: the loss to report, and the gradient to descend."""
+    """A callable `(oracle, batch) -> Evaluation` that returns the loss to report and the gradient to descend."""
 
     def __call__(self, oracle: Oracle, batch: Batch, /) -> Evaluation:
-        """The answer of one training step."""
+        """Computes the answer of one training step."""
         ...
 
 
 OLDER_NAMES: dict[str, str] = {}
-"""Older names of traits that are still honoured; `bisam.deprecated` fills it."""
+"""Older names of traits that are still read; `bisam.deprecated` fills this dictionary."""
 
 
 def stateful(value: Any) -> str | None:
-    """The name of the first class in a nest of methods and perturbations that is stateful, or None."""
+    """Returns the name of the first stateful class in a nest of methods and perturbations, or None."""
     return _having("stateful", value)
 
 
 def data_dependent(value: Any) -> str | None:
-    """The name of the first class in a nest whose number of forward passes depends on the data, or None."""
+    """Returns the name of the first class in a nest whose number of forward passes depends on the data, or None."""
     return _having("data_dependent", value)
 
 
 def unwrapped(method: Any) -> Any:
-    """The method inside of transparent wrappers."""
+    """Returns the method inside transparent wrappers."""
     while getattr(method, "transparent", False):
         method = method.method
     return method

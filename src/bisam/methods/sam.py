@@ -1,10 +1,15 @@
-"""SAM, and what is SAM with another perturbation or another adversary.
+"""SAM, and its variants that differ in the perturbation or in the objective of the adversary.
 
-SAM(0.1)                                     # a number is a radius: L2(0.1)
-SAM(L2(0.1), ascent=Tanh())                  # climb a lower bound of the 0-1 loss: BiSAM (tanh)
-SAM(Adaptive(0.5, eta=0.01), ascent=NegLog())
-SAM(Friendly(Adaptive(2.0)), ascent=NegLog())    # what nobody has named
-MultiStepSAM(L2(0.1), steps=3)
+`SAM` takes any perturbation and any objective; the functions below it return named combinations:
+
+    >>> from bisam import SAM, L2, Adaptive, MultiStepSAM, NegLog, Tanh
+    >>> from bisam.perturbations import Friendly
+    >>> SAM(0.1)                                          # a number is a radius: L2(0.1)
+    SAM(perturb=L2(rho=0.1), ascent=None, descent=None)
+    >>> bisam_tanh = SAM(0.1, ascent=Tanh())              # the adversary climbs a lower bound of the 0-1 loss
+    >>> abisam = SAM(Adaptive(0.5, eta=0.01), ascent=NegLog())
+    >>> unnamed = SAM(Friendly(Adaptive(2.0)), ascent=NegLog())    # any combination
+    >>> three_steps = MultiStepSAM(L2(0.1), steps=3)
 """
 
 from __future__ import annotations
@@ -34,25 +39,47 @@ from bisam.vector import Vector
 
 @dataclass(frozen=True)
 class ERM:
-    """The plain gradient at the weights (empirical risk minimisation): the base optimizer without a second query."""
+    """Empirical risk minimisation: the plain gradient at the weights.
+
+    Training with `ERM()` is training with the base optimizer alone.
+    """
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
-        """One query, at the weights."""
+        """Makes one query, at the weights."""
         return oracle.query(batch)
 
 
 @dataclass(frozen=True)
 class SAM:
-    """Climb to the worst nearby point, take the gradient there (Foret et al., 2021, https://arxiv.org/abs/2010.01412).
+    """Sharpness-aware minimisation: the gradient at the worst point near the weights (Foret et al., 2021).
+
+    Source: https://arxiv.org/abs/2010.01412. A step makes two queries. The first computes the ascent gradient g at the
+    weights w, the second the descent gradient at w + e, where `perturb` computes the displacement e from g.
 
     Args:
-        perturb: from the ascent gradient to the displacement, or a radius `rho`, which stands for `L2(rho)`.
-        ascent: what the adversary climbs; None is the training loss, a `LowerBound` makes it BiSAM.
-        descent: what is minimised at the displaced weights; None is the training loss.
+        perturb: a perturbation `(gradient, oracle) -> displacement`, or a radius `rho` >= 0 (a number or a schedule),
+            which means `L2(rho)`. Default: `L2(0.05)`.
+        ascent: objective that the adversary climbs, `(outputs, targets) -> losses`. Default: the training loss. A
+            `LowerBound` such as `NegLog()` or `Tanh()` gives BiSAM.
+        descent: objective that is minimised at w + e. Default: the training loss.
 
     Raises:
-        TypeError: an argument is not what it should be.
+        TypeError: an argument has the wrong type.
         ValueError: the radius is negative or not finite.
+
+    Example:
+        >>> import torch
+        >>> from bisam import SAM, SharpnessAware, cross_entropy
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(4, 3)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> x, y = torch.randn(8, 4), torch.randint(3, (8,))
+        >>> sharp = SharpnessAware(model, SAM(0.05), cross_entropy)
+        >>> loss = sharp(x, y)
+        >>> loss.backward()
+        >>> optimizer.step()
+        >>> bool(loss > sharp.clean.value)    # the loss at w + e is larger than the loss at w
+        True
     """
 
     perturb: Perturbation | Radius = field(default=L2(0.05))
@@ -66,21 +93,22 @@ class SAM:
                 instance(name, objective, "an objective such as NegLog()")
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
-        """Two queries: at w, and at w + e."""
+        """Makes two queries: at w and at w + e."""
         return oracle.query(batch, self.descent, at=self.climb(oracle, batch))
 
     def climb(self, oracle: Oracle, batch: Batch) -> Vector:
-        """The displacement e. A method of its own, so that the ascent gradient dies with its frame."""
+        """Returns the displacement e. A separate method, so that the ascent gradient is freed when it returns."""
         return self.displacement(oracle.query(batch, self.ascent).gradient, oracle)
 
     def displacement(self, gradient: Vector, oracle: Oracle) -> Vector:
-        """The displacement for an ascent gradient."""
+        """Returns the displacement for an ascent gradient."""
         return cast(Perturbation, self.perturb)(gradient, oracle.within("perturb"))
 
     def both(self, oracle: Oracle, batch: Batch) -> tuple[Vector, Evaluation]:
-        """For methods that combine gradients: the descent loss's gradient at the weights, and the answer at w + e.
+        """Returns the gradient of the descent objective at the weights, and the answer at w + e.
 
-        An adversary that climbs something else costs one more query.
+        For methods that combine the two gradients. If `ascent` is another objective than `descent`, this costs one more
+        query.
         """
         if self.ascent == self.descent:
             g = oracle.query(batch, self.descent).gradient
@@ -90,22 +118,64 @@ class SAM:
 
 
 def BiSAM(rho: Perturbation | Radius = 0.05, bound: LowerBound = NegLog(), descent: Objective | None = None) -> SAM:  # noqa: B008
-    """SAM whose adversary climbs a lower bound of the 0-1 loss (Xie et al., 2024, https://arxiv.org/abs/2407.12993)."""
+    """BiSAM: SAM whose adversary climbs a lower bound of the 0-1 loss (Xie et al., 2024).
+
+    Source: https://arxiv.org/abs/2407.12993.
+
+    Args:
+        rho: a radius >= 0 (a number or a schedule), or a perturbation such as `Adaptive(2.0)`.
+        bound: the lower bound: `NegLog()` for BiSAM (-log), which the paper recommends, or `Tanh()` for BiSAM (tanh).
+        descent: objective that is minimised at the displaced weights. Default: the training loss.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: `rho` is negative or not finite.
+
+    Example:
+        >>> import torch
+        >>> from bisam import BiSAM, SharpnessAware, Tanh, cross_entropy
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(4, 3)
+        >>> sharp = SharpnessAware(model, BiSAM(rho=0.1, bound=Tanh()), cross_entropy)
+        >>> sharp(torch.randn(8, 4), torch.randint(3, (8,))).backward()
+        >>> model.weight.grad.shape
+        torch.Size([3, 4])
+    """
     return SAM(rho, ascent=bound, descent=descent)
 
 
 def ASAM(rho: Radius, eta: float = 0.0, ascent: Objective | None = None) -> SAM:
-    """SAM in a neighbourhood that follows the weights' scale (Kwon et al., 2021, https://arxiv.org/abs/2102.11600).
+    """Adaptive SAM: SAM in a neighbourhood that scales with the weights (Kwon et al., 2021).
 
-    All parameters, as most ports; `SAM(Adaptive(rho, eta, where=...))` is the authors' choice of parameters.
+    Source: https://arxiv.org/abs/2102.11600. All parameters are scaled, as in most ports;
+    `SAM(Adaptive(rho, eta, where=...))` scales the parameters that the authors' code scales (see `Adaptive`).
+
+    Args:
+        rho: radius, >= 0, a number or a schedule.
+        eta: added to the magnitude of each weight, >= 0.
+        ascent: see `SAM`.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: `rho` or `eta` is negative or not finite.
     """
     return SAM(Adaptive(rho, eta), ascent=ascent)
 
 
 def ABiSAM(rho: Radius, bound: LowerBound = NegLog(), eta: float = 0.0) -> SAM:  # noqa: B008
-    """Adaptive BiSAM: ASAM's neighbourhood, BiSAM's adversary (Xie et al., 2024, https://arxiv.org/abs/2407.12993).
+    """Adaptive BiSAM: the neighbourhood of ASAM and the adversary of BiSAM (Xie et al., 2024).
 
-    As the authors' code has it; the paper's pseudocode was not found in a public source.
+    Source: https://arxiv.org/abs/2407.12993. This follows the authors' code; the paper's pseudocode was not found in a
+    public source.
+
+    Args:
+        rho: radius, >= 0, a number or a schedule.
+        bound: see `BiSAM`.
+        eta: added to the magnitude of each weight, >= 0.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: `rho` or `eta` is negative or not finite.
     """
     return SAM(Adaptive(rho, eta), ascent=bound)
 
@@ -113,33 +183,92 @@ def ABiSAM(rho: Radius, bound: LowerBound = NegLog(), eta: float = 0.0) -> SAM: 
 def FSAM(
     rho: Perturbation | Radius = 0.05, sigma: float = 1.0, lam: float = 0.9, ascent: Objective | None = None
 ) -> SAM:
-    """Friendly SAM: climb what is particular to the batch (Li et al., 2024, https://arxiv.org/abs/2403.12350)."""
+    """Friendly SAM: climbs the part of the gradient that is specific to the batch (Li et al., 2024).
+
+    Source: https://arxiv.org/abs/2403.12350. The same as `SAM(Friendly(rho, sigma, lam), ascent)`.
+
+    Args:
+        rho: a radius >= 0 (a number or a schedule), or a perturbation that is applied to the filtered gradient.
+        sigma: factor of the average gradient that is subtracted, >= 0; 0 is SAM.
+        lam: decay of the average, in [0, 1]; the authors use 0.6 to 0.95.
+        ascent: see `SAM`.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: `rho`, `sigma` or `lam` is outside its range.
+    """
     return SAM(Friendly(rho, sigma, lam), ascent=ascent)
 
 
 def VaSSO(rho: Perturbation | Radius = 0.05, theta: float = 0.9, ascent: Objective | None = None) -> SAM:
-    """SAM along an average gradient (Li and Giannakis, 2023, https://arxiv.org/abs/2309.15639)."""
+    """VaSSO: SAM along a running average of the gradient (Li and Giannakis, 2023).
+
+    Source: https://arxiv.org/abs/2309.15639. The same as `SAM(Smoothed(rho, theta), ascent)`.
+
+    Args:
+        rho: a radius >= 0 (a number or a schedule), or a perturbation that is applied to the averaged gradient.
+        theta: weight of the new gradient in the average, in (0, 1]; 1 is SAM.
+        ascent: see `SAM`.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: `rho` or `theta` is outside its range.
+    """
     return SAM(Smoothed(rho, theta), ascent=ascent)
 
 
 def ZSharp(rho: Perturbation | Radius = 0.05, keep: float = 0.05, ascent: Objective | None = None) -> SAM:
-    """SAM along the entries of the gradient that stand out (Yun, 2025, https://arxiv.org/abs/2505.02369)."""
+    """ZSharp: SAM along the entries of the gradient with the largest z-scores (Yun, 2025).
+
+    Source: https://arxiv.org/abs/2505.02369. The same as `SAM(ZScore(rho, keep), ascent)`.
+
+    Args:
+        rho: a radius >= 0 (a number or a schedule), or a perturbation that is applied to the filtered gradient.
+        keep: share of the entries of each tensor that are kept, rounded up, in (0, 1]; 1 is SAM.
+        ascent: see `SAM`.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: `rho` or `keep` is outside its range.
+    """
     return SAM(ZScore(rho, keep), ascent=ascent)
 
 
 def SAMON(rho: Perturbation | Radius = 0.05, ascent: Objective | None = None) -> SAM:
-    """SAM-ON: perturb normalisation layers alone (Mueller et al., 2023, https://arxiv.org/abs/2306.04226).
+    """SAM-ON: SAM that perturbs the normalisation layers only (Mueller et al., 2023).
 
-    `SAM(NormLayers(Adaptive(rho)))` is the authors' adaptive form.
+    Source: https://arxiv.org/abs/2306.04226. The same as `SAM(NormLayers(rho), ascent)`; `SAMON(Adaptive(rho))` is the
+    authors' adaptive form.
+
+    Args:
+        rho: a radius >= 0 (a number or a schedule), or a perturbation that is applied to the gradient of these layers.
+        ascent: see `SAM`.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: `rho` is negative or not finite.
+
+    Raises when called:
+        ValueError: the model has no trainable normalisation layer.
     """
     return SAM(NormLayers(rho), ascent=ascent)
 
 
 def LESAM(sigma: Radius = 0.05, rho_max: float = 0.5, ascent: Objective | None = None) -> SAM:
-    """LE-SAM: a rise of the loss in place of a radius (Wang et al., 2026, https://arxiv.org/abs/2605.10183).
+    """LE-SAM: SAM with a given increase of the loss in place of a radius (Wang et al., 2026).
 
-    The authors' values of `sigma` and `rho_max` were not found in a public source; these are ours. sigma is annealed to
-    0 over the final epochs, by a third party's summary: `Cosine(sigma, 0.0, steps=..., begin=...)`.
+    Source: https://arxiv.org/abs/2605.10183. The same as `SAM(LossEquated(sigma, rho_max), ascent)`. The authors'
+    values of `sigma` and `rho_max` were not found in a public source; the defaults are this library's. A third party's
+    summary says that sigma is annealed to 0 over the final epochs: `Cosine(sigma, 0.0, steps=..., begin=...)`.
+
+    Args:
+        sigma: increase of the loss to first order, >= 0, a number or a schedule.
+        rho_max: largest radius, > 0.
+        ascent: see `SAM`.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: `sigma` or `rho_max` is outside its range.
     """
     return SAM(LossEquated(sigma, rho_max), ascent=ascent)
 
@@ -147,7 +276,20 @@ def LESAM(sigma: Radius = 0.05, rho_max: float = 0.5, ascent: Objective | None =
 def FisherSAM(
     rho: Perturbation | Radius = 0.05, keep: float = 0.1, every: int = 100, ascent: Objective | None = None
 ) -> SAM:
-    """SAM on the weights of the largest Fisher information (Zhong et al., 2022, https://arxiv.org/abs/2210.05497)."""
+    """FisherSAM: SAM on the weights with the largest Fisher information (Zhong et al., 2022).
+
+    Source: https://arxiv.org/abs/2210.05497. The same as `SAM(FisherMask(rho, keep, every), ascent)`.
+
+    Args:
+        rho: a radius >= 0 (a number or a schedule), or a perturbation whose displacement is masked.
+        keep: share of the maskable entries that are perturbed, rounded up, in (0, 1]; 1 is SAM.
+        every: interval between two computations of the mask in steps, >= 1.
+        ascent: see `SAM`.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: `rho`, `keep` or `every` is outside its range.
+    """
     return SAM(FisherMask(rho, keep, every), ascent=ascent)
 
 
@@ -159,22 +301,38 @@ def SSAMD(
     steps: int | None = None,
     ascent: Objective | None = None,
 ) -> SAM:
-    """Sparse SAM with a mask that wanders, SSAM-D (Mi et al., 2022, https://arxiv.org/abs/2210.05177)."""
+    """SSAM-D: sparse SAM whose mask changes by dropping and growing weights (Mi et al., 2022).
+
+    Source: https://arxiv.org/abs/2210.05177. The same as `SAM(DropGrow(rho, keep, drop, every, steps), ascent)`.
+
+    Args:
+        rho: a radius >= 0 (a number or a schedule), or a perturbation whose displacement is masked.
+        keep: share of the entries that are perturbed, rounded up, in (0, 1]; 1 is SAM.
+        drop: share of the mask that is replaced at each update, in [0, 1].
+        every: interval between two updates of the mask in steps, >= 1.
+        steps: length of the training run in steps, over which `drop` decays to 0 along a cosine. Default: no decay.
+        ascent: see `SAM`.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is outside its range.
+    """
     return SAM(DropGrow(rho, keep, drop, every, steps), ascent=ascent)
 
 
 @dataclass(frozen=True)
 class MultiStepSAM(SAM):
-    """SAM that climbs in several steps, each of a share of the radius (Foret et al., 2021).
+    """SAM with several ascent steps, each with an equal share of the radius (Foret et al., 2021).
 
-    https://arxiv.org/abs/2010.01412. The displacement is the sum of the steps, so it is no longer than one step of SAM.
+    Source: https://arxiv.org/abs/2010.01412. The displacement is the sum of the steps, so it is not longer than that of
+    one step of SAM. A training step makes `steps` + 1 queries.
 
     Args:
-        perturb: the displacement of a single step; each of the steps takes 1 / `steps` of it, and what it remembers
-            changes with each.
+        perturb: see `SAM`; the displacement of one ascent step, which is multiplied by 1 / `steps`. A stateful
+            perturbation is updated at each ascent step.
         ascent: see `SAM`.
         descent: see `SAM`.
-        steps: gradients that are climbed, >= 1; 1 is SAM.
+        steps: number of ascent steps, >= 1; 1 is SAM.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -188,7 +346,7 @@ class MultiStepSAM(SAM):
         whole("steps", self.steps)
 
     def climb(self, oracle: Oracle, batch: Batch) -> Vector:
-        """The displacement, of `steps` queries."""
+        """Returns the displacement; makes `steps` queries."""
         e = super().climb(oracle, batch) * (1 / self.steps)
         for _ in range(1, self.steps):
             further = self.displacement(oracle.query(batch, self.ascent, at=e).gradient, oracle)

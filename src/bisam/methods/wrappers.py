@@ -1,9 +1,12 @@
-"""Wrappers: methods around any method.
+"""Wrappers: methods that contain another method.
 
-MSAM(32, BiSAM())                            # each micro-batch of 32 perturbs for itself
-KSAM(16, RSAM(0.01, EBiSAM()))               # on the 16 hardest examples, around a random point
-Every(5, SAM(L2(0.1)))                       # every fifth step, else the plain gradient
-During(SAM(), start=8_000)                   # in the last epochs only
+They nest in any order:
+
+    >>> from bisam import MSAM, KSAM, RSAM, SAM, BiSAM, During, EBiSAM, Every, L2
+    >>> m_sharpness = MSAM(32, BiSAM())                   # each micro-batch of 32 has its own perturbation
+    >>> hardest = KSAM(16, RSAM(0.01, EBiSAM()))          # on the 16 hardest examples, around a random point
+    >>> sparse = Every(5, SAM(L2(0.1)))                   # at every fifth step, with the plain gradient in between
+    >>> late = During(SAM(), start=8_000)                 # in the last epochs only
 """
 
 from __future__ import annotations
@@ -22,21 +25,22 @@ from bisam.validation import instance, non_negative, whole
 
 @dataclass(frozen=True)
 class MSAM:
-    """m-sharpness: any method on each micro-batch of `m` examples by itself, gradients averaged (Foret et al., 2021).
+    """m-sharpness: applies a method to micro-batches of `m` examples and averages the gradients (Foret et al., 2021).
 
-    See also Behdin et al., 2023, https://arxiv.org/abs/2302.09693. It is what data-parallel training does with `m` the
-    batch of one replica. Running statistics move once per micro-batch. In data-parallel training itself, replicas whose
-    batches differ in size must be wrapped as `DistributedDataParallel(SharpnessAware(...))`.
+    See also Behdin et al., 2023, https://arxiv.org/abs/2302.09693. Data-parallel training does the same, with `m` the
+    batch size of a replica. Running statistics are updated once per micro-batch. In data-parallel training with MSAM,
+    replicas whose batches differ in size must be wrapped as `DistributedDataParallel(SharpnessAware(...))`.
 
     Args:
-        m: examples in a micro-batch, >= 1; the last one may be smaller. Each weighs the examples that count in it.
-        method: what each micro-batch does.
-        separate: give each position in the batch a memory of its own, as replicas have. What LookSAM and its like
-            remember is of the size of the weights, once for each micro-batch.
+        m: examples in a micro-batch, >= 1; the last one may be smaller. A micro-batch is weighted by its number of
+            examples that count (those whose target is not the `ignore_index`).
+        method: method that is applied to each micro-batch.
+        separate: keep one state for each position in the batch, as replicas do. For LookSAM and similar methods each of
+            these states has the size of the weights.
 
     Raises:
-        TypeError: `m` is no whole number, or `method` no method.
-        ValueError: `m` is less than 1; the method keeps a memory, and `separate` was not asked for.
+        TypeError: `m` is not an int, or `method` is not a method.
+        ValueError: `m` is less than 1, or the method is stateful and `separate` is False.
     """
 
     m: int
@@ -53,7 +57,7 @@ class MSAM:
             )
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
-        """The method's queries for each micro-batch in turn."""
+        """Makes the queries of the method for each micro-batch in turn."""
         parts = split(batch, self.m)
         oracle.agree("micro-batches", len(parts))
         if len(parts) == 1:
@@ -64,29 +68,29 @@ class MSAM:
             share = answer.gradient * answer.count
             g = share if g is None else g + share
             answers.append(replace(answer, grad=None))
-            del answer, share  # not through the next part's passes
+            del answer, share  # free their memory before the passes of the next part
         joined = join(answers)
         return replace(joined, grad=None if g is None else g / divisor(joined.count))
 
 
 @dataclass(frozen=True)
 class KSAM:
-    """Any method on the `k` examples of the batch with the largest losses (Ni et al., 2022).
+    """K-SAM: applies a method to the `k` examples of the batch with the largest losses (Ni et al., 2022).
 
-    https://arxiv.org/abs/2210.12864. A forward pass of the whole batch chooses them, and moves running statistics. The
-    authors' values of k were not found in a public source.
+    Source: https://arxiv.org/abs/2210.12864. A forward pass of the whole batch selects the examples and updates running
+    statistics. The authors' values of k were not found in a public source.
 
     Args:
-        k: examples that are kept, >= 1; the size of the batch makes it `method`.
-        method: what is done with them.
+        k: number of examples that are kept, >= 1; with the batch size, the wrapper has no effect on the gradient.
+        method: method that is applied to these examples.
 
     Raises:
-        TypeError: `k` is no whole number, or `method` no method.
+        TypeError: `k` is not an int, or `method` is not a method.
         ValueError: `k` is less than 1.
 
-    Called, it raises:
+    Raises when called:
         TypeError: the loss is a scalar.
-        ValueError: the batch has fewer than `k` examples, or the losses are not one for each.
+        ValueError: the batch has fewer than `k` examples, or the number of losses is not the number of examples.
     """
 
     k: int
@@ -97,7 +101,7 @@ class KSAM:
         instance("method", self.method, _METHOD)
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
-        """A forward pass, and the method's queries on a part of the batch."""
+        """Makes a forward pass, and then the queries of the method on the selected examples."""
         losses = oracle.query(batch, grad=False).per_example
         if self.k > len(losses):
             raise ValueError(
@@ -109,18 +113,18 @@ class KSAM:
 
 @dataclass(frozen=True)
 class RSAM:
-    """Any method around a random point near the weights: random smoothing, then the ascent (Liu et al., 2022).
+    """R-SAM: applies a method at a random point near the weights (random smoothing; Liu et al., 2022).
 
-    The algorithm of R-SAM (Liu et al., NeurIPS 2022, "Random Sharpness-Aware Minimization") as its abstract describes
-    it; its exact formula and values were not found in a public source. Inside, the random point takes the place of the
-    weights: running statistics move there, and `SharpnessAware.clean` is what was seen there.
+    This is the algorithm of R-SAM (Liu et al., NeurIPS 2022, "Random Sharpness-Aware Minimization") as its abstract
+    describes it; its exact formula and values were not found in a public source. For the inner method the random point
+    replaces the weights: running statistics are updated there, and `SharpnessAware.clean` holds the evaluation there.
 
     Args:
-        sigma: standard deviation of each entry's noise, >= 0, in units of its filter's norm, so that the noise of a
-            filter of d entries is about sqrt(d) sigma times as long as the filter; 0 is `method`.
-        method: what is done at the random point.
-        filters: scale the noise of each filter (the first dimension of a tensor of two or more) by its norm, and that
-            of other tensors by theirs; else the noise is the same everywhere.
+        sigma: standard deviation of the noise of each entry, >= 0, in units of the norm of its filter: the noise of a
+            filter of d entries is about sqrt(d) sigma times as long as the filter. With 0 the wrapper has no effect.
+        method: method that is applied at the random point.
+        filters: if True, scale the noise by the norm of each filter (a slice along the first dimension of a tensor of
+            two or more dimensions), and of each tensor of fewer dimensions. If False, all entries have the same noise.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -136,7 +140,7 @@ class RSAM:
         instance("method", self.method, _METHOD)
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
-        """The method's queries, all of them displaced by the same noise."""
+        """Makes the queries of the method, all displaced by the same noise."""
         inside = oracle.within("method")
         if self.sigma == 0:
             return self.method(inside, batch)
@@ -152,15 +156,15 @@ class RSAM:
 
 @dataclass(frozen=True)
 class Every:
-    """A method at every `k`-th step, beginning with the first, and another one between.
+    """Applies one method at every `k`-th step, beginning with the first, and another one at the other steps.
 
     Args:
-        k: interval in steps, >= 1; 1 is `method`.
-        method: what is done at each k-th step; it counts these steps only.
-        otherwise: what is done at all other steps.
+        k: interval in steps, >= 1; with 1 it is always `method`.
+        method: method at every k-th step; its step counter counts these steps only.
+        otherwise: method at all other steps; its step counter counts those only. Default: `ERM()`.
 
     Raises:
-        TypeError: `k` is no whole number, or a method is none.
+        TypeError: `k` is not an int, or `method` or `otherwise` is not a method.
         ValueError: `k` is less than 1.
     """
 
@@ -174,7 +178,7 @@ class Every:
         instance("otherwise", self.otherwise, _METHOD)
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
-        """The queries of the one or the other."""
+        """Makes the queries of the method whose turn it is."""
         turn, rest = divmod(oracle.step, self.k)
         if rest == 0:
             return self.method(oracle.within("method", turn), batch)
@@ -183,19 +187,20 @@ class Every:
 
 @dataclass(frozen=True)
 class During:
-    """A method from one step to another, and another one before and after: SAM in the last epochs only, say.
+    """Applies one method in a range of steps and another one before and after, for example SAM in the last epochs only.
 
-    The late phase of training is enough for most of the gain (Zhou et al., 2025, https://arxiv.org/abs/2410.10373).
+    SAM in the late phase of training gives most of the improvement (Zhou et al., 2025,
+    https://arxiv.org/abs/2410.10373).
 
     Args:
-        method: what is done from step `start` to the one before `stop`; it counts these steps only.
+        method: method from step `start` to step `stop` - 1; its step counter counts these steps only.
         start: first step, >= 0.
-        stop: first step after, > `start`; None for never.
-        otherwise: what is done before and after.
+        stop: first step after the range, > `start`. Default: the range does not end.
+        otherwise: method before and after. Default: `ERM()`.
 
     Raises:
-        TypeError: a step is no whole number, or a method is none.
-        ValueError: a step is outside its range.
+        TypeError: `start` or `stop` is not an int, or `method` or `otherwise` is not a method.
+        ValueError: `start` or `stop` is outside its range.
     """
 
     method: Method = field(default=SAM())
@@ -211,7 +216,7 @@ class During:
             whole("stop", self.stop, least=self.start + 1)
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
-        """The queries of the one or the other."""
+        """Makes the queries of the method that applies at this step."""
         step, stop = oracle.step, self.stop
         if self.start <= step and (stop is None or step < stop):
             return self.method(oracle.within("method", step - self.start), batch)

@@ -1,1 +1,1 @@
-"""Model: the border with torch modules. Methods query an oracle; nothing but this package runs or changes a module."""
+"""Model: the interface to torch modules. Methods query an oracle; only this package runs or changes a module."""

@@ -1,8 +1,10 @@
-"""Buffers: the running statistics and other buffers of a module, which can be saved and restored.
+"""Buffers: saves and restores the running statistics and other buffers of a module.
 
-then = buffers.remember()
-model(x)                                          # BatchNorm moves its statistics
-buffers.restore(then)                             # bit for bit, even where a module put another tensor in their place
+A buffer is restored bit for bit, also if the module has replaced its tensor:
+
+    then = buffers.remember()
+    model(x)                                          # BatchNorm updates its statistics
+    buffers.restore(then)
 """
 
 from __future__ import annotations
@@ -18,11 +20,11 @@ Slot = tuple[dict[str, Tensor | None], str, Tensor]
 """A module's dictionary of buffers, a name in it, and the buffer."""
 
 Saved = tuple[list[Slot], list[tuple[Tensors, Tensors]]]
-"""Buffers, and by type their memory and copies of its contents."""
+"""Buffers, and for each type their tensors and copies of the contents."""
 
 
 class Buffers:
-    """All buffers of a model, of any type; one `_foreach` call per type.
+    """All buffers of a model, of any type; operations take one `_foreach` call per type.
 
     Args:
         slots: the places of the buffers.
@@ -33,16 +35,16 @@ class Buffers:
 
     @cached_property
     def untouched(self) -> Saved:
-        """The buffers when this was first read: read it before anything moves them."""
+        """The buffers at the first access of this property; access it before they change."""
         return self.remember()
 
     def rollback(self) -> None:
-        """Restore `untouched`: for a step that failed between two queries."""
+        """Restores `untouched`, after a step that failed between two queries."""
         self.restore(self.untouched)
 
     @cached_property
     def _by_type(self) -> list[list[Tensor]]:
-        # .data: the graph of another loss may hold the buffers, and must not see them move.
+        # .data: the graph of another loss may hold the buffers, and would detect the in-place change.
         groups: dict[torch.dtype, list[Tensor]] = {}
         for _, _, buffer in self._slots:
             groups.setdefault(buffer.dtype, []).append(buffer.data)
@@ -54,18 +56,18 @@ class Buffers:
         return [buffer for _, _, buffer in self._slots]
 
     def refresh(self) -> None:
-        """Adopt the tensors that modules have put in place of their buffers."""
+        """Updates the list of buffers with the tensors by which modules have replaced their buffers."""
         if any(owner.get(name) is not buffer for owner, name, buffer in self._slots):
             now = [(owner, name, owner.get(name)) for owner, name, _ in self._slots]
             self._slots = [(owner, name, buffer) for owner, name, buffer in now if buffer is not None]
             del self._by_type
 
     def remember(self) -> Saved:
-        """All buffers, and copies of their contents."""
+        """Returns all buffers and copies of their contents."""
         return self._slots, [(group, clone(group)) for group in self._by_type]
 
     def restore(self, saved: Saved) -> None:
-        """Put back what `remember` returned."""
+        """Restores the result of `remember`."""
         slots, groups = saved
         for group, contents in groups:
             torch._foreach_copy_(group, contents)

@@ -1,7 +1,7 @@
-"""Compatibility: what is refused because it would train the model wrongly, not at all, or wait for ever.
+"""Compatibility: refuses combinations that would train the model wrongly, not at all, or deadlock.
 
-`RULES` is the table: one function for each combination that is refused, named by it. A rule returns the message, or
-None where it does not apply.
+`RULES` is the table of these combinations, with one function for each. A rule returns the error message, or None if it
+does not apply.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from bisam.methods.method import data_dependent
 
 @dataclass(frozen=True)
 class Setup:
-    """What the rules look at.
+    """The properties that the rules examine.
 
     Attributes:
         sharp: the loss around the model.
-        method: its method.
-        scope: what was asked for.
+        method: the method of the loss.
+        scope: the argument `scope` of the loss.
     """
 
     sharp: nn.Module
@@ -40,7 +40,7 @@ class Setup:
 
     @cached_property
     def parameters(self) -> list[tuple[str, Tensor]]:
-        """The trainable parameters, by name."""
+        """The trainable parameters, with their names."""
         return [(name, p) for name, p in self.sharp.named_parameters() if p.requires_grad]
 
     @cached_property
@@ -50,7 +50,7 @@ class Setup:
 
     @cached_property
     def fsdp_modules(self) -> list[nn.Module]:
-        """The modules under FSDP2."""
+        """The modules to which FSDP2 was applied."""
         kind = fsdp_module_type()
         return [module for module in self.modules if isinstance(module, kind)]
 
@@ -113,7 +113,7 @@ def ddp_static_graph_inside(setup: Setup) -> str | None:
 
 
 def data_dependent_method_in_ddp_with_buffers(setup: Setup) -> str | None:
-    """A method whose number of forward passes depends on the data, where each pass broadcasts buffers."""
+    """A method with a data-dependent number of forward passes, and a DDP inside that broadcasts buffers in each."""
     waits = any(getattr(m, "broadcast_buffers", False) and list(m.buffers()) for m in setup.ddp_inside)
     name = data_dependent(setup.method) if waits and setup.scope != "global" else None
     if name is None:
@@ -126,7 +126,7 @@ def data_dependent_method_in_ddp_with_buffers(setup: Setup) -> str | None:
 
 
 def fsdp2_with_unsharded_parameters(setup: Setup) -> str | None:
-    """A model of which FSDP2 holds some trainable parameters and not others."""
+    """A model in which FSDP2 shards some trainable parameters but not all."""
     if not (setup.fsdp_modules and setup.some_sharded and setup.whole):
         return None
     return (
@@ -157,7 +157,7 @@ def fsdp2_with_local_scope(setup: Setup) -> str | None:
 
 
 def tensor_parallelism_with_global_scope(setup: Setup) -> str | None:
-    """`scope="global"` under tensor parallelism alone."""
+    """`scope="global"` under tensor parallelism without FSDP2."""
     if not (setup.some_sharded and not setup.fsdp_modules and setup.scope == "global"):
         return None
     return (
@@ -181,10 +181,10 @@ RULES: tuple[Callable[[Setup], str | None], ...] = (
 
 
 def check(sharp: nn.Module, method: Any, scope: Scope | None) -> None:
-    """Refuse a loss whose model or method is used in a combination that `RULES` lists.
+    """Checks that model, method and scope are not a combination in `RULES`.
 
     Raises:
-        ValueError: with the remedy.
+        ValueError: they are; the message shows the remedy.
     """
     setup = Setup(sharp, method, scope)
     for rule in RULES:

@@ -1,4 +1,4 @@
-"""Gradients: what is checked before one is taken, how it is scaled, and how it becomes a Vector."""
+"""Gradients: checks before a gradient is computed, loss scaling, and the conversion to a Vector."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Scaler = torch.amp.GradScaler | Callable[[], float | Tensor]
 
 
 class LossScale:
-    """Scales the loss of each query, so that float16 gradients do not vanish, and remembers overflows.
+    """Scales the loss of each query, so that float16 gradients do not underflow, and records overflows.
 
     Args:
         scaler: a `torch.amp.GradScaler`, or a callable that returns the factor.
@@ -26,10 +26,10 @@ class LossScale:
     def __init__(self, scaler: Scaler) -> None:
         self._scaler = scaler
         self.overflow: Tensor | None = None
-        """0 while all gradients were finite, else NaN; None before the first one."""
+        """0 if all gradients were finite, else NaN; None before the first gradient."""
 
     def factor(self, device: torch.device) -> Tensor:
-        """The factor, on a device.
+        """Returns the factor on a device.
 
         Raises:
             ValueError: the GradScaler belongs to another type of device.
@@ -41,18 +41,18 @@ class LossScale:
                     f"the scaler belongs to losses on {self._scaler._device}, and this one is on {device.type}: give "
                     f"the loss and the loop the same torch.amp.GradScaler({device.type!r})"
                 )
-            return self._scaler.scale(one)  # not get_scale(), which waits for the device
+            return self._scaler.scale(one)  # not get_scale(), which synchronises with the device
         return one * self._scaler()
 
     def note(self, gradient: Vector) -> None:
-        """Note an overflow in a gradient: it makes the sharp loss's gradient NaN, so that the scaler skips the step."""
+        """Records an overflow in a gradient: the gradient of the loss becomes NaN, so that the scaler skips the step."""
         overflow = gradient.norm() * 0
         self.overflow = overflow if self.overflow is None else self.overflow + overflow
 
 
 @contextmanager
 def silenced(hooks: Sequence[dict[int, Any]]) -> Generator[None]:
-    """Remove these hooks of parameters for a while: they act on the gradient that reaches `.grad`, once."""
+    """A context without these hooks of parameters, which must run once, on the gradient that reaches `.grad`."""
     kept = [dict(of_one) for of_one in hooks]
     for of_one in hooks:
         of_one.clear()
@@ -69,13 +69,13 @@ def filled(
     weights: Callable[[], Vector],
     names: Callable[[], Sequence[str]],
 ) -> Vector:
-    """Gradients as a Vector, with zeros, as holes, where autograd has none.
+    """Converts gradients to a Vector; where autograd returned None it has zeros and a hole.
 
     Args:
-        grads: as autograd returns them.
+        grads: the result of autograd.
         layout: the layout of the weights.
-        weights: returns the weights, for the zeros.
-        names: returns the parameters' names, for the message.
+        weights: returns the weights, whose shapes the zeros have.
+        names: returns the parameters' names, for the error message.
 
     Raises:
         ValueError: a gradient is sparse.
@@ -95,10 +95,10 @@ def filled(
 
 
 def check_trainable(model: nn.Module, parameters: Sequence[Tensor], batch: Batch, losses: Tensor) -> None:
-    """Check that the losses have a gradient with respect to the parameters, and the batch needs none.
+    """Checks that the losses have a gradient with respect to the parameters, and that the batch requires none.
 
     Raises:
-        ValueError: no parameter is trainable, the losses have no graph, or a tensor of the batch needs a gradient.
+        ValueError: no parameter is trainable, the losses have no graph, or a tensor of the batch requires a gradient.
     """
     if not parameters:
         raise ValueError(
@@ -118,10 +118,10 @@ def check_trainable(model: nn.Module, parameters: Sequence[Tensor], batch: Batch
 
 
 def check_strangers(losses: Tensor, parameters: Iterable[Tensor]) -> None:
-    """Check that the losses depend on no leaves but the parameters: others would silently not be trained.
+    """Checks that the losses depend on no other leaf tensors than the parameters, which would silently not be trained.
 
     Raises:
-        ValueError: they depend on others; with their number and shapes.
+        ValueError: they do; the message shows the number and the shapes of these tensors.
     """
     known = {id(p) for p in parameters}
     todo, seen, shapes = [losses.grad_fn], set[Any](), list[tuple[int, ...]]()

@@ -1,7 +1,7 @@
 """ModelOracle: the oracle of a torch module.
 
-After a query, whatever happened in it, the weights are restored bit for bit, `.grad` was not touched, and running
-statistics have moved only if the query was at the weights themselves.
+After a query, also after one that failed, the weights are restored bit for bit and `.grad` is unchanged. Running
+statistics have changed only if the query was at the weights themselves.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ Forward = Callable[..., tuple[Any, Any]]
 
 @dataclass(frozen=True, slots=True)
 class ForwardPass:
-    """A forward pass of the model with its loss, and the graph of both.
+    """A forward pass of the model and its loss, with their graph.
 
     Attributes:
-        outputs: what the model returned.
-        targets: what the objective compared the outputs with.
+        outputs: the outputs of the model.
+        targets: the targets that were passed to the objective.
         losses: one per example, or a scalar.
-        count: how many losses count.
+        count: number of losses that count.
         value: the mean of the losses that count.
-        objective: what was evaluated.
+        objective: the objective that was evaluated.
     """
 
     outputs: Any
@@ -53,7 +53,7 @@ class ForwardPass:
     objective: Objective
 
     def detached(self) -> Evaluation:
-        """The pass as an answer without a gradient and without a graph."""
+        """Returns the pass as an Evaluation without gradient and graph."""
         outputs = self.outputs
         outputs = outputs.detach() if isinstance(outputs, Tensor) else tree_map_only(Tensor, Tensor.detach, outputs)
         losses, value = self.losses.detach(), self.value.detach()
@@ -61,25 +61,43 @@ class ForwardPass:
 
 
 class ModelOracle(Oracle):
-    """The oracle of a torch module in its present state: make a new one for each training step.
+    """The oracle of a torch module in its present state; create a new one for each training step.
 
     Args:
-        model: the module. Its trainable parameters (and those of the loss, if the loss is a module) are the weights.
+        model: the module. The weights are its trainable parameters, and those of the loss if the loss is a module.
         loss: `(outputs, targets) -> losses`, one per example or a scalar.
-        forward: `(model, *batch) -> (outputs, targets)`; by default all but the last element of the batch are inputs.
+        forward: `(model, *batch) -> (outputs, targets)`. Default: the last element of the batch is the targets and the
+            others are the inputs of the model.
         scaler: the `torch.amp.GradScaler` that scales float16 losses, or a callable that returns its factor.
-        same_noise: replay the random state, so that all queries on a batch see the same dropout masks.
-        scope: "global" averages gradients and values over ranks in each query, "local" does not; None is what the
+        same_noise: if True, restore the random state before each query, so that all queries on a batch use the same
+            dropout masks.
+        scope: "global" averages gradients and values over ranks in each query, "local" does not. Default: as the
             distributed wrapper does.
         step: see `Oracle`.
         state: see `Oracle`.
-        check: check, in the first query, that the loss depends on nothing that would silently not be trained.
+        check: whether to check, in the first query, that the loss does not depend on tensors that would silently not be
+            trained.
 
     Attributes:
-        seen: answers of the queries that moved running statistics, each for this rank's batch.
-        same_noise: as given.
+        seen: answers of the queries that updated running statistics, each for this rank's batch.
+        same_noise: the argument `same_noise`.
         module_buffers: the buffers of the model and the loss, which can be saved and restored.
         holes: positions of the parameters that the last gradient does not depend on.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+
+    Example:
+        >>> import torch
+        >>> from bisam import ModelOracle, cross_entropy
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(4, 3)
+        >>> oracle = ModelOracle(model, cross_entropy)
+        >>> batch = torch.randn(8, 4), torch.randint(3, (8,))
+        >>> answer = oracle.query(batch)
+        >>> ahead = oracle.query(batch, at=answer.grad * 0.1)    # along the gradient the loss increases
+        >>> bool(ahead.value > answer.value), model.weight.grad is None
+        (True, True)
     """
 
     def __init__(
@@ -114,7 +132,7 @@ class ModelOracle(Oracle):
     @property
     def weights(self) -> Vector:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The trainable parameters; changing them changes the model."""
-        # New each time: a layer that constrains its weights may give them other memory in a forward pass.
+        # Not cached: a layer that constrains its weights may replace their memory in a forward pass.
         return self._placement.weights(self.parameters)
 
     @property
@@ -129,8 +147,8 @@ class ModelOracle(Oracle):
 
     @cached_property
     def names(self) -> Sequence[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The parameters' names in the model; names of the loss's parameters begin with `loss.`."""
-        self._forget()  # gathered parameters are not those that the optimizer holds
+        """The names of the parameters in the model; names of the loss's parameters begin with `loss.`."""
+        self._forget()  # the optimizer does not hold gathered parameters
         return inventories.names(self.model, self.loss, self.parameters)
 
     @cached_property
@@ -141,7 +159,7 @@ class ModelOracle(Oracle):
 
     @property
     def overflow(self) -> Tensor | None:
-        """0 while all inner gradients were finite, else NaN; None where no scaler is in use."""
+        """0 if all gradients so far were finite, else NaN; None if there is no scaler."""
         return None if self._scale is None else self._scale.overflow
 
     def averaged(self, value: Tensor, count: Count) -> tuple[Tensor, Count]:
@@ -153,38 +171,38 @@ class ModelOracle(Oracle):
         self._placement.agree(what, number)
 
     def random_state(self) -> RandomState:
-        """The present state of the random generators that a forward pass draws from."""
+        """Returns the present state of the random generators that a forward pass draws from."""
         return RandomState(self.parameters)
 
     @contextmanager
     def fork(self, *key: int) -> Generator[None]:
-        """Let forward passes draw from a stream that `key` seeds; the generators are put back afterwards."""
+        """A context in which `key` seeds the generators of forward passes; their state is restored at its end."""
         with self.random_state().forked(*key):
             yield
 
     def note_overflow(self, gradient: Vector) -> None:
-        """Let an overflow in a scaled gradient skip the step, also if another rank computed the gradient."""
+        """Records an overflow in a scaled gradient, also in one of another rank, so that the scaler skips the step."""
         if self._scale is not None:
             self._scale.note(gradient)
 
     def ask(self, queries: Sequence[Query]) -> list[Evaluation]:
-        """See `Oracle.ask`; in series.
+        """Answers the queries in series; see `Oracle.ask`.
 
         Raises:
-            TypeError: `forward` or the objective return something else than they should.
+            TypeError: `forward` or the objective returns a value of the wrong type.
             ValueError: the batch is empty; the losses have the wrong shape or no gradient; a gradient is sparse.
         """
         return [self._answer(query) for query in queries]
 
     def run(self, batch: Batch, objective: Objective | None = None) -> ForwardPass:
-        """A forward pass at the weights as they are, with its graph.
+        """Runs a forward pass at the present weights and returns it with its graph.
 
         Args:
             batch: the batch.
-            objective: what to evaluate; None is the training loss.
+            objective: objective to evaluate. Default: the training loss.
 
         Raises:
-            TypeError: `forward` or the objective return something else than they should.
+            TypeError: `forward` or the objective returns a value of the wrong type.
             ValueError: the batch is empty, or the losses have the wrong shape.
         """
         objective = self.loss if objective is None else objective
@@ -217,8 +235,8 @@ class ModelOracle(Oracle):
         try:
             if at is not None and weights is not None:
                 torch._foreach_add_(weights.tensors, at.tensors)
-                at = None  # its memory is free for the forward pass, if the method has let go of it too
-                self._forget()  # copies of the weights as they were, in lower precision or gathered
+                at = None  # frees its memory for the forward pass, if the method has no reference either
+                self._forget()  # copies of the previous weights, in lower precision or gathered
             if self._noise is not None:
                 noise = self._noise.begin(query.batch)
             answer = self._evaluate(query, track)
@@ -226,7 +244,7 @@ class ModelOracle(Oracle):
                 self.module_buffers.refresh()
             return answer
         except BaseException:
-            buffers = untouched  # a step that fails leaves nothing behind
+            buffers = untouched  # a step that fails must not change the model
             self._placement.recover(self.parameters)
             raise
         finally:
@@ -250,7 +268,7 @@ class ModelOracle(Oracle):
         answer = made.detached()
         del made
         if track:
-            self.seen.append(answer)  # for this rank's own batch: whoever reads it reads it alone
+            self.seen.append(answer)  # for this rank's batch only: reading it must not need another rank
         value, count, gradient = self._placement.averaged(answer.value, answer.count, gradient)
         if gradient is not None:
             self.note_overflow(gradient)
@@ -273,7 +291,7 @@ class ModelOracle(Oracle):
         return gradient if factor is None else gradient / factor.to(gradient.tensors[0].device)
 
     def _forget(self) -> None:
-        """Drop copies of the weights that were made for a forward pass."""
+        """Frees copies of the weights that were made for a forward pass."""
         torch.clear_autocast_cache()
         self._placement.before_forward()
 

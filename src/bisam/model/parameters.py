@@ -1,4 +1,4 @@
-"""Parameters: one walk over a model and its loss for the weights, the buffers and the modules under FSDP2."""
+"""Parameters: collects the weights, the buffers and the FSDP2 modules of a model and its loss in one traversal."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from bisam.model.buffers import Slot
 
 
 class Inventory(NamedTuple):
-    """The parts of a model and its loss that a training step touches.
+    """The parts of a model and its loss that a training step uses.
 
     Attributes:
         parameters: the trainable parameters; tied parameters count once.
-        slots: the buffers, and where they are.
-        fsdp_modules: the modules that `fully_shard` was applied to, outer ones first.
+        slots: the buffers and their places.
+        fsdp_modules: the modules to which `fully_shard` was applied, outer ones first.
     """
 
     parameters: list[nn.Parameter]
@@ -26,11 +26,11 @@ class Inventory(NamedTuple):
 
 
 def inventory(model: nn.Module, loss: object) -> Inventory:
-    """The parameters, buffers and FSDP2 modules of a model, and of its loss if that is a module.
+    """Returns the parameters, buffers and FSDP2 modules of a model, and of its loss if that is a module.
 
-    Parameters that FSDP2 has gathered are dropped on the way, so that the sharded ones are found.
+    Parameters that FSDP2 has gathered are freed first, so that the sharded ones are found.
     """
-    # As nn.Module.parameters() and buffers(), without the names that those build on the way: this runs every step.
+    # As nn.Module.parameters() and buffers(), without building names: this runs at every step.
     parameters: dict[int, nn.Parameter] = {}  # by identity
     slots: list[Slot] = []
     fsdp_modules, fsdp = list[Any](), fsdp_module_type()
@@ -43,7 +43,7 @@ def inventory(model: nn.Module, loss: object) -> Inventory:
         seen.add(module)
         if fsdp and isinstance(module, fsdp):
             fsdp_modules.append(module)
-            cast(Any, module).reshard()  # after an evaluation, say, it holds gathered parameters in place of its own
+            cast(Any, module).reshard()  # it may hold gathered parameters, for example after an evaluation
         if children := module._modules:
             todo += [m for m in reversed(children.values()) if m is not None]
         if own := module._parameters:
@@ -58,7 +58,7 @@ def inventory(model: nn.Module, loss: object) -> Inventory:
 
 
 def names(model: nn.Module, loss: object, parameters: Sequence[Tensor]) -> list[str]:
-    """The parameters' names in the model; names of the loss's parameters begin with `loss.`."""
+    """Returns the names of the parameters in the model; names of the loss's parameters begin with `loss.`."""
     named = {id(p): name for name, p in model.named_parameters()}
     if isinstance(loss, nn.Module):
         named = {id(p): f"loss.{name}" for name, p in loss.named_parameters()} | named
@@ -66,7 +66,7 @@ def names(model: nn.Module, loss: object, parameters: Sequence[Tensor]) -> list[
 
 
 def layers(model: nn.Module, loss: object, parameters: Sequence[Tensor]) -> list[str]:
-    """The class names of the modules that the parameters belong to."""
+    """Returns the class names of the modules that the parameters belong to."""
     modules = [module for root in _roots(model, loss) for module in root.modules()]
     owners = {id(p): type(module).__name__ for module in modules for p in module.parameters(recurse=False)}
     return [owners[id(p)] for p in parameters]

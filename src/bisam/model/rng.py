@@ -1,4 +1,4 @@
-"""RNG: the state of the random generators that forward passes draw from, to be put back, replayed or replaced."""
+"""RNG: saves, restores and replaces the state of the random generators that forward passes draw from."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bisam.evaluation import Batch
 
 
 class RandomState:
-    """The present state of the random generators that a forward pass draws from, on the CPU and the devices in use.
+    """The present state of the random generators of a forward pass, on the CPU and on the devices in use.
 
     Args:
         parameters: the parameters of the model.
@@ -26,18 +26,18 @@ class RandomState:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The states of the generators, the CPU's first."""
+        """The states of the generators, that of the CPU first."""
         return [self._cpu, *(state for _, state in self._others)]
 
     def restore(self) -> None:
-        """Put the generators back."""
+        """Restores the state of the generators."""
         torch.set_rng_state(self._cpu)
         for device, state in self._others:
             torch.get_device_module(device).set_rng_state(state, device)
 
     @contextmanager
     def forked(self, *key: int) -> Generator[None]:
-        """Draw from a stream that `key` seeds, and put the generators back afterwards."""
+        """A context that seeds the generators by `key` and restores their state at its end."""
         seed = int.from_bytes(blake2b(repr(key).encode(), digest_size=8).digest(), "little")
         torch.set_rng_state(torch.Generator().manual_seed(seed).get_state())
         for device, _ in self._others:  # not torch.manual_seed, which would seed all devices
@@ -50,7 +50,7 @@ class RandomState:
 
 
 class SameNoise:
-    """Replays the random state of the first query on a batch in the queries on it that follow.
+    """Replays the random state of the first query on a batch in all later queries on it.
 
     Args:
         parameters: the parameters of the model.
@@ -61,9 +61,9 @@ class SameNoise:
         self._first: tuple[Batch, RandomState] | None = None
 
     def begin(self, batch: Batch) -> RandomState | None:
-        """Replay the state if the batch was seen before, and return the one to restore after the query."""
+        """Replays the state if an earlier query used the batch, and returns the state to restore after the query."""
         if self._first is not None and self._first[0] is batch:
-            present = RandomState(self._parameters)  # what was drawn between two queries, a mask say, stays drawn
+            present = RandomState(self._parameters)  # keep draws between two queries, such as a mask
             self._first[1].restore()
             return present
         self._first = batch, RandomState(self._parameters)

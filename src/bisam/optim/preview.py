@@ -1,8 +1,8 @@
-"""Preview: the next step of an optimizer before it is taken.
+"""Preview: the next step of an optimizer, computed before it is taken.
 
-    e = next_step(optimizer)(g, oracle)             # what optimizer.step() would add to the weights if g were in .grad
+With it a method evaluates the loss at the end of the next step, before the weights have changed:
 
-With it a method evaluates the loss where the next step will end, before anything has moved.
+    e = next_step(optimizer)(g, oracle)             # what optimizer.step() would add to the weights with g in .grad
 """
 
 from __future__ import annotations
@@ -21,25 +21,38 @@ from bisam.oracle import Oracle
 from bisam.vector import Scalar, Tensors, Vector, as_real
 
 Group = Mapping[str, Any]
-"""Settings of a parameter group, or what an optimizer remembers of one parameter."""
+"""The settings of a parameter group, or the state of one parameter."""
 
-_WRAPPERS = frozenset({"AcceleratedOptimizer", "LightningOptimizer", "_FabricOptimizer"})  # they hold it as `optimizer`
+_WRAPPERS = frozenset({"AcceleratedOptimizer", "LightningOptimizer", "_FabricOptimizer"})  # their attribute `optimizer`
 
 
 def next_step(optimizer: Optimizer) -> Preview:
-    """The next step of an optimizer before it is taken, `(gradient, oracle) -> displacement`.
+    """Returns a function `(gradient, oracle) -> displacement` that computes the next step of an optimizer.
+
+    The displacement is what `optimizer.step()` would add to the weights if `gradient` were in `.grad`. The optimizer is
+    not changed. See `Preview`.
 
     Args:
-        optimizer: `torch.optim.SGD`, `Adam` or `AdamW` with any settings, bare or as Lightning or Accelerate wrap it.
+        optimizer: a `torch.optim.SGD`, `Adam` or `AdamW` with any settings, also as wrapped by Lightning or Accelerate.
 
     Raises:
-        TypeError: it is no optimizer, or one whose step is not known here.
+        TypeError: `optimizer` is not an optimizer, or its type is not supported.
+
+    Example:
+        >>> import torch
+        >>> from bisam import ModelOracle, Vector, cross_entropy, next_step
+        >>> model = torch.nn.Linear(2, 2, bias=False)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> gradient = Vector([torch.ones(2, 2)])
+        >>> next_step(optimizer)(gradient, ModelOracle(model, cross_entropy)).tensors[0]
+        tensor([[-0.1000, -0.1000],
+                [-0.1000, -0.1000]])
     """
     while {c.__name__ for c in type(optimizer).__mro__} & _WRAPPERS:
         optimizer = cast(Any, optimizer).optimizer
     if not isinstance(cast(Any, optimizer), Optimizer):
         raise TypeError(f"next_step takes the optimizer of the training loop, got {optimizer!r}")
-    if type(optimizer) not in _STEPS:  # nor a subclass, which may step otherwise
+    if type(optimizer) not in _STEPS:  # nor a subclass, whose step may differ
         raise TypeError(
             f"next_step knows the steps of torch.optim.SGD, Adam and AdamW, not of {type(optimizer).__name__}: train "
             "with one of these, or write the displacement of its step as a function (gradient, oracle) -> Vector"
@@ -49,12 +62,12 @@ def next_step(optimizer: Optimizer) -> Preview:
 
 @dataclass(frozen=True, repr=False)
 class Preview:
-    """What the next step of an optimizer would add to the weights, from its settings and state as they are by then.
+    """A function that computes the next step of an optimizer from its settings and state at the time of the call.
 
-    Made by `next_step`. It is the step alone: what a loop does to gradients before, such as clipping, is not in it.
+    Created by `next_step`. It does not include operations of the training loop on gradients, such as clipping.
 
     Args:
-        optimizer: read and never changed.
+        optimizer: the optimizer, which is read and not changed.
     """
 
     optimizer: Optimizer
@@ -63,7 +76,7 @@ class Preview:
         return f"next_step({type(self.optimizer).__name__})"
 
     def __call__(self, gradient: Vector, oracle: Oracle) -> Vector:
-        """The displacement; zero where the optimizer does not hold a parameter, or skips it for want of a gradient.
+        """Returns the displacement; zero for parameters that the optimizer does not hold, or that have no gradient.
 
         Raises:
             ValueError: the optimizer holds none of the parameters.
@@ -78,7 +91,7 @@ class Preview:
         w, e, step = oracle.weights, dict[int, Tensor](), _STEPS[type(self.optimizer)]
         for group, parameters in zip(self.optimizer.param_groups, held, strict=True):
             if moving := [i for i in parameters if i not in gradient.holes]:
-                states = [self.optimizer.state.get(parameters[i], {}) for i in moving]  # state[p] would make one
+                states = [self.optimizer.state.get(parameters[i], {}) for i in moving]  # state[p] would add an entry
                 parts = (Vector([v.tensors[i] for i in moving]) for v in (w, gradient))
                 e.update(zip(moving, step(group, states, *parts), strict=True))
         return w.like([e[i] if i in e else torch.zeros_like(t) for i, t in enumerate(w)], gradient.holes)
@@ -87,7 +100,7 @@ class Preview:
 def _sgd_step(group: Group, states: Sequence[Group], w: Vector, g: Vector) -> Vector:
     g = _downhill(group, w, g, group["weight_decay"])
     if group["momentum"]:
-        # A buffer begins as the whole gradient, whatever the dampening.
+        # The first momentum buffer is the gradient, without dampening.
         new = [1.0 if s.get("momentum_buffer") is None else 1 - group["dampening"] for s in states]
         m = _remembered("momentum_buffer", states, w) * group["momentum"] + Vector(torch._foreach_mul(g.tensors, new))
         g = g + m * group["momentum"] if group["nesterov"] else m
@@ -131,7 +144,7 @@ def _remembered(name: str, states: Sequence[Group], w: Vector) -> Vector:
 
 
 def _steps(group: Group, states: Sequence[Group], w: Vector) -> Tensor:
-    """Adam's count of steps, the coming one included, for each parameter: where it is, so that nothing waits for it."""
+    """Returns Adam's step count for each parameter, including the next step, without a device synchronisation."""
     on_device = group["capturable"] or group["fused"]
     counts = [None if s.get("step") is None else local(s["step"]) for s in states]
     zeros = (torch.zeros((), device=t.device if on_device else "cpu") for t in w)
@@ -144,7 +157,7 @@ def _each(factors: Tensor) -> list[float] | Tensors:
 
 
 def _scalar(value: Scalar) -> Scalar:
-    """A setting that may be a tensor of one entry, as a number where reading it does not wait for a device."""
+    """Returns a setting that may be a tensor with one entry, as a number if that needs no device synchronisation."""
     if isinstance(value, Tensor):
         return float(value) if value.is_cpu else value.reshape(())
     return value
