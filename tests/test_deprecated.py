@@ -15,7 +15,7 @@ from torch.optim import SGD
 import bisam
 from bisam import MSAM, SAM, Lookahead, ModelOracle, Query, SharpnessAware, cross_entropy, deprecated
 from bisam.methods.method import stateful
-from tests.support import cases
+from tests.support import cases, doubles
 
 
 def test_a_public_name():
@@ -55,7 +55,7 @@ def test_an_old_argument_has_its_effect():
 
 
 def test_attributes():
-    optimizer, oracle = Lookahead(SGD(cases.mlp().parameters(), lr=0.1), alpha=0.25), cases.Quadratic(2.0, 3.0)
+    optimizer, oracle = Lookahead(SGD(cases.mlp().parameters(), lr=0.1), alpha=0.25), doubles.Quadratic(2.0, 3.0)
     one = torch.ones(())
     for value, match in (
         (lambda: optimizer.lam == 0.25, "Lookahead.alpha"),
@@ -70,7 +70,7 @@ def test_attributes():
 
 
 def test_together():
-    oracle, a = cases.Quadratic(2.0, 3.0), torch.ones(1, 2).double()
+    oracle, a = doubles.Quadratic(2.0, 3.0), torch.ones(1, 2).double()
     with pytest.warns(DeprecationWarning, match=r"Oracle.ask\(\[Query"):
         (old,) = oracle.together({"batch": (a,), "at": oracle.weights * 0.1})
     (new,) = oracle.ask([Query((a,), at=oracle.weights * 0.1)])

@@ -1,45 +1,29 @@
-"""SharpnessAware as users meet it: modes, metrics, batches of any kind, and what it refuses."""
+"""SharpnessAware: training and evaluation, metrics, any batch, mixed precision, and autograd as with any loss."""
 
 from __future__ import annotations
 
 import copy
 import warnings
+from collections import Counter
 from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from bisam import (
-    ASAM,
-    ERM,
-    MSAM,
-    SAM,
-    ABiSAM,
-    BiSAM,
-    Evaluation,
-    LowerBound,
-    ModelOracle,
-    NegLog,
-    SharpnessAware,
-    Tanh,
-    Vector,
-    cross_entropy,
-)
-from bisam.perturbations import L2, Adaptive
+from bisam import ASAM, ERM, MSAM, SAM, BiSAM, ModelOracle, SharpnessAware, cross_entropy
+from bisam.perturbations import L2
 from tests.support import cases
-from tests.support.cases import buffers, everything, gradients, parameters
-
-
-def normed() -> nn.Sequential:
-    return cases.mlp(nn.BatchNorm1d)
+from tests.support.cases import LABELS, POINTS, buffers, everything, gradients, linear, normed
+from tests.support.doubles import at_call, throw
+from tests.support.runs import grads_of
 
 
 def plain(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return cross_entropy(model(x), y).mean()
 
 
-def grads_of(loss: Tensor, model: nn.Module) -> list[Tensor]:
+def autograd_grads(loss: Tensor, model: nn.Module) -> list[Tensor]:
     return list(torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad]))
 
 
@@ -212,7 +196,7 @@ def test_any_batch_goes_through_forward(method):
     ]
     results = []
     for forward, batch in ways:
-        results.append(grads_of(SharpnessAware(model, method, cross_entropy, forward)(*batch), model))
+        results.append(autograd_grads(SharpnessAware(model, method, cross_entropy, forward)(*batch), model))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -240,8 +224,8 @@ def test_a_forward_may_take_no_batch():
 def test_a_scalar_loss_is_taken_by_methods_that_need_no_more():
     model, (x, y) = cases.mlp(), cases.batch()
     for method in (ERM(), SAM(L2(0.5)), BiSAM(0.5), ASAM(0.5), MSAM(4)):
-        actual = grads_of(SharpnessAware(model, method, nn.CrossEntropyLoss())(x, y), model)
-        expected = grads_of(SharpnessAware(model, method, cross_entropy)(x, y), model)
+        actual = autograd_grads(SharpnessAware(model, method, nn.CrossEntropyLoss())(x, y), model)
+        expected = autograd_grads(SharpnessAware(model, method, cross_entropy)(x, y), model)
         for a, e in zip(actual, expected, strict=True):
             torch.testing.assert_close(a, e, rtol=0, atol=1e-15)
 
@@ -281,7 +265,7 @@ def test_ignored_targets_count_as_in_torch_s_mean(loss, training):
     expected = reduced(model(x), y)
     actual = SharpnessAware(model, ERM(), loss)(x, y)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-15)
-    for a, e in zip(grads_of(actual, model), grads_of(expected, model), strict=True):
+    for a, e in zip(autograd_grads(actual, model), autograd_grads(expected, model), strict=True):
         torch.testing.assert_close(a, e, rtol=0, atol=1e-15)
     # and the displaced loss is that of the rest of the batch
     keep = y != ignored
@@ -357,7 +341,7 @@ def test_autocast_is_that_of_each_query(method, outside):
         loss = sharp(x, y) if outside else SharpnessAware(model, method, cross_entropy, forward)(x, y)
     exact = SharpnessAware(model, method, cross_entropy)(x, y)
     torch.testing.assert_close(loss.float(), exact, rtol=0.02, atol=0)
-    for g, e in zip(grads_of(loss, model), grads_of(exact, model), strict=True):
+    for g, e in zip(autograd_grads(loss, model), autograd_grads(exact, model), strict=True):
         assert g.dtype == torch.float32
         assert (g - e).norm() < 0.1 * e.norm()
     if outside:
@@ -401,234 +385,189 @@ def test_half_precision_parameters_warn_once():
 # What is refused.
 
 
-@pytest.mark.parametrize("bad", [-0.1, float("nan"), float("inf")])
-@pytest.mark.parametrize(
-    ("name", "make"),
-    [
-        ("rho", L2),
-        ("rho", Adaptive),
-        ("eta", lambda eta: Adaptive(0.5, eta)),
-        ("rho", BiSAM),
-        ("rho", ASAM),
-        ("eta", lambda eta: ASAM(0.5, eta)),
-        ("rho", ABiSAM),
-        ("eta", lambda eta: ABiSAM(0.5, eta=eta)),
-        ("mu", NegLog),
-        ("mu", Tanh),
-        ("alpha", lambda alpha: Tanh(1.0, alpha)),
-        ("mu", lambda mu: LowerBound(torch.tanh, mu)),
-    ],
-)
-def test_a_hyper_parameter_out_of_range_is_named(name, make, bad):
-    with pytest.raises(ValueError, match=rf"{name} must be .* finite, got {bad}"):
-        make(bad)
-
-
-@pytest.mark.parametrize("m", [0, -3])
-def test_msam_needs_at_least_one_example(m):
-    with pytest.raises(ValueError, match=f"at least 1, got {m}"):
-        MSAM(m)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((lambda x: x, SAM(), cross_entropy), "model must be a torch.nn.Module, got function"),
-        ((nn.Linear, SAM(), cross_entropy), "model must be a torch.nn.Module, got type"),
-        ((nn.Linear(1, 1), SAM, cross_entropy), r"method is the class SAM, not an instance: write SAM\(...\)"),
-        ((nn.Linear(1, 1), "SAM", cross_entropy), r"method must be SAM\(\), BiSAM\(\) or another .*, got 'SAM'"),
-        ((nn.Linear(1, 1), SAM(), nn.CrossEntropyLoss), "loss is the class CrossEntropyLoss, not an instance"),
-        ((nn.Linear(1, 1), SAM(), None), "loss must be bisam.cross_entropy or another .*, got None"),
-        ((nn.Linear(1, 1), SAM(), cross_entropy, (1, 2)), "forward must be a function .*, got"),
-    ],
-)
-def test_an_argument_of_another_kind_is_named(arguments, message):
-    with pytest.raises(TypeError, match=message):
-        SharpnessAware(*arguments)
-
-
 @pytest.mark.parametrize("scale", [1024.0, torch.amp.GradScaler])
 def test_a_scale_of_another_kind_is_named(scale):
     with pytest.raises(TypeError, match="scale"):
         SharpnessAware(cases.mlp(), SAM(), cross_entropy, scaler=scale)
 
 
-X, Y = cases.batch()
-
-
-def sparse() -> nn.Module:
-    return nn.Sequential(nn.Embedding(10, 8, sparse=True).double(), *normed()[1:])
-
-
-REFUSED = {
-    # name: model, method, loss, forward, batch, error, message
-    "targets of another shape": (normed, None, cross_entropy, None, (X, Y[:3]), ValueError, r"need shape \(8,\)"),
-    "targets with a dimension too many": (normed, None, cross_entropy, None, (X, Y[:, None]), ValueError, "shape"),
-    "labels as float": (normed, None, cross_entropy, None, (X, Y.double()), ValueError, "class probabilities"),
-    "labels as int32": (normed, None, cross_entropy, None, (X, Y.int()), TypeError, "int64"),
-    "labels as a list": (normed, None, cross_entropy, None, (X, Y.tolist()), TypeError, "targets must be a tensor"),
-    "label too large": (normed, None, cross_entropy, None, (X, Y + 2), ValueError, r"label \d is outside \[0, 4\)"),
-    "label negative": (normed, None, cross_entropy, None, (X, Y - 1), ValueError, "label -1 is outside"),
-    "loss of another shape": (normed, None, lambda o, t: o, None, (X, Y), ValueError, r"returned shape \(8, 4\)"),
-    "loss of another length": (normed, None, lambda o, t: o[:5, 0], None, (X, Y), ValueError, r"returned shape \(5,\)"),
-    "loss that is a number": (normed, None, lambda o, t: 1.0, None, (X, Y), TypeError, "must return .*, got float"),
-    "loss that is a tuple": (normed, None, lambda o, t: (o, o), None, (X, Y), TypeError, "a tuple of 2"),
-    "loss that is an accuracy": (normed, None, lambda o, t: o.argmax(1) == t, None, (X, Y), TypeError, "torch.bool"),
-    "loss detached": (normed, None, lambda o, t: o.sum(1).detach(), None, (X, Y), ValueError, "does not depend"),
-    "nothing trainable": (
-        lambda: normed().requires_grad_(False),
-        None,
-        cross_entropy,
-        None,
-        (X, Y),
-        ValueError,
-        "Sequential has no trainable parameter",
-    ),
-    "sparse gradient": (
-        sparse,
-        None,
-        cross_entropy,
-        None,
-        (Y, Y),
-        ValueError,
-        r"gradient of 0.weight is sparse .* sparse=False",
-    ),
-    "empty batch": (normed, None, cross_entropy, None, (X[:0], Y[:0]), ValueError, "batch is empty"),
-    "empty batch in a dict": (
-        normed,
-        None,
-        cross_entropy,
-        lambda model, b: (model(b["x"]), b["y"]),
-        ({"x": X[:0], "y": Y[:0]},),
-        ValueError,
-        "batch is empty",
-    ),
-    "one argument": (normed, None, cross_entropy, None, (X,), TypeError, r"as in sharp\(x, y\), got 1 argument"),
-    "no argument": (normed, None, cross_entropy, None, (), TypeError, r"as in sharp\(x, y\), got 0 argument"),
-    "forward returning outputs only": (
-        normed,
-        None,
-        cross_entropy,
-        lambda model, x, y: model(x),
-        (X, Y),
-        TypeError,
-        r"must return a pair \(outputs, targets\), got a tensor of shape \(8, 4\)",
-    ),
-    "forward returning three": (
-        normed,
-        None,
-        cross_entropy,
-        lambda model, x, y: (model(x), y, None),
-        (X, Y),
-        TypeError,
-        "got a tuple of 3",
-    ),
-    "outputs in a container": (
-        normed,
-        None,
-        cross_entropy,
-        lambda model, x, y: ({"logits": model(x)}, y),
-        (X, Y),
-        TypeError,
-        "outputs must be a tensor, got dict",
-    ),
-    "tensors of several lengths": (
-        normed,
-        MSAM(3),
-        cross_entropy,
-        lambda model, x, weight, y: (model(x), y),
-        (X, torch.ones(5), Y),
-        ValueError,
-        r"\[5, 8\] examples",
-    ),
-    "method returning a tensor": (
-        normed,
-        lambda oracle, batch: oracle.query(batch).value,
-        cross_entropy,
-        None,
-        (X, Y),
-        (TypeError, AttributeError),
-        None,
-    ),
-    "method without a gradient": (
-        normed,
-        lambda oracle, batch: oracle.query(batch, grad=False),
-        cross_entropy,
-        None,
-        (X, Y),
-        AssertionError,
-        "grad=False",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_a_refused_call_names_the_mistake_and_leaves_nothing(case):
-    make, method, loss, forward, batch, error, message = REFUSED[case]
-    model = make()
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
-    sharp, before = SharpnessAware(model, method or SAM(), loss, forward), everything(model)
-    with pytest.raises(error, match=message):
-        sharp(*batch)
-    assert everything(model) == before
-    assert sharp.get_extra_state() == {"step": 0, "method": None, "state": {}}
-
-
-@pytest.mark.parametrize("case", ["targets of another shape", "label too large", "loss of another shape"])
-@pytest.mark.parametrize("context", [torch.no_grad, torch.enable_grad])
-def test_a_refused_evaluation_leaves_nothing(case, context):
-    make, _, loss, forward, batch, error, message = REFUSED[case]
-    model = make()
-    model.train(context is torch.no_grad)  # in training mode running statistics move under no_grad, too
-    sharp, before = SharpnessAware(model, SAM(), loss, forward), everything(model)
-    with context(), pytest.raises(error, match=message):
-        sharp(*batch)
-    assert everything(model) == before
-
-
-def test_bisam_names_a_wrong_label_too():
-    model = normed()
-    before = everything(model)
-    with pytest.raises(ValueError, match="is outside"):
-        SharpnessAware(model, BiSAM(), cross_entropy)(X, Y + 2)
-    assert everything(model) == before
-
-
-def test_a_bound_of_one_class_says_what_to_do():
-    with pytest.raises(ValueError, match=r"torch\.stack"):
-        SharpnessAware(nn.Linear(6, 1).double(), BiSAM(), cross_entropy)(X, torch.zeros(8, dtype=torch.long))
-
-
 def test_print_shows_the_method():
     assert "method=SAM(perturb=L2(rho=0.05)" in repr(SharpnessAware(cases.mlp(), SAM(), cross_entropy))
 
 
-def test_an_evaluation_s_value_is_the_mean_unless_given():
-    losses = torch.tensor([1.0, 3.0])
-    assert Evaluation(losses).value == 2
-    assert Evaluation(losses, value=torch.tensor(5.0)).value == 5
-    with pytest.raises(AssertionError, match="grad=False"):
-        _ = Evaluation(losses).gradient
-    g = Vector([losses])
-    assert Evaluation(losses, g).gradient is g
-    assert Evaluation(losses).per_example is losses
+# A loss like any other.
 
 
-def test_training_continues_after_a_refusal_as_if_it_had_not_been():
-    (first, second), calls = (normed(), normed()), [0, 1]
-    second.load_state_dict(first.state_dict())
-    for model, refusals in zip((first, second), calls, strict=True):
-        sharp = SharpnessAware(model, BiSAM(), cross_entropy)
-        for _ in range(refusals):
-            with pytest.raises(ValueError, match="shape"):
-                sharp(X, Y[:3])
-        cases.train(sharp, model)
-    assert (parameters(first), buffers(first)) == (parameters(second), buffers(second))
+@pytest.mark.parametrize("first", ["sharp", "plain"])
+@pytest.mark.parametrize("model", cases.MODELS)
+def test_sum_with_a_plain_loss_in_any_order(model, first):
+    model, (x, y) = cases.MODELS[model](), cases.batch()
+    sharp = SharpnessAware(model, SAM(L2(0.5)), cross_entropy)
+    terms = {"sharp": lambda: sharp(x, y), "plain": lambda: 0.5 * cross_entropy(model(x), y).mean()}
+    expected = [a + b for a, b in zip(*[grads_of(terms[t](), model) for t in terms], strict=True)]
+    order = [first, *(terms.keys() - {first})]
+    losses = [terms[t]() for t in order]
+    for actual, wanted in zip(grads_of(losses[0] + losses[1], model), expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-15)
 
 
-def test_a_loss_inside_its_own_model_is_refused():
+def test_sum_of_two_sharp_losses_in_any_order():
+    model, (x, y) = cases.mlp(), cases.batch()
+    a, b = SharpnessAware(model, SAM(L2(0.5)), cross_entropy), SharpnessAware(model, ASAM(0.5), cross_entropy)
+    expected = [2 * g - h for g, h in zip(grads_of(a(x, y), model), grads_of(b(x, y), model), strict=True)]
+    for actual in (grads_of(2 * a(x, y) - b(x, y), model), grads_of(-b(x, y) + a(x, y) * 2, model)):
+        for g, wanted in zip(actual, expected, strict=True):
+            torch.testing.assert_close(g, wanted, rtol=0, atol=1e-15)
+
+
+def test_accumulation_is_msam():
+    model, (x, y) = cases.mlp(), cases.batch()
+    expected = grads_of(SharpnessAware(model, MSAM(2, BiSAM(0.5)), cross_entropy)(x, y), model)
+    sharp = SharpnessAware(model, BiSAM(0.5), cross_entropy)
+    model.zero_grad()
+    for xs, ys in zip(x.split(2), y.split(2), strict=True):
+        (sharp(xs, ys) / 4).backward()
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), expected, strict=True))
+
+
+def test_backward_twice_with_retain_graph_doubles_and_without_raises():
     model = cases.mlp()
-    model.sharp = SharpnessAware(model, SAM(), cross_entropy)
-    with pytest.raises(ValueError, match="the loss is a part of the model that it trains"):
-        model.sharp(*cases.batch())
+    sharp = SharpnessAware(model, SAM(), cross_entropy)
+    once = grads_of(sharp(*cases.batch()), model)
+    model.zero_grad()
+    loss = sharp(*cases.batch())
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert all(torch.equal(p.grad, 2 * g) for p, g in zip(model.parameters(), once, strict=True))
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [(lambda loss: loss, "does not require grad"), (lambda loss: loss**2, "once_differentiable")],
+)
+def test_double_backward_is_refused(function, message):
+    model = cases.mlp()
+    loss = function(SharpnessAware(model, SAM(), cross_entropy)(*cases.batch()))
+    grads = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+    with pytest.raises(RuntimeError, match=message):
+        sum((g**2).sum() for g in grads).backward()
+    assert set(gradients(model).values()) == {None}
+
+
+def test_the_loss_is_a_scalar_whose_later_change_in_place_is_legal():
+    model = cases.mlp()
+    sharp = SharpnessAware(model, SAM(), cross_entropy)
+    once = grads_of(sharp(*cases.batch()), model)
+    loss = sharp(*cases.batch())
+    assert loss.shape == ()
+    assert loss.requires_grad
+    loss *= 2
+    assert all(torch.equal(g, 2 * h) for g, h in zip(grads_of(loss, model), once, strict=True))
+
+
+def test_clipping_acts_on_the_sharp_gradient():
+    model = cases.mlp()
+    once = grads_of(SharpnessAware(model, SAM(), cross_entropy)(*cases.batch()), model)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+    assert torch.equal(norm, torch.nn.utils.get_total_norm(once))
+    torch.testing.assert_close(
+        torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item(), 0.01, rtol=1e-3, atol=0
+    )
+
+
+@pytest.mark.parametrize("scheduler", ["StepLR", "OneCycleLR", "ReduceLROnPlateau"])
+def test_schedulers_run_without_a_warning(scheduler):
+    model = cases.mlp()
+    sharp = SharpnessAware(model, SAM(), cross_entropy)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    lr = torch.optim.lr_scheduler
+    scheduler = {
+        "StepLR": lambda: lr.StepLR(optimizer, 2),
+        "OneCycleLR": lambda: lr.OneCycleLR(optimizer, 0.1, total_steps=6),
+        "ReduceLROnPlateau": lambda: lr.ReduceLROnPlateau(optimizer, patience=0),
+    }[scheduler]()
+    rates = set()
+    for _ in range(5):
+        loss = sharp(*cases.batch())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step(*([1.0] if isinstance(scheduler, lr.ReduceLROnPlateau) else []))
+        rates.add(optimizer.param_groups[0]["lr"])
+    assert len(rates) > 1
+
+
+def test_a_tensor_hook_acts_once_on_the_final_gradient():
+    model = cases.mlp()
+    sharp = SharpnessAware(model, SAM(L2(0.5)), cross_entropy)
+    expected = grads_of(sharp(*cases.batch()), model)
+    calls = []
+    handle = model[0].weight.register_hook(lambda g: calls.append(g.clone()) or g * 10)
+    actual = grads_of(sharp(*cases.batch()), model)
+    assert [torch.equal(g, expected[0]) for g in calls] == [True]
+    assert torch.equal(actual[0], expected[0] * 10)
+    assert all(torch.equal(a, e) for a, e in zip(actual[1:], expected[1:], strict=True))
+    handle.remove()
+    assert torch.equal(grads_of(sharp(*cases.batch()), model)[0], expected[0])
+    assert len(calls) == 1
+
+
+def test_tensor_hooks_survive_a_failure():
+    model, calls = cases.mlp(), []
+    model[0].weight.register_hook(lambda g: calls.append(1))
+    model.register_forward_hook(lambda m, x, out: out.register_hook(at_call(1, throw(RuntimeError("boom")))) and None)
+    with pytest.raises(RuntimeError, match="boom"):
+        SharpnessAware(model, SAM(), cross_entropy)(*cases.batch())
+    assert calls == []
+    model[0].weight.sum().backward()
+    assert calls == [1]
+
+
+def test_post_accumulate_hooks_fire_once():
+    model, calls = cases.mlp(), Counter()
+    names = {p: name for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: calls.update([names[p]]))
+    loss = SharpnessAware(model, SAM(), cross_entropy)(*cases.batch())
+    assert not calls
+    loss.backward()
+    assert calls == dict.fromkeys(names.values(), 1)
+
+
+@pytest.mark.parametrize(("method", "queries"), [(ERM(), 1), (SAM(), 2), (BiSAM(), 2), (MSAM(3), 6)], ids=str)
+def test_forward_hooks_fire_per_query(method, queries):
+    model, calls = cases.mlp(), []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    SharpnessAware(model, method, cross_entropy)(*cases.batch())
+    assert len(calls) == queries
+
+
+# Clean values are computed once, and under autocast.
+
+
+def test_clean_is_computed_once():
+    calls = []
+
+    def loss(outputs, targets):
+        calls.append(1)
+        return cross_entropy(outputs, targets)
+
+    sharp = SharpnessAware(linear(), BiSAM(), loss)
+    sharp(POINTS, LABELS)
+    before = len(calls)
+    first = sharp.clean
+    assert sharp.clean is first
+    assert len(calls) == before + 1
+
+
+def test_clean_is_the_same_under_autocast_and_after_it():
+    model = linear().float()
+    sharp = SharpnessAware(model, BiSAM(), cross_entropy)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        sharp(POINTS.float(), LABELS)
+        inside = sharp.clean.losses
+        sharp(POINTS.float(), LABELS)
+    assert sharp.clean.losses.dtype == torch.float32
+    assert torch.equal(sharp.clean.losses, inside)

@@ -1,12 +1,13 @@
-"""A radius stands for a perturbation wherever one is taken."""
+"""A radius stands for a perturbation wherever one is taken, and normalisation layers are found."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 import bisam
-from bisam import L2, SAM, Adaptive, BiSAM, NegLog, masks, perturbations
+from bisam import L2, SAM, SAMON, Adaptive, BiSAM, ModelOracle, NegLog, cross_entropy, masks, perturbations
 from bisam.masks import RandomMask
 from bisam.perturbations import is_radius
 from bisam.schedules import Constant, Cosine, Warmup
@@ -72,3 +73,21 @@ def test_a_number_climbs_as_the_ball_does():
         e = bound.climb(oracle, batch)
         torch.testing.assert_close(e.norm(), torch.tensor(0.5, dtype=torch.double), rtol=1e-12, atol=0)
     assert BiSAM(0.5).ascent == NegLog()
+
+
+def test_a_subnet_is_no_norm_layer():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.subnet, self.bn1, self.normal = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
+            self.layers = nn.ModuleList([nn.LayerNorm(2)])
+
+        def forward(self, x):
+            return self.normal(self.layers[0](self.bn1(self.subnet(x))))
+
+    oracle = ModelOracle(Model(), cross_entropy)
+    e = SAMON(0.1).climb(oracle, (torch.randn(4, 2), torch.zeros(4, dtype=torch.long)))
+    moved = {name for name, t in zip(oracle.names, e, strict=True) if t.abs().max() > 0}
+    assert moved <= {"bn1.weight", "bn1.bias", "layers.0.weight", "layers.0.bias"}
+    assert "bn1.weight" in moved
+    assert "layers.0.weight" in moved

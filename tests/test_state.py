@@ -1,10 +1,12 @@
-"""Memory and views: what a method remembers on its way to a file and back, under an overflow, and in its parts."""
+"""State of methods: saved, loaded, copied, resumed, and kept through an overflow."""
 
 from __future__ import annotations
 
 import copy
 import io
+import pickle
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -15,7 +17,6 @@ from torch.utils._pytree import tree_map
 
 from bisam import (
     ASAM,
-    CRSAM,
     ERM,
     ESAM,
     FSAM,
@@ -24,24 +25,20 @@ from bisam import (
     RSAM,
     SAM,
     BiSAM,
-    EBiSAM,
     Evaluation,
     Every,
     LookSAM,
-    ModelOracle,
-    NegLog,
-    SAMPa,
     SharpnessAware,
     Vector,
     cross_entropy,
 )
-from bisam.batches import take
 from bisam.methods.method import stateful
-from bisam.oracle import Query
 from bisam.perturbations import L2, Friendly, Smoothed
 from bisam.schedules import Cosine
 from bisam.state import kind, load, save, settled
 from tests.support import cases
+from tests.support.cases import bits, normed, parameters
+from tests.support.runs import each_basic_method, grads_of, run_steps, twins
 
 PARAMETERS = [nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(()))]
 
@@ -71,7 +68,7 @@ def through_a_file(state: dict[str, Any]) -> Any:
     return torch.load(file, weights_only=True)
 
 
-# To a file and back.
+# Saving and loading.
 
 leaves = st.one_of(
     st.none(),
@@ -146,7 +143,7 @@ def test_a_vector_of_another_model_is_refused(change):
         load(saved, FSAM(), others[change])
 
 
-# Whose memory.
+# State of another method.
 
 
 @pytest.mark.parametrize(
@@ -263,224 +260,6 @@ def test_a_memory_full_of_nan_is_gone():
     assert plain(settled(poisoned, {"m": torch.zeros(3), "n": 1}, BAD)) == plain({"m": torch.zeros(3), "n": 1})
 
 
-# Parts of a method, and other centres.
-
-A = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.double)
-
-
-class Recorder(cases.Quadratic):
-    """A fake oracle that notes what reaches it, and answers."""
-
-    def __init__(self, *w: float) -> None:
-        super().__init__(*w)
-        self.seen: list[tuple[Any, ...]] = []
-        self.groups: list[int] = []
-        self.layers, self.loss = ["LayerNorm"], cross_entropy
-        self.parameters = [nn.Parameter(self.weights.tensors[0])]
-
-    def ask(self, queries):
-        self.groups.append(len(queries))
-        self.seen += [(None if q.at is None else q.at.tensors[0].tolist(), q.grad, q.track) for q in queries]
-        return super().ask(queries)
-
-
-def shift(*values: float) -> Vector:
-    return Vector([torch.tensor(values, dtype=torch.double)])
-
-
-def test_a_part_has_a_memory_of_its_own_inside_that_of_the_whole():
-    oracle = Recorder(2.0, 3.0)
-    oracle.step, oracle.state = 7, {"v": 1}
-    first, second = oracle.within("a"), oracle.within("b", step=2)
-    first.state["v"], second.state["v"] = 2, 3
-    first.within("c").state["v"] = 4
-    assert oracle.state == {"v": 1, "a": {"v": 2, "c": {"v": 4}}, "b": {"v": 3}}
-    assert (first.step, second.step, first.within("c").step) == (7, 2, 7)
-    assert oracle.within("a").state["v"] == 2  # the next time
-
-
-def test_a_part_does_not_change_what_was_remembered_before():
-    """A step that fails goes back to it."""
-    oracle = Recorder(2.0, 3.0)
-    oracle.state = before = {"a": {"v": 1, "c": {"w": 1}}}
-    kept = copy.deepcopy(before)
-    oracle.state = dict(oracle.state)  # as a step begins
-    part = oracle.within("a")
-    part.state["v"] = 2
-    part.within("c").state["w"] = 2
-    assert before == kept
-    assert oracle.state == {"a": {"v": 2, "c": {"w": 2}}}
-
-
-def test_views_answer_for_the_oracle_below():
-    oracle = Recorder(2.0, 3.0)
-    for view in (
-        oracle.within("a"),
-        oracle.without_tracking(),
-        oracle.shifted(shift(0, 0)),
-        oracle.within("a").without_tracking().within("b"),
-    ):
-        assert (view.names, view.layers, view.loss) == (["w"], ["LayerNorm"], cross_entropy)
-        assert view.parameters is oracle.parameters
-        assert view.buffers is oracle.buffers
-        assert torch.equal(view.weights.tensors[0], oracle.weights.tensors[0])
-
-
-@pytest.mark.parametrize(
-    ("view", "queries"),
-    [
-        (lambda o: o, [(None, None), ([1, 1], None)]),
-        (lambda o: o.within("a"), [(None, None), ([1, 1], None)]),
-        (lambda o: o.without_tracking(), [(None, False), ([1, 1], False)]),
-        (lambda o: o.shifted(shift(3, 0)), [([3, 0], False), ([4, 1], False)]),
-        (lambda o: o.shifted(shift(3, 0), track=True), [([3, 0], True), ([4, 1], False)]),
-        (
-            lambda o: o.shifted(shift(3, 0), track=True).shifted(shift(0, 2), track=True),
-            [([3, 2], True), ([4, 3], False)],
-        ),
-        (lambda o: o.without_tracking().shifted(shift(3, 0), track=True), [([3, 0], False), ([4, 1], False)]),
-        (lambda o: o.shifted(shift(3, 0), track=True).without_tracking(), [([3, 0], False), ([4, 1], False)]),
-        (
-            lambda o: o.without_tracking().within("a").shifted(shift(3, 0), track=True),
-            [([3, 0], False), ([4, 1], False)],
-        ),
-    ],
-)
-def test_where_a_view_looks_and_what_moves_statistics(view, queries):
-    def tracks(track: bool | None, at: Any) -> bool:
-        return at is None if track is None else track
-
-    oracle = Recorder(2.0, 3.0)
-    seen = view(oracle)
-    seen.query((A,))
-    seen.query((A,), at=shift(1, 1))
-    expected = [(at, tracks(track, at)) for at, track in queries]
-    assert [(at, tracks(track, at)) for at, _, track in oracle.seen] == expected
-    oracle.seen.clear()
-    oracle.groups.clear()
-    seen.ask([Query((A,)), Query((A,), at=shift(1, 1), grad=False)])
-    assert [(at, tracks(track, at)) for at, _, track in oracle.seen] == expected
-    assert [grad for _, grad, _ in oracle.seen] == [True, False]
-    assert oracle.groups == [2]  # one call: a subclass may answer in parallel
-
-
-@pytest.mark.parametrize(
-    ("view", "expected"),
-    [(lambda o: o, True), (lambda o: o.without_tracking(), False), (lambda o: o.shifted(shift(3, 0)), True)],
-)
-def test_asked_to_move_statistics_a_view_does_unless_it_is_still(view, expected):
-    oracle = Recorder(2.0, 3.0)
-    view(oracle).query((A,), at=shift(1, 1), track=True)
-    assert oracle.seen[0][2] == expected
-
-
-@pytest.mark.parametrize(
-    "around",
-    [lambda m: m, lambda m: RSAM(0.1, m), lambda m: Every(1, m), lambda m: RSAM(0.1, Every(1, RSAM(0.1, m)))],
-)
-def test_what_does_not_depend_on_each_other_is_asked_together_at_any_depth(around):
-    oracle = Recorder(2.0, 3.0)
-    around(CRSAM())(oracle, (A,))
-    assert oracle.groups == [1, 2]
-    oracle.groups.clear()
-    for _ in range(2):
-        around(SAMPa(ahead=lambda g, o: g * -0.1))(oracle, (A,))
-    assert oracle.groups == [1, 2, 2]  # at the first step the gradient at the weights comes before
-
-
-def test_a_displacement_inside_a_random_point_is_added_to_it():
-    oracle, centre = Recorder(2.0, 3.0), shift(3.0, 0.0)
-    e = SAM(L2(0.5)).climb(Recorder(5.0, 3.0), (A,))
-    SAM(L2(0.5))(oracle.shifted(centre), (A,))
-    assert [at for at, _, _ in oracle.seen] == [[3.0, 0.0], (centre + e).tensors[0].tolist()]
-
-
-# Batches and what is known of their losses.
-
-
-def test_examples_are_taken_from_tensors_at_any_depth():
-    x, y, mask = torch.arange(12).view(4, 3), torch.arange(4), torch.ones(4, dtype=torch.bool)
-    index = torch.tensor([3, 1])
-    a, (b, c), d = take(({"x": x, "mask": mask}, [y, y + 1], (y,)), index)
-    assert torch.equal(a["x"], x[[3, 1]])
-    assert a["mask"].shape == (2,)
-    assert torch.equal(b, y[[3, 1]])
-    assert torch.equal(c, b + 1)
-    assert isinstance(d, tuple)
-    assert torch.equal(d[0], b)
-
-
-def test_what_is_no_tensor_is_taken_whole_and_sizes_must_agree():
-    x = torch.arange(4)
-    assert take((x, "text", None, torch.tensor(3.0)), torch.tensor([1]))[1:3] == ("text", None)
-    with pytest.raises(ValueError, match=r"4.*3|3.*4"):
-        take((x, x[:3]), torch.tensor([0]))
-
-
-def tokens() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
-    """Sequences of five positions, some of which do not count."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Embedding(7, 6), nn.Linear(6, 4)).double()
-    x, y = torch.randint(7, (6, 5)), torch.randint(4, (6, 5))
-    y[torch.rand(6, 5) < 0.3] = -100
-    return model, (x, y)
-
-
-def by_position(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    return model(x).transpose(1, 2), y
-
-
-def test_another_objective_on_the_same_outputs_is_a_query_without_a_forward_pass():
-    model, batch = tokens()
-    oracle = ModelOracle(model, cross_entropy, by_position)
-    calls = []
-    model.register_forward_hook(lambda *_: calls.append(1))
-    seen = oracle.query(batch)
-    for objective in (NegLog(), lambda z, y: cross_entropy(z, y).sum() / 2):
-        under, asked = seen.under(objective), oracle.query(batch, objective, grad=False)
-        assert torch.equal(under.losses, asked.losses)
-        assert torch.equal(under.value, asked.value)
-        assert under.grad is None
-        assert under.objective is objective
-    assert len(calls) == 3
-
-
-def test_losses_of_positions_are_those_of_their_examples():
-    losses = torch.arange(12.0).view(2, 3, 2)
-    assert Evaluation(losses).per_example.tolist() == [2.5, 8.5]
-    assert Evaluation(losses[:, 0, 0]).per_example.tolist() == [0.0, 6.0]
-    with pytest.raises(TypeError, match="scalar"):
-        _ = Evaluation(losses.mean()).per_example
-
-
-def test_positions_that_do_not_count_do_not_make_an_example_easier():
-    model, (x, y) = tokens()
-    seen = ModelOracle(model, cross_entropy, by_position).query((x, y))
-    counted = (y != -100).sum(1)
-    torch.testing.assert_close(seen.per_example, seen.losses.sum(1) / counted.clamp_min(1), rtol=0, atol=1e-15)
-
-
-@pytest.mark.parametrize(
-    "method", [KSAM(2, SAM()), ESAM(L2(0.05)), EBiSAM(beta=1.0), KSAM(3, RSAM(0.01, EBiSAM()))], ids=str
-)
-def test_methods_that_choose_examples_choose_sequences(method):
-    model, batch = tokens()
-    sharp = SharpnessAware(model, method, cross_entropy, by_position)
-    loss = sharp(*batch)
-    loss.backward()
-    assert loss.isfinite()
-    assert all(p.grad.isfinite().all() for p in model.parameters())
-
-
-def test_ksam_of_sequences_takes_the_hardest():
-    model, (x, y) = tokens()
-    losses = ModelOracle(model, cross_entropy, by_position).query((x, y)).per_example
-    rows = losses.topk(2).indices
-    first = SharpnessAware(model, KSAM(2, ERM()), cross_entropy, by_position)(x, y)
-    expected = cross_entropy(*by_position(model, x[rows], y[rows])).sum() / (y[rows] != -100).sum()
-    torch.testing.assert_close(first, expected, rtol=0, atol=1e-12)
-
-
 def test_a_failed_load_of_a_deep_state_leaves_the_old_one():
     run = SharpnessAware(cases.mlp(), FSAM(), cross_entropy)
     run(*cases.batch())
@@ -490,3 +269,146 @@ def test_a_failed_load_of_a_deep_state_leaves_the_old_one():
     with pytest.raises(ValueError, match="another model"):
         run.set_extra_state(other.get_extra_state())
     assert plain(run.get_extra_state()) == before
+
+
+# Copies and checkpoints.
+
+
+@dataclass(frozen=True)
+class MomentumAscent:
+    """A method with a memory: it climbs an average of the ascent gradients, farther in each odd step."""
+
+    rho: float = 0.3
+    beta: float = 0.8
+
+    def __call__(self, oracle, batch) -> Evaluation:
+        g = oracle.query(batch).gradient
+        m = oracle.state.get("m")
+        m = g if m is None else m * self.beta + g * (1 - self.beta)
+        oracle.state["m"] = m
+        oracle.state["more"] = {"norms": [*oracle.state.get("more", {"norms": []})["norms"], m.norm()]}
+        return oracle.query(batch, at=L2(self.rho * (1 + oracle.step % 2))(m, oracle))
+
+
+class OneUnused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused, self.net = nn.Linear(2, 2).double(), normed()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+@pytest.mark.parametrize("optimizer", cases.OPTIMIZERS)
+@pytest.mark.parametrize("method", [SAM(), BiSAM(), ASAM(0.5), MomentumAscent(), MSAM(8, MomentumAscent())], ids=str)
+def test_resumed_equals_uninterrupted(method, optimizer):
+    make, (model, fresh) = cases.OPTIMIZERS[optimizer], twins(OneUnused)
+    sharp = SharpnessAware(model, method, cross_entropy)
+    optimizer = make(model.parameters())
+    run_steps(sharp, optimizer, range(3))
+    file = io.BytesIO()
+    torch.save({"sharp": sharp.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    whole = run_steps(sharp, optimizer, range(3, 7))
+
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    nn.init.normal_(fresh.net[0].weight)
+    resumed = SharpnessAware(fresh, method, cross_entropy)
+    resumed.load_state_dict(saved["sharp"])
+    optimizer = make(fresh.parameters())
+    optimizer.load_state_dict(saved["optimizer"])
+    assert run_steps(resumed, optimizer, range(3, 7)) == whole
+    assert resumed.get_extra_state()["step"] == 7
+
+
+def test_resume_from_the_model_alone_is_exact_for_a_method_without_memory():
+    (model, fresh), batch = twins(normed), cases.batch()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sharp = SharpnessAware(model, BiSAM(), cross_entropy)
+    run_steps(sharp, optimizer, range(2))
+    fresh.load_state_dict(model.state_dict())
+    other = SharpnessAware(fresh, BiSAM(), cross_entropy)
+    assert all(
+        torch.equal(g, h) for g, h in zip(grads_of(sharp(*batch), model), grads_of(other(*batch), fresh), strict=True)
+    )
+
+
+def test_a_loaded_state_is_a_copy_with_its_holes():
+    sharp = SharpnessAware(OneUnused(), MomentumAscent(), cross_entropy)
+    sharp(*cases.batch())
+    state = sharp.state_dict()
+    assert state["_extra_state"]["state"]["m"]["holes"] == [0, 1]
+    other = SharpnessAware(OneUnused(), MomentumAscent(), cross_entropy)
+    other.load_state_dict(state)
+    first = state["_extra_state"]["state"]["m"]["__vector__"][2]
+    expected = bits(first)
+    first.zero_()
+    state = other.state_dict()["_extra_state"]["state"]["m"]
+    assert bits(state["__vector__"][2]) == expected
+    assert state["holes"] == [0, 1]
+
+
+@pytest.mark.parametrize("change", ["frozen", "other shapes"])
+def test_the_state_of_another_model_is_refused(change):
+    sharp = SharpnessAware(cases.mlp(), MomentumAscent(), cross_entropy)
+    sharp(*cases.batch())
+    model = cases.mlp()
+    if change == "frozen":
+        model[0].requires_grad_(False)
+    else:
+        model[0] = nn.Linear(6, 7).double()
+    with pytest.raises(ValueError, match="another model"):
+        SharpnessAware(model, MomentumAscent(), cross_entropy).set_extra_state(sharp.get_extra_state())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda sharp: pickle.loads(pickle.dumps(sharp))])
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("method", [SAM(), BiSAM(), MomentumAscent()], ids=str)
+def test_a_copy_goes_on_by_itself(method, steps, copied):
+    sharp = SharpnessAware(OneUnused(), method, cross_entropy)
+    run_steps(sharp, torch.optim.SGD(sharp.parameters(), lr=0.1), range(steps))
+    other = copied(sharp)
+    before = parameters(sharp)
+    assert parameters(other) == before
+    results = run_steps(other, torch.optim.SGD(other.parameters(), lr=0.1), range(steps, 4))
+    assert parameters(sharp) == before != results[0]
+    assert run_steps(sharp, torch.optim.SGD(sharp.parameters(), lr=0.1), range(steps, 4)) == results
+
+
+def test_a_copy_leaves_the_last_outputs_behind():
+    sharp = SharpnessAware(cases.mlp(), SAM(), cross_entropy)
+    sharp(*cases.batch())
+    with pytest.raises(RuntimeError, match="yet"):
+        _ = copy.deepcopy(sharp).clean
+    assert sharp.clean.losses.shape == (8,)
+
+
+def test_one_method_in_two_losses_shares_nothing():
+    method = MomentumAscent()
+    sharps = [SharpnessAware(model, method, cross_entropy) for model in twins(cases.mlp)]
+    alone = SharpnessAware(twins(cases.mlp)[0], MomentumAscent(), cross_entropy)
+    optimizers = [torch.optim.SGD(s.parameters(), lr=0.1) for s in (*sharps, alone)]
+    for step in range(3):
+        result = run_steps(sharps[0], optimizers[0], [step])
+        run_steps(sharps[1], optimizers[1], [step + 10])
+        assert run_steps(alone, optimizers[2], [step]) == result
+    assert not hasattr(method, "__dict__") or set(vars(method)) == {"rho", "beta"}
+
+
+@each_basic_method
+def test_a_checkpoint_grows_by_keys_only(method):
+    model = nn.Linear(6, 1000)
+    sharp = SharpnessAware(model, method, cross_entropy)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    x, y = cases.batch()
+    sharp(x.float(), y).backward()
+    optimizer.step()
+
+    def size(**parts) -> int:
+        file = io.BytesIO()
+        torch.save({name: part.state_dict() for name, part in parts.items()}, file)
+        return file.tell()
+
+    plain = size(model=model, optimizer=optimizer)
+    assert 0 < size(model=model, optimizer=optimizer, sharp=sharp) - plain < 600
+    assert size(sharp=sharp, optimizer=optimizer) - plain < 600

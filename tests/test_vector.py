@@ -207,3 +207,45 @@ def test_a_vector_has_a_length_and_a_short_repr():
     v = Vector([torch.zeros(2, 3), torch.zeros(())])
     assert len(v) == len(list(v)) == 2
     assert repr(v) == "Vector(2 tensors, 7 entries)"
+
+
+# Projections.
+
+entries = st.lists(st.floats(-1e3, 1e3), min_size=3, max_size=3)
+
+
+def pieces(values: list[float]) -> Vector:
+    t = torch.tensor(values, dtype=torch.double)
+    return Vector([t[:1].reshape(()), t[1:]])
+
+
+def joined(v: Vector) -> Tensor:
+    return torch.cat([t.reshape(-1) for t in v])
+
+
+@settings(deadline=None, derandomize=True)
+@given(entries, entries)
+def test_the_part_along_another_vector_is_its_projection(a, b):
+    v, other = pieces(a), pieces(b)
+    flat, direction = joined(v), joined(other)
+    length = direction.norm()
+    if length < 1e-6:
+        return
+    along = joined(v.onto(other))
+    close(along, (flat @ direction / length) * direction / length, 1e-9)
+    close((flat - along) @ direction / length, torch.tensor(0.0).double(), 1e-9)
+
+
+def test_the_part_along_zero_is_zero_and_along_itself_is_all():
+    v, zero = pieces([1.0, -2.0, 3.0]), pieces([0.0, 0.0, 0.0])
+    assert (
+        joined(v.onto(zero)).tolist() == joined(zero.onto(v)).tolist() == joined(zero.onto(zero)).tolist() == [0.0] * 3
+    )
+    assert torch.equal(joined(v.onto(v)), joined(v))
+
+
+def test_the_part_along_a_vector_has_its_holes_and_its_type():
+    v = Vector([torch.ones(2).half(), torch.zeros(2).half()], frozenset({1}))
+    other = Vector([torch.zeros(2).half(), torch.ones(2).half()], frozenset({0}))
+    assert v.onto(other).holes == {0}
+    assert all(t.dtype == torch.half for t in v.onto(other))

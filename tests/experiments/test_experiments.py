@@ -34,6 +34,7 @@ from bisam.experiments.studies.study import expand
 from bisam.experiments.training.counting import CountedMethod
 from bisam.experiments.training.train import train
 from bisam.perturbations import L2
+from tests.support.doubles import Silent
 
 SHORT = Recipe(method="bisam_log", noise=0.4, rho=0.4, epochs=3, batch_size=256)
 SGD = replace(SHORT, method="sgd", rho=None)
@@ -372,17 +373,6 @@ def test_an_unknown_device_is_named(tmp_path, device):
 
 
 # Studies
-
-
-class Silent:
-    def __init__(self):
-        self.epochs, self.ended = [], {}
-
-    def epoch(self, recipe, epoch, validation):
-        self.epochs.append((recipe, epoch))
-
-    def done(self, recipe, error):
-        self.ended[recipe] = error
 
 
 def test_a_study_keeps_finished_runs_reports_failures_and_goes_on(tmp_path):

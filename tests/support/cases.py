@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from math import cos, pi
 from typing import Any
@@ -35,7 +35,6 @@ from bisam import (
     BiSAM,
     During,
     EBiSAM,
-    Evaluation,
     Every,
     ExtraGradient,
     FisherSAM,
@@ -45,21 +44,27 @@ from bisam import (
     MomentumSAM,
     MultiStepSAM,
     NegLog,
-    Oracle,
     SAMPa,
     Tanh,
     VaSSO,
-    Vector,
     ZSharp,
     next_step,
 )
 from bisam.masks import DropGrow, FisherMask, RandomMask
-from bisam.oracle import Query
 from bisam.perturbations import L2, Adaptive, Friendly, LossEquated, NormLayers, Smoothed, ZScore
 from bisam.schedules import Cosine, Follow, Linear, Warmup
 from tests.support import references
 
 CLASSES = 4
+
+
+POINTS, LABELS = torch.randn(8, 4, generator=torch.Generator().manual_seed(1)).double(), torch.arange(8) % 3
+
+
+def linear() -> nn.Module:
+    """A model for `POINTS` and `LABELS`."""
+    torch.manual_seed(0)
+    return nn.Linear(4, 3).double()
 
 
 class Tied(nn.Module):
@@ -77,6 +82,10 @@ class Tied(nn.Module):
 def mlp(norm: Callable[[int], nn.Module] | None = None) -> nn.Sequential:
     middle = [] if norm is None else [norm(8)]
     return nn.Sequential(nn.Linear(6, 8), *middle, nn.Tanh(), nn.Linear(8, CLASSES)).double()
+
+
+def normed() -> nn.Sequential:
+    return mlp(nn.BatchNorm1d)
 
 
 def convnet() -> nn.Sequential:
@@ -108,22 +117,9 @@ def batch(seed: int = 0, n: int = 8) -> tuple[Tensor, Tensor]:
     return x, torch.randint(CLASSES, (n,), generator=generator)
 
 
-# name: the method, and its gradient on one flat vector: (w, at, scaled) -> gradient, where at(loss) is the gradient of
-# a loss as a function of w and scaled marks the entries of parameters with "weight" in their name.
-
 CE = partial(F.cross_entropy, reduction="none")
 LOG = partial(references.q, references.phi_log, 1.0)
 TANH = partial(references.q, references.phi_tanh(0.1), 10.0)
-Twin = Callable[[Tensor, Callable[..., references.Grad], Tensor], Tensor]
-
-
-def everywhere(scaled: Tensor) -> Tensor:
-    return torch.ones_like(scaled)
-
-
-def micro(w: Tensor, at: Callable[..., references.Grad], scaled: Tensor) -> Tensor:
-    parts = [slice(0, 3), slice(3, 6), slice(6, 8)]
-    return sum(references.sam(w, at(CE, p), at(CE, p), 0.1) * ((p.stop - p.start) / 8) for p in parts)
 
 
 def is_norm(name: str, p: Tensor) -> bool:
@@ -134,26 +130,15 @@ def lr(step: references.Step) -> float:
     return step.optimizer.param_groups[0]["lr"]
 
 
-METHODS: dict[str, tuple[Any, Twin]] = {
-    "SAM": (SAM(L2(0.1)), lambda w, at, s: references.sam(w, at(CE), at(CE), 0.1)),
-    "BiSAM-log": (BiSAM(0.1), lambda w, at, s: references.sam(w, at(LOG), at(CE), 0.1)),
-    "BiSAM-tanh": (BiSAM(0.1, Tanh()), lambda w, at, s: references.sam(w, at(TANH), at(CE), 0.1)),
-    "ASAM": (ASAM(0.5), lambda w, at, s: references.asam(w, at(CE), at(CE), 0.5, 0.0, everywhere(s))),
-    "ASAM-official": (
-        SAM(Adaptive(0.5, eta=0.01, where=lambda name, w: "weight" in name)),
-        lambda w, at, s: references.asam(w, at(CE), at(CE), 0.5, 0.01, s),
-    ),
-    "ABiSAM": (
-        ABiSAM(0.5, NegLog(), eta=0.01),
-        lambda w, at, s: references.asam(w, at(LOG), at(CE), 0.5, 0.01, everywhere(s)),
-    ),
-    "MSAM": (MSAM(3, SAM(L2(0.1))), micro),
-}
-
+BASIC = [SAM(L2(0.5)), BiSAM(0.5), ASAM(0.5), MSAM(3, SAM(L2(0.5)))]
+"""Methods with large displacements, for what holds for any step."""
 
 # The family: a method for an optimizer, and its slow twin. Intervals are short, so that few steps see all that happens.
 
 A_MODEL = partial(mlp, nn.LayerNorm)  # with norm layers, for the methods that know them
+PLAIN = ("SAM", "BiSAM", "BiSAM-tanh", "ASAM", "ASAM-official", "ABiSAM", "MSAM")
+"""Rows of `FAMILY` that are compared with their references on all `MODELS`."""
+FAMILY_MODELS = {**MODELS, "mlp": A_MODEL}
 B = references.l2(0.1)
 FAMILY: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], references.Twin]] = {
     "ERM": (lambda o: ERM(), references.erm(CE)),
@@ -374,21 +359,19 @@ FAMILY: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], references.Twin]
             references.looksam(B, CE, CE, 3, 0.7), 4, 11, references.climbing(references.fisher_mask(B, 0.3, 5), CE, CE)
         ),
     ),
+    # Other objectives, weights and micro-batches for SAM.
+    "BiSAM-tanh": (lambda o: BiSAM(0.1, Tanh()), references.climbing(B, TANH, CE)),
+    "ASAM": (lambda o: ASAM(0.5), references.climbing(references.adaptive(0.5), CE, CE)),
+    "ASAM-official": (
+        lambda o: SAM(Adaptive(0.5, eta=0.01, where=lambda name, w: "weight" in name)),
+        references.climbing(references.adaptive(0.5, 0.01, lambda name, p: "weight" in name), CE, CE),
+    ),
+    "ABiSAM": (
+        lambda o: ABiSAM(0.5, NegLog(), eta=0.01),
+        references.climbing(references.adaptive(0.5, 0.01), LOG, CE),
+    ),
+    "MSAM": (lambda o: MSAM(3, SAM(L2(0.1))), references.msam(3, references.climbing(B, CE, CE))),
 }
-
-
-class Quadratic(Oracle):
-    """The mean over the rows a of the batch of f(w) = sum_i a_i (w_i - 1)^2 / 2, in closed form."""
-
-    def __init__(self, *w: float) -> None:
-        self.weights, self.names, self.state = Vector([torch.tensor(w, dtype=torch.double)]), ["w"], {}
-
-    def ask(self, queries: Sequence[Query]) -> list[Evaluation]:
-        return [self._answer(query.batch[0], query.take(), query.grad) for query in queries]
-
-    def _answer(self, a: Tensor, at: Vector | None, grad: bool) -> Evaluation:
-        (w,) = self.weights if at is None else self.weights + at
-        return Evaluation((a * (w - 1) ** 2 / 2).sum(1), Vector([a.mean(0) * (w - 1)]) if grad else None)
 
 
 # What a call must leave behind.

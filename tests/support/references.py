@@ -18,17 +18,6 @@ Climb = Callable[[Tensor, Tensor, "Step"], Tensor]  # gradient, weights and step
 Twin = Callable[[Tensor, "Step"], Tensor]  # weights and step to a gradient
 
 
-def sam(w: Tensor, ascent: Grad, descent: Grad, rho: float) -> Tensor:
-    g = ascent(w)
-    return descent(w + rho * g / g.norm())
-
-
-def asam(w: Tensor, ascent: Grad, descent: Grad, rho: float, eta: float, scaled: Tensor) -> Tensor:
-    t = torch.where(scaled, w.abs() + eta, torch.ones_like(w))
-    g = ascent(w)
-    return descent(w + rho * t**2 * g / (t * g).norm())
-
-
 def q(phi: Callable[[Tensor], Tensor], mu: float, logits: Tensor, labels: Tensor) -> Tensor:
     """Xie et al., 2024, Lemma 3.1, with its sums written out."""
     right = logits.gather(1, labels[:, None])[:, 0]
@@ -141,8 +130,12 @@ def l2(rho: float | Callable[[Step], float]) -> Climb:
     return lambda g, w, s: (rho(s) if callable(rho) else rho) * unit(g)
 
 
-def adaptive(rho: float, eta: float = 0.0) -> Climb:
-    return lambda g, w, s: rho * (w.abs() + eta) ** 2 * g / ((w.abs() + eta) * g).norm()
+def adaptive(rho: float, eta: float = 0.0, where: Callable[[str, Tensor], bool] = lambda name, p: True) -> Climb:
+    def climber(g: Tensor, w: Tensor, s: Step) -> Tensor:
+        t = torch.where(s.which(where) > 0, w.abs() + eta, 1.0)
+        return rho * t**2 * g / (t * g).norm()
+
+    return climber
 
 
 def loss_equated(sigma: Callable[[Step], float], rho_max: float) -> Climb:

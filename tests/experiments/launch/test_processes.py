@@ -24,20 +24,10 @@ from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Run, finished
 from bisam.experiments.runs.machine import Machine, end_with_parent, threads
 from bisam.experiments.training.train import train
+from tests.support.doubles import Silent
 
 SHORT = Recipe(method="bisam_log", noise=0.4, rho=0.4, epochs=2, batch_size=256)
 SGD = replace(SHORT, method="sgd", rho=None)
-
-
-class Silent:
-    def __init__(self):
-        self.epochs, self.ended = [], {}
-
-    def epoch(self, recipe, epoch, validation):
-        self.epochs.append((recipe, epoch))
-
-    def done(self, recipe, error):
-        self.ended[recipe] = error
 
 
 @dataclass(frozen=True)

@@ -26,23 +26,13 @@ from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Run
 from bisam.experiments.runs.machine import Machine
 from bisam.experiments.training.train import train
+from tests.support.doubles import Silent
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # Ray's sockets and log files
 
 SHORT = Recipe(method="bisam_log", noise=0.4, rho=0.4, epochs=3, batch_size=256)
 SGD = replace(SHORT, method="sgd", rho=None)
 QUIET = Machine(log=())
-
-
-class Silent:
-    def __init__(self):
-        self.epochs, self.ended = [], {}
-
-    def epoch(self, recipe, epoch, validation):
-        self.epochs.append((recipe, epoch))
-
-    def done(self, recipe, error):
-        self.ended[recipe] = error
 
 
 def weights(run):

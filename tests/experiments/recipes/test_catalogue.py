@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import bisam
-from bisam import Evaluation, Oracle, SharpnessAware, cross_entropy
+from bisam import SharpnessAware, cross_entropy
 from bisam.experiments import cli
 from bisam.experiments.recipes import catalogue, entries
 from bisam.experiments.recipes.expressions import VOCABULARY, build
-from bisam.oracle import Query, View
+from tests.support.doubles import Counting
 
 N, WIDTH, STEPS = 64, 400, 120
 ENTRIES = {**catalogue.METHODS, **catalogue.GAMES}
@@ -28,19 +27,6 @@ each_entry = pytest.mark.parametrize("key", ENTRIES)
 each_counted = pytest.mark.parametrize(  # XSAM searches every 400 steps
     "key", [pytest.param(key, marks=pytest.mark.slow) if key in ("bsam", "xsam") else key for key in ENTRIES]
 )
-
-
-class Counting(View):
-    """Counts queries in batches of N."""
-
-    def __init__(self, oracle: Oracle, counts: dict[str, float]) -> None:
-        super().__init__(oracle)
-        self.counts = counts
-
-    def ask(self, queries: Sequence[Query]) -> list[Evaluation]:
-        for query in queries:
-            self.counts["gradients" if query.grad else "forwards"] += len(query.batch[0]) / N
-        return super().ask(queries)
 
 
 class Weights(TorchDispatchMode):
@@ -90,7 +76,7 @@ def train(key: str, watch=lambda method: method) -> tuple[Any, list[float], floa
 def counted(key: str) -> tuple[float, float]:
     """Gradients and forward passes per step."""
     counts = {"gradients": 0.0, "forwards": 0.0}
-    train(key, lambda method: lambda oracle, batch: method(Counting(oracle, counts), batch))
+    train(key, lambda method: lambda oracle, batch: method(Counting(oracle, counts, N), batch))
     return counts["gradients"] / STEPS, counts["forwards"] / STEPS
 
 

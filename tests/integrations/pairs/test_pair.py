@@ -41,7 +41,7 @@ from bisam.integrations.pairs import InPairs, method as parallel, pair as pairs,
 from bisam.masks import RandomMask
 from bisam.oracle import Oracle, Query
 from bisam.perturbations import L2
-from tests.support import cases
+from tests.support import cases, doubles
 from tests.support.cases import FAMILY, OPTIMIZERS, bits, buffers, parameters
 
 HOST, PATIENCE = "127.0.0.1", 120.0
@@ -453,7 +453,7 @@ def wrappers_that_cannot_be_inside_are_refused(rank: int) -> None:
         run.model.requires_grad_(False)
         run.steps(1)
     with refused(TypeError, "the oracle of a module", "got Quadratic"):
-        InPairs(SAM())(cases.Quadratic(1.0), (torch.ones(2, 1),))
+        InPairs(SAM())(doubles.Quadratic(1.0), (torch.ones(2, 1),))
 
 
 def the_all_reduces_of_a_step_are_those_of_plain_training(rank: int) -> None:

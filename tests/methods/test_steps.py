@@ -1,0 +1,238 @@
+"""A step of each method: overflows, running statistics, failures, and unusual parameters."""
+
+from __future__ import annotations
+
+import copy
+from itertools import count
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.support import cases, references
+from tests.support.cases import everything, gradients
+from tests.support.runs import STATEFUL, Training, close, each_method, training
+
+# Loss scaling.
+
+
+@each_method
+def test_a_grad_scaler_changes_no_bit(name):
+    plain = training(name, dtype=torch.float).step(0, 1, 2, 3)
+    scaled = training(name, dtype=torch.float, scaler=torch.amp.GradScaler("cpu", init_scale=1024)).step(0, 1, 2, 3)
+    assert (scaled.weights, scaled.memory) == (plain.weights, plain.memory)
+
+
+def forwards(run: Training, number: int) -> list[bool]:
+    """For each forward pass of a step whether its gradient is asked for."""
+    seen, run = [], copy.deepcopy(run)
+    run.model.register_forward_hook(lambda module, args, out: seen.append(out.requires_grad))
+    run.gradients(number)
+    return seen
+
+
+def check_overflow(name: str, before: tuple[int, ...], after: tuple[int, ...], most: int) -> None:
+    """Let the gradient of a query overflow between the steps before and after, for each query in turn."""
+    number = len(before)
+    run = training(name, dtype=torch.float, scaler=torch.amp.GradScaler("cpu", init_scale=1024)).step(*before)
+    without = training(name, dtype=torch.float).step(*before)
+    state = without.sharp.get_extra_state()
+    without.sharp.set_extra_state({**state, "step": state["step"] + 1})  # all that a skipped step is
+    without.step(*after)
+    for query in [i for i, grad in enumerate(forwards(run, number)) if grad][:most]:
+        there, calls = copy.deepcopy(run), count()
+
+        def overflow(module: nn.Module, args: Any, out: Tensor, query=query, calls=calls) -> None:
+            if next(calls) == query:
+                out.register_hook(lambda g: g * torch.inf)
+
+        handle = there.model.register_forward_hook(overflow)
+        there.step(number)
+        handle.remove()
+        assert there.scaler.get_scale() == 512
+        assert (there.weights, there.memory) == (run.weights, run.memory)
+        there.step(*after)
+        assert (there.weights, there.memory) == (without.weights, without.memory)
+        assert references.flat(there.model).isfinite().all()
+
+
+@each_method
+def test_a_step_that_overflows_is_as_if_it_had_not_been(name):
+    check_overflow(name, (0, 1, 2), (4, 5, 6), most=3)
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_a_first_step_that_overflows_is_as_if_it_had_not_been(name):
+    check_overflow(name, (), (1, 2), most=2)
+
+
+# Effects of a step.
+
+ELSEWHERE = ("RSAM", "BSAM", "MomentumSAM", "MSAM", "Every-other")  # where running statistics move
+
+
+@each_method
+def test_running_statistics_move_once_a_step(name):
+    """At the weights, which is where a learning rate of 0 also leaves the point that SAMPa looks at."""
+    run = training(name, cases.convnet, lr=0.0)
+    plain, weights = copy.deepcopy(run.model), run.weights
+    for step in range(1, 5):
+        run.step(step)
+        plain(run.batch(step)[0])
+        assert run.model[2].num_batches_tracked == step * (3 if name.startswith("MSAM") else 1)
+    assert run.weights == weights
+    assert (cases.buffers(run.model) == cases.buffers(plain)) == (not name.startswith(ELSEWHERE))
+
+
+@each_method
+def test_a_step_that_fails_leaves_nothing(name):
+    run = training(name, cases.convnet).step(0, 1)
+    before = everything(run.model), run.memory, run.sharp.get_extra_state()["step"]
+    for n in range(len(forwards(run, 2))):
+        calls = count()
+
+        def fail(*args: Any, n=n, calls=calls) -> None:
+            if next(calls) == n:
+                raise RuntimeError("boom")
+
+        handle = run.model[4].register_forward_hook(fail)  # after a norm has moved
+        torch.manual_seed(2)
+        with pytest.raises(RuntimeError, match="boom"):
+            run.sharp(*run.batch(2))
+        handle.remove()
+        assert (everything(run.model), run.memory, run.sharp.get_extra_state()["step"]) == before
+    untroubled = training(name, cases.convnet).step(0, 1, 2)
+    run.step(2)
+    assert (run.weights, run.memory) == (untroubled.weights, untroubled.memory)
+
+
+class Waits(TorchDispatchMode):
+    """Counts what waits for a value of a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen, self.all = [], 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.all += 1
+        masked = function is torch.ops.aten.index.Tensor and any(
+            i is not None and i.dtype == torch.bool for i in args[1]
+        )
+        names = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select"}
+        if masked or str(function).split(".")[1] in names:
+            self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("name", "scaled"), [*[(name, True) for name in cases.FAMILY], *[(name, False) for name in [*cases.FAMILY][::4]]]
+)
+def test_a_step_waits_for_no_value(name, scaled):
+    scaler = torch.amp.GradScaler("cpu") if scaled else None
+    run = training(name, dtype=torch.float, scaler=scaler).step(0, 1, 2, 3, 4)  # where all memories begin
+    for number in range(5, 9):
+        with Waits() as mode:
+            run.gradients(number)
+        assert mode.all > 20
+        assert not mode.seen or name.startswith("AESAM")  # documented
+        run.optimizer.step()
+
+
+# Unused and unusual parameters.
+
+
+class Unused(nn.Module):
+    """A model with a frozen parameter, and a layer that is not used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused, self.net = nn.Linear(3, 2).double(), cases.A_MODEL()
+        self.net[0].bias.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+@each_method
+def test_unused_and_frozen_parameters_keep_no_gradient(name):
+    run = training(name, Unused)
+    before = run.weights
+    for number in range(4):
+        run.gradients(number)
+        missing = {n for n, g in gradients(run.model).items() if g is None}
+        assert missing == {"unused.weight", "unused.bias", "net.0.bias"}
+        run.optimizer.step()
+    assert {n for n, w in run.weights.items() if w == before[n]} == missing
+
+
+class Odd(nn.Module):
+    """Parameters of no and of one dimension, one of them without entries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.norm_shift = nn.Parameter(torch.tensor(0.5)), nn.Parameter(torch.randn(cases.CLASSES))
+        self.empty = nn.Parameter(torch.zeros(0, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, : cases.CLASSES] * self.scale + self.norm_shift + self.empty.sum()
+
+
+@each_method
+def test_odd_shapes_are_shapes(name):
+    run = training(name, Odd).step(0, 1, 2, 3)
+    assert references.flat(run.model).isfinite().all()
+    assert run.model.scale.shape == ()
+
+
+@each_method
+def test_a_batch_of_one(name):
+    run = training(name)
+    for number in range(4):
+        x, y = cases.batch(number, n=1)
+        run.optimizer.zero_grad()
+        if name.startswith("KSAM"):
+            with pytest.raises(ValueError, match="batch"):
+                run.sharp(x, y)
+        else:
+            run.sharp(x, y).backward()
+            run.optimizer.step()
+    assert references.flat(run.model).isfinite().all()
+
+
+class Complex(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        z = torch.randn(2, 5, 2, dtype=torch.double)
+        self.w = nn.Parameter(torch.view_as_complex(z))
+
+    def real(self) -> Tensor:
+        return torch.view_as_real(self.w)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x[:, None, None, :2].tanh() * self.real() ** 2).sum(3).flatten(1)[:, : cases.CLASSES]
+
+
+class Real(Complex):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.view_as_real(self.w.detach()).clone())
+
+    def real(self) -> Tensor:
+        return self.w
+
+
+LENGTHS = ["SAM", "MultiStepSAM", "FSAM", "VaSSO", "LESAM", "ESAM", "KSAM", "LookSAM", "AESAM", "MomentumSAM", "SAMPa"]
+LENGTHS += ["GSAM", "WSAM", "CRSAM", "XSAM", "FunctionalSAM", "RAPP", "Every-LookSAM", "Every-two-memories"]
+
+
+@pytest.mark.parametrize("name", LENGTHS)  # methods of lengths and inner products, not of single entries
+def test_complex_parameters_are_their_real_and_imaginary_parts(name):
+    first, second = (training(name, model, dtype=None).step(0, 1, 2, 3) for model in (Complex, Real))
+    close(torch.view_as_real(first.model.w.detach()), second.model.w.detach(), 1e-12)
+
+
+@pytest.mark.parametrize("name", [n for n in cases.FAMILY if "SAMON" not in n])
+def test_complex_parameters_stay_finite(name):
+    assert torch.view_as_real(training(name, Complex, dtype=None).step(0, 1, 2, 3).model.w).isfinite().all()
