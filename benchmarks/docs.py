@@ -21,7 +21,7 @@ from benchmarks import parallel, pipeline, scaling
 from benchmarks.objective import REFERENCE
 from benchmarks.step import LIMIT
 from bisam.experiments.errors import RunError
-from bisam.experiments.runs.folder import read_json, write
+from bisam.experiments.runs.files import read_json, write
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 INTRODUCTION = """# Benchmarks

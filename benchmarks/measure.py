@@ -20,12 +20,12 @@ from bisam.experiments.measurements.timing import (
     ratio as ratio,
     seconds as seconds,
 )
-from bisam.experiments.runs import folder
+from bisam.experiments.runs import environment as own, files
 
 
 def environment() -> dict[str, Any]:
     """Hardware, versions, threads and commit of a measurement."""
-    return {**folder.environment(), "pytorch_optimizer": version("pytorch_optimizer"), **conditions()}
+    return {**own.environment(), "pytorch_optimizer": version("pytorch_optimizer"), **conditions()}
 
 
 def report(
@@ -56,7 +56,7 @@ def verdict(row: Mapping[str, Any]) -> str:
 def write(path: Path, benchmark: str, settings: Mapping[str, Any], results: Mapping[str, Any]) -> None:
     """Write the results as JSON, atomically."""
     content = {"benchmark": benchmark, "environment": environment(), "settings": dict(settings), **results}
-    folder.write(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+    files.write(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 class Parser(argparse.ArgumentParser):

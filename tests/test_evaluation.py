@@ -22,7 +22,7 @@ from bisam import (
     Vector,
     cross_entropy,
 )
-from bisam.evaluation import take
+from bisam.batches import take
 from bisam.perturbations import L2
 from tests.support.cases import LABELS, POINTS, linear
 

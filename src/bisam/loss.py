@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from bisam import state as memories
+from bisam.batches import Batch
 from bisam.distributed.fsdp import reshard
 from bisam.distributed.layout import ShardedLayout
 from bisam.distributed.placement import Scope
-from bisam.evaluation import Batch, Evaluation, join
+from bisam.evaluation import Evaluation, join
 from bisam.methods import Method
 from bisam.model import compatibility
 from bisam.model.gradients import Scaler

@@ -29,7 +29,8 @@ from typing import Any
 
 from torch import Tensor
 
-from bisam.evaluation import Batch, Evaluation
+from bisam.batches import Batch
+from bisam.evaluation import Evaluation
 from bisam.objectives import Count, Objective
 from bisam.vector import Vector
 

@@ -11,7 +11,8 @@ from typing import NoReturn
 
 import torch
 
-from bisam.experiments.runs.folder import environment, write
+from bisam.experiments.runs.environment import environment
+from bisam.experiments.runs.files import write
 
 from .behaviours import CASES
 from .runner import OURS, PYTORCH_OPTIMIZER, load, run

@@ -41,7 +41,7 @@ from bisam import (
     SharpnessAware,
     cross_entropy,
 )
-from bisam.evaluation import take
+from bisam.batches import take
 from bisam.integrations.checkpoint import make_room
 from bisam.masks import RandomMask
 from bisam.methods import efficient, wrappers

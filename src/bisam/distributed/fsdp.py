@@ -27,7 +27,7 @@ def finalizes_by_hand(module: Any) -> bool:
 
 
 def accumulation_hooks(parameters: Sequence[Tensor]) -> list[dict[int, Any]]:
-    """Returns the hooks that run after gradient accumulation: FSDP2 would run them in the backward pass of each query."""
+    """Returns the hooks that run after gradient accumulation, which FSDP2 would run in each query's backward pass."""
     hooks = (getattr(p, "_post_accumulate_grad_hooks", None) for p in parameters)
     return [of_one for of_one in hooks if of_one]
 
@@ -73,7 +73,7 @@ class FSDPModules:
                 p.grad = grad
 
     def leaves(self) -> list[Tensor] | None:
-        """Returns the gathered parameters, which a graph holds in place of the sharded ones; None if unavailable in torch."""
+        """Returns the gathered parameters, which graphs hold instead of the sharded ones; None if torch hides them."""
         groups = [group for module in self._modules for group in _groups(module)]
         if any(not hasattr(group, "fsdp_params") for group in groups):
             return None

@@ -110,7 +110,7 @@ class ShardedLayout(Layout):
         return torch.empty(part.shape if form is None else form.shape, dtype=part.dtype, device=part.device)
 
     def random(self, i: int, whole: Tensor) -> Tensor:
-        """See `Layout.random`; a shard keeps the draw of its rank, and replicas of a shard that of the first replica."""
+        """See `Layout.random`; a shard keeps the draw of its rank, replicas of a shard that of the first replica."""
         if (form := self._forms[i]) is None:
             return self.peers.first(whole)
         others = [d for d in range(form.mesh.ndim) if d not in form.split and form.mesh.size(d) > 1]

@@ -56,7 +56,7 @@ class Local:
             if "use_reentrant" not in str(error):
                 raise
             raise ValueError(
-                "re-entrant activation checkpointing takes no gradient but by backward(), which would fill .grad: "
+                "re-entrant activation checkpointing supports backward() only, which would change .grad: "
                 "call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
             ) from error
 

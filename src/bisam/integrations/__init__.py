@@ -1,4 +1,6 @@
-"""Integrations: one file for each host of which a plain loss is not enough. Each needs its host installed.
+"""Integrations: support for frameworks in which replacing the loss is not enough. Each requires its framework.
 
-from bisam.integrations.transformers import SharpnessAwareTrainer
+Import an integration by its own name:
+
+    from bisam.integrations.transformers import SharpnessAwareTrainer
 """

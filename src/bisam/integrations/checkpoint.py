@@ -1,13 +1,14 @@
-"""torch.distributed.checkpoint: room for what a method remembers, in a loss that remembers nothing yet.
+"""Checkpoint: loading the state of a method with torch.distributed.checkpoint.
 
-torch.distributed.checkpoint loads into the tensors that are there, and a new loss has none for its method's memory:
+torch.distributed.checkpoint loads into existing tensors, and a new loss has no tensors for the state of its method.
+`make_room` creates them:
 
     make_room(sharp, "checkpoints/3")
     state = {"sharp": sharp.state_dict()}
     torch.distributed.checkpoint.load(state, checkpoint_id="checkpoints/3")
     sharp.load_state_dict(state["sharp"])
 
-Weights and memory may have been saved by another number of ranks, or sharded in another way.
+Weights and state may have been saved by another number of ranks, or with another sharding.
 """
 
 from __future__ import annotations
@@ -21,23 +22,24 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from bisam.loss import SharpnessAware
 
-_EXTRA = "_extra_state"  # torch.nn.Module's name for what is neither parameter nor buffer
+_EXTRA = "_extra_state"  # the key of torch.nn.Module for state that is neither parameter nor buffer
 
 
 def make_room(
     sharp: SharpnessAware, checkpoint: str | os.PathLike[str] | StorageReader, key: str | None = None
 ) -> None:
-    """Give a loss a memory of zeros of the shape that a checkpoint has, to be loaded into.
+    """Creates the state of a loss, filled with zeros, in the shapes that a checkpoint has, so that it can be loaded.
 
-    Nothing happens where the checkpoint has no memory, as of `SAM` or `BiSAM`.
+    It does nothing if the state in the checkpoint is empty, as that of `SAM` or `BiSAM`.
 
     Args:
-        sharp: the loss, made as the one that was saved: its model sharded, if it is to be, and frozen where it was.
-        checkpoint: the checkpoint's folder, or what reads it.
-        key: in a checkpoint of several losses, where this one is, as in `"sharp"`.
+        sharp: the loss, constructed as the one that was saved: with its model sharded, if it will be, and with the same
+            frozen parameters.
+        checkpoint: the folder of the checkpoint, or a reader of it.
+        key: the key of this loss in a checkpoint of several losses, for example `"sharp"`.
 
     Raises:
-        ValueError: there are several losses in the checkpoint and no `key`, or none at `key`; or the memory is of
+        ValueError: the checkpoint has several losses and `key` is None, or none at `key`; or the state belongs to
             another model.
     """
     reader = checkpoint if isinstance(checkpoint, StorageReader) else FileSystemReader(checkpoint)
@@ -56,7 +58,7 @@ def make_room(
 
 
 def _memories(metadata: Metadata) -> dict[str, dict[str, Any]]:
-    """By the name of the place, what each loss of a checkpoint has beside its weights, filled with zeros."""
+    """Returns the extra state of each loss in a checkpoint, filled with zeros, by the path of the loss."""
     found: dict[str, dict[str, Any]] = {}
     paths = cast("dict[str, tuple[str | int, ...]]", metadata.planner_data)
     for flat, path in paths.items():
@@ -66,7 +68,7 @@ def _memories(metadata: Metadata) -> dict[str, dict[str, Any]]:
         memory = found.setdefault(".".join(map(str, path[: at + 1])), {"step": 0, "method": None, "state": {}})
         stored = metadata.state_dict_metadata[flat]
         if isinstance(stored, TensorStorageMetadata):
-            zero = torch.zeros((), dtype=stored.properties.dtype)  # of which only this rank's part will take memory
+            zero = torch.zeros((), dtype=stored.properties.dtype)  # expanded, so that only this rank's part uses memory
             _put(memory, path[at + 1 :], zero.expand(stored.size))
         elif path[at + 1] == "state":
             _put(memory, path[at + 1 :], [] if path[-1] == "holes" else 0)
@@ -74,7 +76,7 @@ def _memories(metadata: Metadata) -> dict[str, dict[str, Any]]:
 
 
 def _put(into: Any, path: tuple[str | int, ...], value: Any) -> None:
-    """Set `into[path[0]][path[1]]...`, making dictionaries, and lists where the path has numbers."""
+    """Sets `into[path[0]][path[1]]...`; creates dictionaries, and lists where the path has numbers."""
     for part, following in zip(path, [*path[1:], None], strict=True):
         if isinstance(part, int):
             into.extend([None] * (part + 1 - len(into)))

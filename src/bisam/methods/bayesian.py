@@ -7,7 +7,8 @@ from typing import ClassVar
 
 import torch
 
-from bisam.evaluation import Batch, Evaluation
+from bisam.batches import Batch
+from bisam.evaluation import Evaluation
 from bisam.objectives import Objective
 from bisam.oracle import Oracle
 from bisam.validation import instance, non_negative, positive, share

@@ -12,7 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from bisam.evaluation import Batch, Evaluation
+from bisam.batches import Batch
+from bisam.evaluation import Evaluation
 from bisam.methods.sam import SAM
 from bisam.objectives import LowerBound, NegLog, count, mean
 from bisam.oracle import Oracle, Query

@@ -9,7 +9,8 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from bisam.evaluation import Batch, Evaluation, largest, size, take
+from bisam.batches import Batch, largest, size, take
+from bisam.evaluation import Evaluation
 from bisam.masks import RandomMask, top
 from bisam.methods.sam import SAM
 from bisam.objectives import LowerBound, NegLog, Objective

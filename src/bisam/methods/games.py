@@ -33,7 +33,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bisam.evaluation import Batch, Evaluation
+from bisam.batches import Batch
+from bisam.evaluation import Evaluation
 from bisam.oracle import Oracle
 from bisam.validation import positive, whole
 

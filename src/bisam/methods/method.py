@@ -13,7 +13,8 @@ from __future__ import annotations
 from dataclasses import fields, is_dataclass
 from typing import Any, Protocol
 
-from bisam.evaluation import Batch, Evaluation
+from bisam.batches import Batch
+from bisam.evaluation import Evaluation
 from bisam.oracle import Oracle
 
 

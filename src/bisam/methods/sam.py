@@ -17,7 +17,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import cast
 
-from bisam.evaluation import Batch, Evaluation
+from bisam.batches import Batch
+from bisam.evaluation import Evaluation
 from bisam.masks import DropGrow, FisherMask
 from bisam.objectives import LowerBound, NegLog, Objective
 from bisam.oracle import Oracle

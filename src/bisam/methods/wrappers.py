@@ -16,7 +16,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from bisam.evaluation import Batch, Evaluation, divisor, join, largest, split
+from bisam.batches import Batch, largest, split
+from bisam.evaluation import Evaluation, divisor, join
 from bisam.methods.method import Method, stateful
 from bisam.methods.sam import ERM, SAM
 from bisam.oracle import Oracle
@@ -52,8 +53,8 @@ class MSAM:
         instance("method", self.method, _METHOD)
         if not self.separate and (name := stateful(self.method)):
             raise ValueError(
-                f"all micro-batches would share what {name} remembers, and none would find its own: use "
-                f"MSAM(m, method, separate=True), where each has a memory as replicas have, or a method without one"
+                f"all micro-batches would share what {name} remembers: use MSAM(m, method, separate=True), which keeps "
+                f"one state for each micro-batch as replicas do, or a method that is not stateful"
             )
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:

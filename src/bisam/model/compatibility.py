@@ -87,7 +87,7 @@ def fsdp1(setup: Setup) -> str | None:
     if not any(base.__name__ == "FullyShardedDataParallel" for m in setup.modules for base in type(m).__mro__):
         return None
     return (
-        "FullyShardedDataParallel (FSDP1) keeps parameters where no displacement reaches them: use its successor, "
+        "FullyShardedDataParallel (FSDP1) flattens parameters, so that they cannot be displaced: use its successor, "
         "torch.distributed.fsdp.fully_shard(model)"
     )
 
@@ -97,7 +97,7 @@ def deepspeed_zero3(setup: Setup) -> str | None:
     if not any(hasattr(p, "ds_id") for _, p in setup.parameters):
         return None
     return (
-        "DeepSpeed ZeRO-3 takes parameters away between two passes, and gradients inside the backward pass: use "
+        "DeepSpeed ZeRO-3 frees parameters between two passes, and gradients during the backward pass: use "
         "torch.distributed.fsdp.fully_shard(model), or ZeRO stage 1 or 2"
     )
 

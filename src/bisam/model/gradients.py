@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from bisam.evaluation import Batch
+from bisam.batches import Batch
 from bisam.vector import Layout, Tensors, Vector
 
 Scaler = torch.amp.GradScaler | Callable[[], float | Tensor]
@@ -45,7 +45,7 @@ class LossScale:
         return one * self._scaler()
 
     def note(self, gradient: Vector) -> None:
-        """Records an overflow in a gradient: the gradient of the loss becomes NaN, so that the scaler skips the step."""
+        """Records an overflow in a gradient: the gradient of the loss becomes NaN, and the scaler skips the step."""
         overflow = gradient.norm() * 0
         self.overflow = overflow if self.overflow is None else self.overflow + overflow
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from bisam import objectives
+from bisam.batches import Batch, size
 from bisam.distributed.placement import Scope, place
-from bisam.evaluation import Batch, Evaluation, size
+from bisam.evaluation import Evaluation
 from bisam.model import parameters as inventories
 from bisam.model.buffers import Buffers
 from bisam.model.gradients import LossScale, Scaler, check_strangers, check_trainable, filled, silenced

@@ -9,7 +9,7 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
-from bisam.evaluation import Batch
+from bisam.batches import Batch
 
 
 class RandomState:

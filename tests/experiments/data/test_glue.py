@@ -252,7 +252,7 @@ def test_cut_lines_of_the_official_qqp_are_left_out(tmp_path, tokenizer):
     examples = whole(glue("qqp", tmp_path, tokenizer).test.batches(4))
     assert examples == [encoded(tokenizer, i, True, i % 2) for i in range(N)]
     write(folder / "dev.tsv", [*lines, *[["cut"]] * 11])
-    with pytest.raises(ValueError, match=r"dev\.tsv, line 22: 1 fields in place of 6: mend the line$"):
+    with pytest.raises(ValueError, match=r"dev\.tsv, line 22: 1 fields instead of 6: fix the line$"):
         glue("qqp", tmp_path, tokenizer)
 
 
@@ -271,24 +271,28 @@ def replaced(line: int, text: str):
 
 
 REFUSED = {
-    "label": ("rte", replaced(5, "3\ta\tb\tmaybe"), r"PATH, line 5: label 'maybe' is none of entailment, not_entail.*"),
+    "label": (
+        "rte",
+        replaced(5, "3\ta\tb\tmaybe"),
+        r"PATH, line 5: label 'maybe' is not one of entailment, .*",
+    ),
     "label of no name": (
         "cola",
         replaced(1, "gj04\t2\t\ta"),
-        r"PATH, line 1: label '2' is none of 0, 1: mend the line",
+        r"PATH, line 1: label '2' is not one of 0, 1: fix the line",
     ),
-    "few fields": ("rte", replaced(7, "5\ta\tentailment"), r"PATH, line 7: 3 fields in place of 4: mend the line"),
-    "many fields": ("cola", replaced(20, "gj04\t1\t\ta\tb"), r"PATH, line 20: 5 fields in place of 4: mend the line"),
-    "many fields of qqp": ("qqp", replaced(2, "\t" * 6), r"PATH, line 2: 7 fields in place of 6: mend the line"),
+    "few fields": ("rte", replaced(7, "5\ta\tentailment"), r"PATH, line 7: 3 fields instead of 4: fix the line"),
+    "many fields": ("cola", replaced(20, "gj04\t1\t\ta\tb"), r"PATH, line 20: 5 fields instead of 4: fix the line"),
+    "many fields of qqp": ("qqp", replaced(2, "\t" * 6), r"PATH, line 2: 7 fields instead of 6: fix the line"),
     "column": (
         "rte",
         replaced(1, "index\tsentence1\tsentence2"),
-        r"PATH, line 1: no column label: give the file of .*",
+        r"PATH, line 1: no column label: use the file of .*",
     ),
     "columns": (
         "mrpc",
         replaced(1, "a\tb"),
-        r"PATH, line 1: no column #1 String, #2 String, Quality: give the file .*",
+        r"PATH, line 1: no column #1 String, #2 String, Quality: use the file .*",
     ),
     "nothing": ("rte", lambda path: path.write_text(""), r"PATH, line 1: no column sentence1, sentence2, label: .*"),
     "no examples": ("rte", lambda path: write(path, rows("rte")[:1]), r"PATH has no examples: replace it"),
@@ -333,16 +337,14 @@ def test_what_the_csv_reader_refuses_is_one_line_too(tmp_path, tokenizer, monkey
 
 def test_missing_data_and_failed_downloads_say_what_to_do(tmp_path, tokenizer, monkeypatch):
     remedy = r"train\.tsv and dev\.tsv of https://gluebenchmark\.com/tasks into .*/glue/QNLI"
-    with pytest.raises(
-        ValueError, match=rf"^GLUE's qnli is not there: give --download to fetch it, or put {remedy} \(or"
-    ):
+    with pytest.raises(ValueError, match=rf"^GLUE's qnli is missing: give --download, or put {remedy} \(or"):
         glue("qnli", tmp_path, tokenizer)
 
     def fail(*args):
         raise ConnectionError("Couldn't reach\n'nyu-mll/glue' on the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    line = rf"GLUE's qnli could not be fetched \(Couldn't reach 'nyu-mll/glue' on the Hub\): put {remedy} by hand"
+    line = rf"GLUE's qnli could not be downloaded \(Couldn't reach 'nyu-mll/glue' on the Hub\): put {remedy} yourself"
     with pytest.raises(ValueError, match=f"^{line}$"):
         glue("qnli", tmp_path, tokenizer, download=True)
     place = tmp_path / "glue" / "hub" / "qnli"

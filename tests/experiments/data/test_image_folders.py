@@ -381,10 +381,10 @@ def test_a_network_of_timm_sees_images_as_it_was_trained_with(tmp_path):
 
 
 def test_imagenet_that_is_not_there_or_flat_is_said_in_one_line(tmp_path):
-    with pytest.raises(ValueError, match=r"^ImageNet is not there, without .*/imagenet/train: unpack .*--data-dir .*$"):
+    with pytest.raises(ValueError, match=r"^ImageNet is missing \(no .*/imagenet/train\): unpack .*--data-dir .*$"):
         imagenet(tmp_path)
     classes(tmp_path / "imagenet" / "train", a=60, b=40)
-    with pytest.raises(ValueError, match=r"without .*/imagenet/val: unpack"):
+    with pytest.raises(ValueError, match=r"no .*/imagenet/val\): unpack"):
         imagenet(tmp_path)
     write(tmp_path / "imagenet" / "val" / "ILSVRC2012_val_00000001.JPEG")
     with pytest.raises(ValueError, match="/imagenet/val has no class folders"):
@@ -430,15 +430,15 @@ def test_pets_that_are_not_whole_are_said_in_one_line(pet_root):
     with pytest.raises(ValueError, match=f"^{line}"):
         pets(pet_root)
     (place / "annotations" / "test.txt").write_text("Bengal_test1 3")
-    with pytest.raises(ValueError, match=r"^Oxford-IIIT Pet is not whole: give --download to fetch it, or put"):
+    with pytest.raises(ValueError, match=r"^Oxford-IIIT Pet is incomplete: give --download, or put"):
         pets(pet_root)
     shutil.rmtree(place / "images")  # only archives, or half of one
     (place / "images.tar.gz").write_bytes(b"half")
     with pytest.raises(
-        ValueError, match=r"Oxford-IIIT Pet is not whole: .* unpacked, into .*/oxford-iiit-pet \(or point"
+        ValueError, match=r"Oxford-IIIT Pet is incomplete: .* unpacked, into .*/oxford-iiit-pet \(or set"
     ):
         pets(pet_root)
-    with pytest.raises(ValueError, match=r"^Oxford-IIIT Pet is not there: give --download"):
+    with pytest.raises(ValueError, match=r"^Oxford-IIIT Pet is missing: give --download"):
         pets(pet_root / "elsewhere")
 
 
@@ -472,9 +472,7 @@ def test_flowers_that_are_not_whole_are_said_in_one_line(flower_root, monkeypatc
     ):
         flowers(flower_root)
     monkeypatch.undo()  # now the digests are wrong
-    with pytest.raises(
-        ValueError, match=r"^Flowers-102 is not whole: give --download to fetch it, or put 102flowers\.tgz"
-    ):
+    with pytest.raises(ValueError, match=r"^Flowers-102 is incomplete: give --download, or put 102flowers\.tgz"):
         flowers(flower_root)
 
 
@@ -484,7 +482,7 @@ def test_a_download_that_fails_says_what_to_do_by_hand(tmp_path, monkeypatch, lo
         raise URLError("Name or service not known")
 
     monkeypatch.setattr(f"{kind.__module__}.download_and_extract_archive", fail)
-    line = r"could not be fetched \(.*Name or service not known.*\): put .*gz.* into .* by hand$"
+    line = r"could not be downloaded \(.*Name or service not known.*\): put .*gz.* into .* yourself$"
     with pytest.raises(ValueError, match=line):
         load(tmp_path / "new", download=True)
 

@@ -50,7 +50,7 @@ def test_a_run_that_is_killed_costs_the_others_nothing(tmp_path):
     progress = Silent()
     outcomes = processes.run_all(recipes, tmp_path / "runs", 2, machine, progress)
     assert [outcome.recipe for outcome in outcomes] == recipes
-    assert "killed 2 times, as the system does when memory is short: give fewer --workers" in outcomes[0].error
+    assert "killed 2 times, probably because memory is short: give fewer --workers" in outcomes[0].error
     assert [outcome.error for outcome in outcomes[1:]] == [None, None]
     assert progress.ended == {outcome.recipe: outcome.error for outcome in outcomes}
     assert ((tmp_path / "bf16").read_text(), (tmp_path / "32").read_text()) == ("xx", "xx")
@@ -61,9 +61,9 @@ def test_a_run_that_is_killed_costs_the_others_nothing(tmp_path):
     [
         (
             -9,
-            r"killed 2 times, as the system does when memory is short: give fewer --workers; the same command goes on",
+            r"killed 2 times, probably because memory is short: give fewer --workers; the same command resumes",
         ),
-        (-11, r"died 2 times \(SIGSEGV\): the same command goes on"),
+        (-11, r"died 2 times \(SIGSEGV\): the same command resumes"),
         (-40, r"died 2 times \(signal 40\)"),
         (3, r"died 2 times \(exit code 3\)"),
     ],
@@ -124,7 +124,7 @@ def test_runs_without_their_data_do_not_start_and_the_others_go_on(tmp_path):
     outcomes = processes.run_all([*lacking, SGD], tmp_path / "runs", 1, machine, progress)
     assert [outcome.started for outcome in outcomes] == [False, False, False, True]
     assert len({outcome.error for outcome in outcomes[:3]}) == 1
-    assert "cifar10 is not there: give --download" in outcomes[0].error
+    assert "cifar10 is missing: give --download" in outcomes[0].error
     assert [outcome.recipe for outcome in outcomes] == [*lacking, SGD]
     assert progress.ended == {SGD: None}
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [SGD.slug]

@@ -119,7 +119,7 @@ def test_a_run_whose_worker_is_killed_goes_on_to_the_same_bits(ray, tmp_path):
 
 
 def test_a_folder_that_workers_do_not_see_is_said_and_not_made(ray, tmp_path, monkeypatch):
-    monkeypatch.setattr(on_ray, "marked", lambda root: nullcontext(root / "on-another-machine"))
+    monkeypatch.setattr(on_ray, "marker_file", lambda root: nullcontext(root / "on-another-machine"))
     (outcome,) = on_ray.run_all([SHORT], tmp_path, QUIET, Silent(), address="auto")
     assert f"does not see {tmp_path}: give an --out on storage that all machines share" in outcome.error
     assert not Run.under(tmp_path, SHORT).folder.exists()
@@ -224,7 +224,7 @@ class Ray:
 def played(tmp_path, *script, retries=3):
     ray, outcomes = Ray(*script), []
     tasks = {ray.start(SHORT): SHORT}
-    on_ray.run_as_tasks(ray, tasks, ray.start, retries, on_ray.News(tmp_path, Silent()), outcomes.append)
+    on_ray.run_as_tasks(ray, tasks, ray.start, retries, on_ray.EpochPoller(tmp_path, Silent()), outcomes.append)
     return ray, outcomes
 
 
@@ -237,8 +237,8 @@ def test_a_lost_task_is_given_again(tmp_path):
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (Lost, "its worker was lost 3 times (Lost; short of memory?): the same command goes on from its last epoch"),
-        (Full, "its machine was short of memory 3 times: give each run more --cpus; the same command goes on"),
+        (Lost, "its worker was lost 3 times (Lost; short of memory?): the same command resumes after its last epoch"),
+        (Full, "its machine was short of memory 3 times: give each run more --cpus; the same command resumes"),
     ],
 )
 def test_a_task_that_is_lost_too_often_is_given_up(tmp_path, error, message):
@@ -252,17 +252,19 @@ def test_what_fails_before_a_run_begins_is_said_and_not_repeated(tmp_path):
 
 
 def test_a_cluster_that_goes_away_is_one_line(tmp_path):
-    with pytest.raises(RunError, match=r"the Ray cluster is gone \(gone\): the same command goes on"):
+    with pytest.raises(
+        RunError, match=r"the connection to the Ray cluster was lost \(gone\): the same command resumes"
+    ):
         played(tmp_path, ConnectionError)
 
 
 def test_epochs_are_told_by_the_run_folders(tmp_path):
     train(Run.under(tmp_path, SHORT), QUIET)
     progress = Silent()
-    news = on_ray.News(tmp_path, progress)
-    news.tell([SHORT, SGD])
-    news._next = 0
-    news.tell([SHORT, SGD])
+    poller = on_ray.EpochPoller(tmp_path, progress)
+    poller.poll([SHORT, SGD])
+    poller._next = 0
+    poller.poll([SHORT, SGD])
     assert progress.epochs == [(SHORT, 3)]
 
 
@@ -280,7 +282,7 @@ def test_a_lost_machines_lock_is_waited_for(tmp_path, monkeypatch):
 
 def test_another_version_on_a_worker_is_said(tmp_path):
     outcome = on_ray.work(SHORT, tmp_path, QUIET, tmp_path, "0.0", 1, os.getcwd(), again=False)
-    assert f"has bisam {__version__}, this machine 0.0: install the same on all" in outcome.error
+    assert f"has bisam {__version__}, this machine 0.0: install the same version on all" in outcome.error
     assert not Run.under(tmp_path, SHORT).folder.exists()
 
 
@@ -296,14 +298,14 @@ def test_without_ray_it_is_said_what_to_install(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("machine", "settings", "message"),
     [
-        (Machine(nodes=2), {}, "--nodes 2 with --ray: there a run is on one machine; give it --devices"),
+        (Machine(nodes=2), {}, "--nodes 2 with --ray: a run uses one machine there; use --devices instead"),
         (Machine(device="cuda"), {}, "--device cuda with --ray needs --gpus"),
-        (Machine(device="cuda:1"), {"gpus": 1}, "Ray chooses among the GPUs"),
+        (Machine(device="cuda:1"), {"gpus": 1}, "Ray assigns the GPUs"),
         (Machine(devices=2), {"gpus": 0.5}, "--devices 2 need --gpus 2, got 0.5"),
-        (Machine(), {"gpus": 1.5}, "--gpus 1.5 is neither a whole number nor a share of one GPU"),
+        (Machine(), {"gpus": 1.5}, "--gpus 1.5 is neither a whole number nor a fraction of one GPU"),
         (Machine(), {"gpus": -1}, "--gpus is too small: -1"),
         (Machine(), {"cpus": 0}, "--cpus is too small: 0"),
-        (Machine(), {"address": "nonsense"}, "--ray 'nonsense' is no address: it takes local, auto, host:port"),
+        (Machine(), {"address": "nonsense"}, "--ray 'nonsense' is not an address: use local, auto, host:port"),
     ],
 )
 def test_a_mistake_is_named(tmp_path, monkeypatch, machine, settings, message):
@@ -319,7 +321,7 @@ def test_where_nobody_listens_there_is_no_cluster(tmp_path, monkeypatch, prefix)
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         address = f"{prefix}127.0.0.1:{closed.getsockname()[1]}"
-        with pytest.raises(ValueError, match=f"--ray {address}: no cluster to work with .*ray start --head"):
+        with pytest.raises(ValueError, match=f"--ray {address}: cluster not reachable .*ray start --head"):
             on_ray.run_all([SHORT], tmp_path, QUIET, Silent(), address=address)
 
 
@@ -332,7 +334,7 @@ def test_a_cluster_that_asks_for_a_token_says_so(tmp_path, monkeypatch):
 
     ray = SimpleNamespace(is_initialized=lambda: False, init=init, shutdown=lambda: None)
     monkeypatch.setitem(sys.modules, "ray", ray)
-    with pytest.raises(ValueError, match=r"auto asks for its token \(Failed to connect.*\): set RAY_AUTH_MODE=token"):
+    with pytest.raises(ValueError, match=r"auto requires a token \(Failed to connect.*\): set RAY_AUTH_MODE=token"):
         on_ray.run_all([SHORT], tmp_path, QUIET, Silent(), address="auto")
 
 
@@ -345,8 +347,8 @@ def test_a_task_knows_its_gpu_as_cuda_and_data_by_their_whole_path():
 
 def test_a_run_for_which_there_is_no_room_is_said():
     ray = SimpleNamespace(nodes=lambda: [{"Alive": True, "Resources": {"CPU": 2}}, {"Alive": False, "Resources": {}}])
-    on_ray.find_room(ray, 2, 0, strict=True)
+    on_ray.check_capacity(ray, 2, 0, strict=True)
     with pytest.raises(ValueError, match="no machine of the cluster has 4 CPUs: give smaller --cpus or --gpus"):
-        on_ray.find_room(ray, 4, 0, strict=True)
-    with pytest.warns(RuntimeWarning, match=r"has 1 CPUs and 0\.5 GPUs: the runs wait until one joins"):
-        on_ray.find_room(ray, 1, 0.5, strict=False)
+        on_ray.check_capacity(ray, 4, 0, strict=True)
+    with pytest.warns(RuntimeWarning, match=r"has 1 CPUs and 0\.5 GPUs: the runs wait for such a machine to join"):
+        on_ray.check_capacity(ray, 1, 0.5, strict=False)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock
@@ -17,10 +19,10 @@ from bisam.experiments.errors import RunError
 from bisam.experiments.measurements import MEASUREMENTS, Measurement, epochs, losses, report, run
 from bisam.experiments.measurements.example import option_a, option_b
 from bisam.experiments.measurements.losses import row_by_row
-from bisam.experiments.runs.folder import to_csv
+from bisam.experiments.runs.files import to_csv
 from bisam.experiments.runs.machine import Machine
 
-EXAMPLE, TABLE_11, TABLE_12 = (MEASUREMENTS[name] for name in ("example", "table11", "table12"))
+FIGURE_1, EXAMPLE, TABLE_11, TABLE_12 = MEASUREMENTS.values()
 TINY = {"models": "resnet20", "iterations": "2", "batch_size": "4"}
 
 
@@ -40,10 +42,10 @@ def counted(parts, fails=None):
 
 
 def test_all_have_what_a_report_needs():
-    assert list(MEASUREMENTS) == ["example", "table11", "table12"]
+    assert list(MEASUREMENTS) == ["figure1", "example", "table11", "table12"]
     for name, measurement in MEASUREMENTS.items():
         assert measurement.name == name
-        assert measurement.parts(measurement.settings)
+        assert measurement.drawn_only == (name == "figure1")
         assert measurement.title
         assert measurement.note
 
@@ -329,3 +331,29 @@ def test_the_example_as_section_2_2_argues(tmp_path):
     assert "![Cross-entropy and the lower bounds of both options](example.png)" in shown.markdown
     left, right = shown.figures["example.png"].axes
     assert [len(ax.lines) for ax in (left, right)] == [2, 4]
+
+
+# Figure 1
+
+
+def test_a_drawing_is_reported_without_a_folder_of_parts(tmp_path):
+    assert run(FIGURE_1, {}, tmp_path) == tmp_path / "figure1"
+    shown = report(FIGURE_1, tmp_path)
+    assert (shown.header, shown.rows) == ((), [])
+    committed = Path(__file__).parent.parent / "docs" / "reproduction" / "figure1" / "report.md"
+    assert shown.markdown == committed.read_text()
+    assert not list(tmp_path.iterdir())
+
+
+def test_figure_1_is_below_and_above_the_0_1_loss(tmp_path):
+    (ax,) = report(FIGURE_1, tmp_path).figures["figure1.png"].axes
+    found = {line.get_label().split(":")[0]: np.array(line.get_data()) for line in ax.get_lines()}
+    step = (found["BiSAM (-log)"][0] > 0).astype(float)
+    for label in ("BiSAM (-log)", "BiSAM (tanh)"):
+        assert (found[label][1] <= step + 1e-12).all()
+    for label in ("hinge", "cross-entropy"):
+        assert (found[label][1] >= step - 1e-12).all()
+    assert found["BiSAM (tanh)"][1][-1] == pytest.approx(math.tanh(3))
+    assert found["BiSAM (-log)"][1][0] == pytest.approx(1 - math.log(1 + (math.e - 1) * math.exp(3)))
+    assert found["cross-entropy"][1][-1] == pytest.approx(math.log2(1 + math.exp(3)))
+    assert ax.get_xlim() == (-3, 3)

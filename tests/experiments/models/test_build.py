@@ -214,15 +214,15 @@ def test_weights_are_drawn_as_he_et_al_2015_draw_them():
 
 def test_an_unknown_name_is_answered_with_the_nearest():
     assert complaint("resnet57", 10).startswith(
-        "unknown model 'resnet57', did you mean 'resnet56'? There is: convnet, "
+        "unknown model 'resnet57', did you mean 'resnet56'? Available: convnet, "
     )
     assert "torchvision:NAME" in complaint("nothing of the kind", 10)
-    assert complaint("tv:resnet50", 10) == "unknown source of models 'tv', there is: torchvision, timm, hf"
+    assert complaint("tv:resnet50", 10) == "unknown source of models 'tv', available: torchvision, timm, hf"
 
 
 def test_an_unknown_name_of_torchvision_is_answered_with_the_nearest():
     message = complaint("torchvision:resnet5", 10)
-    assert message.startswith("unknown model 'torchvision:resnet5', did you mean 'torchvision:resnet50'? There is: ")
+    assert message.startswith("unknown model 'torchvision:resnet5', did you mean 'torchvision:resnet50'? Available: ")
     assert message.count("torchvision:") < 10
     assert "unknown model" in complaint("torchvision:fcos_resnet50_fpn", 10)  # a detector is no classifier
 
@@ -246,7 +246,7 @@ def test_the_statistics_of_an_unknown_name_of_timm_are_refused(name):
 @needs_timm
 def test_an_unknown_name_of_timm_is_answered_with_the_nearest():
     message = complaint("timm:resnet5", 10)
-    assert message.startswith("unknown model 'timm:resnet5', did you mean 'timm:resnet50'? There is: ")
+    assert message.startswith("unknown model 'timm:resnet5', did you mean 'timm:resnet50'? Available: ")
     assert message.count("timm:") < 10
     assert "did you mean 'timm:test_resnet.r160_in1k'" in complaint("timm:test_resnet.r160", 10)
 
@@ -254,7 +254,10 @@ def test_an_unknown_name_of_timm_is_answered_with_the_nearest():
 @needs_transformers
 @pytest.mark.parametrize("name", ["hf:", "hf:./bert", "hf:/no/folder"])
 def test_a_folder_that_is_not_there(name):
-    assert complaint(name, 2) == f"model {name!r} is no folder here, nor a name of the hub, as hf:bert-base-uncased"
+    assert (
+        complaint(name, 2)
+        == f"model {name!r} is neither a local folder nor a name on the hub, such as hf:bert-base-uncased"
+    )
 
 
 @pytest.mark.parametrize(
@@ -272,7 +275,7 @@ def test_a_package_for_reading_weights_that_is_not_there(monkeypatch):
 
 
 def test_torchvision_takes_three_channels():
-    assert "takes images of 3 channels, not of 1" in complaint("torchvision:resnet18", 10, channels=1)
+    assert "accepts images of 3 channels, not of 1" in complaint("torchvision:resnet18", 10, channels=1)
 
 
 def test_only_models_of_hugging_face_have_a_tokenizer():
@@ -346,7 +349,7 @@ def test_what_is_no_file_of_weights(tmp_path):
 
 def test_our_networks_have_no_pretrained_weights():
     assert complaint("resnet56", 10, weights="pretrained") == (
-        "model 'resnet56' has no pretrained weights: give a file of them, or none"
+        "model 'resnet56' has no pretrained weights: give a file with weights, or leave --weights out"
     )
 
 
@@ -388,7 +391,7 @@ def test_a_random_network_of_torchvision_returns_logits_in_training(name):
 
 def test_pretrained_weights_of_torchvision_without_a_network(no_network):
     message = complaint("torchvision:resnet18", 10, weights="pretrained")
-    assert message.startswith("the pretrained weights of 'torchvision:resnet18' cannot be had (<urlopen error")
+    assert message.startswith("the pretrained weights of 'torchvision:resnet18' cannot be loaded (<urlopen error")
     assert message.endswith("give a file of weights, or set TORCH_HOME to a filled cache")
 
 
@@ -418,7 +421,7 @@ def test_pretrained_weights_of_timm_without_a_network(no_network, capfd):
     import huggingface_hub.constants
 
     message = complaint("timm:test_resnet", 10, weights="pretrained")
-    assert message.startswith("the pretrained weights of 'timm:test_resnet' cannot be had (")
+    assert message.startswith("the pretrained weights of 'timm:test_resnet' cannot be loaded (")
     assert message.endswith("give a file of weights, or set HF_HOME to a filled cache")
     assert "Retrying" not in capfd.readouterr().err
     assert not huggingface_hub.constants.HF_HUB_OFFLINE
@@ -493,21 +496,21 @@ def test_weights_of_a_classifier_of_sentences_from_a_file(bert, tmp_path, whole)
 
 def test_a_folder_without_a_model(tmp_path):
     pytest.importorskip("transformers")
-    assert complaint(f"hf:{tmp_path}", 2).startswith(f"model 'hf:{tmp_path}' cannot be had (")
-    with pytest.raises(ValueError, match=r"the tokenizer of .* cannot be had"):
+    assert complaint(f"hf:{tmp_path}", 2).startswith(f"model 'hf:{tmp_path}' cannot be loaded (")
+    with pytest.raises(ValueError, match=r"the tokenizer of .* cannot be loaded"):
         tokenizer(f"hf:{tmp_path}")
 
 
 def test_a_folder_without_weights(bert):
-    assert "cannot be had (Error no file named" in complaint(f"hf:{bert}", 2, weights="pretrained")
+    assert "cannot be loaded (Error no file named" in complaint(f"hf:{bert}", 2, weights="pretrained")
 
 
 @pytest.mark.parametrize("weights", [None, "pretrained"])
 def test_a_name_of_the_hub_without_a_network(weights, no_network, capfd):
     pytest.importorskip("transformers")
     message = complaint("hf:nobody/nothing", 2, weights=weights)
-    assert message.startswith("model 'hf:nobody/nothing' cannot be had (")
+    assert message.startswith("model 'hf:nobody/nothing' cannot be loaded (")
     assert message.endswith("give a local folder as hf:FOLDER, or set HF_HOME to a filled cache")
-    with pytest.raises(ValueError, match="the tokenizer of 'hf:nobody/nothing' cannot be had"):
+    with pytest.raises(ValueError, match="the tokenizer of 'hf:nobody/nothing' cannot be loaded"):
         tokenizer("hf:nobody/nothing")
     assert "Retrying" not in capfd.readouterr().err

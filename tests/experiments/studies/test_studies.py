@@ -14,12 +14,12 @@ import pytest
 import torch
 from torchvision.datasets import cifar
 
-from bisam.experiments.cli.shown import show_failed
+from bisam.experiments.cli.study import show_failed
 from bisam.experiments.errors import RunError
 from bisam.experiments.launch import processes
 from bisam.experiments.launch.estimate import queries
 from bisam.experiments.launch.outcomes import Outcome
-from bisam.experiments.recipes.presets import PRESETS
+from bisam.experiments.recipes.presets import GLUE, PRESETS
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Run
 from bisam.experiments.runs.machine import Machine
@@ -29,8 +29,6 @@ from bisam.experiments.training.train import train
 from tests.experiments.data.test_glue import classic
 from tests.experiments.data.test_image_folders import classes, flower_root, pet_root  # noqa: F401 - fixtures
 from tests.experiments.models.test_build import bert  # noqa: F401 - a fixture
-
-GLUE = ("cola", "sst2", "mrpc", "qqp", "mnli", "qnli", "rte", "wnli")
 
 
 @pytest.fixture
@@ -223,7 +221,7 @@ def test_a_study_without_its_data_starts_nothing(bisam, tmp_path):
         "run", "table2", "--seeds", 1, "--workers", 1, "--data-dir", tmp_path, "--out", tmp_path / "o"
     )
     assert (code, out) == (2, "")
-    assert "seed 0 and 19 more did not start: cifar100 is not there: give --download" in err
+    assert "seed 0 and 19 more did not start: cifar100 is missing: give --download" in err
     assert err.count("\n") == 1
     assert not (tmp_path / "o").exists()
 
@@ -245,7 +243,7 @@ def test_a_dry_run_without_the_data_says_so(bisam, tmp_path):
     code, out, err = bisam("run", "table1", "--dry-run", "--data-dir", tmp_path)
     assert code == 0
     assert "120 of 120 runs of table1 are left, about ?" in out
-    assert "cifar10 is not there: give --download" in err
+    assert "cifar10 is missing: give --download" in err
     assert err.count("\n") == 1
 
 
@@ -256,12 +254,12 @@ def test_a_network_that_cannot_take_the_images_is_said_in_one_line(bisam, tmp_pa
     changes = ("--set", "model=timm:vit_tiny_patch16_224", *(files if kind == "files" else ()))
     code, out, err = bisam("run", "digits", "--seeds", 1, "--dry-run", *changes)
     assert (code, err.count("\n")) == (0, 1)
-    assert "no estimate: model 'timm:vit_tiny_patch16_224' cannot take the images of" in err
+    assert "no estimate: model 'timm:vit_tiny_patch16_224' does not accept the images of" in err
     flags = [text.replace("image_size", "image-size").split("=", 1) for text in changes[1::2]]
     given = [part for name, value in flags for part in (f"--{name}", value)]
     code, out, err = bisam("train", *given, "--epochs", 1, "--out", tmp_path / "o")
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert "cannot take the images of" in err
+    assert "does not accept the images of" in err
     assert not list((tmp_path / "o").rglob("recipe.json"))
 
 
@@ -291,7 +289,7 @@ def test_an_unknown_preset_is_one_line(bisam):
         (("plot", "figure3"), "unknown figure 'figure3', did you mean 'figure"),
         (("plot", "flips"), "Name the study too"),
         (("plot", "figure1", "--to", "figure1.gif"), ".png, .pdf or .svg"),
-        (("plot", "figure2"), "no finished run of figure2 there"),
+        (("plot", "figure2"), "no finished run of figure2 in runs"),
         (("plot", "table12"), "table12"),
     ],
 )
@@ -396,7 +394,7 @@ def test_what_each_device_remembers_is_saved_for_each(tmp_path):
     tensors = [torch.utils._pytree.tree_leaves(memory) for memory in memories]
     assert any(not torch.equal(a, b) for a, b in zip(*tensors, strict=True) if isinstance(a, torch.Tensor))
     (run.folder / "result.json").unlink()
-    with pytest.raises(RunError, match="begun with 2 devices, not with 1: go on with as many"):
+    with pytest.raises(RunError, match="started with 2 devices, not with 1: resume with 2"):
         train(run)
 
 
@@ -406,11 +404,11 @@ def test_what_each_device_remembers_is_saved_for_each(tmp_path):
         (("run", "table12", "--seeds", 4), "table12 trains nothing: leave --seeds out"),
         (("run", "figure1", "--set", "a=1", "--epochs", 3), "leave --epochs, --set out"),
         (("run", "digits", "--gpus", 2), "without --ray there is no cluster: leave --gpus out"),
-        (("run", "digits", "--nodes", 2), "on one machine each; on many machines use --ray"),
-        (("train", "--nodes", 2), "by torchrun or srun"),
+        (("run", "digits", "--nodes", 2), "each run of a study is on one machine; on many machines use --ray"),
+        (("train", "--nodes", 2), "with torchrun or srun"),
         (("train", "--strategy", "fsdp"), "divides a model among devices, and there is 1: give --devices"),
         (("train", "--device", "cuda:1", "--devices", 2), "names 1, and --devices is 2: name as many, or none"),
-        (("train", "--device", "cuda:1,2"), "names 2, and --devices is 1"),
+        (("train", "--device", "cuda:1,2"), "names 2 devices, and --devices is 1"),
         (("train", "--seed", 99999999999999), "seed must be in [0, 2^32), got 99999999999999"),
         (("train", "--no-augment", "--cutout"), "cutout is a part of the augmentation"),
         (("train", "--label-smoothing", 0.95), "label_smoothing must be at most 0.9 with 10 classes"),

@@ -99,7 +99,7 @@ def parts(run: Run) -> tuple[list[Any], Any]:
 
 def test_a_sharded_run_is_that_of_one_process_also_after_interruptions(tmp_path, monkeypatch):
     said = ranks.run(2, on_this_node, tmp_path)
-    assert all("was begun with --strategy fsdp, which perturbs for the whole batch" in each[0] for each in said)
+    assert all("was started with --strategy fsdp, which perturbs for the whole batch" in each[0] for each in said)
     monkeypatch.setitem(OURS, "plain", (network, ""))
     for each in RECIPES:
         one, many = Run.under(tmp_path / "one", each), Run.under(tmp_path / "whole", each)

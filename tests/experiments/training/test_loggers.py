@@ -58,7 +58,7 @@ def tensorboard(run):
 
 
 def mlflow(run):
-    with loggers.no_litter(Path("mlruns")):
+    with loggers.without_empty_folder(Path("mlruns")):
         client = pytest.importorskip("mlflow").MlflowClient(f"sqlite:///{run.folder.parents[1] / 'mlflow.db'}")
     (experiment,) = [e for e in client.search_experiments() if e.name == "bisam"]
     name = f"{run.folder.parent.name}/{run.folder.name}"
@@ -314,7 +314,7 @@ def test_the_users_project_is_taken(run, service, monkeypatch):
 @pytest.mark.parametrize(("at", "rows"), [("init", 0), ("log", 0), ("finish", 3)])
 def test_a_run_survives_a_logger_that_fails(run, service, at, rows):
     service.fails = (at, ConnectionError("the network\nis down"))
-    message = rf"--log wandb failed and is left out of {run.folder}: ConnectionError: the network is down"
+    message = rf"--log wandb failed and is disabled of {run.folder}: ConnectionError: the network is down"
     with pytest.warns(RuntimeWarning, match=message) as warned:
         assert train(run, Machine(log=("wandb",)))
     assert len(warned) == 1
@@ -331,7 +331,7 @@ def test_a_user_without_an_account_is_told_before_it_costs_an_epoch(run, service
 def test_a_server_of_mlflow_that_is_not_there_is_survived(run, monkeypatch):
     pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    with pytest.warns(RuntimeWarning, match="--log mlflow failed and is left out") as warned:
+    with pytest.warns(RuntimeWarning, match="--log mlflow failed and is disabled") as warned:
         assert train(run, Machine(log=("mlflow",)))
     assert len(warned) == 1
 

@@ -10,14 +10,15 @@ import torch
 
 from bisam import ERM, SharpnessAware, cross_entropy
 from bisam.experiments import data
-from bisam.experiments.data.image_tensors import Images, digits
+from bisam.experiments.data.digits import digits
+from bisam.experiments.data.image_tensors import Images
 from bisam.experiments.launch.estimate import estimate
 from bisam.experiments.models.build import build
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.machine import Machine
-from bisam.experiments.training.counting import Watch
+from bisam.experiments.training.counting import CountedMethod
 from bisam.experiments.training.epoch import train_epoch
-from bisam.experiments.training.reference_speed import PACE, Pace
+from bisam.experiments.training.reference_speed import REFERENCE_STEPS, ReferenceSpeed
 
 RECIPE = Recipe(method="sgd", batch_size=128, epochs=2)
 BEGIN = 100.0  # seconds, of a clock that nothing else moves
@@ -44,11 +45,14 @@ def slow(monkeypatch):
 
 def test_the_pace_is_that_of_steps(slow):
     model = build("convnet", 10, channels=1)
-    assert Pace(Machine().fabric(), model, slow.train, RECIPE).seconds() == (PACE - 1) / PACE
+    assert (
+        ReferenceSpeed(Machine().fabric(), model, slow.train, RECIPE).seconds_per_loss()
+        == (REFERENCE_STEPS - 1) / REFERENCE_STEPS
+    )
 
 
 def test_an_epoch_begins_with_its_data(slow):
-    fabric, watch = Machine().fabric(), Watch(ERM())
+    fabric, watch = Machine().fabric(), CountedMethod(ERM())
     loss = SharpnessAware(build("convnet", 10, channels=1), watch, cross_entropy)
     sharp, optimizer = fabric.setup(loss, torch.optim.SGD(loss.parameters(), 0.1))
     row = train_epoch(fabric, sharp, watch, optimizer, slow.train.first(1024), RECIPE, torch.Generator())
@@ -60,4 +64,4 @@ def test_an_estimate_begins_three_times_an_epoch(slow, monkeypatch):
     seconds = estimate(RECIPE, Machine()).seconds
     assert seconds is not None
     begun = 2 * 3 * (BEGIN + 1)
-    assert begun < seconds < begun + 2 * 3 * (PACE + 1)
+    assert begun < seconds < begun + 2 * 3 * (REFERENCE_STEPS + 1)

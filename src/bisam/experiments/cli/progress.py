@@ -1,20 +1,17 @@
-"""Progress: what the command says while it works, and where it says it."""
+"""Progress of runs: a bar on a terminal, or one line per run."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from bisam.experiments.cli.terminal import console
 from bisam.experiments.recipes.recipe import Recipe
-
-console = Console()
-errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
 
 
 class Display:
-    """A bar over all epochs with the last news, or a line per run where the output is no terminal."""
+    """A bar over all epochs with the latest result; one line per run if the output is not a terminal."""
 
     def __init__(self, epochs: int, runs: int) -> None:
         self.finished = 0
@@ -42,16 +39,16 @@ class Display:
         self.stop()
 
     def stop(self) -> None:
-        """Leave the bar as it is."""
+        """Stop updating the bar."""
         self._bar.stop()
 
     def epoch(self, recipe: Recipe, epoch: int, validation: float) -> None:
-        """An epoch of a run is over."""
+        """Show a completed epoch of a run."""
         news = f"{recipe.method} noise {recipe.noise:g} seed {recipe.seed}: {100 * validation:.1f} % valid."
         self._advance(recipe, epoch, news)
 
     def done(self, recipe: Recipe, error: str | None) -> None:
-        """A run is over, or failed."""
+        """Show that a run finished or failed."""
         self.finished += error is None
         self._advance(recipe, recipe.epochs, None)
         if not console.is_terminal:
@@ -69,7 +66,7 @@ class Display:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in the unit that people would use."""
+    """A duration in a readable unit."""
     for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.3g} {unit}"

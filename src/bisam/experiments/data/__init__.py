@@ -1,8 +1,13 @@
-"""Data: a data set by name, in three parts, with seeded label noise on the first.
+"""Data: data sets by name, in three splits, with seeded label noise on the training labels.
 
-data = load(Recipe(dataset="cifar10", noise=0.4), Machine(data_dir=Path("data")))
-for x, y in data.train.batches(128, generator):
-...
+    data = load(Recipe(dataset="cifar10", noise=0.4), Machine(data_dir=Path("data")))
+    for x, y in data.train.batches(128, generator):
+        ...
+
+splits.py         what a split is
+image_tensors.py  splits of small images in memory: digits.py, cifar.py
+image_files.py    splits of images in files: image_folders.py has ImageNet, Flowers-102, Pets and folders of a user
+glue.py           splits of texts, and the tasks of GLUE
 """
 
 from __future__ import annotations
@@ -14,12 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bisam.experiments.data.glue import TASKS
 from bisam.experiments.data.splits import Data
 from bisam.experiments.errors import DataError, unknown
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.machine import Machine
 
-GLUE = ("cola", "sst2", "mrpc", "qqp", "mnli", "qnli", "rte", "wnli")
 NAMES = {
     "digits": "scikit-learn's 1,797 images of 8x8, no download",
     "cifar10": "50,000 + 10,000 images of 32x32, 10 classes",
@@ -27,17 +32,17 @@ NAMES = {
     "imagenet": "ImageNet-1K in folders: imagenet/train/CLASS/*, imagenet/val/CLASS/*",
     "flowers": "Oxford Flowers-102",
     "pets": "Oxford-IIIT Pets, 37 classes",
-    "folder:PATH": "images of your own: PATH/train/CLASS/*, and val, test beside train where there are",
-    **{f"glue:{task}": f"GLUE, {task}" for task in GLUE},
+    "folder:PATH": "your own images: PATH/train/CLASS/*, optionally with val and test beside train",
+    **{f"glue:{task}": f"GLUE, {task}" for task in TASKS},
 }
-"""The data sets, and what they are."""
+"""The data sets, with a short description of each."""
 
 
 def load(recipe: Recipe, machine: Machine) -> Data:
-    """The data of a recipe.
+    """Load the data of a recipe.
 
     Raises:
-        DataError: the name is unknown; the data set is missing or damaged, with what to put where.
+        DataError: the name is unknown, or the data set is missing or damaged; the message names the files to provide.
     """
     try:
         data = _load(recipe, machine)
@@ -56,7 +61,8 @@ def _load(recipe: Recipe, machine: Machine) -> Data:
     kind, _, detail = recipe.dataset.partition(":")
     root, download, size = machine.data_dir, machine.download, recipe.image_size
     if kind in ("digits", "cifar10", "cifar100") and not detail:
-        from bisam.experiments.data.image_tensors import cifar, digits
+        from bisam.experiments.data.cifar import cifar
+        from bisam.experiments.data.digits import digits
 
         if kind == "digits":
             return digits()
@@ -75,7 +81,7 @@ def _load(recipe: Recipe, machine: Machine) -> Data:
                 data = load_one(root, size, machine.loaders, download=download)
         known = statistics(recipe.model)
         return data if known is None else standardised(data, *known)
-    if kind == "glue" and detail in GLUE:
+    if kind == "glue" and detail in TASKS:
         from bisam.experiments.data.glue import glue
         from bisam.experiments.models.build import tokenizer
 
@@ -84,13 +90,13 @@ def _load(recipe: Recipe, machine: Machine) -> Data:
 
 
 def source(recipe: Recipe) -> tuple[object, ...]:
-    """What of a recipe decides whether its data can be had: recipes with the same have it, or lack it, together."""
-    prepares = recipe.model if ":" in recipe.model else ""  # tokens and statistics are the model's
+    """Return the fields that decide whether the data can be loaded: equal for two recipes, both can or neither."""
+    prepares = recipe.model if ":" in recipe.model else ""  # tokens and channel statistics depend on the model
     return recipe.dataset, recipe.image_size, recipe.max_length, prepares
 
 
 def symmetric_noise(labels: Tensor, rate: float, classes: int, seed: int) -> Tensor:
-    """`labels` with exactly round(rate * N) of them replaced by another class, drawn uniformly."""
+    """Return `labels` with exactly round(rate * N) of them replaced by another class, drawn uniformly."""
     random = np.random.default_rng([seed, 0x5EED])
     chosen = random.permutation(len(labels))[: round(rate * len(labels))]
     noisy = labels.clone()

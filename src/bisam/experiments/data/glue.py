@@ -1,4 +1,4 @@
-"""GLUE: sentences and pairs of sentences, tokenised once and padded batch by batch, from files or from the hub.
+"""GLUE: sentences and pairs of sentences, tokenised once and padded in each batch, from files or from the hub.
 
 data = glue("rte", Path("data"), AutoTokenizer.from_pretrained("bert-base-uncased"))
 for inputs, y in data.train.batches(32, generator):
@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from bisam.experiments.data.splits import Data, shares
-from bisam.experiments.errors import unknown
+from bisam.experiments.errors import reason, unknown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,12 +36,12 @@ class Texts:
     """A split of tokenised texts and their labels (N,).
 
     Attributes:
-        tokens: input_ids, and token_type_ids where the tokenizer gives them, of all texts one after another: lists of
-            Python's would take ten times the memory.
-        ends: where in them each text begins, and the last ends (N + 1,).
+        tokens: input_ids, and token_type_ids if the tokenizer returns them, of all texts concatenated: Python lists
+            would take ten times the memory.
+        ends: start of each text in the tokens, and the end of the last (N + 1,).
         labels: classes.
-        tokenizer: pads batches, on the side that it pads.
-        device: where batches are.
+        tokenizer: pads the batches, on its own padding side.
+        device: of the batches.
     """
 
     tokens: Mapping[str, np.ndarray]
@@ -55,21 +54,21 @@ class Texts:
         return len(self.labels)
 
     def to(self, device: torch.device) -> Texts:
-        """The same, with its batches on `device`."""
+        """Return the split with its batches on `device`."""
         return replace(self, device=device)
 
     def first(self, count: int) -> Texts:
-        """The first `count` examples."""
+        """Return the first `count` examples."""
         return replace(self, ends=self.ends[: count + 1], labels=self.labels[:count])
 
     def relabelled(self, labels: Tensor) -> Texts:
-        """The same with other labels (N,)."""
+        """Return the split with other labels (N,)."""
         return replace(self, labels=labels)
 
     def batches(
         self, size: int, generator: torch.Generator | None = None, rank: int = 0, ranks: int = 1
     ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        """What a model of Hugging Face's takes by name, each (n, length), and labels (n,); see `Split.batches`.
+        """Yield the keyword arguments of a Hugging Face model, each (n, length), and labels (n,); see `Split.batches`.
 
         The length is that of the longest text in the batch.
         """
@@ -82,28 +81,28 @@ class Texts:
 
 @dataclass(frozen=True)
 class Task:
-    """A task of GLUE, in the files of its classic download and on the hub."""
+    """A task of GLUE: its layout in the files of the official download and on the hub, and its metrics."""
 
     folder: str
-    """Of the classic download."""
+    """Folder in the official download."""
     texts: tuple[str, ...]
-    """Columns with the sentences, on the hub."""
+    """Columns of the sentences on the hub."""
     columns: tuple[str, ...] = ()
-    """The same in the files, where they differ."""
+    """Columns of the sentences in the files, if they differ from those on the hub."""
     label: str = "label"
-    """Column with the label, in the files."""
+    """Column of the label in the files."""
     labels: tuple[str, ...] = ("0", "1")
-    """As the files write them, by class."""
+    """Labels in the files, by class."""
     headless: tuple[str, ...] = ()
-    """Columns of files that begin without their names."""
+    """Columns of files without a header."""
     files: tuple[tuple[str, str], ...] = (("train.tsv", "dev.tsv"),)
-    """Names of the training and the test file; where there are several pairs, the first that is there counts."""
+    """Names of the training and the test file; of several pairs, the first that exists is used."""
     test: str = "validation"
-    """The test's name on the hub."""
+    """Name of the test split on the hub."""
     metrics: tuple[str, ...] = ("accuracy",)
-    """Scores; the first chooses the best epoch."""
+    """Metrics; the first selects the best epoch."""
     cut: int = 0
-    """Lines of the official file that are cut off, at most: they are left out, as on the hub."""
+    """Maximal number of truncated lines in the official file; they are skipped, as on the hub."""
 
 
 _SENTENCES, _ENTAILS = ("sentence1", "sentence2"), ("entailment", "not_entailment")
@@ -132,26 +131,27 @@ TASKS = {
     "rte": Task("RTE", _SENTENCES, labels=_ENTAILS),
     "wnli": Task("WNLI", _SENTENCES),
 }
-"""The tasks of GLUE that are classifications: all but STS-B."""
+"""The classification tasks of GLUE, by name: all but STS-B. The only list of them."""
 
 
 def glue(
     task: str, root: Path, tokenizer: PreTrainedTokenizerBase, max_length: int = 128, download: bool = False
 ) -> Data:
-    """A task of GLUE (Wang et al., 2019, https://arxiv.org/abs/1804.07461).
+    """Load a task of GLUE (Wang et al., 2019, https://arxiv.org/abs/1804.07461).
 
-    The test is the official development set, as the labels of the official test are nobody's to see; of MNLI it is the
-    matched one. 10 % of the official training set are held out for validation, the same for every seed.
+    The test split is the official development set (for MNLI the matched one), because the official test labels are not
+    published. 10 % of the official training set are held out for validation, the same for every seed.
 
     Args:
-        task: key of `TASKS`.
-        root: folder with the classic download in `glue/CoLA`, `glue/MRPC`, ...; what is fetched is kept in `glue/hub`.
-        tokenizer: of the model.
-        max_length: of a text or a pair in tokens, the special ones included; longer ones are cut.
-        download: whether to fetch what is missing from the hub, https://huggingface.co/datasets/nyu-mll/glue.
+        task: a key of `TASKS`.
+        root: folder with the official download in `glue/CoLA`, `glue/MRPC`, ...; downloads from the hub are kept in
+            `glue/hub`.
+        tokenizer: the tokenizer of the model.
+        max_length: tokens of a text or a pair, including special tokens; longer ones are truncated.
+        download: whether to download missing data from the hub, https://huggingface.co/datasets/nyu-mll/glue.
 
     Raises:
-        ValueError: the task is unknown, its data is missing or damaged, or the tokenizer cannot do it.
+        ValueError: the task is unknown, its data is missing or damaged, or the tokenizer has no padding token.
     """
     if task not in TASKS:
         raise unknown("GLUE task", task, TASKS)
@@ -173,7 +173,7 @@ def glue(
 
 @dataclass(frozen=True)
 class _Table:
-    """Columns of sentences, and labels."""
+    """Columns of sentences, and their labels."""
 
     texts: list[list[str]]
     labels: np.ndarray = field(repr=False)
@@ -196,10 +196,10 @@ def _tokenised(table: _Table, tokenizer: Any, max_length: int, at_once: int = 10
 
 
 def _local(place: Path, task: Task) -> tuple[_Table, _Table]:
-    """The training and the test part in the files of the classic download."""
+    """Read the training and the test split from the files of the official download."""
     for pair in task.files:
         if all((place / name).is_file() for name in pair):
-            with tempfile.TemporaryDirectory() as cache:  # not the user's: the files are the data, and small
+            with tempfile.TemporaryDirectory() as cache:  # not the user's cache: the files are small
                 train, test = (_read(place / name, task, cache) for name in pair)
             return train, test
     names = ", or ".join(" and ".join(pair) for pair in task.files)
@@ -223,27 +223,27 @@ def _read(path: Path, task: Task, cache: str) -> _Table:
                 header=header,
                 names=names,
                 usecols=wanted,
-                na_filter=False,  # "null" is a word
+                na_filter=False,  # the text "null" is not a missing value
                 skip_blank_lines=False,
                 encoding="utf-8-sig",
             )[:]
-        except Exception as error:  # pandas, pyarrow and datasets each have their own
-            raise ValueError(f"{path} cannot be read ({_reason(error)}): replace it") from error
+        except Exception as error:  # pandas, pyarrow and datasets each have their own types
+            raise ValueError(f"{path} cannot be read ({reason(error)}): replace it") from error
     first = 1 if header is None else 2
     kept = {name: [rows[name][line - first] for line in lines] for name in wanted}
     classes = {name: i for i, name in enumerate(task.labels)}
     for line, label in zip(lines, kept[task.label], strict=True):
         if label not in classes:
-            raise ValueError(f"{path}, line {line}: label {label!r} is none of {', '.join(classes)}: mend the line")
+            raise ValueError(f"{path}, line {line}: label {label!r} is not one of {', '.join(classes)}: fix the line")
     labels = np.array([classes[label] for label in kept[task.label]], np.int64)
     return _Table([kept[name] for name in sentences], labels)
 
 
 def _lines(path: Path, task: Task) -> tuple[list[str], int | None, list[int]]:
-    """Columns of a file, where their names are if there, and the numbers of its lines with an example.
+    """Return the columns of a file, the line of its header or None, and the numbers of the lines with an example.
 
     Raises:
-        ValueError: a column is missing, or a line has other columns.
+        ValueError: a column is missing, or a line has another number of columns.
     """
     wanted = (*(task.columns or task.texts), task.label)
     good, cut = list[int](), list[tuple[int, int]]()
@@ -254,7 +254,7 @@ def _lines(path: Path, task: Task) -> tuple[list[str], int | None, list[int]]:
             if header is None:
                 missing = ", ".join(name for name in wanted if name not in names)
                 if len(names) != len(task.headless):
-                    raise ValueError(f"{path}, line 1: no column {missing}: give the file of GLUE's download")
+                    raise ValueError(f"{path}, line 1: no column {missing}: use the file of GLUE's official download")
                 names = list(task.headless)
                 file.seek(0)
             for number, line in enumerate(file, 1 if header is None else 2):
@@ -264,43 +264,45 @@ def _lines(path: Path, task: Task) -> tuple[list[str], int | None, list[int]]:
                 elif line.strip(" \n"):
                     cut.append((number, fields))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({_reason(error)}): replace it") from error
+        raise ValueError(f"{path} is not UTF-8 ({reason(error)}): replace it") from error
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({_reason(error)}): replace it") from error
+        raise ValueError(f"{path} cannot be read ({reason(error)}): replace it") from error
     for number, fields in cut:
         if fields > len(names) or len(cut) > task.cut:
-            raise ValueError(f"{path}, line {number}: {fields} fields in place of {len(names)}: mend the line")
+            raise ValueError(f"{path}, line {number}: {fields} fields instead of {len(names)}: fix the line")
     if not good:
         raise ValueError(f"{path} has no examples: replace it")
     return names, header, good
 
 
 def _from_hub(task: str, root: Path, download: bool) -> tuple[_Table, _Table]:
-    """The training and the test part, fetched once and kept."""
+    """Load the training and the test split, downloaded once and kept."""
     datasets = _datasets()
     one, place = TASKS[task], root / "glue" / "hub" / task
     local = f"{' and '.join(one.files[0])} of https://gluebenchmark.com/tasks into {root / 'glue' / one.folder}"
     if not place.is_dir():
         if not download:
             raise ValueError(
-                f"GLUE's {task} is not there: give --download to fetch it, or put {local} "
-                "(or point --data-dir to where glue is)"
+                f"GLUE's {task} is missing: give --download, or put {local} "
+                "(or set --data-dir to the folder that contains glue)"
             )
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(place.parent / f".{task}.lock"):  # processes of a study do not all fetch it
+            with FileLock(place.parent / f".{task}.lock"):  # only one of the processes of a study downloads it
                 if not place.is_dir():
                     whole = datasets.load_dataset("nyu-mll/glue", task)
                     with tempfile.TemporaryDirectory(dir=place.parent) as unfinished:
                         whole.save_to_disk(os.path.join(unfinished, task))
                         os.rename(os.path.join(unfinished, task), place)
-        except Exception as error:  # the hub, its cache and the disk each have their own
-            raise ValueError(f"GLUE's {task} could not be fetched ({_reason(error)}): put {local} by hand") from error
+        except Exception as error:  # the hub, its cache and the disk each have their own types
+            raise ValueError(
+                f"GLUE's {task} could not be downloaded ({reason(error)}): put {local} yourself"
+            ) from error
     try:
         kept = datasets.load_from_disk(str(place))
         train, test = (_of_hub(f"{place}, {part}", kept[part][:], one) for part in ("train", one.test))
     except (OSError, LookupError) as error:
-        raise ValueError(f"{place} is damaged ({_reason(error)}): delete it and give --download") from error
+        raise ValueError(f"{place} is damaged ({reason(error)}): delete it and give --download") from error
     return train, test
 
 
@@ -310,7 +312,7 @@ def _of_hub(where: str, rows: dict[str, Sequence[Any]], task: Task) -> _Table:
     if len(wrong):
         row = int(wrong[0])
         raise ValueError(
-            f"{where}, row {row}: label {labels[row]} is outside 0 to {len(task.labels) - 1}: fetch it again"
+            f"{where}, row {row}: label {labels[row]} is outside 0 to {len(task.labels) - 1}: download it again"
         )
     return _Table([list(rows[name]) for name in task.texts], labels)
 
@@ -332,7 +334,3 @@ def _datasets() -> Any:
     except ImportError as error:
         raise ValueError(f"GLUE needs the package {error.name}: pip install 'bisam[experiments]'") from error
     return datasets
-
-
-def _reason(error: Exception) -> str:
-    return shorten(getattr(error, "strerror", None) or str(error) or type(error).__name__, 200)

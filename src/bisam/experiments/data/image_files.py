@@ -1,10 +1,10 @@
-"""Image files: images, decoded and transformed one by one, in processes of torch's DataLoader.
+"""Image files: images that are decoded and augmented one by one, in worker processes of a DataLoader.
 
     for x, y in Folder(paths, labels, image_size=224, processes=8).batches(128, generator):
         ...
 
-A process is told an image's path, its number and what was drawn for the epoch, and knows nothing else: so batches are
-the same whatever the number of processes, and nobody is sent a list of a million paths.
+A worker gets an image's path, its index and the random number of the epoch, and nothing else. So batches do not depend
+on the number of workers, and no worker is sent a list of a million paths.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.context import BaseContext
-from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -25,9 +24,10 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 
 from bisam.experiments.data.splits import shares
+from bisam.experiments.errors import reason
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of the channels of ImageNet, as shares of 255: what most pretrained networks expect."""
+"""Mean and standard deviation of ImageNet's channels, as shares of 255; most pretrained networks expect them."""
 
 Channels = tuple[float, ...]
 """One number for each of the three channels."""
@@ -39,20 +39,20 @@ _CPU = torch.device("cpu")
 class Folder:
     """A split of images in files, and their labels (N,).
 
-    Training images are random crops of 8 to 100 % of the area, resized, and half of them mirrored; the others are the
-    centre, of 224 in 256 pixels.
+    For training, images are random crops of 8 to 100 % of the area, resized, and half of them mirrored. Else they are
+    resized, with a central crop of 224 in 256 pixels.
 
     Attributes:
-        paths: of the images; grey, palette, CMYK and transparent ones are converted to RGB.
+        paths: image files; grey, palette, CMYK and transparent images are converted to RGB.
         labels: classes.
-        image_size: height and width of what comes, in pixels.
+        image_size: height and width after the crop, in pixels.
         training: whether images are augmented.
-        processes: that decode images; 0: this one.
-        device: where batches are.
-        mean, std: with which channels are standardised, as shares of 255; by default ImageNet's.
+        processes: worker processes that decode images; 0: this process decodes them.
+        device: of the batches.
+        mean, std: of the channels, for standardisation, as shares of 255; by default ImageNet's.
 
     Raises:
-        ValueError: `image_size` or `processes` is outside its range; from the batches, an image cannot be read.
+        ValueError: `image_size` or `processes` is outside its range; while loading batches: an image cannot be read.
     """
 
     paths: Sequence[str]
@@ -73,26 +73,26 @@ class Folder:
         return len(self.paths)
 
     def to(self, device: torch.device) -> Folder:
-        """The same, with its batches on `device`."""
+        """Return the split with its batches on `device`."""
         return replace(self, device=device)
 
     def first(self, count: int) -> Folder:
-        """The first `count` examples."""
+        """Return the first `count` examples."""
         return replace(self, paths=self.paths[:count], labels=self.labels[:count])
 
     def relabelled(self, labels: Tensor) -> Folder:
-        """The same with other labels (N,)."""
+        """Return the split with other labels (N,)."""
         return replace(self, labels=labels)
 
     def where(self, chosen: Tensor) -> Folder:
-        """The examples for which `chosen` (N,) is true."""
+        """Return the examples for which `chosen` (N,) is true."""
         paths = [self.paths[i] for i in chosen.nonzero()[:, 0].tolist()]
         return replace(self, paths=paths, labels=self.labels[chosen])
 
     def batches(
         self, size: int, generator: torch.Generator | None = None, rank: int = 0, ranks: int = 1
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images (n, 3, H, W), standardised, and labels (n,); see `Split.batches`."""
+        """Return an iterator over standardised images (n, 3, H, W) and labels (n,); see `Split.batches`."""
         epoch = 0 if generator is None else int(torch.randint(2**62, (), generator=generator))
         return self._read(list(shares(len(self), size, generator, rank, ranks)), epoch)
 
@@ -106,7 +106,7 @@ class Folder:
             multiprocessing_context=_context() if self.processes else None,
             worker_init_fn=_quiet,
             pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # else it draws from the global one
+            generator=torch.Generator(),  # else the loader draws from the global generator
         )
         mean, std = (torch.tensor(values, device=self.device)[:, None, None] for values in (self.mean, self.std))
         for part, images in zip(parts, loader, strict=True):
@@ -117,9 +117,9 @@ class Folder:
 
 
 class _Decoder(Dataset[Any]):
-    """What a process does: path, number and epoch of an image to its pixels (3, H, W), uint8.
+    """Maps path, index and epoch of an image to its pixels (3, H, W), uint8, in a worker process.
 
-    Of an image that cannot be read it returns the sentence that says so: raised in a process it would be a traceback.
+    For an image that cannot be read it returns the message: an error in a worker would be shown as a traceback.
     """
 
     def __init__(self, image_size: int, training: bool) -> None:
@@ -138,7 +138,7 @@ class _Decoder(Dataset[Any]):
         path, number, epoch = key
         try:
             image = decoded(path)
-        except Exception as error:  # each format has its own way to be damaged
+        except Exception as error:  # each format raises another type of error
             return f"{path} cannot be read ({reason(error)}): replace or delete it"
         if not self._training:
             return self._transform(image)
@@ -152,12 +152,12 @@ class _Decoder(Dataset[Any]):
 
 
 def decoded(path: str) -> Image.Image:
-    """The image in RGB."""
+    """Return the image in RGB."""
     with Image.open(path) as image:
-        if image.mode.startswith("I"):  # 16 bits; Pillow would cut them off at 255
+        if image.mode.startswith("I"):  # 16 bits; Pillow would clip them at 255
             return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
         if image.mode == "P" and "transparency" in image.info:
-            return image.convert("RGBA").convert("RGB")  # in one step it would warn
+            return image.convert("RGBA").convert("RGB")  # a direct conversion would warn
         return image.convert("RGB")
 
 
@@ -167,19 +167,14 @@ def _collate(images: list[Tensor | str]) -> Tensor | str:
 
 
 def _quiet(_: int) -> None:
-    warnings.filterwarnings("ignore", module="PIL")  # of odd metadata, once per process and epoch
+    warnings.filterwarnings("ignore", module="PIL")  # about unusual metadata, once per process and epoch
 
 
 def _context() -> BaseContext:
-    # Not fork: it would copy torch's threads in whatever state they are. A server that has imported this module forks
-    # processes at once; a spawned process has to import torch itself.
+    # Not fork, which is unsafe while torch has threads. A fork server imports this module once and then forks workers
+    # quickly; a spawned worker would import torch itself.
     if "forkserver" not in mp.get_all_start_methods():
         return mp.get_context("spawn")
     context = mp.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     return context
-
-
-def reason(error: Exception) -> str:
-    """Why a file cannot be read, in a few words."""
-    return shorten(getattr(error, "strerror", None) or str(error) or type(error).__name__, 200)

@@ -1,8 +1,8 @@
-"""Image folders: the data sets of images in files, and anybody's own.
+"""Image folders: ImageNet, Flowers-102, Pets, and folders of a user's own images.
 
 data = folder(Path("photographs"), image_size=224, processes=8)
 for x, y in data.train.batches(128, generator):
-...
+    ...
 """
 
 from __future__ import annotations
@@ -21,50 +21,52 @@ from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 
-from bisam.experiments.data.image_files import Channels, Folder, reason
+from bisam.experiments.data.image_files import Channels, Folder
 from bisam.experiments.data.splits import Data
+from bisam.experiments.errors import reason
 
 _ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 _VALIDATION = ("val", "valid", "validation")
 _PARTS = {"train", *_VALIDATION, "test"}
-CHECKED = 20_000  # of more images none is looked at up front: on a slow disk it would take minutes
+CHECKED = 20_000  # data sets with more images are not checked in advance: on a slow disk it would take minutes
 
 
 def imagenet(root: Path, image_size: int = 224, processes: int = 0) -> Data:
-    """ImageNet-1K (Russakovsky et al., 2015, https://arxiv.org/abs/1409.0575), or a part of its classes.
+    """Load ImageNet-1K (Russakovsky et al., 2015, https://arxiv.org/abs/1409.0575), or a subset of its classes.
 
-    The official validation images are the test; 2 % of the training images are held out for validation, the same for
-    every seed and of each class alike.
+    The official validation images are the test split. 2 % of the training images are held out for validation,
+    stratified by class, the same for every seed.
 
     Args:
-        root: folder with `imagenet/train/WNID/*.JPEG` and `imagenet/val/WNID/*.JPEG` in it.
-        image_size: in pixels.
-        processes: that decode images; 0: this one.
+        root: folder that contains `imagenet/train/WNID/*.JPEG` and `imagenet/val/WNID/*.JPEG`.
+        image_size: height and width in pixels.
+        processes: worker processes that decode images; 0: this process decodes them.
 
     Raises:
-        ValueError: it is missing or damaged.
+        ValueError: the data set is missing or damaged.
     """
     place = root.absolute() / "imagenet"
     missing = [name for name in ("train", "val") if not (place / name).is_dir()]
     if missing:
         raise ValueError(
-            f"ImageNet is not there, without {place / missing[0]}: unpack the images of https://image-net.org to "
-            f"{place}/train/WNID/*.JPEG and {place}/val/WNID/*.JPEG (or point --data-dir to where imagenet is)"
+            f"ImageNet is missing (no {place / missing[0]}): unpack the images of https://image-net.org to "
+            f"{place}/train/WNID/*.JPEG and {place}/val/WNID/*.JPEG (or set --data-dir to the folder that contains "
+            "imagenet)"
         )
     return replace(_from_parts(place, "val", None, image_size, processes, every=50), metrics=("accuracy", "top5"))
 
 
 def flowers(root: Path, image_size: int = 224, processes: int = 0, download: bool = False) -> Data:
-    """Oxford Flowers-102 (Nilsback and Zisserman, 2008), in its official parts of 1,020, 1,020 and 6,149 images.
+    """Load Oxford Flowers-102 (Nilsback and Zisserman, 2008), with its official splits of 1,020, 1,020, 6,149 images.
 
     Args:
-        root: folder with `flowers-102` in it.
-        image_size: in pixels.
-        processes: that decode images; 0: this one.
-        download: whether to fetch what is missing, from https://www.robots.ox.ac.uk/~vgg/data/flowers/102/.
+        root: folder that contains `flowers-102`.
+        image_size: height and width in pixels.
+        processes: worker processes that decode images; 0: this process decodes them.
+        download: whether to download missing files, from https://www.robots.ox.ac.uk/~vgg/data/flowers/102/.
 
     Raises:
-        ValueError: it is missing or damaged.
+        ValueError: the data set is missing or damaged.
     """
     from torchvision.datasets import Flowers102
 
@@ -79,18 +81,18 @@ def flowers(root: Path, image_size: int = 224, processes: int = 0, download: boo
 
 
 def pets(root: Path, image_size: int = 224, processes: int = 0, download: bool = False) -> Data:
-    """Oxford-IIIT Pet (Parkhi et al., 2012), 37 breeds, in its official parts of 3,680 and 3,669 images.
+    """Load Oxford-IIIT Pet (Parkhi et al., 2012), 37 breeds, with its official splits of 3,680 and 3,669 images.
 
-    10 % of the former are held out for validation, the same for every seed and of each class alike.
+    10 % of the former are held out for validation, stratified by class, the same for every seed.
 
     Args:
-        root: folder with `oxford-iiit-pet` in it.
-        image_size: in pixels.
-        processes: that decode images; 0: this one.
-        download: whether to fetch what is missing, from https://www.robots.ox.ac.uk/~vgg/data/pets/.
+        root: folder that contains `oxford-iiit-pet`.
+        image_size: height and width in pixels.
+        processes: worker processes that decode images; 0: this process decodes them.
+        download: whether to download missing files, from https://www.robots.ox.ac.uk/~vgg/data/pets/.
 
     Raises:
-        ValueError: it is missing or damaged.
+        ValueError: the data set is missing or damaged.
     """
     from torchvision.datasets import OxfordIIITPet
 
@@ -106,20 +108,25 @@ def pets(root: Path, image_size: int = 224, processes: int = 0, download: bool =
 
 
 def folder(path: Path, image_size: int = 224, processes: int = 0) -> Data:
-    """Anybody's images, with a folder for each class.
+    """Load a user's images, with a folder for each class.
 
-    Either `path/train/CLASS/*`, and `path/val/CLASS/*` and `path/test/CLASS/*` where there are: without `val`, 10 % of
-    the training images are held out for validation; without `test`, `val` is the test; without both, 10 % are held out
-    for each. Or `path/CLASS/*`, of which 80, 10 and 10 % are the three parts. What is held out is the same for every
-    seed and of each class alike. Images count wherever they are in the folder of a class; other files do not.
+    Two layouts are supported:
+
+    * `path/train/CLASS/*`, optionally with `path/val/CLASS/*` and `path/test/CLASS/*`. Without `val`, 10 % of the
+      training images are held out for validation. Without `test`, `val` is the test split. Without both, 10 % are held
+      out for each.
+    * `path/CLASS/*`, which is split 80/10/10 per cent.
+
+    Held-out images are stratified by class and the same for every seed. The folder of a class is searched recursively;
+    files that are not images are ignored.
 
     Args:
         path: the folder.
-        image_size: in pixels.
-        processes: that decode images; 0: this one.
+        image_size: height and width in pixels.
+        processes: worker processes that decode images; 0: this process decodes them.
 
     Raises:
-        ValueError: there is no such folder, classes are empty or differ between the parts, or images cannot be read.
+        ValueError: the folder is missing, classes are empty or differ between the splits, or images cannot be read.
     """
     path = path.absolute()
     names = set(_subfolders(path))
@@ -137,7 +144,7 @@ def folder(path: Path, image_size: int = 224, processes: int = 0) -> Data:
 
 
 def standardised(data: Data, mean: Channels, std: Channels) -> Data:
-    """`data` of images in files with its channels standardised with these, as shares of 255."""
+    """Return `data` of image files with another mean and standard deviation of the channels, as shares of 255."""
     parts = {name: replace(getattr(data, name), mean=mean, std=std) for name in ("train", "validation", "test")}
     return replace(data, **parts)
 
@@ -145,7 +152,7 @@ def standardised(data: Data, mean: Channels, std: Channels) -> Data:
 def _from_parts(
     path: Path, validation: str | None, test: str | None, image_size: int, processes: int, every: int = 10
 ) -> Data:
-    """The data in `path/train` and these parts; where one is missing, one of `every` training images is held out."""
+    """Load `path/train` and the named splits; for a missing one, one of `every` training images is held out."""
     names = [name for name in (validation, test) if name is not None]
     root = path / "train"
     whole, classes = _found(root, image_size, processes)
@@ -168,7 +175,7 @@ def _from_parts(
 
 
 def _found(root: Path, image_size: int, processes: int) -> tuple[Folder, list[str]]:
-    """All images in the class folders of `root`, for evaluation, and the classes."""
+    """Return all images in the class folders of `root`, not augmented, and the classes."""
     images: dict[str, list[str]] = {}
     for name in _subfolders(root):
         images[name] = sorted(
@@ -191,7 +198,7 @@ def _found(root: Path, image_size: int, processes: int) -> tuple[Folder, list[st
 
 
 def _shuffled(paths: Sequence[str | Path], labels: Tensor, image_size: int, processes: int) -> Folder:
-    # Files come class by class, of which the first few hundred would be a strange sample.
+    # Files are listed class by class; with --limit the first few would have a single class.
     order = torch.from_numpy(np.random.default_rng(42).permutation(len(labels)))
     return Folder([str(paths[i]) for i in order.tolist()], labels[order], image_size, processes=processes)
 
@@ -211,13 +218,13 @@ def _classless(root: Path, *only: str) -> ValueError:
 
 
 def _held_out(whole: Folder, root: Path, every: int = 10) -> tuple[Folder, Folder]:
-    """What is left for training, and one of `every` images."""
+    """Return the training images, and one of `every` images, held out."""
     place = _place(whole.labels, every)
     return _parts(whole, root, place != every - 1, place == every - 1)
 
 
 def _in_three(whole: Folder, root: Path) -> tuple[Folder, Folder, Folder]:
-    """80, 10 and 10 %."""
+    """Return 80, 10 and 10 % of the images."""
     place = _place(whole.labels, 10)
     return _parts(whole, root, (place != 4) & (place != 9), place == 4, place == 9)
 
@@ -232,9 +239,9 @@ def _parts(whole: Folder, root: Path, *chosen: Tensor) -> Any:
 
 
 def _place(labels: Tensor, every: int) -> Tensor:
-    """Place (N,) of each image, modulo `every`, in a queue that is sorted by class; -1 for the only image of a class.
+    """Return the position (N,) of each image, modulo `every`, in an order by class; -1 for the only image of a class.
 
-    So a place holds the same share of each class, up to one image.
+    The images at one position are a stratified sample, up to one image per class.
     """
     order = labels.argsort(stable=True)
     place = torch.empty_like(order)
@@ -244,25 +251,26 @@ def _place(labels: Tensor, every: int) -> Tensor:
 
 
 def _official(kind: Any, parts: Sequence[str], name: str, place: Path, fetch: str, download: bool) -> list[Any]:
-    """The parts of a data set of torchvision's, in `place`."""
+    """Return the splits of a data set of torchvision in `place`."""
     root = place.parent
     try:
         if not download:
             return [kind(str(root), part) for part in parts]
         root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / f".{place.name}.lock"):  # processes of a study do not all fetch it
+        with FileLock(root / f".{place.name}.lock"):  # only one of the processes of a study downloads it
             return [kind(str(root), part, download=True) for part in parts]
     except (RuntimeError, OSError, EOFError, LookupError, ValueError) as error:
         if download:
-            raise ValueError(f"{name} could not be fetched ({reason(error)}): put {fetch} by hand") from error
-        what = "is not whole" if place.exists() else "is not there"
+            raise ValueError(f"{name} could not be downloaded ({reason(error)}): put {fetch} yourself") from error
+        what = "is incomplete" if place.exists() else "is missing"
         raise ValueError(
-            f"{name} {what}: give --download to fetch it, or put {fetch} (or point --data-dir to where {place.name} is)"
+            f"{name} {what}: give --download, or put {fetch} (or set --data-dir to the folder "
+            f"that contains {place.name})"
         ) from error
 
 
 def _check(paths: Sequence[str], root: Path, remedy: str = "replace or delete them") -> None:
-    """Make sure that images can be read, as far as a look at headers and ends of files shows.
+    """Check that images can be read, as far as the headers and ends of the files show.
 
     Raises:
         ValueError: some cannot.
@@ -270,7 +278,7 @@ def _check(paths: Sequence[str], root: Path, remedy: str = "replace or delete th
     if len(paths) > CHECKED:
         return
     with warnings.catch_warnings(), ThreadPoolExecutor(8) as pool:
-        warnings.simplefilter("ignore")  # of what can be read in spite of it
+        warnings.simplefilter("ignore")  # about images that can be read nevertheless
         damaged = [path for path, wrong in zip(paths, pool.map(_damaged, paths), strict=True) if wrong]
     if damaged:
         names = _some([os.path.relpath(path, root) for path in damaged])
@@ -287,8 +295,8 @@ def _damaged(path: str) -> bool:
                 if image.format == "PNG":
                     image.verify()
                 elif image.format != "JPEG" or not ends:
-                    image.load()  # a JPEG without its end may be cut off, or have a harmless tail
-    except Exception:  # each format has its own way to be damaged
+                    image.load()  # a JPEG without its end marker may be truncated, or have harmless bytes appended
+    except Exception:  # each format raises another type of error
         return True
     return False
 

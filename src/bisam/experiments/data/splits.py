@@ -1,4 +1,4 @@
-"""Splits: the parts of a data set, and how their examples come in batches."""
+"""Splits: the training, validation and test part of a data set, and the batches of their examples."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from torch import Tensor
 
 
 class Batches(Protocol):
-    """Examples that come in batches."""
+    """Examples that are loaded in batches."""
 
     def __len__(self) -> int: ...
 
     def batches(
         self, size: int, generator: torch.Generator | None = None, rank: int = 0, ranks: int = 1
     ) -> Iterator[tuple[Any, Tensor]]:
-        """Inputs and targets of `size` examples at a time, in the order and augmented as `generator` draws.
+        """Yield inputs and labels of `size` examples at a time; `generator` draws their order and augmentation.
 
         Args:
-            size: examples in a batch of all ranks together; the last one is smaller.
-            generator: on the CPU; without one examples come in their order. Nothing else is drawn from.
-            rank: of `ranks` processes, whose equal share of each batch to give; a remainder is left out.
+            size: examples in a batch, summed over the ranks; the last batch may be smaller.
+            generator: on the CPU; without one, examples keep their order. No other generator is used.
+            rank: the process, among `ranks`, whose equal share of each batch is returned; a remainder is dropped.
             ranks: processes that share the batches.
         """
         ...
 
 
 class Split(Batches, Protocol):
-    """Examples with labels, which come in batches."""
+    """Examples with labels, loaded in batches."""
 
     @property
     def labels(self) -> Tensor:
@@ -38,24 +38,24 @@ class Split(Batches, Protocol):
         ...
 
     def to(self, device: torch.device) -> Self:
-        """The same, with its batches on `device`."""
+        """Return the split with its batches on `device`."""
         ...
 
     def first(self, count: int) -> Self:
-        """The first `count` examples."""
+        """Return the first `count` examples."""
         ...
 
     def relabelled(self, labels: Tensor) -> Self:
-        """The same with other labels (N,)."""
+        """Return the split with other labels (N,)."""
         ...
 
 
 @dataclass(frozen=True)
 class Data:
-    """A data set: three splits, number of classes, and how it is scored (the first score chooses the best epoch).
+    """A data set: three splits, the number of classes, and the metrics, the first of which selects the best epoch.
 
     Raises:
-        ValueError: a label is outside the classes, or a part is empty.
+        ValueError: a label is outside the classes, or a split is empty.
     """
 
     train: Split
@@ -73,11 +73,11 @@ class Data:
             if low < 0 or high >= self.classes:
                 wrong = low if low < 0 else high
                 raise ValueError(f"label {wrong} in the {name} part is outside the {self.classes} classes 0 to "
-                                 f"{self.classes - 1}: mend the labels")  # fmt: skip
+                                 f"{self.classes - 1}: fix the labels")  # fmt: skip
 
 
 def batches_of(count: int, size: int, ranks: int = 1) -> int:
-    """How many batches `shares` makes."""
+    """Return the number of batches that `shares` yields."""
     whole = count // size if size >= ranks else 0
     return whole + (count % size >= ranks)
 
@@ -85,7 +85,7 @@ def batches_of(count: int, size: int, ranks: int = 1) -> int:
 def shares(
     count: int, size: int, generator: torch.Generator | None = None, rank: int = 0, ranks: int = 1
 ) -> Iterator[Tensor]:
-    """Indices of `count` examples in batches, on the CPU, as `Split.batches` takes them."""
+    """Yield the indices of `count` examples in batches, on the CPU; see `Batches.batches`."""
     order = torch.arange(count) if generator is None else torch.randperm(count, generator=generator)
     for index in order.split(size):
         if equal := len(index) // ranks:

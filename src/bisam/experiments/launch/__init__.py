@@ -1,1 +1,7 @@
-"""Launch: many runs, in processes of this machine or on a Ray cluster, and how long they will take."""
+"""Launch: many runs of a study.
+
+outcomes.py   how a run ended; finished runs are not run again
+processes.py  worker processes on this machine
+ray.py        tasks on a Ray cluster
+estimate.py   the time that runs will take
+"""

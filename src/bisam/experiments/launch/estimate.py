@@ -1,4 +1,4 @@
-"""Estimate: how long runs are going to take, from a few steps that are measured now."""
+"""Estimate: the time that runs will take, from a few steps that are measured now."""
 
 from __future__ import annotations
 
@@ -12,28 +12,30 @@ from bisam.experiments import data
 from bisam.experiments.data.image_tensors import channels
 from bisam.experiments.data.splits import batches_of
 from bisam.experiments.models.build import build
-from bisam.experiments.recipes.expressions import toy
+from bisam.experiments.recipes.catalogue import PLAIN
+from bisam.experiments.recipes.entries import SETTINGS
+from bisam.experiments.recipes.expressions import take_steps
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.machine import Machine
-from bisam.experiments.training.counting import Watch
-from bisam.experiments.training.reference_speed import PACE, Pace
-from bisam.experiments.training.train import probe
+from bisam.experiments.training.checks import check_model
+from bisam.experiments.training.counting import CountedMethod
+from bisam.experiments.training.reference_speed import REFERENCE_STEPS, ReferenceSpeed
 from bisam.methods import Method
 
 _STEPS = 2
-_FORWARD = 1 / 3  # of the time of a gradient
-_READS = 3  # how often in an epoch data is begun: to train, to validate, and for the pace
-_SAMPLED = 20  # steps of a toy, as if they were the run
+_FORWARD = 1 / 3  # time of a forward pass, in gradients
+_READS = 3  # iterators over data in an epoch: to train, to validate, and for the reference speed
+_SAMPLED = 20  # steps of a toy model, as if they were the whole run
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run costs.
+    """The cost of a run.
 
     Attributes:
-        gradients: gradients of a batch in a step, on average over the first steps.
-        seconds: of the whole run on one process, or None where its data or model are not here.
-        problem: why there are no seconds.
+        gradients: batch gradients in a step, on average.
+        seconds: time of the whole run in one process, or None if its data or model cannot be loaded.
+        problem: the reason why there is no time.
     """
 
     gradients: float
@@ -42,49 +44,53 @@ class Estimate:
 
 
 def estimate(recipe: Recipe, machine: Machine) -> Estimate:
-    """What a run of `recipe` costs, from steps of plain training on its own data."""
+    """Estimate the cost of a run of `recipe` from steps of plain training on its own data."""
     step, forwards = queries(recipe.expression, recipe.batch_size)
-    like = replace(recipe, method="sgd", rho=None, eta=None, mu=None, alpha=None, noise=0.0, epochs=1, seed=0)
+    like = replace(recipe, method=PLAIN, **dict.fromkeys(SETTINGS), noise=0.0, epochs=1, seed=0)
     try:
         seconds, latency, training, validation = _measured(replace(like, weights=None, warmup=0), machine)
     except ValueError as error:
         return Estimate(step, None, str(error))
     except (MemoryError, torch.OutOfMemoryError):
-        return Estimate(step, None, f"{recipe.model} with batches of {recipe.batch_size} is out of memory here")
+        return Estimate(
+            step,
+            None,
+            f"{recipe.model} with batches of {recipe.batch_size} does not fit into the memory of this machine",
+        )
     losses = batches_of(training, recipe.batch_size, machine.devices * machine.nodes)
-    plain = min(losses, PACE)  # which each epoch adds to see how fast the machine is
+    plain = min(losses, REFERENCE_STEPS)  # reference steps, which each epoch adds
     epoch = losses * (step + _FORWARD * forwards) + plain + _FORWARD * validation / recipe.batch_size
     return Estimate(step, recipe.epochs * (seconds * epoch + _READS * latency))
 
 
 @cache
 def queries(expression: str, batch_size: int) -> tuple[float, float]:
-    """Gradients and forward passes of a batch that a method takes in a step, on average over a short run on a toy."""
-    watches: list[Watch] = []
+    """Return the batch gradients and forward passes in a step of a method, averaged over a short run on a toy model."""
+    counted: list[CountedMethod] = []
 
-    def watched(method: Method) -> Method:
-        watches.append(Watch(method))
-        return watches[0]
+    def count(method: Method) -> Method:
+        counted.append(CountedMethod(method))
+        return counted[0]
 
     size = min(batch_size, 256)
-    toy(expression, size, _SAMPLED, watched, run=_SAMPLED)
-    gradients, forwards = (watches[0].counts[kind] / (_SAMPLED * size) for kind in (True, False))
+    take_steps(expression, size, _SAMPLED, count, total=_SAMPLED)
+    gradients, forwards = (counted[0].counts[kind] / (_SAMPLED * size) for kind in (True, False))
     return gradients, forwards
 
 
 @cache
 def _measured(recipe: Recipe, machine: Machine) -> tuple[float, float, int, int]:
-    """Seconds of a plain step and until the first batch is there, training and validation examples."""
+    """Return seconds of a plain step, seconds to the first batch, and training and validation examples."""
     splits = data.load(recipe, machine)
     fabric = replace(machine, devices=1, nodes=1, strategy="auto").fabric(recipe.precision)
     with torch.random.fork_rng([]):
         model = build(recipe.model, splits.classes, channels=channels(splits.test))
-        probe(model, splits, recipe)
+        check_model(model, splits, recipe)
     if recipe.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    pace = Pace(fabric, model, splits.train.to(fabric.device), recipe, _STEPS)
-    pace.seconds()  # warms up
-    step = min(pace.seconds() for _ in range(2))
+    speed = ReferenceSpeed(fabric, model, splits.train.to(fabric.device), recipe, _STEPS)
+    speed.seconds_per_loss()  # warm-up
+    step = min(speed.seconds_per_loss() for _ in range(2))
     start = time.perf_counter()
     next(splits.train.batches(recipe.batch_size, torch.Generator().manual_seed(0)))
     return step, time.perf_counter() - start, len(splits.train), len(splits.validation)

@@ -1,4 +1,4 @@
-"""Outcomes: how the runs of a study ended, of those that were finished before and of those that are tried now."""
+"""Outcomes: how the runs of a study ended, both those that were finished before and those that are run now."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from bisam.experiments.errors import DataError, RunError
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Run
 from bisam.experiments.runs.machine import Machine
-from bisam.experiments.training.train import OnEpoch, train
+from bisam.experiments.training.devices import OnEpoch
+from bisam.experiments.training.train import train
 
 
 class Progress(Protocol):
-    """What a display must do."""
+    """Receives the progress of a study, to display it."""
 
     def epoch(self, recipe: Recipe, epoch: int, validation: float) -> None:
-        """An epoch of a run is over."""
+        """An epoch of a run is completed."""
         ...
 
     def done(self, recipe: Recipe, error: str | None) -> None:
-        """A run is over, or failed."""
+        """A run is finished, or failed with `error`."""
         ...
 
 
@@ -36,7 +37,7 @@ class Outcome:
     result: dict[str, Any] | None
     error: str | None = None
     started: bool = True
-    """False where its data cannot be had."""
+    """False if its data cannot be loaded."""
 
 
 Done = Callable[[Outcome], None]
@@ -45,7 +46,7 @@ Done = Callable[[Outcome], None]
 def collected(
     recipes: Sequence[Recipe], root: Path, progress: Progress, run: Callable[[Sequence[Recipe], Done], None]
 ) -> list[Outcome]:
-    """Outcomes in the order of `recipes`: of what is finished already, and of what `run` makes of the rest."""
+    """Return the outcomes in the order of `recipes`: of finished runs as they are, of the rest from `run`."""
     outcomes: dict[Recipe, Outcome] = {}
 
     def done(outcome: Outcome) -> None:
@@ -76,7 +77,7 @@ def _so_far(recipe: Recipe, root: Path) -> Outcome | None:
 
 
 def attempted(recipe: Recipe, root: Path, machine: Machine, on_epoch: OnEpoch | None = None) -> Outcome:
-    """Train in this process; where it fails, one line that says why, since a study goes on."""
+    """Train in this process; a failure becomes a message of one line, because the study continues."""
     try:
         return Outcome(recipe, train(Run.under(root, recipe), machine, on_epoch))
     except DataError as error:
@@ -87,6 +88,6 @@ def attempted(recipe: Recipe, root: Path, machine: Machine, on_epoch: OnEpoch | 
         reason = f"cannot write under {error.filename or 'its folder'}: {error.strerror or error}"
     except (MemoryError, torch.OutOfMemoryError) as error:
         reason = f"out of memory: fewer runs at a time or a smaller batch_size need less ({str(error)[:300]})"
-    except (Exception, SystemExit) as error:  # the type is what a bug report needs
+    except (Exception, SystemExit) as error:  # with its type, for a bug report
         reason = f"{type(error).__name__}: {str(error)[:300]}"
     return Outcome(recipe, None, " ".join(reason.split()))

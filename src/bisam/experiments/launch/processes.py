@@ -1,6 +1,6 @@
-"""Processes: independent runs on the cores of one machine, with live progress.
+"""Processes: independent runs in worker processes of one machine, with live progress.
 
-A run that fails is reported and does not stop the others; what is interrupted goes on where it was, by the same call.
+A run that fails is reported and does not stop the others. The same call resumes runs that were interrupted.
 """
 
 from __future__ import annotations
@@ -22,18 +22,20 @@ from bisam.experiments.data import source
 from bisam.experiments.launch.outcomes import Done, Outcome, Progress, attempted, collected
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Row
-from bisam.experiments.runs.machine import Machine, deaf, end_with_parent, threads
+from bisam.experiments.runs.machine import Machine, end_with_parent, ignore_interrupts, threads
 
 
 def run_all(recipes: Sequence[Recipe], root: Path, workers: int, machine: Machine, progress: Progress) -> list[Outcome]:
-    """Run what is not finished yet, in `workers` processes; outcomes in the order of `recipes`.
+    """Run what is not finished yet in `workers` processes; return the outcomes in the order of `recipes`.
 
-    A process that is killed costs its run an epoch and the other runs nothing; its run goes on in a new one, once.
+    If a process is killed, its run is resumed once in a new process; other runs are not affected.
 
     Raises:
         KeyboardInterrupt: the user stopped it; the workers are gone and finished runs are on disk.
     """
-    share = min(workers, len(recipes))  # not of what is left: on other numbers of threads a run has other bits
+    share = min(
+        workers, len(recipes)
+    )  # of all recipes, not of the remaining ones: results depend on the number of threads
 
     def run(left: Sequence[Recipe], done: Done) -> None:
         _in_processes(left, root, share, machine, progress, done)
@@ -42,34 +44,34 @@ def run_all(recipes: Sequence[Recipe], root: Path, workers: int, machine: Machin
 
 
 _SPAWN = mp.get_context("spawn")  # fork is unsafe once torch has threads
-_LIVES = 2
-"""A run whose process was killed so often is given up: it is likely to blame."""
+_MAX_DEATHS = 2
+"""A run is given up after its process was killed so often: the run is the likely cause."""
 
 
 class _Worker:
-    """A process that computes one run after another."""
+    """A process that trains one run after another."""
 
     def __init__(self, share: int, place: int) -> None:
         self.place = place
         self.recipe: Recipe | None = None
         self.connection, theirs = _SPAWN.Pipe()
-        # It may have children, as a run on several devices does: a daemon may not.
+        # Not a daemon, which could have no child processes; a run on several devices has them.
         self.process = _SPAWN.Process(target=_serve, args=(theirs, share), daemon=False)
-        with deaf():
+        with ignore_interrupts():
             self.process.start()
         theirs.close()
 
     def give(self, recipe: Recipe, root: Path, machine: Machine) -> None:
         self.recipe = recipe
-        with suppress(ConnectionError):  # it was killed; that is seen when its answer does not come
+        with suppress(ConnectionError):  # it was killed, which is noticed when no answer comes
             self.connection.send((recipe, root, machine.at(self.place)))
 
     def gone(self) -> bool:
-        """Whether it was killed; a child of its own may hold the connection open for some seconds more."""
+        """Whether it was killed; its children may hold the connection open for a few seconds more."""
         return not self.process.is_alive() and not self.connection.poll()
 
     def end(self) -> None:
-        """Kill it if it does not go on its own."""
+        """Wait for its end, and kill it after 5 seconds."""
         self.connection.close()
         self.process.join(5)
         if self.process.is_alive():
@@ -78,21 +80,21 @@ class _Worker:
 
 
 @contextmanager
-def _staff() -> Generator[list[_Worker]]:
-    """A list of workers that end with the block: at once if by an exception, for their runs resume from an epoch."""
-    staff: list[_Worker] = []
+def _workers() -> Generator[list[_Worker]]:
+    """Yield a list of workers, which are ended after the block; after an exception at once, as runs can be resumed."""
+    pool: list[_Worker] = []
     try:
-        yield staff
+        yield pool
     except BaseException:
-        with deaf():  # to a second Ctrl-C
-            for worker in staff:
+        with ignore_interrupts():  # a second Ctrl-C
+            for worker in pool:
                 worker.process.terminate()
-            for worker in staff:
+            for worker in pool:
                 worker.end()
         raise
-    for worker in staff:
+    for worker in pool:
         worker.connection.close()
-    for worker in staff:
+    for worker in pool:
         worker.process.join()
 
 
@@ -100,15 +102,15 @@ def _in_processes(
     recipes: Sequence[Recipe], root: Path, workers: int, machine: Machine, progress: Progress, done: Done
 ) -> None:
     left, killed = deque(recipes), Counter[Recipe]()
-    with _staff() as staff:
+    with _workers() as pool:
         while True:
-            for worker in staff:
+            for worker in pool:
                 if worker.recipe is None and left:
                     worker.give(left.popleft(), root, machine)
-            while left and len(staff) < workers:
-                staff.append(_Worker(workers, min(set(range(workers)) - {worker.place for worker in staff})))
-                staff[-1].give(left.popleft(), root, machine)
-            busy = {worker.connection: worker for worker in staff if worker.recipe is not None}
+            while left and len(pool) < workers:
+                pool.append(_Worker(workers, min(set(range(workers)) - {worker.place for worker in pool})))
+                pool[-1].give(left.popleft(), root, machine)
+            busy = {worker.connection: worker for worker in pool if worker.recipe is not None}
             if not busy:
                 return
             ready = set(wait(list(busy), timeout=1))
@@ -123,10 +125,10 @@ def _in_processes(
                     else:
                         continue
                 except (EOFError, ConnectionError):
-                    staff.remove(worker)
+                    pool.remove(worker)
                     worker.end()
                     killed[recipe] += 1
-                    if killed[recipe] < _LIVES:
+                    if killed[recipe] < _MAX_DEATHS:
                         left.appendleft(recipe)
                     else:
                         done(Outcome(recipe, None, reason_killed(worker.process.exitcode)))
@@ -141,7 +143,7 @@ def _in_processes(
 
 
 def _without(left: deque[Recipe], lacking: Outcome, done: Done) -> deque[Recipe]:
-    """What is left but for the recipes that lack the same data, which need not be tried."""
+    """Return the recipes that do not need the missing data of `lacking`; the others get its outcome."""
     same = [source(recipe) == source(lacking.recipe) for recipe in left]
     for recipe in compress(left, same):
         done(replace(lacking, recipe=recipe))
@@ -149,15 +151,15 @@ def _without(left: deque[Recipe], lacking: Outcome, done: Done) -> deque[Recipe]
 
 
 def reason_killed(code: int | None) -> str:
-    """Why a run is given up whose process ended with this exit code, and what to do."""
-    goes_on = "the same command goes on from its last epoch"
-    if code == -9:  # SIGKILL, which not every system has by name
+    """Return why a run is given up, from the exit code of its process, and the remedy."""
+    remedy = "the same command resumes after its last epoch"
+    if code == -9:  # SIGKILL, which some systems have no name for
         return (
-            f"its process was killed {_LIVES} times, as the system does when memory is short: "
-            f"give fewer --workers; {goes_on}"
+            f"its process was killed {_MAX_DEATHS} times, probably because memory is short: "
+            f"give fewer --workers; {remedy}"
         )
     how = f"exit code {code}" if code is None or code >= 0 else _signal(-code)
-    return f"its process died {_LIVES} times ({how}): {goes_on}"
+    return f"its process died {_MAX_DEATHS} times ({how}): {remedy}"
 
 
 def _signal(number: int) -> str:
@@ -168,10 +170,10 @@ def _signal(number: int) -> str:
 
 
 def _serve(connection: Connection, share: int) -> None:
-    """What a worker does."""
+    """Run the loop of a worker process: receive a recipe, train it, send the outcome."""
     end_with_parent()
     threads(share)
-    one_at_a_time = threading.Lock()  # the epochs of a run on several devices come from a thread
+    one_at_a_time = threading.Lock()  # with several devices, epochs are reported by a thread
 
     def send(message: Any) -> None:
         with one_at_a_time:

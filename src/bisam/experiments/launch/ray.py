@@ -1,8 +1,8 @@
 """Ray: independent runs of a study on many machines, as tasks of Ray (extra `cluster`).
 
-The run folders are all that the machines share, so they must be on storage that all of them see under the same path, as
-must the data; each machine has the same bisam. A task whose machine or process is lost is given to another, which goes
-on from the run folder's checkpoint: the system has dropped the lost one's lock.
+The machines share the run folders and the data, which must be on storage that all of them see under the same path. All
+machines need the same version of bisam. If the machine or process of a task is lost, a new task resumes the run from
+its checkpoint; the operating system has released the lock of the lost one.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from bisam import __version__
 from bisam.experiments.errors import RunError
 from bisam.experiments.launch.outcomes import Done, Outcome, Progress, attempted, collected
 from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.runs.folder import Run, write
-from bisam.experiments.runs.machine import Machine, deaf
+from bisam.experiments.runs.files import write
+from bisam.experiments.runs.folder import Run
+from bisam.experiments.runs.machine import Machine, ignore_interrupts
 
 
 def run_all(
@@ -43,23 +44,23 @@ def run_all(
     cpus: int = 1,
     retries: int = 3,
 ) -> list[Outcome]:
-    """Run what is not finished yet, each run as a task; outcomes in the order of `recipes`.
+    """Run what is not finished yet, each run as a task; return the outcomes in the order of `recipes`.
 
     Args:
-        recipes: what to run.
+        recipes: the runs.
         root: folder that the run folders are in, on storage that all machines share.
         machine: devices, data and loggers of each run.
-        progress: what is told of epochs and ends.
-        address: "local" for a cluster of this machine alone, which ends with the study; "auto" for the one that this
-            machine belongs to; or host:port, or ray://host:port from outside. A process that is connected already
-            stays so.
-        gpus: GPUs of each run; a share such as 0.25 puts several runs on one.
+        progress: receives completed epochs and runs.
+        address: "local" for a cluster of this machine alone, which ends with the study; "auto" for the cluster that
+            this machine belongs to; host:port, or ray://host:port from outside of it. An existing connection of this
+            process is used.
+        gpus: GPUs of each run; a fraction such as 0.25 lets several runs share one.
         cpus: CPUs, and threads, of each run.
-        retries: how often a run may be lost with its machine or process.
+        retries: how often a run is restarted after its machine or process was lost.
 
     Raises:
-        ValueError: there is no ray, no such cluster, or the settings contradict each other.
-        RunError: the connection to the cluster broke.
+        ValueError: ray is not installed, the cluster is not reachable, or the settings contradict each other.
+        RunError: the connection to the cluster was lost.
         KeyboardInterrupt: the user stopped it; the tasks are cancelled and finished runs are on disk.
     """
     ray = _imported()
@@ -69,14 +70,16 @@ def run_all(
     machine, root = machine_of_a_task(machine, gpus), root.resolve()
 
     def run(left: Sequence[Recipe], done: Done) -> None:
-        with _connected(ray, address), marked(root) as mark:
-            find_room(ray, cpus, gpus, strict=address == "local")
+        with _connected(ray, address), marker_file(root) as mark:
+            check_capacity(ray, cpus, gpus, strict=address == "local")
             task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(work)
 
             def start(recipe: Recipe, again: bool = False) -> Any:
                 return task.remote(recipe, root, machine, mark, __version__, cpus, os.getcwd(), again)
 
-            run_as_tasks(ray, {start(recipe): recipe for recipe in left}, start, retries, News(root, progress), done)
+            run_as_tasks(
+                ray, {start(recipe): recipe for recipe in left}, start, retries, EpochPoller(root, progress), done
+            )
 
     return collected(recipes, root, progress, run)
 
@@ -89,15 +92,15 @@ def _imported() -> Any:
 
 
 def machine_of_a_task(machine: Machine, gpus: float) -> Machine:
-    """The machine as a task sees it, which knows its GPUs as cuda and has another working folder."""
+    """Return the machine for a task, which sees its GPUs as cuda and has another working folder."""
     if machine.nodes > 1:
-        raise ValueError(f"--nodes {machine.nodes} with --ray: there a run is on one machine; give it --devices")
+        raise ValueError(f"--nodes {machine.nodes} with --ray: a run uses one machine there; use --devices instead")
     if gpus > 1 and gpus != int(gpus):
-        raise ValueError(f"--gpus {gpus:g} is neither a whole number nor a share of one GPU")
+        raise ValueError(f"--gpus {gpus:g} is neither a whole number nor a fraction of one GPU")
     if not gpus and machine.device != "cpu":
-        raise ValueError(f"--device {machine.device} with --ray needs --gpus, the number or share of GPUs of a run")
+        raise ValueError(f"--device {machine.device} with --ray needs --gpus, the number or fraction of GPUs of a run")
     if gpus and machine.device not in ("cpu", "cuda", "auto"):
-        raise ValueError(f"--device {machine.device} with --gpus: Ray chooses among the GPUs; leave --device out")
+        raise ValueError(f"--device {machine.device} with --gpus: Ray assigns the GPUs; leave --device out")
     if gpus and machine.devices > max(1, gpus):
         raise ValueError(f"--devices {machine.devices} need --gpus {machine.devices}, got {gpus:g}")
     return replace(machine, device="cuda" if gpus else "cpu", data_dir=machine.data_dir.absolute())
@@ -116,21 +119,21 @@ def _connected(ray: Any, address: str) -> Generator[None]:
     try:
         try:
             ray.init(address=address, **quiet, **small)
-        except (OSError, RuntimeError) as error:  # not there; or of another version
+        except (OSError, RuntimeError) as error:  # not reachable, or of another version
             raise _no_cluster(address, error) from error
-        # What it says of lost workers is said here, in one line and once.
+        # Lost workers are reported by this module, once and in one line.
         import_module("ray._private.worker").__dict__["_worker_logs_enabled"] = False
         yield
     finally:
-        with deaf():
+        with ignore_interrupts():
             ray.shutdown()
 
 
 def _reach(address: str) -> None:
-    """Look whether somebody listens there: Ray itself would try for minutes."""
+    """Check that the address accepts connections: Ray itself would try for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
-        raise ValueError(f"--ray {address!r} is no address: it takes local, auto, host:port or ray://host:port")
+        raise ValueError(f"--ray {address!r} is not an address: use local, auto, host:port or ray://host:port")
     try:
         socket.create_connection((host, int(port)), timeout=10).close()
     except OSError as error:
@@ -142,27 +145,27 @@ def _no_cluster(address: str, error: BaseException) -> ValueError:
     cause: BaseException | None = error
     while cause is not None:
         if "auth" in str(cause).lower() and "token" in str(cause).lower():
-            return ValueError(f"--ray {address} asks for its token ({reason}): set RAY_AUTH_MODE=token")
+            return ValueError(f"--ray {address} requires a token ({reason}): set RAY_AUTH_MODE=token")
         cause = cause.__cause__ or cause.__context__
     return ValueError(
-        f"--ray {address}: no cluster to work with ({reason}): `ray start --head` starts one, or take local"
+        f"--ray {address}: cluster not reachable ({reason}): start one with `ray start --head`, or use local"
     )
 
 
-def find_room(ray: Any, cpus: int, gpus: float, *, strict: bool) -> None:
-    """Tell of a wait that may have no end."""
+def check_capacity(ray: Any, cpus: int, gpus: float, *, strict: bool) -> None:
+    """Warn, or with `strict` raise an error, if no machine of the cluster can run a task."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
         return
     wanted = f"no machine of the cluster has {cpus} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
     if strict:
         raise ValueError(f"{wanted}: give smaller --cpus or --gpus")
-    warnings.warn(f"{wanted}: the runs wait until one joins", RuntimeWarning, stacklevel=2)
+    warnings.warn(f"{wanted}: the runs wait for such a machine to join", RuntimeWarning, stacklevel=2)
 
 
 @contextmanager
-def marked(root: Path) -> Generator[Path]:
-    """A file by which a worker knows that its `root` is this one."""
+def marker_file(root: Path) -> Generator[Path]:
+    """Create a file by which a worker checks that it sees the same `root`."""
     mark = root / f".ray-{uuid.uuid4().hex}"
     write(mark, "")
     try:
@@ -171,21 +174,21 @@ def marked(root: Path) -> Generator[Path]:
         mark.unlink(missing_ok=True)
 
 
-class News:
-    """Epochs as the run folders tell them."""
+class EpochPoller:
+    """Reports the epochs that appear in the run folders."""
 
     def __init__(self, root: Path, progress: Progress) -> None:
         self._root, self._progress = root, progress
         self._seen: dict[Recipe, float] = {}
         self._next = 0.0
 
-    def tell(self, recipes: Iterable[Recipe]) -> None:
-        """Look at most once a second."""
+    def poll(self, recipes: Iterable[Recipe]) -> None:
+        """Look at the folders of these recipes, at most once a second."""
         if time.monotonic() < self._next:
             return
         for recipe in recipes:
             run = Run.under(self._root, recipe)
-            with suppress(OSError, RunError):  # not begun yet; or damaged, which the run itself will say
+            with suppress(OSError, RunError):  # not started yet; or damaged, which the run itself reports
                 if (changed := (run.folder / "metrics.csv").stat().st_mtime) == self._seen.get(recipe):
                     continue
                 self._seen[recipe] = changed
@@ -194,19 +197,21 @@ class News:
         self._next = time.monotonic() + 1
 
 
-def run_as_tasks(ray: Any, tasks: dict[Any, Recipe], start: Any, retries: int, news: News, done: Done) -> None:
-    """Wait for tasks and start those that are lost again, each at most `retries` times."""
-    # Not by Ray's own retries, which go on without end when memory is short.
+def run_as_tasks(ray: Any, tasks: dict[Any, Recipe], start: Any, retries: int, poller: EpochPoller, done: Done) -> None:
+    """Wait for tasks, and restart lost ones, each at most `retries` times."""
+    # Not with Ray's own retries, which never end when memory is short.
     lost = Counter[Recipe]()
     try:
         while tasks:
             ready, _ = ray.wait(list(tasks), timeout=1)
-            news.tell(tasks.values())
+            poller.poll(tasks.values())
             for task in ready:
                 recipe = tasks.pop(task)
                 try:
                     outcome = ray.get(task)
-                except ray.exceptions.RayTaskError as error:  # before it was attempted, as where there is no bisam
+                except (
+                    ray.exceptions.RayTaskError
+                ) as error:  # before training started, for example if bisam is not installed
                     outcome = Outcome(recipe, None, _last_line(error))
                 except ray.exceptions.RayError as error:
                     lost[recipe] += 1
@@ -216,9 +221,11 @@ def run_as_tasks(ray: Any, tasks: dict[Any, Recipe], start: Any, retries: int, n
                     outcome = Outcome(recipe, None, _lost(error, lost[recipe], ray))
                 done(outcome)
     except (ray.exceptions.RayError, ConnectionError) as error:
-        raise RunError(f"the Ray cluster is gone ({_last_line(error)}): the same command goes on") from error
+        raise RunError(
+            f"the connection to the Ray cluster was lost ({_last_line(error)}): the same command resumes"
+        ) from error
     finally:
-        with deaf(), suppress(Exception):  # to a second Ctrl-C; and the cluster may be gone
+        with ignore_interrupts(), suppress(Exception):  # a second Ctrl-C; and the cluster may be unreachable
             for task in tasks:
                 ray.cancel(task, force=True)
             if tasks:
@@ -226,10 +233,10 @@ def run_as_tasks(ray: Any, tasks: dict[Any, Recipe], start: Any, retries: int, n
 
 
 def _lost(error: Exception, times: int, ray: Any) -> str:
-    goes_on = "the same command goes on from its last epoch"
+    remedy = "the same command resumes after its last epoch"
     if isinstance(error, ray.exceptions.OutOfMemoryError):
-        return f"its machine was short of memory {times} times: give each run more --cpus; {goes_on}"
-    return f"its worker was lost {times} times ({type(error).__name__}; short of memory?): {goes_on}"
+        return f"its machine was short of memory {times} times: give each run more --cpus; {remedy}"
+    return f"its worker was lost {times} times ({type(error).__name__}; short of memory?): {remedy}"
 
 
 def _last_line(error: Exception) -> str:
@@ -240,28 +247,30 @@ def _last_line(error: Exception) -> str:
 def work(
     recipe: Recipe, root: Path, machine: Machine, mark: Path, version: str, cpus: int, folder: str, again: bool
 ) -> Outcome:
-    """What a worker does."""
+    """Train one run in a Ray worker."""
     here = socket.gethostname()
     if version != __version__:
-        return Outcome(recipe, None, f"{here} has bisam {__version__}, this machine {version}: install the same on all")
+        return Outcome(
+            recipe, None, f"{here} has bisam {__version__}, this machine {version}: install the same version on all"
+        )
     if not _sees(mark):
         return Outcome(recipe, None, f"{here} does not see {root}: give an --out on storage that all machines share")
-    with suppress(OSError):  # where relative paths of the recipe begin
+    with suppress(OSError):  # the base of relative paths in the recipe
         os.chdir(folder)
     torch.set_num_threads(cpus)
     if again:
-        # A file server needs a minute or two to see that the machine that had the lock is no more.
+        # A file server needs a minute or two to release the lock of a lost machine.
         with suppress(Timeout), FileLock(Run.under(root, recipe).folder / ".lock", timeout=LEASE):
             pass
     return attempted(recipe, root, machine)
 
 
 LEASE = 150.0
-"""Seconds after which a file server has dropped the lock of a lost machine."""
+"""Seconds after which a file server has released the lock of a lost machine."""
 
 
 def _sees(mark: Path) -> bool:
-    for _ in range(10):  # a network file system may remember for a while that there was nothing
+    for _ in range(10):  # a network file system may cache for a while that the file did not exist
         if mark.exists():
             return True
         time.sleep(0.5)

@@ -1,9 +1,10 @@
-"""Measurements: what the paper reports without a training: the time of an epoch and of a loss, and an example."""
+"""Measurements: the results of the paper that need no training run: times, an example, and the bounds."""
 
+from bisam.experiments.measurements.bounds import FIGURE_1
 from bisam.experiments.measurements.epochs import TABLE_11
 from bisam.experiments.measurements.example import EXAMPLE
 from bisam.experiments.measurements.losses import TABLE_12
 from bisam.experiments.measurements.measurement import Measurement as Measurement, report as report, run as run
 
-MEASUREMENTS = {measurement.name: measurement for measurement in (EXAMPLE, TABLE_11, TABLE_12)}
+MEASUREMENTS = {measurement.name: measurement for measurement in (FIGURE_1, EXAMPLE, TABLE_11, TABLE_12)}
 """By name."""

@@ -43,7 +43,7 @@ def _epoch_parts(settings: Settings) -> list[str]:
 
 
 def batch_size_of(entries: tuple[str, ...], model: str) -> int:
-    """Of `model`: "128" is for all, "wrn28_10=8" for one."""
+    """Batch size of `model`: the entry "128" is for all models, "wrn28_10=8" for one."""
     sizes: dict[str, int] = {}
     for entry in entries:
         name, _, text = entry.rpartition("=")
@@ -52,14 +52,14 @@ def batch_size_of(entries: tuple[str, ...], model: str) -> int:
 
 
 def _measure_epoch(part: str, settings: Settings, device: torch.device) -> list[dict[str, Any]]:
-    """All methods train one model in turn, so that they meet the same weights, at the same place in memory."""
+    """All methods train one model in turn: the weights and their place in memory are the same for each."""
     n, classes = batch_size_of(settings["batch_size"], part), settings["classes"]
     with threads(settings["threads"]), torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         model = build(part, classes).to(device)
         x = torch.randn(n, 3, 32, 32).to(device)
         y = torch.randint(classes, (n,)).to(device)
-        # So slow that nothing diverges on labels without a pattern; a step takes as long as with any other rate.
+        # A small rate, so that random labels do not make it diverge; it does not affect the time of a step.
         optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9, weight_decay=5e-4)
 
         def step(sharp: SharpnessAware) -> None:
@@ -88,14 +88,14 @@ def _published(row: Row) -> str:
 
 TABLE_11 = Measurement(
     name="table11",
-    title="The time of an epoch",
+    title="Time of an epoch",
     note=(
-        f"Seconds are {EPOCH} times the median step on random images of 32x32 with the batch of the row; with 128 that "
-        "is an epoch of CIFAR, without reading data and testing. The ratios are safer: all methods train the same "
-        "model in turn, one step each, and a ratio is the median over the iterations, with the quartiles. The bar for "
-        f"BiSAM relative to SAM is {_EPOCH_BAR}. Published are the seconds of SAM and of BiSAM and their ratio (Xie et "
-        "al., 2024, Appendix B, CIFAR-10, A100). With a smaller batch the loss has a larger share of the step, if "
-        "anything."
+        f"Seconds are {EPOCH} times the median time of a step on random images of 32x32, with the batch size of the "
+        "row; with 128 this is an epoch of CIFAR without data loading and evaluation. The ratios are more reliable: "
+        "all methods train the same model in turn, one step each, and a ratio is the median over the iterations, "
+        f"with the quartiles. The bar for BiSAM relative to SAM is {_EPOCH_BAR}. The published column gives the "
+        "seconds of SAM and BiSAM and their ratio (Xie et al., 2024, Appendix B, CIFAR-10, A100). A smaller batch "
+        "increases the share of the loss in the step, if anything."
     ),
     settings={
         "models": tuple(PUBLISHED),

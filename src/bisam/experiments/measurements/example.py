@@ -1,4 +1,4 @@
-"""The example of Section 2.2: an adversary that climbs an upper bound looks for the wrong thing."""
+"""The example of Section 2.2: an adversary that maximises an upper bound picks the wrong option."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 def option_a(classes: int, delta: float) -> Tensor:
-    """Scores (K,) that are right by a hair: 1/K + delta for the label 0, equal parts of the rest for the others."""
+    """Scores (K,) that are barely correct: 1/K + delta for the label 0, equal parts of the rest for the others."""
     scores = torch.full((classes,), 1 / classes - delta / (classes - 1), dtype=torch.float64)
     scores[0] = 1 / classes + delta
     return scores
 
 
 def option_b(classes: int, delta: float) -> Tensor:
-    """Scores (K,) that are wrong by a hair: 1/2 - delta for the label 0, and the rest for another class."""
+    """Scores (K,) that are barely incorrect: 1/2 - delta for the label 0, and the rest for another class."""
     scores = torch.zeros(classes, dtype=torch.float64)
     scores[0], scores[1] = 0.5 - delta, 0.5 + delta
     return scores
@@ -44,7 +44,7 @@ def _example_parts(settings: Settings) -> list[str]:
 
 
 def _measure_example(part: str, settings: Settings, device: torch.device) -> list[dict[str, Any]]:
-    del device  # numbers, not times
+    del device  # exact values, not times
     rows: list[dict[str, Any]] = []
     for delta in settings["deltas"]:
         scores = torch.stack([option(int(part), delta) for option in (option_a, option_b)])
@@ -66,7 +66,7 @@ def _options(name: str, values: Tensor) -> dict[str, Any]:
 
 
 def _mu_for_b(bound: LowerBound, scores: Tensor, labels: Tensor) -> float:
-    """The least power of ten as mu with which the soft maximum over the classes is larger for B."""
+    """The smallest power of ten as mu for which the soft maximum over the classes is larger for B."""
     mu = 1.0
     while (q := LowerBound(bound.phi, mu)(scores, labels))[0] >= q[1]:
         mu *= 10
@@ -74,7 +74,7 @@ def _mu_for_b(bound: LowerBound, scores: Tensor, labels: Tensor) -> float:
 
 
 def _example_figure(rows: list[Row]) -> Figure:
-    """Both options as each adversary sees them."""
+    """The objectives of both adversaries at both options."""
     from matplotlib.figure import Figure
 
     rows = sorted(rows, key=lambda row: (row["classes"], row["delta"]))
@@ -115,16 +115,16 @@ def _example_figure(rows: list[Row]) -> Figure:
 
 EXAMPLE = Measurement(
     name="example",
-    title="What the adversary looks for: the example of Section 2.2",
+    title="The example of Section 2.2: which option the adversary picks",
     note=(
-        "The adversary chooses between two vectors of scores (probabilities here) for an example of class 1: "
-        "A = (1/K + δ, 1/K - δ/(K-1), ...) is classified right, B = (1/2 - δ, 1/2 + δ, 0, ...) is wrong. It should "
-        "find the error. Cross-entropy (CE) soon has it pick A, where it is -log(1/K + δ), which grows without bound "
-        "as K grows and δ falls. The lower bound of the 0-1 loss, the largest φ(F) over the classes, has it pick B: it "
-        "is φ(0) = 0 for A and φ(2δ) > 0 for B (tanh with slope 0.1, -log). That is the argument. What the algorithm "
-        "climbs is a soft maximum over the classes, which cannot tell apart what differs by less than about log(K)/µ, "
-        "and in A all K classes are near the label: with the paper's µ (10 for tanh, 1 for -log) it picks what the "
-        "column says. The last column is the least power of ten as µ with which it picks B. Exact values in float64."
+        "The adversary chooses between two vectors of scores (here probabilities) for an example of class 1: A = "
+        "(1/K + δ, 1/K - δ/(K-1), ...) is classified correctly, B = (1/2 - δ, 1/2 + δ, 0, ...) incorrectly. It "
+        "should pick B, the error. With cross-entropy (CE) it picks A, where the loss -log(1/K + δ) grows without "
+        "bound as K grows and δ falls. With the lower bound of the 0-1 loss, the largest φ(F) over the classes, it "
+        "picks B: the bound is φ(0) = 0 for A and φ(2δ) > 0 for B (tanh with slope 0.1, -log). The algorithm, "
+        "however, maximises a soft maximum over the classes, which cannot resolve differences below about log(K)/µ, "
+        "and in A all K classes are close to the label: the column for the paper's µ (10 for tanh, 1 for -log) shows "
+        "its choice. The last column is the smallest power of ten as µ for which it picks B. Exact values in float64."
     ),
     settings={"classes": (10, 100, 1000, 10000), "deltas": (0.1, 0.01, 0.001)},
     parts=_example_parts,

@@ -23,7 +23,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def row_by_row(bound: LowerBound, logits: Tensor, labels: Tensor) -> Tensor:
-    """What the authors' public code does for a batch: a Python loop that shifts each row by its label's logit."""
+    """The loss of the authors' public code: a Python loop over the batch that shifts each row by its label's logit."""
     margins = logits.clone()
     for i, label in enumerate(labels.tolist()):
         margins[i].sub_(margins[i, label].clone())
@@ -33,7 +33,7 @@ def row_by_row(bound: LowerBound, logits: Tensor, labels: Tensor) -> Tensor:
 _NEG_LOG, _TANH = NegLog(), Tanh()
 _smoothed = partial(F.cross_entropy, label_smoothing=0.1, reduction="none")
 _PLAIN, _USED = "cross-entropy", "cross-entropy as SAM climbs it in training"
-# Functions with code of their own: the compiler keeps what it has compiled by code, and tries them in their order.
+# Each a function with its own code object: the compiler caches by code object.
 LOSSES: dict[str, Loss] = {
     _PLAIN: lambda logits, labels: F.cross_entropy(logits, labels),
     _USED: lambda logits, labels: _smoothed(logits, labels).mean(),
@@ -71,7 +71,7 @@ def _measure_loss(part: str, settings: Settings, device: torch.device) -> list[d
         losses = LOSSES
         if compiled:
             torch.compiler.reset()
-            # Not the loops, which it would unroll for these labels only.
+            # Without the loops, which would be unrolled for these labels only.
             losses = {k: torch.compile(loss, dynamic=False) for k, loss in LOSSES.items() if "row by row" not in k}
         try:
             times = interleaved({k: partial(gradient, loss) for k, loss in losses.items()}, settings["rounds"], device)
@@ -100,15 +100,15 @@ def _against(row: Row, key: str) -> str:
 
 TABLE_12 = Measurement(
     name="table12",
-    title="The time of an ascent loss, relative to cross-entropy",
+    title="Time of an ascent loss, relative to cross-entropy",
     note=(
-        "Forward and backward pass of the mean loss of a batch of random logits. Losses run in turn within each round; "
-        "a ratio is the median over the rounds, with the quartiles: to `F.cross_entropy(logits, labels)`, and to what "
-        "the ascent of SAM computes in the training loop, the mean of cross-entropies per example with label smoothing "
-        f"0.1, both in the same mode. The bar for BiSAM is {_LOSS_BAR:g}. Row by row is the loop over the batch of the "
-        "authors' public code; it is not compiled. Published for 100 classes: 3.96 s to 2.40 s of cross-entropy in "
-        "PyTorch (1.65) and 2.34 s to 3.25 s in TensorFlow (0.72), for 10,000 repetitions (Xie et al., 2024, "
-        "Appendix B)."
+        "Forward and backward pass of the mean loss of a batch of random logits. The losses take turns within each "
+        "round; a ratio is the median over the rounds, with the quartiles: to `F.cross_entropy(logits, labels)`, and "
+        "to the ascent loss of SAM in the training loop, which is the mean of per-example cross-entropies with label "
+        f"smoothing 0.1, both in the same mode. The bar for BiSAM is {_LOSS_BAR:g}. Row by row is the loop over the "
+        "batch of the authors' public code; it is not compiled. Published for 100 classes and 10,000 repetitions: "
+        "3.96 s against 2.40 s of cross-entropy in PyTorch (1.65) and 2.34 s against 3.25 s in TensorFlow (0.72) "
+        "(Xie et al., 2024, Appendix B)."
     ),
     settings={"classes": (100, 10), "batch_size": 128, "modes": _MODES, "rounds": 201, "threads": 1},
     parts=_loss_parts,

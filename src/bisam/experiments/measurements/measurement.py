@@ -1,11 +1,11 @@
-"""Measurement: what the paper reports without a training: the time of an epoch and of a loss, and an example.
+"""Measurement: a result that needs no training run, measured part by part and kept in a folder.
 
     folder = run(MEASUREMENTS["table12"], {"rounds": "51"}, Path("runs"))
     print(report(MEASUREMENTS["table12"], folder).markdown)
 
 runs/table12-cpu-1f0c22e9/
-    measurement.json  what is measured; the fingerprint of the settings that were changed is in the folder's name
-    100-eager.json    the rows of one part, written once it is measured: what was interrupted goes on with the next
+    measurement.json  name, device and settings; the folder's name ends in a fingerprint of the changed settings
+    100-eager.json    the rows of one part, written when it is measured: an interrupted measurement resumes after it
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from filelock import FileLock, Timeout
 
 from bisam.experiments.errors import RunError, unknown
 from bisam.experiments.measurements.timing import Ratio, conditions
-from bisam.experiments.runs.folder import environment, read_json, write
+from bisam.experiments.runs.environment import environment
+from bisam.experiments.runs.files import read_json, write
 from bisam.experiments.runs.machine import Machine
+from bisam.experiments.runs.provenance import MEASURED, line, where
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,33 +35,40 @@ if TYPE_CHECKING:
 Settings = Mapping[str, Any]
 Row = Mapping[str, Any]
 Progress = Callable[[str, int, int], None]
-"""`(part, done, total)`: a part is begun, when so many of all are done; at the end once more, with "" for the part."""
+"""`(part, done, total)`, called before each part, and at the end with "" as the part."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Something to be measured in parts that do not need each other."""
+    """A measurement in independent parts."""
 
     name: str
     title: str
     note: str
     """How to read the table: Markdown."""
     settings: Settings
-    """What may be changed, and the defaults: numbers, whole numbers from 1, or several of them or of words."""
+    """Settings and their defaults: numbers, whole numbers from 1, words, or tuples of these."""
     parts: Callable[[Settings], list[str]]
-    """Of settings; ValueError where one is out of its range."""
+    """From settings to the names of the parts; raises ValueError if a setting is out of range."""
     measure: Callable[[str, Settings, torch.device], list[dict[str, Any]]]
-    """Rows of a part: equal keys, values that JSON has."""
+    """From a part, settings and device to its rows: dicts with equal keys and JSON values."""
     columns: Mapping[str, Callable[[Row], str]]
-    """Of the table: heading, and from a row to the cell."""
+    """Columns of the table: from the heading to a function from a row to the cell."""
     figures: Mapping[str, tuple[str, Callable[[list[Row]], Figure]]] = field(default_factory=dict)
-    """By the name of the file, what it shows and how it is drawn."""
+    """By file name: caption, and function that draws it."""
+    summary: str = ""
+    """One line for a list of measurements, where it differs from the title."""
+
+    @property
+    def drawn_only(self) -> bool:
+        """Whether nothing is measured: it has no parts, and its figures are drawn from formulas."""
+        return not self.parts(self.settings)
 
     def changed(self, texts: Mapping[str, str]) -> dict[str, Any]:
-        """The settings that `texts` change, as values.
+        """The settings that `texts` change, parsed.
 
         Raises:
-            ValueError: a name is unknown, or a value is of the wrong kind or out of its range.
+            ValueError: a name is unknown, or a value has the wrong type or is out of range.
         """
         for name in texts:
             if name not in self.settings:
@@ -72,7 +81,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Report:
-    """What a folder holds, to be shown: the table as text and as numbers, and figures by the name of their file."""
+    """The content of a folder for display: the table as text and as numbers, and figures by file name."""
 
     title: str
     header: tuple[str, ...]
@@ -89,27 +98,29 @@ def run(
     machine: Machine = Machine(),  # noqa: B008
     progress: Progress | None = None,
 ) -> Path:
-    """Measure the parts that are not there yet, and return the folder.
+    """Measure the missing parts, and return the folder.
 
     Args:
         measurement: one of `MEASUREMENTS`.
         changed: settings other than the defaults, as text.
-        root: where the folder is or will be.
-        machine: its device, of which there can be one.
-        progress: told about each part.
+        root: parent of the folder.
+        machine: where to measure; one device only.
+        progress: called for each part.
 
     Raises:
         ValueError: a setting or the device is wrong.
-        RunError: the folder is in use, damaged, or another measurement's.
+        RunError: the folder is in use, damaged, or belongs to another measurement.
         OSError: the disk is full or read-only.
     """
-    environment()  # of the code that runs: by the time it ends another commit may be checked out
+    environment()  # record the commit now: another one may be checked out by the end
     values = measurement.changed(changed)
     if machine.parallel:
         raise ValueError(f"{measurement.name} is measured on one device: leave --devices and --nodes at 1")
     device = machine.fabric().device
     settings = {**measurement.settings, **values}
     parts = measurement.parts(settings)
+    if not parts:
+        return root / measurement.name
     folder = root / _slug(measurement, values, device)
     with _held(folder):
         _claim(folder, measurement, settings, device)
@@ -126,22 +137,25 @@ def run(
 
 
 def report(measurement: Measurement, place: Path, changed: Mapping[str, str] | None = None) -> Report:
-    """What was measured, from files alone.
+    """The report of a measurement, from its files.
 
     Args:
         measurement: one of `MEASUREMENTS`.
-        place: a folder that `run` returned; or its root, for the latest one with the default settings, or else the
-            latest one.
-        changed: of a root, the settings that the one to report was given.
+        place: a folder that `run` returned, or its root: then the latest folder with the default settings, or else
+            the latest one.
+        changed: settings of the folder to report, if `place` is a root.
 
     Raises:
-        ValueError: nothing of this measurement is there.
+        ValueError: there is no such measurement.
         RunError: a file is damaged.
     """
-    folder, settings = _found(measurement, place, changed)
+    if measurement.drawn_only:
+        folder, settings = place, {**measurement.settings, **measurement.changed(changed or {})}
+    else:
+        folder, settings = _found(measurement, place, changed)
     names = measurement.parts(settings)
     parts = [content for part in names if (content := _read(folder, part)) is not None]
-    if not parts:
+    if names and not parts:
         raise ValueError(f"no part of {measurement.name} is measured in {folder}: run `bisam run {measurement.name}`")
     rows: list[Row] = [row for content in parts for row in content["rows"]]
     header = tuple(measurement.columns)
@@ -153,24 +167,22 @@ def report(measurement: Measurement, place: Path, changed: Mapping[str, str] | N
             f"{folder} holds rows that this version cannot read ({error!r}): delete it to measure again"
         ) from error
     missing = len(names) - len(parts)
-    lines = [
+    table = [f"| {' | '.join(line)} |" for line in (header, ("---",) * len(header), *cells)]
+    blocks = [
         f"# {measurement.title}",
-        "",
         measurement.note,
-        "",
-        *(f"| {' | '.join(line)} |" for line in (header, ("---",) * len(header), *cells)),
-        "",
-        *([f"Not measured yet: {missing} of {len(names)} parts.", ""] if missing else []),
-        *(line for file, (what, _) in measurement.figures.items() for line in (f"![{what}]({file})", "")),
-        f"Settings: {', '.join(f'{name} {_shown(value)}' for name, value in settings.items())}.",
-        "",
-        *_provenance(content["environment"] for content in parts),
+        "\n".join(table) if header else "",
+        f"Not measured yet: {missing} of {len(names)} parts." if missing else "",
+        *(f"![{shown}]({file})" for file, (shown, _) in measurement.figures.items()),
+        f"Settings: {', '.join(f'{name} {_shown(value)}' for name, value in settings.items())}." if settings else "",
+        "\n".join(_provenance(content["environment"] for content in parts)),
     ]
-    return Report(measurement.title, header, cells, rows, "\n".join(lines) + "\n", figures)
+    markdown = "\n\n".join(block for block in blocks if block) + "\n"
+    return Report(measurement.title, header, cells, rows, markdown, figures)
 
 
 def parsed(name: str, text: str, default: Any) -> Any:
-    """A setting's value, of the kind of its default."""
+    """A setting parsed to the type of its default."""
     if isinstance(default, tuple):
         items = [item.strip() for item in text.split(",")]
         if not all(items):
@@ -192,7 +204,7 @@ def _shown(value: Any) -> str:
 
 
 def _slug(measurement: Measurement, changed: Settings, device: torch.device) -> str:
-    # Of what differs from the defaults, so that a setting that is added later changes no name.
+    # Only changed settings, so that adding a setting later changes no name.
     text = json.dumps(dict(changed), sort_keys=True)
     return f"{measurement.name}-{device.type}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
@@ -223,7 +235,7 @@ def _claim(folder: Path, measurement: Measurement, settings: Settings, device: t
 
 
 def _settings(measurement: Measurement, path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """What `_claim` wrote at `path`; settings that a later version added have their defaults."""
+    """The settings that `_claim` wrote at `path`; settings added by later versions have their defaults."""
     given = identity.get("settings")
     if not isinstance(given, dict) or set(given) - set(measurement.settings):
         raise RunError(f"{path} is damaged, or of a later version: delete {path.parent} to measure again")
@@ -232,7 +244,7 @@ def _settings(measurement: Measurement, path: Path, identity: Mapping[str, Any])
 
 
 def _read(folder: Path, part: str) -> dict[str, Any] | None:
-    """What was written of a part, or None."""
+    """The stored content of a part, or None."""
     path = folder / _file(part)
     try:
         content = read_json(path)
@@ -278,30 +290,29 @@ def _environment(device: torch.device, settings: Settings) -> dict[str, Any]:
 
 
 def _provenance(made: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Where the numbers come from, a line for each place."""
-    keys = ("hardware", "device", "threads", "torch", "python", "bisam", "commit")
+    """Provenance of the numbers: one line for each environment."""
     places: dict[str, list[Mapping[str, Any]]] = {}
     for one in made:
-        places.setdefault(", ".join(f"{key} {one.get(key, 'unknown')}" for key in keys), []).append(one)
+        places.setdefault(where(one, MEASURED), []).append(one)
     lines: list[str] = []
-    for where, group in places.items():
-        dates = sorted({str(one.get("date", "unknown"))[:10] for one in group})
+    for place, group in places.items():
+        dates = [str(one.get("date", "unknown")) for one in group]
         loads = sorted(float(one["load"]) for one in group if one.get("load") is not None)
         load = f", load {loads[0]:.1f} to {loads[-1]:.1f}" if loads else ""
-        lines.append(f"Made {' to '.join(dict.fromkeys((dates[0], dates[-1])))} on {where}{load}.")
+        lines.append(line(place, dates, load))
     return lines
 
 
 def flat(key: str, r: Ratio) -> dict[str, float]:
-    """A ratio as entries of a row."""
+    """A ratio as entries of a row: median and quartiles."""
     return {key: r.median, f"{key}_low": r.low, f"{key}_high": r.high}
 
 
 def with_quartiles(row: Row, key: str, digits: int = 3) -> str:
-    """The cell of a ratio that `flat` put into a row."""
+    """The cell of a ratio that `flat` stored in a row."""
     return f"{row[key]:.{digits}f} ({row[f'{key}_low']:.{digits}f} to {row[f'{key}_high']:.{digits}f})"
 
 
 def met(value: float, bar: float) -> str:
-    """Whether a value is below its bar, in a word."""
+    """The verdict on a value: met if it is at most its bar, else missed."""
     return "met" if value <= bar else "missed"

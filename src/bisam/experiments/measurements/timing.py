@@ -1,7 +1,7 @@
-"""Interleaved timing: how long contestants take relative to a reference that runs in the same seconds.
+"""Interleaved timing: the time of each contestant relative to a reference that is timed in the same seconds.
 
-Other programs slow a machine down for a while, and all contestants of a round alike. So a round runs each contestant
-once, in a new order, a result is the median of the rounds' ratios, and the quartiles say how far to trust it:
+Other programs slow down all contestants of a round alike. Therefore each round runs every contestant once, in a new
+order; a result is the median of the ratios over the rounds, with the quartiles as its uncertainty:
 
     times = interleaved({"sum": a.sum, "norm": a.norm}, repeats=31)
     ratio(times, "norm", "sum")                      # Ratio(median=1.31, low=1.28, high=1.35, ...)
@@ -23,16 +23,16 @@ from typing import Any
 
 import torch
 
-BLOCK = 0.02  # seconds that a contestant runs before the next one has its turn
+BLOCK = 0.02  # seconds of a contestant's turn
 CPU = torch.device("cpu")
 
 Times = dict[str, list[float]]
-"""Seconds per call, one entry a round."""
+"""Seconds per call, one entry for each round."""
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """A contestant's time over the reference's, round by round: the median and the quartiles."""
+    """The ratio of a contestant's time to the reference's: median and quartiles over the rounds."""
 
     median: float
     low: float
@@ -46,7 +46,7 @@ class Ratio:
 
 
 def seconds(call: Callable[[], Any], number: int = 1, device: torch.device = CPU) -> float:
-    """Of one call, on average over `number` calls in a row, until `device` has done all that they ask of it."""
+    """Seconds of one call, averaged over `number` calls, including all work that they queue on `device`."""
     _finish(device)
     start = perf_counter()
     for _ in range(number):
@@ -58,12 +58,12 @@ def seconds(call: Callable[[], Any], number: int = 1, device: torch.device = CPU
 def interleaved(contestants: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device = CPU) -> Times:
     """Seconds per call of each contestant in each of `repeats` rounds.
 
-    A contestant repeats its call until about `BLOCK` seconds are over, so that its code is warm, as in training.
+    A contestant repeats its call for about `BLOCK` seconds, so that its code is warm, as in training.
 
     Args:
-        contestants: by name, what to call.
+        contestants: functions by name.
         repeats: rounds.
-        device: where the calls compute.
+        device: device of the calls.
     """
     number = {name: _calls(call, device) for name, call in contestants.items()}
     times: Times = {name: [] for name in contestants}
@@ -90,7 +90,7 @@ def ratio(times: Times, name: str, reference: str) -> Ratio:
 
 
 def conditions() -> dict[str, Any]:
-    """What a time depends on beside the hardware and the versions: threads, what else runs, and when it was."""
+    """Conditions that affect a time besides hardware and versions: threads, load and date."""
     return {
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
@@ -100,7 +100,7 @@ def conditions() -> dict[str, Any]:
 
 @contextmanager
 def threads(number: int) -> Generator[None]:
-    """So many threads of torch inside, as many as before after it."""
+    """A context with this number of torch threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
@@ -110,7 +110,7 @@ def threads(number: int) -> Generator[None]:
 
 
 def _calls(call: Callable[[], Any], device: torch.device) -> int:
-    """Calls in a turn, after two or three to get warm: one that takes a whole turn is not waited for again."""
+    """Number of calls per turn, after warming up; a call that takes a whole turn warms up once only."""
     call()
     if seconds(call, device=device) >= BLOCK:
         return 1

@@ -1,1 +1,5 @@
-"""Models by name, and our own networks."""
+"""Models: networks by name.
+
+build.py     a model, its tokenizer and its channel statistics by name, from us, torchvision, timm or Hugging Face
+networks.py  our networks for small images
+"""

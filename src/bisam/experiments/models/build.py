@@ -1,4 +1,4 @@
-"""Build: models by name, ours for small images, and every classifier of torchvision, timm and Hugging Face.
+"""Build: models by name: our networks for small images, and the classifiers of torchvision, timm and Hugging Face.
 
 >>> model = build("resnet56", 10)
 >>> model = build("torchvision:resnet50", 37, weights="pretrained")
@@ -51,20 +51,20 @@ NAMES: dict[str, str] = {name: line for name, (_, line) in OURS.items()} | {
 
 
 def build(name: str, classes: int, *, channels: int = 3, weights: str | None = None) -> nn.Module:
-    """The network `name` for `classes` classes, in float32 and in training mode.
+    """Build the network `name` for `classes` classes, in float32 and in training mode.
 
-    It takes images (N, channels, H, W), or, if it is Hugging Face's, the dict of tensors that its tokenizer makes. It
-    returns logits (N, classes). What is drawn at random is drawn from torch's global generator.
+    Its input is images (N, channels, H, W), or for Hugging Face the dict of tensors that the tokenizer returns. Its
+    output is logits (N, classes). Initial weights are drawn from torch's global generator.
 
     Args:
         name: one of `NAMES`.
         classes: number of logits.
-        channels: of the images; torchvision's networks take 3.
+        channels: of the images; torchvision's networks accept 3 only.
         weights: None for random ones, "pretrained" for the source's own, or the path of a state dict that torch.save
-            or safetensors wrote. The head is a fresh one where the weights' own is for another number of classes.
+            or safetensors wrote. A head for another number of classes is replaced by a new one.
 
     Raises:
-        ValueError: the name is unknown, a package is missing, or the weights cannot be had or do not fit.
+        ValueError: the name is unknown, a package is missing, or the weights cannot be loaded or do not fit.
     """
     source, colon, rest = name.partition(":")
     pretrained = weights == PRETRAINED
@@ -85,24 +85,24 @@ def build(name: str, classes: int, *, channels: int = 3, weights: str | None = N
 
 
 def tokenizer(name: str) -> Any:
-    """The tokenizer of the model `hf:...`, as Hugging Face makes it.
+    """Load the tokenizer of the model `hf:...`.
 
     Raises:
-        ValueError: the name is not Hugging Face's, transformers is missing, or the tokenizer cannot be had.
+        ValueError: the name is not one of Hugging Face, transformers is missing, or the tokenizer cannot be loaded.
     """
     source, _, rest = name.partition(":")
     if source != "hf":
-        raise ValueError(f"model {name!r} has no tokenizer: those of Hugging Face have one, as hf:bert-base-uncased")
+        raise ValueError(f"model {name!r} has no tokenizer: use a model of Hugging Face, such as hf:bert-base-uncased")
     transformers = _package("transformers", f"the tokenizer of {name!r}")
     place = _place(rest)
-    with _had(f"the tokenizer of {name!r}", _HF_REMEDY), _hub(place):
+    with _loading(f"the tokenizer of {name!r}", _HF_REMEDY), _hub(place):
         return transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False)
 
 
 def statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Mean and standard deviation of the channels that a model's weights were trained with, as shares of 255.
+    """Return mean and standard deviation of the channels for a model's pretrained weights, as shares of 255.
 
-    They are known of timm's models and torchvision's, where these have weights. Else None.
+    The result is None for models other than timm's and torchvision's, and for those without pretrained weights.
 
     Raises:
         ValueError: timm or torchvision is missing, or has no such model.
@@ -119,14 +119,14 @@ def statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
 
 
 class Logits(nn.Module):
-    """A classifier of Hugging Face as a function of one argument: of a dict of tensors, with logits (N, classes)."""
+    """A Hugging Face classifier that takes one dict of tensors and returns logits (N, classes)."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Token ids and masks (N, length), by name, to logits (N, classes)."""
+        """Map token ids and masks (N, length), by name, to logits (N, classes)."""
         return self.network(**inputs).logits
 
 
@@ -134,7 +134,7 @@ def _ours(name: str, classes: int, channels: int, pretrained: bool) -> nn.Module
     if name not in OURS:
         raise unknown("model", name, NAMES)
     if pretrained:
-        raise ValueError(f"model {name!r} has no pretrained weights: give a file of them, or none")
+        raise ValueError(f"model {name!r} has no pretrained weights: give a file with weights, or leave --weights out")
     network, _ = OURS[name]
     return network(classes, channels)
 
@@ -142,12 +142,14 @@ def _ours(name: str, classes: int, channels: int, pretrained: bool) -> nn.Module
 def _torchvision(name: str, classes: int, channels: int, pretrained: bool) -> nn.Module:
     full, models = f"torchvision:{name}", _torchvision_with(name)
     if channels != 3:
-        raise ValueError(f"model {full!r} takes images of 3 channels, not of {channels}: ours and timm's take any")
-    # With auxiliary heads these two return tuples in training, and without their own initialisation one of them warns.
+        raise ValueError(
+            f"model {full!r} accepts images of 3 channels, not of {channels}: use one of our models or timm's"
+        )
+    # With auxiliary heads these two return tuples in training mode; without `init_weights` one of them warns.
     settings = {"aux_logits": False, "init_weights": True} if name in {"googlenet", "inception_v3"} else {}
     if not pretrained:
         return models.get_model(name, weights=None, num_classes=classes, **settings)
-    with _had(f"the pretrained weights of {full!r}", "give a file of weights, or set TORCH_HOME to a filled cache"):
+    with _loading(f"the pretrained weights of {full!r}", "give a file of weights, or set TORCH_HOME to a filled cache"):
         model = models.get_model(name, weights="DEFAULT")
     if name == "inception_v3":
         model.aux_logits, model.AuxLogits = False, None
@@ -161,16 +163,16 @@ def _timm(name: str, classes: int, channels: int, pretrained: bool) -> nn.Module
     if not pretrained:
         return timm.create_model(name, **settings)
     if not timm.models.is_model_pretrained(name.partition(".")[0]):
-        raise ValueError(f"model {full!r} has no pretrained weights: give a file of them, or none")
+        raise ValueError(f"model {full!r} has no pretrained weights: give a file with weights, or leave --weights out")
     with (
-        _had(f"the pretrained weights of {full!r}", "give a file of weights, or set HF_HOME to a filled cache"),
+        _loading(f"the pretrained weights of {full!r}", "give a file of weights, or set HF_HOME to a filled cache"),
         _hub(None),
     ):
         return timm.create_model(name, pretrained=True, **settings)
 
 
 def _torchvision_with(name: str) -> Any:
-    """The models of torchvision, among which is `name`."""
+    """Import torchvision's models, and check that `name` is one of them."""
     models = _package("torchvision", f"model 'torchvision:{name}'").models
     known = models.list_models(module=models)
     if name not in known:
@@ -179,7 +181,7 @@ def _torchvision_with(name: str) -> Any:
 
 
 def _timm_with(name: str) -> Any:
-    """Timm, which has the architecture and the tag of `name`."""
+    """Import timm, and check that it has the architecture and the tag of `name`."""
     timm = _package("timm", f"model 'timm:{name}'")
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
@@ -198,7 +200,7 @@ def _hugging_face(name: str, classes: int, pretrained: bool) -> Logits:
     transformers = _package("transformers", f"model {full!r}")
     place = _place(name)
     classifier = transformers.AutoModelForSequenceClassification
-    with _had(f"model {full!r}", _HF_REMEDY), _hub(place), _quiet(transformers.logging):
+    with _loading(f"model {full!r}", _HF_REMEDY), _hub(place), _quiet(transformers.logging):
         config = transformers.AutoConfig.from_pretrained(place, num_labels=classes, trust_remote_code=False)
         if pretrained:
             network = classifier.from_pretrained(
@@ -206,17 +208,19 @@ def _hugging_face(name: str, classes: int, pretrained: bool) -> Logits:
             )
         else:
             network = classifier.from_config(config, trust_remote_code=False)
-    # It comes in the precision of its file, and in evaluation mode.
+    # It is loaded in the precision of its file, and in evaluation mode.
     return Logits(network.float()).train()
 
 
 def _place(name: str) -> str:
-    """The local folder or the hub's name behind `hf:`."""
+    """Return the local folder or the name on the hub after `hf:`."""
     folder = Path(name).expanduser()
     if name and folder.is_dir():
         return str(folder)
     if not name or name[0] in "./~" or name.count("/") > 1:
-        raise ValueError(f"model 'hf:{name}' is no folder here, nor a name of the hub, as hf:bert-base-uncased")
+        raise ValueError(
+            f"model 'hf:{name}' is neither a local folder nor a name on the hub, such as hf:bert-base-uncased"
+        )
     return name
 
 
@@ -229,19 +233,19 @@ def _package(package: str, what: str) -> Any:
 
 
 def _unknown_of(source: str, name: str, known: Iterable[str]) -> ValueError:
-    """The error for a name that `source` does not know, with some of the nearest: it may know a thousand."""
+    """Return the error for an unknown name, with the most similar names only: `source` may know a thousand."""
     nearest = get_close_matches(name, list(known), 6, cutoff=0)
     return unknown("model", f"{source}:{name}", [f"{source}:{near}" for near in nearest])
 
 
 @contextmanager
-def _had(what: str, remedy: str) -> Generator[None]:
-    """Makes one line of a failure inside: of no network, an unknown name, a file that is missing or broken."""
+def _loading(what: str, remedy: str) -> Generator[None]:
+    """Turn an error in the block into a message of one line: no network, an unknown name, a missing or broken file."""
     try:
         yield
-    # Each library raises its own of a dozen unrelated classes here, those of its HTTP client included.
+    # The libraries raise a dozen unrelated types here, including those of their HTTP clients.
     except Exception as error:
-        raise ValueError(f"{what} cannot be had ({_line(error)}): {remedy}") from error
+        raise ValueError(f"{what} cannot be loaded ({_line(error)}): {remedy}") from error
 
 
 def _line(error: Exception) -> str:
@@ -250,9 +254,9 @@ def _line(error: Exception) -> str:
 
 @contextmanager
 def _hub(place: str | None) -> Generator[None]:
-    """Hugging Face's hub, in its offline mode where it cannot be reached: it would try six times, 23 s for each file.
+    """Set Hugging Face's hub to offline mode if it cannot be reached; else it would try six times, 23 s for each file.
 
-    Offline it reads its cache, if that has what is asked for. A `place` that is a folder needs no hub.
+    In offline mode it reads its cache. A `place` that is a folder needs no hub.
     """
     constants: Any = import_module("huggingface_hub.constants")
     utils: Any = import_module("huggingface_hub.utils")
@@ -270,7 +274,7 @@ def _hub(place: str | None) -> Generator[None]:
 
 @contextmanager
 def _quiet(logging: Any) -> Generator[None]:
-    """No report that the head is fresh, which is meant."""
+    """Suppress the report that the head is newly initialised, which is intended."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -280,7 +284,7 @@ def _quiet(logging: Any) -> Generator[None]:
 
 
 def _renew_head(model: nn.Module, classes: int) -> None:
-    """Puts a fresh head in the place of the last layer with weights, if that is for another number of classes."""
+    """Replace the last layer with weights by a new head, if it has another number of classes."""
     layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
     name, old = layers[-1]
     bias = old.bias is not None
@@ -292,7 +296,7 @@ def _renew_head(model: nn.Module, classes: int) -> None:
 
 
 def _read(path: str) -> dict[str, Tensor]:
-    """The state dict in a file, without what `DistributedDataParallel`, Lightning and `Logits` put around its names."""
+    """Load the state dict in a file, without the prefixes of `DistributedDataParallel`, Lightning and `Logits`."""
     wanted = "give the path of a file that torch.save(model.state_dict(), path) wrote, or 'pretrained'"
     if path.endswith(".safetensors"):
         load = _package("safetensors.torch", f"the file {path!r}").load_file
@@ -302,7 +306,7 @@ def _read(path: str) -> dict[str, Tensor]:
         loaded = load(path)
     except OSError as error:
         raise ValueError(f"weights {path!r} cannot be read ({error.strerror or _line(error)}): {wanted}") from error
-    # A broken file fails wherever its bytes lead the reader.
+    # A broken file can raise errors of any type.
     except Exception as error:
         raise ValueError(f"weights {path!r} are not a file of tensors alone ({_line(error)}): {wanted}") from error
     if isinstance(loaded, Mapping) and "state_dict" in loaded:
@@ -317,7 +321,7 @@ def _read(path: str) -> dict[str, Tensor]:
 
 
 def _fit(model: nn.Module, state: dict[str, Tensor], classes: int, complaint: str) -> None:
-    """Loads `state` into `model`, but for a head that differs in the number of classes and in nothing else."""
+    """Load `state` into `model`, except a head that differs in the number of classes only."""
     own = {name: tensor.shape for name, tensor in model.state_dict().items()}
     reshaped = {
         name: (tensor.shape, own[name]) for name, tensor in state.items() if tensor.shape != own.get(name, tensor.shape)

@@ -1,6 +1,7 @@
-"""Catalogue: every method of the library, how it is written, where it is from, and what it costs.
+"""Catalogue: every method of the library with its expression, source and cost.
 
-`bisam methods` prints it, the docs have it as a page, recipes take methods from it; a test counts its costs.
+`bisam methods` prints it, the documentation shows it as a page, and recipes name methods by its keys. A test counts the
+costs.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from bisam.experiments.recipes.entries import Entry, arxiv
+from bisam.objectives import NegLog, Tanh
 
 _FORET, _KWON, _XIE = arxiv("2010.01412"), arxiv("2102.11600"), arxiv("2407.12993")
 
@@ -25,10 +27,25 @@ _SAMPA = Entry(
     family="saving",
 )
 
+PLAIN = "sgd"
+"""Key of plain training, which perturbs nothing."""
+BASELINE = "sam"
+"""Key of the method that others are compared with by default."""
+
 METHODS: dict[str, Entry] = {
-    # What everything is compared with.
-    "sgd": Entry("SGD", "ERM()", "the plain loss", gradients="1", memory=0, rho=None, advice="", family="plain"),
-    "sam": Entry(
+    # Plain training, and the method that all others change.
+    PLAIN: Entry(
+        "SGD",
+        "ERM()",
+        "the plain loss",
+        gradients="1",
+        memory=0,
+        rho=None,
+        advice="",
+        family="plain",
+        own_fields=("epochs",),
+    ),
+    BASELINE: Entry(
         "SAM", "SAM(L2({rho}))", "climb the training loss in a ball", "Foret et al., 2021", _FORET, family="plain"
     ),
     # Another adversary.
@@ -40,6 +57,7 @@ METHODS: dict[str, Entry] = {
         _XIE,
         advice="SAM's; mu 1",
         family="adversary",
+        bound=NegLog,
     ),
     "bisam_tanh": Entry(
         "BiSAM (tanh)",
@@ -49,6 +67,7 @@ METHODS: dict[str, Entry] = {
         _XIE,
         advice="SAM's; mu 10, alpha 0.1",
         family="adversary",
+        bound=Tanh,
     ),
     "abisam_log": Entry(
         "A-BiSAM (-log)",
@@ -59,6 +78,7 @@ METHODS: dict[str, Entry] = {
         rho=2.0,
         advice="ASAM's",
         family="adversary",
+        bound=NegLog,
     ),
     "abisam_tanh": Entry(
         "A-BiSAM (tanh)",
@@ -69,6 +89,7 @@ METHODS: dict[str, Entry] = {
         rho=2.0,
         advice="ASAM's",
         family="adversary",
+        bound=Tanh,
     ),
     "ebisam": Entry(
         "E-BiSAM (-log)",
@@ -81,6 +102,7 @@ METHODS: dict[str, Entry] = {
         memory=2,
         advice="ESAM's",
         family="adversary",
+        bound=NegLog,
     ),
     "gbisam": Entry(
         "G-BiSAM (-log)",
@@ -92,6 +114,7 @@ METHODS: dict[str, Entry] = {
         memory=2,
         advice="GSAM's",
         family="adversary",
+        bound=NegLog,
     ),
     # Another neighbourhood or direction.
     "asam": Entry(
@@ -371,9 +394,10 @@ METHODS: dict[str, Entry] = {
         rho=0.01,
         advice="0.01",
         family="around",
+        own_fields=("momentum", "weight_decay"),
     ),
 }
-"""By their names on the command line."""
+"""Methods by their names on the command line."""
 
 GAMES: dict[str, Entry] = {
     "eg": Entry(
@@ -397,4 +421,4 @@ GAMES: dict[str, Entry] = {
         family="games",
     ),
 }
-"""For min-max problems: not sharpness-aware, and on the same floors."""
+"""Methods for min-max problems: not sharpness-aware, with the same interface."""

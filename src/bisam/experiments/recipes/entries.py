@@ -1,4 +1,4 @@
-"""Entries: a method as a row of the catalogue, and rows as a page."""
+"""Entries: rows of the catalogue of methods, and the page of the documentation that shows them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ import string
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from bisam.objectives import NegLog, Tanh
+from bisam.perturbations import Adaptive
+
+SETTINGS = ("rho", "mu", "alpha", "eta")
+"""Fields of a recipe that set a value in the expression of its method."""
 
 FAMILIES = {
     "plain": "plain",
@@ -27,18 +33,18 @@ CAPTION = (
 
 @dataclass(frozen=True)
 class Entry:
-    """A method of the catalogue. Costs are formulas of its settings, with n the examples in a batch."""
+    """A method of the catalogue. Costs are formulas of its settings; n is the number of examples in a batch."""
 
     name: str
-    """As the field writes it."""
+    """Name in the literature."""
     expression: str
-    """Template of the expression; what is in braces are settings of a recipe."""
+    """Template of the expression; settings of a recipe stand in braces."""
     what: str
-    """In a few words."""
+    """Description in a few words."""
     reference: str = ""
     """Author-year."""
     url: str = ""
-    """Where the reference is."""
+    """Address of the reference."""
     gradients: str = "2"
     """Gradient evaluations of a batch in a step, on average; "1 to 2" where it depends on the run."""
     forwards: str = "0"
@@ -46,40 +52,48 @@ class Entry:
     memory: float = 1
     """Tensors of the size of the weights that are held while the model runs, more than in plain training."""
     state: str = ""
-    """What of that is remembered between steps."""
+    """The part of that memory that is kept between steps."""
     kept: float = 0
-    """Its size, in weights."""
+    """Size of the state, in tensors of the size of the weights."""
     rho: float | None = 0.05
-    """Default radius, or what stands in its place."""
+    """Default radius, or the number that takes its place; None for methods without perturbation."""
     advice: str = "0.05 to 0.2"
-    """What to set it to."""
+    """Recommended values of rho."""
     family: str = "geometry"
-    """What is done to SAM: the key of `FAMILIES`."""
+    """Kind of change to SAM: a key of `FAMILIES`."""
+    bound: type[NegLog] | type[Tanh] | None = None
+    """Lower bound of the 0-1 loss in the expression; the defaults of mu and alpha are its own."""
+    own_fields: tuple[str, ...] = ()
+    """Fields of recipes that come with the method: it is compared with methods that differ in them."""
 
     @property
     def cost(self) -> str:
-        """Gradients and forward passes."""
+        """Gradients and forward passes of a step, as a formula."""
         return self.gradients + (f" + {self.forwards} f" if self.forwards != "0" else "")
 
     @property
     def settings(self) -> set[str]:
-        """The settings of a recipe that the expression takes."""
+        """The fields of a recipe that the expression takes."""
         return {name for _, name, _, _ in string.Formatter().parse(self.expression) if name}
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Default values of the settings: the entry's own radius, and the library's defaults."""
+        values = {"rho": self.rho, "mu": getattr(self.bound, "mu", None), "alpha": Tanh.alpha, "eta": Adaptive.eta}
+        return {name: value for name, value in values.items() if name in self.settings}
 
     def written(self, **settings: Any) -> str:
         """The expression with these settings in place of the defaults."""
-        values: dict[str, Any] = {"rho": self.rho, "eta": 0.0, "mu": 10.0 if "Tanh" in self.expression else 1.0}
-        values |= {"alpha": 0.1} | {k: v for k, v in settings.items() if v is not None}
-        return self.expression.format(**values)
+        return self.expression.format(**{**self.defaults, **{k: v for k, v in settings.items() if v is not None}})
 
 
 def arxiv(number: str) -> str:
-    """Where an arXiv paper is."""
+    """Address of an arXiv paper."""
     return f"https://arxiv.org/abs/{number}"
 
 
 def page(methods: Mapping[str, Entry], games: Mapping[str, Entry]) -> str:
-    """The page of methods for the docs."""
+    """The page of methods for the documentation."""
     head = [
         "# Methods",
         "",

@@ -1,4 +1,4 @@
-"""Expressions: a method as text, as one would write it in Python, and nothing else that Python can do.
+"""Expressions: a method as text, in the syntax of Python calls and arithmetic, and nothing else of Python.
 
 KSAM(32, RSAM(0.01, EBiSAM(0.1)))
 GSAM(L2(Follow(optimizer, high=0.4, low=0.1)))
@@ -51,20 +51,21 @@ VOCABULARY: dict[str, Callable[..., Any]] = {
     and callable(value)
     and (name[0].isupper() or name in ("next_step", "cross_entropy"))
     and name not in _HIDDEN
-} | {"lookahead": bisam.next_step}  # as recipes of version 0.1 spell it
-"""What an expression may call: methods, perturbations, masks, schedules, bounds, `next_step`."""
+} | {"lookahead": bisam.next_step}  # the spelling of bisam 0.1, for its run folders
+"""Callables of expressions: methods, perturbations, masks, schedules, bounds, `next_step`."""
 
 
 def build(expression: str, **names: Any) -> Method:
     """The method that an expression describes.
 
     Args:
-        expression: calls of the names in `VOCABULARY` with numbers, strings, None, sums and products, each other and
-            `names`.
-        **names: what it may speak of besides, such as the optimizer.
+        expression: calls of the names in `VOCABULARY`. Their arguments are numbers, strings, None, arithmetic, other
+            calls, and `names`.
+        **names: values that the expression may use besides, such as the optimizer.
 
     Raises:
-        ValueError: it is no such expression, or an argument has a value that the method refuses; with what and where.
+        ValueError: the expression has another form, or an argument has a value that its method refuses; the message
+            names it.
     """
     if len(expression) > _LONGEST:
         raise ValueError(f"an expression has at most {_LONGEST} characters, got {len(expression)}")
@@ -82,19 +83,30 @@ def build(expression: str, **names: Any) -> Method:
 
 
 @cache
-def check(expression: str, batch_size: int) -> None:
-    """Make sure that an expression describes a method, by one step on a toy, before there is a run.
+def check(expression: str) -> None:
+    """Check syntax, names and arguments of an expression; no gradient is computed.
+
+    Raises:
+        ValueError: see `build`.
+    """
+    weight = nn.Parameter(torch.empty(0))  # an optimizer needs one
+    build(expression, optimizer=torch.optim.SGD([weight], lr=0.1), **_run(_UNKNOWN_STEPS))
+
+
+@cache
+def check_step(expression: str, batch_size: int) -> None:
+    """Check that the method of an expression can take a step, by one step on a small model.
 
     Args:
         expression: see `build`.
         batch_size: examples in a step.
 
     Raises:
-        ValueError: see `build`; or the step fails, and why.
+        ValueError: see `build`; or the step fails, and the message gives the reason.
     """
     try:
-        toy(expression, batch_size, 1)
-    except Exception as error:  # whatever it is that stands in a method's place
+        take_steps(expression, batch_size, 1)
+    except Exception as error:  # an expression can put any callable in the place of a method
         raise (
             error
             if isinstance(error, ValueError) and expression in str(error)
@@ -102,21 +114,24 @@ def check(expression: str, batch_size: int) -> None:
         ) from error
 
 
-def toy(
+_UNKNOWN_STEPS = 10**9  # stands for the steps of a run before they are known
+
+
+def take_steps(
     expression: str,
     batch_size: int,
     steps: int,
-    around: Callable[[Method], Method] = lambda method: method,
-    run: int = 10**9,
+    wrap: Callable[[Method], Method] = lambda method: method,
+    total: int = _UNKNOWN_STEPS,
 ) -> None:
-    """Take steps with a method on a toy.
+    """Take steps with a method on a small model.
 
     Args:
         expression: see `build`.
         batch_size: examples in a step.
-        steps: how many.
-        around: what to put around the method, to watch it.
-        run: steps that it is told the whole run has.
+        steps: number of steps.
+        wrap: puts a wrapper around the method, for example one that counts its queries.
+        total: steps of the whole run, for methods that depend on it.
 
     Raises:
         ValueError: see `build`.
@@ -124,10 +139,14 @@ def toy(
     with torch.random.fork_rng([]):
         model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        method = build(expression, optimizer=optimizer, steps=run, epoch=10**6, examples=10**9)
-        sharp = SharpnessAware(model, around(method), bisam.cross_entropy)
+        method = build(expression, optimizer=optimizer, **_run(total))
+        sharp = SharpnessAware(model, wrap(method), bisam.cross_entropy)
         for _ in range(steps):
             sharp(torch.randn(batch_size, 2), torch.zeros(batch_size, dtype=torch.long)).backward()
+
+
+def _run(steps: int) -> dict[str, int]:
+    return {"steps": steps, "epoch": 10**6, "examples": 10**9}
 
 
 _LONGEST = 1000

@@ -1,13 +1,16 @@
 """Presets: the papers' settings, as recipes to start from.
 
-What the facts of the papers do not say is marked [MEM] where it is recollected, and [OURS] where we chose it.
+Values that the papers do not give are marked [MEM] where they are recollected, and [OURS] where they were chosen here.
 """
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 from bisam.experiments.errors import unknown
+from bisam.experiments.recipes.entries import SETTINGS
 from bisam.experiments.recipes.recipe import Recipe
 
 CIFAR = Recipe(
@@ -25,7 +28,7 @@ CIFAR = Recipe(
 """CIFAR as in Xie et al. (2024), section 4.1; the numbers are the defaults of their code."""
 
 AUTHORS = replace(CIFAR, cutout=True)
-"""CIFAR as the BiSAM authors' code does it, which is the paper and Cutout."""
+"""CIFAR as in the BiSAM authors' code: the paper's settings and Cutout."""
 
 IMAGENET = Recipe(  # epochs, learning rate, batch, micro-batch: [MEM]
     dataset="imagenet",
@@ -59,6 +62,9 @@ VIT = Recipe(
 )
 """Fine-tuning ViT-B/16 as in Xie et al. (2024), table 6."""
 
+GLUE = ("cola", "sst2", "mrpc", "qqp", "mnli", "qnli", "rte", "wnli")
+"""The tasks of GLUE that are classifications: all but STS-B."""
+
 BERT = Recipe(  # learning rate, batch, epochs and the radii: [MEM]; weight decay and no warm-up: [OURS]
     dataset="glue:rte",
     model="hf:bert-base-uncased",
@@ -76,30 +82,23 @@ BERT = Recipe(  # learning rate, batch, epochs and the radii: [MEM]; weight deca
 """Fine-tuning BERT-base on GLUE as in Xie et al. (2024), table 7."""
 
 PRESETS = {"paper": CIFAR, "authors": AUTHORS, "imagenet": IMAGENET, "vit": VIT, "bert": BERT}
-"""By name."""
+"""Presets by their names on the command line."""
 
 
-def with_preset(arguments: list[str]) -> list[str]:
-    """The arguments of `train`, and in place of `--preset NAME` the flags of its fields that were not given.
+def started(preset: str | None, given: Mapping[str, Any]) -> Recipe:
+    """The recipe of a preset, or the default recipe, with other values of some fields.
+
+    Args:
+        preset: key of `PRESETS`, or None.
+        given: fields and their values. A method here comes with its own settings: where they have no values here, rho,
+            mu, alpha and eta are its defaults and not the preset's.
 
     Raises:
-        ValueError: the name is unknown.
+        ValueError: the preset is unknown, or a value is refused.
     """
-    given = [a.split("=", 1) for a in arguments]
-    at = next((i for i, a in enumerate(given) if a[0] == "--preset"), None)
-    if arguments[:1] != ["train"] or at is None or (len(given[at]) == 1 and at + 1 == len(arguments)):
-        return arguments
-    name = given[at][1] if len(given[at]) == 2 else arguments[at + 1]
-    if name not in PRESETS:
-        raise unknown("preset", name, PRESETS)
-    flags = {"--" + a[0].lstrip("-").replace("_", "-").removeprefix("no-") for a in given if a[0].startswith("--")}
-    spelt = {"method": {"--optim"}, "learning_rate": {"--lr"}}
-    more: list[str] = []
-    for field in fields(Recipe):
-        value, flag = getattr(PRESETS[name], field.name), "--" + field.name.replace("_", "-")
-        if value == field.default or flags & {flag, *spelt.get(field.name, ())}:
-            continue
-        if field.name in ("rho", "mu", "alpha", "eta") and flags & {"--method", "--optim"}:
-            continue  # the method's own
-        more += [flag if value else f"--no-{flag[2:]}"] if isinstance(value, bool) else [flag, str(value)]
-    return [*arguments, *more]
+    if preset is None:
+        return Recipe(**given)
+    if preset not in PRESETS:
+        raise unknown("preset", preset, PRESETS)
+    unset: dict[str, Any] = dict.fromkeys(SETTINGS) if "method" in given else {}
+    return replace(PRESETS[preset], **{**unset, **given})

@@ -1,7 +1,7 @@
 """Recipe: everything that decides the outcome of a training run, as one value.
 
-The command line's flags are its fields, a run folder's `recipe.json` is its text, and the folder's name ends in its
-fingerprint: the three cannot drift apart.
+The flags of `bisam train` are derived from its fields, the file `recipe.json` of a run folder holds it as text, and the
+folder's name ends in its fingerprint.
 
     recipe = Recipe(method="bisam_log", noise=0.4, seed=1)
     recipe.slug          # "bisam_log-noise-0.4-1f0c22e9"
@@ -12,48 +12,35 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Annotated, Any
+from typing import Any
 
-from cyclopts import Parameter, Token
-
-from bisam.experiments.errors import unknown
-from bisam.experiments.recipes.catalogue import METHODS
-from bisam.experiments.recipes.expressions import VOCABULARY, build, check
+from bisam.experiments.errors import RunError, unknown
+from bisam.experiments.recipes.catalogue import METHODS, PLAIN
+from bisam.experiments.recipes.entries import SETTINGS
+from bisam.experiments.recipes.expressions import VOCABULARY, build, check, check_step
 from bisam.methods import Method
 from bisam.validation import non_negative, positive
 
-
-def whole(type_: Any, tokens: Sequence[Token]) -> int:
-    """A flag's value as a whole number; the command line would else round 1.5 to 2.
-
-    Raises:
-        ValueError: it is none.
-    """
-    try:
-        return int(tokens[0].value)
-    except ValueError:
-        raise ValueError(f"{tokens[0].value!r} is not a whole number") from None
-
-
-Whole = Annotated[int, Parameter(converter=whole)]
+VERSION = 1
+"""Latest version of the meaning of the fields; see `Recipe.version`."""
 
 CHOICES = {
     "optimizer": ("sgd", "adamw"),
     "schedule": ("cosine", "linear", "constant"),
     "precision": ("32", "bf16", "16", "64"),
 }
-"""The values of the fields that take one of a few."""
+"""Allowed values of the fields that take one of a few."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One training run.
+    """One training run. Making one checks its fields and computes nothing; `check_trainable` tries its method.
 
     Raises:
-        TypeError: a field that is a number is given something else.
-        ValueError: a field is outside its range.
+        TypeError: a field that is a number is given another type.
+        ValueError: a field is outside its range, or the method is not valid.
+        RunError: the version is later than this bisam knows.
     """
 
     dataset: str = "digits"
@@ -61,64 +48,76 @@ class Recipe:
     model: str = "convnet"
     """Network: a name from `bisam list`, torchvision:NAME, timm:NAME or hf:NAME."""
     weights: str | None = None
-    """Where the model starts: "pretrained", a file of weights, or by default anew."""
-    method: Annotated[str, Parameter(alias="--optim")] = "bisam_log"
-    """How the gradient is computed: a name from `bisam methods`, or an expression such as "KSAM(32, BiSAM(0.1))"."""
+    """Initial weights: "pretrained", a file of weights, or by default random."""
+    method: str = "bisam_log"
+    """Method of the gradient: a name from `bisam methods`, or an expression such as "KSAM(32, BiSAM(0.1))"."""
     noise: float = 0.0
     """Share of the training labels that are replaced by another class, in [0, 1)."""
-    limit: Whole | None = None
-    """At most so many training examples, and as many validation and test examples."""
+    limit: int | None = None
+    """Largest number of training examples, of validation examples and of test examples."""
     augment: bool = True
-    """Random crops and flips of the training images (digits have none)."""
+    """Random crops and flips of the training images (not for digits)."""
     cutout: bool = False
-    """With the augmentation, blank a square of 16 pixels in half of the images (CIFAR), as the BiSAM authors do."""
-    image_size: Whole = 224
-    """Side of the images that are read from files, in pixels."""
-    max_length: Whole = 128
-    """Tokens of a text; longer ones are cut."""
+    """Blank a square of 16 pixels in half of the augmented images (CIFAR), as the BiSAM authors do."""
+    image_size: int = 224
+    """Side of images that are read from files, in pixels."""
+    max_length: int = 128
+    """Largest number of tokens of a text; longer texts are truncated."""
     rho: float | None = None
     """Radius of the neighbourhood; its default depends on the method, see `bisam methods`."""
     mu: float | None = None
-    """Sharpness of BiSAM's soft maximum; by default 1 for -log and 10 for tanh."""
+    """Sharpness of BiSAM's soft maximum; its default depends on the bound, see `bisam methods`."""
     alpha: float | None = None
-    """Slope of the tanh bound; by default 0.1."""
+    """Slope of the tanh bound; for its default see `bisam methods`."""
     eta: float | None = None
-    """Added to |w| in the adaptive methods; by default 0."""
-    epochs: Whole = 30
+    """Constant added to |w| in the adaptive methods; for its default see `bisam methods`."""
+    epochs: int = 30
     """Passes over the training data (the digits study gives SGD twice as many)."""
-    batch_size: Whole = 64
+    batch_size: int = 64
     """Examples per step."""
-    accumulate: Whole = 1
-    """Losses that are averaged for one step of the optimizer; each is of `batch_size` examples."""
+    accumulate: int = 1
+    """Number of losses, each over `batch_size` examples, that are averaged for one step of the optimizer."""
     optimizer: str = "sgd"
     """Base optimizer: sgd or adamw."""
-    learning_rate: Annotated[float, Parameter(alias="--lr")] = 0.1
+    learning_rate: float = 0.1
     """Highest learning rate."""
     schedule: str = "cosine"
-    """How the learning rate falls to 0: cosine (epoch by epoch), linear (step by step); or constant."""
-    warmup: Whole = 0
-    """Optimizer steps in which the learning rate rises evenly to its highest (linear and constant schedules)."""
+    """Schedule of the learning rate: cosine (to 0, per epoch), linear (to 0, per step) or constant."""
+    warmup: int = 0
+    """Optimizer steps of linear warm-up of the learning rate (linear and constant schedules)."""
     momentum: float = 0.9
-    """Momentum of SGD; AdamW has its own."""
+    """Momentum of SGD; AdamW does not use it."""
     weight_decay: float = 5e-4
     """Weight decay on all parameters."""
     label_smoothing: float = 0.0
-    """Smoothing of the descent loss, spread over the wrong classes as in the BiSAM authors' code."""
+    """Label smoothing of the descent loss, over the wrong classes as in the BiSAM authors' code."""
     clip: float | None = None
-    """Largest norm of the gradient of all parameters; by default it is not clipped."""
+    """Largest norm of the gradient of all parameters; by default gradients are not clipped."""
     ema: float | None = None
-    """Decay of an average of the weights that is tested too, in (0, 1); by default there is none."""
+    """Decay of an average of the weights that is tested too, in (0, 1); by default there is no average."""
     precision: str = "32"
-    """Precision of the model's arithmetic: 32, bf16 or 16 (autocast; the weights stay float32), or 64."""
+    """Precision of the model: 32, bf16 or 16 (autocast; the weights stay float32), or 64."""
     channels_last: bool = False
-    """Lay images out with the channels last, which most devices prefer for convolutions."""
+    """Store images in the channels-last memory format, which is faster for convolutions on most devices."""
     compile: bool = False
     """Compile the model."""
-    seed: Whole = 0
+    seed: int = 0
     """Seed of the initial weights, the label noise and the order of the batches."""
+    version: int = VERSION
+    """Version of the meaning of the fields; no flag sets it.
+
+    A change that alters the results of the same fields raises `VERSION`: new recipes then have another fingerprint.
+    Recipes of earlier versions can be read and reported, in groups of their own; they are not trained.
+    """
 
     def __post_init__(self) -> None:
-        for field in fields(self):  # 1 and 1.0 are one value, and must have one name
+        _require(self.version >= 1, "version", self.version, "at least 1")
+        if self.version > VERSION:
+            raise RunError(
+                f"the recipe has version {self.version}, and this bisam knows versions up to {VERSION}: use the bisam "
+                "that wrote it, or a later one"
+            )
+        for field in fields(self):  # 1 and 1.0 are equal, and must have the same fingerprint
             if "float" in str(field.type) and type(value := getattr(self, field.name)) is int:
                 object.__setattr__(self, field.name, float(value))
         for name in ("epochs", "batch_size", "accumulate", "image_size", "max_length"):
@@ -145,47 +144,81 @@ class Recipe:
 
     def _check_method(self) -> None:
         if "(" in self.method:
-            check(self.method, self.batch_size)
+            check(self.method)
         elif self.method in VOCABULARY:
             raise ValueError(f"method {self.method!r} is no expression: write a call, such as {self.method}()")
         elif self.method not in METHODS:
             raise unknown("method", self.method, METHODS)
         takes = self.settings
-        given = {name for name in ("rho", "eta", "mu", "alpha") if getattr(self, name) is not None}
+        given = {name for name in SETTINGS if getattr(self, name) is not None}
         if idle := sorted(given - takes):
             has = f"it takes {', '.join(sorted(takes))}" if takes else "it has none"
             has = "what it takes is written inside" if "(" in self.method else has
             raise ValueError(f"{idle[0]} is no setting of the method {self.method}: {has}")
 
+    def check_trainable(self) -> None:
+        """Check before a run that the method can take a step on a batch of this size, by one step on a small model.
+
+        Raises:
+            ValueError: the step fails; the message gives the reason.
+            RunError: the recipe has an earlier version, whose results the present code does not reproduce.
+        """
+        if self.version != VERSION:
+            raise RunError(
+                f"the recipe has version {self.version}, and this bisam trains version {VERSION}: start a new run, or "
+                "use the bisam that wrote it"
+            )
+        if self.method not in METHODS:
+            check_step(self.method, self.batch_size)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is plain training, which perturbs nothing."""
+        return self.method == PLAIN
+
     @property
     def settings(self) -> set[str]:
-        """The fields among rho, mu, alpha and eta that its method has; an expression has its values inside."""
+        """The fields among rho, mu, alpha and eta that its method takes; an expression contains its own values."""
         return METHODS[self.method].settings if self.method in METHODS else set()
+
+    def setting(self, name: str) -> Any:
+        """Value of a field; where rho, mu, alpha or eta is not given, the method's default, or None without one."""
+        value = getattr(self, name)
+        if value is not None or name not in self.settings:
+            return value
+        return METHODS[self.method].defaults[name]
+
+    @property
+    def own_fields(self) -> tuple[str, ...]:
+        """Fields that come with its method: it is compared with recipes that differ in them."""
+        return METHODS[self.method].own_fields if self.method in METHODS else ()
 
     @property
     def expression(self) -> str:
         """The method as an expression of the library."""
         if self.method not in METHODS:
             return self.method
-        return METHODS[self.method].written(rho=self.rho, eta=self.eta, mu=self.mu, alpha=self.alpha)
+        return METHODS[self.method].written(**{name: getattr(self, name) for name in SETTINGS})
 
     def build_method(self, **names: Any) -> Method:
         """The library's method that the fields describe.
 
         Args:
-            **names: what its expression may speak of: `optimizer`, `steps` of the run, steps of an `epoch`, training
-                `examples`.
+            **names: values that its expression may use: `optimizer`, `steps` of the run, steps of an `epoch`, number
+                of training `examples`.
 
         Raises:
-            ValueError: the expression does not describe one.
+            ValueError: the expression describes no method.
         """
         return build(self.expression, **names)
 
     @property
     def slug(self) -> str:
-        """Name of the recipe's folder: what people look for, then a fingerprint of everything but the seed."""
-        # Of the fields with their defaults, so that a field that is added later changes no name.
-        changed = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
+        """Name of the recipe's folder: its main fields, then a fingerprint of all fields but the seed."""
+        # Fields with their default are left out, so that a field that is added later changes no name. The first version
+        # stays left out when VERSION, the default, has become a later one.
+        defaults = {field.name: field.default for field in fields(self)} | {"version": 1}
+        changed = {name: value for name, default in defaults.items() if (value := getattr(self, name)) != default}
         text = json.dumps({**changed, "seed": 0}, sort_keys=True)
         parts = [self.dataset, self.model, self.method]
         if self.dataset == "digits" and self.model == "convnet":
@@ -194,18 +227,24 @@ class Recipe:
         return f"{name}-noise-{self.noise:g}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Fields and values, for `recipe.json`."""
+        """Names and values of the fields, for `recipe.json`."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Recipe:
-        """The recipe that `to_dict` was called on; fields that a later version added have their defaults.
+        """The recipe whose `to_dict` is `values`; fields that were added since have their defaults.
+
+        The recipe keeps the version that it was made with; text without a version has version 1.
 
         Raises:
             ValueError: a field is unknown, or there is no method.
+            RunError: the version is later than this bisam knows.
         """
         if "method" not in values:
             raise ValueError("it names no method: not a recipe")
+        values = {"version": 1, **values}
+        if isinstance(values["version"], int) and values["version"] > VERSION:
+            return cls(version=values["version"])  # refused there; its other fields may be unknown here
         if foreign := sorted(set(values) - {f.name for f in fields(cls)}):
             raise ValueError(f"unknown field {', '.join(foreign)}: not a recipe, or one of a later version")
         return cls(**values)

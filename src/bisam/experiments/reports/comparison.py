@@ -1,4 +1,4 @@
-"""Comparison: published numbers beside ours for the same quantity."""
+"""Comparison of our results with published numbers for the same quantity."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from math import isnan
 from statistics import mean, stdev
 from typing import Any
 
+from bisam.experiments.recipes.catalogue import BASELINE
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports.differences import baseline, paired
-from bisam.experiments.reports.groups import Groups, setting
+from bisam.experiments.reports.groups import Groups
 from bisam.experiments.studies.published import PUBLISHED, QUANTITIES, Published, Quantity
 
 
 @dataclass(frozen=True)
 class Beside:
-    """A published number beside ours, which is one value for each seed."""
+    """A published number and our values, one for each seed."""
 
     recipe: Recipe
     published: Published
@@ -25,20 +26,20 @@ class Beside:
 
     @property
     def title(self) -> str:
-        """What was measured."""
+        """The quantity that was measured."""
         quantity = QUANTITIES[self.published.quantity]
         return f"{quantity.title}, relative to SAM's" if quantity.relative else quantity.title
 
     @property
     def text(self) -> str:
-        """Ours as people write it."""
+        """Our values as mean ± standard deviation (n)."""
         digits = QUANTITIES[self.published.quantity].digits
         spread = f" ± {stdev(self.ours):.{digits}f}" if len(self.ours) > 1 else ""
         return f"{mean(self.ours):.{digits}f}{spread} ({len(self.ours)})"
 
 
 def beside(groups: Groups) -> list[Beside]:
-    """What is published about recipes as those of `groups`, beside what their runs measured."""
+    """The published numbers that apply to the recipes of `groups`, each with our values."""
     found: list[Beside] = []
     for recipe, runs in groups.items():
         for number in PUBLISHED:
@@ -49,7 +50,7 @@ def beside(groups: Groups) -> list[Beside]:
 
 
 def _fits(recipe: Recipe, where: Mapping[str, Any]) -> bool:
-    return all(setting(recipe, name) == value for name, value in where.items())
+    return all(recipe.setting(name) == value for name, value in where.items())
 
 
 def _ours(quantity: Quantity, recipe: Recipe, runs: Any, groups: Groups) -> tuple[float, ...]:
@@ -58,5 +59,5 @@ def _ours(quantity: Quantity, recipe: Recipe, runs: Any, groups: Groups) -> tupl
     if not quantity.relative:
         values = tuple(of(run) for run in runs)
         return () if any(map(isnan, values)) else values
-    sam = baseline(recipe, groups, ("sam",))
+    sam = baseline(recipe, groups, (BASELINE,))
     return tuple(paired(runs, groups[sam], lambda run, other: of(run) / of(other))) if sam else ()

@@ -1,4 +1,4 @@
-"""Curves: figures of what happens epoch by epoch."""
+"""Figures of quantities by epoch: scores, losses, flipped samples, gradients."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def curves(runs: Sequence[Finished]) -> Figure:
 
 
 def flips(runs: Sequence[Finished]) -> Figure:
-    """Training samples that are right at w and wrong at w + e, per epoch (figure 2 of Xie et al., 2024).
+    """Training samples classified correctly at w and incorrectly at w + e, per epoch (figure 2 of Xie et al., 2024).
 
     Raises:
         ValueError: no run perturbs the weights.
@@ -63,7 +63,7 @@ def flips(runs: Sequence[Finished]) -> Figure:
 
 
 def gradients(runs: Sequence[Finished]) -> Figure:
-    """Validation score against gradients and against time: what each method has reached for what it has spent."""
+    """Validation score against the number of gradients and against time."""
     groups = grouped(runs)
     shown = panels(groups, MANY)
     figure, axes = sheet(2 * len(shown), (5.2, 3.5), columns=_columns(groups, shown))
@@ -93,7 +93,7 @@ def gradients(runs: Sequence[Finished]) -> Figure:
 
 
 def _styled(groups: Groups, shown: Sequence[Panel]) -> list[dict[str, Style]]:
-    """Styles for each panel: the same in all, but where there are too many names."""
+    """Styles for each panel: the same in all panels, unless there are too many names."""
     called = names(groups)
     return [panel.styles if _crowded(groups) else styles(called) for panel in shown]
 
@@ -103,7 +103,7 @@ def _crowded(groups: Groups) -> bool:
 
 
 def _columns(groups: Groups, shown: Sequence[Panel]) -> int:
-    """Of axes in pairs: two pairs beside each other where there are many, and no legends between them."""
+    """Number of columns of axes: two pairs side by side if there are many panels and no legends between them."""
     return 4 if len(shown) > 3 and not _crowded(groups) else 2
 
 
@@ -117,7 +117,7 @@ def _epochs(group: Sequence[Finished], column: str) -> np.ndarray:
 
 
 def _band(ax: Axes, name: str, style: Style, values: np.ndarray, x: np.ndarray | None = None) -> None:
-    """Mean over the runs (n, epochs) with a band of a standard deviation, as far as all runs have the number."""
+    """Plot the mean over the runs (n, epochs) with a band of one standard deviation, where all runs have a value."""
     known = ~np.isnan(values).any(0)
     if not known.any():
         return
@@ -137,7 +137,7 @@ def _by_epoch(ax: Axes) -> None:
 
 
 def _focus(ax: Axes) -> None:
-    """Leave out the first epochs' low scores, which would flatten the rest."""
+    """Set the limits without the low scores of the first epochs, which would compress the rest."""
     lines = [np.asarray(line.get_ydata(), float) for line in ax.get_lines()]
     if not lines:
         return
@@ -147,7 +147,7 @@ def _focus(ax: Axes) -> None:
 
 
 def _share(ax: Axes, panel: Panel) -> None:
-    """A second axis in per cent of the training set, if it is the same in all runs and known."""
+    """Add an axis in per cent of the training set, if its size is known and equal in all runs."""
     examples = {run.result.get("examples") for *_, group in panel.shown for run in group}
     if len(examples) == 1 and (n := examples.pop()):
         share = ax.secondary_yaxis(

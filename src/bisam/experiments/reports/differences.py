@@ -1,4 +1,4 @@
-"""Differences: a recipe against its baseline, seed by seed, with Student's interval of the mean.
+"""Differences between a recipe and its baseline, paired by seed, with Student's interval of the mean.
 
 Runs of one seed share the initial weights, the label noise and the order of the batches, so that their difference
 varies less than either.
@@ -13,17 +13,18 @@ from statistics import mean, stdev
 
 from scipy.special import stdtrit
 
+from bisam.experiments.recipes.entries import SETTINGS
 from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.reports.groups import BROUGHT, SETTINGS, Groups
+from bisam.experiments.reports.groups import Groups
 from bisam.experiments.runs.folder import Finished
 
 Baselines = Sequence[str] | Mapping[str, str]
-"""Methods to compare with, the first that there is; or of each method the one that it is compared with."""
+"""Methods to compare with, in order of preference; or a mapping from each method to its baseline."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean over pairs with its 95 % interval; `low` and `high` are nan where there are less than two pairs."""
+    """A mean over pairs with its 95 % interval; `low` and `high` are nan if there are fewer than two pairs."""
 
     mean: float
     low: float
@@ -46,15 +47,15 @@ def student(values: Sequence[float], level: float = 0.95) -> Difference:
 def paired(
     runs: Iterable[Finished], others: Iterable[Finished], value: Callable[[Finished, Finished], float]
 ) -> list[float]:
-    """`value(run, other)` for each seed that both have."""
+    """`value(run, other)` for each seed that both groups have."""
     by_seed = {other.recipe.seed: other for other in others}
     return [value(run, by_seed[run.recipe.seed]) for run in runs if run.recipe.seed in by_seed]
 
 
 def baseline(recipe: Recipe, recipes: Iterable[Recipe], baselines: Baselines) -> Recipe | None:
-    """The recipe that `recipe` is compared with: of those that share its setting the one that differs least.
+    """The baseline of `recipe`: among the recipes with its setting, the one that differs least.
 
-    None if there is none, if two differ equally little, or if the first baseline is the method of `recipe` itself.
+    None if there is no such recipe, if two differ equally little, or if the first baseline is the method of `recipe`.
     """
     if isinstance(baselines, Mapping):
         baselines = [baselines[recipe.method]] if recipe.method in baselines else []
@@ -71,7 +72,7 @@ def baseline(recipe: Recipe, recipes: Iterable[Recipe], baselines: Baselines) ->
 def differences(
     groups: Groups, baselines: Baselines, key: str = "test_best"
 ) -> dict[Recipe, tuple[Recipe, Difference]]:
-    """For each recipe that has one its baseline, and the mean difference of a result, if they have a seed in common."""
+    """Baseline and mean difference of a result, for each recipe that shares a seed with its baseline."""
     found: dict[Recipe, tuple[Recipe, Difference]] = {}
     for recipe, runs in groups.items():
         other = baseline(recipe, groups, baselines)
@@ -86,4 +87,4 @@ def _unlike(a: Recipe, b: Recipe) -> set[str]:
 
 
 def _free(a: Recipe, b: Recipe) -> set[str]:
-    return {*SETTINGS, *BROUGHT.get(a.method, ()), *BROUGHT.get(b.method, ())}
+    return {"method", *SETTINGS, *a.own_fields, *b.own_fields}

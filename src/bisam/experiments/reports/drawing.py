@@ -1,7 +1,7 @@
-"""Drawing: what all figures share: colours, panels, legends and files.
+"""Drawing tools of all figures: colours, panels, legends and files.
 
-The colours are those that colour-blind readers can tell apart (Okabe and Ito, 2008); lines also differ in dashes and
-markers, so that they can be told apart in grey.
+The colours are safe for colour-blind readers (Okabe and Ito, 2008); lines also differ in dashes and markers, so that
+they can be distinguished in grey.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bisam.experiments.recipes.catalogue import METHODS
+from bisam.experiments.recipes.catalogue import BASELINE, METHODS
 from bisam.experiments.recipes.entries import FAMILIES
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports.groups import Groups, metric, names, place, places
-from bisam.experiments.runs.folder import Finished, write
+from bisam.experiments.runs.files import write
+from bisam.experiments.runs.folder import Finished
 from bisam.experiments.training.metrics import TITLES
 
 BLACK, GREY = "#000000", "#7F7F7F"
@@ -36,7 +37,7 @@ FAMILY_COLOURS = {
     "around": RED,
 }
 MANY = 10
-"""More methods than one panel can tell apart by their lines."""
+"""The number of methods above which one panel cannot distinguish their lines."""
 FORMATS = ("png", "pdf", "svg")
 
 
@@ -69,7 +70,7 @@ _MARKERS = "odvXP<>*hH"
 
 
 def styles(called: Mapping[Recipe, str]) -> dict[str, Style]:
-    """A style for each name: its method's own for the first of a method, and for the others what is left."""
+    """A style for each name: the method's own style for its first name, a free one for the others."""
     found: dict[str, Style] = {}
     for recipe, name in called.items():
         if recipe.method in _KNOWN and _KNOWN[recipe.method] not in found.values():
@@ -88,14 +89,14 @@ def family_colour(recipe: Recipe) -> str:
 
 @dataclass(frozen=True)
 class Panel:
-    """What is drawn on the same axes: recipes with their names and runs."""
+    """The recipes on the same axes, with their names and runs."""
 
     title: str
     shown: list[tuple[Recipe, str, Sequence[Finished]]]
 
     @property
     def styles(self) -> dict[str, Style]:
-        """A style for each name, which other panels may give to another."""
+        """A style for each name of this panel; other panels may use it for another name."""
         return styles({recipe: name for recipe, name, _ in self.shown})
 
     @property
@@ -106,7 +107,7 @@ class Panel:
 
 
 def panels(groups: Groups, most: int | None = None) -> list[Panel]:
-    """A panel for each place; where it has more recipes than `most`, one for each family, with SAM in all of them."""
+    """A panel for each place; if it has more recipes than `most`, one for each family, each with SAM."""
     called, found = names(groups), list[Panel]()
     for at, name in places(groups).items():
         shown = [(recipe, called[recipe], group) for recipe, group in groups.items() if place(recipe) == at]
@@ -115,14 +116,14 @@ def panels(groups: Groups, most: int | None = None) -> list[Panel]:
             continue
         families = {recipe: METHODS[recipe.method].family if recipe.method in METHODS else "" for recipe, *_ in shown}
         for family in dict.fromkeys(families.values()):
-            some = [one for one in shown if families[one[0]] == family or one[0].method == "sam"]
+            some = [one for one in shown if families[one[0]] == family or one[0].method == BASELINE]
             if len(some) > 1:  # not SAM alone
                 found.append(Panel(", ".join(p for p in (name, FAMILIES.get(family, "expressions")) if p), some))
     return found
 
 
 def sheet(count: int, size: tuple[float, float], columns: int = 3, **options: Any) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` axes, each of `size` in inches, at most so many beside each other."""
+    """A figure of `count` axes, each of `size` in inches, in at most `columns` columns."""
     columns = min(columns, count)
     rows = -(-count // columns)
     figure = Figure(figsize=(max(6.4, size[0] * columns), size[1] * rows + 0.9), layout="constrained")
@@ -133,7 +134,7 @@ def sheet(count: int, size: tuple[float, float], columns: int = 3, **options: An
 
 
 def heading(figure: Figure, title: str, groups: Groups, what: str = "mean ± standard deviation") -> None:
-    """Title of a figure, and below it what is the same in all of it."""
+    """Set the title of a figure; the second line names what all its panels share."""
     seeds = sorted({len(group) for group in groups.values()})
     n = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     spread = f"{what} of {n} seeds" if seeds[-1] > 1 else "one seed"
@@ -144,7 +145,7 @@ def heading(figure: Figure, title: str, groups: Groups, what: str = "mean ± sta
 
 
 def families(ax: Axes, groups: Groups) -> None:
-    """Entries of a legend for the families that are there."""
+    """Add a legend entry for each family that occurs."""
     for recipe in groups:
         label = FAMILIES[METHODS[recipe.method].family] if recipe.method in METHODS else "expressions"
         if label not in ax.get_legend_handles_labels()[1]:
@@ -170,18 +171,18 @@ def legend(figure: Figure, axes: Sequence[Axes], shared: bool = True) -> None:
 
 
 def plain(text: str, width: int = 30) -> str:
-    """Text as a figure shows it: no formulas, in lines of at most `width` characters, of which there are few."""
+    """Text for a figure: without formulas, wrapped at `width` characters, with at most four lines."""
     lines = textwrap.wrap(text.replace("$", r"\$"), width) or [""]
     return "\n".join([*lines[:3], "…"] if len(lines) > 4 else lines)
 
 
 def spread(values: Sequence[float]) -> float | None:
-    """Standard deviation, None of less than two values."""
+    """Standard deviation; None for fewer than two values."""
     return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
 def rendered(figure: Figure, format: str = "png") -> bytes:
-    """A figure as a file's content, the same bytes for the same figure.
+    """A figure as the content of a file; equal figures give equal bytes.
 
     Raises:
         ValueError: the format is none of png, pdf, svg.
@@ -196,7 +197,7 @@ def rendered(figure: Figure, format: str = "png") -> bytes:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure; the suffix says which format.
+    """Write a figure; the suffix gives the format.
 
     Raises:
         ValueError: the suffix is none of .png, .pdf, .svg.

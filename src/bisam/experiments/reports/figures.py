@@ -1,4 +1,4 @@
-"""Figures: what a study shows, from run folders and nothing else.
+"""Figures of a study, drawn from run folders only.
 
 figures.save(figures.draw("accuracy", runs), Path("accuracy.svg"))
 """
@@ -6,24 +6,16 @@ figures.save(figures.draw("accuracy", runs), Path("accuracy.svg"))
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import log
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 from bisam.experiments.errors import unknown
 from bisam.experiments.reports.curves import curves as curves, flips as flips, gradients as gradients
 from bisam.experiments.reports.drawing import (
     BLACK,
-    BLUE,
     MANY,
-    ORANGE,
-    RED,
-    SKY,
-    Style,
     families,
     family_colour,
     heading,
@@ -41,11 +33,10 @@ from bisam.experiments.reports.groups import grouped, names, perturbed
 from bisam.experiments.reports.scatter import time as time
 from bisam.experiments.reports.tuning import grid as grid, radius as radius, varied, with_radius
 from bisam.experiments.runs.folder import Finished
-from bisam.objectives import NegLog, Tanh
 
 
 def accuracy(runs: Sequence[Finished]) -> Figure:
-    """Test score by method, with the best-validation and with the last weights; many methods from best to worst."""
+    """Test score by method, with the weights of the best and of the last epoch; many methods are sorted."""
     groups = grouped(runs)
     shown, styled = panels(groups), styles(names(groups))
     many = len(styled) > MANY
@@ -77,31 +68,6 @@ def accuracy(runs: Sequence[Finished]) -> Figure:
     return figure
 
 
-def figure1(runs: Sequence[Finished] = ()) -> Figure:
-    """BiSAM's two lower bounds of the 0-1 loss as functions of a margin, and two upper bounds (Xie et al., 2024).
-
-    No runs are needed.
-    """
-    x = torch.linspace(-3, 3, 601, dtype=torch.float64)
-    drawn = {
-        "BiSAM (-log): 1 − log(1 + exp(γ − F))": (NegLog().phi(x), Style(BLUE, "-")),
-        "BiSAM (tanh): tanh(αF), α = 1": (Tanh(alpha=1.0).phi(x), Style(SKY, "--")),
-        "hinge: max(0, 1 + F)": (F.relu(1 + x), Style(ORANGE, "-.")),
-        "cross-entropy: log(1 + exp F) / log 2": (F.softplus(x) / log(2), Style(RED, (0, (1, 1)))),
-    }
-    figure, (ax,) = sheet(1, (6.4, 4.4))
-    ax.plot([-3, 0, 0, 3], [0, 0, 1, 1], color=BLACK, lw=2, label="0-1 loss: 1 where F > 0")
-    for name, (y, style) in drawn.items():
-        ax.plot(x, y, color=style.colour, ls=style.dashes, lw=1.8, label=name)
-    ax.set_xlim(-3, 3)
-    ax.set_xlabel("margin F of a wrong class over the label")
-    ax.set_ylabel("loss")
-    ax.grid(alpha=0.3)
-    ax.legend(fontsize=9)
-    ax.set_title("Lower bounds of the 0-1 loss, for the ascent, and upper bounds", fontsize=11)
-    return figure
-
-
 figure2 = flips
 
 
@@ -110,26 +76,23 @@ _FIGURES: dict[
 ] = {
     "accuracy": ("Test score by method", accuracy, list),
     "curves": ("Validation score and training loss by epoch", curves, list),
-    "figure1": ("BiSAM's lower bounds of the 0-1 loss, and upper bounds", figure1, list),
     "figure2": ("Training samples that the perturbation flips", flips, perturbed),
     "flips": ("Training samples that the perturbation flips", flips, perturbed),
     "gradients": ("Validation score against gradients and against time", gradients, list),
     "grid": ("Validation score against rho, mu and alpha", grid, varied),
     "radius": ("Validation score against the radius", radius, with_radius),
-    "time": ("Test score against the time of a step", time, list),
+    "time": ("Test score against step time", time, list),
 }
-WHAT = {name: what for name, (what, _, _) in _FIGURES.items()}
-"""What the figures show, by their names."""
-RUNLESS = frozenset({"figure1"})
-"""Those that need no runs."""
+CAPTIONS = {name: caption for name, (caption, _, _) in _FIGURES.items()}
+"""Captions of the figures, by name."""
 
 
 def usable(name: str, runs: Sequence[Finished]) -> list[Finished]:
-    """The runs that a figure shows; where there are none it cannot be drawn, unless it is one of `RUNLESS`."""
+    """The runs that a figure shows; it cannot be drawn without any."""
     return _FIGURES[name][2](runs)
 
 
-def draw(name: str, runs: Sequence[Finished] = ()) -> Figure:
+def draw(name: str, runs: Sequence[Finished]) -> Figure:
     """A figure by its name.
 
     Raises:
@@ -137,7 +100,7 @@ def draw(name: str, runs: Sequence[Finished] = ()) -> Figure:
     """
     if name not in _FIGURES:
         raise unknown("figure", name, _FIGURES)
-    what, function, _ = _FIGURES[name]
-    if name not in RUNLESS and not usable(name, runs):
-        raise ValueError(f"there is no run for {name}: {what}")
+    caption, function, _ = _FIGURES[name]
+    if not usable(name, runs):
+        raise ValueError(f"there is no run for {name}: {caption}")
     return function(runs)

@@ -1,4 +1,4 @@
-"""Groups: finished runs by recipe, in the order of tables and figures, and names that tell recipes apart."""
+"""Groups: finished runs by recipe, in the order of tables and figures, with names that distinguish recipes."""
 
 from __future__ import annotations
 
@@ -10,21 +10,18 @@ from typing import Any, NamedTuple
 
 from bisam.experiments.data import NAMES
 from bisam.experiments.recipes.catalogue import METHODS
-from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.recipes.entries import SETTINGS
+from bisam.experiments.recipes.recipe import VERSION, Recipe
 from bisam.experiments.runs.folder import Finished
 
 Groups = Mapping[Recipe, Sequence[Finished]]
 """The runs of each recipe, by seed; as keys recipes have seed 0."""
 
-SETTINGS = ("method", "rho", "mu", "alpha", "eta")
-"""The fields that say how the gradient is computed."""
-BROUGHT: dict[str, tuple[str, ...]] = {"sgd": ("epochs",), "bsam": ("momentum", "weight_decay")}
-"""Fields that a method brings along: it is compared with others that differ there."""
 _FIELDS = [field.name for field in fields(Recipe) if field.name not in ("method", "seed")]
 
 
 class Place(NamedTuple):
-    """Where methods meet: a column of the side-by-side table, a panel of a figure."""
+    """A setting in which methods are compared: a column of the side-by-side table, a panel of a figure."""
 
     dataset: str
     model: str
@@ -32,12 +29,12 @@ class Place(NamedTuple):
 
 
 def place(recipe: Recipe) -> Place:
-    """Where a recipe meets others."""
+    """The place of a recipe."""
     return Place(recipe.dataset, recipe.model, recipe.noise)
 
 
 def places(recipes: Iterable[Recipe]) -> dict[Place, str]:
-    """The places in their order, and what tells each from the others: nothing if there is only one."""
+    """The places in order, each with a title that distinguishes it: empty if there is only one."""
     found = list(dict.fromkeys(place(recipe) for recipe in recipes))
     several = [len(set(column)) > 1 for column in zip(*found, strict=True)]
     parts = {at: (at.dataset, at.model, f"label noise {100 * at.noise:g} %") for at in found}
@@ -54,33 +51,34 @@ def grouped(runs: Iterable[Finished]) -> dict[Recipe, list[Finished]]:
 
 def perturbed(runs: Iterable[Finished]) -> list[Finished]:
     """The runs whose method perturbs the weights."""
-    return [run for run in runs if run.recipe.method != "sgd"]
+    return [run for run in runs if not run.recipe.is_plain]
 
 
 def title(recipe: Recipe) -> str:
-    """A method as people write it: its name, or the expression."""
-    if recipe.method == "sgd" and recipe.optimizer == "adamw":
+    """The name of a method, or its expression."""
+    if recipe.is_plain and recipe.optimizer == "adamw":
         return "AdamW"
     return METHODS[recipe.method].name if recipe.method in METHODS else recipe.method
 
 
 def names(recipes: Iterable[Recipe]) -> dict[Recipe, str]:
-    """Recipes in few words: the method, and what tells it from others of its kind in the same place."""
+    """Short names: the method, and the fields that distinguish a recipe from others of its kind in its place."""
     recipes = list(recipes)
     kin: dict[tuple[str, Place], list[Recipe]] = defaultdict(list)
     epochs: dict[Place, Counter[int]] = defaultdict(Counter)
     for recipe in recipes:
         kin[title(recipe), place(recipe)].append(recipe)
-        epochs[place(recipe)][recipe.epochs] += recipe.method != "sgd"
+        epochs[place(recipe)][recipe.epochs] += not recipe.is_plain
     telling: dict[str, set[str]] = defaultdict(set)
     for (kind, _), group in kin.items():
         telling[kind] |= {name for name in _FIELDS if len({getattr(recipe, name) for recipe in group}) > 1}
 
     def words(recipe: Recipe) -> str:
         others, told = epochs[place(recipe)], telling[title(recipe)]
-        times = recipe.epochs / others.most_common(1)[0][0] if recipe.method == "sgd" and others.total() else None
+        times = recipe.epochs / others.most_common(1)[0][0] if recipe.is_plain and others.total() else None
+        told = told | {"version"} if recipe.version != VERSION else told
         shown = [name for name in _FIELDS if name in told and not (name == "epochs" and times)]
-        more = [f"{name.replace('_', ' ')} {setting(recipe, name)}" for name in shown]
+        more = [f"{name.replace('_', ' ')} {recipe.setting(name)}" for name in shown]
         more += [f"{times:g}× epochs"] if times not in (None, 1) else []
         return f"{title(recipe)} ({', '.join(more)})" if more else title(recipe)
 
@@ -88,19 +86,10 @@ def names(recipes: Iterable[Recipe]) -> dict[Recipe, str]:
 
 
 def varying(recipes: Iterable[Recipe]) -> list[str]:
-    """The fields in which recipes differ, but for the method, the seed, and what a method brings along."""
+    """The fields in which recipes differ, except the method, the seed and the fields that belong to a method."""
     recipes = list(recipes)
-    values = {f: {getattr(r, f) for r in recipes if f not in BROUGHT.get(r.method, ())} for f in _FIELDS}
+    values = {f: {getattr(r, f) for r in recipes if f not in r.own_fields} for f in _FIELDS}
     return [name for name, found in values.items() if len(found) > 1]
-
-
-def setting(recipe: Recipe, name: str) -> Any:
-    """The value of a field; of rho, mu, alpha and eta the method's default where none is given, None if it has none."""
-    value = getattr(recipe, name)
-    if value is not None or name not in recipe.settings:
-        return value
-    entry = METHODS[recipe.method]
-    return {"rho": entry.rho, "mu": 10.0 if "Tanh" in entry.expression else 1.0, "alpha": 0.1, "eta": 0.0}[name]
 
 
 def metric(run: Finished) -> str:
@@ -113,8 +102,8 @@ def _order(recipe: Recipe) -> tuple[Any, ...]:
     known = datasets.index(recipe.dataset) if recipe.dataset in NAMES else len(datasets)
     method = methods.index(recipe.method) if recipe.method in METHODS else len(methods)
     at = (known, _natural(recipe.dataset), _natural(recipe.model), recipe.noise)
-    settings = [setting(recipe, name) or 0.0 for name in SETTINGS[1:]]
-    return (*at, method, _natural(recipe.method), recipe.epochs, *settings, recipe.slug)
+    settings = [recipe.setting(name) or 0.0 for name in SETTINGS]
+    return (*at, method, _natural(recipe.method), recipe.epochs, *settings, recipe.version, recipe.slug)
 
 
 def _natural(text: str) -> list[tuple[int, str]]:

@@ -1,7 +1,7 @@
-"""Pages: a report as one HTML file that needs no other, made from its Markdown.
+"""Pages: a report as one self-contained HTML file, converted from its Markdown.
 
-What the Markdown does not mark up stays text: HTML in it is shown, not obeyed. Pictures are inside the file, and its
-policy lets a browser load nothing from elsewhere.
+HTML in the Markdown is shown as text. Images are embedded, and the content security policy forbids loading anything
+else.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from markdown_it.token import Token
 
 
 def html(markdown: str, pictures: Mapping[str, bytes]) -> str:
-    """A page that can be read on its own, in light and in dark, and on a phone; its tables sort by a click on a header.
+    """A self-contained page for light and dark mode and small screens; a click on a header sorts a table.
 
     Args:
         markdown: of the report; its first line is the title.
-        pictures: PNG or SVG by the names that the Markdown has for them; others are left as their descriptions.
+        pictures: PNG or SVG content by file name; images without content are replaced by their captions.
     """
     # Names from run folders reach the Markdown escaped; had they not been, they would be no HTML all the same.
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")

@@ -1,4 +1,4 @@
-"""Scatter: the figure of score against time, with numbers for names where there are many methods."""
+"""Scatter plot of score against step time; with many methods the points are numbered."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from bisam.experiments.runs.folder import Finished
 
 
 def time(runs: Sequence[Finished]) -> Figure:
-    """Score against the time of a step: what each method gives for what it costs; where it is crowded, enlarged."""
+    """Test score against step time, with crowded regions enlarged."""
     groups = grouped(runs)
     shown, called = panels(groups), names(groups)
     by_time = dict.fromkeys(called[recipe] for recipe in sorted(groups, key=lambda r: np.mean(_times(groups[r]))))
@@ -93,7 +93,7 @@ def _numbered(ax: Axes, panel: Panel, numbers: dict[str, int], enlarge: bool) ->
 
 @dataclass(frozen=True)
 class _Cloud:
-    """Points with spread, colour and number."""
+    """Points with standard deviation, colour and number."""
 
     points: np.ndarray
     spreads: np.ndarray
@@ -101,7 +101,7 @@ class _Cloud:
     numbers: list[int]
 
     def draw(self, ax: Axes, shown: np.ndarray, numbered: np.ndarray, reach: float = 0.036) -> None:
-        """Draw those that are `shown`, some with their number beside them, `reach` of the axes apart."""
+        """Draw the points `shown`; those in `numbered` get their number, at least `reach` (in axes units) apart."""
         for i in shown:
             (x, y), (dx, dy), colour = self.points[i], self.spreads[i], self.colours[i]
             ax.errorbar(x, y, dy, dx, fmt="o", color=colour, ms=4, lw=0.8, alpha=0.3, zorder=2)

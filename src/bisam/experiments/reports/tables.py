@@ -1,4 +1,4 @@
-"""Tables from run folders, and from nothing else. Each number is a mean ± standard deviation over n seeds."""
+"""Tables of results, computed from run folders only. Each number is a mean ± standard deviation over n seeds."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from math import isnan, nan
 from statistics import mean, median, stdev
 from typing import Any
 
+from bisam.experiments.recipes.catalogue import BASELINE
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports.comparison import beside
 from bisam.experiments.reports.differences import Baselines, Difference, baseline, differences, paired, student
@@ -21,34 +22,35 @@ from bisam.experiments.reports.groups import (
     names,
     place,
     places,
-    setting,
     title,
     varying,
 )
 from bisam.experiments.runs.folder import Finished
+from bisam.experiments.runs.provenance import RESULT, line, where
 from bisam.experiments.training.metrics import TITLES
 
 Row = dict[str, Any]
 
 CAPTION = (
-    "Test scores times 100, which for an accuracy is per cent: mean ± standard deviation over n seeds, with the "
-    "weights of the epoch of best validation score and with the last ones. The test set was looked at once, at the end "
-    "of each run. Noise is on the training labels only. Seeds vary the initial weights, the noise and the order of the "
-    "batches, not the split. Gradients: batch gradients per step, and forward passes (f) besides, as counted. Time: of "
-    "an epoch, relative to plain training that was measured between the epochs of the same run."
+    "Test scores times 100 (accuracies in per cent): mean ± standard deviation over n seeds, with the weights of the "
+    "epoch with the best validation score (best val.) and with those of the last epoch. The test set was evaluated "
+    "once, at the end of each run. Only the training labels are noisy. Seeds vary the initial weights, the noise and "
+    "the order of the batches, not the split. Gradients: batch gradients per step, as counted, plus forward passes "
+    "(f). Time: duration of an epoch relative to plain training, which was measured between the epochs of the same "
+    "run."
 )
 _FIELDS = {field.name: field.default for field in fields(Recipe) if field.name not in ("method", "seed")}
 _PLACE = ("dataset", "model", "noise")
 _TESTED = {"test_best": "best val.", "test_last": "last", "test_ema": "average"}
-_LISTED = 12  # more names than that are only counted
+_LISTED = 12  # longer lists are given as counts only
 _NONE = Difference(nan, nan, nan, 0)
 
 
-def summary(runs: Iterable[Finished], baselines: Baselines = ("sam",)) -> list[Row]:
+def summary(runs: Iterable[Finished], baselines: Baselines = (BASELINE,)) -> list[Row]:
     """One row for each recipe, scores as shares of 1; nan where there is no number.
 
     Args:
-        runs: what it is about.
+        runs: finished runs.
         baselines: methods to compare with, see `differences.baseline`.
     """
     groups = grouped(runs)
@@ -60,7 +62,7 @@ def summary(runs: Iterable[Finished], baselines: Baselines = ("sam",)) -> list[R
     rows: list[Row] = []
     for recipe, group in groups.items():
         row: Row = {"name": called[recipe], "method": title(recipe)}
-        row |= {name: "" if (value := setting(recipe, name)) is None else value for name in told}
+        row |= {name: "" if (value := recipe.setting(name)) is None else value for name in told}
         row["metric"] = metric(group[0])
         for key in keys:
             row |= _moments(key, [run.result[key] for run in group if key in run.result])
@@ -100,7 +102,7 @@ def header(rows: Sequence[Row], brief: bool = False) -> tuple[str, ...]:
 
     Args:
         rows: of one report.
-        brief: for a terminal, without what the names tell and what costs width.
+        brief: for a terminal: without the columns that the names already tell, and without wide ones.
     """
     several = [name for name in (*_PLACE, "metric") if len({row[name] for row in rows}) > 1]
     settings = [name for name in rows[0] if name in _FIELDS and name not in _PLACE]
@@ -113,13 +115,13 @@ def header(rows: Sequence[Row], brief: bool = False) -> tuple[str, ...]:
 
 
 def cells(row: Row, header: Sequence[str]) -> tuple[str, ...]:
-    """A row of `summary` as text, scores times 100."""
+    """The cells of a row of `summary` as text, scores times 100."""
     plain = {name: "–" if row.get(name, "") == "" else f"{row[name]}" for name in header}
     return tuple(_CELLS[name](row) if name in _CELLS else plain[name] for name in header)
 
 
 def difference(row: Row) -> str:
-    """The difference of a row with its interval and its pairs; a dash where there are less than two."""
+    """The difference of a row with its interval and number of pairs; a dash if there are fewer than two pairs."""
     return _interval(
         Difference(*[row[f"difference_{part}"] for part in ("mean", "low", "high")], pairs=row["pairs"]), 100
     )
@@ -130,14 +132,14 @@ def markdown(
     runs: Sequence[Finished],
     pictures: Mapping[str, str],
     note: str = "",
-    baselines: Baselines = ("sam",),
+    baselines: Baselines = (BASELINE,),
 ) -> str:
     """The whole report as Markdown.
 
     Args:
         title: of the study.
-        runs: what it is about.
-        pictures: files beside the report, and what they show.
+        runs: finished runs.
+        pictures: files beside the report, with their captions.
         note: how to read it, in Markdown.
         baselines: methods to compare with, see `differences.baseline`.
     """
@@ -160,19 +162,14 @@ def markdown(
 
 
 def provenance(runs: Sequence[Finished]) -> list[str]:
-    """Where the numbers come from, one line for each environment they were made in, in Markdown."""
-    keys = ("hardware", "device", "torch", "python", "bisam", "commit")
+    """Provenance of the numbers in Markdown: one line for each environment."""
+    keys, dates = RESULT, [run.result["finished"] for run in runs]
     made = sorted({tuple(str(run.result.get(key, "unknown")) for key in keys) for run in runs})
-    dates = sorted(run.result["finished"][:10] for run in runs)
-    when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
-    return [
-        f"Made {escaped(when)} on {escaped(', '.join(f'{k} {v}' for k, v in zip(keys, env, strict=True)))}."
-        for env in made
-    ]
+    return [escaped(line(where(dict(zip(keys, values, strict=True)), keys), dates)) for values in made]
 
 
 def escaped(text: str) -> str:
-    """Text as Markdown that shows it as it is, on one line, also in a table."""
+    """Text escaped for Markdown, on one line, also inside a table."""
     text = re.sub(r"\s+", " ", text)
     return re.sub(r"[\\`*<>|~&$]|(?<=\])\(|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\\g<0>", text)
 
@@ -217,12 +214,12 @@ def _crossed(groups: Groups) -> str:
         written = [(label, *(_written(scores, 100) for scores in row)) for label, row in rows.items()]
         first = next(iter(part)).dataset if len(each) > 1 else "method"
         tables += [_table((first, *heads), written)] if len(heads) > 1 else []
-    said = "## Side by side\n\nWith the weights of the epoch of best validation score."
+    said = "## Side by side\n\nTest scores with the weights of the epoch with the best validation score."
     return "\n\n".join([said, *tables]) if tables else ""
 
 
 def _words(groups: Groups, baselines: Baselines) -> str:
-    """What the column of differences is, and which of them decide."""
+    """The paragraph on the column of differences: how they are computed, and which intervals exclude 0."""
     found = {r: (b, d) for r, (b, d) in differences(groups, baselines).items() if d.pairs > 1}
     if not found:
         return ""
@@ -242,22 +239,18 @@ def _words(groups: Groups, baselines: Baselines) -> str:
     inside = f": {listed(False)}" if 0 < undecided <= _LISTED else ""
     outside = f": {listed(True)}" if undecided < len(found) else ""
     return (
-        f"Difference: of the score “best val.” to that of {to}, seed by seed: mean, its 95 % Student interval, and how "
-        f"many pairs. Within its interval, which has 0 inside, and so not decided, {_are(undecided, len(found))}"
-        f"{inside}. Decided {_are(len(found) - undecided, len(found))}{outside}. The intervals are not corrected for "
-        f"multiple comparisons: of {len(found)} such intervals {0.05 * len(found):.2g} are expected to miss the true "
-        "difference."
+        f"Difference: “best val.” minus that of {to}, paired by seed: mean, 95 % Student interval and number of pairs. "
+        f"For {undecided or 'none'} of {len(found)} comparisons the interval contains 0 (undecided){inside}. For "
+        f"{len(found) - undecided or 'none'} of {len(found)} it does not (decided){outside}. The intervals are not "
+        f"corrected for multiple comparisons: of {len(found)} such intervals {0.05 * len(found):.2g} are expected to "
+        "miss the true difference."
     )
 
 
-def _are(count: int, of: int) -> str:
-    return f"{'is' if count == 1 else 'are'} {count or 'none'} of {of}"
-
-
 def _flips(groups: Groups, baselines: Baselines) -> str:
-    """What the perturbation flips late in training, and how that differs from the baseline's."""
+    """The section on samples that the perturbation flips late in training, with differences from the baseline."""
     late = {recipe: [_late(run) for run in group] for recipe, group in groups.items()}
-    late = {r: values for r, values in late.items() if r.method != "sgd" and not any(map(isnan, values))}
+    late = {r: values for r, values in late.items() if not r.is_plain and not any(map(isnan, values))}
     called, titles = names(groups), places(groups)
     rows: list[tuple[str, ...]] = []
     for recipe, values in late.items():
@@ -279,15 +272,15 @@ def _flips(groups: Groups, baselines: Baselines) -> str:
         return ""
     columns = ("method", "flipped", "per cent of the samples", "n", "difference", "verdict")
     return (
-        "## What the perturbation flips, late in training\n\nTraining samples that are right at w and wrong at w + e, "
-        "in each of the last fifth of the epochs: mean ± standard deviation over n seeds; difference to the baseline's "
-        "seed by seed, with its 95 % Student interval and how many pairs.\n\n"
-        + _table(("", *columns) if len(titles) > 1 else columns, rows)
+        "## Samples flipped by the perturbation, late in training\n\nTraining samples that are classified correctly at "
+        "w and incorrectly at w + e, per epoch, averaged over the last fifth of the epochs: mean ± standard deviation "
+        "over n seeds; difference from the baseline, paired by seed, with its 95 % Student interval and the number of "
+        "pairs.\n\n" + _table(("", *columns) if len(titles) > 1 else columns, rows)
     )
 
 
 def _late(run: Finished) -> float:
-    """Flipped samples of an epoch, on average over the last fifth."""
+    """Flipped samples per epoch, averaged over the last fifth of the epochs."""
     rows = run.metrics[-max(1, len(run.metrics) // 5) :]
     return mean(row["flipped"] for row in rows)
 
@@ -295,7 +288,7 @@ def _late(run: Finished) -> float:
 def _published(groups: Groups) -> str:
     found = beside(groups)
     if not found:
-        return "Published: for none of these settings was a number found in a public source, so none is shown."
+        return "Published: no number for these settings was found in a public source."
     called, titles = names(groups), places(groups)
     sources = list(dict.fromkeys(one.published.source for one in found))
     rows = [
@@ -311,14 +304,14 @@ def _published(groups: Groups) -> str:
     ]
     listed = "\n".join(f"{i}. {escaped(source)}" for i, source in enumerate(sources, 1))
     return (
-        "## Published\n\nOurs as mean ± standard deviation (n). No other published numbers were found.\n\n"
-        + _table(("method", "what", "ours", "published", "their setting", "source"), rows)
+        "## Published\n\nOur numbers are mean ± standard deviation (n). No other published numbers were found.\n\n"
+        + _table(("method", "quantity", "ours", "published", "their setting", "source"), rows)
         + f"\n\n{listed}"
     )
 
 
 def _setting(groups: Groups) -> str:
-    """What all recipes have in common: where they train, and what is not as by default."""
+    """The settings that all recipes share: data, model, and those that differ from their defaults."""
     common = {name: values.pop() for name in _FIELDS if len(values := {getattr(r, name) for r in groups}) == 1}
     always = ("dataset", "model", "batch_size", "learning_rate")
     told = {k: v for k, v in common.items() if k in always or (v != _FIELDS[k] and k not in ("rho", "epochs"))}

@@ -1,4 +1,4 @@
-"""Tuning: figures of the best validation score against what is tuned."""
+"""Figures of the best validation score against tuned settings."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from bisam.experiments.reports.drawing import (
     sheet,
     spread,
 )
-from bisam.experiments.reports.groups import Place, grouped, perturbed, place, places, setting, title
+from bisam.experiments.reports.groups import Place, grouped, perturbed, place, places, title
 from bisam.experiments.runs.folder import Finished
 
 _LINES = (
@@ -43,7 +43,7 @@ _LINES = (
 
 
 def radius(runs: Sequence[Finished]) -> Figure:
-    """Validation score against the radius, a small panel for each method; a triangle stands for what is far below.
+    """Validation score against the radius, a small panel for each method; triangles mark scores far below the others.
 
     Raises:
         ValueError: no run has a radius.
@@ -54,11 +54,11 @@ def radius(runs: Sequence[Finished]) -> Figure:
     titles, points = places(groups), defaultdict[str, list[Any]](list)
     for recipe, group in groups.items():
         values = [100 * run.result["validation_best"] for run in group]
-        points[title(recipe)].append((recipe, setting(recipe, "rho"), np.mean(values), spread(values) or 0))
+        points[title(recipe)].append((recipe, recipe.setting("rho"), np.mean(values), spread(values) or 0))
     lines = [(method, at, [p for p in each if place(p[0]) == at]) for method, each in points.items() for at in titles]
     figure, found = sheet(len(points), (2.2, 1.8), columns=6, sharey=True)
     axes = dict(zip(points, found, strict=True))
-    # Of a place, what is 25 below its best has failed; how far below would only flatten the rest.
+    # Scores more than 25 below the best of a place are failures: showing how far below would compress the rest.
     high, low = defaultdict[Place, float](lambda: -np.inf), defaultdict[Place, float](lambda: np.inf)
     for _, at, line in lines:
         for _, _, centre, _ in line:
@@ -91,7 +91,7 @@ def radius(runs: Sequence[Finished]) -> Figure:
 
 
 def grid(runs: Sequence[Finished]) -> Figure:
-    """Validation score against each of rho, mu and alpha that varies, a line for each value of the others.
+    """Validation score against each of rho, mu and alpha that varies, one line for each value of the others.
 
     Raises:
         ValueError: none of them varies.
@@ -117,10 +117,10 @@ def grid(runs: Sequence[Finished]) -> Figure:
 
 
 def varied(runs: Sequence[Finished]) -> list[Finished]:
-    """The runs of methods of which runs differ in rho, mu or alpha."""
+    """The runs of methods whose runs differ in rho, mu or alpha."""
     values: dict[str, set[Any]] = defaultdict(set)
     for run in perturbed(runs):
-        values[title(run.recipe)].add(tuple(setting(run.recipe, name) for name in _TUNED))
+        values[title(run.recipe)].add(tuple(run.recipe.setting(name) for name in _TUNED))
     return [run for run in perturbed(runs) if len(values[title(run.recipe)]) > 1]
 
 
@@ -128,21 +128,21 @@ _TUNED = ("rho", "mu", "alpha")
 
 
 def _lines(panel: Panel, name: str) -> dict[str, list[tuple[float, float, float]]]:
-    """Values of a setting with mean and spread of the score, by the method and the values of the other settings."""
+    """Values of a setting with mean and standard deviation of the score, by method and values of the other settings."""
     found: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
     for recipe, _, group in panel.shown:
-        if setting(recipe, name) is None:
+        if recipe.setting(name) is None:
             continue
         kin = [other for other, *_ in panel.shown if title(other) == title(recipe)]
-        others = [o for o in _TUNED if o != name and len({setting(other, o) for other in kin}) > 1]
+        others = [o for o in _TUNED if o != name and len({other.setting(o) for other in kin}) > 1]
         values = [100 * run.result["validation_best"] for run in group]
-        label = ", ".join([title(recipe), *(f"{other} {setting(recipe, other):g}" for other in others)])
-        found[label].append((setting(recipe, name), float(np.mean(values)), spread(values) or 0.0))
+        label = ", ".join([title(recipe), *(f"{other} {recipe.setting(other):g}" for other in others)])
+        found[label].append((recipe.setting(name), float(np.mean(values)), spread(values) or 0.0))
     return {label: sorted(points) for label, points in found.items() if len(points) > 1}
 
 
 def _ticks(ax: Axes, values: Sequence[float], size: float) -> None:
-    """A logarithmic axis with a tick at each value, on which 0 has a place too."""
+    """Make the axis logarithmic with a tick at each value, 0 included."""
     least = min([value for value in values if value] or [1.0])
     ax.set_xscale("symlog", base=2, linthresh=least)
     ax.set_xlim(-0.2 * least if 0 in values else 0.8 * least, 1.3 * max(values[-1], least))
@@ -153,4 +153,4 @@ def _ticks(ax: Axes, values: Sequence[float], size: float) -> None:
 
 def with_radius(runs: Sequence[Finished]) -> list[Finished]:
     """The runs whose method has a radius as its setting."""
-    return [run for run in perturbed(runs) if setting(run.recipe, "rho") is not None]
+    return [run for run in perturbed(runs) if run.recipe.setting("rho") is not None]

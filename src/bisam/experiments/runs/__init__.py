@@ -1,1 +1,8 @@
-"""Runs: the folder of a training run, and the machine that it is computed on."""
+"""Runs: the folder of a run, its files, and the machine that computes it.
+
+folder.py       the files of a run, its lock, and the finished runs in a folder
+checkpoint.py   the format of checkpoint.pt
+files.py        atomic writes; JSON and CSV
+environment.py  versions, hardware and commit
+machine.py      devices, data folder and loggers of a run; child processes and threads
+"""

@@ -1,4 +1,4 @@
-"""Machine: where and how runs are computed, as opposed to what: nothing here is part of a run's identity."""
+"""Machine: devices, folders and loggers of a run. None of it is part of the recipe, which identifies the run."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ from torch import nn
 from bisam.experiments.errors import unknown
 
 for _name in ("lightning_fabric", "torch.multiprocessing.spawn"):
-    logging.getLogger(_name).setLevel(logging.ERROR)  # they advertise and advise, in every process
+    logging.getLogger(_name).setLevel(logging.ERROR)  # else each process prints advice and advertisements
 
 STRATEGIES = ("auto", "ddp", "fsdp")
 PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed", "64": "64-true"}
-"""Recipes' names of precisions, and Fabric's."""
+"""Names of precisions in recipes, and in Fabric."""
 
 
 class FullySharded(DDPStrategy):
-    """Fabric's processes and collectives, with models that are divided already in place of DistributedDataParallel.
+    """Fabric strategy for models that are sharded before `fabric.setup`: DDP's processes without its wrapper.
 
     Fabric's own ModelParallelStrategy cannot spawn processes.
     """
 
     def __init__(self, start_method: Any) -> None:
         super().__init__(start_method=start_method)
-        self._backward_sync_control = cast(Any, _NoControl())
+        self._backward_sync_control = cast(Any, _NoSyncControl())
 
     def setup_module(self, module: nn.Module) -> Any:
-        """The same module."""
+        """Return the module unchanged."""
         return module
 
 
-class _NoControl:
-    """The loss gets each gradient reduced, whatever the loop asks for."""
+class _NoSyncControl:
+    """Ignores requests to skip the reduction of gradients: the loss needs each gradient reduced."""
 
     def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[None]:
         return nullcontext()
@@ -60,21 +60,21 @@ class Machine:
     """
 
     device: str = "cpu"
-    """Where to compute: cpu, cuda, cuda:1, cuda:2,3 (of two devices), mps, ... or auto."""
+    """Device: cpu, cuda, cuda:1, cuda:2,3 (two devices), mps, ... or auto."""
     devices: int = 1
-    """Processes of one run on a machine, one device each."""
+    """Devices of one run on a machine, with one process for each."""
     nodes: int = 1
-    """Machines of one run; above 1, start the command on each by torchrun or srun."""
+    """Machines of one run; if more than 1, start the command on each with torchrun or srun."""
     strategy: str = "auto"
-    """How the devices of a run share the work: each with the model (ddp, auto) or with a part of it (fsdp)."""
+    """How a run uses several devices: each holds the model (ddp, auto) or a shard of it (fsdp)."""
     data_dir: Path = Path(os.environ.get("BISAM_DATA", "data"))
     """Folder of the data sets."""
     download: bool = False
-    """Fetch what is missing there."""
+    """Download data sets that are missing in the data folder."""
     loaders: int = 0
-    """Processes that read and decode images, for data in files."""
+    """Processes that read and decode image files."""
     log: Annotated[tuple[str, ...], Parameter(negative="")] = ("tensorboard",)
-    """Where metrics go besides metrics.csv: tensorboard, wandb, mlflow."""
+    """Loggers of the metrics, besides metrics.csv: tensorboard, wandb, mlflow."""
 
     def __post_init__(self) -> None:
         for name, least in (("devices", 1), ("nodes", 1), ("loaders", 0)):
@@ -84,19 +84,20 @@ class Machine:
             raise unknown("strategy", self.strategy, STRATEGIES)
         if ":" in self.device and self.devices != (named := self.device.count(",") + 1):
             raise ValueError(
-                f"--device {self.device} names {named}, and --devices is {self.devices}: name as many, or none"
+                f"--device {self.device} names {named} devices, and --devices is {self.devices}: make them equal, "
+                f"or give a --device without numbers"
             )
         if self.strategy == "fsdp" and not self.parallel:
-            raise ValueError("--strategy fsdp divides a model among devices, and there is 1: give --devices")
+            raise ValueError("--strategy fsdp shards a model over several devices, and there is 1: give --devices")
 
     @property
     def slots(self) -> int:
-        """How many runs it can compute at a time: by cores, or by GPUs."""
+        """Number of runs that fit at a time, by the number of cores or GPUs."""
         count = torch.cuda.device_count() if self.device == "cuda" else os.cpu_count() or 1
         return max(1, count // self.devices) if self.device in ("cpu", "cuda") else 1
 
     def at(self, place: int) -> Machine:
-        """The same for the worker at `place`, who gets the next GPUs in turn."""
+        """Return the machine for the worker with number `place`: workers get the GPUs in turn."""
         if self.device != "cuda":
             return self
         first, count = place % self.slots * self.devices, self.devices
@@ -104,21 +105,21 @@ class Machine:
 
     @property
     def parallel(self) -> bool:
-        """Whether a run has several processes."""
+        """Whether a run has several devices."""
         return self.devices * self.nodes > 1
 
     def fabric(self, precision: str = "32") -> Fabric:
-        """Lightning's Fabric for these devices.
+        """Return Lightning's Fabric for these devices.
 
         Raises:
-            ValueError: the device is unknown or not here, or cannot do the precision.
+            ValueError: the device is unknown or not available, or does not support the precision.
         """
         kind, _, index = self.device.partition(":")
         if self.nodes > 1 and not {"WORLD_SIZE", "SLURM_NTASKS"} & os.environ.keys():
-            raise ValueError(f"--nodes {self.nodes}: start the command on each machine by torchrun or srun")
+            raise ValueError(f"--nodes {self.nodes}: start the command on each machine with torchrun or srun")
         if precision == "16" and kind == "cpu":
-            raise ValueError("precision 16 is for GPUs: on the CPU use bf16, or give another --device")
-        # Spawned on one machine; on several, whoever started the processes has told them who they are.
+            raise ValueError("precision 16 needs a GPU: use bf16 on the CPU, or give another --device")
+        # On one machine processes are spawned; on several, torchrun or srun has started them.
         strategy = ("ddp" if self.nodes > 1 else "ddp_spawn") if self.parallel else "auto"
         if self.strategy == "fsdp":
             strategy = FullySharded("popen" if self.nodes > 1 else "spawn")
@@ -131,23 +132,23 @@ class Machine:
                 strategy=strategy,
                 precision=PRECISIONS[precision],
             )
-        except Exception as error:  # each accelerator has its own way to say no
+        except Exception as error:  # each accelerator raises another type of error
             reason = " ".join(str(error).split())[:200]
             raise ValueError(
-                f"device {self.device!r} is unknown or not here: --device takes cpu, cuda, cuda:1, mps, auto ({reason})"
+                f"device {self.device!r} is unknown or not available: --device takes cpu, cuda, cuda:1, mps, auto "
+                f"({reason})"
             ) from error
 
 
 def threads(share: int) -> None:
-    """Leave a process its share of the cores, of which there are to be `share`."""
+    """Limit the threads of this process to the cores divided by the number `share` of processes."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // share))
 
 
 def end_with_parent() -> None:
-    """Let this process, which multiprocessing started, not outlive its parent, however that one ends.
+    """End this process, which multiprocessing started, as soon as its parent ends for any reason.
 
-    Whoever starts processes in a run calls it first in each: an orphan would go on to write into a folder that is no
-    longer locked.
+    Each process of a run calls it first. An orphan would continue to write into a folder that is no longer locked.
     """
     parent = mp.parent_process()
     assert parent is not None
@@ -160,8 +161,8 @@ def end_with_parent() -> None:
 
 
 @contextmanager
-def deaf() -> Generator[None]:
-    """Without Ctrl-C. Processes that start here inherit that: they must not hear it, even while they import."""
+def ignore_interrupts() -> Generator[None]:
+    """Ignore Ctrl-C in the block. Processes that start in the block ignore it too, from their first import on."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

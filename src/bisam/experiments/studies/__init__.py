@@ -1,4 +1,4 @@
-"""Studies: which runs are compared, by name."""
+"""Studies: named comparisons of runs."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from bisam.experiments.studies.local import OURS
 from bisam.experiments.studies.paper import PAPER
 
 STUDIES = {study.name: study for study in (*OURS, *PAPER)}
-"""What `bisam run` runs, besides the measurements."""
+"""The studies by their names; `bisam run` runs these and the measurements."""

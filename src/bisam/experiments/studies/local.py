@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from bisam.experiments.recipes.catalogue import METHODS
+from bisam.experiments.recipes.catalogue import METHODS, PLAIN
 from bisam.experiments.recipes.presets import CIFAR
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.studies.study import Study
@@ -17,9 +17,9 @@ def _digits(epochs: int | None) -> list[Recipe]:
     from {0.1, 0.2, 0.4, 0.8}, ASAM's from {1, 2, 4, 8}. Both BiSAMs take SAM's, as in the paper.
     """
     each = epochs or 30
-    rhos: dict[str, float | None] = {"sgd": None, "sam": 0.4, "bisam_log": 0.4, "bisam_tanh": 0.4, "asam": 4.0}
+    rhos: dict[str, float | None] = {PLAIN: None, "sam": 0.4, "bisam_log": 0.4, "bisam_tanh": 0.4, "asam": 4.0}
     return [
-        Recipe(method=method, noise=noise, rho=rho, epochs=2 * each if method == "sgd" else each)
+        Recipe(method=method, noise=noise, rho=rho, epochs=2 * each if method == PLAIN else each)
         for noise in (0.0, 0.4)
         for method, rho in rhos.items()
     ]
@@ -80,14 +80,14 @@ _RHOS: dict[str, float] = {
 
 def _one(method: str, rho: float | None, epochs: int) -> Recipe:
     recipe = Recipe(method=method, noise=0.4, rho=rho, epochs=epochs)
-    # bSAM brings its own momentum and its own prior.
+    # bSAM has its own momentum and its own prior.
     return replace(recipe, momentum=0.0, weight_decay=0.0) if method == "bsam" else recipe
 
 
 def _methods(epochs: int | None) -> list[Recipe]:
     """Every method, with the radius that `_methods_rho` chose for it, and SGD also with twice the epochs."""
     each = epochs or 30
-    return [_one("sgd", None, 2 * each)] + [_one(method, _RHOS.get(method), each) for method in METHODS]
+    return [_one(PLAIN, None, 2 * each)] + [_one(method, _RHOS.get(method), each) for method in METHODS]
 
 
 def _methods_rho(epochs: int | None) -> list[Recipe]:
@@ -99,10 +99,10 @@ def _methods_rho(epochs: int | None) -> list[Recipe]:
 def _cifar10_small(epochs: int | None) -> list[Recipe]:
     """The authors' recipe on a fifth of CIFAR-10 and for 15 epochs, so that two cores do it in hours."""
     each = epochs or 15
-    rhos: dict[str, float | None] = {"sgd": None, "sam": 0.05, "bisam_log": 0.05, "bisam_tanh": 0.05, "abisam_log": 0.5}
+    rhos: dict[str, float | None] = {PLAIN: None, "sam": 0.05, "bisam_log": 0.05, "bisam_tanh": 0.05, "abisam_log": 0.5}
     base = replace(CIFAR, model="resnet20", limit=10_000, precision="bf16", channels_last=True)
     return [
-        replace(base, method=method, noise=noise, rho=rho, epochs=2 * each if method == "sgd" else each)
+        replace(base, method=method, noise=noise, rho=rho, epochs=2 * each if method == PLAIN else each)
         for noise in (0.0, 0.4)
         for method, rho in rhos.items()
     ]

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from bisam.experiments.recipes.presets import BERT, CIFAR, IMAGENET, VIT
+from bisam.experiments.recipes.catalogue import BASELINE, PLAIN
+from bisam.experiments.recipes.presets import BERT, CIFAR, GLUE, IMAGENET, VIT
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.studies.study import Study
 
@@ -25,8 +26,8 @@ _ARHO = 0.1  # of ASAM and A-BiSAM: [MEM]; the paper says that Kwon et al.'s 0.5
 
 def _method(base: Recipe, method: str, rho: float | None = 0.05, doubled: bool = True) -> Recipe:
     """`base` with a method; SGD, which takes half the gradients, twice as long."""
-    epochs = 2 * base.epochs if method == "sgd" and doubled else base.epochs
-    radius = None if method == "sgd" or "(" in method else rho
+    epochs = 2 * base.epochs if method == PLAIN and doubled else base.epochs
+    radius = None if method == PLAIN or "(" in method else rho
     return replace(base, method=method, rho=radius, epochs=epochs)
 
 
@@ -35,7 +36,7 @@ def _cifar(dataset: str, methods: tuple[str, ...], rho: float, epochs: int | Non
     return [_method(replace(base, model=model), method, rho) for model in MODELS for method in methods]
 
 
-_FOUR = ("sgd", "sam", "bisam_log", "bisam_tanh")
+_FOUR = (PLAIN, "sam", "bisam_log", "bisam_tanh")
 
 
 def _table3(epochs: int | None) -> list[Recipe]:
@@ -61,8 +62,8 @@ def _table7(epochs: int | None) -> list[Recipe]:
             radii.get(task, 0.05),
             doubled=False,
         )
-        for task in ("cola", "sst2", "mrpc", "qqp", "mnli", "qnli", "rte", "wnli")
-        for method in ("sgd", "sam", "bisam_log")
+        for task in GLUE
+        for method in (PLAIN, "sam", "bisam_log")
     ]
 
 
@@ -84,7 +85,7 @@ def _figure2(epochs: int | None) -> list[Recipe]:
 def _sampa(epochs: int | None) -> list[Recipe]:
     base = replace(CIFAR, epochs=epochs or 200)
     # The methods are the figure's and BiSAM; 0.1 is SAMPa's radius, for all of them [OURS].
-    methods = ("sgd", "sam", "sampa_0", "sampa", "bisam_log", "looksam", "ae_sam", "esam")
+    methods = (PLAIN, "sam", "sampa_0", "sampa", "bisam_log", "looksam", "ae_sam", "esam")
     return [_method(base, method, 0.1, doubled=False) for method in methods]
 
 
@@ -105,7 +106,7 @@ def _grid(epochs: int | None) -> list[Recipe]:
 def _tables(
     number: int, title: str, dataset: str, methods: tuple[str, ...], rho: float, note: str = "", shared: str = ""
 ) -> Study:
-    baseline = ("sam",) if "sam" in methods else methods[:1]
+    baseline = (BASELINE,) if BASELINE in methods else methods[:1]
     return Study(
         f"table{number}",
         f"Table {number}: {title}",

@@ -113,7 +113,20 @@ _IMAGENET = {
     "bisam_tanh": rf"bisam_tanh{_MSAM}BiSAM\(.*Tanh.*",
 }
 _RESNET56 = {"dataset": "cifar10", "model": "resnet56"}
-_FREE = {"method", "seed", "rho", "mu", "alpha", "eta", "cutout", "precision", "channels_last", "compile", "ema"}
+_FREE = {
+    "method",
+    "seed",
+    "rho",
+    "mu",
+    "alpha",
+    "eta",
+    "cutout",
+    "precision",
+    "channels_last",
+    "compile",
+    "ema",
+    "version",
+}
 _AS_THERE = {field.name: getattr(CIFAR, field.name) for field in fields(Recipe) if field.name not in _FREE}
 _BOUNDS = {"bisam_log": {"mu": 1.0}, "bisam_tanh": {"mu": 10.0, "alpha": 0.1}}
 _BY_SAMPA = {**_AS_THERE, "rho": 0.1}

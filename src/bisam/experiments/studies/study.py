@@ -1,4 +1,4 @@
-"""Study: a named set of recipes times seeds, as one table or figure compares them."""
+"""Study: a named set of recipes and a number of seeds, compared in one table or figure."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 from bisam.experiments.errors import unknown
+from bisam.experiments.recipes.catalogue import BASELINE
+from bisam.experiments.recipes.changes import pairs
+from bisam.experiments.recipes.entries import SETTINGS
 from bisam.experiments.recipes.recipe import Recipe
 
 
@@ -18,17 +21,17 @@ class Study:
     name: str
     title: str
     recipes: Callable[[int | None], list[Recipe]]
-    """From a number of epochs (None: the study's own) to its recipes, in the order of the table."""
+    """Maps a number of epochs (None: the study's own) to the recipes, in the order of the table."""
     seeds: int
     figures: tuple[str, ...] = ("accuracy", "flips")
     """Names of functions in `figures`."""
     first_seed: int = 0
     note: str = ""
-    """What the report says about how to read it."""
-    baselines: tuple[str, ...] = ("sam",)
+    """Explanation in the report of how to read it."""
+    baselines: tuple[str, ...] = (BASELINE,)
     """The methods that others are compared with."""
     shared: str = ""
-    """Another study, whose folder of runs this one uses because they have runs in common."""
+    """Name of another study whose run folders this one uses, because they have runs in common."""
 
     @property
     def folder(self) -> str:
@@ -36,16 +39,21 @@ class Study:
         return self.shared or self.name
 
     def changed(self, epochs: int | None, changes: Sequence[str]) -> list[Recipe]:
-        """Its recipes with other epochs, and with other values of fields.
+        """The recipes with another number of epochs, and with other values of fields.
 
         Args:
-            epochs: of each run (where SGD has twice as many, of the others).
-            changes: "field=value"; settings of methods are changed in those that have them.
+            epochs: number of epochs of each run (of the other methods, where SGD has twice as many).
+            changes: texts "field=value"; settings of methods are changed in the recipes whose method has them.
 
         Raises:
             ValueError: a field or value is unknown, or no recipe can have it.
         """
-        values = dict(_change(text) for text in changes)
+        texts = pairs(changes, "epochs=1")
+        known = [field.name for field in fields(Recipe) if field.name != "version"]
+        for name in texts:
+            if name not in known:
+                raise unknown("field", name, known)
+        values = {name: _parsed(name, text) for name, text in texts.items()}
         for name in ("seed", "method"):
             if name in values:
                 raise ValueError(f"--set {name}={values[name]} is refused: a study has its own ({_INSTEAD[name]})")
@@ -54,7 +62,7 @@ class Study:
         if epochs is not None and epochs < 1:
             raise ValueError(f"epochs must be at least 1, got {epochs}")
         recipes = self.recipes(epochs)
-        settings = {name: values.pop(name) for name in ("rho", "mu", "alpha", "eta") if name in values}
+        settings = {name: values.pop(name) for name in SETTINGS if name in values}
         recipes = [replace(recipe, **values) for recipe in recipes]
         for name, value in settings.items():
             takes = [name in recipe.settings for recipe in recipes]
@@ -68,19 +76,8 @@ _INSTEAD = {"seed": "--seeds says how many", "method": "bisam train --method run
 
 
 def expand(recipes: Sequence[Recipe], seeds: int, first: int = 0) -> list[Recipe]:
-    """Recipes times seeds, all recipes of one seed before the next, so that an early look compares like with like."""
+    """Recipes with each seed: all recipes of one seed before the next, so that unfinished studies can be compared."""
     return [replace(recipe, seed=seed) for seed in range(first, first + seeds) for recipe in recipes]
-
-
-def _change(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    name = name.strip().replace("-", "_")
-    if not equals:
-        raise ValueError(f"--set {text!r} has no value: write it as in --set epochs=1")
-    known = [field.name for field in fields(Recipe)]
-    if name not in known:
-        raise unknown("field", name, known)
-    return name, _parsed(name, value.strip())
 
 
 def _parsed(name: str, text: str) -> Any:

@@ -1,11 +1,19 @@
-"""Training: one run.
+"""Training: one run of a recipe, from start to result.
 
-train.py            the loop over the epochs, its checkpoint and its result
-epoch.py            one pass over a split, to train on it or to predict it
-optimizers.py       the base optimizer, its schedule, and the descent loss
-fsdp.py             a model whose parameters are divided among devices
-counting.py         gradients and forward passes that a method takes
-reference_speed.py  plain training beside the run, as the unit of its time
-metrics.py          accuracy and other scores
+Read train.py for the course of a run and epoch.py for the training loop; the other files are their parts:
+
+train.py            one run: build its parts, train the epochs, write checkpoints, test, return the result
+epoch.py            one epoch: forward, loss, backward, clip, optimizer step, schedule; and predictions on a split
+state.py            the state of a run, gathered for a checkpoint and restored from it
+checks.py           whether recipe, data, model and devices fit together
+devices.py          one process for each device
+fsdp.py             models that are sharded with FSDP2
+optimizers.py       base optimizer, learning rate schedule, descent loss
+weight_average.py   exponential moving average of the weights
+counting.py         gradients and forward passes that a method asks for
+metrics.py          accuracy and other scores; sums over the batches of an epoch
+reference_speed.py  plain training steps beside the run, the unit of its relative time
 loggers.py          TensorBoard, Weights & Biases, MLflow
+
+The file of a checkpoint is in `runs/checkpoint.py`, the recipe in `recipes/recipe.py`.
 """

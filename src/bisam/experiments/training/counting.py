@@ -1,4 +1,4 @@
-"""Counting: the gradients and forward passes that a method takes, and its last answer."""
+"""Counting: the gradients and forward passes that a method asks for, and the outputs of its last answer."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from collections.abc import Sequence
 import torch
 
 from bisam import Evaluation, Oracle
-from bisam.evaluation import Batch, size
+from bisam.batches import Batch, size
 from bisam.methods import Method
 from bisam.oracle import Query, View
 
 
-class Watch:
-    """A method, what it costs, and what the model answered where it took the last descent gradient."""
+class CountedMethod:
+    """A method that counts its queries and keeps the model's outputs at the point of its last descent gradient."""
 
-    transparent = True  # what is remembered is the method's
+    transparent = True  # the saved state is that of `method`
 
     def __init__(self, method: Method) -> None:
         self.method = method
         self.outputs = torch.empty(0)
         self.counts = Counter[bool]()
-        """Examples in queries with and without gradient."""
+        """Examples in queries with (True) and without (False) gradient."""
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
-        """As the method, with one look at its answer."""
+        """Call the method and return its answer unchanged."""
         answer = self.method(_Counted(oracle, self.counts), batch)
         self.outputs = answer.outputs
         return answer

@@ -1,10 +1,10 @@
-"""FSDP: a model whose parameters are divided among the devices of a run (FSDP2), and its state in one piece.
+"""FSDP: models whose parameters are sharded over the devices of a run (FSDP2), and their unsharded state.
 
-    shard(model, fabric)                        # before its optimizer is made, on all devices together
-    state = whole(model.state_dict())           # on all together: ordinary tensors on the CPU
+    shard(model, fabric)                        # before the optimizer is made, in all processes
+    state = whole(model.state_dict())           # in all processes: ordinary tensors on the CPU
     model.load_state_dict(divided(state, model.state_dict()))
 
-Where nothing is sharded, all of it leaves things as they are.
+If nothing is sharded, these functions change nothing.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ Averaging = Callable[[Sequence[Tensor], Sequence[Tensor], Any], None]
 
 
 def is_sharded(fabric: Fabric) -> bool:
-    """Whether models are divided among its devices."""
+    """Whether models are sharded over the devices."""
     return isinstance(fabric.strategy, FullySharded)
 
 
 def shard(model: nn.Module, fabric: Fabric) -> None:
-    """Divide a model among the devices, block by block, if that is the strategy.
+    """Shard a model over the devices, block by block, if that is the strategy.
 
     Raises:
-        ValueError: it has a parameter without dimensions.
+        ValueError: the model has a parameter without dimensions.
     """
     if not is_sharded(fabric):
         return
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    model.to(memory_format=torch.contiguous_format)  # others are not divided; inputs may have their channels last
+    model.to(memory_format=torch.contiguous_format)  # FSDP2 shards no others; inputs may still be channels_last
     mesh = init_device_mesh(fabric.device.type, (fabric.world_size,))
     for block in list(blocks(model)):
         fully_shard(block, mesh=mesh)
@@ -51,36 +51,40 @@ def shard(model: nn.Module, fabric: Fabric) -> None:
 
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """What is gathered at a time: the outermost blocks in lists and sequences, as the layers of a transformer.
+    """Yield the modules that FSDP gathers one at a time: the outermost blocks in an `nn.Sequential` or `nn.ModuleList`.
 
-    Single layers are not, nor blocks that are no members: who owns them may take their weights without calling them.
+    The layers of a transformer are such blocks. A single layer is not one, nor is a block outside of these containers:
+    its owner may use its weights without calling it, and FSDP gathers weights when a module is called.
     """
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     todo: list[tuple[nn.Module, bool]] = [(model, False)]
     while todo:
         module, member = todo.pop()
-        container = isinstance(module, nn.Sequential | nn.ModuleList) and type(module).forward in _IN_TURN
+        container = isinstance(module, nn.Sequential | nn.ModuleList) and type(module).forward in _CALLS_MEMBERS
         own = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
         if member and not container and own and any(True for _ in module.children()):
-            if all(uses[p] == count for p, count in own.items()):  # weights that are tied stay in one piece
+            if all(uses[p] == count for p, count in own.items()):  # no weight is tied to one outside
                 yield module
             continue
         todo += [(child, container) for child in module.children()]
 
 
-_IN_TURN = (nn.Sequential.forward, nn.ModuleList.forward)
-"""The forward passes that call each member, or leave that to the owner."""
+_CALLS_MEMBERS = (nn.Sequential.forward, nn.ModuleList.forward)
+"""Forward passes that call each member, or none: an owner of a ModuleList calls the members itself."""
 
 
 def share_buffers(model: nn.Module, fabric: Fabric) -> None:
-    """Give all devices the first one's running statistics, as DistributedDataParallel does."""
+    """Copy the buffers (running statistics) of the first device to all, as DistributedDataParallel does."""
     if is_sharded(fabric):
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
 
 
 def whole(state: Any, keep: bool = True) -> Any:
-    """`state` with tensors in one piece, on the CPU; where not `keep`, only to help the others to theirs."""
+    """Return `state` with its sharded tensors gathered on the CPU.
+
+    All processes must call it; one without `keep` takes part in the collectives and gets None for each tensor.
+    """
     if not any(isinstance(leaf, dtensor_type()) for leaf in tree_flatten(state)[0]):
         return state
 
@@ -92,12 +96,12 @@ def whole(state: Any, keep: bool = True) -> Any:
 
 
 def divided(state: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
-    """The parts here of what `whole` made, for tensors that are divided in `like`."""
+    """Return this process's shards of the result of `whole`, for the tensors that are sharded in `like`."""
     return {name: _part(value, like.get(name)) for name, value in state.items()}
 
 
 def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """Continue from what `whole` made of an optimizer's state."""
+    """Load the result of `whole` for the state of an optimizer."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     entries = {
         i: {name: _part(value, parameters[i]) for name, value in entry.items()} for i, entry in state["state"].items()
@@ -105,29 +109,35 @@ def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
     optimizer.load_state_dict({**state, "state": entries})
 
 
-def memories(own: Any, fabric: Fabric) -> list[Any]:
-    """What a method remembers on each device, in one piece; all devices must ask.
+def gathered_memories(own: Any, fabric: Fabric) -> list[Any]:
+    """Return the state of a method in each process, unsharded; all processes must call it.
 
-    What is divided is the same whole for all of them, so that a file has it once; the rest, such as a batch, is each
-    device's own.
+    Args:
+        own: the state in this process.
+        fabric: the processes.
+
+    Returns:
+        One state for each process. They share the gathered tensors, so that a file has these once; the rest, such as a
+        kept batch, differs between processes.
     """
     if fabric.world_size == 1:
         return [own]
-    (leaves, structure), wholes = tree_flatten(own), tree_flatten(whole(own))[0]
-    shared = [isinstance(leaf, dtensor_type()) for leaf in leaves]
+    (leaves, structure), unsharded = tree_flatten(own), tree_flatten(whole(own))[0]
+    sharded = [isinstance(leaf, dtensor_type()) for leaf in leaves]
     every: list[Any] = [None] * fabric.world_size
-    mine = [None if of_all else leaf for leaf, of_all in zip(leaves, shared, strict=True)]
+    mine = [None if is_shard else leaf for leaf, is_shard in zip(leaves, sharded, strict=True)]
     dist.all_gather_object(every, mine)
     return [
         tree_unflatten(
-            [w if of_all else leaf for w, leaf, of_all in zip(wholes, theirs, shared, strict=True)], structure
+            [full if is_shard else leaf for full, leaf, is_shard in zip(unsharded, theirs, sharded, strict=True)],
+            structure,
         )
         for theirs in every
     ]
 
 
 def averaging(decay: float) -> Averaging:
-    """How an AveragedModel follows its model: an exponential average of the parts that are here."""
+    """Return the update of an `AveragedModel`: an exponential moving average of this process's shards."""
     average = get_ema_multi_avg_fn(decay)
 
     def update(averaged: Sequence[Tensor], current: Sequence[Tensor], count: Any) -> None:
@@ -140,6 +150,6 @@ def _part(value: Any, like: Any) -> Any:
     if not (isinstance(value, Tensor) and isinstance(like, dtensor_type())):
         return value
     if value.shape != like.shape:
-        return value  # an optimizer's step count, say
+        return value  # such as the step count of an optimizer
     shards = ShardedLayout([like])
     return shards.wrapped(0, shards.part(0, value.to(like.device)))

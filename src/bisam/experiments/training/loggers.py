@@ -1,7 +1,7 @@
-"""Loggers: where the metrics of a run go besides its metrics.csv, by the name of the package that takes them.
+"""Loggers: TensorBoard, Weights & Biases and MLflow, which get the metrics of a run besides its metrics.csv.
 
-What a resumed run finds missing there is made up for from metrics.csv: a service that was down or a process that was
-killed leaves no gap, and a logger that joins later gets the run from its first epoch.
+A resumed run logs epochs that are missing there from metrics.csv. So a service that was down or a process that was
+killed leaves no gap, and a logger that is added later gets the run from its first epoch.
 """
 
 from __future__ import annotations
@@ -22,36 +22,37 @@ from filelock import FileLock
 
 from bisam.experiments.errors import unknown
 from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.runs.folder import Run, write
+from bisam.experiments.runs.files import write
+from bisam.experiments.runs.folder import Run
 
 
 class Logger(Protocol):
-    """What takes metrics."""
+    """Receives the metrics of each epoch."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Metrics of epoch `step`."""
+        """Log the metrics of epoch `step`."""
         ...
 
     def close(self) -> None:
-        """Nothing follows."""
+        """Finish the log; no metrics follow."""
         ...
 
 
 class TensorBoard:
-    """Event files in `folder/tensorboard`."""
+    """TensorBoard event files in `folder/tensorboard`."""
 
     def __init__(self, folder: Path, recipe: Mapping[str, Any]) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
         self._writer: SummaryWriter | None = None
         self._open, self._folder = SummaryWriter, folder / "tensorboard"
-        # What is there is whole up to the checkpoint: an epoch is flushed before it is saved.
+        # Existing files are complete up to the checkpoint: an epoch is flushed before it is saved.
         self.epochs = None if any(self._folder.glob("events.*")) else 0
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Scalars of epoch `step`."""
-        if self._writer is None:  # what a killed process wrote from this epoch on is to be forgotten
-            # Files are read in the order of their names, which begin with the second and go on with the process.
+        """Log the scalars of epoch `step`."""
+        if self._writer is None:  # discard what a killed process wrote from this epoch on
+            # TensorBoard reads files in the order of their names, which contain first the second and then the process.
             while any(self._folder.glob(f"events.out.tfevents.{int(time.time())}.*")):
                 time.sleep(0.05)
             self._writer = self._open(str(self._folder), purge_step=step)
@@ -60,7 +61,7 @@ class TensorBoard:
         self._writer.flush()
 
     def close(self) -> None:
-        """Write what is left."""
+        """Close the event file."""
         if self._writer is not None:
             self._writer.close()
 
@@ -68,19 +69,19 @@ class TensorBoard:
 class WandB:
     """A run of Weights & Biases, in the project `WANDB_PROJECT` or bisam; its files are in `folder/wandb`.
 
-    With WANDB_MODE=offline nothing is sent. Each offline part of a resumed run has all epochs up to its end: the last
-    one is enough for `wandb sync`.
+    With WANDB_MODE=offline nothing is sent. Each offline part of a resumed run has all epochs up to its end, so it is
+    enough to `wandb sync` the last part.
     """
 
     def __init__(self, folder: Path, recipe: Mapping[str, Any]) -> None:
         wandb: Any = import_module("wandb")
         *_, study, slug, seed = folder.resolve().parts
         known = folder / "wandb.id"
-        if not known.exists():  # chosen anew if the folder is made anew: wandb gives no id twice
+        if not known.exists():  # a new id for a new folder: wandb does not reuse ids
             write(known, uuid.uuid4().hex[:12])
-        # Else it waits for a network that is gone for days; what was not sent stays in the folder.
+        # By default it waits for days if the network is down; metrics that were not sent stay in the folder.
         patience = {"finish_timeout": 60} if "finish_timeout" in wandb.Settings.model_fields else {}
-        wandb.setup(wandb.Settings(silent=True))  # the session has a say of its own
+        wandb.setup(wandb.Settings(silent=True))  # the session has its own setting
         try:
             self._run: Any = wandb.init(
                 dir=str(folder),
@@ -91,7 +92,7 @@ class WandB:
                 tags=[study[-64:]],
                 config=dict(recipe),
                 resume="allow",
-                reinit="finish_previous",  # of a run that failed in this process; by default it would go on
+                reinit="finish_previous",  # a failed run of this process would be continued by default
                 settings={"silent": True, "console": "off", **patience},
             )
         except wandb.errors.UsageError as error:
@@ -99,29 +100,31 @@ class WandB:
         self.epochs: int | None = max(0, self._run.step - 1)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """One row of its history; without commit it would keep it until the next."""
+        """Log one row; without `commit` it would be held back until the next row."""
         self._run.log(dict(metrics), step=step, commit=True)
 
     def close(self) -> None:
-        """Send what is left and mark the run as finished."""
+        """Send the remaining metrics and mark the run as finished."""
         self._run.finish()
 
 
 class MLflow:
     """A run of MLflow, at MLFLOW_TRACKING_URI or in `mlflow.db` beside the study's run folders.
 
-    On a cluster give a server's address: SQLite and network file systems do not go together.
+    On a cluster use the address of a server: SQLite does not work on network file systems.
     """
 
     def __init__(self, folder: Path, recipe: Mapping[str, Any]) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # seconds: training waits; by default minutes
+        os.environ.setdefault(
+            "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3"
+        )  # fail after seconds, because training waits; by default after minutes
         mlflow: Any = import_module("mlflow")
         self._entities, self._error = mlflow.entities, mlflow.exceptions.MlflowException
         study = folder.resolve().parents[1]
         uri = os.environ.get("MLFLOW_TRACKING_URI")
-        # Two processes that make the same tables break both.
-        with FileLock(study / ".mlflow.lock"), _hushed(), no_litter(Path("mlruns")):
+        # Two processes that create the tables at the same time fail.
+        with FileLock(study / ".mlflow.lock"), _without_logging(), without_empty_folder(Path("mlruns")):
             self._client = mlflow.MlflowClient(uri or f"sqlite:///{study / 'mlflow.db'}")
             run = self._found(folder / "mlflow.id")
             if run is None:
@@ -143,7 +146,7 @@ class MLflow:
         return self._client.create_experiment(name, artifact_location=artifacts)
 
     def _found(self, known: Path) -> Any:
-        """The run that was begun, unless it was at another place or is deleted."""
+        """Return the run that was started earlier, unless it is on another server or deleted."""
         if not known.exists():
             return None
         try:
@@ -155,7 +158,7 @@ class MLflow:
         return run if run.info.lifecycle_stage == "active" else None
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Metrics of epoch `step`, and last its number, by which a resumed run knows what is there."""
+        """Log the metrics of epoch `step`, and last its number, from which a resumed run knows the logged epochs."""
         now = int(1000 * time.time())
         metric, values = self._entities.Metric, {**metrics, "epoch": step}
         self._client.log_batch(self._id, metrics=[metric(k, float(v), now, step) for k, v in values.items()])
@@ -166,8 +169,8 @@ class MLflow:
 
 
 @contextmanager
-def _hushed() -> Generator[None]:
-    """Without what libraries log; alembic, which makes the tables, sets levels and handlers of its own."""
+def _without_logging() -> Generator[None]:
+    """Suppress log messages in the block; alembic, which creates the tables, sets its own levels and handlers."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -177,8 +180,8 @@ def _hushed() -> Generator[None]:
 
 
 @contextmanager
-def no_litter(folder: Path) -> Generator[None]:
-    """Without an empty folder that appears in the block: MLflow's place for artifacts, wherever the command is run."""
+def without_empty_folder(folder: Path) -> Generator[None]:
+    """Delete an empty folder that appears in the block: MLflow creates one for artifacts in the current folder."""
     was_there = folder.exists()
     yield
     if not was_there:
@@ -190,11 +193,11 @@ _KINDS: Mapping[str, Any] = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow
 NAMES = tuple(_KINDS)
 
 
-class Surviving:
-    """The logger `name`, which training survives: where it fails it is left out, with one warning.
+class FaultTolerantLogger:
+    """The logger `name`, whose failure does not stop training: it is disabled with one warning.
 
     Raises:
-        ValueError: the user's settings of it are wrong.
+        ValueError: the user's settings of the logger are wrong.
     """
 
     def __init__(self, name: str, folder: Path, recipe: Mapping[str, Any]) -> None:
@@ -206,11 +209,11 @@ class Surviving:
             self._last = self._logger.epochs
         except ValueError:
             raise
-        except Exception as error:  # each package has its own way to say that the network is down
+        except Exception as error:  # each package raises another type of error if the network is down
             self._drop(error)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Metrics of epoch `step`, and of those before that are not there."""
+        """Log the metrics of epoch `step`, and before it of the epochs that are missing."""
         if self._logger is None:
             return
         try:
@@ -225,7 +228,7 @@ class Surviving:
             self._drop(error)
 
     def close(self) -> None:
-        """Nothing follows."""
+        """Finish the log; no metrics follow."""
         if self._logger is None:
             return
         try:
@@ -237,14 +240,14 @@ class Surviving:
         self._logger = None
         reason = " ".join(str(error).split())[:300]
         warnings.warn(
-            f"--log {self._name} failed and is left out of {self._run.folder}: {type(error).__name__}: {reason}",
+            f"--log {self._name} failed and is disabled for {self._run.folder}: {type(error).__name__}: {reason}",
             RuntimeWarning,
             stacklevel=3,
         )
 
 
 def check(names: Sequence[str]) -> None:
-    """Make sure that there are such loggers.
+    """Check that the loggers are available.
 
     Raises:
         ValueError: a name is unknown, or its package is not installed.
@@ -257,10 +260,10 @@ def check(names: Sequence[str]) -> None:
 
 
 def loggers(names: Sequence[str], folder: Path, recipe: Mapping[str, Any]) -> list[Logger]:
-    """The loggers by name for the run in `folder`.
+    """Return the loggers by name for the run in `folder`.
 
     Raises:
-        ValueError: a name is unknown, its package is not installed, or the user's settings of it are wrong.
+        ValueError: a name is unknown, its package is not installed, or the user's settings of a logger are wrong.
     """
     check(names)
-    return [Surviving(name, folder, recipe) for name in dict.fromkeys(names)]
+    return [FaultTolerantLogger(name, folder, recipe) for name in dict.fromkeys(names)]

@@ -1,33 +1,41 @@
-"""Metrics: scores of predictions, as each task's own metric says, in [0, 1] or, for a correlation, [-1, 1].
+"""Metrics: scores of predictions on held-out data, and running sums of what is measured during training.
 
 >>> scores(("accuracy", "top5"), ranked(logits, ("accuracy", "top5")), labels)
+
+Scores are in [0, 1], or in [-1, 1] for a correlation.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import cast
 
+import torch
+from lightning_fabric import Fabric
 from sklearn.metrics import f1_score, matthews_corrcoef
 from torch import Tensor
 
+from bisam import Evaluation
+from bisam.experiments.runs.folder import Row
+
 TITLES = {"accuracy": "accuracy", "top5": "top-5 accuracy", "f1": "F1", "matthews": "Matthews correlation"}
-"""The metrics, as people write them."""
+"""The metrics, as they are written in reports."""
 
 
 def ranked(logits: Tensor, metrics: Sequence[str]) -> Tensor:
-    """The classes (N, R) of the largest logits (N, K), as many as the metrics ask for, the likeliest first."""
+    """Return the classes (N, R) of the largest logits (N, K), the most likely first, with R as the metrics need."""
     if "top5" in metrics:
         return logits.topk(min(5, logits.shape[1]), 1).indices
     return logits.argmax(1, keepdim=True)
 
 
 def scores(metrics: Sequence[str], predicted: Tensor, labels: Tensor) -> list[float]:
-    """The scores of predictions by the names of their metrics: accuracy, top5, f1 (of class 1), matthews.
+    """Return the score of predictions for each metric.
 
     Args:
-        metrics: their names.
-        predicted: what `ranked` makes, (N, R).
+        metrics: names: accuracy, top5, f1 (of class 1), matthews.
+        predicted: the result of `ranked`, (N, R).
         labels: classes (N,).
     """
     return [_score(metric, predicted.cpu(), labels.cpu()) for metric in metrics]
@@ -43,8 +51,56 @@ def _score(metric: str, ranks: Tensor, labels: Tensor) -> float:
         case "f1":
             return float(f1_score(labels.numpy(), predicted.numpy(), zero_division=0))  # pyright: ignore[reportArgumentType]
         case "matthews":
-            with warnings.catch_warnings():  # of a single class in both, for which it is 0 by convention
+            with warnings.catch_warnings():  # warns if there is a single class, for which it is 0 by convention
                 warnings.simplefilter("ignore", UserWarning)
                 return float(matthews_corrcoef(labels.numpy(), predicted.numpy()))
         case _:
             raise AssertionError(metric)
+
+
+class TrainingSums:
+    """Sums of loss, correct and flipped predictions over the batches of an epoch, kept on the device.
+
+    A prediction is flipped if it is correct at the weights and wrong where the method took its descent gradient.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._loss, self._correct, self._flipped, self._examples = (torch.zeros((), device=device) for _ in range(4))
+
+    def add(self, clean: Evaluation, outputs: Tensor, labels: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            clean: loss and logits at the weights, from the forward pass that the method needs anyway.
+            outputs: logits where the method took its descent gradient.
+            labels: classes (n,).
+        """
+        correct = clean.outputs.argmax(1) == labels
+        self._loss += clean.value * len(labels)
+        self._correct += correct.sum()
+        self._examples += len(labels)
+        if len(outputs) == len(labels):
+            self._flipped += (correct & (outputs.argmax(1) != labels)).sum()
+        else:
+            self._flipped += float("nan")  # the method descended on a part of the batch
+
+    def row(self, fabric: Fabric, gradients: int, forwards: int) -> Row:
+        """Return the metrics over all processes.
+
+        Args:
+            fabric: the processes.
+            gradients: examples in queries with gradient, in this process.
+            forwards: examples in queries without gradient, in this process.
+        """
+        counts = (torch.tensor(float(count), device=fabric.device) for count in (gradients, forwards))
+        sums = torch.stack([self._loss, self._correct, self._flipped, *counts, self._examples])
+        loss, correct, flipped, all_gradients, all_forwards, examples = cast(
+            Tensor, fabric.all_reduce(sums, reduce_op="sum")
+        ).tolist()
+        return {
+            "train_loss": loss / examples,
+            "train_accuracy": correct / examples,
+            "flipped": flipped,
+            "gradients": all_gradients / examples,
+            "forwards": all_forwards / examples,
+        }

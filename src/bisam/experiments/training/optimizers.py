@@ -1,4 +1,4 @@
-"""Optimizers: the base optimizer of a recipe, its schedule, and the loss that is descended."""
+"""Optimizers: the base optimizer of a recipe, its learning rate schedule, and the loss that is descended."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
 from bisam.experiments.recipes.recipe import Recipe
 
 
-def optimizer_of(model: nn.Module, recipe: Recipe) -> Optimizer:
-    """The base optimizer of a recipe."""
+def build_optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
+    """Return the base optimizer of a recipe."""
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(model.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay)
     return torch.optim.SGD(
@@ -20,32 +20,42 @@ def optimizer_of(model: nn.Module, recipe: Recipe) -> Optimizer:
     )
 
 
-def scheduler_of(optimizer: Optimizer, recipe: Recipe, steps: int) -> LRScheduler:
-    """The schedule of a recipe's learning rate over the steps of its run.
+def build_scheduler(optimizer: Optimizer, recipe: Recipe, steps: int) -> LRScheduler:
+    """Return the learning rate schedule of a recipe.
+
+    Args:
+        optimizer: the base optimizer.
+        recipe: schedule, warm-up and epochs.
+        steps: optimizer steps of the whole run.
 
     Raises:
-        ValueError: its warm-up does not end.
+        ValueError: the warm-up is longer than the run.
     """
-    if recipe.schedule == "cosine":
+    if advances_by_epoch(recipe):
         return CosineAnnealingLR(optimizer, recipe.epochs)
     if recipe.warmup >= steps:
         raise ValueError(f"warmup {recipe.warmup} does not end within the {steps} steps of the run: make it shorter")
-    falls = recipe.schedule == "linear"
+    decays = recipe.schedule == "linear"
 
     def factor(step: int) -> float:
         if step < recipe.warmup:
             return (step + 1) / recipe.warmup
-        return max(0.0, (steps - step) / (steps - recipe.warmup)) if falls else 1.0
+        return max(0.0, (steps - step) / (steps - recipe.warmup)) if decays else 1.0
 
     return LambdaLR(optimizer, factor)
 
 
+def advances_by_epoch(recipe: Recipe) -> bool:
+    """Whether the schedule advances after each epoch (cosine) or after each optimizer step (linear, constant)."""
+    return recipe.schedule == "cosine"
+
+
 def descent_loss(smoothing: float, classes: int) -> nn.Module:
-    """The cross-entropy per example, smoothed over the wrong classes."""
-    # The authors spread the smoothing over the wrong classes, torch over all: the same thing with another constant.
+    """Return the cross-entropy per example, with the label smoothing spread over the wrong classes."""
+    # The BiSAM authors spread it over the wrong classes, torch over all classes: the same with another constant.
     return nn.CrossEntropyLoss(label_smoothing=smoothing * classes / (classes - 1), reduction="none")
 
 
-def scaler_of(fabric: Fabric) -> torch.amp.GradScaler | None:
-    """The scaler of float16 gradients, if there is one."""
+def grad_scaler(fabric: Fabric) -> torch.amp.GradScaler | None:
+    """Return the gradient scaler, which precision 16 has."""
     return getattr(fabric._precision, "scaler", None)

@@ -1,4 +1,8 @@
-"""Reference speed: how fast this machine is now, by steps of plain training."""
+"""Reference speed: seconds of a plain training step on this machine now, the unit of `relative_time`.
+
+Wall-clock times of a shared or throttled machine vary; the ratio of two times measured directly after each other varies
+least. So each epoch is followed by a few steps of plain training on a copy of the model.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +19,19 @@ from torch import Tensor, nn
 from bisam import ERM, SharpnessAware
 from bisam.experiments.data.splits import Split
 from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.training.counting import Watch
+from bisam.experiments.training.counting import CountedMethod
 from bisam.experiments.training.epoch import train_epoch
 from bisam.experiments.training.fsdp import shard
-from bisam.experiments.training.optimizers import optimizer_of, scaler_of
+from bisam.experiments.training.optimizers import build_optimizer, grad_scaler
 
-PACE = 8
-"""Plain steps beside each epoch."""
+REFERENCE_STEPS = 8
+"""Plain training steps after each epoch."""
 
 
-class Begun:
-    """A split whose first batch is ready when its batches are asked for: processes that read files have started.
+class PrefetchedSplit:
+    """A split that loads its first batch when an iterator over its batches is made.
 
-    They start once in an epoch, and would be most of the time of a few steps.
+    Processes that read files start once in an epoch. Their start would dominate the time of a few steps.
     """
 
     def __init__(self, split: Split) -> None:
@@ -39,39 +43,49 @@ class Begun:
     def batches(
         self, size: int, generator: torch.Generator | None = None, rank: int = 0, ranks: int = 1
     ) -> Iterator[tuple[Any, Tensor]]:
-        """As of the split; see `Split.batches`."""
+        """Return the batches of the split; see `Split.batches`."""
         batches = self._split.batches(size, generator, rank, ranks)
         return itertools.chain([next(batches)], batches)
 
 
-class Pace:
-    """Plain training beside the run, on a copy of its model: of noisy times, a ratio of neighbours is the least so."""
+class ReferenceSpeed:
+    """Plain training of a copy of a run's model, on the first batches of its data.
 
-    def __init__(self, fabric: Fabric, model: nn.Module, split: Split, recipe: Recipe, steps: int = PACE) -> None:
+    Args:
+        fabric: devices and precision of the run.
+        model: the run's model; it is copied, and so must not be sharded yet.
+        split: training examples.
+        recipe: the run's recipe.
+        steps: training steps of one measurement.
+    """
+
+    def __init__(
+        self, fabric: Fabric, model: nn.Module, split: Split, recipe: Recipe, steps: int = REFERENCE_STEPS
+    ) -> None:
         copied = copy.deepcopy(model)
         shard(copied, fabric)
         if recipe.compile:
             copied.compile(dynamic=False)
-        self._fabric, self._watch = fabric, Watch(ERM())
-        self._split = Begun(split.first(steps * recipe.batch_size))
+        self._fabric, self._method = fabric, CountedMethod(ERM())
+        self._split = PrefetchedSplit(split.first(steps * recipe.batch_size))
         self._recipe = replace(recipe, accumulate=1, clip=None)
-        loss = SharpnessAware(copied, self._watch, nn.CrossEntropyLoss(reduction="none"), scaler=scaler_of(fabric))
-        self._sharp, self._optimizer = fabric.setup(loss, optimizer_of(copied, recipe))
+        loss = SharpnessAware(copied, self._method, nn.CrossEntropyLoss(reduction="none"), scaler=grad_scaler(fabric))
+        self._sharp, self._optimizer = fabric.setup(loss, build_optimizer(copied, recipe))
 
-    def seconds(self) -> float:
-        """Seconds per loss, now."""
-        device, scaler = self._fabric.device, scaler_of(self._fabric)
-        scale = None if scaler is None else scaler.state_dict()
+    def seconds_per_loss(self) -> float:
+        """Measure the present speed. The run's random state and gradient scaler are left unchanged."""
+        device, scaler = self._fabric.device, grad_scaler(self._fabric)
+        scaler_state = None if scaler is None else scaler.state_dict()
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             row = train_epoch(
                 self._fabric,
                 self._sharp,
-                self._watch,
+                self._method,
                 self._optimizer,
                 self._split,
                 self._recipe,
                 torch.Generator().manual_seed(0),
             )
         if scaler is not None:
-            scaler.load_state_dict(cast(Any, scale))  # which is the run's
+            scaler.load_state_dict(cast(Any, scaler_state))
         return row["seconds"] / row["losses"]

@@ -1,173 +1,92 @@
-"""The training loop: Lightning Fabric around it, a sharpness-aware loss in it.
+"""Train: one run, from its recipe to its result.
 
-`model`, `optimizer` and `scheduler` are made and stepped as in any loop; the line `loss = sharp(x, y)` is the method.
+`train` loads the data, builds the model and calls `Training`, which trains epoch by epoch, writes a checkpoint after
+each, and tests once at the end. The loop over the batches is `train_epoch` in epoch.py.
 """
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
-from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from statistics import fmean, median
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
-from torch.optim.swa_utils import AveragedModel
 
 from bisam import SharpnessAware
 from bisam.distributed.fsdp import reshard
 from bisam.experiments import data
-from bisam.experiments.data.image_tensors import Images, channels
+from bisam.experiments.data.image_tensors import channels
 from bisam.experiments.data.splits import Data, Split, batches_of
-from bisam.experiments.errors import RunError
 from bisam.experiments.models.build import build
-from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.runs.folder import Row, Run, damaged
-from bisam.experiments.runs.machine import Machine, end_with_parent
-from bisam.experiments.training.counting import Watch
-from bisam.experiments.training.epoch import predictions, train_epoch
-from bisam.experiments.training.fsdp import (
-    averaging,
-    divided,
-    is_sharded,
-    load_optimizer,
-    memories,
-    shard,
-    share_buffers,
-    whole,
-)
+from bisam.experiments.runs.folder import Row, Run
+from bisam.experiments.runs.machine import Machine
+from bisam.experiments.training.checks import check_data, check_model
+from bisam.experiments.training.counting import CountedMethod
+from bisam.experiments.training.devices import OnEpoch, train_in_processes
+from bisam.experiments.training.epoch import predict, train_epoch
+from bisam.experiments.training.fsdp import divided, shard, share_buffers, whole
 from bisam.experiments.training.loggers import loggers
 from bisam.experiments.training.metrics import scores
-from bisam.experiments.training.optimizers import descent_loss, optimizer_of, scaler_of, scheduler_of
-from bisam.experiments.training.reference_speed import Pace
-
-OnEpoch = Callable[[Row], None]
+from bisam.experiments.training.optimizers import (
+    advances_by_epoch,
+    build_optimizer,
+    build_scheduler,
+    descent_loss,
+    grad_scaler,
+)
+from bisam.experiments.training.reference_speed import ReferenceSpeed
+from bisam.experiments.training.state import RunState
+from bisam.experiments.training.weight_average import WeightAverage
 
 
 def train(run: Run, machine: Machine = Machine(), on_epoch: OnEpoch | None = None) -> dict[str, Any]:  # noqa: B008
-    """Train the run's recipe to its end, from where it was interrupted, and return its result.
+    """Train a run to its end and return its result; an interrupted run resumes after its last completed epoch.
 
     Args:
-        run: where to read and write; a finished run is not run again.
+        run: folder and recipe; a finished run is not run again.
         machine: where to compute.
-        on_epoch: called with each epoch's row of metrics.
+        on_epoch: called with the row of metrics of each epoch.
 
     Raises:
-        ValueError: the recipe or the device names something that is not here.
+        ValueError: the recipe or the device names something that is unknown or not installed.
         RunError: the folder is damaged, belongs to another recipe or is in use.
         OSError: the disk is full or read-only.
     """
+    run.recipe.check_trainable()
     fabric = machine.fabric(run.recipe.precision)
-    if machine.nodes > 1:  # whoever started the processes has one of them on each device
+    if machine.nodes > 1:  # torchrun or srun has started a process for each device
         fabric.launch()
         with run.open() if fabric.is_global_zero else nullcontext():
             fabric.barrier()
-            return run.result or _train(fabric, run, machine, on_epoch if fabric.is_global_zero else None)
+            return run.result or _train_here(fabric, run, machine, on_epoch if fabric.is_global_zero else None)
     if machine.devices > 1:
-        _fits(run.recipe, data.load(run.recipe, machine), machine)  # what is wrong is said once, here
+        check_data(run.recipe, data.load(run.recipe, machine), machine)  # here, so that an error is reported once
         with run.open():
-            return run.result or _spawned(fabric, run, machine, on_epoch)
-    training = _prepared(fabric, run, machine)
+            return run.result or train_in_processes(_train_here, fabric, run, machine, on_epoch)
+    splits, model = _prepare(fabric, run, machine)
     with run.open():
-        return run.result or training().to_the_end(on_epoch)
+        return run.result or Training(fabric, run, machine, splits, model).train(on_epoch)
 
 
-def _prepared(fabric: Fabric, run: Run, machine: Machine) -> Callable[[], Training]:
+def _train_here(fabric: Fabric, run: Run, machine: Machine, on_epoch: OnEpoch | None = None) -> dict[str, Any]:
+    """Train in this process, one of the run's; the folder is held already."""
+    return Training(fabric, run, machine, *_prepare(fabric, run, machine)).train(on_epoch)
+
+
+def _prepare(fabric: Fabric, run: Run, machine: Machine) -> tuple[Data, nn.Module]:
+    """Load the data and build the model from the recipe's seed."""
     splits = data.load(run.recipe, machine)
-    _fits(run.recipe, splits, machine)
+    check_data(run.recipe, splits, machine)
     torch.manual_seed(run.recipe.seed)
     model = build(run.recipe.model, splits.classes, channels=channels(splits.test), weights=run.recipe.weights)
-    probe(model, splits, run.recipe)
-    return lambda: Training(fabric, run, machine, splits, model)
-
-
-def _fits(recipe: Recipe, splits: Data, machine: Machine) -> None:
-    """Make sure that a recipe can be trained on its data."""
-    most = (splits.classes - 1) / splits.classes
-    if recipe.label_smoothing > most:
-        raise ValueError(
-            f"label_smoothing must be at most {most:.3g} with {splits.classes} classes, got {recipe.label_smoothing}"
-        )
-    processes = machine.devices * machine.nodes
-    if not batches_of(len(splits.train), recipe.batch_size, processes):
-        examples = min(recipe.batch_size, len(splits.train))
-        raise ValueError(f"batches of {examples} cannot be shared by {processes} devices: give a larger batch_size")
-
-
-@torch.no_grad()
-def probe(model: nn.Module, splits: Data, recipe: Recipe) -> None:
-    """Make sure that the model takes the images.
-
-    Raises:
-        ValueError: it does not.
-    """
-    if isinstance(splits.test, Images):
-        images = splits.test.images[:2].float()
-    elif recipe.dataset.startswith("glue:"):
-        return
-    else:
-        images = torch.zeros(2, 3, recipe.image_size, recipe.image_size)
-    try:
-        model.eval()(images)
-    except Exception as error:  # each network has its own way to say no
-        shape, reason = " x ".join(map(str, images.shape[1:])), " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"model {recipe.model!r} cannot take the images of {recipe.dataset}, {shape}: {reason}"
-        ) from error
-    model.train()
-
-
-def _train(fabric: Fabric, run: Run, machine: Machine, on_epoch: OnEpoch | None) -> dict[str, Any]:
-    return _prepared(fabric, run, machine)().to_the_end(on_epoch)
-
-
-def _spawned(fabric: Fabric, run: Run, machine: Machine, on_epoch: OnEpoch | None) -> dict[str, Any]:
-    """The same in a process for each device; epochs are told by what the first one writes."""
-    over = threading.Event()
-    teller = threading.Thread(target=_tell, args=(run, on_epoch, over), daemon=True)
-    if on_epoch is not None:
-        teller.start()
-    try:
-        fabric.launch(
-            partial(_one_of_many, run, machine, torch.get_num_threads())
-        )  # not as arguments, which it would take for data
-    except (ProcessRaisedException, ProcessExitedException) as error:
-        reason = [line for line in str(error).splitlines() if line.strip()][-1]
-        after = ": the same command goes on" if isinstance(error, ProcessExitedException) else ""
-        raise RunError(f"a process of {run.folder} failed ({reason}){after}") from error
-    finally:
-        over.set()
-    if on_epoch is not None:
-        teller.join()
-    assert run.result is not None
-    return run.result
-
-
-def _one_of_many(run: Run, machine: Machine, threads: int, fabric: Fabric) -> None:
-    end_with_parent()
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C is the first process's to report
-    torch.set_num_threads(max(1, threads // machine.devices))
-    _train(fabric, run, machine, None)
-
-
-def _tell(run: Run, on_epoch: OnEpoch, over: threading.Event) -> None:
-    told, last = 0, False
-    while not last:
-        last = over.wait(0.5)
-        rows = run.metrics()
-        for row in rows[told:]:
-            on_epoch(row)
-        told = max(told, len(rows))
+    check_model(model, splits, run.recipe)
+    return splits, model
 
 
 class Training:
-    """A run while it is trained: everything that its checkpoint holds."""
+    """A run in progress: its parts are built, and its state is restored from the checkpoint if there is one."""
 
     def __init__(self, fabric: Fabric, run: Run, machine: Machine, splits: Data, model: nn.Module) -> None:
         recipe = run.recipe
@@ -175,171 +94,121 @@ class Training:
         self._train, self._validation = (part.to(fabric.device) for part in (splits.train, splits.validation))
         model = fabric._precision.convert_module(model)
         self._model = model.to(memory_format=torch.channels_last) if recipe.channels_last else model
-        # Copies come before the model is sharded, which has none, and its optimizer after it.
-        self._pace = Pace(fabric, model, self._train, recipe)
-        self._average = self._averaged(model)
+        # A sharded model cannot be copied: both copies are made before, and the optimizer after it is sharded.
+        self._reference_speed = ReferenceSpeed(fabric, model, self._train, recipe)
+        average = None if recipe.ema is None else WeightAverage(model, recipe.ema, fabric)
         shard(model, fabric)
-        optimizer = optimizer_of(model, recipe)
+        optimizer = build_optimizer(model, recipe)
         losses = batches_of(len(splits.train), recipe.batch_size, fabric.world_size)
         steps = -(-losses // recipe.accumulate)
-        self._scheduler = scheduler_of(optimizer, recipe, steps * recipe.epochs)
+        scheduler = build_scheduler(optimizer, recipe, steps * recipe.epochs)
         method = recipe.build_method(
             optimizer=optimizer, steps=losses * recipe.epochs, epoch=losses, examples=len(splits.train)
         )
-        self._watch = Watch(method)
+        self._method = CountedMethod(method)
         if recipe.compile:
-            # A graph for each size of batches: one for all, made at the second size, would compute other bits, and a
-            # resumed run comes to its sizes in another order.
+            # One graph for each batch size. A dynamic graph is made when the second size comes, and rounds differently
+            # from a static one; a resumed run meets the sizes in another order.
             model.compile(dynamic=False)
         loss = SharpnessAware(
-            model, self._watch, descent_loss(recipe.label_smoothing, splits.classes), scaler=scaler_of(fabric)
+            model, self._method, descent_loss(recipe.label_smoothing, splits.classes), scaler=grad_scaler(fabric)
         )
-        self._sharp, self._optimizer = fabric.setup(loss, optimizer)
-        self._history: list[Row] = []
-        self._best: dict[str, Any] = {"score": -2.0}  # less than any, also than a correlation
-        self._resume()
+        sharp, optimizer = fabric.setup(loss, optimizer)
+        self._state = RunState(fabric, sharp, optimizer, scheduler, average)
+        if (checkpoint := run.checkpoint()) is not None:
+            self._state.restore(checkpoint, run.folder)
 
-    def _averaged(self, model: nn.Module) -> AveragedModel | None:
-        if self._recipe.ema is None:
-            return None
-        average = AveragedModel(model, multi_avg_fn=averaging(self._recipe.ema), use_buffers=True)
-        shard(average.module, self._fabric)
-        return average.to(self._fabric.device)
-
-    def to_the_end(self, on_epoch: OnEpoch | None) -> dict[str, Any]:
-        """Train the epochs that are left, test once, and write the result."""
-        recipe, fabric = self._recipe, self._fabric
-        boards = loggers(self._machine.log, self._run.folder, recipe.to_dict()) if fabric.is_global_zero else []
-        for epoch in range(len(self._history) + 1, recipe.epochs + 1):
+    def train(self, on_epoch: OnEpoch | None) -> dict[str, Any]:
+        """Train the remaining epochs, test, and write the result."""
+        recipe, fabric, state = self._recipe, self._fabric, self._state
+        first = fabric.is_global_zero
+        boards = loggers(self._machine.log, self._run.folder, recipe.to_dict()) if first else []
+        for epoch in range(len(state.history) + 1, recipe.epochs + 1):
             row = self.epoch(epoch)
-            self._history.append(row)
+            state.history.append(row)
             for board in boards:
                 board.log({k: v for k, v in row.items() if k != "epoch"}, epoch)
-            state = self._state()
-            if fabric.is_global_zero:
-                self._run.save(state, self._history)
+            checkpoint = state.gather()  # in all processes, because tensors may be sharded
+            if first:
+                self._run.save(checkpoint, state.history)
             if on_epoch is not None:
                 on_epoch(row)
         for board in boards:
             board.close()
-        result = self._result()  # with a sharded model all are needed
-        if fabric.is_global_zero:
+        result = self._test()  # in all processes, as above
+        if first:
             result = self._run.finish(result)
-        return fabric.broadcast(result)  # nobody goes before it is written
+        return fabric.broadcast(result)  # no process ends before the result is written
 
     def epoch(self, epoch: int) -> Row:
-        """Train one epoch and validate; returns its row of metrics."""
-        # An epoch draws the same whether or not it follows a resume; all methods see the same batches.
-        seed = self._recipe.seed * 1_000_003 + epoch
+        """Train and validate one epoch, numbered from 1, and return its row of metrics."""
+        recipe, state = self._recipe, self._state
+        # The seed depends on the epoch alone: a resumed run draws the same, and all methods get the same batches.
+        seed = recipe.seed * 1_000_003 + epoch
         torch.manual_seed(seed + 15_485_863 * self._fabric.global_rank)
         random = torch.Generator().manual_seed(seed)
-        row: Row = {"epoch": epoch, "learning_rate": float(self._scheduler.get_last_lr()[0])}
+        by_epoch = advances_by_epoch(recipe)
+        row: Row = {"epoch": epoch, "learning_rate": float(state.scheduler.get_last_lr()[0])}
         row |= train_epoch(
-            self._fabric, self._sharp, self._watch, self._optimizer, self._train, self._recipe, random, self._after_step
+            self._fabric,
+            state.sharp,
+            self._method,
+            state.optimizer,
+            self._train,
+            recipe,
+            random,
+            None if by_epoch else state.scheduler,
+            state.average,
         )
-        row["relative_time"] = row["seconds"] / row["losses"] / self._pace.seconds()
-        if self._recipe.schedule == "cosine":
-            self._scheduler.step()
+        row["relative_time"] = row["seconds"] / row["losses"] / self._reference_speed.seconds_per_loss()
+        if by_epoch:
+            state.scheduler.step()
         share_buffers(self._model, self._fabric)
-        row["validation"] = self._score(self._model, self._validation)[0]
-        if self._average is not None:
-            row["validation_ema"] = self._score(self._average.module, self._validation)[0]
-        if row["validation"] > self._best["score"]:
-            self._best = {"score": row["validation"], "epoch": epoch, "weights": _copied(self._model)}
+        row["validation"] = self._scores(self._model, self._validation)[0]
+        if state.average is not None:
+            row["validation_ema"] = self._scores(state.average.model, self._validation)[0]
+        if row["validation"] > state.best["score"]:
+            state.best = {"score": row["validation"], "epoch": epoch, "weights": _weights_on_cpu(self._model)}
         return row
 
-    def _after_step(self) -> None:
-        if self._recipe.schedule != "cosine":
-            self._scheduler.step()
-        if self._average is not None:
-            self._average.update_parameters(self._model)
-
-    def _score(self, model: nn.Module, split: Split) -> list[float]:
-        """The scores of a data set's metrics, the first of which chooses."""
+    def _scores(self, model: nn.Module, split: Split) -> list[float]:
+        """Return the scores for the metrics of the data set; the first metric selects the best epoch."""
         metrics = self._data.metrics
         with self._fabric.autocast():
-            predicted, labels = predictions(model, split, self._recipe, metrics)
+            predicted, labels = predict(model, split, self._recipe, metrics)
         reshard(model)
-        # The first device's: all have to agree which epoch is the best.
+        # The first process decides: all have to agree on the best epoch.
         return self._fabric.broadcast(scores(metrics, predicted, labels))
 
-    def _state(self) -> dict[str, Any]:
-        """Everything, in one piece on the first device; all of them must ask."""
-        first, sharp = self._fabric.is_global_zero, self._sharp.state_dict()
-        remembered = memories(sharp[_MEMORY], self._fabric)
-        sharp[_MEMORY] = remembered[0]  # once in the file
-        state: dict[str, Any] = {
-            "sharp": whole(sharp, first),
-            "memories": remembered,
-            "sharded": is_sharded(self._fabric),
-            "optimizer": whole(self._optimizer.state_dict(), first),
-            "scheduler": self._scheduler.state_dict(),
-            "history": self._history,
-            "best": self._best,
-        }
-        if self._average is not None:
-            state["average"] = whole(self._average.state_dict(), first)
-        if (scaler := scaler_of(self._fabric)) is not None:
-            state["scaler"] = scaler.state_dict()
-        return state
-
-    def _resume(self) -> None:
-        if (checkpoint := self._run.checkpoint()) is None:
-            return
-        try:
-            remembered, world = checkpoint["memories"], self._fabric.world_size
-            if len(remembered) != world:
-                raise RunError(
-                    f"{self._run.folder} was begun with {len(remembered)} devices, not with {world}: go on with as "
-                    "many, or give another --out"
-                )
-            if (begun := checkpoint.get("sharded", False)) != is_sharded(self._fabric):
-                raise RunError(
-                    f"{self._run.folder} was begun {'with' if begun else 'without'} --strategy fsdp, which perturbs "
-                    "for the whole batch: go on in the same way, or give another --out"
-                )
-            sharp = {**checkpoint["sharp"], _MEMORY: remembered[self._fabric.global_rank]}
-            self._sharp.load_state_dict(divided(sharp, self._sharp.state_dict()))
-            load_optimizer(self._optimizer, checkpoint["optimizer"])
-            self._scheduler.load_state_dict(checkpoint["scheduler"])
-            self._history, self._best = checkpoint["history"], checkpoint["best"]
-            if self._average is not None:
-                self._average.load_state_dict(divided(checkpoint["average"], self._average.state_dict()))
-            if (scaler := scaler_of(self._fabric)) is not None:
-                scaler.load_state_dict(checkpoint["scaler"])
-        except (LookupError, TypeError, ValueError, RuntimeError) as error:
-            raise damaged(self._run.folder / "checkpoint.pt", error) from error
-
-    def _result(self) -> dict[str, Any]:
-        test = self._data.test.to(self._fabric.device)  # looked at here for the first time
-        history, metrics = self._history, self._data.metrics
-        tested = {"last": self._score(self._model, test)}
-        if self._average is not None:
-            tested["ema"] = self._score(self._average.module, test)
-        self._model.load_state_dict(divided(self._best["weights"], self._model.state_dict()))
-        tested["best"] = self._score(self._model, test)
+    def _test(self) -> dict[str, Any]:
+        """Test the last weights, their average and the best weights; return the result of the run."""
+        test = self._data.test.to(self._fabric.device)  # the test data is used here and nowhere else
+        state, metrics = self._state, self._data.metrics
+        tested = {"last": self._scores(self._model, test)}
+        if state.average is not None:
+            tested["ema"] = self._scores(state.average.model, test)
+        self._model.load_state_dict(divided(state.best["weights"], self._model.state_dict()))
+        tested["best"] = self._scores(self._model, test)
+        history = state.history
         return {
-            **{f"test_{when}": values[0] for when, values in tested.items()},
-            "validation_best": self._best["score"],
-            "best_epoch": self._best["epoch"],
+            **{f"test_{which}": values[0] for which, values in tested.items()},
+            "validation_best": state.best["score"],
+            "best_epoch": state.best["epoch"],
             "metric": metrics[0],
-            "scores": {when: dict(zip(metrics, values, strict=True)) for when, values in tested.items()},
+            "scores": {which: dict(zip(metrics, values, strict=True)) for which, values in tested.items()},
             "examples": len(self._data.train),
             "seconds_per_epoch": median(r["seconds"] for r in history),
             "relative_time": median(r["relative_time"] for r in history),
             "gradients_per_step": fmean(r["gradients"] for r in history),
             "forwards_per_step": fmean(r["forwards"] for r in history),
-            "device": _named(self._fabric.device),
+            "device": _device_name(self._fabric.device),
             "processes": self._fabric.world_size,
         }
 
 
-_MEMORY = "_extra_state"  # its key in the state of a loss
-
-
-def _named(device: torch.device) -> str:
+def _device_name(device: torch.device) -> str:
     return f"{device}, {torch.cuda.get_device_name(device)}" if device.type == "cuda" else str(device)
 
 
-def _copied(model: nn.Module) -> dict[str, Tensor]:
+def _weights_on_cpu(model: nn.Module) -> dict[str, Tensor]:
     return {k: v.detach().cpu().clone() for k, v in whole(model.state_dict()).items()}

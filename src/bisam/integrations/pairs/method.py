@@ -1,14 +1,15 @@
-"""Parallel: the independent queries of a method, answered by two processes at once.
+"""InPairs: two processes answer the independent queries of a method in parallel.
 
-SAMPa is made for it (Xie et al., 2024): of its two gradients each process of a pair takes one, both get both, and a
-step takes about as long as one of plain training. The numbers are those of one process:
+SAMPa was designed for this (Xie et al., 2024): each process of a pair computes one of its two gradients and receives
+the other, and a step takes about as long as one of plain training. The results are those of one process:
 
     # torchrun --nproc-per-node 2 train.py
     sampler = DistributedSampler(data, num_replicas=replicas(), rank=replica())
     sharp = SharpnessAware(model, InPairs(SAMPa(ahead=next_step(optimizer))), cross_entropy)
 
-Ranks 0 and 1 are a pair, so are 2 and 3, and so on; a pair is to its data and weights what one process is. Of several
-pairs each perturbs for its own part of the data, and DistributedDataParallel around the loss averages over them.
+Ranks 0 and 1 are a pair, ranks 2 and 3 are a pair, and so on; data and weights of a pair are those of one process. With
+several pairs, each perturbs for its own part of the data, and DistributedDataParallel around the loss averages over
+them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor
 
-from bisam.evaluation import Batch, Evaluation
+from bisam.batches import Batch
+from bisam.evaluation import Evaluation
 from bisam.integrations.pairs.pair import (
     Form,
     Note,
@@ -41,35 +43,36 @@ from bisam.validation import instance
 
 @dataclass(frozen=True)
 class InPairs:
-    """Any method, its independent queries answered by two ranks at once: SAMPa's two, or CRSAM's two displaced ones.
+    """Wraps a method so that two ranks answer its independent queries in parallel (both of SAMPa, two of CR-SAM).
 
-    All else both ranks do alike, so that weights and memory are the same on both, and those of the method alone, bit
-    for bit where the hardware computes the same bits twice; a checkpoint of one rank is one of both. Make it the
-    outermost method. All ranks of the process group take part.
+    Both ranks compute everything else identically, so weights and state are the same on both. They are also those of
+    the method without InPairs, bit for bit if the hardware is deterministic, so a checkpoint of one rank is valid for
+    both. InPairs must be the outermost method. All ranks of the process group take part.
 
-    Running statistics move on the even rank, as in the method alone, and are copied to the odd one. `clean` is filled
-    where the query at the weights was made: of SAMPa on even ranks only, and it raises RuntimeError on odd ones. An
-    answer that came from the other rank has losses and gradient, but no outputs and no targets.
+    Running statistics are updated on the even rank, as without InPairs, and copied to the odd rank. `clean` is
+    available on the rank that made the query at the weights: for SAMPa on even ranks only; on odd ranks it raises
+    RuntimeError. An answer from the other rank has losses and gradient, but no outputs and no targets.
 
-    Forward passes draw from streams of their own, seeded by `torch.initial_seed()`, the pair and the step: dropout
-    masks differ from those of one process, and the user's generators are left as they were. What a method draws itself,
-    a random mask say, comes from the user's generators, which must then agree on both ranks.
+    Forward passes draw from their own generators, seeded by `torch.initial_seed()`, the pair and the step: dropout
+    masks differ from those of one process, and the user's generators do not change. Random numbers that a method draws
+    itself, for example a mask, come from the user's generators, which must have the same state on both ranks.
 
-    At the first step, and ever more rarely after it (2nd, 4th, 8th, ...), the ranks make sure that they have the same
-    weights, memory and batch, which waits for the device. Beside each exchange their hosts tell each other what they
-    have asked for, and whether it failed, which does not.
+    At the steps 1, 2, 4, 8, ... the ranks check that they have the same weights, state and batch, which synchronises
+    with the device. At each exchange the processes also exchange a description of their queries, and any error, without
+    synchronising with the device.
 
     Args:
-        method: what is done.
+        method: the method whose queries are distributed.
 
     Raises:
-        TypeError: `method` is no method.
+        TypeError: `method` is not a method.
 
-    Called, it raises:
+    Raises when called:
         TypeError: the oracle is not that of a module.
-        ValueError: there is no process group of an even number of ranks; it is inside another InPairs; the model has a
-            wrapper that must be around the loss; the ranks of a pair differ in weights, memory, batch or generators.
-        RuntimeError: the other rank failed or is gone. As after any error, the weights are as before the step.
+        ValueError: there is no process group with an even number of ranks; InPairs is inside another InPairs; the model
+            has a wrapper that must be around the loss; the ranks of a pair differ in weights, state, batch or
+            generators.
+        RuntimeError: the other rank failed or does not respond. As after any error, the weights are as before the step.
     """
 
     method: Method
@@ -79,47 +82,47 @@ class InPairs:
         instance("method", self.method, "SAMPa(ahead=next_step(optimizer)) or another (oracle, batch) -> Evaluation")
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
-        """The method's queries; of those that are independent each rank asks its own."""
+        """Makes the queries of the method; each rank answers its share of the independent ones."""
         below = _model_oracle(oracle)
         pair = own_pair()
         if not below.parameters:
-            return self.method(oracle, batch)  # which refuses
+            return self.method(oracle, batch)  # which raises the error
         pair.begin(below, oracle, batch)
         return self.method(_Shared(oracle, below, pair), batch)
 
 
 def replicas() -> int:
-    """Number of pairs: in how many parts the data is, `num_replicas` of a DistributedSampler.
+    """Returns the number of pairs, which is `num_replicas` of a DistributedSampler.
 
     Raises:
-        ValueError: there is no process group of an even number of ranks.
+        ValueError: there is no process group with an even number of ranks.
     """
     return rank_and_size()[1] // 2
 
 
 def replica() -> int:
-    """Number of this rank's pair: which part of the data is its own, `rank` of a DistributedSampler.
+    """Returns the number of this rank's pair, which is `rank` of a DistributedSampler.
 
     Raises:
-        ValueError: there is no process group of an even number of ranks.
+        ValueError: there is no process group with an even number of ranks.
     """
     return rank_and_size()[0] // 2
 
 
 class _Shared(View):
-    """An oracle whose independent queries are asked by the ranks of a pair in parts."""
+    """An oracle whose independent queries are distributed over the ranks of a pair."""
 
     def __init__(self, oracle: Oracle, below: ModelOracle, pair: Pair) -> None:
         super().__init__(oracle)
         self._below, self._pair = below, pair
         self._exchanges, self._batches = 0, list[Batch]()
         self._before = below.random_state().tensors
-        _ = below.module_buffers.untouched  # what a failed step goes back to, also if the other rank moves them first
+        _ = below.module_buffers.untouched  # saved for a failed step, before the other rank changes them
 
     def ask(self, queries: Sequence[Query]) -> list[Evaluation]:
-        """See `Oracle.ask`; several are divided between the ranks, a single one is asked by both.
+        """See `Oracle.ask`. Several queries are distributed over the ranks; both ranks answer a single query.
 
-        Then the answer of the even rank counts.
+        In the latter case the answer of the even rank is used.
         """
         members: Sequence[int | None] = _members(queries) if len(queries) > 1 else [None] * len(queries)
         pair, objectives = self._pair, [query.objective or self.loss for query in queries]
@@ -131,7 +134,7 @@ class _Shared(View):
             for query, member in zip(queries, members, strict=True):
                 own.append(self._asked(query, member in (None, pair.member)))
         except Exception as error:
-            with suppress(RuntimeError):  # if the other one is gone, the error here is the one to see
+            with suppress(RuntimeError):  # if the other rank does not respond, raise the error of this rank
                 pair.swap(Note(place, error=f"{type(error).__name__}: {error}"[:1000]))
             raise
         generators = self._below.random_state().tensors
@@ -150,13 +153,13 @@ class _Shared(View):
         return self._exchanged(own, members, cast("list[Form]", forms), objectives, buffers)
 
     def _asked(self, query: Query, here: bool) -> Evaluation | None:
-        """The answer to a query, from a stream of random numbers that is its own, if it is asked here."""
+        """Answers a query, with its own stream of random numbers, if this rank has to; else returns None."""
         batch = query.batch
         same = (i for i, known in enumerate(self._batches) if known is batch)
         number = next(same, len(self._batches)) if self._below.same_noise else len(self._batches)
         self._batches.append(batch)
         if not here:
-            query.take()  # its memory is free meanwhile
+            query.take()  # frees its memory
             return None
         with self._below.fork(torch.initial_seed(), self._pair.rank // 2, self.step, number):
             return super().ask([query])[0]
@@ -169,7 +172,7 @@ class _Shared(View):
         objectives: Sequence[Objective],
         buffers: list[Tensor],
     ) -> list[Evaluation]:
-        """All answers, and buffers as the even rank has them; takes its own ones out of the list."""
+        """Returns all answers, and copies the buffers of the even rank; removes its own answers from the list."""
         member, device = self._pair.member, self.weights.tensors[0].device
         away, here = list[Tensor](), list[Tensor]()
         answers = list[Evaluation]()
@@ -191,10 +194,10 @@ class _Shared(View):
         self._pair.exchange(away, here)
         if member:
             for buffer, part in zip(buffers, parts, strict=True):
-                buffer.data.copy_(part)  # .data: the graph of another loss may hold it
+                buffer.data.copy_(part)  # .data: the graph of another loss may hold the buffer
         for i, answer in enumerate(answers):
             if (members[i] or 0) != member and answer.grad is not None:
-                self._below.note_overflow(answer.grad)  # also an overflow on the other rank skips the step
+                self._below.note_overflow(answer.grad)  # an overflow on the other rank skips the step too
         return answers
 
 
@@ -211,7 +214,7 @@ def _model_oracle(oracle: Oracle) -> ModelOracle:
 
 
 def _members(queries: Sequence[Query]) -> list[int]:
-    """Who asks which query: those at the weights the even one, whose `clean` they fill; the others even it out."""
+    """Assigns queries to ranks: those at the weights to the even rank, to fill its `clean`, the others for balance."""
     members = [0 if query.tracks else None for query in queries]
     load = [members.count(0), 0]
     for i, member in enumerate(members):

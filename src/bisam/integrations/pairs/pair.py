@@ -1,7 +1,7 @@
-"""Pairs: two ranks that share each step, and what they tell and send each other.
+"""Pair: two ranks that share each step, and the messages that they exchange.
 
-Ranks 0 and 1 are a pair, so are 2 and 3, and so on. Before tensors are exchanged the hosts tell each other what they
-have asked for and whether it failed, so that an error on one rank is an error on both, and nobody waits for ever.
+Ranks 0 and 1 are a pair, ranks 2 and 3 are a pair, and so on. Before the ranks exchange tensors, the processes exchange
+a description of their queries and any error, so that an error on one rank is raised on both and no rank waits forever.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
-from bisam.evaluation import Batch, Evaluation
+from bisam.batches import Batch
+from bisam.evaluation import Evaluation
 from bisam.model.oracle import ModelOracle
 from bisam.objectives import Objective
 from bisam.oracle import Oracle
@@ -28,7 +29,7 @@ from bisam.vector import WHOLE, Vector
 
 @dataclass(frozen=True)
 class Form:
-    """Of an answer, what another rank has to know to make room for it."""
+    """Types and shapes of an answer, from which another rank allocates memory for it."""
 
     losses: tuple[torch.Size, torch.dtype]
     value: torch.dtype
@@ -37,13 +38,13 @@ class Form:
 
     @classmethod
     def of(cls, answer: Evaluation) -> Form:
-        """Of this one."""
+        """Returns the form of an answer."""
         count = answer.count.dtype if isinstance(answer.count, Tensor) else answer.count
         holes = None if answer.grad is None else answer.grad.holes
         return cls((answer.losses.shape, answer.losses.dtype), answer.value.dtype, count, holes)
 
     def templates(self, parameters: Sequence[Tensor]) -> list[Tensor]:
-        """Tensors that are laid out as those that are sent."""
+        """Returns tensors with the layout of those that are sent."""
         (shape, dtype), scalars = self.losses, [self.value]
         if isinstance(self.count, torch.dtype):
             scalars.append(self.count)
@@ -52,12 +53,12 @@ class Form:
         return numbers if self.holes is None else [*numbers, *parameters]
 
     def parts(self, answer: Evaluation) -> list[Tensor]:
-        """What is sent."""
+        """Returns the tensors that are sent."""
         count = [answer.count] if isinstance(answer.count, Tensor) else []
         return [answer.losses, answer.value, *count, *(answer.grad or ())]
 
     def answer(self, parts: list[Tensor], own: Evaluation | None, objective: Objective) -> Evaluation:
-        """The answer that has these parts; all else is that of the rank's own answer, if there is one."""
+        """Returns the answer with these parts; other attributes are those of the rank's own answer, if there is one."""
         losses, value, *rest = parts
         count = self.count if isinstance(self.count, int) else rest.pop(0)
         grad = None if self.holes is None else Vector(rest, self.holes)
@@ -67,11 +68,11 @@ class Form:
 
 @dataclass(frozen=True)
 class Note:
-    """What hosts tell each other once each has asked for its share of some queries."""
+    """The description that two processes exchange after each has answered its share of some queries."""
 
-    place: tuple[int, ...]  # number of the call, of the exchange in it and of the step, and how many queries there are
+    place: tuple[int, ...]  # numbers of the call, of the exchange in it, of the step and of the queries
     shapes: list[list[tuple[int, ...]]] = field(default_factory=list[list[tuple[int, ...]]])  # of their batches
-    drawn: list[str] = field(default_factory=list[str])  # where a generator has moved in this step, its state
+    drawn: list[str] = field(default_factory=list[str])  # the state of each generator that has changed in this step
     buffers: str = ""
     forms: list[Form | None] = field(default_factory=list["Form | None"])
     error: str = ""
@@ -79,12 +80,12 @@ class Note:
 
 @dataclass(eq=False)
 class Pair:
-    """Two ranks, as one of them sees it.
+    """A pair of ranks, from the point of view of one of them.
 
     Args:
-        rank: this one.
-        host: both, for what hosts tell each other and for tensors on the CPU.
-        device: both, for tensors on other devices.
+        rank: this rank.
+        host: process group of both, for descriptions and for tensors on the CPU.
+        device: process group of both, for tensors on other devices.
     """
 
     rank: int
@@ -95,14 +96,14 @@ class Pair:
 
     @property
     def member(self) -> int:
-        """0 for the even rank and 1 for the odd one."""
+        """0 for the even rank and 1 for the odd rank."""
         return self.rank % 2
 
     def begin(self, below: ModelOracle, oracle: Oracle, batch: Batch) -> None:
-        """Count a step, and now and then see whether both ranks begin it alike.
+        """Counts a step, and at some steps checks that both ranks begin it in the same state.
 
         Raises:
-            ValueError: they do not, or the model cannot be in a pair.
+            ValueError: their states differ, or the model is not supported.
         """
         self.calls += 1
         step = self.steps.get(below.model, 0) + 1
@@ -119,10 +120,10 @@ class Pair:
         self.steps[below.model] = step
 
     def swap(self, mine: Any) -> Any:
-        """What the other host says, for what this one says.
+        """Sends an object to the other process and returns the object of the other.
 
         Raises:
-            RuntimeError: the other one is gone.
+            RuntimeError: the other rank does not respond.
         """
         both: list[Any] = [None, None]
         try:
@@ -132,22 +133,22 @@ class Pair:
         return both[1 - self.member]
 
     def exchange(self, away: Sequence[Tensor], here: Sequence[Tensor]) -> None:
-        """Send messages and fill others with what the other rank sends, all at once.
+        """Sends messages and fills others with those of the other rank, all at once.
 
         Raises:
-            RuntimeError: the other one is gone.
+            RuntimeError: the other rank does not respond.
         """
         group = self.host if all(m.is_cpu for m in (*away, *here)) else self.device
         sent = [dist.P2POp(dist.isend, m, self.rank ^ 1, group) for m in away]
         received = [dist.P2POp(dist.irecv, m, self.rank ^ 1, group) for m in here]
         try:
             for work in dist.batch_isend_irecv(sent + received):
-                work.wait()  # on a GPU its stream waits, and not the host
+                work.wait()  # on a GPU the stream waits, not the process
         except RuntimeError as error:
             raise self._gone() from error
 
     def check(self, mine: Note, theirs: Note) -> None:
-        """Make sure that the other rank has done its share of the same queries.
+        """Checks that the other rank has answered its share of the same queries.
 
         Raises:
             RuntimeError: it has failed, or is at another step.
@@ -197,14 +198,18 @@ _REMEDIES = (
     "give both the same part of the data, DistributedSampler(data, num_replicas=replicas(), rank=replica()), and "
     "augment it alike",
 )
-"""For weights, memories and batches."""
+"""The remedies for different weights, states and batches."""
 
 _pairs: WeakKeyDictionary[dist.ProcessGroup, Pair] = WeakKeyDictionary()
-"""By the group of all ranks: like that one they are of the process, and end with it."""
+"""The pair of this process for each group of all ranks, with the lifetime of the group."""
 
 
 def rank_and_size() -> tuple[int, int]:
-    """The rank of this process, and how many there are."""
+    """Returns the rank of this process and the number of ranks.
+
+    Raises:
+        ValueError: there is no process group with an even number of ranks.
+    """
     remedy = "start them with torchrun --nproc-per-node 2, or use the method alone, without InPairs"
     if not (dist.is_available() and dist.is_initialized()):
         raise ValueError(
@@ -218,11 +223,11 @@ def rank_and_size() -> tuple[int, int]:
 
 
 def own_pair() -> Pair:
-    """The pair of this rank; all ranks have to ask the first time."""
+    """Returns the pair of this rank; at the first call all ranks must call it."""
     rank, _ = rank_and_size()
     world = cast("dist.ProcessGroup", dist.group.WORLD)
     if world not in _pairs:
-        # Given to init_process_group, which groups that are made later do not take over by themselves.
+        # The timeout of init_process_group, which later groups do not inherit.
         options = getattr(world._get_backend(world._device_types[0]), "options", None)
         timeout = getattr(options, "_timeout", None)
         host, _ = dist.new_subgroups(2, backend="gloo", timeout=timeout)
@@ -232,25 +237,25 @@ def own_pair() -> Pair:
 
 
 def is_gloo() -> bool:
-    """Whether gloo is all that the ranks have, which sends what is on the CPU."""
+    """Whether gloo is the only backend, which sends tensors on the CPU only."""
     return dist.get_backend() == "gloo"
 
 
 def check_model(below: ModelOracle) -> None:
-    """Make sure that a rank can run the model without the others.
+    """Checks that a rank can run the model without the other ranks.
 
     Raises:
-        ValueError: a wrapper has collectives in its forward pass, or tensors are where this group cannot send them.
+        ValueError: a wrapper has collectives in its forward pass, or the backend cannot send tensors of this device.
     """
     if any(isinstance(module, DistributedDataParallel) for module in below.model.modules()):
         raise ValueError(
-            "the model is in DistributedDataParallel, whose forward passes are of all ranks at once, and the two of a "
-            "pair do different ones: wrap the other way round, DistributedDataParallel(SharpnessAware(model, ...))"
+            "the model is in DistributedDataParallel, whose forward passes need all ranks, and the two ranks of a pair "
+            "run different ones: wrap the other way round, DistributedDataParallel(SharpnessAware(model, ...))"
         )
     if below.layout is not WHOLE:
         raise ValueError(
-            "sharded parameters (FSDP2, tensor parallelism) and scope='global' make a query one of all ranks, "
-            "and the two of a pair make different ones: use DistributedDataParallel(SharpnessAware(model, ...)), "
+            "sharded parameters (FSDP2, tensor parallelism) and scope='global' need all ranks in each query, "
+            "and the two ranks of a pair make different ones: use DistributedDataParallel(SharpnessAware(model, ...)), "
             "without the argument"
         )
     if is_gloo() and (kind := below.weights.tensors[0].device.type) != "cpu":
@@ -261,7 +266,7 @@ def check_model(below: ModelOracle) -> None:
 
 
 def message_like(templates: Sequence[Tensor], device: torch.device) -> tuple[Tensor, list[Tensor]]:
-    """Memory that is sent in one piece, and tensors in it that are laid out as the templates."""
+    """Allocates memory that is sent in one piece, and tensors in it that have the layout of the templates."""
     sizes = [-(-t.nbytes // _ALIGNMENT) * _ALIGNMENT for t in templates]
     message = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
     parts = [
@@ -271,27 +276,27 @@ def message_like(templates: Sequence[Tensor], device: torch.device) -> tuple[Ten
     return message, parts
 
 
-_ALIGNMENT = 64  # bytes, as torch aligns memory on the CPU: views in a message are as fast as tensors of their own
+_ALIGNMENT = 64  # bytes, the alignment of torch on the CPU: views in a message are then as fast as separate tensors
 
 
 def _strides(tensor: Tensor) -> tuple[int, ...]:
-    """Of a tensor in that memory format without gaps."""
+    """Returns the strides of a tensor in the same memory format without gaps."""
     return tensor.stride() if tensor.is_contiguous() else torch.empty_like(tensor, device="meta").stride()
 
 
 def shapes_of(batch: Batch) -> list[tuple[int, ...]]:
-    """Of its tensors."""
+    """Returns the shapes of the tensors of a batch."""
     return [tuple(t.shape) for t in tree_leaves(batch) if isinstance(t, Tensor)]
 
 
 def digest(tree: Any) -> str:
-    """The same for the same bits: tensors and Vectors in nests, and what is plain beside them."""
+    """Returns a hash of a nest of tensors, Vectors and plain values, which is equal for equal bits."""
     digest = blake2b(digest_size=16)
     for leaf in tree_leaves(tree):
         for part in leaf if isinstance(leaf, Vector) else [leaf]:
             if isinstance(part, Tensor):
                 digest.update(repr((part.shape, part.dtype)).encode() + _bytes(part))
-            else:  # of other objects the repr may have an address in it
+            else:  # the repr of other objects may contain an address
                 digest.update((repr(part) if isinstance(part, _PLAIN) else type(part).__name__).encode())
     return digest.hexdigest()
 

@@ -1,6 +1,8 @@
-"""Transformers: the Hugging Face Trainer with any sharpness-aware method.
+"""Transformers: the Trainer of Hugging Face with any sharpness-aware method.
 
-from bisam.integrations.transformers import SharpnessAwareTrainer
+Requires the package `transformers`:
+
+    from bisam.integrations.transformers import SharpnessAwareTrainer
 """
 
 try:

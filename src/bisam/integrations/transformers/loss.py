@@ -1,4 +1,4 @@
-"""The Trainer's own loss as an objective, for `transformers.py`; and what its queries cost."""
+"""The loss of the Trainer as an objective, and the costs of its queries."""
 
 from __future__ import annotations
 
@@ -14,38 +14,39 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from bisam.evaluation import Batch, Evaluation, size
+from bisam.batches import Batch, size
+from bisam.evaluation import Evaluation
 from bisam.methods import Method
 from bisam.objectives import CrossEntropy, LowerBound, Objective
 from bisam.oracle import Oracle, Query, View
 
 Inputs = dict[str, Any]
-"""A batch as the Trainer's collator made it."""
+"""A batch of the Trainer's collator."""
 
 
 class TrainerLoss:
-    """The Trainer's own loss as an objective: a scalar, the mean over what counts in the batch that is queried.
+    """The loss of the Trainer as an objective: a scalar, the mean over the items that count in the queried batch.
 
-    It is computed where the model is run, in `forward`, and comes along with the logits.
+    It is computed in `forward`, where the model is run, and stored with the logits.
     """
 
     ignore_index = -100
 
     def __init__(self, trainer: Any, compute: Callable[..., Any]) -> None:
         self._trainer, self._compute = trainer, compute
-        self.asked: Objective | None = None  # by the query that runs the model
-        self.is_local = True  # whether an answer is for this process's own batch, and not a mean over all processes
-        self.counted: Tensor | None = None  # items of the last query
-        self.whole: Tensor | int | None = None  # items of all accumulated batches
-        self._divides: bool | None = None  # whether the model's loss goes by the number of items that it is given
+        self.asked: Objective | None = None  # the objective of the query that runs the model
+        self.is_local = True  # whether an answer is for the batch of this process, not a mean over all processes
+        self.counted: Tensor | None = None  # number of items in the last query
+        self.whole: Tensor | int | None = None  # number of items in all accumulated batches
+        self._divides: bool | None = None  # whether the model's loss uses the number of items that is passed to it
 
     def __call__(self, outputs: Tensor, targets: Tensor | None) -> Tensor:
-        """The loss that came along with these logits, or that of logits which were kept without it."""
+        """Returns the loss that is stored with these logits, or computes that of logits without one."""
         own = outputs.own if isinstance(outputs, _Logits) else None
         return self._anew(outputs, targets) if own is None else own
 
     def per_example(self, outputs: Tensor, targets: Tensor | None) -> Tensor:
-        """One loss for each example, by itself."""
+        """Returns one loss for each example."""
         targets = _classes(targets, "choosing examples")
         if self._trainer.compute_loss_func is not None:
             return torch.stack([self._anew(outputs[i : i + 1], targets[i : i + 1]) for i in range(len(targets))])
@@ -53,7 +54,7 @@ class TrainerLoss:
         return losses.flatten(1).sum(1) / counted.flatten(1).sum(1).clamp_min(1) if losses.dim() > 1 else losses
 
     def forward(self, model: nn.Module, inputs: Inputs) -> tuple[Any, Any]:
-        """Logits (N, K, ...) that know their loss, and labels (N, ...); labels are None where there are no classes."""
+        """Returns logits (N, K, ...) with their loss, and labels (N, ...), which are None if there are no classes."""
         items = self.counted = self.items(inputs)
         watched = None
         if items is None:
@@ -70,11 +71,11 @@ class TrainerLoss:
             _classes(targets, repr(self.asked))
         logits = loss.detach() if logits is None else logits if targets is None else logits.movedim(-1, 1)
         known = logits.as_subclass(_Logits)
-        known.own = None if classes else loss  # which nobody asked for, and whose graph holds copies of the logits
+        known.own = None if classes else loss  # unused, and its graph holds copies of the logits
         return known, targets
 
     def items(self, inputs: Inputs) -> Tensor | None:
-        """How many items count in a batch, as the Trainer counts them; None where it does not."""
+        """Returns the number of items that count in a batch, as the Trainer counts them; None if it does not count."""
         if self.whole is None or not isinstance(inputs.get("labels"), Tensor):
             return None
         labels: Tensor = inputs["labels"]
@@ -89,7 +90,7 @@ class TrainerLoss:
         return torch.where(count == 0, 1.0, count)
 
     def share(self, inputs: Inputs, dtype: torch.dtype) -> Tensor | int | None:
-        """What the mean over a batch is multiplied by for the Trainer, which adds up what it gets; None is 1."""
+        """Returns the factor of the mean over a batch for the Trainer, which sums its losses; None is 1."""
         if self.whole is None:
             return None
         items = self.items(inputs) if self._divides else None
@@ -99,7 +100,7 @@ class TrainerLoss:
 
     @property
     def _processes(self) -> int:
-        """What the Trainer multiplies a loss with, of which all processes have a part."""
+        """The factor by which the Trainer multiplies a loss that is averaged over the items of all processes."""
         trainer = self._trainer
         counts = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
         if not (counts and trainer.args.average_tokens_across_devices):
@@ -108,7 +109,7 @@ class TrainerLoss:
 
     @contextmanager
     def _for_itself(self) -> Generator[None]:
-        """Without the Trainer's factor for an average over all processes."""
+        """A context without the Trainer's factor for an average over all processes."""
         args = self._trainer.args
         kept, args.average_tokens_across_devices = args.average_tokens_across_devices, False
         try:
@@ -117,7 +118,7 @@ class TrainerLoss:
             args.average_tokens_across_devices = kept
 
     def _laid_out(self, inputs: Inputs, outputs: Any) -> tuple[Any, Tensor | None]:
-        """Logits as the model gives them, and labels for each but their last dimension, if these are classes."""
+        """Returns the logits of the model, and labels for all dimensions but the last, if these are classes."""
         if isinstance(outputs, dict):
             logits = cast(Inputs, outputs).get("logits")
         else:
@@ -142,7 +143,7 @@ class TrainerLoss:
         return self._trainer._loss_shifts_labels or any(c.__name__ in known for c in type(inner).__mro__)
 
     def _anew(self, outputs: Tensor, targets: Tensor | None) -> Tensor:
-        """The loss of logits that were kept without it."""
+        """Computes the loss of logits that were stored without one."""
         targets = _classes(targets, "the loss of logits that were kept")
         loss = self._trainer.compute_loss_func
         if loss is None:
@@ -159,14 +160,14 @@ class TrainerLoss:
 
 
 class _Logits(Tensor):
-    """Logits with the loss that was made of them; what is computed from them are plain tensors."""
+    """Logits with the loss that was computed from them; results of operations on them are plain tensors."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
     own: Tensor | None = None
 
 
 class _Seen(torch.autograd.Function):
-    """A number whose use a graph shows. It hangs on a parameter, which gets no gradient from it."""
+    """The identity, whose node in a graph shows that a number was used; its anchor, a parameter, gets no gradient."""
 
     @staticmethod
     def forward(ctx: Any, number: Tensor, anchor: Tensor) -> Tensor:
@@ -202,7 +203,7 @@ def _depends(loss: Tensor, on: Tensor) -> bool:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Watched:
-    """A method whose queries are told to the training loss, and counted."""
+    """A method whose queries are counted, and whose objectives are passed to the training loss."""
 
     method: Method
     own: TrainerLoss
@@ -213,14 +214,14 @@ class Watched:
         return repr(self.method)
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
-        """As the method."""
+        """Makes the queries of the method."""
         self.own.is_local = oracle.is_local
         self.costs.steps += 1
         return self.method(_Queries(oracle, self.own, self.costs, size(batch) or 1), batch)
 
 
 class _Queries(View):
-    """The oracle of one step, watched."""
+    """The oracle of one step, with counters."""
 
     def __init__(self, oracle: Oracle, own: TrainerLoss, costs: Costs, examples: int) -> None:
         super().__init__(oracle)
@@ -234,13 +235,13 @@ class _Queries(View):
         self._own.asked = query.objective
         with self._costs.query((size(query.batch) or 1) / self._examples, query.grad):
             (answer,) = super().ask([query])
-        # The mean is over items, of which an example may have many, and so must its weight be among other parts.
+        # The mean is over items, of which an example may have several, so the weight among other parts is their number.
         items = self._own.counted if answer.objective is self._own else None
         return answer if items is None else replace(answer, count=items)
 
 
 class Costs:
-    """What the steps cost since the last line of the log."""
+    """The costs of the steps since the last line of the log."""
 
     def __init__(self) -> None:
         self.steps = self._queries = 0
@@ -250,11 +251,11 @@ class Costs:
 
     @contextmanager
     def query(self, share: float, grad: bool) -> Generator[None]:
-        """Count one, of a share of the batch."""
+        """Counts a query on a share of the batch."""
         on_device = torch.cuda.is_available() and torch.cuda.is_initialized()
         began = time.perf_counter()
         events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        if on_device:  # queries are queued there: the clock here would measure how fast that is
+        if on_device:  # queries are queued on the device: the clock of the CPU would measure the queueing
             events[0].record()
         yield
         if on_device:
@@ -266,11 +267,11 @@ class Costs:
         self._batches[grad] += share
 
     def since_last(self) -> dict[str, float]:
-        """Averages since the last call of this."""
+        """Returns the averages since its last call."""
         if not self._queries:
             return {}
         if self._events:
-            self._events[-1][1].synchronize()  # the Trainer has just waited for the loss of these steps anyway
+            self._events[-1][1].synchronize()  # the Trainer has already synchronised for the loss of these steps
         seconds = self._seconds + sum(first.elapsed_time(last) for first, last in self._events) / 1000
         averages = {
             "gradients_per_step": self._batches[True] / self.steps,

@@ -1,16 +1,18 @@
-"""Transformers: the Trainer of Hugging Face, with any method.
+"""SharpnessAwareTrainer: the Trainer of Hugging Face with any sharpness-aware method.
+
+It replaces the Trainer, or goes first among the bases of a class that overrides `compute_loss`:
 
     from bisam.integrations.transformers import SharpnessAwareTrainer
 
     trainer = SharpnessAwareTrainer(model, args, train_dataset=data, method=BiSAM(rho=0.05))      # was: Trainer(...)
     trainer = SharpnessAwareTrainer(..., method_of=lambda optimizer: SAMPa(ahead=next_step(optimizer)))
-    class Mine(SharpnessAwareTrainer, MyTrainer): ...            # a compute_loss of one's own: this class goes first
+    class Mine(SharpnessAwareTrainer, MyTrainer): ...
 
-The training loss is the Trainer's own, label smoothing and `compute_loss_func` included. What a query evaluates is its
-mean over what counts in the batch, or in the part of it that is queried; only what is handed to the Trainer is weighted
-by its share in the items of all accumulated batches (`num_items_in_batch`), as the Trainer does. So a method sees a
-loss of the same scale whatever the accumulation, and `ERM()` is the Trainer bit for bit, but for rounding where tokens
-are accumulated.
+The training loss is that of the Trainer, including label smoothing and `compute_loss_func`. A query evaluates its mean
+over the items that count in the batch, or in the part of the batch that is queried. The value that is returned to the
+Trainer is weighted by its share in the items of all accumulated batches (`num_items_in_batch`), as in the Trainer. So
+the loss that a method evaluates has the same scale for any accumulation, and `ERM()` is bit-identical to the Trainer,
+except for rounding if tokens are accumulated.
 """
 
 from __future__ import annotations
@@ -38,35 +40,35 @@ from bisam.validation import instance
 
 
 class SharpnessAwareTrainer(Trainer):
-    """`transformers.Trainer` whose training loss is the sharpness-aware one; evaluation and prediction are untouched.
+    """`transformers.Trainer` with a sharpness-aware training loss; evaluation and prediction are those of the Trainer.
 
-    Gradient accumulation (each micro-batch perturbs for itself), clipping, mixed precision and DDP are the Trainer's.
-    A checkpoint holds what the method remembers, for each process, as `sharpness_aware_RANK.pt`, and resuming continues
-    from it. The lines of the log get the costs since the line before: `gradients_per_step` and `forwards_per_step`
-    (gradients, and forward passes besides, in whole batches for each micro-batch) and `seconds_per_query`.
+    Gradient accumulation (each micro-batch has its own perturbation), clipping, mixed precision and DDP are those of
+    the Trainer. A checkpoint contains the state of the method for each process, as `sharpness_aware_RANK.pt`, and is
+    resumed with it. The log has the average costs since its previous line: `gradients_per_step` and `forwards_per_step`
+    (gradients and additional forward passes, in units of whole batches, per micro-batch) and `seconds_per_query`.
 
     Methods that climb a bound of the 0-1 loss need classes: int64 labels, and logits with the classes in the last
-    dimension. In causal language models each token counts by itself, with the next label; methods that choose examples
-    choose whole sequences. As the Trainer's loss is a scalar, the losses of single examples are cross-entropy with the
-    Trainer's label smoothing, or `compute_loss_func` of each example; so is `sharp.clean` after an adversary that
-    climbed something else.
+    dimension. In causal language models each token counts separately, with the next label; methods that select examples
+    select whole sequences. The loss of the Trainer is a scalar, so losses per example are cross-entropy with the label
+    smoothing of the Trainer, or `compute_loss_func` of each example. The same holds for `sharp.clean` if the adversary
+    climbs another objective.
 
     Args:
-        *args: as `Trainer`.
-        method: `SAM()`, `BiSAM()` or another `(oracle, batch) -> Evaluation`.
-        method_of: in place of `method`, a function from the optimizer, which the Trainer makes, to the method.
+        *args: the arguments of `Trainer`.
+        method: `SAM()`, `BiSAM()` or another callable `(oracle, batch) -> Evaluation`.
+        method_of: a function from the optimizer, which the Trainer creates, to the method; replaces `method`.
         scope: see `SharpnessAware`.
-        **kwargs: as `Trainer`.
+        **kwargs: the keyword arguments of `Trainer`.
 
     Raises:
-        TypeError: neither or both of `method` and `method_of` are given, or one is not what it should be.
-        ValueError: the arguments ask for what cannot be served: several devices in one process, DeepSpeed, FSDP1,
-            re-entrant checkpointing.
+        TypeError: neither or both of `method` and `method_of` are given, or one has the wrong type.
+        ValueError: the arguments request a setup that is not supported: several devices in one process, DeepSpeed,
+            FSDP1, re-entrant checkpointing.
 
-    Trained, it raises:
-        ValueError: a method that needs classes meets a task without; the checkpoint is of another method or another
+    Raises in training:
+        ValueError: the method needs classes and the task has none; the checkpoint belongs to another method or another
             number of processes.
-        RuntimeError: a subclass computes its loss past this class.
+        RuntimeError: a subclass computes its loss without calling `compute_loss` of this class.
     """
 
     @renamed(perturbation="scope")
@@ -103,7 +105,7 @@ class SharpnessAwareTrainer(Trainer):
 
     @property
     def sharp(self) -> SharpnessAware:
-        """The loss of the model: `sharp.clean` has losses and logits at the unperturbed weights in the last step."""
+        """The sharpness-aware loss; `sharp.clean` has losses and logits at the unperturbed weights in the last step."""
         if self._sharp is None or self._sharp_of is not self.model:
             self._sharp = SharpnessAware(
                 cast(nn.Module, self.model),
@@ -123,9 +125,9 @@ class SharpnessAwareTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """See `Trainer.compute_loss`: in training the sharpness-aware loss, else the plain one.
+        """See `Trainer.compute_loss`: returns the sharpness-aware loss in training, else the plain loss.
 
-        In training the outputs are those at the unperturbed weights, of which there are the logits.
+        In training the outputs are those at the unperturbed weights, and contain the logits only.
         """
         if not (model.training and torch.is_grad_enabled()):
             return super().compute_loss(
@@ -175,7 +177,7 @@ class SharpnessAwareTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        os.makedirs(output_dir, exist_ok=True)  # this process may come before the one that saves the model
+        os.makedirs(output_dir, exist_ok=True)  # this process may run before the one that saves the model
         rank, processes = self.args.process_index, self.args.world_size
         state = {"processes": processes, "sharp": self.sharp.get_extra_state()}
         path = _memory(output_dir, rank)
@@ -184,7 +186,7 @@ class SharpnessAwareTrainer(Trainer):
         unfinished.replace(path)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self._remember(resume_from_checkpoint)  # before the weights: what does not fit must leave them
+        self._remember(resume_from_checkpoint)  # first: a state that does not match must leave the weights unchanged
         super()._load_from_checkpoint(resume_from_checkpoint, cast(Any, model))
 
     def _remember(self, checkpoint: str) -> None:
@@ -208,7 +210,7 @@ class SharpnessAwareTrainer(Trainer):
 
 
 def _refuse(trainer: Trainer) -> None:
-    """Raise for what cannot be served."""
+    """Raises an error for setups that are not supported."""
     args, plugin = trainer.args, getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if args.n_gpu > 1:
         raise ValueError(
@@ -218,8 +220,8 @@ def _refuse(trainer: Trainer) -> None:
         )
     if trainer.is_deepspeed_enabled:
         raise ValueError(
-            "SharpnessAwareTrainer was not made for DeepSpeed: ZeRO-3 takes parameters away between two passes, and "
-            "other stages scale losses in their own way. Train with DDP or FSDP2"
+            "SharpnessAwareTrainer does not support DeepSpeed: ZeRO-3 frees parameters between two passes, and other "
+            "stages scale losses differently. Train with DDP or FSDP2"
         )
     if trainer.is_fsdp_xla_enabled or (plugin is not None and getattr(plugin, "fsdp_version", 1) != 2):
         raise ValueError(
@@ -234,7 +236,7 @@ def _refuse(trainer: Trainer) -> None:
 
 
 def _without_input_gradients(model: nn.Module) -> None:
-    """Let the outputs of frozen embeddings have no gradient: re-entrant checkpointing needs one, and trains nothing."""
+    """Disables gradients of frozen embeddings' outputs, which re-entrant checkpointing needs and no parameter does."""
     for module in model.modules():
         if getattr(module, "_require_grads_hooks", None):
             cast(Any, module).disable_input_require_grads()

@@ -1,0 +1,84 @@
+"""Idle flags: which flags have an effect only with some data sets, optimizers or devices, and their refusal.
+
+    bisam train --dataset digits --cutout
+    bisam: without effect, leave out: --cutout (needs dataset cifar10 or cifar100, got digits)
+
+It concerns flags that were given on the command line and `--set`, never recipes from folders, presets or studies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from bisam.experiments.cli.options import flag
+from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.runs.machine import Machine
+
+
+@dataclass(frozen=True)
+class Condition:
+    """When a flag has an effect."""
+
+    holds: Callable[[Recipe, Machine], bool]
+    needs: str
+    got: Callable[[Recipe, Machine], str]
+
+
+_KINDS = {"digits", "cifar10", "cifar100", "imagenet", "flowers", "pets", "folder", "glue"}
+
+
+def _with_dataset(needs: str, *kinds: str) -> Condition:
+    """A condition on the kind of the data set. Unknown data sets pass: loading them says what is wrong."""
+    return Condition(
+        lambda recipe, _: (kind := recipe.dataset.partition(":")[0]) in kinds or kind not in _KINDS,
+        needs,
+        lambda recipe, _: recipe.dataset,
+    )
+
+
+_CIFAR = _with_dataset("dataset cifar10 or cifar100", "cifar10", "cifar100")
+_FILES = _with_dataset("dataset imagenet, flowers, pets or folder:PATH", "imagenet", "flowers", "pets", "folder")
+
+CONDITIONS: dict[str, Condition] = {
+    "augment": _CIFAR,
+    "cutout": _CIFAR,
+    "image_size": _FILES,
+    "max_length": _with_dataset("dataset glue:TASK", "glue"),
+    "channels_last": _with_dataset("a dataset of images", *(_KINDS - {"glue"})),
+    "momentum": Condition(lambda r, _: r.optimizer == "sgd", "optimizer sgd", lambda r, _: r.optimizer),
+    "strategy": Condition(
+        lambda _, machine: machine.strategy != "ddp" or machine.parallel, "several --devices", lambda *_: "1"
+    ),
+    "data_dir": _with_dataset("a dataset in that folder", "cifar10", "cifar100", "imagenet", "flowers", "pets", "glue"),
+    "download": _with_dataset(
+        "dataset cifar10, cifar100, flowers, pets or glue:TASK", "cifar10", "cifar100", "flowers", "pets", "glue"
+    ),
+    "loaders": _FILES,
+}
+"""Fields of `Recipe` and `Machine` that do not always have an effect. `Recipe` itself refuses rho, mu, alpha and eta
+that its method does not have, and a warm-up with the cosine schedule."""
+
+
+def refuse_idle(
+    recipes: Sequence[Recipe], machine: Machine, given: frozenset[str], changed: frozenset[str] = frozenset()
+) -> None:
+    """Refuse flags that have an effect on none of `recipes`.
+
+    Args:
+        recipes: what is to be run.
+        machine: where it is to be run.
+        given: names of flags on the command line.
+        changed: names of fields that `--set` changes.
+
+    Raises:
+        ValueError: there are such flags; it names each and what it needs.
+    """
+    idle: list[str] = []
+    for name, condition in CONDITIONS.items():
+        if name in given | changed and not any(condition.holds(recipe, machine) for recipe in recipes):
+            got = ", ".join(dict.fromkeys(condition.got(recipe, machine) for recipe in recipes))
+            typed = f"--set {name}" if name in changed else flag(name)
+            idle.append(f"{typed} (needs {condition.needs}, got {got})")
+    if idle:
+        raise ValueError(f"without effect, leave out: {', '.join(idle)}")

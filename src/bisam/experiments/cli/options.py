@@ -1,0 +1,58 @@
+"""Flags that several commands share, and the flags of `bisam run`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from bisam.experiments.cli.flags import Whole
+from bisam.experiments.runs.machine import Machine
+
+Out = Annotated[Path, Parameter(help="Folder that the run folders are in.")]
+Changes = Annotated[
+    tuple[str, ...], Parameter(name="--set", negative="", help="Change a field of all recipes: --set epochs=1.")
+]
+MachineFlags = Annotated[Machine, Parameter(name="*")]
+Given = Annotated[frozenset[str], Parameter(parse=False)]
+"""Names of the flags on the command line, as in `data_dir`; `main` fills them in."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How `bisam run` runs a study or a measurement.
+
+    Raises:
+        ValueError: a number is below 1.
+    """
+
+    changes: Changes = ()
+    """Fields of its recipes to change; with other values the runs are separate from the study's own."""
+    seeds: Whole | None = None
+    """Seeds per recipe; by default the study's own number."""
+    epochs: Whole | None = None
+    """Epochs per run (of the other methods, where SGD gets twice as many); by default the study's own number."""
+    workers: Whole | None = None
+    """Runs at a time, each in a process; by default one per core, or per GPU with --device cuda."""
+    ray: str | None = None
+    """Run on a Ray cluster instead: local, auto or its address."""
+    gpus: float = 0
+    """GPUs of each run on the cluster; 0.25 puts four runs on one GPU."""
+    cpus: Whole = 1
+    """CPUs of each run on the cluster."""
+    retries: Whole = 3
+    """How often a run is restarted on the cluster after its worker was lost."""
+    dry_run: Annotated[bool, Parameter(negative="")] = False
+    """Show the runs and an estimate of their time from a few measured steps; run nothing."""
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "epochs", "workers"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"--{name} must be at least 1, got {value}")
+
+
+def flag(name: str) -> str:
+    """A flag as it is typed: `--data-dir` for `data_dir`."""
+    return f"--{name.replace('_', '-')}"

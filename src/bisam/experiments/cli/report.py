@@ -1,0 +1,24 @@
+"""`bisam report`: the report of a study or a measurement, from its folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bisam.experiments.cli.options import Changes, Out
+
+EXAMPLES = (
+    "Examples:  bisam report digits   |   bisam report digits --to reports   |   bisam report table1 --set epochs=1"
+)
+
+
+def report(study: str, *, changes: Changes = (), out: Out = Path("runs"), to: Path | None = None) -> int:
+    """Write report.md, report.csv, report.html and the figures from the run folders of a study, and print the table.
+
+    Args:
+        study: Name of the study or measurement, see `bisam list`.
+        changes: The same values as for `bisam run`.
+        to: Folder to write to; by default that of the study's runs.
+    """
+    from bisam.experiments.cli.subjects import subject
+
+    return subject(study).report(changes, out, to)

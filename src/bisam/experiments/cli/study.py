@@ -1,0 +1,242 @@
+"""A study as a subject of `bisam run`, `report`, `plot` and `list`."""
+
+from __future__ import annotations
+
+import itertools
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.table import Column, Table
+from rich.text import Text
+
+from bisam.experiments.cli.idle import refuse_idle
+from bisam.experiments.cli.options import Launch, flag
+from bisam.experiments.cli.progress import Display, duration
+from bisam.experiments.cli.report_files import write_report
+from bisam.experiments.cli.terminal import console, errors
+from bisam.experiments.errors import RunError
+from bisam.experiments.recipes.changes import pairs
+from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.runs.folder import Finished, Run, finished, to_csv
+from bisam.experiments.runs.machine import Machine, threads
+from bisam.experiments.studies.study import Study, expand
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from bisam.experiments.launch.outcomes import Outcome
+
+
+@dataclass(frozen=True)
+class StudySubject:
+    """A study on the command line."""
+
+    study: Study
+
+    @property
+    def name(self) -> str:
+        """The study's name."""
+        return self.study.name
+
+    def listed(self) -> tuple[str, str, str]:
+        """Title, number of runs and methods, for `bisam list`."""
+        from bisam.experiments.reports.groups import title
+
+        recipes = self.study.recipes(None)
+        methods = list(dict.fromkeys(title(recipe) for recipe in recipes))
+        shown = ", ".join(methods) if len(methods) < 6 else f"{len(methods)} methods"
+        return self.study.title, f"{len(recipes)} x {self.study.seeds} seeds", shown
+
+    def check(self, launch: Launch, machine: Machine, given: frozenset[str]) -> None:
+        """Refuse flags that have no effect on this study, and devices and loggers that are missing.
+
+        Raises:
+            ValueError: there are some; it names them.
+        """
+        from bisam.experiments.training import loggers
+
+        if launch.ray is None:
+            _refuse("without --ray there is no cluster", given & {"gpus", "cpus", "retries"})
+        else:
+            _refuse("with --ray, --cpus and --gpus decide how many runs there are at a time", given & {"workers"})
+        recipes = self.study.changed(launch.epochs, launch.changes)
+        refuse_idle(recipes, machine, given, frozenset(pairs(launch.changes, "epochs=1")))
+        for recipe in recipes:
+            recipe.check_trainable()
+        loggers.check(machine.log)
+        if launch.ray is None:
+            if machine.nodes > 1:
+                raise ValueError(
+                    f"--nodes {machine.nodes}: each run of a study is on one machine; on many machines use --ray"
+                )
+            machine.fabric()  # fails here, before the first run, if the device is missing
+
+    def plan(self, launch: Launch, machine: Machine, out: Path) -> int:
+        """Print the runs that are left, and an estimate of their time."""
+        from bisam.experiments.launch.estimate import estimate
+        from bisam.experiments.reports.groups import title
+
+        recipes, root, workers = self._recipes(launch), out / self.study.folder, launch.workers or machine.slots
+        threads(min(workers, len(recipes)))  # as in the processes of the runs
+        left = [recipe for recipe in recipes if not (Run.under(root, recipe).folder / "result.json").exists()]
+        table = Table("dataset", "model", "method", "noise", "epochs", "gradients", "runs left", "time", box=None)
+        total, problems = 0.0, dict[str, None]()
+        for recipe in dict.fromkeys(replace(recipe, seed=0) for recipe in recipes):
+            with console.status(f"a few steps of {recipe.model} on {recipe.dataset}"):
+                cost = estimate(recipe, machine)
+            runs = sum(replace(other, seed=0) == recipe for other in left)
+            total += runs * (cost.seconds or 0.0)
+            if cost.problem:
+                problems[cost.problem] = None
+            table.add_row(
+                recipe.dataset,
+                recipe.model,
+                title(recipe),
+                f"{100 * recipe.noise:g} %",
+                f"{recipe.epochs}",
+                f"{cost.gradients:.3g}",
+                f"{runs} of {sum(replace(other, seed=0) == recipe for other in recipes)}",
+                "?" if cost.seconds is None else duration(runs * cost.seconds),
+            )
+        console.print(table)
+        for problem in problems:
+            errors.print(f"bisam: no estimate: {problem}")
+        time = "?" if problems else duration(total / min(workers, max(1, len(left))))
+        console.print(
+            f"{len(left)} of {len(recipes)} runs of {self.name} are left, about {time} in {workers} processes"
+        )
+        return 0
+
+    def run(self, launch: Launch, machine: Machine, out: Path) -> int:
+        """Run what is not finished yet, and report."""
+        recipes, root = self._recipes(launch), out / self.study.folder
+        with Display(sum(recipe.epochs for recipe in recipes), len(recipes)) as display:
+            try:
+                outcomes = _launched(recipes, root, launch, machine, display)
+            except KeyboardInterrupt:
+                signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not end the message
+                display.stop()
+                errors.print(
+                    f"interrupted: {display.finished} of {len(recipes)} runs are finished; the same command resumes "
+                    "the others"
+                )
+                return 130
+        if any(outcome.result for outcome in outcomes):
+            wanted = {replace(recipe, seed=0) for recipe in recipes}
+            self._report([run for run in all_finished(root) if without_seed(run) in wanted], out / self.name)
+        return show_failed(outcomes)
+
+    def report(self, changes: tuple[str, ...], out: Path, to: Path | None) -> int:
+        """Print the table, and write the report."""
+        self._report(self._finished(changes, out), to or out / self.name)
+        return 0
+
+    def figure(self, name: str | None, changes: tuple[str, ...], out: Path) -> Figure:
+        """A figure of its runs, by default its first one.
+
+        Raises:
+            ValueError: the name is unknown, or no finished run is in that figure.
+        """
+        from bisam.experiments.reports import figures
+
+        return figures.draw(name or self.study.figures[0], self._finished(changes, out))
+
+    def _recipes(self, launch: Launch) -> list[Recipe]:
+        changed = self.study.changed(launch.epochs, launch.changes)
+        return expand(changed, launch.seeds or self.study.seeds, self.study.first_seed)
+
+    def _finished(self, changes: tuple[str, ...], out: Path) -> list[Finished]:
+        """Its finished runs; if there are none, runs of its methods with other settings in its folder."""
+        runs, wanted = all_finished(out / self.study.folder), set(self.study.changed(None, changes))
+        found = [run for run in runs if without_seed(run) in wanted]
+        if not found and runs and not changes:
+            methods = {recipe.method for recipe in wanted}
+            found = [run for run in runs if run.recipe.method in methods]
+            if found:
+                errors.print(f"bisam: no finished run has the settings of {self.name}: these runs have other settings")
+        if not found:
+            again = " ".join(["bisam run", self.name, *(f"--set {change}" for change in changes)])
+            raise ValueError(f"no finished run of {self.name} in {out}: run `{again}` first, or give its --out")
+        return found
+
+    def _report(self, runs: list[Finished], to: Path) -> None:
+        from bisam.experiments.reports import figures, tables
+        from bisam.experiments.reports.drawing import rendered
+
+        study = self.study
+        rows = tables.summary(runs, study.baselines)
+        header = tables.header(rows, brief=console.width < 130)
+        columns = (Column(name, no_wrap=name == "name", overflow="fold") for name in header)
+        table = Table(*columns, title=study.title, caption=tables.CAPTION)
+        for row, following in zip(rows, [*rows[1:], None], strict=True):
+            new = following is not None and any(following[key] != row[key] for key in ("dataset", "model", "noise"))
+            table.add_row(*(Text(cell) for cell in tables.cells(row, header)), end_section=new)
+        console.print(table)
+        drawn = [name for name in study.figures if figures.usable(name, runs)]
+        pictures = {f"{name}.png": rendered(figures.draw(name, runs)) for name in drawn}
+        captions = {f"{name}.png": figures.CAPTIONS[name] for name in drawn}
+        text = tables.markdown(study.title, runs, captions, study.note, study.baselines)
+        write_report(to, text, to_csv(rows), pictures)
+
+
+def _launched(
+    recipes: Sequence[Recipe], root: Path, launch: Launch, machine: Machine, display: Display
+) -> Sequence[Outcome]:
+    """Outcomes of the runs, in processes of this machine or on a cluster."""
+    if launch.ray is None:
+        from bisam.experiments.launch.processes import run_all
+
+        return run_all(recipes, root, launch.workers or machine.slots, machine, display)
+    from bisam.experiments.launch.ray import run_all as run_on_ray
+
+    return run_on_ray(
+        recipes,
+        root,
+        machine,
+        display,
+        address=launch.ray,
+        gpus=launch.gpus,
+        cpus=launch.cpus,
+        retries=launch.retries,
+    )
+
+
+def all_finished(root: Path) -> list[Finished]:
+    """The finished runs in `root`; a warning for each damaged one."""
+    runs: list[Finished] = []
+    for run in finished(root):
+        if isinstance(run, RunError):
+            errors.print(f"bisam: skipped: {run}")
+        else:
+            runs.append(run)
+    return runs
+
+
+def without_seed(run: Finished) -> Recipe:
+    """The recipe of a run as studies list it, with seed 0."""
+    return replace(run.recipe, seed=0)
+
+
+def show_failed(outcomes: Sequence[Outcome]) -> int:
+    """Print one line for each reason why runs failed or did not start; return the exit code: 2 if none could start."""
+
+    def reason(outcome: Outcome) -> tuple[str, bool]:
+        return outcome.error or "", outcome.started
+
+    failed = sorted((outcome for outcome in outcomes if outcome.error), key=reason)
+    for (error, started), same in itertools.groupby(failed, key=reason):
+        first, *others = same
+        more = f" and {len(others)} more" if others else ""
+        which = f"{first.recipe.slug}, seed {first.recipe.seed}{more}"
+        errors.print(f"bisam: {which} {'failed' if started else 'did not start'}: {error}")
+    if not failed:
+        return 0
+    return 1 if any(outcome.started for outcome in outcomes) else 2
+
+
+def _refuse(why: str, idle: frozenset[str]) -> None:
+    if idle:
+        raise ValueError(f"{why}: leave {', '.join(map(flag, sorted(idle)))} out")

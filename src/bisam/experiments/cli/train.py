@@ -1,0 +1,67 @@
+"""`bisam train`: train one recipe."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from bisam.experiments.cli.flags import RecipeFlags
+from bisam.experiments.cli.idle import refuse_idle
+from bisam.experiments.cli.options import Given, MachineFlags, Out
+from bisam.experiments.cli.progress import Display
+from bisam.experiments.cli.terminal import console, errors
+from bisam.experiments.errors import RunError
+from bisam.experiments.recipes.presets import started
+from bisam.experiments.runs.folder import Run
+from bisam.experiments.runs.machine import Machine
+
+EXAMPLES = (
+    "Examples:  bisam train --method sam --noise 0.4 --rho 0.4   |   "
+    "bisam train --optim bisam_log --rho 0.05 --epochs 20 --learning_rate 0.1"
+)
+
+
+def train(
+    *,
+    flags: Annotated[RecipeFlags, Parameter(name="*")] = RecipeFlags(),  # noqa: B008
+    preset: str | None = None,
+    machine: MachineFlags = Machine(),  # noqa: B008
+    out: Out = Path("runs"),
+    given: Given = frozenset(),
+) -> int:
+    """Train one recipe; the flags are its fields, in the BiSAM authors' spelling too (--optim, --learning_rate).
+
+    Args:
+        preset: Settings to start from: paper, authors, imagenet, vit or bert; other flags change them.
+    """
+    import torch
+
+    from bisam.experiments.training import loggers
+    from bisam.experiments.training.metrics import TITLES
+    from bisam.experiments.training.train import train as train_run
+
+    recipe = started(preset, flags.given)
+    refuse_idle([recipe], machine, given)
+    recipe.check_trainable()
+    loggers.check(machine.log)
+    one = Run.under(out / "train", recipe)
+    with Display(recipe.epochs, 1) as display:
+        try:
+            result = train_run(one, machine, lambda row: display.epoch(recipe, int(row["epoch"]), row["validation"]))
+        except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not end the message
+            display.stop()
+            errors.print(f"interrupted: {one.folder} is saved; the same command resumes after its last completed epoch")
+            return 130
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise RunError(f"out of memory: a smaller --batch-size needs less ({str(error)[:200]})") from error
+        display.done(recipe, None)
+    console.print(
+        f"test {TITLES[result['metric']]} {100 * result['test_best']:.1f} % at the best validation epoch "
+        f"({result['best_epoch']:g}), {100 * result['test_last']:.1f} % at the last; {one.folder}",
+        soft_wrap=True,
+    )
+    return 0

@@ -1,0 +1,53 @@
+"""Checks: whether a recipe, its data, its model and the devices fit together, before a run starts."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from bisam.experiments.data.glue import Texts
+from bisam.experiments.data.image_tensors import Images
+from bisam.experiments.data.splits import Data, batches_of
+from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.runs.machine import Machine
+
+
+def check_data(recipe: Recipe, splits: Data, machine: Machine) -> None:
+    """Check that the recipe can be trained on the data.
+
+    Raises:
+        ValueError: the label smoothing is too large for the number of classes, or a batch is too small for the number
+            of devices.
+    """
+    most = (splits.classes - 1) / splits.classes
+    if recipe.label_smoothing > most:
+        raise ValueError(
+            f"label_smoothing must be at most {most:.3g} with {splits.classes} classes, got {recipe.label_smoothing}"
+        )
+    processes = machine.devices * machine.nodes
+    if not batches_of(len(splits.train), recipe.batch_size, processes):
+        examples = min(recipe.batch_size, len(splits.train))
+        raise ValueError(f"batches of {examples} cannot be shared by {processes} devices: give a larger batch_size")
+
+
+@torch.no_grad()
+def check_model(model: nn.Module, splits: Data, recipe: Recipe) -> None:
+    """Check that the model accepts the images, by one forward pass; the model is in training mode afterwards.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if isinstance(splits.test, Texts):
+        return
+    if isinstance(splits.test, Images):
+        images = splits.test.images[:2].float()
+    else:
+        images = torch.zeros(2, 3, recipe.image_size, recipe.image_size)
+    try:
+        model.eval()(images)
+    except Exception as error:  # each network raises another type of error
+        shape, reason = " x ".join(map(str, images.shape[1:])), " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"model {recipe.model!r} does not accept the images of {recipe.dataset}, {shape}: {reason}"
+        ) from error
+    model.train()

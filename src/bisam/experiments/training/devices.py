@@ -1,0 +1,75 @@
+"""Devices: one run on several devices of this machine, in one process for each."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
+
+from bisam.experiments.errors import RunError
+from bisam.experiments.runs.folder import Row, Run
+from bisam.experiments.runs.machine import Machine, end_with_parent
+
+OnEpoch = Callable[[Row], None]
+"""Called with the row of metrics of each epoch."""
+TrainOne = Callable[[Fabric, Run, Machine], Any]
+"""Trains a run in one of its processes."""
+
+
+def train_in_processes(
+    train_one: TrainOne, fabric: Fabric, run: Run, machine: Machine, on_epoch: OnEpoch | None
+) -> dict[str, Any]:
+    """Train a run in a new process for each device and return its result.
+
+    Args:
+        train_one: a function of a module, called in each process.
+        fabric: devices and precision.
+        run: the folder, which this process holds.
+        machine: where to compute.
+        on_epoch: called in a thread of this process, with the rows that the first of the others writes.
+
+    Raises:
+        RunError: a process failed or was killed.
+    """
+    ended = threading.Event()
+    reporter = threading.Thread(target=_report_epochs, args=(run, on_epoch, ended), daemon=True)
+    if on_epoch is not None:
+        reporter.start()
+    try:
+        # A partial, because `launch` would take further arguments for data.
+        fabric.launch(partial(_train_in_child, train_one, run, machine, torch.get_num_threads()))
+    except (ProcessRaisedException, ProcessExitedException) as error:
+        reason = [line for line in str(error).splitlines() if line.strip()][-1]
+        remedy = ": the same command resumes it" if isinstance(error, ProcessExitedException) else ""
+        raise RunError(f"a process of {run.folder} failed ({reason}){remedy}") from error
+    finally:
+        ended.set()
+    if on_epoch is not None:
+        reporter.join()
+    assert run.result is not None
+    return run.result
+
+
+def _train_in_child(train_one: TrainOne, run: Run, machine: Machine, threads: int, fabric: Fabric) -> None:
+    end_with_parent()
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # the parent process reports Ctrl-C
+    torch.set_num_threads(max(1, threads // machine.devices))
+    train_one(fabric, run, machine)
+
+
+def _report_epochs(run: Run, on_epoch: OnEpoch, ended: threading.Event) -> None:
+    """Pass on the epochs that appear in metrics.csv, and look a last time after the run has ended."""
+    reported, last = 0, False
+    while not last:
+        last = ended.wait(0.5)
+        rows = run.metrics()
+        for row in rows[reported:]:
+            on_epoch(row)
+        reported = max(reported, len(rows))

@@ -1,0 +1,270 @@
+"""Recipes as values: what is computed when one is made or read, versions of their fields, flags and presets."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shlex
+import subprocess
+import sys
+from dataclasses import fields, replace
+from inspect import signature
+
+import pytest
+import torch
+
+from bisam import SharpnessAware
+from bisam.experiments.cli import flags
+from bisam.experiments.data.glue import TASKS
+from bisam.experiments.errors import RunError
+from bisam.experiments.recipes import recipe as recipes
+from bisam.experiments.recipes.catalogue import METHODS
+from bisam.experiments.recipes.presets import GLUE
+from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.reports.groups import grouped, names
+from bisam.experiments.runs.folder import Finished, Run, finished, read_recipe
+from bisam.experiments.studies import STUDIES
+from bisam.experiments.studies.study import Study
+from bisam.experiments.training.train import train
+
+SHORT = Recipe(method="sam", epochs=1, batch_size=256, limit=300)
+ENDLESS = "MultiStepSAM(steps=999999999)"
+
+
+# Values
+
+
+def test_recipes_and_studies_do_not_import_the_command_line():
+    code = "import sys, bisam.experiments.studies; assert not {'cyclopts', 'rich'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.fixture
+def no_steps(monkeypatch):
+    def refused(*_, **__):
+        pytest.fail("it computed something")
+
+    monkeypatch.setattr(SharpnessAware, "forward", refused)
+    monkeypatch.setattr(torch.Tensor, "backward", refused)
+    monkeypatch.setattr(torch.nn.Module, "__call__", refused)
+
+
+@pytest.mark.parametrize("method", [*METHODS, ENDLESS, "KSAM(65)", "SAMPa(ahead=lookahead(optimizer))"])
+def test_a_recipe_is_made_and_read_without_computation(tmp_path, no_steps, method):
+    state = torch.get_rng_state()
+    one = Recipe(method=method)
+    (tmp_path / "recipe.json").write_text(json.dumps(one.to_dict()))
+    assert read_recipe(tmp_path) == one
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [("L2(0.1)", "no method that can take a step"), ("KSAM(65)", "k is 65, and the batch has only 64")],
+)
+def test_a_method_is_tried_before_a_run(tmp_path, bisam, method, message):
+    one = Recipe(method=method)
+    with pytest.raises(ValueError, match=message):
+        one.check_trainable()
+    with pytest.raises(ValueError, match=message):
+        train(Run.under(tmp_path, one))
+    code, out, err = bisam("train", "--method", method, "--out", tmp_path)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_study_whose_methods_cannot_take_its_batches_starts_no_run(tmp_path, bisam, monkeypatch):
+    monkeypatch.setitem(STUDIES, "one", Study("one", "One", lambda _: [Recipe(method="KSAM(8)")], seeds=1))
+    code, _, err = bisam("run", "one", "--set", "batch_size=4", "--out", tmp_path)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "k is 8, and the batch has only 4" in err
+    assert not list(tmp_path.iterdir())
+
+
+# Versions
+
+
+def test_the_first_version_is_in_the_text_and_not_in_the_fingerprint():
+    assert Recipe().to_dict()["version"] == 1
+    assert Recipe(method="sam").slug == "sam-noise-0-7b5796ee"
+    assert Recipe.from_dict({"method": "sam"}) == Recipe(method="sam", version=1)
+
+
+@pytest.fixture
+def raised(monkeypatch):
+    """The next version of bisam, whose recipes have version 2."""
+    monkeypatch.setattr(recipes, "VERSION", 2)
+    return replace(SHORT, version=2)
+
+
+def test_a_later_version_has_another_fingerprint(raised):
+    assert raised != SHORT
+    assert raised.slug != SHORT.slug
+    assert Recipe.from_dict(raised.to_dict()) == raised
+    assert Recipe.from_dict(SHORT.to_dict()).version == 1
+
+
+def test_runs_of_an_earlier_version_are_read_and_not_mixed(tmp_path, monkeypatch):
+    result = train(Run.under(tmp_path, SHORT))
+    before = sorted(path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file())
+    monkeypatch.setattr(recipes, "VERSION", 2)
+    new = replace(SHORT, version=2)
+    assert Run.under(tmp_path, new).result is None
+    with pytest.raises(RunError, match=r"version=1 there, 2 here"):
+        Run(Run.under(tmp_path, SHORT).folder, new).check_recipe()
+    with pytest.raises(RunError, match="has version 1, and this bisam trains version 2"):
+        train(Run.under(tmp_path, SHORT))
+    assert sorted(path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()) == before
+    train(Run.under(tmp_path, new))
+    runs = [run for run in finished(tmp_path) if isinstance(run, Finished)]
+    assert {run.recipe.version for run in runs} == {1, 2}
+    assert next(run for run in runs if run.recipe == SHORT).result["test_last"] == result["test_last"]
+    assert list(names(grouped(runs)).values()) == ["SAM (version 1)", "SAM (version 2)"]
+
+
+def test_the_title_of_an_earlier_version_says_so(monkeypatch):
+    assert names([SHORT])[SHORT] == "SAM"
+    monkeypatch.setattr("bisam.experiments.reports.groups.VERSION", 2)
+    assert names([SHORT])[SHORT] == "SAM (version 1)"
+
+
+def test_a_recipe_of_a_later_version_is_refused(tmp_path):
+    values = {**SHORT.to_dict(), "version": 2, "field_of_later_versions": 1}
+    (folder := tmp_path / "a" / "seed-0").mkdir(parents=True)
+    (folder / "recipe.json").write_text(json.dumps(values))
+    (folder / "result.json").write_text("{}")
+    with pytest.raises(RunError, match=r"recipe.json: the recipe has version 2, and this bisam knows versions up to 1"):
+        read_recipe(folder)
+    (error,) = finished(tmp_path)
+    assert "version 2" in str(error)
+    with pytest.raises(ValueError, match="version must be at least 1"):
+        Recipe(version=0)
+
+
+def test_no_change_sets_the_version():
+    with pytest.raises(ValueError, match="unknown field 'version'"):
+        STUDIES["digits"].changed(None, ["version=2"])
+
+
+# Flags and presets
+
+
+def test_flags_are_the_fields_of_a_recipe():
+    found = signature(flags.RecipeFlags.__init__).parameters
+    assert {name: one.default for name, one in found.items() if name != "self"} == {
+        field.name: field.default for field in fields(Recipe) if field.name not in flags.NO_FLAG
+    }
+    assert set(flags.field_docs(Recipe)) >= {field.name for field in fields(Recipe)}
+
+
+COMMANDS = [
+    ("", "bisam_log-noise-0-de7d7744", 0),
+    ("--preset paper", "cifar10-resnet56-bisam_log-noise-0-7d604c4a", 0),
+    ("--preset=paper", "cifar10-resnet56-bisam_log-noise-0-7d604c4a", 0),
+    ("--preset paper --method sam", "cifar10-resnet56-sam-noise-0-ff382196", 0),
+    ("--preset paper --optim sgd", "cifar10-resnet56-sgd-noise-0-03736920", 0),
+    ("--preset paper --rho 0.2", "cifar10-resnet56-bisam_log-noise-0-2f6a3a2a", 0),
+    ("--preset paper --method bisam_tanh --rho 0.3 --mu 2", "cifar10-resnet56-bisam_tanh-noise-0-9009d370", 0),
+    ("--lr 0.5 --preset paper --epochs=2", "cifar10-resnet56-bisam_log-noise-0-abaca6e1", 0),
+    ("--preset paper --learning_rate 0.5 --batch_size 16", "cifar10-resnet56-bisam_log-noise-0-227dc984", 0),
+    ("--preset paper --learning-rate 0.5 --seed 4", "cifar10-resnet56-bisam_log-noise-0-effdb5cb", 4),
+    ("--preset paper --no-cutout", "cifar10-resnet56-bisam_log-noise-0-7d604c4a", 0),
+    ("--preset paper --cutout", "cifar10-resnet56-bisam_log-noise-0-3ad4212d", 0),
+    ("--preset paper --no-augment", "cifar10-resnet56-bisam_log-noise-0-ea2679d5", 0),
+    ("--preset paper --weights pretrained", "cifar10-resnet56-bisam_log-noise-0-26eee7bb", 0),
+    ("--preset paper --weight_decay=0", "cifar10-resnet56-bisam_log-noise-0-48ee04b1", 0),
+    ("--preset paper --method 'SAM(L2(0.1))'", "cifar10-resnet56-SAM-L2-0.1-noise-0-cdb19d85", 0),
+    ("--preset paper --mu 3", "cifar10-resnet56-bisam_log-noise-0-cfe9dd5e", 0),
+    ("--preset paper --dataset digits --model=convnet", "bisam_log-noise-0-d8f51339", 0),
+    ("--preset authors", "cifar10-resnet56-bisam_log-noise-0-3ad4212d", 0),
+    ("--preset=authors", "cifar10-resnet56-bisam_log-noise-0-3ad4212d", 0),
+    ("--preset authors --method sam", "cifar10-resnet56-sam-noise-0-e9f29ec8", 0),
+    ("--preset authors --optim sgd", "cifar10-resnet56-sgd-noise-0-21f0bda7", 0),
+    ("--preset authors --rho 0.2", "cifar10-resnet56-bisam_log-noise-0-f9a21b6d", 0),
+    ("--preset authors --method bisam_tanh --rho 0.3 --mu 2", "cifar10-resnet56-bisam_tanh-noise-0-750e5768", 0),
+    ("--lr 0.5 --preset authors --epochs=2", "cifar10-resnet56-bisam_log-noise-0-5e2f2dd5", 0),
+    ("--preset authors --learning_rate 0.5 --batch_size 16", "cifar10-resnet56-bisam_log-noise-0-f5ccfb7d", 0),
+    ("--preset authors --learning-rate 0.5 --seed 4", "cifar10-resnet56-bisam_log-noise-0-23ffb04b", 4),
+    ("--preset authors --no-cutout", "cifar10-resnet56-bisam_log-noise-0-7d604c4a", 0),
+    ("--preset authors --cutout", "cifar10-resnet56-bisam_log-noise-0-3ad4212d", 0),
+    ("--preset authors --weights pretrained", "cifar10-resnet56-bisam_log-noise-0-9d07acb6", 0),
+    ("--preset authors --weight_decay=0", "cifar10-resnet56-bisam_log-noise-0-ef31acd0", 0),
+    ("--preset authors --method 'SAM(L2(0.1))'", "cifar10-resnet56-SAM-L2-0.1-noise-0-dcdaac29", 0),
+    ("--preset authors --mu 3", "cifar10-resnet56-bisam_log-noise-0-1daa06a6", 0),
+    ("--preset authors --dataset digits --model=convnet", "bisam_log-noise-0-a74ae0e9", 0),
+    ("--preset imagenet", "imagenet-torchvision-resnet50-MSAM-128-BiSAM-0.05-NegLog-5.0-noise-0-5f059757", 0),
+    ("--preset imagenet --method sam", "imagenet-torchvision-resnet50-sam-noise-0-b020a056", 0),
+    ("--preset imagenet --optim sgd", "imagenet-torchvision-resnet50-sgd-noise-0-78a5caa5", 0),
+    (
+        "--preset imagenet --no-augment",
+        "imagenet-torchvision-resnet50-MSAM-128-BiSAM-0.05-NegLog-5.0-noise-0-3e8f86bf",
+        0,
+    ),
+    ("--preset imagenet --method 'SAM(L2(0.1))'", "imagenet-torchvision-resnet50-SAM-L2-0.1-noise-0-58fbdc7c", 0),
+    ("--preset vit", "flowers-timm-vit_base_patch16_224-bisam_log-noise-0-a2326d66", 0),
+    ("--preset vit --method sam", "flowers-timm-vit_base_patch16_224-sam-noise-0-8c45abac", 0),
+    ("--preset vit --optim sgd", "flowers-timm-vit_base_patch16_224-sgd-noise-0-06c550dd", 0),
+    ("--preset vit --rho 0.2", "flowers-timm-vit_base_patch16_224-bisam_log-noise-0-5b5c6855", 0),
+    ("--preset vit --no-augment", "flowers-timm-vit_base_patch16_224-bisam_log-noise-0-7a0d8095", 0),
+    ("--preset vit --method 'SAM(L2(0.1))'", "flowers-timm-vit_base_patch16_224-SAM-L2-0.1-noise-0-6d276dea", 0),
+    ("--preset vit --mu 3", "flowers-timm-vit_base_patch16_224-bisam_log-noise-0-cef81074", 0),
+    ("--preset bert", "glue-rte-hf-bert-base-uncased-bisam_log-noise-0-29b1890c", 0),
+    ("--preset bert --method sam", "glue-rte-hf-bert-base-uncased-sam-noise-0-39d2de23", 0),
+    ("--preset bert --optim sgd", "glue-rte-hf-bert-base-uncased-sgd-noise-0-e3c54c2a", 0),
+    ("--preset bert --rho 0.2", "glue-rte-hf-bert-base-uncased-bisam_log-noise-0-685ba73e", 0),
+    ("--preset bert --no-augment", "glue-rte-hf-bert-base-uncased-bisam_log-noise-0-64044112", 0),
+    ("--preset bert --method 'SAM(L2(0.1))'", "glue-rte-hf-bert-base-uncased-SAM-L2-0.1-noise-0-47858e04", 0),
+    ("--preset bert --mu 3", "glue-rte-hf-bert-base-uncased-bisam_log-noise-0-73052cd2", 0),
+    ("--no-cutout", "bisam_log-noise-0-de7d7744", 0),
+    ("--optim bisam_log --rho 0.05 --epochs 200 --learning_rate 0.1", "bisam_log-noise-0-39a68eb6", 0),
+    ("--method 'KSAM(65)' --batch-size 65", "KSAM-65-noise-0-71e45218", 0),
+    ("--limit 5", "bisam_log-noise-0-d8f8960c", 0),
+    ("--rho none", "bisam_log-noise-0-de7d7744", 0),
+    ("--rho 1", "bisam_log-noise-0-a41f5328", 0),
+    ("--precision bf16 --compile --channels-last --ema 0.9", "bisam_log-noise-0-d662a918", 0),
+    ("--schedule linear --warmup 5", "bisam_log-noise-0-683e3f1e", 0),
+    ("--image_size 96 --max_length 64 --accumulate 2 --clip 1", "bisam_log-noise-0-781b6acd", 0),
+    ("--optimizer adamw --lr 1e-3", "bisam_log-noise-0-d0ee98a6", 0),
+    ("--method 'XSAM(L2(0.1), every=epoch)'", "XSAM-L2-0.1-every-epoch-noise-0-d466a7c9", 0),
+    ("--method 'During(SAM(), start=2000, stop=steps)'", "During-SAM-start-2000-stop-steps-noise-0-f46a44d1", 0),
+    (
+        "--method 'SAMPa(L2(0.1), ahead=lookahead(optimizer), lam=0)'",
+        "SAMPa-L2-0.1-ahead-lookahead-optimizer-lam-0-noise-0-6a9215a7",
+        0,
+    ),
+]
+"""Flags of `bisam train`, the recipe's slug and its seed, as bisam 0.1 read them."""
+
+
+@pytest.mark.parametrize(("line", "slug", "seed"), COMMANDS, ids=[line for line, *_ in COMMANDS])
+def test_a_command_line_is_the_same_recipe_as_in_0_1(tmp_path, bisam, monkeypatch, line, slug, seed):
+    found: list[Recipe] = []
+
+    def stopped(run, *_):
+        found.append(run.recipe)
+        raise KeyboardInterrupt
+
+    module = importlib.import_module("bisam.experiments.training.train")
+    monkeypatch.setattr(module, "train", stopped)
+    assert bisam("train", *shlex.split(line), "--out", tmp_path)[0] == 130
+    assert [(one.slug, one.seed) for one in found] == [(slug, seed)]
+
+
+# Facts in one place
+
+
+def test_the_tasks_of_glue_are_those_that_can_be_read():
+    assert tuple(TASKS) == GLUE
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_defaults_are_those_of_the_library(method):
+    """The expression without the settings that have a default in the library is the same method."""
+    entry, optimizer = METHODS[method], torch.optim.SGD([torch.zeros(1)], lr=0.1)
+    short = entry.expression
+    for text in ("NegLog({mu})", "Tanh({mu}, {alpha})"):
+        short = short.replace(text, text.split("(")[0] + "()")
+    short = short.replace(", {eta}", "").format(rho=entry.rho)
+    given = {"optimizer": optimizer, "steps": 100, "epoch": 10, "examples": 100}
+    assert replace(Recipe(method=method)).build_method(**given) == recipes.build(short, **given)
