@@ -126,7 +126,7 @@ MODELS = {"sequence": bert, "token": partial(bert, "Token"), "causal": llama, "g
 def made(cls, folder, model, task, *, accumulate=1, **options):
     keywords = {
         name: options.pop(name)
-        for name in ("method", "method_of", "perturbation", "compute_loss_func", "eval_dataset")
+        for name in ("method", "method_of", "scope", "compute_loss_func", "eval_dataset")
         if name in options
     }
     rows = options.pop("rows", None) or examples(task)
