@@ -11,7 +11,7 @@ from bisam import L2, SAM, SAMON, Adaptive, BiSAM, ModelOracle, NegLog, cross_en
 from bisam.masks import RandomMask
 from bisam.perturbations import is_radius
 from bisam.schedules import Constant, Cosine, Warmup
-from tests.support import cases
+from tests.support.doubles import Quadratic
 
 CLASSES = ("SAM", "MultiStepSAM", "GSAM", "WSAM", "CRSAM", "XSAM", "FunctionalSAM", "LookSAM", "SSAMF", "MomentumSAM")
 FUNCTIONS = ("BiSAM", "GBiSAM", "FSAM", "VaSSO", "ZSharp", "SAMON", "FisherSAM", "SSAMD", "EBiSAM")
@@ -69,7 +69,7 @@ def test_a_bad_radius_is_refused_as_by_the_ball():
 def test_a_number_climbs_as_the_ball_does():
     batch = (torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.double),)
     for bound in (SAM(0.5), BiSAM(0.5, bound=None)):
-        oracle = cases.Quadratic(2.0, 3.0)
+        oracle = Quadratic(2.0, 3.0)
         e = bound.climb(oracle, batch)
         torch.testing.assert_close(e.norm(), torch.tensor(0.5, dtype=torch.double), rtol=1e-12, atol=0)
     assert BiSAM(0.5).ascent == NegLog()

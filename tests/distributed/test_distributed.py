@@ -342,7 +342,7 @@ def decides(**arguments: Any) -> Callable[[], SharpnessAware]:
 def unused_by_all(order: str) -> dict[str, Any]:
     """Of parameters that no rank uses there is no gradient, and an optimizer leaves them alone."""
     model = Branches(turns=0)
-    arguments = {"perturbation": "global"}
+    arguments = {"scope": "global"}
     if order == "inside":
         sharp: Any = SharpnessAware(DDP(model, find_unused_parameters=True), SAM(), cross_entropy, **arguments)
     else:
@@ -413,7 +413,7 @@ def test_data_parallel_models_of_every_kind():
 
 def dies(wrapper: str) -> None:
     model = sharded(network()) if wrapper == "fsdp2" else network()
-    arguments = {"perturbation": "global"} if wrapper == "global" else {}
+    arguments = {"scope": "global"} if wrapper == "global" else {}
     sharp: Any = SharpnessAware(model, SAM(L2(0.1)), cross_entropy, **arguments)
     sharp = DDP(sharp) if wrapper != "fsdp2" else sharp
     for step in range(100):

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import ast
 import itertools
-import os
 import re
-import socket
 from collections import OrderedDict
 from functools import partial
 from pathlib import Path
@@ -14,14 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 from bisam import GSAM, SAM, BiSAM, EBiSAM, LookSAM, SharpnessAware, cross_entropy
 from bisam.perturbations import L2
-from tests.support import cases
+from tests.support import cases, ranks
 from tests.support.cases import buffers, parameters
 
 METHODS = {"SAM": SAM(), "BiSAM": BiSAM(), "GSAM": GSAM(), "LookSAM": LookSAM(L2(0.1), k=5), "EBiSAM": EBiSAM()}
@@ -275,11 +272,8 @@ def micro_batches() -> list[tuple[Tensor, Tensor]]:
     return [cases.batch(i, 4) for i in range(8)]
 
 
-def distributed(rank: int, port: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    weights, early = [], []
+def distributed() -> tuple[list[Any], list[Tensor]]:
+    rank, weights, early = torch.distributed.get_rank(), [], []
     for inside, method in itertools.product([True, False], [SAM(L2(0.5)), BiSAM(0.5)]):
         torch.manual_seed(0)
         model = cases.mlp()
@@ -299,16 +293,11 @@ def distributed(rank: int, port: int, folder: Path) -> None:
             optimizer.step()
             optimizer.zero_grad()
         weights.append(list(model.parameters()))
-    torch.save((weights, early), folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return weights, early
 
 
-def test_replicas_that_accumulate_are_one_process_that_does(tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(distributed, (port, tmp_path), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+def test_replicas_that_accumulate_are_one_process_that_does():
+    results = ranks.run(2, distributed)
     expected = []
     for method in (SAM(L2(0.5)), BiSAM(0.5)):
         torch.manual_seed(0)
@@ -322,11 +311,11 @@ def test_replicas_that_accumulate_are_one_process_that_does(tmp_path):
                 optimizer.step()
                 optimizer.zero_grad()
         expected.append(list(model.parameters()))
-    for weights, _ in ranks:
+    for weights, _ in results:
         for actual, wanted in zip(weights, expected * 2, strict=True):
             for p, q in zip(actual, wanted, strict=True):
                 torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
-    assert not any(torch.equal(g, h) for g, h in zip(ranks[0][1], ranks[1][1], strict=True))
+    assert not any(torch.equal(g, h) for g, h in zip(results[0][1], results[1][1], strict=True))
 
 
 # The page

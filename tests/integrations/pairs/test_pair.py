@@ -6,18 +6,15 @@ import copy
 import os
 import signal
 import time
-import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils._pytree import tree_leaves
@@ -41,10 +38,8 @@ from bisam.integrations.pairs import InPairs, method as parallel, pair as pairs,
 from bisam.masks import RandomMask
 from bisam.oracle import Oracle, Query
 from bisam.perturbations import L2
-from tests.support import cases, doubles
+from tests.support import cases, doubles, ranks
 from tests.support.cases import FAMILY, OPTIMIZERS, bits, buffers, parameters
-
-HOST, PATIENCE = "127.0.0.1", 120.0
 
 
 @pytest.fixture(autouse=True)
@@ -53,40 +48,6 @@ def _alone():
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def ranks(work: Callable[[int, Path], None], world: int, folder: Path) -> list[str]:
-    """What each of `world` processes ended with: `done`, a traceback, or nothing."""
-    store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
-    context = mp.spawn(_rank, (work, world, store.port, folder), nprocs=world, join=False)
-    deadline = time.monotonic() + PATIENCE
-    for process in context.processes:
-        process.join(max(0.0, deadline - time.monotonic()))
-        process.kill()
-        process.join()
-    ends = [folder / f"{rank}.txt" for rank in range(world)]
-    return [end.read_text() if end.exists() else "" for end in ends]
-
-
-def _rank(rank: int, work: Callable[[int, Path], None], world: int, port: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    store = dist.TCPStore(HOST, port)
-    try:
-        meet(store, rank, world)
-        work(rank, folder)
-        end = "done"
-    except BaseException:
-        end = traceback.format_exc()
-    (folder / f"{rank}.txt").write_text(end)
-    if end == "done":
-        store.set(f"done {rank}", "")
-        store.wait([f"done {other}" for other in range(world)], timedelta(seconds=60))
-    os._exit(0)  # torch 2.6 sometimes waits for ever where it destroys the group
-
-
-def meet(store: dist.Store, rank: int, world: int) -> None:
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
 
 
 # Training, as a loop does it
@@ -489,7 +450,7 @@ def a_loss_outlives_its_process_group(rank: int) -> None:
     assert pair.host is pair.device
     dist.barrier()
     dist.destroy_process_group()
-    meet(dist.PrefixStore("again", store), rank, 2)
+    ranks.meet(dist.PrefixStore("again", store), rank, 2)
     assert run.steps(3, begin=3).everything == running(sampa(), around=alone).steps(6).everything
     assert pairs._pairs[dist.group.WORLD] is not pair
 
@@ -509,7 +470,8 @@ TWO = [
 ]
 
 
-def two(rank: int, folder: Path) -> None:
+def two(folder: Path) -> None:
+    rank = dist.get_rank()
     (folder / "times.txt").write_text("")
     pairs_resume_and_go_on_as_one_process(rank, folder)
     for check in TWO:
@@ -521,14 +483,14 @@ def two(rank: int, folder: Path) -> None:
 
 
 def test_two_ranks(tmp_path):
-    ends = ranks(two, 2, tmp_path)
-    assert ends == ["done"] * 2, "\n".join(ends)
+    ranks.run(2, two, tmp_path, seconds=120)
 
 
 # Two pairs
 
 
-def four(rank: int, folder: Path) -> None:
+def four() -> None:
+    rank = dist.get_rank()
     assert (replicas(), replica()) == (2, rank // 2)
     data = list(range(32))
     part = list(DistributedSampler(data, num_replicas=replicas(), rank=replica(), shuffle=False))
@@ -556,9 +518,8 @@ def four(rank: int, folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_pairs_are_two_replicas(tmp_path):
-    ends = ranks(four, 4, tmp_path)
-    assert ends == ["done"] * 4, "\n".join(ends)
+def test_two_pairs_are_two_replicas():
+    ranks.run(4, four, seconds=120)
 
 
 # A rank that dies
@@ -576,7 +537,8 @@ class Deadly:
         return cross_entropy(outputs, targets)
 
 
-def killed(rank: int, folder: Path) -> None:
+def killed() -> None:
+    rank = dist.get_rank()
     loss = Deadly()
     run = running(sampa(), cases.convnet, loss=loss).steps(5)
     before, loss.now = run.everything, rank == 1
@@ -585,12 +547,10 @@ def killed(rank: int, folder: Path) -> None:
         run.steps(1, begin=5)
     assert time.monotonic() - start < 20
     assert run.everything == before
-    (folder / "0.txt").write_text("done")
-    os._exit(0)
 
 
-def test_a_rank_whose_other_one_was_killed_ends_with_an_error(tmp_path):
-    assert ranks(killed, 2, tmp_path) == ["done", ""]
+def test_a_rank_whose_other_one_was_killed_ends_with_an_error():
+    assert ranks.ends(2, killed, seconds=120) == [ranks.End(done=True), ranks.End()]
 
 
 # In one process
@@ -602,7 +562,7 @@ def test_a_pair_needs_two_processes():
     for call in (lambda: run.steps(1), replicas, replica):
         with refused(ValueError, "there is no process group", "torchrun --nproc-per-node 2", "without InPairs"):
             call()
-    meet(dist.HashStore(), 0, 1)
+    ranks.meet(dist.HashStore(), 0, 1)
     for call in (lambda: run.steps(1), replicas, replica):
         with refused(ValueError, "of 1 one is left over", "torchrun --nproc-per-node 2", "without InPairs"):
             call()

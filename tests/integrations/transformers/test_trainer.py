@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
-import os
 import re
-import socket
 import sys
 import weakref
 from functools import partial
@@ -36,6 +34,7 @@ from bisam import (
     next_step,
 )
 from bisam.perturbations import L2
+from tests.support import ranks
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -127,7 +126,7 @@ MODELS = {"sequence": bert, "token": partial(bert, "Token"), "causal": llama, "g
 def made(cls, folder, model, task, *, accumulate=1, **options):
     keywords = {
         name: options.pop(name)
-        for name in ("method", "method_of", "perturbation", "compute_loss_func", "eval_dataset")
+        for name in ("method", "method_of", "scope", "compute_loss_func", "eval_dataset")
         if name in options
     }
     rows = options.pop("rows", None) or examples(task)
@@ -726,11 +725,8 @@ def test_a_memory_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 TOGETHER = {"accumulate": 2, "optim": "sgd", "train_sampling_strategy": "sequential", "max_steps": 2}
 
 
-def _replica(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
+def replicas(folder: str) -> dict[str, torch.Tensor]:
     gc.freeze()
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in names.items()}
     options = {"ddp_backend": "gloo", "per_device_train_batch_size": 2, **TOGETHER}
     run = partial(trained, folder=Path(folder), task="causal", **options)
     ends = {
@@ -745,16 +741,11 @@ def _replica(rank: int, port: int, folder: str) -> None:
     ends["straight"] = trained(SharpnessAwareTrainer, Path(folder), llama(), "causal", **looks)
     checkpoint = f"{folder}/checkpoint-3"
     ends["resumed"] = trained(SharpnessAwareTrainer, Path(folder) / "on", llama(), "causal", checkpoint, **looks)
-    torch.save({name: weights(trainer.model) for name, trainer in ends.items()}, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return {name: weights(trainer.model) for name, trainer in ends.items()}
 
 
 def test_replicas_perturb_on_their_part_of_the_batch(tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_replica, (port, str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    first, second = ranks.run(2, replicas, str(tmp_path), with_group=False)
     assert all(torch.equal(first[name], second[name]) for name in first)
     single, whole = (
         trained(SharpnessAwareTrainer, tmp_path, double(), "causal", method=method, **TOGETHER)
