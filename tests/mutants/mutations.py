@@ -11,49 +11,60 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+METHODS = ("tests/methods/test_references.py", "tests/methods/test_steps.py", "tests/methods/test_sam.py")
+METHODS += ("tests/methods/test_degenerate_cases.py", "tests/methods/test_state.py", "tests/methods/test_arguments.py")
+MODEL = ("tests/model/test_oracle.py", "tests/model/test_gradients.py", "tests/model/test_parameters.py")
+MODEL += ("tests/model/test_buffers.py", "tests/model/test_rng.py", "tests/model/test_compatibility.py")
+
 SUBJECTS: dict[str, tuple[str, ...]] = {
-    "vector": ("tests/test_vector.py", "tests/test_methods.py", "tests/test_mechanics.py"),
+    "vector": ("tests/test_vector.py", "tests/methods/test_steps.py"),
     "objectives": ("tests/test_objectives.py",),
-    "evaluation": ("tests/test_mechanics.py", "tests/test_methods.py", "tests/test_edges.py", "tests/test_memory.py"),
+    "evaluation": ("tests/test_evaluation.py", "tests/model/test_buffers.py", "tests/methods/test_degenerate_cases.py"),
     "schedules": ("tests/test_schedules.py",),
-    "perturbations": ("tests/test_methods.py", "tests/test_family.py"),
-    "methods": ("tests/test_methods.py", "tests/test_family.py"),
-    "games": ("tests/test_games.py",),
-    "optimizers": ("tests/test_lookahead.py", "tests/test_games.py"),
-    "oracle": ("tests/test_methods.py", "tests/test_mechanics.py", "tests/test_family.py"),
-    "model": ("tests/test_mechanics.py", "tests/test_edges.py", "tests/test_methods.py", "tests/test_hosts.py"),
-    "loss": ("tests/test_loss.py", "tests/test_mechanics.py", "tests/test_memory.py"),
-    "memory": ("tests/test_memory.py", "tests/test_mechanics.py", "tests/test_family.py"),
-    "arguments": ("tests/test_methods.py", "tests/test_mechanics.py", "tests/test_edges.py", "tests/test_family.py"),
-    "hosts": ("tests/test_hosts.py",),
-    "distributed": ("tests/test_distributed.py",),
-    "pairs": ("tests/test_parallel.py",),
-    "trainer": ("tests/test_transformers.py",),
+    "perturbations": ("tests/test_perturbations.py", "tests/test_masks.py", *METHODS),
+    "methods": METHODS,
+    "games": ("tests/methods/test_games.py",),
+    "optimizers": ("tests/optim/test_lookahead.py", "tests/methods/test_games.py"),
+    "oracle": ("tests/test_oracle.py", *METHODS),
+    "model": (*MODEL, "tests/methods/test_steps.py", "tests/test_loss.py", "tests/integrations/test_hosts.py"),
+    "loss": ("tests/test_loss.py", "tests/test_state.py", *MODEL),
+    "memory": ("tests/test_state.py", "tests/methods/test_state.py", "tests/model/test_parameters.py"),
+    "arguments": ("tests/test_validation.py", "tests/methods/test_arguments.py", "tests/test_loss.py", *MODEL),
+    "hosts": ("tests/model/test_compatibility.py", "tests/integrations/test_hosts.py"),
+    "distributed": ("tests/distributed/test_distributed.py",),
+    "pairs": ("tests/integrations/pairs/test_pair.py",),
+    "trainer": ("tests/integrations/transformers/test_trainer.py",),
 }
 """The subject of a mutant, and the tests that are run first: those of the subject."""
 
 TESTS: tuple[str, ...] = (
     "tests/test_vector.py",
-    "tests/test_methods.py",
+    "tests/test_evaluation.py",
+    "tests/test_validation.py",
+    "tests/test_masks.py",
+    "tests/test_perturbations.py",
     "tests/test_schedules.py",
+    "tests/test_oracle.py",
+    "tests/test_state.py",
     "tests/test_loss.py",
-    "tests/test_mechanics.py",
-    "tests/test_memory.py",
-    "tests/test_edges.py",
-    "tests/test_games.py",
-    "tests/test_lookahead.py",
-    "tests/test_hosts.py",
+    *MODEL,
+    "tests/optim/test_lookahead.py",
+    "tests/methods/test_games.py",
     "tests/test_objectives.py",
-    "tests/test_family.py",
+    *METHODS,
     "tests/test_golden.py",
-    "tests/test_compile.py",
+    "tests/model/test_compile.py",
     "tests/conformance",
     "tests/test_coming_from.py",
-    "tests/test_distributed.py",
-    "tests/test_parallel.py",
-    "tests/test_transformers.py",
+    "tests/integrations/test_hosts.py",
+    "tests/integrations/pairs/test_pair.py",
+    "tests/integrations/transformers/test_trainer.py",
+    "tests/distributed/test_distributed.py",
 )
 """The tests of the core, fast ones first: what the tests of its subject did not find is put to all of these."""
+
+FOLDERS = ("tests/distributed", "tests/integrations", "tests/methods", "tests/model", "tests/optim")
+"""Folders of which each file of tests is in `TESTS`."""
 
 
 @dataclass(frozen=True)
@@ -451,8 +462,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "methods",
         "ascent_on_the_descent_loss",
         "The adversary climbs what SAM minimises.",
-        "return self.perturb(oracle.query(batch, self.ascent).gradient, ",
-        "return self.perturb(oracle.query(batch, self.descent).gradient, ",
+        "return self.displacement(oracle.query(batch, self.ascent).gradient, ",
+        "return self.displacement(oracle.query(batch, self.descent).gradient, ",
     ),
     Mutant(
         "methods",
@@ -605,8 +616,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "methods",
         "momentum_sam_sign",
         "MomentumSAM looks back in place of ahead.",
-        "self.perturb(-v, inside)",
-        "self.perturb(v, inside)",
+        "perturb(-v, inside)",
+        "perturb(v, inside)",
     ),
     Mutant(
         "methods",
@@ -824,8 +835,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "oracle",
         "shift_never_tracks",
         "Running statistics do not move at a shifted centre that stands in for the weights.",
-        "return self._track and at is None if track is None and self._by is not None else track",
-        "return track",
+        "track = self._track and not query.displaced",
+        "pass",
     ),
     # The oracle of a module.
     Mutant(
@@ -859,15 +870,15 @@ MUTANTS: tuple[Mutant, ...] = (
         "model",
         "weights_of_a_held_graph_move",
         "A graph that the user still holds sees the displaced weights.",
-        "tensors = [p.data for p in self.parameters]",
-        "tensors = [p.detach() for p in self.parameters]",
+        "return Vector([p.data for p in parameters], layout=self.layout)",
+        "return Vector([p.detach() for p in parameters], layout=self.layout)",
     ),
     Mutant(
         "model",
         "displaced_query_tracks",
         "Running statistics move in the second query too.",
-        "track = at is None if track is None else track",
-        "track = True if track is None else track",
+        "return not self.displaced if self.track is None else self.track",
+        "return True if self.track is None else self.track",
     ),
     Mutant(
         "model",
@@ -894,7 +905,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "model",
         "noise_not_replayed",
         "same_noise=True draws other dropout masks in the second query.",
-        "self._noise[1].restore()",
+        "self._first[1].restore()",
         "pass",
     ),
     Mutant(
@@ -929,15 +940,15 @@ MUTANTS: tuple[Mutant, ...] = (
         "model",
         "scale_not_divided_out",
         "Gradients of queries stay multiplied by the scaler's factor.",
-        "return gradient / factor.to(gradient.tensors[0].device)",
+        "return gradient if factor is None else gradient / factor.to(gradient.tensors[0].device)",
         "return gradient",
     ),
     Mutant(
         "model",
         "overflow_not_noticed",
         "An overflow in the gradient of a query does not reach the scaler.",
-        "            overflow = gradient.norm() * 0\n",
-        "            overflow = torch.zeros_like(gradient.norm())\n",
+        "        overflow = gradient.norm() * 0\n",
+        "        overflow = torch.zeros_like(gradient.norm())\n",
     ),
     Mutant(
         "model",
@@ -950,8 +961,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "model",
         "outputs_hold_their_graph",
         "The outputs that are kept hold the graph that made them.",
-        "return outputs.detach() if isinstance(outputs, Tensor) else",
-        "return outputs if isinstance(outputs, Tensor) else",
+        "outputs = outputs.detach() if isinstance(outputs, Tensor) else",
+        "outputs = outputs if isinstance(outputs, Tensor) else",
     ),
     Mutant(
         "model",
@@ -993,8 +1004,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "loss",
         "failed_step_remembers",
         "A step that fails leaves what the method has written.",
-        "state=dict(memory.state),",
-        "state=memory.state,",
+        "oracle.state = dict(before)",
+        "oracle.state = before",
     ),
     Mutant(
         "loss",
@@ -1007,7 +1018,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "loss",
         "failed_step_keeps_statistics",
         "A step that fails after its first query leaves moved running statistics.",
-        "oracle.rollback()",
+        "oracle.module_buffers.rollback()",
         "pass",
     ),
     Mutant(

@@ -9,7 +9,7 @@ from typing import ClassVar
 import pytest
 
 from . import __main__ as command, run as running
-from .mutations import MUTANTS, SUBJECTS, TESTS, Mutant
+from .mutations import FOLDERS, MUTANTS, SUBJECTS, TESTS, Mutant
 from .run import ROOT, Refused, Result, Runner, mutated, sources
 from .score import Score, summary
 
@@ -32,6 +32,8 @@ def test_the_list():
     assert [mutant.name for mutant in MUTANTS if mutant.breaks[-1] != "." or "\n" in mutant.breaks] == []
     assert {test for tests in SUBJECTS.values() for test in tests} <= {*TESTS}
     assert [test for test in TESTS if not (ROOT / test).exists()] == []
+    files = {str(path.relative_to(ROOT)) for folder in FOLDERS for path in (ROOT / folder).rglob("test_*.py")}
+    assert files <= {*TESTS}
 
 
 def test_a_snippet_must_be_there_once():
