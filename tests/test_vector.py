@@ -233,8 +233,13 @@ def test_the_part_along_another_vector_is_its_projection(a, b):
     if length < 1e-6:
         return
     along = joined(v.onto(other))
+<<<<<<< HEAD
     runs.close(along, (flat @ direction / length) * direction / length, 1e-9)
     runs.close((flat - along) @ direction / length, torch.tensor(0.0).double(), 1e-9)
+=======
+    close(along, (flat @ direction / length) * direction / length, rtol=0, atol=1e-9)
+    close((flat - along) @ direction / length, torch.tensor(0.0).double(), rtol=0, atol=1e-9)
+>>>>>>> mutants2
 
 
 def test_the_part_along_zero_is_zero_and_along_itself_is_all():
