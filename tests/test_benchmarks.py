@@ -209,7 +209,7 @@ def test_help_has_examples(main, capsys):
 
 
 def in_no_process(work, name, repeats):
-    """What two processes would say."""
+    """The results of two processes."""
     each = [f"{m}, {n}" for m in scaling.METHODS for n in (scaling.ALONE, scaling.OUTSIDE, scaling.INSIDE)]
     return {"times": {k: [1.0 + i] for i, k in enumerate(each)}, "reductions": dict.fromkeys(each, 1)}
 

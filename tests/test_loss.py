@@ -382,7 +382,7 @@ def test_half_precision_parameters_warn_once():
     assert "autocast" in str(caught[0].message)
 
 
-# What is refused.
+# Refusals.
 
 
 @pytest.mark.parametrize("scale", [1024.0, torch.amp.GradScaler])

@@ -196,7 +196,7 @@ def test_blocks_of_labels_give_the_whole(bound, width, monkeypatch):
         close(bound(logits, p), whole)
 
 
-# What makes it a bound
+# The bound
 
 HUGE = [0.0, 1.0, -1.0, 1e-3, 30.0, -30.0, 1e4, -1e4, 1e30, -1e30]
 

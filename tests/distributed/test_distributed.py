@@ -157,7 +157,7 @@ def nested(order: str, model: nn.Module, method: Any, **arguments: Any) -> nn.Mo
 
 
 def far(ours: tuple[list[Tensor], Tensor], theirs: tuple[list[Tensor], Tensor]) -> dict[str, float]:
-    """What is wrong with our weights and losses, if anything."""
+    """Returns the differences between weights and losses, empty if there are none."""
     found = {"weights": distance(ours[0], theirs[0]), "losses": (ours[1] - theirs[1]).abs().max().item()}
     found = {name: value for name, value in found.items() if not value < 1e-12}
     return found if identical(ours[0]) else {**found, "replicas differ": 1.0}
@@ -340,7 +340,7 @@ def decides(**arguments: Any) -> Callable[[], SharpnessAware]:
 
 
 def unused_by_all(order: str) -> dict[str, Any]:
-    """Of parameters that no rank uses there is no gradient, and an optimizer leaves them alone."""
+    """Parameters that no rank uses get no gradient, so an optimizer leaves them unchanged."""
     model = Branches(turns=0)
     arguments = {"scope": "global"}
     if order == "inside":
@@ -428,7 +428,7 @@ def test_where_a_rank_dies_the_others_end_with_an_error(wrapper):
         ranks.run(2, dies, wrapper, seconds=60)
 
 
-# What else a sharded model may be, or go through.
+# Other kinds of sharded models.
 
 
 def mixed(method: Any) -> list[Tensor]:
@@ -555,7 +555,7 @@ def uneven_counts() -> dict[str, float]:
 
 
 def own_clean() -> dict[str, float]:
-    """What `clean` says is of the rank's own batch, whatever the adversary climbs: it may be read on one rank alone."""
+    """`clean` is for the rank's own batch, whatever the adversary climbs: one rank alone may read it."""
     model, (x, y) = sharded(network()), part(0)
     own, found = F.cross_entropy(network()(x), y), {}
     for name, method in (("SAM", SAM()), ("BiSAM", BiSAM())):

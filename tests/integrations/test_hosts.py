@@ -195,7 +195,7 @@ def fabric(
     return parameters(sharp.module.model), buffers(sharp.module.model)
 
 
-# What Lightning says to everyone who uses it with this torch, or with a loader that has no workers.
+# Warnings of Lightning that every user of this torch, or of a loader without workers, gets.
 quiet = [
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.* is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning"),

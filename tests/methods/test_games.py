@@ -211,7 +211,7 @@ class GAN(nn.Module):
 
 
 def losses(gan: GAN, real: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the generator and of the discriminator, as in a loop with two optimizers."""
+    """Losses of the generator and the discriminator, as in a loop with two optimizers."""
     fake = gan.generator(noise)
     told = F.softplus(-gan.discriminator(real)) + F.softplus(gan.discriminator(fake))
     return F.softplus(-gan.discriminator(fake)).mean(), told.mean()

@@ -152,7 +152,7 @@ def test_flat_views_of_the_weights_stay_views():
     assert bits(flat) != before[0]
 
 
-# What a step costs.
+# The cost of a step.
 
 
 class Operations(TorchDispatchMode):

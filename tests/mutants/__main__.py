@@ -117,7 +117,7 @@ def run(mutants: Sequence[Mutant], score: Score, arguments: argparse.Namespace) 
 
 
 def line(mutant: Mutant, result: Result) -> str:
-    """Of progress."""
+    """A line of progress."""
     return f"{result.verdict:8} {result.seconds:5.0f} s  {mutant.name}  {result.by}".rstrip()
 
 

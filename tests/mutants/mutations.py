@@ -1049,7 +1049,7 @@ MUTANTS: tuple[Mutant, ...] = (
         'int(state["step"])',
         "0",
     ),
-    # What a method remembers.
+    # The state of methods.
     Mutant(
         "memory",
         "tensors_not_copied",
@@ -1113,7 +1113,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor",
         "return tensor",
     ),
-    # What is refused.
+    # Refusals.
     Mutant(
         "arguments",
         "strangers_not_noticed",

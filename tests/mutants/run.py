@@ -32,7 +32,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a mutant.
+    """The fate of a mutant.
 
     Attributes:
         verdict: "killed", "time-out" (killed by the limit of a test or of the run), "survived", "lost" (a snippet is
@@ -123,7 +123,7 @@ class Runner:
                 self._say(f"unmutated: {test} passes in {result.seconds:.0f} s")
 
     def result(self, mutant: Mutant) -> Result:
-        """What becomes of a mutant under the tests of its subject, and then under all others."""
+        """Runs the tests of a mutant's subject, then all others, and returns its fate."""
         try:
             changed = mutated(mutant, self._files)
         except ValueError as error:

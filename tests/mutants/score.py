@@ -44,7 +44,7 @@ class Score:
 
     @classmethod
     def read(cls, path: Path) -> Score:
-        """What `write` wrote.
+        """Reads a file that `write` wrote.
 
         Raises:
             ValueError: the file is something else.

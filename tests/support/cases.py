@@ -374,11 +374,11 @@ FAMILY: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], references.Twin]
 }
 
 
-# What a call must leave behind.
+# The state that a call must leave behind.
 
 
 def bits(tensor: Tensor | None) -> list[int] | None:
-    """What torch.equal compares, but NaN equals itself and -0.0 is not 0.0."""
+    """The bits of a tensor: unlike with torch.equal, NaN equals itself and -0.0 differs from 0.0."""
     return None if tensor is None else tensor.detach().clone().reshape(-1).view(torch.uint8).tolist()
 
 

@@ -50,7 +50,7 @@ def test_all_have_what_a_report_needs():
         assert measurement.note
 
 
-# What a folder keeps
+# The folder of a measurement
 
 
 def test_a_finished_part_is_not_measured_again(tmp_path):
@@ -152,7 +152,7 @@ def test_rows_of_another_version_are_refused(tmp_path):
         report(measurement, folder)
 
 
-# What is refused
+# Refusals
 
 
 @pytest.mark.parametrize(

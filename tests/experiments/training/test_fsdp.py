@@ -87,7 +87,7 @@ def on_this_node(root: Path) -> list[str]:
 
 
 def parts(run: Run) -> tuple[list[Any], Any]:
-    """What is in a checkpoint but times and where it was made, and its form."""
+    """The content of a checkpoint without times and environment, and its structure."""
     checkpoint = run.checkpoint()
     assert checkpoint is not None
     del checkpoint["sharded"]

@@ -47,7 +47,7 @@ def _offline(monkeypatch):
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
 
 
-# What each of them has
+# The content of each logger
 
 
 def tensorboard(run):
@@ -224,7 +224,7 @@ def test_a_run_that_mlflow_does_not_know_is_begun_there(run, tables):
     same_as_metrics(run, "mlflow")
 
 
-# What is not here, and what fails
+# Missing packages and failures
 
 
 def test_an_unknown_logger_is_named():

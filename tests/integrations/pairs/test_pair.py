@@ -121,7 +121,7 @@ def refused(kind: type[BaseException], *words: str):
         assert word in str(error.value), str(error.value)
 
 
-# What two ranks do
+# Two ranks
 
 
 def the_numbers_are_those_of_one_process(rank: int) -> None:

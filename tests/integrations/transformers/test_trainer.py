@@ -186,7 +186,7 @@ def weighted(outputs, labels, num_items_in_batch=None):
     return value / (labels.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch)
 
 
-# What it is without a method
+# Without a method
 
 
 @pytest.mark.parametrize(("method", "drop"), [(ERM(), 0.1), (SAM(L2(0.0)), 0.0)], ids=named)
@@ -241,7 +241,7 @@ def test_evaluation_and_prediction_are_the_trainers(tmp_path):
         assert torch.equal(*(t.compute_loss(trainer.model, dict(batch)) for t in (plain, trainer)))
 
 
-# What a loop by hand does
+# Against a loop by hand
 
 
 def by_hand(model, task, accumulate, rho, *, rise=None, smoothing=0.0, loss=None, steps=2, lr=0.1):
@@ -342,7 +342,7 @@ def test_bisam_is_a_loop_by_hand(tmp_path, task, accumulate, options, method):
     assert (weights(trainer.model) - weights(model())).norm() > 1e-3
 
 
-# What a method sees
+# The method's view
 
 
 def whole(rows) -> dict[str, torch.Tensor]:
@@ -525,7 +525,7 @@ def test_without_classes_the_models_own_loss_is_what_is_climbed(tmp_path, task):
         assert torch.equal(weights(model), before)
 
 
-# What the Trainer does besides
+# Other duties of the Trainer
 
 
 old_name = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # in peft
@@ -762,7 +762,7 @@ def test_replicas_perturb_on_their_part_of_the_batch(tmp_path):
     assert not torch.equal(*v)
 
 
-# What it refuses
+# Refusals
 
 
 @pytest.mark.parametrize(

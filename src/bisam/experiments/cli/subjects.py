@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Subject(Protocol):
-    """What the commands ask of a study or a measurement."""
+    """The interface of studies and measurements to the commands."""
 
     @property
     def name(self) -> str:

@@ -75,7 +75,7 @@ _RHOS: dict[str, float] = {
     "rsam": 0.2,
     "bsam": 0.05,
 }
-"""What `bisam run methods-rho` finds: the radius with the best validation accuracy."""
+"""The radius with the best validation accuracy, as `bisam run methods-rho` finds it."""
 
 
 def _one(method: str, rho: float | None, epochs: int) -> Recipe:

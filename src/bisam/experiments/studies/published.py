@@ -18,7 +18,7 @@ from bisam.experiments.runs.folder import Finished
 
 @dataclass(frozen=True)
 class Quantity:
-    """What was measured, and how it is read from a run."""
+    """A published quantity, and how it is read from a run."""
 
     title: str
     of: Callable[[Finished], float] | None = None
