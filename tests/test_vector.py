@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import operator
+import pickle
 
 import pytest
 import torch
@@ -207,6 +209,13 @@ def test_a_vector_has_a_length_and_a_short_repr():
     v = Vector([torch.zeros(2, 3), torch.zeros(())])
     assert len(v) == len(list(v)) == 2
     assert repr(v) == "Vector(2 tensors, 7 entries)"
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda v: pickle.loads(pickle.dumps(v))])
+def test_a_copy_of_a_whole_vector_is_whole(copied):
+    v = make([(8, 6), (8,), (4, 8)], 0)
+    assert copied(v).layout is vector.WHOLE
+    assert torch.equal(copied(v).norm(), v.norm())
 
 
 # Projections.
