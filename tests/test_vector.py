@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import operator
+import pickle
 
 import pytest
 import torch
@@ -208,6 +210,11 @@ def test_a_vector_has_a_length_and_a_short_repr():
     v = Vector([torch.zeros(2, 3), torch.zeros(())])
     assert len(v) == len(list(v)) == 2
     assert repr(v) == "Vector(2 tensors, 7 entries)"
+
+
+def test_the_layout_of_ordinary_tensors_is_the_same_object_in_a_copy():
+    v = Vector([torch.ones(2)])
+    assert copy.deepcopy(v).layout is v.layout is pickle.loads(pickle.dumps(v)).layout
 
 
 # Projections.

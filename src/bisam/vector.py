@@ -19,7 +19,7 @@ the same on all ranks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -48,6 +48,10 @@ class Layout:
 
     def __repr__(self) -> str:
         return "WHOLE" if self is WHOLE else f"{type(self).__name__}()"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Code compares a layout with WHOLE by `is`, so that a copy of WHOLE must be WHOLE.
+        return "WHOLE" if self is WHOLE else super().__reduce_ex__(protocol)
 
     def total(self, parts: Tensor) -> Tensor:
         """Returns the sum over tensors and ranks of `parts` (n,), the sums over the local entries; of shape ()."""
