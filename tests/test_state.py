@@ -35,7 +35,7 @@ from bisam import (
 from bisam.methods.method import stateful
 from bisam.perturbations import L2, Friendly, Smoothed
 from bisam.schedules import Cosine
-from bisam.state import kind, load, save, settled
+from bisam.state import check, kind, load, save, settled
 from tests.support import cases
 from tests.support.cases import bits, normed, parameters
 from tests.support.runs import each_basic_method, grads_of, run_steps, twins
@@ -141,6 +141,27 @@ def test_a_vector_of_another_model_is_refused(change):
     }
     with pytest.raises(ValueError, match="another model"):
         load(saved, FSAM(), others[change])
+
+
+@pytest.mark.parametrize("shapes", [[(3, 2), ()], [(2, 3), (1,)], [(), (2, 3)], [(2, 3)]], ids=str)
+def test_the_memory_of_other_parameters_is_not_used(shapes):
+    """Also if as many are trained as before, some having been frozen and others not."""
+    state = {"deep": {"list": [vector(0)]}}
+    check(state, vector(1))
+    with pytest.raises(ValueError, match=rf"remembers 2 parameters, and now {len(shapes)} are trained, or others"):
+        check(state, Vector([torch.zeros(shape) for shape in shapes]))
+
+
+def test_training_other_parameters_than_those_remembered_is_refused():
+    model = cases.mlp()
+    first, last = model[0].weight, model[-1].weight
+    last.requires_grad_(False)
+    sharp = SharpnessAware(model, FSAM(), cross_entropy)
+    sharp(*cases.batch())
+    first.requires_grad_(False)
+    last.requires_grad_(True)
+    with pytest.raises(ValueError, match="frozen, unfrozen or sharded since"):
+        sharp(*cases.batch())
 
 
 # State of another method.

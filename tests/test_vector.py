@@ -12,7 +12,6 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from bisam import Vector, vector
-from tests.support import runs
 from tests.support.cases import bits
 
 settings.register_profile("bisam", max_examples=40, deadline=None, derandomize=True)
@@ -240,8 +239,8 @@ def test_the_part_along_another_vector_is_its_projection(a, b):
     if length < 1e-6:
         return
     along = joined(v.onto(other))
-    runs.close(along, (flat @ direction / length) * direction / length, 1e-9)
-    runs.close((flat - along) @ direction / length, torch.tensor(0.0).double(), 1e-9)
+    close(along, (flat @ direction / length) * direction / length, rtol=0, atol=1e-9)
+    close((flat - along) @ direction / length, torch.tensor(0.0).double(), rtol=0, atol=1e-9)
 
 
 def test_the_part_along_zero_is_zero_and_along_itself_is_all():

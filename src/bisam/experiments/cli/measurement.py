@@ -16,7 +16,7 @@ from bisam.experiments.cli.report_files import write_report
 from bisam.experiments.cli.terminal import console, errors
 from bisam.experiments.measurements import Measurement, report as report_of, run as measure
 from bisam.experiments.recipes.changes import pairs
-from bisam.experiments.runs.folder import to_csv
+from bisam.experiments.runs.files import to_csv
 from bisam.experiments.runs.machine import Machine
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bisam.experiments.cli.terminal import console
-from bisam.experiments.runs.folder import write
+from bisam.experiments.runs.files import write
 
 EXAMPLES = "Examples:  bisam methods   |   bisam methods --to docs/methods.md"
 

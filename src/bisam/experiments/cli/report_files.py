@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from bisam.experiments.cli.terminal import console
-from bisam.experiments.runs.folder import write
+from bisam.experiments.runs.files import write
 
 
 def write_report(to: Path, markdown: str, csv: str, figures: Mapping[str, bytes]) -> None:

@@ -20,7 +20,8 @@ from bisam.experiments.cli.terminal import console, errors
 from bisam.experiments.errors import RunError
 from bisam.experiments.recipes.changes import pairs
 from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.runs.folder import Finished, Run, finished, to_csv
+from bisam.experiments.runs.files import to_csv
+from bisam.experiments.runs.folder import Finished, Run, finished
 from bisam.experiments.runs.machine import Machine, threads
 from bisam.experiments.studies.study import Study, expand
 
