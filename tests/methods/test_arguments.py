@@ -245,8 +245,16 @@ CALLABLE: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("value", [0.1, NegLog, "sam"], ids=str)
-@pytest.mark.parametrize("name", CALLABLE)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        (name, value)
+        for name in CALLABLE
+        for value in (0.1, NegLog, "sam")
+        if value != 0.1 or not name.startswith("perturb")  # where a number is a radius
+    ],
+    ids=str,
+)
 def test_what_cannot_be_called_or_is_a_class_is_named(name, value):
     with pytest.raises(TypeError, match=rf"{name.split(',')[0]}.*({value}|NegLog)"):
         CALLABLE[name](value)
