@@ -16,6 +16,7 @@ import pickle
 import platform
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -295,8 +296,9 @@ def test_a_lookahead_is_loaded_as_it_was_saved_and_resumes():
     same(flat(model), saved["final"])
 
 
-def test_a_pickled_lookahead_resumes():
+def test_a_pickled_lookahead_resumes(monkeypatch):
     """The pickle contains the module, the class and the attributes by the names of 0.1."""
+    monkeypatch.delitem(sys.modules, "bisam.optimizers", raising=False)  # the first import warns
     with pytest.warns(DeprecationWarning, match="bisam.optimizers is now bisam.optim"):
         optimizer = pickle.loads((FILES / "lookahead" / "optimizer.pickle").read_bytes())
     assert isinstance(optimizer, Lookahead)

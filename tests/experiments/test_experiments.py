@@ -355,7 +355,7 @@ def test_flipped_samples_are_right_at_w_and_wrong_at_w_plus_e():
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        (replace(SHORT, dataset="cifar10"), "cifar10 is missing: give --download .*"),
+        (replace(SHORT, dataset="cifar10"), "cifar10 is missing: give --download, or unpack"),
         (replace(SHORT, dataset="digit"), "did you mean 'digits'"),
         (replace(SHORT, model="resnet57"), "unknown model 'resnet57', did you mean 'resnet56'"),
     ],

@@ -340,7 +340,7 @@ def test_a_drawing_is_reported_without_a_folder_of_parts(tmp_path):
     assert run(FIGURE_1, {}, tmp_path) == tmp_path / "figure1"
     shown = report(FIGURE_1, tmp_path)
     assert (shown.header, shown.rows) == ((), [])
-    committed = Path(__file__).parent.parent / "docs" / "reproduction" / "figure1" / "report.md"
+    committed = Path(__file__).parents[3] / "docs" / "reproduction" / "figure1" / "report.md"
     assert shown.markdown == committed.read_text()
     assert not list(tmp_path.iterdir())
 

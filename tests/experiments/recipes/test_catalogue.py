@@ -123,8 +123,8 @@ def test_the_page_in_the_docs_is_the_present_one():
 
 def test_the_command_lists_every_method(capsys, monkeypatch):
     for width in (60, 200):
-        monkeypatch.setattr(cli, "console", Console(width=width))
-        assert cli.methods() == 0
+        monkeypatch.setattr(cli.methods, "console", Console(width=width))
+        assert cli.methods.methods() == 0
         text = capsys.readouterr().out
         assert all(word in text for word in ("Kwon", "average", "0.3 to 3"))
         lines = text.splitlines()

@@ -314,7 +314,7 @@ def test_the_users_project_is_taken(run, service, monkeypatch):
 @pytest.mark.parametrize(("at", "rows"), [("init", 0), ("log", 0), ("finish", 3)])
 def test_a_run_survives_a_logger_that_fails(run, service, at, rows):
     service.fails = (at, ConnectionError("the network\nis down"))
-    message = rf"--log wandb failed and is disabled of {run.folder}: ConnectionError: the network is down"
+    message = rf"--log wandb failed and is disabled for {run.folder}: ConnectionError: the network is down"
     with pytest.warns(RuntimeWarning, match=message) as warned:
         assert train(run, Machine(log=("wandb",)))
     assert len(warned) == 1
