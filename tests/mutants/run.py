@@ -184,7 +184,10 @@ class Runner:
         if process.returncode == 0:
             return Result("survived", seconds=seconds)
         if process.returncode < 0:
-            return Result("killed", f"the process died of {signal.Signals(-process.returncode).name}", seconds)
+            # A crash is the mutant's; an end from outside (out of memory, a shutdown) says nothing of it.
+            crash = -process.returncode not in (signal.SIGINT, signal.SIGKILL, signal.SIGTERM)
+            name = signal.Signals(-process.returncode).name
+            return Result("killed" if crash else "error", f"the process died of {name}", seconds)
         last = (log.read_text(errors="replace").strip() or "no output").splitlines()[-1]
         return Result("error", f"pytest ended with {process.returncode}: {last}", seconds)
 

@@ -93,6 +93,14 @@ def test_the_end_of_a_limit_is_shown(tests):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("number", "verdict"), [("SIGTERM", "error"), ("SIGKILL", "error"), ("SIGABRT", "killed")])
+def test_an_end_from_outside_is_no_verdict(tests, number, verdict):
+    file = tests(f"import os, signal\n\ndef test_end():\n    os.kill(os.getpid(), signal.{number})\n")
+    ((_, result),) = Runner({file: 0.0}, None, print).score([SIGN], jobs=1)
+    assert (result.verdict, result.by) == (verdict, f"the process died of {number}")
+
+
+@pytest.mark.slow
 def test_tests_that_fail_without_a_mutant_are_refused(tests):
     tests("def test_wrong():\n    assert False\n")
     with pytest.raises(Refused, match=r"does not pass ::test_wrong \(killed\)"):
