@@ -1,7 +1,8 @@
 """How long a step of this tree takes relative to a step of another tree of bisam, an earlier commit for example.
 
 Each tree runs in a process of its own with its own `benchmarks.step`; the processes take turns, step by step, so that
-both see the same state of the machine, and a pair of neighbouring steps gives one ratio.
+both see the same state of the machine, and a pair of neighbouring steps gives one ratio. The layout of its memory makes a
+process faster or slower for its whole life, so the pairs of a row are spread over several processes.
 
     git worktree add ../before COMMIT
     python -m benchmarks.versions ../before
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import Parser, report, verdict, write
+from benchmarks.measure import Parser, at_least, report, verdict, write
 from benchmarks.step import CASES, CONTESTANTS
 
 HERE = Path(__file__).resolve().parent.parent
@@ -98,14 +99,20 @@ def interval(values: Sequence[float], draws: int = 4000) -> tuple[float, float, 
     return statistics.median(values), medians[round(0.025 * draws)], medians[round(0.975 * draws) - 1]
 
 
-def row(folder: Path, model: str, contestant: str, pairs: int, threads: int, inner: int) -> dict[str, Any]:
+def row(
+    folder: Path, model: str, contestant: str, pairs: int, processes: int, threads: int, inner: int
+) -> dict[str, Any]:
     """The ratio of the steps of one contestant; a small model takes several steps for each time that is measured."""
-    before, after = (Tree(tree, threads, model, contestant) for tree in (folder, HERE))
-    try:
-        first, second = paired(before, after, pairs * inner, warm_up=5)
-    finally:
-        before.close()
-        after.close()
+    first, second = list[float](), list[float]()
+    for i in range(processes):
+        before, after = (Tree(tree, threads, model, contestant) for tree in (folder, HERE))
+        try:
+            own = pairs // processes + (i < pairs % processes)
+            times = paired(before, after, own * inner, warm_up=3)
+        finally:
+            before.close()
+            after.close()
+        first, second = first + times[0], second + times[1]
     sums = [[sum(times[i : i + inner]) for i in range(0, len(times), inner)] for times in (first, second)]
     median, low, high = interval([b / a for a, b in zip(*sums, strict=True)])
     seconds = [statistics.median(times) for times in (first, second)]  # of single steps
@@ -134,17 +141,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("before", type=Path, help="folder of the other tree, with src/ and benchmarks/ in it")
     parser.add_argument("--models", nargs="+", choices=list(CASES), default=list(CASES), help="default: all")
+    parser.add_argument("--steps", nargs="+", choices=OURS, default=OURS, help="default: all")
+    parser.add_argument("--processes", type=at_least(1), default=5, help="of each tree in a row (default: %(default)s)")
     arguments = parser.parse_args(argv)
     if not (arguments.before / "benchmarks" / "step.py").is_file():
         parser.error(
             f"argument before: {str(arguments.before)!r} has no benchmarks/step.py: give the root of a checkout"
         )
     rows = [
-        row(
-            arguments.before.resolve(), model, name, arguments.repeats, arguments.threads, 1 if "resnet" in model else 5
-        )
+        row(other, model, name, pairs, arguments.processes, threads, inner=1 if "resnet" in model else 5)
         for model in arguments.models
-        for name in OURS
+        for name in arguments.steps
     ]
     report(
         "A step of this tree relative to the other one",
@@ -160,7 +167,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         [f"{arguments.repeats} pairs a row; the bar is for the lower end of the 95 % interval of the median ratio."],
     )
     if arguments.json:
-        write(arguments.json, "versions", {"repeats": arguments.repeats}, {"rows": rows})
+        write(
+            arguments.json, "versions", {"repeats": arguments.repeats, "processes": arguments.processes}, {"rows": rows}
+        )
 
 
 if __name__ == "__main__":
