@@ -1,8 +1,8 @@
 """How long a step of this tree takes relative to a step of another tree of bisam, an earlier commit for example.
 
-Each tree runs in a process of its own with its own `benchmarks.step`; the processes take turns, step by step, so that
-both see the same state of the machine, and a pair of neighbouring steps gives one ratio. The layout of its memory makes a
-process faster or slower for its whole life, so the pairs of a row are spread over several processes.
+Each tree runs in processes of its own with its own `benchmarks.step`; two processes take turns, step by step, so that
+both see the same state of the machine, and a pair of neighbouring steps gives one ratio. The layout of its memory makes
+a process faster or slower for its whole life, so the pairs of a row are spread over several processes.
 
     git worktree add ../before COMMIT
     python -m benchmarks.versions ../before
@@ -148,6 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(
             f"argument before: {str(arguments.before)!r} has no benchmarks/step.py: give the root of a checkout"
         )
+    other, pairs, threads = arguments.before.resolve(), arguments.repeats, arguments.threads
     rows = [
         row(other, model, name, pairs, arguments.processes, threads, inner=1 if "resnet" in model else 5)
         for model in arguments.models
