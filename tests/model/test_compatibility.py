@@ -181,3 +181,10 @@ def test_loss_and_bound_must_leave_out_the_same_label():
     with pytest.raises(ValueError, match=r"leaves out label 0, and NegLog.* -100"):
         SharpnessAware(linear(), BiSAM(), loss)(POINTS, LABELS)
     SharpnessAware(linear(), BiSAM(bound=NegLog(ignore_index=0)), loss)(POINTS, LABELS).backward()
+
+
+def test_parameters_that_deepspeed_partitions_are_refused():
+    model = linear()
+    model.weight.ds_id = 0  # as ZeRO-3 marks the parameters that it takes away between two passes
+    with pytest.raises(ValueError, match="ZeRO-3"):
+        SharpnessAware(model, SAM(), cross_entropy)(POINTS, LABELS)
