@@ -13,7 +13,8 @@ import pytest
 pytest.importorskip("cyclopts")
 
 from bisam.experiments.cli import app, given_flags
-from bisam.experiments.cli.idle import CONDITIONS, refuse_idle
+from bisam.experiments.cli.idle import CONDITIONS, KINDS, refuse_idle
+from bisam.experiments.data import NAMES
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.machine import Machine
 
@@ -146,3 +147,7 @@ def test_each_condition_holds_somewhere(name):
 def test_settings_of_presets_and_unknown_data_sets_are_not_refused():
     refuse_idle([Recipe(cutout=True, image_size=96)], Machine(), frozenset({"dataset"}))
     refuse_idle([Recipe(dataset="digit")], Machine(), frozenset(CONDITIONS) - {"strategy"})
+
+
+def test_every_kind_of_data_set_is_known():
+    assert {name.partition(":")[0] for name in NAMES} == KINDS

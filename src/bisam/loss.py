@@ -20,7 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from bisam import state as memories
+from bisam import state as method_state
 from bisam.batches import Batch
 from bisam.distributed.fsdp import reshard
 from bisam.distributed.layout import ShardedLayout
@@ -159,15 +159,15 @@ class SharpnessAware(nn.Module):
         if not memory.checked:
             _warn_of_half(oracle)
         if memory.state and memory.trained != (trained := [id(p) for p in oracle.parameters]):
-            memories.check(memory.state, oracle.weights)
+            method_state.check(memory.state, oracle.weights)
             memory.trained = trained
         layout, before = oracle.layout, memory.state
         if layout is not WHOLE:
-            before = memories.laid_out(before, layout)
+            before = method_state.laid_out(before, layout)
         oracle.state = dict(before)
         value = _differentiable(oracle, self.method(oracle, batch))
-        after = memories.settled(oracle.state, before, oracle.overflow)
-        memory.state = after if layout is WHOLE else memories.laid_out(after)
+        after = method_state.settled(oracle.state, before, oracle.overflow)
+        memory.state = after if layout is WHOLE else method_state.laid_out(after)
         memory.step, memory.checked = memory.step + 1, True
         return value
 
@@ -196,7 +196,7 @@ class SharpnessAware(nn.Module):
     def get_extra_state(self) -> dict[str, Any]:
         """Returns the step count and the state of the method, as tensors and plain containers."""
         layout = ShardedLayout.of(self._trained()) if self._memory.state else None
-        return {"step": self._memory.step, **memories.save(self._memory.state, self.method, layout or WHOLE)}
+        return {"step": self._memory.step, **method_state.save(self._memory.state, self.method, layout or WHOLE)}
 
     def set_extra_state(self, state: Any) -> None:
         """Restores the result of `get_extra_state`; called by `load_state_dict`.
@@ -204,7 +204,7 @@ class SharpnessAware(nn.Module):
         Raises:
             ValueError: the state belongs to another method or to another model.
         """
-        self._memory.state = memories.load(state, self.method, self._trained())
+        self._memory.state = method_state.load(state, self.method, self._trained())
         self._memory.step = int(state["step"])
 
     def _trained(self) -> list[nn.Parameter]:

@@ -273,10 +273,8 @@ class View(Oracle):
         """Translates a query for the underlying oracle; takes the displacement out of `query`."""
         if self._by is None and not self._never_track:
             return query
-        track = query.track
-        if self._never_track:
-            track = False
-        elif track is None and self._by is not None:
+        track = False if self._never_track else query.track
+        if track is None:
             # For the underlying oracle a query at this centre is displaced, so its default would be wrong.
             track = self._track and not query.displaced
         at = query.take()

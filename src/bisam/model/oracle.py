@@ -20,9 +20,9 @@ from bisam import objectives
 from bisam.batches import Batch, size
 from bisam.distributed.placement import Scope, place
 from bisam.evaluation import Evaluation
-from bisam.model import parameters as inventories
 from bisam.model.buffers import Buffers
 from bisam.model.gradients import LossScale, Scaler, check_strangers, check_trainable, filled, silenced
+from bisam.model.parameters import inventory, layer_names, parameter_names
 from bisam.model.rng import RandomState, SameNoise
 from bisam.objectives import Count, Objective
 from bisam.oracle import Oracle, Query
@@ -85,9 +85,6 @@ class ModelOracle(Oracle):
         module_buffers: the buffers of the model and the loss, which can be saved and restored.
         holes: positions of the parameters that the last gradient does not depend on.
 
-    Raises:
-        TypeError: an argument has the wrong type.
-
     Example:
         >>> import torch
         >>> from bisam import ModelOracle, cross_entropy
@@ -120,7 +117,7 @@ class ModelOracle(Oracle):
         self.holes: frozenset[int] = frozenset()
         self._forward = forward or _inputs_then_targets
         self._check = check
-        found = inventories.inventory(model, loss)
+        found = inventory(model, loss)
         self.parameters: list[nn.Parameter] = found.parameters  # pyright: ignore[reportIncompatibleVariableOverride]
         self.module_buffers = Buffers(found.slots)
         self._placement = place(model, found.parameters, found.fsdp_modules, scope)
@@ -149,14 +146,14 @@ class ModelOracle(Oracle):
     @cached_property
     def names(self) -> Sequence[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The names of the parameters in the model; names of the loss's parameters begin with `loss.`."""
-        self._forget()  # the optimizer does not hold gathered parameters
-        return inventories.names(self.model, self.loss, self.parameters)
+        self._drop_copies()  # the optimizer does not hold gathered parameters
+        return parameter_names(self.model, self.loss, self.parameters)
 
     @cached_property
     def layers(self) -> Sequence[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The class names of the modules that the parameters belong to."""
-        self._forget()
-        return inventories.layers(self.model, self.loss, self.parameters)
+        self._drop_copies()
+        return layer_names(self.model, self.loss, self.parameters)
 
     @property
     def overflow(self) -> Tensor | None:
@@ -237,7 +234,7 @@ class ModelOracle(Oracle):
             if at is not None and weights is not None:
                 torch._foreach_add_(weights.tensors, at.tensors)
                 at = None  # frees its memory for the forward pass, if the method has no reference either
-                self._forget()  # copies of the previous weights, in lower precision or gathered
+                self._drop_copies()  # copies of the previous weights, in lower precision or gathered
             if self._noise is not None:
                 noise = self._noise.begin(query.batch)
             answer = self._evaluate(query, track)
@@ -255,7 +252,7 @@ class ModelOracle(Oracle):
             if saved is not None:
                 torch._foreach_copy_(self.weights.tensors, saved.tensors)
             if saved is not None or not query.grad:
-                self._forget()  # copies of displaced weights, or copies without a graph
+                self._drop_copies()  # copies of displaced weights, or copies without a graph
             if buffers is not None:
                 self.module_buffers.restore(buffers)
 
@@ -291,7 +288,7 @@ class ModelOracle(Oracle):
         self.holes = gradient.holes
         return gradient if factor is None else gradient / factor.to(gradient.tensors[0].device)
 
-    def _forget(self) -> None:
+    def _drop_copies(self) -> None:
         """Frees copies of the weights that were made for a forward pass."""
         torch.clear_autocast_cache()
         self._placement.before_forward()

@@ -57,7 +57,7 @@ def inventory(model: nn.Module, loss: object) -> Inventory:
     return Inventory(list(parameters.values()), slots, fsdp_modules)
 
 
-def names(model: nn.Module, loss: object, parameters: Sequence[Tensor]) -> list[str]:
+def parameter_names(model: nn.Module, loss: object, parameters: Sequence[Tensor]) -> list[str]:
     """Returns the names of the parameters in the model; names of the loss's parameters begin with `loss.`."""
     named = {id(p): name for name, p in model.named_parameters()}
     if isinstance(loss, nn.Module):
@@ -65,7 +65,7 @@ def names(model: nn.Module, loss: object, parameters: Sequence[Tensor]) -> list[
     return [named[id(p)] for p in parameters]
 
 
-def layers(model: nn.Module, loss: object, parameters: Sequence[Tensor]) -> list[str]:
+def layer_names(model: nn.Module, loss: object, parameters: Sequence[Tensor]) -> list[str]:
     """Returns the class names of the modules that the parameters belong to."""
     modules = [module for root in _roots(model, loss) for module in root.modules()]
     owners = {id(p): type(module).__name__ for module in modules for p in module.parameters(recurse=False)}

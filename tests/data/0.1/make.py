@@ -364,7 +364,7 @@ def command(main: Callable[[], Any], *words: Any) -> None:
 
 
 def thinned(state: dict[str, Any]) -> dict[str, Tensor]:
-    """Of each tensor about 400 entries, evenly spaced."""
+    """About 400 entries of each tensor, evenly spaced."""
     tensors = {name: t for name, t in state.items() if isinstance(t, Tensor)}
     return {name: t.flatten()[:: 1 + t.numel() // 400].clone() for name, t in tensors.items()}
 

@@ -15,11 +15,11 @@ import torch
 
 from bisam import SharpnessAware
 from bisam.experiments.cli import flags
-from bisam.experiments.data.glue import TASKS
+from bisam.experiments.cli.study import StudySubject
+from bisam.experiments.cli.subjects import SUBJECTS
 from bisam.experiments.errors import RunError
 from bisam.experiments.recipes import recipe as recipes
 from bisam.experiments.recipes.catalogue import METHODS
-from bisam.experiments.recipes.presets import GLUE
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports.groups import grouped, names
 from bisam.experiments.runs.folder import Finished, Run, finished, read_recipe
@@ -75,7 +75,8 @@ def test_a_method_is_tried_before_a_run(tmp_path, bisam, method, message):
 
 
 def test_a_study_whose_methods_cannot_take_its_batches_starts_no_run(tmp_path, bisam, monkeypatch):
-    monkeypatch.setitem(STUDIES, "one", Study("one", "One", lambda _: [Recipe(method="KSAM(8)")], seeds=1))
+    one = Study("one", "One", lambda _: [Recipe(method="KSAM(8)")], seeds=1)
+    monkeypatch.setitem(SUBJECTS, "one", StudySubject(one))
     code, _, err = bisam("run", "one", "--set", "batch_size=4", "--out", tmp_path)
     assert (code, err.count("\n")) == (2, 1)
     assert "k is 8, and the batch has only 4" in err
@@ -262,10 +263,6 @@ def test_a_flag_without_effect_is_refused(tmp_path, bisam, line):
 
 
 # Facts in one place
-
-
-def test_the_tasks_of_glue_are_those_that_can_be_read():
-    assert tuple(TASKS) == GLUE
 
 
 @pytest.mark.parametrize("method", METHODS)

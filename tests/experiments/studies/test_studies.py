@@ -15,11 +15,12 @@ import torch
 from torchvision.datasets import cifar
 
 from bisam.experiments.cli.study import show_failed
+from bisam.experiments.data.glue import TASKS
 from bisam.experiments.errors import RunError
 from bisam.experiments.launch import processes
 from bisam.experiments.launch.estimate import queries
 from bisam.experiments.launch.outcomes import Outcome
-from bisam.experiments.recipes.presets import GLUE, PRESETS
+from bisam.experiments.recipes.presets import PRESETS
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Run
 from bisam.experiments.runs.machine import Machine
@@ -142,7 +143,7 @@ def test_table6_on_flowers_and_pets(flower_root, pet_root, here, bisam):  # noqa
 
 def test_table7_on_every_task(tmp_path, bert, here, bisam):  # noqa: F811
     pytest.importorskip("datasets")
-    for task in GLUE:
+    for task in TASKS:
         classic(tmp_path, task)
     small = (f"model=hf:{bert}", "weights=none", "limit=8", "batch_size=4", "max_length=16")
     changes = [text for change in small for text in ("--set", change)]

@@ -25,13 +25,13 @@ class Condition:
     got: Callable[[Recipe, Machine], str]
 
 
-_KINDS = {"digits", "cifar10", "cifar100", "imagenet", "flowers", "pets", "folder", "glue"}
+KINDS = {"digits", "cifar10", "cifar100", "imagenet", "flowers", "pets", "folder", "glue"}
 
 
 def _with_dataset(needs: str, *kinds: str) -> Condition:
     """A condition on the kind of the data set. Unknown data sets pass: loading them says what is wrong."""
     return Condition(
-        lambda recipe, _: (kind := recipe.dataset.partition(":")[0]) in kinds or kind not in _KINDS,
+        lambda recipe, _: (kind := recipe.dataset.partition(":")[0]) in kinds or kind not in KINDS,
         needs,
         lambda recipe, _: recipe.dataset,
     )
@@ -45,7 +45,7 @@ CONDITIONS: dict[str, Condition] = {
     "cutout": _CIFAR,
     "image_size": _FILES,
     "max_length": _with_dataset("dataset glue:TASK", "glue"),
-    "channels_last": _with_dataset("a dataset of images", *(_KINDS - {"glue"})),
+    "channels_last": _with_dataset("a dataset of images", *(KINDS - {"glue"})),
     "momentum": Condition(lambda r, _: r.optimizer == "sgd", "optimizer sgd", lambda r, _: r.optimizer),
     "strategy": Condition(
         lambda _, machine: machine.strategy != "ddp" or machine.parallel, "several --devices", lambda *_: "1"

@@ -14,6 +14,7 @@ from bisam.experiments.errors import unknown
 from bisam.experiments.measurements.measurement import Measurement, Row, Settings, flat, met, parsed, with_quartiles
 from bisam.experiments.measurements.timing import interleaved, ratio, threads
 from bisam.experiments.models.build import NAMES, build
+from bisam.experiments.recipes.catalogue import PLAIN
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.studies import published
 
@@ -69,7 +70,7 @@ def _measure_epoch(part: str, settings: Settings, device: torch.device) -> list[
 
         steps: dict[str, Callable[[], None]] = {}
         for name in _TRAINED:
-            method = Recipe(method=name, rho=None if name == "sgd" else 0.05).build_method()
+            method = Recipe(method=name, rho=None if name == PLAIN else 0.05).build_method()
             loss = nn.CrossEntropyLoss(label_smoothing=0.1, reduction="none")
             steps[name] = partial(step, SharpnessAware(model, method, loss=loss))
         times = interleaved(steps, settings["iterations"], device)

@@ -62,9 +62,6 @@ VIT = Recipe(
 )
 """Fine-tuning ViT-B/16 as in Xie et al. (2024), table 6."""
 
-GLUE = ("cola", "sst2", "mrpc", "qqp", "mnli", "qnli", "rte", "wnli")
-"""The tasks of GLUE that are classifications: all but STS-B."""
-
 BERT = Recipe(  # learning rate, batch, epochs and the radii: [MEM]; weight decay and no warm-up: [OURS]
     dataset="glue:rte",
     model="hf:bert-base-uncased",

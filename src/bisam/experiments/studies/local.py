@@ -80,8 +80,8 @@ _RHOS: dict[str, float] = {
 
 def _one(method: str, rho: float | None, epochs: int) -> Recipe:
     recipe = Recipe(method=method, noise=0.4, rho=rho, epochs=epochs)
-    # bSAM has its own momentum and its own prior.
-    return replace(recipe, momentum=0.0, weight_decay=0.0) if method == "bsam" else recipe
+    # A method with momentum and a prior of its own, as bSAM, replaces the optimizer's.
+    return replace(recipe, **dict.fromkeys({"momentum", "weight_decay"} & {*recipe.own_fields}, 0.0))
 
 
 def _methods(epochs: int | None) -> list[Recipe]:

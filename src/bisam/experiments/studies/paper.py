@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from bisam.experiments.recipes.catalogue import BASELINE, PLAIN
-from bisam.experiments.recipes.presets import BERT, CIFAR, GLUE, IMAGENET, VIT
+from bisam.experiments.recipes.presets import BERT, CIFAR, IMAGENET, VIT
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.studies.study import Study
 
@@ -54,6 +54,8 @@ def _table6(epochs: int | None) -> list[Recipe]:
 
 
 def _table7(epochs: int | None) -> list[Recipe]:
+    from bisam.experiments.data.glue import TASKS  # here: it brings numpy and Fabric, and other studies do without
+
     tiny, radii = ("mrpc", "wnli"), {"cola": 0.01, "rte": 0.005}  # their epochs and the radii: [MEM]
     return [
         _method(
@@ -62,7 +64,7 @@ def _table7(epochs: int | None) -> list[Recipe]:
             radii.get(task, 0.05),
             doubled=False,
         )
-        for task in GLUE
+        for task in TASKS
         for method in (PLAIN, "sam", "bisam_log")
     ]
 
