@@ -19,7 +19,7 @@ import torch
 from filelock import FileLock
 
 from bisam.experiments.launch import processes
-from bisam.experiments.launch.outcomes import attempted
+from bisam.experiments.launch.outcomes import train_or_explain
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Run, finished
 from bisam.experiments.runs.machine import Machine, end_with_parent, threads
@@ -95,7 +95,7 @@ class Raising(Machine):
     ],
 )
 def test_an_error_is_one_line(tmp_path, error, message):
-    outcome = attempted(SHORT, tmp_path, Raising(error=error))
+    outcome = train_or_explain(SHORT, tmp_path, Raising(error=error))
     assert outcome.result is None
     assert outcome.error is not None
     assert message in outcome.error
@@ -104,7 +104,7 @@ def test_an_error_is_one_line(tmp_path, error, message):
 
 def test_ctrl_c_is_left_to_the_user(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        attempted(SHORT, tmp_path, Raising(error=KeyboardInterrupt()))
+        train_or_explain(SHORT, tmp_path, Raising(error=KeyboardInterrupt()))
 
 
 def test_a_run_that_another_study_holds_is_said_and_the_others_go_on(tmp_path):

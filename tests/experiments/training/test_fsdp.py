@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from bisam.experiments.errors import RunError
-from bisam.experiments.models.build import OURS
+from bisam.experiments.models.build import NETWORKS
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Run
 from bisam.experiments.runs.machine import Machine
@@ -63,7 +63,7 @@ def on_this_node(root: Path) -> list[str]:
     rank = torch.distributed.get_rank()
     names = {"RANK": rank, "GROUP_RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1}
     os.environ |= {name: str(value) for name, value in names.items()} | {"TORCHELASTIC_RUN_ID": "none"}
-    OURS["plain"] = (network, "")
+    NETWORKS["plain"] = (network, "")
     for each in RECIPES:
         assert train(Run.under(root / "whole", each), MANY)["metric"] == "accuracy"  # on every rank
     said, broken, epoch = [], Run.under(root / "broken", RECIPES[1]), Training.epoch
@@ -100,7 +100,7 @@ def parts(run: Run) -> tuple[list[Any], Any]:
 def test_a_sharded_run_is_that_of_one_process_also_after_interruptions(tmp_path, monkeypatch):
     said = ranks.run(2, on_this_node, tmp_path)
     assert all("was started with --strategy fsdp, which perturbs for the whole batch" in each[0] for each in said)
-    monkeypatch.setitem(OURS, "plain", (network, ""))
+    monkeypatch.setitem(NETWORKS, "plain", (network, ""))
     for each in RECIPES:
         one, many = Run.under(tmp_path / "one", each), Run.under(tmp_path / "whole", each)
         alone, together = train(one, Machine(log=())), many.result

@@ -43,7 +43,7 @@ class Outcome:
 Done = Callable[[Outcome], None]
 
 
-def collected(
+def collect_outcomes(
     recipes: Sequence[Recipe], root: Path, progress: Progress, run: Callable[[Sequence[Recipe], Done], None]
 ) -> list[Outcome]:
     """Return the outcomes in the order of `recipes`: of finished runs as they are, of the rest from `run`."""
@@ -56,7 +56,7 @@ def collected(
 
     left: list[Recipe] = []
     for recipe in dict.fromkeys(recipes):
-        if (outcome := _so_far(recipe, root)) is None:
+        if (outcome := _known_outcome(recipe, root)) is None:
             left.append(recipe)
         else:
             done(outcome)
@@ -65,7 +65,7 @@ def collected(
     return [outcomes[recipe] for recipe in recipes]
 
 
-def _so_far(recipe: Recipe, root: Path) -> Outcome | None:
+def _known_outcome(recipe: Recipe, root: Path) -> Outcome | None:
     run = Run.under(root, recipe)
     try:
         if (result := run.result) is None:
@@ -76,7 +76,7 @@ def _so_far(recipe: Recipe, root: Path) -> Outcome | None:
         return Outcome(recipe, None, str(error))
 
 
-def attempted(recipe: Recipe, root: Path, machine: Machine, on_epoch: OnEpoch | None = None) -> Outcome:
+def train_or_explain(recipe: Recipe, root: Path, machine: Machine, on_epoch: OnEpoch | None = None) -> Outcome:
     """Train in this process; a failure becomes a message of one line, because the study continues."""
     try:
         return Outcome(recipe, train(Run.under(root, recipe), machine, on_epoch))

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bisam.experiments.data import source
-from bisam.experiments.launch.outcomes import Done, Outcome, Progress, attempted, collected
+from bisam.experiments.launch.outcomes import Done, Outcome, Progress, collect_outcomes, train_or_explain
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Row
 from bisam.experiments.runs.machine import Machine, end_with_parent, ignore_interrupts, threads
@@ -40,7 +40,7 @@ def run_all(recipes: Sequence[Recipe], root: Path, workers: int, machine: Machin
     def run(left: Sequence[Recipe], done: Done) -> None:
         _in_processes(left, root, share, machine, progress, done)
 
-    return collected(recipes, root, progress, run)
+    return collect_outcomes(recipes, root, progress, run)
 
 
 _SPAWN = mp.get_context("spawn")  # fork is unsafe once torch has threads
@@ -192,4 +192,4 @@ def _serve(connection: Connection, share: int) -> None:
                 last = time.monotonic()
                 send((int(row["epoch"]), row["validation"]))
 
-        send(attempted(recipe, root, machine, report))
+        send(train_or_explain(recipe, root, machine, report))

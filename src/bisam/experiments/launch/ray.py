@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 
 from bisam import __version__
 from bisam.experiments.errors import RunError
-from bisam.experiments.launch.outcomes import Done, Outcome, Progress, attempted, collected
+from bisam.experiments.launch.outcomes import Done, Outcome, Progress, collect_outcomes, train_or_explain
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.files import write
 from bisam.experiments.runs.folder import Run
@@ -81,7 +81,7 @@ def run_all(
                 ray, {start(recipe): recipe for recipe in left}, start, retries, EpochPoller(root, progress), done
             )
 
-    return collected(recipes, root, progress, run)
+    return collect_outcomes(recipes, root, progress, run)
 
 
 def _imported() -> Any:
@@ -262,7 +262,7 @@ def work(
         # A file server needs a minute or two to release the lock of a lost machine.
         with suppress(Timeout), FileLock(Run.under(root, recipe).folder / ".lock", timeout=LEASE):
             pass
-    return attempted(recipe, root, machine)
+    return train_or_explain(recipe, root, machine)
 
 
 LEASE = 150.0

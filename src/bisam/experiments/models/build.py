@@ -23,7 +23,7 @@ from bisam.experiments.models.networks import VGG, ConvNet, DenseNet, ResNet, Wi
 
 PRETRAINED = "pretrained"
 
-OURS: dict[str, tuple[Callable[[int, int], nn.Module], str]] = {
+NETWORKS: dict[str, tuple[Callable[[int, int], nn.Module], str]] = {
     "convnet": (ConvNet, "three convolutions, for digits of 8x8"),
     "resnet20": (partial(ResNet, 20), "CIFAR ResNet (He et al. 2016), 0.27M parameters"),
     "resnet32": (partial(ResNet, 32), "CIFAR ResNet (He et al. 2016), 0.46M parameters"),
@@ -43,7 +43,7 @@ OURS: dict[str, tuple[Callable[[int, int], nn.Module], str]] = {
     ),
 }
 
-NAMES: dict[str, str] = {name: line for name, (_, line) in OURS.items()} | {
+NAMES: dict[str, str] = {name: line for name, (_, line) in NETWORKS.items()} | {
     "torchvision:NAME": "a classifier of torchvision.models, as torchvision:resnet50",
     "timm:NAME": "a classifier of timm, as timm:vit_base_patch16_224",
     "hf:NAME": "a sequence classifier of Hugging Face's hub or of a local folder, as hf:bert-base-uncased",
@@ -131,11 +131,11 @@ class Logits(nn.Module):
 
 
 def _ours(name: str, classes: int, channels: int, pretrained: bool) -> nn.Module:
-    if name not in OURS:
+    if name not in NETWORKS:
         raise unknown("model", name, NAMES)
     if pretrained:
         raise ValueError(f"model {name!r} has no pretrained weights: give a file with weights, or leave --weights out")
-    network, _ = OURS[name]
+    network, _ = NETWORKS[name]
     return network(classes, channels)
 
 

@@ -1,4 +1,4 @@
-"""Networks for images of 32x32 and about that size: the convolutional ones of the SAM literature.
+"""Networks: the convolutional networks of the SAM literature for images of about 32x32 pixels.
 
 Each takes images (N, channels, H, W) and returns logits (N, classes), in the dtype of its weights. Widths do not depend
 on the image's size, so larger images work as well; where one is too small for the halvings, the error names the least.
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 
 class ConvNet(nn.Sequential):
-    """Three convolutions of 16, 32 and 32 channels: for digits of 8x8, in seconds on a laptop."""
+    """Three convolutions with 16, 32 and 32 channels, for digits of 8x8 pixels; trains in seconds on a laptop."""
 
     def __init__(self, classes: int, channels: int = 3) -> None:
         super().__init__(
@@ -81,7 +81,7 @@ class ResidualBlock(nn.Module):
 
 
 class PaddedShortcut(nn.Module):
-    """The paper's "option A": every `stride`-th pixel, and `extra` channels of zeros, half of them on either side."""
+    """The shortcut "option A" of the paper: every `stride`-th pixel, and `extra` zero channels, half on each side."""
 
     def __init__(self, extra: int, stride: int) -> None:
         super().__init__()
@@ -189,7 +189,7 @@ class DenseNet(nn.Sequential):
 
 
 class DenseLayer(nn.Module):
-    """A bottleneck of 1x1 and a convolution of 3x3, whose `growth` channels are put after those of the input."""
+    """A bottleneck of 1x1 and a convolution of 3x3, whose `growth` channels are concatenated to the input."""
 
     def __init__(self, inputs: int, growth: int) -> None:
         super().__init__()
@@ -232,7 +232,7 @@ class VGG(nn.Sequential):
 
 
 class _AtLeast(nn.Module):
-    """The identity for images of `side` pixels or more, else an error: a pooling's own names no remedy."""
+    """The identity for images of `side` pixels or more; raises an error with a remedy for smaller ones."""
 
     def __init__(self, side: int) -> None:
         super().__init__()
@@ -255,7 +255,7 @@ def _activated(channels: int) -> tuple[nn.Module, ...]:
 
 
 def _blocks(depth: int, plus: int) -> int:
-    """The n of depth = 6n + plus."""
+    """Returns n for depth = 6n + plus."""
     n, rest = divmod(depth - plus, 6)
     if n < 1 or rest:
         raise ValueError(f"depth must be 6n + {plus}, as {6 + plus} or {24 + plus}, got {depth}")

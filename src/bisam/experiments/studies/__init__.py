@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from bisam.experiments.studies.local import OURS
+from bisam.experiments.studies.local import LOCAL
 from bisam.experiments.studies.paper import PAPER
 
-STUDIES = {study.name: study for study in (*OURS, *PAPER)}
+STUDIES = {study.name: study for study in (*LOCAL, *PAPER)}
 """The studies by their names; `bisam run` runs these and the measurements."""

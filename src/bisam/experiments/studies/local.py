@@ -1,4 +1,4 @@
-"""Local: the studies that are not in a paper and run on two cores."""
+"""Local: studies that are in no paper and run on two cores."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from bisam.experiments.studies.study import Study
 
 
 def _digits(epochs: int | None) -> list[Recipe]:
-    """SGD gets twice the epochs: all methods compute the same number of gradients.
+    """SGD trains for twice the epochs, so that all methods compute the same number of gradients.
 
-    rho by best validation accuracy at 40 % noise, mean of seeds 100 to 102 (`bisam train --noise 0.4 --rho ...`): SAM's
-    from {0.1, 0.2, 0.4, 0.8}, ASAM's from {1, 2, 4, 8}. Both BiSAMs take SAM's, as in the paper.
+    rho has the best validation accuracy at 40 % noise, mean of seeds 100 to 102 (`bisam train --noise 0.4 --rho ...`):
+    for SAM among {0.1, 0.2, 0.4, 0.8}, for ASAM among {1, 2, 4, 8}. Both BiSAMs use the rho of SAM, as in the paper.
     """
     each = epochs or 30
     rhos: dict[str, float | None] = {PLAIN: None, "sam": 0.4, "bisam_log": 0.4, "bisam_tanh": 0.4, "asam": 4.0}
@@ -37,7 +37,7 @@ _GRIDS: dict[str, tuple[float, ...]] = {
     "momentum_sam": (1.2, 2.4, 4.8, 9.6),
     "bsam": (0.02, 0.05, 0.1, 0.2),
 }
-"""The radii that are tried, where they are not `_GRID`: four for each method, moved until the best was not the last."""
+"""Grids of radii other than `_GRID`: four for each method, shifted until the best radius was not at an end."""
 
 _RHOS: dict[str, float] = {
     "sam": 0.4,
@@ -91,13 +91,13 @@ def _methods(epochs: int | None) -> list[Recipe]:
 
 
 def _methods_rho(epochs: int | None) -> list[Recipe]:
-    """Every method with four radii; to choose by validation accuracy, on other seeds than those of the comparison."""
+    """Every method with four radii, to choose one by validation accuracy on seeds that the comparison does not use."""
     grids = {method: _GRIDS.get(method, _GRID) for method, entry in METHODS.items() if entry.rho is not None}
     return [_one(method, rho, epochs or 30) for method, grid in grids.items() for rho in grid]
 
 
 def _cifar10_small(epochs: int | None) -> list[Recipe]:
-    """The authors' recipe on a fifth of CIFAR-10 and for 15 epochs, so that two cores do it in hours."""
+    """The authors' recipe on a fifth of CIFAR-10 for 15 epochs, which takes hours on two cores."""
     each = epochs or 15
     rhos: dict[str, float | None] = {PLAIN: None, "sam": 0.05, "bisam_log": 0.05, "bisam_tanh": 0.05, "abisam_log": 0.5}
     base = replace(CIFAR, model="resnet20", limit=10_000, precision="bf16", channels_last=True)
@@ -108,7 +108,7 @@ def _cifar10_small(epochs: int | None) -> list[Recipe]:
     ]
 
 
-OURS = (
+LOCAL = (
     Study("digits", "scikit-learn's digits, with and without label noise", _digits, seeds=5),
     Study(
         "cifar10-small",

@@ -1,6 +1,6 @@
-"""Paper: every table and figure of Xie et al. (2024) that trains networks, and SAMPa's comparison.
+"""Paper: every table and figure of Xie et al. (2024) that trains networks, and the comparison in the paper of SAMPa.
 
-Where the facts of the paper do not give a number, it is marked [MEM] (recollected) or [OURS] (chosen here).
+Numbers that the paper does not give are marked [MEM] (recollected) or [OURS] (chosen here).
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from bisam.experiments.studies.study import Study
 MODELS = ("densenet121", "resnet56", "vgg19_bn", "wrn28_2", "wrn28_10")
 """The networks of tables 1, 2, 4, 5 and 9 to 11, in the paper's order."""
 
-_SEEDS = 6  # of the CIFAR tables: [MEM]
-_THREE = 3  # of the others: [OURS]
-_ESAM = "ESAM(RandomMask(L2(0.05), beta=0.5), gamma=0.5)"  # beta and gamma "same as Du et al.": theirs for WideResNets
+_SEEDS = 6  # CIFAR tables: [MEM]
+_THREE = 3  # other tables: [OURS]
+# beta and gamma are the "same as Du et al.", who use these values for WideResNets
+_ESAM = "ESAM(RandomMask(L2(0.05), beta=0.5), gamma=0.5)"
 _EBISAM_LOG = "EBiSAM(0.05, NegLog(1.0), beta=0.5, gamma=0.5)"
 _EBISAM_TANH = "EBiSAM(0.05, Tanh(10.0, 0.1), beta=0.5, gamma=0.5)"
 _MSAM = "MSAM(128, SAM(L2(0.05)))"
-_ARHO = 0.1  # of ASAM and A-BiSAM: [MEM]; the paper says that Kwon et al.'s 0.5 was not good here
+_ARHO = 0.1  # ASAM and A-BiSAM: [MEM]; according to the paper, the 0.5 of Kwon et al. was worse
 
 
 def _method(base: Recipe, method: str, rho: float | None = 0.05, doubled: bool = True) -> Recipe:
-    """`base` with a method; SGD, which takes half the gradients, twice as long."""
+    """`base` with a method; SGD trains for twice the epochs, because a step computes half the gradients."""
     epochs = 2 * base.epochs if method == PLAIN and doubled else base.epochs
     radius = None if method == PLAIN or "(" in method else rho
     return replace(base, method=method, rho=radius, epochs=epochs)
@@ -45,18 +46,18 @@ def _table3(epochs: int | None) -> list[Recipe]:
 
 
 def _table6(epochs: int | None) -> list[Recipe]:
-    # mu and alpha are CIFAR's [OURS]: the paper chose them for each data set. Plain AdamW is beside it [OURS].
-    # 500 steps are 63 epochs of 1,020 flowers, and 20 of the 3,312 pets that are not held out.
+    # mu and alpha are those of CIFAR [OURS]: the paper chose them for each data set. Plain AdamW is added [OURS].
+    # 500 steps are 63 epochs on 1,020 flowers, and 20 epochs on the 3,312 pets that are not held out.
     bases = [replace(VIT, dataset=name, epochs=epochs or each) for name, each in (("flowers", 63), ("pets", 20))]
     if epochs is not None and epochs < 20:
-        bases = [replace(base, warmup=0) for base in bases]  # which would not end, or only just
+        bases = [replace(base, warmup=0) for base in bases]  # training would end before the warm-up, or soon after
     return [_method(base, method, doubled=False) for base in bases for method in _FOUR]
 
 
 def _table7(epochs: int | None) -> list[Recipe]:
-    from bisam.experiments.data.glue import TASKS  # here: it brings numpy and Fabric, and other studies do without
+    from bisam.experiments.data.glue import TASKS  # not at the top: it imports Fabric, which other studies do not need
 
-    tiny, radii = ("mrpc", "wnli"), {"cola": 0.01, "rte": 0.005}  # their epochs and the radii: [MEM]
+    tiny, radii = ("mrpc", "wnli"), {"cola": 0.01, "rte": 0.005}  # radii, and epochs of the tiny tasks: [MEM]
     return [
         _method(
             replace(BERT, dataset=f"glue:{task}", epochs=epochs or (5 if task in tiny else 3)),
@@ -70,7 +71,7 @@ def _table7(epochs: int | None) -> list[Recipe]:
 
 
 def _table8(epochs: int | None) -> list[Recipe]:
-    # ResNet-32 and the rates are SAMPa's by the same authors, the radius at 80 %: [MEM].
+    # ResNet-32 and the noise rates are those of SAMPa by the same authors; the radius at 80 % is [MEM].
     base = replace(CIFAR, model="resnet32", epochs=epochs or 200)
     return [
         _method(replace(base, noise=noise), method, 0.01 if noise == 0.8 else 0.05)
@@ -86,13 +87,13 @@ def _figure2(epochs: int | None) -> list[Recipe]:
 
 def _sampa(epochs: int | None) -> list[Recipe]:
     base = replace(CIFAR, epochs=epochs or 200)
-    # The methods are the figure's and BiSAM; 0.1 is SAMPa's radius, for all of them [OURS].
+    # The methods are those of the figure, and BiSAM. All use the radius of SAMPa, 0.1 [OURS].
     methods = (PLAIN, "sam", "sampa_0", "sampa", "bisam_log", "looksam", "ae_sam", "esam")
     return [_method(base, method, 0.1, doubled=False) for method in methods]
 
 
 def _grid(epochs: int | None) -> list[Recipe]:
-    # The paper's sets are not known; decades around its values.
+    # The paper's grids are not public; these are decades around its values.
     base = replace(CIFAR, epochs=epochs or 200)
     radii = [_method(base, method, rho) for method in ("sam", "bisam_log") for rho in (0.01, 0.02, 0.05, 0.1, 0.2)]
     log = [replace(base, mu=mu) for mu in (0.1, 10.0, 100.0)]

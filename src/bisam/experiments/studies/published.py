@@ -1,7 +1,7 @@
-"""Published: numbers of the papers that were read in a public source, and how the same quantity is read from our runs.
+"""Published: numbers of the papers from public sources, and how the same quantity is read from a run.
 
-What is not here was looked for and not found: above all the accuracies in the tables of both papers. Nothing is filled
-in from memory, and nothing is derived but a quotient of two numbers of the same source.
+Numbers that are missing here were not found in a public source, above all the accuracies in the tables of both papers.
+No number is recollected, and none is derived except quotients of two numbers of the same source.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class Quantity:
 
     title: str
     of: Callable[[Finished], float] | None = None
-    """None where runs do not tell."""
+    """Reads the quantity from a run; None if a run does not contain it."""
     digits: int = 2
     relative: bool = False
-    """Whether it is compared as a quotient by SAM's, since it depends on the hardware or the length of the run."""
+    """Whether its quotient by SAM's value is compared, because it depends on the hardware or the length of the run."""
 
 
 def _flips(first: int, last: int) -> Callable[[Finished], float]:
@@ -37,7 +37,7 @@ def _sequence(run: Finished) -> float:
 
 
 def in_sequence(recipe: Recipe, gradients: float) -> float:
-    """Gradients of a step that wait for each other, of all its `gradients`: those of SAMPa do not."""
+    """Gradients of a step that must be computed one after another; those of SAMPa are independent."""
     return min(gradients, 1.0) if recipe.expression.startswith("SAMPa(") else gradients
 
 
@@ -66,16 +66,16 @@ class Published:
     """A published number.
 
     Attributes:
-        quantity: the key of `QUANTITIES`.
-        method: of recipes that it applies to, as a regular expression.
-        value: the number.
-        high: upper end, where it is a range from `value` on.
+        quantity: a key of `QUANTITIES`.
+        method: regular expression for the methods of the recipes that it applies to.
+        value: the number, or the lower end of a range.
+        high: upper end of a range.
         std: standard deviation.
-        sam: SAM's number from the same source, where the quotient is what compares.
-        where: fields of recipes that it applies to, with their values, defaults of the method included; none where no
-            run measures it.
-        setting: what else is known of how it was measured.
-        source: where it was read.
+        sam: the number of SAM from the same source, if quotients are compared.
+        where: fields of the recipes that it applies to, with their values, including defaults of the method; empty if
+            no run measures it.
+        setting: further conditions of the measurement.
+        source: where the number was published.
     """
 
     quantity: str
@@ -91,7 +91,7 @@ class Published:
 
     @property
     def text(self) -> str:
-        """The number as people write it."""
+        """The number as text, with its spread or range."""
         digits = QUANTITIES[self.quantity].digits
         if self.sam is not None:
             return f"{self.value / self.sam:.{digits}f} ({self.value:,g} / {self.sam:,g}{self.unit})"
@@ -106,7 +106,7 @@ _SAMPA_TIME = "Xie, Pethick and Cevher, 2024, arXiv 2410.10683, read off the aut
 _SAMPA = "Xie, Pethick and Cevher, 2024, arXiv 2410.10683, read off the authors' figures"
 
 _BISAM = "bisam_log|bisam_tanh"
-_MSAM = r"|MSAM\(\d+, "  # the paper's own ImageNet runs; whether those of the reply were such is not said
+_MSAM = r"|MSAM\(\d+, "  # as in the paper; the reply does not say whether its runs used micro-batches
 _IMAGENET = {
     "sam": rf"sam{_MSAM}SAM\(.*",
     "bisam_log": rf"bisam_log{_MSAM}BiSAM\(((?!Tanh).)*",
