@@ -39,7 +39,7 @@ OTHERS: dict[str, set[str]] = {
     },
     "torch: pytrees": {"_pytree"},
     "torch.nn.Module": {"_buffers", "_modules", "_parameters"},
-    "torch.Tensor": {"_backward_hooks"},
+    "torch.Tensor": {"_backward_hooks", "_version"},
     "torch.amp.GradScaler": {"_device"},
     "torch.optim.Optimizer": {
         "_optimizer_load_state_dict_post_hooks",

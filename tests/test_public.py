@@ -24,6 +24,7 @@ NAMES = {
     "BSAM",
     "cross_entropy",
     "CRSAM",
+    "displaced",
     "During",
     "EBiSAM",
     "ERM",
@@ -93,11 +94,13 @@ CORE = [
     "methods.method",
     "methods.sam",
     "methods.wrappers",
-    "model.buffers",
     "model.compatibility",
     "model.gradients",
+    "model.inputs",
+    "model.module_state",
     "model.oracle",
     "model.parameters",
+    "model.passes",
     "model.rng",
     "objectives",
     "optim.lookahead",
@@ -125,7 +128,7 @@ SAM = "SAM(perturb=L2(rho=0.05), ascent=None, descent=None)"
     [
         (
             bisam.SharpnessAware,
-            "(model, method, loss, forward=None, *, scaler=None, same_noise=False, scope=None)",
+            "(model, method, loss, forward=None, *, scaler=None, same_noise=False, scope=None, in_eval_mode=False)",
         ),
         (bisam.ERM, "()"),
         (bisam.SAM, "(perturb=L2(rho=0.05), ascent=None, descent=None)"),
@@ -143,7 +146,8 @@ SAM = "SAM(perturb=L2(rho=0.05), ascent=None, descent=None)"
         (bisam.Evaluation, "(losses, grad=None, outputs=None, value=None, count=None, targets=None, objective=None)"),
         (
             bisam.ModelOracle,
-            "(model, loss, forward=None, *, scaler=None, same_noise=False, scope=None, step=0, state=None, check=True)",
+            "(model, loss, forward=None, *, scaler=None, same_noise=False, scope=None, step=0, state=None, "
+            "findings=None)",
         ),
         (bisam.Oracle.query, "(self, batch, objective=None, *, at=None, grad=True, track=None)"),
         (bisam.ModelOracle.query, "(self, batch, objective=None, *, at=None, grad=True, track=None)"),

@@ -41,6 +41,7 @@ from bisam.methods import (
     ZSharp as ZSharp,
 )
 from bisam.model.oracle import ModelOracle as ModelOracle
+from bisam.model.passes import displaced as displaced
 from bisam.objectives import (
     LowerBound as LowerBound,
     NegLog as NegLog,

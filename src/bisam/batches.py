@@ -1,67 +1,127 @@
-"""Batches: the size of a batch, and the parts of one. A batch is any nest of tuples, lists, dicts and tensors.
+"""Batches: nests of containers and tensors. The size of a batch, parts of it, and what a forward pass is given.
 
 >>> import torch
 >>> x, y = torch.zeros(70, 4), torch.zeros(70, dtype=torch.int64)
 >>> parts = split((x, y), 32)
 >>> [size(part) for part in parts]
 [32, 32, 6]
+
+Containers are tuples, named tuples, lists, dictionaries and other mutable mappings, dataclasses, and classes that are
+registered as pytrees. The examples are the first dimension of each tensor with dimensions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import copy
+from collections.abc import Callable, Iterator, MutableMapping, MutableSequence, MutableSet, Sequence
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from typing import Any, cast
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 Batch = tuple[Any, ...]
-"""The arguments of the loss, usually `(inputs, targets)`; any nest of tuples, lists, dicts and tensors."""
+"""The arguments of the loss, usually `(inputs, targets)`; any nest of containers and tensors."""
+
+
+class Keywords(dict[str, Any]):
+    """The keyword arguments of a call of the loss: the last element of the batch, if there are any."""
+
+
+def children(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]] | None:
+    """Returns the elements of a container, and a function that makes such a container of others; None for a leaf."""
+    if tree is None or isinstance(tree, Tensor | str | bytes | int | float | complex):
+        return None
+    elements, structure = tree_flatten(tree, is_leaf=lambda part: part is not tree)
+    if not structure.is_leaf():  # tuples, lists, dictionaries and registered classes
+        return elements, lambda new: tree_unflatten(new, structure)
+    if isinstance(tree, MutableMapping):
+        keys = list(cast("MutableMapping[Any, Any]", tree))
+        return [tree[key] for key in keys], lambda new: _with_items(tree, keys, new)
+    if is_dataclass(tree) and not isinstance(tree, type):
+        names = [f.name for f in fields(tree) if hasattr(tree, f.name)]
+        return [getattr(tree, name) for name in names], lambda new: _with_attributes(tree, names, new)
+    return None
+
+
+def leaves(tree: Any) -> list[Any]:
+    """Returns the leaves of a nest, for example its tensors."""
+    if (inside := children(tree)) is None:
+        return [tree]
+    return [leaf for element in inside[0] for leaf in leaves(element)]
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    """Returns the tensors of a nest."""
+    if type(tree) is tuple and all(type(t) is Tensor for t in cast("tuple[Any, ...]", tree)):
+        return list(cast("tuple[Tensor, ...]", tree))
+    return [leaf for leaf in leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def mapped(function: Callable[[Tensor], Any], tree: Any) -> Any:
+    """Returns a nest in which `function` is applied to each tensor; containers are new, other leaves the same."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if (inside := children(tree)) is None:
+        return tree
+    return inside[1]([mapped(function, element) for element in inside[0]])
 
 
 def size(batch: Any) -> int | None:
-    """Returns the number of examples: the first dimension of the first tensor that has one, else None."""
-    flat = isinstance(batch, tuple) and batch and isinstance(batch[0], Tensor)
-    leaves: Any = batch if flat else tree_flatten(batch)[0]
-    return next((len(t) for t in leaves if isinstance(t, Tensor) and t.dim()), None)
+    """Returns the number of examples, on which all tensors with dimensions agree; None if they do not."""
+    sizes = _sizes(tensors(batch))
+    return sizes[0] if len(sizes) == 1 else None
+
+
+def is_empty(batch: Any) -> bool:
+    """Whether the batch has tensors with dimensions, all of which have no example."""
+    return _sizes(tensors(batch)) == [0]
+
+
+def handed(batch: Any) -> Any:
+    """Returns a batch with the same tensors in new containers: a forward pass may take elements out of them.
+
+    Raises:
+        TypeError: an iterator is in the batch, which only one pass could read.
+    """
+    if isinstance(batch, Tensor) or batch is None:
+        return batch
+    if isinstance(batch, Iterator):
+        raise TypeError(
+            f"the batch has a {type(cast(Any, batch)).__name__}, an iterator that only one of the passes of a step "
+            "could read: pass a list of its elements"
+        )
+    if type(batch) is tuple:
+        return tuple([handed(element) for element in cast("tuple[Any, ...]", batch)])
+    if (inside := children(batch)) is not None:
+        return inside[1]([handed(element) for element in inside[0]])
+    mutable = isinstance(batch, MutableSequence | MutableSet) or hasattr(type(batch), "__copy__")
+    return copy.copy(batch) if mutable else batch
 
 
 def split(batch: Batch, m: int) -> list[Batch]:
     """Splits a batch into parts of `m` examples; the last one is smaller if `m` does not divide the batch size.
 
     Raises:
-        ValueError: the tensors of the batch have different numbers of examples, or there are no tensors.
+        ValueError: the tensors of the batch have different numbers of examples, there are no tensors, or there is
+            something that may be one for each example and cannot be split.
     """
-    leaves, structure = tree_flatten(batch)
-    sizes = _sizes(leaves)
-    if len(sizes) > 1:
-        raise ValueError(f"cannot split a batch whose tensors have {sizes} examples: {_INSIDE}")
-    if not sizes:
-        raise ValueError(
-            f"cannot split a batch of {', '.join(type(leaf).__name__ for leaf in leaves) or 'nothing'}: its examples "
-            "must be in tensors, in tuples, lists or dicts (for a Hugging Face batch, dict(batch))"
-        )
-    if sizes[0] <= m:
+    n = _examples(batch, "split")
+    if n <= m:
         return [batch]
-    parts = [t.split(m) if isinstance(t, Tensor) and t.dim() else None for t in leaves]
-    return [
-        tree_unflatten([leaf if part is None else part[i] for leaf, part in zip(leaves, parts, strict=True)], structure)
-        for i in range(-(-sizes[0] // m))
-    ]
+    return [mapped(lambda t: t[i : i + m] if t.dim() else t, batch) for i in range(0, n, m)]  # noqa: B023
 
 
 def take(batch: Batch, index: Tensor) -> Batch:
     """Returns the examples `index` (k,) of a batch.
 
     Raises:
-        ValueError: the tensors of the batch have different numbers of examples.
+        ValueError: as `split`.
     """
-    leaves, structure = tree_flatten(batch)
-    sizes = _sizes(leaves)
-    if len(sizes) > 1:
-        raise ValueError(f"cannot choose examples of a batch whose tensors have {sizes}: {_INSIDE}")
-    chosen = [t[index.to(t.device)] if isinstance(t, Tensor) and t.dim() else t for t in leaves]
-    return tree_unflatten(chosen, structure)
+    _examples(batch, "choose examples of")
+    return mapped(lambda t: t[index.to(t.device)] if t.dim() else t, batch)
 
 
 def largest(scores: Tensor, k: int, batch: Batch) -> Batch:
@@ -70,7 +130,7 @@ def largest(scores: Tensor, k: int, batch: Batch) -> Batch:
     Raises:
         ValueError: the number of scores is not the number of examples.
     """
-    if (n := size(batch)) != len(scores):
+    if (n := _examples(batch, "choose examples of")) != len(scores):
         raise ValueError(
             f"choosing examples needs one loss for each, and there are {len(scores)} losses for {n} examples: let "
             "`forward` return outputs (N, K, ...) and targets (N, ...), not flattened"
@@ -81,5 +141,64 @@ def largest(scores: Tensor, k: int, batch: Batch) -> Batch:
 _INSIDE = "pass what is not per example inside `forward`"
 
 
-def _sizes(leaves: Sequence[Any]) -> list[int]:
-    return sorted({len(t) for t in leaves if isinstance(t, Tensor) and t.dim()})
+def _sizes(found: Sequence[Tensor]) -> list[int]:
+    return sorted({len(t) for t in found if t.dim()})
+
+
+def _examples(batch: Batch, do: str) -> int:
+    """Returns the number of examples of a batch.
+
+    Raises:
+        ValueError: it is not clear which part of the batch belongs to which example.
+    """
+    found = leaves(batch)
+    sizes = _sizes([t for t in found if isinstance(t, Tensor)])
+    if len(sizes) > 1:
+        raise ValueError(f"cannot {do} a batch whose tensors have {sizes} examples: {_INSIDE}")
+    if not sizes:
+        raise ValueError(
+            f"cannot {do} a batch of {', '.join(type(leaf).__name__ for leaf in found) or 'nothing'}: its examples "
+            "must be in tensors, in tuples, lists, dicts or dataclasses (for other containers, dict(batch))"
+        )
+    for leaf in found:
+        if not isinstance(leaf, Tensor | _SHARED) and not callable(leaf):
+            raise ValueError(
+                f"cannot {do} a batch with a {type(leaf).__name__}, which may have a part for each example: pass its "
+                f"tensors, or {_INSIDE}"
+            )
+    if long := next(_lists_of_others(batch, sizes[0]), None):
+        raise ValueError(
+            f"cannot {do} a batch with a list of {len(long)} {type(long[0]).__name__}, which may be one for each of "
+            f"the {sizes[0]} examples: pass a tensor, or {_INSIDE}"
+        )
+    return sizes[0]
+
+
+_SHARED = bool | int | float | complex | str | bytes | Enum | torch.dtype | torch.device | torch.Size | None
+"""Types of leaves that are the same for all examples."""
+
+
+def _lists_of_others(tree: Any, n: int) -> Iterator[list[Any]]:
+    """Yields the lists of `n` elements, more than one, that are no tensors and no containers."""
+    inside = children(tree)
+    if inside is None:
+        return
+    others = not any(isinstance(part, Tensor) or children(part) is not None for part in inside[0])
+    if others and isinstance(tree, list) and len(inside[0]) == n > 1:
+        yield inside[0]
+    for element in inside[0]:
+        yield from _lists_of_others(element, n)
+
+
+def _with_items(tree: Any, keys: Sequence[Any], values: Sequence[Any]) -> Any:
+    new = copy.copy(tree)
+    for key, value in zip(keys, values, strict=True):
+        new[key] = value
+    return new
+
+
+def _with_attributes(tree: Any, names: Sequence[str], values: Sequence[Any]) -> Any:
+    new = copy.copy(tree)
+    for name, value in zip(names, values, strict=True):
+        object.__setattr__(new, name, value)  # also of a frozen dataclass
+    return new

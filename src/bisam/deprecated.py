@@ -29,7 +29,7 @@ R = TypeVar("R")
 
 MODULES = {
     "bisam.arguments": "bisam.validation",
-    "bisam.buffers": "bisam.model.buffers",
+    "bisam.buffers": "bisam.model.module_state",
     "bisam.hosts": "bisam.model.compatibility",
     "bisam.integrations.parallel": "bisam.integrations.pairs",
     "bisam.integrations.trainer_loss": "bisam.integrations.transformers.loss",

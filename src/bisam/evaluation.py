@@ -13,9 +13,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from bisam import objectives
+from bisam.batches import children, mapped
 from bisam.objectives import Count, Objective
 from bisam.vector import Vector
 
@@ -111,7 +111,7 @@ class Evaluation:
     @property
     def _wide(self) -> Any:
         """The outputs, in float32 if in half precision: the autocast context of the forward pass may have ended."""
-        return tree_map_only(Tensor, _widened, self.outputs)
+        return mapped(_widened, self.outputs)
 
 
 def join(parts: Sequence[Evaluation]) -> Evaluation:
@@ -125,10 +125,14 @@ def join(parts: Sequence[Evaluation]) -> Evaluation:
     return Evaluation(losses, None, outputs, value, total, targets, parts[0].objective)
 
 
-def _joined(trees: Sequence[Any]) -> Any:
-    leaves = zip(*[tree_flatten(tree)[0] for tree in trees], strict=True)
-    together = [torch.cat(same) if isinstance(same[0], Tensor) and same[0].dim() else same[0] for same in leaves]
-    return tree_unflatten(together, tree_flatten(trees[0])[1])
+def _joined(parts: Sequence[Any]) -> Any:
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return torch.cat(list(parts)) if first.dim() else first
+    if (inside := children(first)) is None:
+        return first
+    elements = zip(*[(children(part) or ([], None))[0] for part in parts], strict=True)
+    return inside[1]([_joined(same) for same in elements])
 
 
 def divisor(total: Count) -> Count:

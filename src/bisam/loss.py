@@ -12,24 +12,25 @@ loss. It replaces the loss in a training loop; the rest of the loop is unchanged
 from __future__ import annotations
 
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 
 from bisam import state as method_state
-from bisam.batches import Batch
+from bisam.batches import Batch, Keywords
 from bisam.distributed.fsdp import reshard
 from bisam.distributed.layout import ShardedLayout
 from bisam.distributed.placement import Scope
 from bisam.evaluation import Evaluation, join
-from bisam.methods import Method
+from bisam.methods import ERM, Method
 from bisam.model import compatibility
 from bisam.model.gradients import Scaler
-from bisam.model.oracle import Forward, ModelOracle
+from bisam.model.oracle import Findings, Forward, ModelOracle, WeightsInitialised
 from bisam.objectives import Objective
 from bisam.validation import instance
 from bisam.vector import WHOLE, Tensors
@@ -40,8 +41,8 @@ class SharpnessAware(nn.Module):
 
     In training mode, a call on a batch returns a scalar that is differentiable once with respect to the trainable
     parameters of the model. It can be scaled, divided and added to other losses before `backward()`. In eval mode, or
-    under `no_grad`, a call returns the plain loss. The mode is that of the model. If a call raises an error, weights,
-    gradients and buffers are as before the call.
+    under `no_grad`, a call returns the plain loss. The mode is that of the model, see `in_eval_mode`. If a call raises
+    an error or is interrupted, weights, gradients, buffers and the state of the method are as before the call.
 
     Args:
         model: the module to train. It is not copied or changed: save it, move it and wrap it as usual.
@@ -57,6 +58,10 @@ class SharpnessAware(nn.Module):
             of the DistributedDataParallel inside the loss, or else over all ranks. Default: "local" under
             DistributedDataParallel, as in the paper of SAM, and "global" under FSDP2, which supports nothing else.
             Means are over ranks, which are assumed to have equal parts of the batch.
+        in_eval_mode: whether the method is also applied while the model is in eval mode and the loss itself is in
+            training mode, as after `sharp.train()` and `model.eval()`: for fine-tuning with frozen running statistics
+            and without dropout. Then `sharp.eval()` gives the plain loss. Default: the plain loss, with a warning if a
+            call looks like training.
 
     Raises:
         TypeError: an argument has the wrong type (for example a class in place of an instance).
@@ -86,6 +91,8 @@ class SharpnessAware(nn.Module):
         torch.Size([8, 3])
     """
 
+    _in_eval_mode: bool = False  # of pickles of earlier versions
+
     def __init__(
         self,
         model: nn.Module,
@@ -96,6 +103,7 @@ class SharpnessAware(nn.Module):
         scaler: Scaler | None = None,
         same_noise: bool = False,
         scope: Scope | None = None,
+        in_eval_mode: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(cast(Any, model), nn.Module):
@@ -117,21 +125,25 @@ class SharpnessAware(nn.Module):
         self._scaler = scaler
         self._same_noise = same_noise
         self._scope: Scope | None = scope
+        self._in_eval_mode = in_eval_mode
         self._memory = _Memory()
 
-    def forward(self, *batch: Any) -> Tensor:
+    def forward(self, *batch: Any, **named: Any) -> Tensor:
         """Returns the loss of a batch.
 
         Args:
             *batch: the batch, as the argument `forward` of the constructor takes it; by default `(*inputs, targets)`.
+            **named: keyword arguments of that `forward`.
 
         Returns:
             A scalar: in training the loss at the displaced weights, else the plain loss.
         """
-        memory = self._memory
+        if named:
+            batch = (*batch, Keywords(named))
+        memory, with_grad = self._memory, torch.is_grad_enabled()
         if not memory.checked:
             compatibility.check(self, self.method, self._scope)
-        memory.seen, memory.clean = [], None  # free the outputs of the last step
+        self._memory = memory = replace(memory, seen=[], clean=None)  # free the outputs of the last step
         oracle = ModelOracle(
             self.model,
             self.loss,
@@ -140,35 +152,61 @@ class SharpnessAware(nn.Module):
             same_noise=self._same_noise,
             scope=self._scope,
             step=memory.step,
-            check=not memory.checked,
+            findings=memory.findings,
         )
         try:
-            if _innermost(self.model).training and torch.is_grad_enabled():
-                value = self._step(oracle, batch)
-            else:
-                value = _plain(oracle, batch)
-        except BaseException:
-            oracle.module_buffers.rollback()
+            if with_grad and self._is_training(oracle):
+                return self._step(oracle, batch)
+            value = _plain(oracle, batch)
+            self._memory = replace(memory, seen=oracle.seen)
+            return value
+        except BaseException:  # an interruption too, at any moment
+            oracle.rollback()
+            torch.set_grad_enabled(with_grad)
+            self._memory = memory
             raise
-        memory.seen = oracle.seen
-        return value
+
+    def _is_training(self, oracle: ModelOracle) -> bool:
+        """Whether a call with gradients is a training step; warns if that is not clear."""
+        if _innermost(self.model).training:
+            return True
+        looks_like_training = self.training and oracle.parameters and not isinstance(self.method, ERM)
+        if looks_like_training and not self._in_eval_mode and not self._memory.findings.warned:
+            self._memory.findings.warned = True
+            warnings.warn(
+                "SharpnessAware computes the plain loss (no SAM), because the model is in eval mode, as after "
+                "from_pretrained(): call model.train() to train it. If running statistics and dropout are to stay as "
+                "in eval mode, pass SharpnessAware(..., in_eval_mode=True). To evaluate, use torch.no_grad() or "
+                "sharp.eval()",
+                stacklevel=5,
+            )
+        return self.training and self._in_eval_mode
 
     def _step(self, oracle: ModelOracle, batch: Batch) -> Tensor:
         """Computes the sharpness-aware loss; the state of the method changes only if the whole step succeeds."""
         memory = self._memory
+        memory.findings.initialised |= memory.step > 0
         if not memory.checked:
             _warn_of_half(oracle)
-        if memory.state and memory.trained != (trained := [id(p) for p in oracle.parameters]):
+        trained = memory.trained
+        if memory.state and trained != (trained := [id(p) for p in oracle.parameters]):
             method_state.check(memory.state, oracle.weights)
-            memory.trained = trained
         layout, before = oracle.layout, memory.state
         if layout is not WHOLE:
             before = method_state.laid_out(before, layout)
         oracle.state = dict(before)
-        value = _differentiable(oracle, self.method(oracle, batch))
+        try:
+            answer = self.method(oracle, batch)
+        except WeightsInitialised:
+            oracle.state = dict(before)
+            answer = self.method(oracle, batch)
+        value = _differentiable(oracle, answer)
         after = method_state.settled(oracle.state, before, oracle.overflow)
-        memory.state = after if layout is WHOLE else method_state.laid_out(after)
-        memory.step, memory.checked = memory.step + 1, True
+        after = after if layout is WHOLE else method_state.laid_out(after)
+        # One assignment: an interruption leaves all of it as before, or all as after the step.
+        self._memory = replace(
+            memory, step=memory.step + 1, state=after, seen=oracle.seen, trained=trained, checked=True
+        )
         return value
 
     @property
@@ -196,7 +234,8 @@ class SharpnessAware(nn.Module):
     def get_extra_state(self) -> dict[str, Any]:
         """Returns the step count and the state of the method, as tensors and plain containers."""
         layout = ShardedLayout.of(self._trained()) if self._memory.state else None
-        return {"step": self._memory.step, **method_state.save(self._memory.state, self.method, layout or WHOLE)}
+        saved = method_state.save(self._memory.state, self.method, layout or WHOLE)
+        return _ExtraState({"step": self._memory.step, **saved})
 
     def set_extra_state(self, state: Any) -> None:
         """Restores the result of `get_extra_state`; called by `load_state_dict`.
@@ -204,8 +243,8 @@ class SharpnessAware(nn.Module):
         Raises:
             ValueError: the state belongs to another method or to another model.
         """
-        self._memory.state = method_state.load(state, self.method, self._trained())
-        self._memory.step = int(state["step"])
+        loaded = method_state.load(state, self.method, self._trained())
+        self._memory = replace(self._memory, step=int(state["step"]), state=loaded)
 
     def _trained(self) -> list[nn.Parameter]:
         reshard(self)
@@ -222,10 +261,41 @@ class _Memory:
     clean: Evaluation | None = None
     trained: list[int] = field(default_factory=list[int])
     checked: bool = False
+    findings: Findings = field(default_factory=lambda: Findings())
 
     def __getstate__(self) -> dict[str, Any]:
-        """Returns what copies and pickles contain: all attributes except the outputs of the last batch."""
-        return {**self.__dict__, "seen": [], "clean": None}
+        """Returns what copies and pickles contain: neither outputs of the last batch nor findings about this model."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("seen", "clean", "findings")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({**_Memory().__dict__, **state})
+
+
+class _NotAveraged(TypeError, AttributeError):
+    """An error for code that calculates with each entry of a state dict; `hasattr` of an entry is still False."""
+
+
+class _ExtraState(OrderedDict[str, Any]):
+    """The state of the method in a state dict, which is pickled as an OrderedDict.
+
+    Averages of weights that take each entry of a state dict for a tensor get an error that shows the remedy.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OrderedDict, (), None, None, iter(self.items())
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        self._refuse(name)
+
+    def _refuse(self, *_: Any) -> NoReturn:
+        raise _NotAveraged(
+            "the state dict of SharpnessAware has an entry that is no tensor, the state of its method, and cannot be "
+            "averaged: average the model itself, for example ModelEma(sharp.model) and ema.update(sharp.model)"
+        )
+
+    __mul__ = __rmul__ = __add__ = __radd__ = __sub__ = __rsub__ = _refuse
 
 
 class WithGradient(torch.autograd.Function):
@@ -265,7 +335,7 @@ class WithGradient(torch.autograd.Function):
 def _plain(oracle: ModelOracle, batch: Batch) -> Tensor:
     """Returns the training loss at the weights with its graph, as a loop without this library computes it."""
     if oracle.model.training:  # under no_grad, where running statistics are updated too
-        _ = oracle.module_buffers.untouched
+        oracle.module_state.begin()
     made = oracle.run(batch)
     oracle.seen.append(made.detached())
     return made.value
@@ -291,7 +361,7 @@ def _differentiable(oracle: ModelOracle, evaluation: Evaluation) -> Tensor:
 
 def _innermost(model: nn.Module) -> nn.Module:
     """Returns the user's module inside wrappers such as DistributedDataParallel, whose only member is `module`."""
-    while list(model._modules) == ["module"] and not model._parameters and not model._buffers:
+    while list(model._modules.keys()) == ["module"] and not model._parameters and not model._buffers:
         model = cast(nn.Module, model._modules["module"])
     return model
 

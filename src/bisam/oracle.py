@@ -165,6 +165,13 @@ class Oracle(ABC):
             ValueError: the numbers differ, which would make the ranks wait for each other forever.
         """
 
+    def next_part(self) -> None:  # noqa: B027 - an oracle without module state has nothing to do
+        """Declares that the next queries are on another part of the batch, as those of the next micro-batch are.
+
+        Queries on one part begin in the same state of the model (hidden states, averages); see
+        `bisam.model.module_state`.
+        """
+
     def shifted(self, by: Vector, *, track: bool = False) -> Oracle:
         """Returns the same oracle, centred at `weights + by` (random smoothing, loss landscapes).
 
@@ -264,6 +271,10 @@ class View(Oracle):
     def agree(self, what: str, number: int) -> None:
         """See `Oracle.agree`."""
         self._oracle.agree(what, number)
+
+    def next_part(self) -> None:
+        """See `Oracle.next_part`."""
+        self._oracle.next_part()
 
     def ask(self, queries: Sequence[Query]) -> list[Evaluation]:
         """See `Oracle.ask`."""

@@ -137,8 +137,8 @@ def test_a_refused_call_names_the_mistake_and_leaves_nothing(case):
 def test_a_refused_evaluation_leaves_nothing(case, context):
     make, _, loss, forward, batch, error, message = REFUSED[case]
     model = make()
-    model.train(context is torch.no_grad)  # in training mode running statistics move under no_grad, too
     sharp, before = SharpnessAware(model, SAM(), loss, forward), everything(model)
+    sharp.train(context is torch.no_grad)  # in training mode running statistics move under no_grad, too
     with context(), pytest.raises(error, match=message):
         sharp(*batch)
     assert everything(model) == before

@@ -105,7 +105,7 @@ def test_batches_of_other_sizes_compile_once_more(compiler):
 
 def test_a_compiled_model_in_eval_mode_has_the_plain_loss_with_its_gradient(compiler):
     model = convnet().eval()
-    sharp = SharpnessAware(torch.compile(model, backend=compiler), SAM(L2(0.5)), cross_entropy)
+    sharp = SharpnessAware(torch.compile(model, backend=compiler), SAM(L2(0.5)), cross_entropy).eval()
     values = [sharp(*cases.batch()), cross_entropy(model(cases.batch()[0]), cases.batch()[1]).mean()]
     assert bits(values[0]) == bits(values[1])
     grads = [torch.autograd.grad(value, list(model.parameters())) for value in values]

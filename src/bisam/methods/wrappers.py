@@ -65,6 +65,7 @@ class MSAM:
             return self.method(oracle.within("part 0"), batch)
         g, answers = None, list[Evaluation]()
         for i, part in enumerate(parts):
+            oracle.next_part()
             answer = self.method(oracle.within(f"part {i}"), part)
             share = answer.gradient * answer.count
             g = share if g is None else g + share

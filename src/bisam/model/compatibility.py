@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from bisam.distributed.fsdp import finalizes_by_hand, fsdp_module_type
 from bisam.distributed.layout import dtensor_type
@@ -102,6 +103,30 @@ def deepspeed_zero3(setup: Setup) -> str | None:
     )
 
 
+def per_sample_gradients(setup: Setup) -> str | None:
+    """`opacus.GradSampleModule` and other wrappers that compute the gradient of each example in hooks."""
+    names = (base.__name__ for m in setup.modules for base in type(m).__mro__)
+    found = next((name for name in names if "GradSampleModule" in name or "GradSampleHooks" in name), None)
+    if found is None and not any(hasattr(p, "grad_sample") for _, p in setup.parameters):
+        return None
+    return (
+        f"{found or 'a wrapper for per-sample gradients'} (differentially private training, as in Opacus) computes the "
+        "gradient of each example in hooks of a backward pass, and the gradient of a sharpness-aware method is no sum "
+        "of such gradients: the promised privacy would not hold. Train the model with one or the other"
+    )
+
+
+def uninitialised_parameters(setup: Setup) -> str | None:
+    """Lazy modules, for example `torch.nn.LazyLinear`, before their first forward pass."""
+    lazy = [name for name, p in setup.parameters if is_lazy(p)]
+    if not lazy:
+        return None
+    return (
+        f"{len(lazy)} parameters have no shape yet ({', '.join(lazy[:3])}): run a batch through the model before the "
+        "optimizer and the first call, with torch.no_grad(): model(x)"
+    )
+
+
 def ddp_static_graph_inside(setup: Setup) -> str | None:
     """`SharpnessAware(DistributedDataParallel(model, static_graph=True))`."""
     if not any(getattr(module, "static_graph", False) for module in setup.ddp_inside):
@@ -171,6 +196,8 @@ RULES: tuple[Callable[[Setup], str | None], ...] = (
     loss_inside_its_own_model,
     fsdp1,
     deepspeed_zero3,
+    per_sample_gradients,
+    uninitialised_parameters,
     ddp_static_graph_inside,
     data_dependent_method_in_ddp_with_buffers,
     fsdp2_with_unsharded_parameters,

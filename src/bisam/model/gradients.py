@@ -9,7 +9,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from bisam.batches import Batch
 from bisam.vector import Layout, Tensors, Vector
 
 Scaler = torch.amp.GradScaler | Callable[[], float | Tensor]
@@ -50,17 +49,34 @@ class LossScale:
         self.overflow = overflow if self.overflow is None else self.overflow + overflow
 
 
-@contextmanager
-def silenced(hooks: Sequence[dict[int, Any]]) -> Generator[None]:
-    """A context without these hooks of parameters, which must run once, on the gradient that reaches `.grad`."""
-    kept = [dict(of_one) for of_one in hooks]
-    for of_one in hooks:
-        of_one.clear()
-    try:
-        yield
-    finally:
-        for of_one, contents in zip(hooks, kept, strict=True):
-            of_one.update(contents)
+class Hooks:
+    """Hooks of parameters, which must run once per step, on the gradient that reaches `.grad`.
+
+    Args:
+        hooks: the hooks of each parameter.
+    """
+
+    def __init__(self, hooks: Sequence[dict[int, Any]]) -> None:
+        self._hooks = hooks
+        self._kept: list[dict[int, Any]] | None = None
+
+    @contextmanager
+    def silenced(self) -> Generator[None]:
+        """A context in which the hooks do not run."""
+        self._kept = [dict(of_one) for of_one in self._hooks]
+        try:
+            for of_one in self._hooks:
+                of_one.clear()
+            yield
+        finally:
+            self.restore()
+
+    def restore(self) -> None:
+        """Restores the hooks; also after an interruption at any moment, and more than once."""
+        if self._kept is not None:
+            for of_one, contents in zip(self._hooks, self._kept, strict=True):
+                of_one.update(contents)
+            self._kept = None
 
 
 def filled(
@@ -94,8 +110,14 @@ def filled(
     return Vector(dense, holes, layout)
 
 
-def check_trainable(model: nn.Module, parameters: Sequence[Tensor], batch: Batch, losses: Tensor) -> None:
-    """Checks that the losses have a gradient with respect to the parameters, and that the batch requires none.
+def check_trainable(model: nn.Module, parameters: Sequence[Tensor], losses: Tensor, given: bool) -> None:
+    """Checks that the losses have a gradient with respect to the parameters, and that the batch required none.
+
+    Args:
+        model: the model.
+        parameters: its trainable parameters.
+        losses: the losses, with their graph.
+        given: whether a tensor of the batch required a gradient before the forward pass.
 
     Raises:
         ValueError: no parameter is trainable, the losses have no graph, or a tensor of the batch requires a gradient.
@@ -110,21 +132,52 @@ def check_trainable(model: nn.Module, parameters: Sequence[Tensor], batch: Batch
             "the loss does not depend on the trainable parameters: it was detached, computed under no_grad, or "
             "made of something that has no gradient, such as an accuracy"
         )
-    if any(isinstance(t, Tensor) and t.requires_grad for t in batch):
+    if given:
         raise ValueError(
             "a tensor of the batch needs a gradient, and none would reach it: detach it, or put the module that "
-            "made it into the model"
+            "made it into the model. For derivatives with respect to an input, as in a physics-informed loss, call "
+            "x = x.detach().requires_grad_() inside `forward`"
         )
 
 
-def check_strangers(losses: Tensor, parameters: Iterable[Tensor]) -> None:
-    """Checks that the losses depend on no other leaf tensors than the parameters, which would silently not be trained.
+class Strangers:
+    """Finds leaf tensors that the loss depends on and that are not trained, in the first graphs of a training run.
 
-    Raises:
-        ValueError: they do; the message shows the number and the shapes of these tensors.
+    A parameter of another module is one. Any other leaf may also have been made by `forward` or the loss itself, for
+    derivatives with respect to an input: such a leaf is another tensor in each graph.
     """
-    known = {id(p) for p in parameters}
-    todo, seen, shapes = [losses.grad_fn], set[Any](), list[tuple[int, ...]]()
+
+    def __init__(self) -> None:
+        self._before: list[Tensor] | None = None
+        self.done = False
+
+    def check(self, losses: Tensor, known: Iterable[Tensor]) -> None:
+        """Checks a graph.
+
+        Args:
+            losses: the losses, with their graph.
+            known: the parameters and the tensors of the batch.
+
+        Raises:
+            ValueError: there is such a tensor; the message shows their number and shapes.
+        """
+        found = _leaves(losses, {id(t) for t in known})
+        before = self._before or []
+        strangers = [t for t in found if isinstance(t, nn.Parameter) or any(t is other for other in before)]
+        if strangers:
+            shapes = [tuple(t.shape) for t in strangers]
+            raise ValueError(
+                f"the loss depends on {len(shapes)} tensors that need a gradient and are no parameters of the model "
+                f"(shapes {', '.join(map(str, shapes[:3]))}{', ...' if len(shapes) > 3 else ''}): they would not be "
+                "trained. Put them into the model, or pass a loss with parameters as an nn.Module"
+            )
+        self.done = not found or self._before is not None
+        self._before = None if self.done else found
+
+
+def _leaves(losses: Tensor, known: set[int]) -> list[Tensor]:
+    """Returns the leaf tensors of a graph, except those whose identity is known."""
+    todo, seen, leaves = [losses.grad_fn], set[Any](), list[Tensor]()
     while todo:
         node = todo.pop()
         if node is None or node in seen:
@@ -132,11 +185,6 @@ def check_strangers(losses: Tensor, parameters: Iterable[Tensor]) -> None:
         seen.add(node)
         leaf: Tensor | None = getattr(node, "variable", None)
         if leaf is not None and id(leaf) not in known:
-            shapes.append(tuple(leaf.shape))
+            leaves.append(leaf)
         todo += [following for following, _ in node.next_functions]
-    if shapes:
-        raise ValueError(
-            f"the loss depends on {len(shapes)} tensors that need a gradient and are no parameters of the model "
-            f"(shapes {', '.join(map(str, shapes[:3]))}{', ...' if len(shapes) > 3 else ''}): they would not be "
-            "trained. Put them into the model, or pass a loss with parameters as an nn.Module"
-        )
+    return leaves

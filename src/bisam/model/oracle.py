@@ -1,28 +1,30 @@
 """ModelOracle: the oracle of a torch module.
 
 After a query, also after one that failed, the weights are restored bit for bit and `.grad` is unchanged. Running
-statistics have changed only if the query was at the weights themselves.
+statistics and other state of the module have changed only if the query was at the weights themselves
+(`bisam.model.module_state`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from bisam import objectives
-from bisam.batches import Batch, size
+from bisam.batches import Batch, Keywords, handed, is_empty, mapped, size, tensors
 from bisam.distributed.placement import Scope, place
 from bisam.evaluation import Evaluation
-from bisam.model.buffers import Buffers
-from bisam.model.gradients import LossScale, Scaler, check_strangers, check_trainable, filled, silenced
-from bisam.model.parameters import inventory, layer_names, parameter_names
+from bisam.model import passes
+from bisam.model.gradients import Hooks, LossScale, Scaler, Strangers, check_trainable, filled
+from bisam.model.inputs import Inputs
+from bisam.model.module_state import Known, ModuleState
+from bisam.model.parameters import inventory, layer_names, owners_of, parameter_names
 from bisam.model.rng import RandomState, SameNoise
 from bisam.objectives import Count, Objective
 from bisam.oracle import Oracle, Query
@@ -55,10 +57,32 @@ class ForwardPass:
 
     def detached(self) -> Evaluation:
         """Returns the pass as an Evaluation without gradient and graph."""
-        outputs = self.outputs
-        outputs = outputs.detach() if isinstance(outputs, Tensor) else tree_map_only(Tensor, Tensor.detach, outputs)
+        outputs, targets = (mapped(Tensor.detach, tree) for tree in (self.outputs, self.targets))
         losses, value = self.losses.detach(), self.value.detach()
-        return Evaluation(losses, None, outputs, value, self.count, self.targets, self.objective)
+        return Evaluation(losses, None, outputs, value, self.count, targets, self.objective)
+
+
+@dataclass
+class Findings:
+    """What the oracles of earlier steps have found out about a model and its loss.
+
+    Attributes:
+        known: the tensors that forward passes change.
+        strangers: the check of the first graphs.
+        differentiates: whether forward passes compute derivatives themselves, so that they need a graph.
+        initialised: whether the first pass of training has been made.
+        warned: whether the user was warned that the model is in eval mode.
+    """
+
+    known: Known = field(default_factory=Known)
+    strangers: Strangers = field(default_factory=Strangers)
+    differentiates: bool = False
+    initialised: bool = False
+    warned: bool = False
+
+
+class WeightsInitialised(Exception):
+    """The first pass of training has initialised weights, so that the step must begin again."""
 
 
 class ModelOracle(Oracle):
@@ -76,13 +100,13 @@ class ModelOracle(Oracle):
             distributed wrapper does.
         step: see `Oracle`.
         state: see `Oracle`.
-        check: whether to check, in the first query, that the loss does not depend on tensors that would silently not be
-            trained.
+        findings: what the oracles of earlier steps have found out; each oracle adds to it. Default: nothing, and the
+            model is not in its first step.
 
     Attributes:
         seen: answers of the queries that updated running statistics, each for this rank's batch.
         same_noise: the argument `same_noise`.
-        module_buffers: the buffers of the model and the loss, which can be saved and restored.
+        module_state: the buffers and other state of the model and the loss.
         holes: positions of the parameters that the last gradient does not depend on.
 
     Example:
@@ -109,20 +133,24 @@ class ModelOracle(Oracle):
         scope: Scope | None = None,
         step: int = 0,
         state: dict[str, Any] | None = None,
-        check: bool = True,
+        findings: Findings | None = None,
     ) -> None:
         self.model, self.loss, self.same_noise = model, loss, same_noise
         self.step, self.state = step, {} if state is None else state
         self.seen: list[Evaluation] = []
         self.holes: frozenset[int] = frozenset()
         self._forward = forward or _inputs_then_targets
-        self._check = check
-        found = inventory(model, loss)
+        self._findings = findings or Findings(initialised=True)
+        known = self._findings.known
+        found = inventory(model, loss, None if known.thorough else known.with_attributes)
         self.parameters: list[nn.Parameter] = found.parameters  # pyright: ignore[reportIncompatibleVariableOverride]
-        self.module_buffers = Buffers(found.slots)
+        budget = sum([p.nbytes for p in found.parameters]) if known.thorough else 0
+        self.module_state = ModuleState(found.places, known, budget)
         self._placement = place(model, found.parameters, found.fsdp_modules, scope)
-        self._hooks = [cast("dict[int, Any]", p._backward_hooks) for p in found.parameters if p._backward_hooks]
-        self._hooks += self._placement.hooks(found.parameters)
+        hooks = [cast("dict[int, Any]", p._backward_hooks) for p in found.parameters if p._backward_hooks]
+        self._hooks = Hooks(hooks + self._placement.hooks(found.parameters))
+        self._inputs = Inputs(thorough=not self._findings.initialised)
+        self._origin: Vector | None = None  # the weights, while they are displaced
         self._scale = None if scaler is None else LossScale(scaler)
         self._noise = SameNoise(found.parameters) if same_noise else None
         self.is_local = self._placement.is_local  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -141,7 +169,7 @@ class ModelOracle(Oracle):
     @property
     def buffers(self) -> Sequence[Tensor]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The buffers of the model and of the loss."""
-        return self.module_buffers.tensors
+        return self.module_state.buffers
 
     @cached_property
     def names(self) -> Sequence[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -178,6 +206,18 @@ class ModelOracle(Oracle):
         with self.random_state().forked(*key):
             yield
 
+    def next_part(self) -> None:
+        """See `Oracle.next_part`."""
+        self.module_state.next_part()
+        self._inputs.clear()
+
+    def rollback(self) -> None:
+        """Restores weights, hooks and module state; also after an interruption at any moment, and more than once."""
+        self._hooks.restore()
+        self._restore_weights()
+        self.module_state.rollback()
+        passes.mark(additional=False)
+
     def note_overflow(self, gradient: Vector) -> None:
         """Records an overflow in a scaled gradient, also in one of another rank, so that the scaler skips the step."""
         if self._scale is not None:
@@ -204,9 +244,11 @@ class ModelOracle(Oracle):
             ValueError: the batch is empty, or the losses have the wrong shape.
         """
         objective = self.loss if objective is None else objective
-        if size(batch) == 0:
+        if is_empty(batch):
             raise ValueError("the batch is empty (0 examples): skip it, or use drop_last=True in the DataLoader")
-        pair: Any = self._forward(self.model, *batch)
+        given = handed(batch)
+        named = given[-1] if given and isinstance(given[-1], Keywords) else {}
+        pair: Any = self._forward(self.model, *(given[:-1] if named else given), **named)
         if not (isinstance(pair, tuple) and len(pair) == 2):
             raise TypeError(
                 f"`forward` must return a pair (outputs, targets), got {describe(pair)}: for example "
@@ -220,46 +262,60 @@ class ModelOracle(Oracle):
             )
         losses = objective(outputs, targets)
         check_losses(losses, targets)
-        count = objectives.count(losses, targets, objective) if losses.dim() else size(batch) or 1
+        if losses.dim():
+            count = objectives.count(losses, targets, objective)
+        else:  # where the inputs disagree, as images and their boxes do, the others tell
+            count = next((n for part in (batch, targets, outputs) if (n := size(part))), 1)
         return ForwardPass(outputs, targets, losses, count, objectives.mean(losses, count), objective)
 
     def _answer(self, query: Query) -> Evaluation:
-        track, at = query.tracks, query.take()
-        untouched = self.module_buffers.untouched
-        weights = None if at is None else self.weights
-        saved = None if weights is None else weights.clone()
-        buffers = None if track else self.module_buffers.remember()
-        noise = None
+        track, at, state, noise = query.tracks, query.take(), self.module_state, None
+        self._inputs.begin(query.batch)
+        first = not (self._findings.initialised or state.begun)
+        if first and at is not None:
+            self._initialise(query)
+        was, sums = passes.displaced(), self._sums() if first and at is None else None
         try:
-            if at is not None and weights is not None:
+            state.enter(track)
+            passes.mark(additional=not track)
+            if at is not None:
+                weights = self.weights
+                self._origin = weights.clone()
                 torch._foreach_add_(weights.tensors, at.tensors)
                 at = None  # frees its memory for the forward pass, if the method has no reference either
                 self._drop_copies()  # copies of the previous weights, in lower precision or gathered
             if self._noise is not None:
                 noise = self._noise.begin(query.batch)
             answer = self._evaluate(query, track)
-            if track:
-                self.module_buffers.refresh()
+            if sums is not None:
+                state.keep(self._initialised_modules(query, sums))
+            state.leave(track)
+            self._findings.initialised = True
             return answer
         except BaseException:
-            buffers = untouched  # a step that fails must not change the model
+            self.module_state.rollback()  # a step that fails must not change the model
             self._placement.recover(self.parameters)
             raise
         finally:
             if noise is not None:
                 noise.restore()
-            # Copied back, not subtracted: exact in every precision, and after a NaN.
-            if saved is not None:
-                torch._foreach_copy_(self.weights.tensors, saved.tensors)
-            if saved is not None or not query.grad:
+            passes.mark(was)
+            self._inputs.end()
+            displaced = self._restore_weights()
+            if displaced or not query.grad:
                 self._drop_copies()  # copies of displaced weights, or copies without a graph
-            if buffers is not None:
-                self.module_buffers.restore(buffers)
+
+    def _restore_weights(self) -> bool:
+        # Copied back, not subtracted: exact in every precision, and after a NaN.
+        if self._origin is None:
+            return False
+        torch._foreach_copy_(self.weights.tensors, self._origin.tensors)
+        self._origin = None
+        return True
 
     def _evaluate(self, query: Query, track: bool) -> Evaluation:
         gradient = None
-        with torch.set_grad_enabled(query.grad):
-            made = self.run(query.batch, query.objective)
+        made = self._run_for(query)
         if query.grad:
             self._check_graph(query.batch, made.losses)
             gradient = self._gradient(made.value)
@@ -272,18 +328,97 @@ class ModelOracle(Oracle):
             self.note_overflow(gradient)
         return replace(answer, grad=gradient, value=value.detach(), count=count)
 
+    def _run_for(self, query: Query) -> ForwardPass:
+        with torch.set_grad_enabled(query.grad or self._findings.differentiates):
+            try:
+                return self.run(query.batch, query.objective)
+            except RuntimeError as error:
+                if torch.is_grad_enabled() or "does not require grad" not in str(error):
+                    raise
+        # The pass computes derivatives itself, as a physics-informed loss does.
+        self._findings.differentiates = True
+        self.module_state.again()
+        if self._noise is not None:
+            self._noise.begin(query.batch)
+        with torch.enable_grad():
+            return self.run(query.batch, query.objective)
+
     def _check_graph(self, batch: Batch, losses: Tensor) -> None:
-        check_trainable(self.model, self.parameters, batch, losses)
-        if self._check:
+        check_trainable(self.model, self.parameters, losses, self._inputs.need_gradients)
+        if not self._findings.strangers.done:
             gathered = self._placement.leaves()
             if gathered is not None:
-                check_strangers(losses, [*self.parameters, *gathered])
-            self._check = False
+                self._findings.strangers.check(losses, [*self.parameters, *gathered, *tensors(batch)])
+
+    def _initialise(self, query: Query) -> None:
+        """Runs the first pass of training at the weights, where layers that initialise themselves must do it.
+
+        Raises:
+            WeightsInitialised: weights have changed; the displacement of the query belongs to the previous ones.
+        """
+        state, sums = self.module_state, self._sums()
+        try:
+            with self.random_state().kept(), passes.marked(additional=True):
+                state.enter(track=False)
+                with torch.no_grad():
+                    self._run_for(replace(query, at=None, grad=False, track=False))
+                modules = self._initialised_modules(query, sums)
+                state.keep(modules)
+                state.leave(track=False)
+        except BaseException:
+            state.rollback()
+            raise
+        finally:
+            self._drop_copies()
+        self._findings.initialised = True
+        if modules & owners_of(self.model, self.loss, [p for p, *_ in self._changed(sums)]):
+            raise WeightsInitialised
+
+    def _initialised_modules(self, query: Query, sums: Sums) -> set[nn.Module]:
+        """Returns the modules that the first pass has initialised: they have changed, and do not in a second pass."""
+        state = self.module_state
+        state.look()
+        changed = self._changed(sums)
+        if not (state.read or changed):
+            return set()
+        weights, again, before = self.weights.clone(), state.present(), self._sums()
+        with self.random_state().kept(), passes.marked(additional=True), torch.no_grad():
+            self._run_for(replace(query, at=None, grad=False, track=False))
+        state.look()
+        once = state.modules(state.once(state.read, again))
+        twice = {id(p) for p, *_ in self._changed(before)}
+        state.restore(again)
+        torch._foreach_copy_(self.weights.tensors, weights.tensors)
+        self._drop_copies()
+        return once | owners_of(self.model, self.loss, [p for p, *_ in changed if id(p) not in twice])
+
+    def _sums(self) -> Sums:
+        """Returns a version and a norm of each weight, by which a change is noticed."""
+        norms = torch._foreach_norm(self.weights.tensors) if self.parameters else []
+        return [(p, p._version, norm) for p, norm in zip(self.parameters, norms, strict=True)]
+
+    def _changed(self, sums: Sums) -> Sums:
+        """Returns those of the weights that have changed."""
+        changed: Sums = []
+        for (p, version, norm), (_, version_now, norm_now) in zip(sums, self._sums(), strict=True):
+            if version != version_now or not torch.equal(norm.nan_to_num(), norm_now.nan_to_num()):
+                changed.append((p, version_now, norm_now))
+        return changed
 
     def _gradient(self, value: Tensor) -> Vector:
         factor = None if self._scale is None else self._scale.factor(value.device)
-        with silenced(self._hooks):
-            grads = self._placement.gradients(value if factor is None else value * factor, self.parameters)
+        with self._hooks.silenced():
+            try:
+                grads = self._placement.gradients(value if factor is None else value * factor, self.parameters)
+            except RuntimeError as error:
+                if "a second time" not in str(error):
+                    raise
+                raise RuntimeError(
+                    "the loss contains the graph of an earlier forward pass, which is gone: a method runs several "
+                    "queries per step, at the weights and at displaced weights, and each pass must build its own graph "
+                    "anew. Clear lists and attributes that `forward` fills at its beginning, and detach states that "
+                    "are carried from batch to batch"
+                ) from error
         gradient = filled(grads, self.layout, lambda: self.weights, lambda: self.names)
         self.holes = gradient.holes
         return gradient if factor is None else gradient / factor.to(gradient.tensors[0].device)
@@ -294,7 +429,16 @@ class ModelOracle(Oracle):
         self._placement.before_forward()
 
 
-def _inputs_then_targets(model: nn.Module, *batch: Any) -> tuple[Any, Any]:
+Sums = list[tuple[nn.Parameter, int, Tensor]]
+"""For each weight the parameter, its version and its norm."""
+
+
+def _inputs_then_targets(model: nn.Module, *batch: Any, **named: Any) -> tuple[Any, Any]:
+    if named:
+        raise TypeError(
+            f"the batch has keyword arguments ({', '.join(named)}), and which one is the targets is not known: give "
+            "SharpnessAware a forward=lambda model, **batch: (outputs, targets)"
+        )
     if len(batch) < 2:
         raise TypeError(
             f"expected inputs and targets, as in sharp(x, y), got {len(batch)} argument(s): for any other batch give "

@@ -1,14 +1,15 @@
-"""Parameters: collects the weights, the buffers and the FSDP2 modules of a model and its loss in one traversal."""
+"""Parameters: collects the weights, the state and the FSDP2 modules of a model and its loss in one traversal."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 
 from bisam.distributed.fsdp import fsdp_module_type
-from bisam.model.buffers import Slot
+from bisam.model.module_state import Kind, Place, ScriptEntries
 
 
 class Inventory(NamedTuple):
@@ -16,23 +17,29 @@ class Inventory(NamedTuple):
 
     Attributes:
         parameters: the trainable parameters; tied parameters count once.
-        slots: the buffers and their places.
+        places: the places of buffers, frozen parameters and plain attributes.
         fsdp_modules: the modules to which `fully_shard` was applied, outer ones first.
     """
 
     parameters: list[nn.Parameter]
-    slots: list[Slot]
+    places: list[Place]
     fsdp_modules: list[Any]
 
 
-def inventory(model: nn.Module, loss: object) -> Inventory:
-    """Returns the parameters, buffers and FSDP2 modules of a model, and of its loss if that is a module.
+def inventory(model: nn.Module, loss: object, with_tensors: Container[int] | None = None) -> Inventory:
+    """Returns the parameters, state and FSDP2 modules of a model, and of its loss if that is a module.
 
     Parameters that FSDP2 has gathered are freed first, so that the sharded ones are found.
+
+    Args:
+        model: the model.
+        loss: the loss.
+        with_tensors: identities of those modules of torch.nn whose attributes may be tensors; of other classes all
+            attributes are looked at. Default: all.
     """
     # As nn.Module.parameters() and buffers(), without building names: this runs at every step.
     parameters: dict[int, nn.Parameter] = {}  # by identity
-    slots: list[Slot] = []
+    places: list[Place] = []
     fsdp_modules, fsdp = list[Any](), fsdp_module_type()
     todo = _roots(model, loss)
     seen: set[nn.Module] = set()
@@ -47,14 +54,28 @@ def inventory(model: nn.Module, loss: object) -> Inventory:
         if children := module._modules:
             todo += [m for m in reversed(children.values()) if m is not None]
         if own := module._parameters:
+            frozen = False
             for p in own.values():
-                if p is not None and p.requires_grad:
-                    parameters[id(p)] = p
-        if buffers := module._buffers:
-            for name, buffer in buffers.items():
-                if buffer is not None:
-                    slots.append((buffers, name, buffer))
-    return Inventory(list(parameters.values()), slots, fsdp_modules)
+                if p is not None:
+                    if p.requires_grad:
+                        parameters[id(p)] = p
+                    else:
+                        frozen = True
+            if frozen:
+                places.append(_place(module, "frozen", own))
+        looked_at = with_tensors is None or id(module) in with_tensors
+        looked_at = looked_at or not type(module).__module__.startswith("torch.nn.")
+        if looked_at or module._buffers:
+            places.append(_place(module, "buffer", module._buffers))
+        if looked_at:
+            places.append(Place(module, "attribute", module.__dict__))
+    return Inventory(list(parameters.values()), places, fsdp_modules)
+
+
+def _place(module: nn.Module, kind: Kind, entries: Any) -> Place:
+    return Place(
+        module, kind, ScriptEntries(module, entries) if isinstance(module, torch.jit.ScriptModule) else entries
+    )
 
 
 def parameter_names(model: nn.Module, loss: object, parameters: Sequence[Tensor]) -> list[str]:
@@ -70,6 +91,13 @@ def layer_names(model: nn.Module, loss: object, parameters: Sequence[Tensor]) ->
     modules = [module for root in _roots(model, loss) for module in root.modules()]
     owners = {id(p): type(module).__name__ for module in modules for p in module.parameters(recurse=False)}
     return [owners[id(p)] for p in parameters]
+
+
+def owners_of(model: nn.Module, loss: object, parameters: Sequence[Tensor]) -> set[nn.Module]:
+    """Returns the modules that hold some of these parameters."""
+    wanted = {id(p) for p in parameters}
+    modules = (module for root in _roots(model, loss) for module in root.modules()) if wanted else ()
+    return {module for module in modules if any(id(p) in wanted for p in module.parameters(recurse=False))}
 
 
 def _roots(model: nn.Module, loss: object) -> list[nn.Module]:

@@ -117,7 +117,7 @@ class _Shared(View):
         self._below, self._pair = below, pair
         self._exchanges, self._batches = 0, list[Batch]()
         self._before = below.random_state().tensors
-        _ = below.module_buffers.untouched  # saved for a failed step, before the other rank changes them
+        below.module_state.begin()  # saved for a failed step, before the other rank changes buffers
 
     def ask(self, queries: Sequence[Query]) -> list[Evaluation]:
         """See `Oracle.ask`. Several queries are distributed over the ranks; both ranks answer a single query.

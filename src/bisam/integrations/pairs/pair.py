@@ -17,9 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_leaves
 
-from bisam.batches import Batch
+from bisam.batches import Batch, leaves, tensors
 from bisam.evaluation import Evaluation
 from bisam.model.oracle import ModelOracle
 from bisam.objectives import Objective
@@ -286,13 +285,13 @@ def _strides(tensor: Tensor) -> tuple[int, ...]:
 
 def shapes_of(batch: Batch) -> list[tuple[int, ...]]:
     """Returns the shapes of the tensors of a batch."""
-    return [tuple(t.shape) for t in tree_leaves(batch) if isinstance(t, Tensor)]
+    return [tuple(t.shape) for t in tensors(batch)]
 
 
 def digest(tree: Any) -> str:
     """Returns a hash of a nest of tensors, Vectors and plain values, which is equal for equal bits."""
     digest = blake2b(digest_size=16)
-    for leaf in tree_leaves(tree):
+    for leaf in leaves(tree):
         for part in leaf if isinstance(leaf, Vector) else [leaf]:
             if isinstance(part, Tensor):
                 digest.update(repr((part.shape, part.dtype)).encode() + _bytes(part))
