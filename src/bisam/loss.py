@@ -194,12 +194,10 @@ class SharpnessAware(nn.Module):
         layout, before = oracle.layout, memory.state
         if layout is not WHOLE:
             before = method_state.laid_out(before, layout)
-        oracle.state = dict(before)
         try:
-            answer = self.method(oracle, batch)
+            answer = self._asked(oracle, before, batch)
         except WeightsInitialised:
-            oracle.state = dict(before)
-            answer = self.method(oracle, batch)
+            answer = self._asked(oracle, before, batch)
         value = _differentiable(oracle, answer)
         after = method_state.settled(oracle.state, before, oracle.overflow)
         after = after if layout is WHOLE else method_state.laid_out(after)
@@ -208,6 +206,10 @@ class SharpnessAware(nn.Module):
             memory, step=memory.step + 1, state=after, seen=oracle.seen, trained=trained, checked=True
         )
         return value
+
+    def _asked(self, oracle: ModelOracle, before: dict[str, Any], batch: Batch) -> Evaluation:
+        oracle.state = dict(before)
+        return self.method(oracle, batch)
 
     @property
     def clean(self) -> Evaluation:

@@ -12,8 +12,9 @@ assigned (`module.x = ...`), given other memory (`x.data = ...`), created or del
                               later passes see it
 
 A forward pass usually changes few tensors. The first pass of the steps 1, 2, 4, 8, ... finds them by contents, all
-other passes by identity and version; only those are copied. Frozen parameters and attributes that are together larger
-than the trainable weights are not copied even in these steps, so that a large frozen model is never doubled.
+other passes by identity and version; only those, and small buffers, are copied. Frozen parameters and attributes that
+are together larger than the trainable weights are not copied even in these steps, so that a large frozen model is never
+doubled.
 
 Lists, counters, metrics and other objects are not restored: see `bisam.displaced`.
 """
@@ -21,9 +22,9 @@ Lists, counters, metrics and other objects are not restored: see `bisam.displace
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Iterator, MutableMapping
+from collections.abc import Collection, Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -141,10 +142,13 @@ class Known:
     Attributes:
         moving: the tensors that forward passes change.
         steps: number of steps so far.
+        budget: bytes of frozen parameters and attributes that may be copied to find out what moves: those of the
+            trainable weights.
     """
 
     moving: dict[Key, Mover] = field(default_factory=dict[Key, Mover])
     steps: int = 0
+    budget: int = 0
 
     @property
     def thorough(self) -> bool:
@@ -173,12 +177,12 @@ class ModuleState:
     Args:
         places: the places of the state.
         known: what earlier steps have found out.
-        budget: bytes of frozen parameters and attributes that may be copied to find out what moves.
+        weight: a trainable parameter.
     """
 
-    def __init__(self, places: Iterable[Place], known: Known | None = None, budget: int = 0) -> None:
+    def __init__(self, places: Iterable[Place], known: Known | None = None, weight: nn.Parameter | None = None) -> None:
         self._places = {(id(place.module), place.kind): place for place in places}
-        self._known, self._budget = known or Known(), budget
+        self._known, self._weight = known or Known(), weight
         self._before: Saved | None = None
         self._unmoved: list[_Unmoved] = []
         self._assigned: list[tuple[Key, Any, int]] = []  # tensors that passes assign and were not seen to change
@@ -219,7 +223,7 @@ class ModuleState:
                     unmoved.append(_Unmoved(key, place.entries, name, value, _version(value)))
             self._sizes.append((place, len(place.entries), dict(place.entries) if place.kind == "attribute" else {}))
         values |= {key: value for key, value in self._moving() if key not in values}
-        copied = self._affordable(values) if thorough else self._copied(values)
+        copied = self._affordable(values) if thorough else [*self._copied(values), *_small(unmoved, self._known.budget)]
         self._watch(values)
         self._unmoved, self._thorough = unmoved, thorough
         self._before = Saved(values, _copies(values, copied))
@@ -369,17 +373,19 @@ class ModuleState:
             )
 
     def _seal(self) -> None:
-        """Cuts the graphs of tensors that the pass has assigned: their memory is freed, and the reason is known."""
+        """Cuts the graphs of tensors that the pass has assigned: their memory is freed, and using them is an error."""
         for key, value in list(self._moving()):
-            if isinstance(value, Tensor) and value.requires_grad and value.grad_fn is not None:
+            if isinstance(value, Tensor) and value.grad_fn is not None and self._weight is not None:
                 place = self._places[key[:2]]
-                place.put(key[2], _sealed(value, type(place.module).__name__, key[2]))
+                where = f"the attribute {key[2]} of {type(place.module).__name__}"
+                with torch.enable_grad():
+                    place.put(key[2], _Sealed.apply(value.detach(), where, self._weight))
 
     def _affordable(self, values: dict[Key, Any]) -> list[Key]:
         """Returns what is copied to find out what moves: all buffers, and what the budget allows of other tensors."""
         copied = dict.fromkeys([*self._copied(values), *(key for key in values if key[1] == "buffer")])
         others = [key for key, t in values.items() if key not in copied and type(t) in (Tensor, nn.Parameter)]
-        left, counted = self._budget, set[int]()
+        left, counted = self._known.budget, set[int]()
         for key in sorted(others, key=lambda key: values[key].nbytes):
             tensor = values[key]
             left -= 0 if tensor.is_meta or id(tensor) in counted else tensor.nbytes
@@ -390,26 +396,28 @@ class ModuleState:
         return list(copied)
 
 
+def _small(unmoved: Sequence[_Unmoved], budget: int) -> list[Key]:
+    """Returns the buffers among tensors that do not move, if a copy of them costs little beside that of the weights."""
+    buffers = [u for u in unmoved if u.key[1] == "buffer" and u.value is not None]
+    return [u.key for u in buffers] if 16 * sum([cast(Tensor, u.value).nbytes for u in buffers]) <= budget else []
+
+
 class _Sealed(torch.autograd.Function):
-    """The identity, whose backward pass explains why there is no gradient."""
+    """A value whose graph is gone. Its backward pass, on each way to a weight, explains why there is no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, where: str) -> Tensor:
+    def forward(ctx: Any, value: Tensor, where: str, weight: Tensor) -> Tensor:
         ctx.where = where
-        return value.view_as(value)
+        return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         raise RuntimeError(
             f"{ctx.where} was computed in a query at the weights, whose graph is gone: a method runs several queries "
             "per step, and the gradient is that of the query at displaced weights. Let `forward` return the tensor "
-            "with the outputs and add it in `loss`, so that each pass has its own"
+            "with the outputs and add it in `loss`, so that each pass has its own; detach a state that is carried from "
+            "batch to batch"
         )
-
-
-def _sealed(value: Tensor, module: str, name: str) -> Tensor:
-    with torch.enable_grad():
-        return _Sealed.apply(value.detach().requires_grad_(), f"the attribute {name} of {module}")  # pyright: ignore
 
 
 def _version(value: Tensor | None) -> int:

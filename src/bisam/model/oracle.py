@@ -144,8 +144,9 @@ class ModelOracle(Oracle):
         known = self._findings.known
         found = inventory(model, loss, None if known.thorough else known.with_attributes)
         self.parameters: list[nn.Parameter] = found.parameters  # pyright: ignore[reportIncompatibleVariableOverride]
-        budget = sum([p.nbytes for p in found.parameters]) if known.thorough else 0
-        self.module_state = ModuleState(found.places, known, budget)
+        if known.thorough:
+            known.budget = sum([p.nbytes for p in found.parameters])
+        self.module_state = ModuleState(found.places, known, next(iter(found.parameters), None))
         self._placement = place(model, found.parameters, found.fsdp_modules, scope)
         hooks = [cast("dict[int, Any]", p._backward_hooks) for p in found.parameters if p._backward_hooks]
         self._hooks = Hooks(hooks + self._placement.hooks(found.parameters))
