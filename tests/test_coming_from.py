@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import bisam
-from bisam import SharpnessAware
+from bisam import ModelOracle, SharpnessAware
 from bisam.perturbations import L2
 from tests.support import cases
 
@@ -242,3 +242,130 @@ def test_the_methods_of_the_authors_code_exist():
     right = nn.functional.one_hot(y, 10).double()
     target = right * 0.9 + (1 - right) * (0.1 / 9)
     torch.testing.assert_close(values[4](z, y), -(target * z.log_softmax(1)).sum(1), rtol=0, atol=1e-12)
+
+
+def test_an_optimizer_with_a_part_of_the_model_perturbs_that_part_only():
+    """As here with the rest frozen, and other than here with the rest trainable."""
+    model, twin = twins()
+    other = copy.deepcopy(model)
+    train_theirs(theirs.SAM(model[2].parameters(), torch.optim.SGD, rho=0.5, **SETTINGS), model)
+    train_ours(bisam.SAM(0.5), other, torch.optim.SGD(other[2].parameters(), **SETTINGS))
+    twin[0].requires_grad_(False)
+    train_ours(bisam.SAM(0.5), twin, torch.optim.SGD(twin[2].parameters(), **SETTINGS))
+    assert distance(model, twin) < 1e-8
+    assert distance(model, other) > 1e-3
+
+
+@pytest.mark.parametrize("bound", [bisam.NegLog(mu=5.0), bisam.Tanh(mu=10.0, alpha=0.1)], ids=str)
+def test_the_authors_log_mu_times_the_objective(bound):
+    expression = re.search(r"it is\s+`(mu \* .*?)`", PAGE)[1]
+    model, (x, y) = cases.mlp(), cases.batch()
+    sharp = SharpnessAware(model, bisam.SAM(0.05, ascent=bound), bisam.cross_entropy)
+    sharp(x, y)
+    logits = model(x).detach()
+    logged = torch.stack(
+        [(bound.mu * bound.phi(z - z[label])).logsumexp(0) for z, label in zip(logits, y, strict=True)]
+    )
+    value = eval(expression, {"mu": bound.mu, "sharp": sharp, "bound": bound})
+    torch.testing.assert_close(value, logged.mean(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(sharp.clean.value, nn.functional.cross_entropy(logits, y), rtol=0, atol=1e-12)
+
+
+# SAMPa and optax: their arithmetic in a few lines, on the weights as one vector.
+
+
+def flat(tensors: Any) -> Tensor:
+    return torch.cat([t.detach().flatten() for t in tensors])
+
+
+def gradient(model: nn.Module, w: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """The gradient at the weights w."""
+    there = copy.deepcopy(model)
+    nn.utils.vector_to_parameters(w, there.parameters())
+    x, y = batch
+    return flat(torch.autograd.grad(nn.functional.cross_entropy(there(x), y), list(there.parameters())))
+
+
+def stepped(w: Tensor, g: Tensor, buffer: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A step of SGD with the settings of this file, and the momentum buffer after it."""
+    g = g + SETTINGS["weight_decay"] * w
+    buffer = g if buffer is None else SETTINGS["momentum"] * buffer + g
+    return w - SETTINGS["lr"] * buffer, buffer
+
+
+def sampa(model: nn.Module, rho: float, lam: float, *, from_zero: bool) -> list[Tensor]:
+    """The weights after each step. `from_zero`: the kept gradient starts at zero, as in the authors' code."""
+    w, buffer, kept, before, path = flat(model.parameters()), None, None, None, []
+    for batch in loader():
+        if kept is None and from_zero:
+            e, y = torch.zeros_like(w), w
+        else:
+            kept = gradient(model, w, batch) if kept is None else kept
+            e, y = rho * kept / kept.norm(), stepped(w, kept, buffer)[0]
+        h, kept = gradient(model, w + e, before or batch), gradient(model, y, batch)
+        w, buffer = stepped(w, (1 - lam) * h + lam * kept, buffer)
+        before = batch
+        path.append(w)
+    return path
+
+
+def test_sampa_starts_as_the_paper_and_the_authors_with_a_plain_step():
+    expression = re.search(r"^\| `--rho 0.1 --og 0.2` \| `(.*?)` \|$", PAGE, re.MULTILINE)[1]
+    model, twin = twins()
+    optimizer = torch.optim.SGD(twin.parameters(), **SETTINGS)
+    method = eval(expression, {**vars(bisam), "optimizer": optimizer})
+    train_ours(method, twin, optimizer)
+    authors, paper = (sampa(model, 0.1, 0.2, from_zero=zero) for zero in (True, False))
+    torch.testing.assert_close(flat(twin.parameters()), paper[-1], rtol=0, atol=1e-9)
+    w = flat(model.parameters())
+    torch.testing.assert_close(authors[0], stepped(w, gradient(model, w, loader()[0]), None)[0], rtol=0, atol=1e-12)
+    assert (authors[0] - paper[0]).abs().max() > 1e-4
+
+
+def test_the_first_step_of_sampa_costs_one_more_gradient():
+    model, calls = cases.mlp(), []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    optimizer = torch.optim.SGD(model.parameters(), **SETTINGS)
+    sharp = SharpnessAware(model, bisam.SAMPa(0.1, ahead=bisam.next_step(optimizer)), bisam.cross_entropy)
+    counts = []
+    for x, y in loader()[:3]:
+        calls.clear()
+        sharp(x, y)
+        counts.append(len(calls))
+    assert counts == [3, 2, 2]
+
+
+def optax_sam(model: nn.Module, rho: float, k: int) -> Tensor:
+    """The weights after training with `contrib.sam` in opaque mode: k - 1 steps of length rho, then the optimizer's."""
+    w, buffer = flat(model.parameters()), None
+    for batch in loader():
+        g, there = gradient(model, w, batch), w
+        for _ in range(k - 1):
+            there = there + rho * g / g.norm()
+            g = gradient(model, there, batch)
+        w, buffer = stepped(w, g, buffer)
+    return w
+
+
+@pytest.mark.parametrize("k", [2, 3, 4])
+def test_several_adversarial_steps_of_optax(k):
+    part = PAGE.split("\n## optax")[1].split("\n## ")[0]
+    expressions = re.findall(r"^\| .* \| `(.*?)` \|$", part, re.MULTILINE)
+    assert len(expressions) == 2
+    rho, names = 0.3, {**vars(bisam), "k": k, "rho": 0.3}
+    model = cases.mlp()
+    expected = optax_sam(model, rho, k)
+    for expression in expressions if k == 2 else expressions[1:]:
+        twin = train_ours(eval(expression, names), copy.deepcopy(model))
+        assert (flat(twin.parameters()) - expected).abs().max() < tolerance(part)
+    with_same_rho = train_ours(bisam.MultiStepSAM(rho, steps=k - 1), copy.deepcopy(model))
+    assert ((flat(with_same_rho.parameters()) - expected).abs().max() > 1e-3) == (k > 2)
+    length = eval(expressions[1], names).climb(ModelOracle(model, bisam.cross_entropy), cases.batch()).norm()
+    assert max(1, 0.9 * (k - 1)) * rho - 1e-12 <= length <= (k - 1) * rho + 1e-12
+
+
+def test_a_zero_gradient_displaces_nothing():
+    model = cases.mlp()
+    sharp = SharpnessAware(model, bisam.MultiStepSAM(0.1, steps=2), lambda z, y: 0 * z.sum(1))
+    sharp(*cases.batch()).backward()
+    assert all(p.grad.eq(0).all() for p in model.parameters())

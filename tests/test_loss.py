@@ -444,17 +444,55 @@ def test_backward_twice_with_retain_graph_doubles_and_without_raises():
         loss.backward()
 
 
+@pytest.mark.parametrize("function", [lambda loss: loss, lambda loss: loss**2, lambda loss: 2 * loss + 1])
 @pytest.mark.parametrize(
-    ("function", "message"),
-    [(lambda loss: loss, "does not require grad"), (lambda loss: loss**2, "once_differentiable")],
+    "differentiate",
+    [
+        lambda loss, model: torch.autograd.grad(loss, list(model.parameters()), create_graph=True),
+        lambda loss, model: loss.backward(create_graph=True),
+    ],
+    ids=["grad", "backward"],
 )
-def test_double_backward_is_refused(function, message):
+def test_a_graph_of_the_gradient_is_refused_where_it_is_asked_for(function, differentiate):
     model = cases.mlp()
     loss = function(SharpnessAware(model, SAM(), cross_entropy)(*cases.batch()))
-    grads = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
-    with pytest.raises(RuntimeError, match=message):
-        sum((g**2).sum() for g in grads).backward()
+    with pytest.raises(RuntimeError, match=r"differentiated once.*constant.*inside `forward` or `loss`"):
+        differentiate(loss, model)
     assert set(gradients(model).values()) == {None}
+
+
+def test_a_loss_whose_graph_was_refused_can_still_be_differentiated():
+    model = cases.mlp()
+    sharp = SharpnessAware(model, SAM(), cross_entropy)
+    once = grads_of(sharp(*cases.batch()), model)
+    model.zero_grad()
+    loss = sharp(*cases.batch())
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        loss.backward(create_graph=True)
+    assert all(torch.equal(g, h) for g, h in zip(grads_of(loss, model), once, strict=True))
+
+
+def test_the_gradient_of_the_loss_has_no_graph_inside_a_backward_pass_either():
+    """As in re-entrant checkpointing, which enables gradients in a backward pass to run a forward pass."""
+    model = cases.mlp()
+    sharp = SharpnessAware(model, SAM(), cross_entropy)
+
+    class Again(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, factor):
+            with torch.enable_grad():
+                sharp(*cases.batch()).backward()
+            return factor
+
+    Again.apply(torch.ones((), requires_grad=True)).backward()
+    grads = [p.grad for p in model.parameters()]
+    assert not any(g.requires_grad for g in grads)
+    model.zero_grad()
+    assert all(torch.equal(g, h) for g, h in zip(grads, grads_of(sharp(*cases.batch()), model), strict=True))
 
 
 def test_the_loss_is_a_scalar_whose_later_change_in_place_is_legal():

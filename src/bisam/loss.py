@@ -323,9 +323,19 @@ class WithGradient(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *factors: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Returns the gradient times the incoming factor."""
+        """Returns the gradient times the incoming factor.
+
+        Raises:
+            RuntimeError: autograd records a graph of the gradient (`create_graph=True`).
+        """
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "a SharpnessAware loss can be differentiated once, and create_graph=True asks for a graph of its "
+                "gradient: that gradient was computed at the displaced weights, in the call of the loss, and is a "
+                "constant here. Leave out create_graph, and compute terms that contain derivatives, such as a gradient "
+                "penalty, inside `forward` or `loss`"
+            )
         factor = factors[0] if ctx.overflow is None else factors[0] + ctx.overflow
         if ctx.wraps is None:
             return None, None, None, None, *torch._foreach_mul(ctx.saved_tensors, factor)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.util import find_spec
@@ -15,7 +17,7 @@ from bisam.experiments.runs.environment import environment
 from bisam.experiments.runs.files import write
 
 from .behaviours import CASES
-from .runner import OURS, PYTORCH_OPTIMIZER, load, run
+from .runner import LIMIT, OURS, PYTORCH_OPTIMIZER, TROUBLE, load, run
 from .table import page
 
 
@@ -26,14 +28,38 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def seconds(text: str) -> float:
+    """A positive number of seconds."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number of seconds")
+    return value
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, 1 if a case failed, or 130 if it was interrupted; a wrong argument exits with 2."""
     parser = Parser(
         prog="python -m tests.conformance",
         description="Tests implementations of sharpness-aware training for behaviour that users rely on.",
         epilog="examples:\n"
         "  python -m tests.conformance\n"
         "  python -m tests.conformance --adapter mypackage.conformance:adapter\n"
-        "  python -m tests.conformance --to docs/conformance.md",
+        "  python -m tests.conformance --adapter mypackage.conformance:adapter --limit 20\n"
+        "  python -m tests.conformance --to docs/conformance.md\n\n"
+        "verdicts:\n"
+        "  pass     the implementation behaves as stated\n"
+        "  fail     it does not, or it raised an error\n"
+        "  timeout  the case was not done within the limit\n"
+        "  crash    the process of the case died\n"
+        "  n/a      the implementation does not offer what the case needs\n\n"
+        "exit codes:\n"
+        "  0    all cases pass or are not applicable\n"
+        "  1    a case failed, timed out or crashed\n"
+        "  2    an argument is wrong, or an adapter cannot be imported\n"
+        "  130  interrupted",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -45,6 +71,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="adapters to test (default: bisam, and pytorch_optimizer if it is installed)",
     )
     parser.add_argument("--to", type=Path, metavar="PATH", help="write the table as Markdown to this file")
+    parser.add_argument(
+        "--limit",
+        type=seconds,
+        default=LIMIT,
+        metavar="SECONDS",
+        help="time for each case, without the start of its processes (default: %(default)g)",
+    )
     arguments = parser.parse_args(argv)
     if arguments.to and (arguments.to.is_dir() or not arguments.to.parent.is_dir()):
         parser.error(f"argument --to: {str(arguments.to)!r} is no file in an existing folder")
@@ -54,17 +87,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser.error(f"argument --adapter: {error}")
     torch.set_num_threads(1)
-    results = run(list(adapters))
+    try:
+        results = run(list(adapters), limit=arguments.limit)
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        return 130
     print(" | ".join(f"{a.name} {a.version}" for a in adapters.values()))
+    found = {result.verdict for of_one in results.values() for result in of_one.values()}
+    width = max(len(verdict) for verdict in found)
     for case in CASES:
-        print(*(f"{results[spec][case.name].verdict:4}" for spec in adapters), f"{case.group}: {case.statement}")
+        verdicts = [f"{results[spec][case.name].verdict:{width}}" for spec in adapters]
+        print(*verdicts, f"{case.group}: {case.statement}")
         for spec, adapter in adapters.items():
-            if (result := results[spec][case.name]).verdict == "fail":
+            if (result := results[spec][case.name]).verdict in TROUBLE:
                 print(f"     {adapter.name}: {result.reason}")
     if arguments.to:
         where = {k: v for k, v in environment().items() if k != "bisam"} | {"date": datetime.now(UTC).date()}
-        write(arguments.to, page(adapters, results, ", ".join(f"{k} {v}" for k, v in where.items()) + ", CPU"))
+        text = page(adapters, results, ", ".join(f"{k} {v}" for k, v in where.items()) + ", CPU")
+        try:
+            write(arguments.to, text)
+        except OSError as error:
+            parser.error(f"argument --to: cannot write {str(arguments.to)!r}: {error.strerror or error}")
+    return int(not found.isdisjoint(TROUBLE))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -25,6 +25,12 @@ sharpness-aware training rely on. Each implementation is used as its documentati
   group, sparse gradients, or being a loss. This describes its scope and is not a defect.
 """
 
+NOT_DONE = {
+    "timeout": "* timeout: it was not done within the limit.",
+    "crash": "* crash: its process died.",
+}
+"""Verdicts that are explained if they occur."""
+
 CAVEATS = """## Fairness
 
 The authors of bisam chose the rows, from problems that users of SAM repositories report. It is no surprise that bisam
@@ -51,6 +57,9 @@ COMMAND = """Then run, in a checkout of bisam with `pip install -e ".[dev]"`:
 ```
 python -m tests.conformance --adapter mypackage.conformance:adapter
 ```
+
+`--limit SECONDS` bounds the time of a case; a case that hangs or dies does not stop the others. The exit code is 1 if a
+case failed, timed out or crashed. `--help` lists the flags, the verdicts and the exit codes.
 """
 
 
@@ -72,10 +81,12 @@ def page(adapters: Mapping[str, Adapter], results: Mapping[str, Mapping[str, Res
     heading = ("", "behaviour", *(f"{a.name} {a.version}" for a in adapters.values()))
     table = [f"| {' | '.join(cells)} |" for cells in (heading, ["---"] * len(heading), *rows)]
     used = [f"* {a.name}: {_documented(a)}" for a in adapters.values()]
+    found = {result.verdict for of_one in results.values() for result in of_one.values()}
+    more = "".join(f"{text}\n" for verdict, text in NOT_DONE.items() if verdict in found)
     code = EXAMPLE.read_text().partition('"""\n\n')[2].replace("from .adapter", f"from {ADAPTER}")
     return "\n".join(
         [
-            *(INTRODUCTION, *table, "", f"{where}.", ""),
+            *(INTRODUCTION + more, *table, "", f"{where}.", ""),
             *("Remarks:", "", *(f"{i}. {remark}" for i, remark in enumerate(remarks, 1)), ""),
             *("How each implementation was used:", "", *used, ""),
             *(CAVEATS, INSTRUCTIONS, "```python", code.rstrip(), "```", "", COMMAND.rstrip(), ""),

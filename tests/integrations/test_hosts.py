@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import itertools
-import re
 from collections import OrderedDict
 from functools import partial
 from pathlib import Path
@@ -316,24 +314,3 @@ def test_replicas_that_accumulate_are_one_process_that_does():
             for p, q in zip(actual, wanted, strict=True):
                 torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
     assert not any(torch.equal(g, h) for g, h in zip(results[0][1], results[1][1], strict=True))
-
-
-# The page
-
-
-def test_the_page_changes_two_lines_of_each_host():
-    page = (Path(__file__).parents[2] / "docs" / "add-to-your-loop.md").read_text()
-    parts = page.split("\n## ")[1:]
-    assert len(parts) == 15
-    for part in parts:
-        (diff,) = re.findall(r"```diff\n(.*?)```", part, re.DOTALL)
-        lines = diff.splitlines()
-        changed = [line for line in lines if line.startswith("+") and " import " not in line]
-        assert 1 <= len(changed) <= (3 if "InPairs" in diff else 2), part  # which deals out the data in another way
-        before, after = ("\n".join(line[2:] for line in lines if line[0] in kept) for kept in (" -", " +"))
-        ast.parse(before)
-        ast.parse(after)
-    links = re.findall(r"\]\(([^)#]+)\)", page)
-    assert [link for link in links if not (Path(__file__).parents[2] / "docs" / link).exists()] == []
-    anchors = {re.sub(r"[^\w\- ]", "", part.splitlines()[0].lower()).replace(" ", "-") for part in parts}
-    assert set(re.findall(r"\]\(#([^)]+)\)", page)) == anchors

@@ -170,8 +170,12 @@ def test_a_function_with_a_parameter_as_loss_is_refused_and_a_module_is_trained(
 
 
 def test_frozen_modules_outside_the_model_are_fine():
-    teacher = nn.Linear(4, 4).double().requires_grad_(False)
+    """Freezing is the remedy that the error states for a module that this loss is not to train."""
+    teacher = nn.Linear(4, 4).double()
     sharp = SharpnessAware(linear(), SAM(), cross_entropy, forward=lambda model, x, y: (model(teacher(x)), y))
+    with pytest.raises(ValueError, match=r"discriminator in the loss of a generator\), call requires_grad_\(False\)"):
+        sharp(POINTS, LABELS)
+    teacher.requires_grad_(False)
     sharp(POINTS, LABELS).backward()
 
 

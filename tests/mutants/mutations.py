@@ -219,8 +219,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "objectives",
         "no_second_derivative",
         "A second derivative of a bound takes intermediate results for constants.",
-        "if torch.is_grad_enabled():",
-        "if False:",
+        "if torch.is_grad_enabled():  # create_graph=True",
+        "if False:  # create_graph=True",
     ),
     # Evaluations and batches.
     Mutant(
@@ -999,6 +999,13 @@ MUTANTS: tuple[Mutant, ...] = (
         "An overflow in the first gradient does not make the gradient of the loss NaN.",
         "factor = factors[0] if ctx.overflow is None else factors[0] + ctx.overflow",
         "factor = factors[0]",
+    ),
+    Mutant(
+        "loss",
+        "graph_of_the_gradient",
+        "With create_graph=True the gradient of the loss has a graph in which it is constant.",
+        "if torch.is_grad_enabled():\n            raise RuntimeError(",
+        "if False:\n            raise RuntimeError(",
     ),
     Mutant(
         "loss",

@@ -305,9 +305,10 @@ class SAMPa(SAM):
 
     Source: https://arxiv.org/abs/2410.10683. y is the point to which the optimizer would move along the gradient of the
     previous step. The gradient is (1 - lam) grad L(w + e) + lam grad L(y), where e climbs along the gradient at the
-    previous y. As in the authors' code, the first term is computed on the batch of the previous step. The method keeps
-    a reference to that batch and not a copy, so a data loader must not reuse its tensors. The reported loss and running
-    statistics are those at y. On one device a step costs as much as a step of SAM.
+    previous y. As in the authors' code, the first term is computed on the batch of the previous step. As in the paper,
+    the first y is w; the authors' code starts with a plain step instead. The method keeps a reference to the previous
+    batch and not a copy, so a data loader must not reuse its tensors. The reported loss and running statistics are
+    those at y. On one device a step costs as much as a step of SAM.
 
     Args:
         perturb: see `SAM`; the authors use rho 0.1.

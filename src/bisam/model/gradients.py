@@ -169,7 +169,10 @@ class Strangers:
             raise ValueError(
                 f"the loss depends on {len(shapes)} tensors that need a gradient and are no parameters of the model "
                 f"(shapes {', '.join(map(str, shapes[:3]))}{', ...' if len(shapes) > 3 else ''}): they would not be "
-                "trained. Put them into the model, or pass a loss with parameters as an nn.Module"
+                "trained. If this loss is to train them, put them into the model, or pass a loss with parameters as an "
+                "nn.Module. If not (a teacher, or the discriminator in the loss of a generator), call "
+                "requires_grad_(False) on them before this loss; where another loss trains them, call "
+                "requires_grad_(True) before that one"
             )
         self.done = not found or self._before is not None
         self._before = None if self.done else found
