@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import sys
 import warnings
 from collections import Counter
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from bisam import ASAM, ERM, MSAM, SAM, BiSAM, ModelOracle, SharpnessAware, cross_entropy
+import bisam
+from bisam import (
+    ASAM,
+    ERM,
+    MSAM,
+    RSAM,
+    SAM,
+    BiSAM,
+    LookSAM,
+    ModelOracle,
+    SharpnessAware,
+    cross_entropy,
+    displaced,
+)
 from bisam.perturbations import L2
 from tests.support import cases
-from tests.support.cases import LABELS, POINTS, buffers, everything, gradients, linear, normed
+from tests.support.cases import LABELS, POINTS, buffers, everything, gradients, linear, normed, parameters
 from tests.support.doubles import at_call, throw
-from tests.support.runs import grads_of
+from tests.support.runs import grads_of, twins
 
 
 def plain(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -610,3 +626,170 @@ def test_clean_is_the_same_under_autocast_and_after_it():
         sharp(POINTS.float(), LABELS)
     assert sharp.clean.losses.dtype == torch.float32
     assert torch.equal(sharp.clean.losses, inside)
+
+
+# The model in eval mode.
+
+
+def test_a_step_with_the_model_in_eval_mode_is_warned_of_once():
+    model, batch = normed().eval(), cases.batch()
+    sharp = SharpnessAware(model, SAM(L2(0.5)), cross_entropy)
+    with pytest.warns(UserWarning, match=r"eval mode.*model.train\(\).*in_eval_mode=True"):
+        assert torch.equal(sharp(*batch), plain(model, *batch))
+    sharp(*batch)  # pytest turns a second warning into an error
+
+
+@pytest.mark.parametrize(
+    "evaluate",
+    [
+        lambda sharp, batch: sharp.eval()(*batch),
+        lambda sharp, batch: torch.no_grad()(sharp)(*batch),
+        lambda sharp, batch: torch.inference_mode()(sharp)(*batch),
+    ],
+    ids=["sharp.eval()", "no_grad", "inference_mode"],
+)
+def test_an_evaluation_is_silent(evaluate):
+    model = normed().eval()
+    sharp = SharpnessAware(model, SAM(L2(0.5)), cross_entropy)
+    assert torch.equal(evaluate(sharp, cases.batch()), plain(model, *cases.batch()))
+
+
+def test_erm_in_eval_mode_is_the_plain_loss_that_was_asked_for():
+    model = normed().eval()
+    assert torch.equal(SharpnessAware(model, ERM(), cross_entropy)(*cases.batch()), plain(model, *cases.batch()))
+
+
+def test_in_eval_mode_the_method_trains_with_frozen_statistics():
+    model, twin = twins(lambda: normed().eval())
+    before = buffers(model)
+    sharp = SharpnessAware(model, SAM(L2(0.5)), cross_entropy, in_eval_mode=True)
+    parts = nn.Sequential(*[part.eval() for part in twin])  # itself in training mode, all layers in eval mode
+    other = SharpnessAware(parts, SAM(L2(0.5)), cross_entropy)
+    value, expected = sharp(*cases.batch()), other(*cases.batch())
+    assert torch.equal(value, expected)
+    assert value > plain(model, *cases.batch())
+    for g, e in zip(autograd_grads(value, model), autograd_grads(expected, parts), strict=True):
+        assert torch.equal(g, e)
+    assert buffers(model) == before
+    sharp.eval()
+    assert torch.equal(sharp(*cases.batch()), plain(model, *cases.batch()))
+
+
+# Averages of the state dict of the loss itself.
+
+
+def timm_average(sharp):
+    from timm.utils import ModelEmaV2
+
+    ModelEmaV2(sharp).update(sharp)
+
+
+def timm_newer_average(sharp):
+    from timm.utils import ModelEmaV3
+
+    ModelEmaV3(sharp).update(sharp)
+
+
+def average_by_dtype(sharp):
+    other = copy.deepcopy(sharp).state_dict()
+    for name, value in other.items():
+        if value.dtype.is_floating_point:
+            value *= 0.9
+            value += 0.1 * sharp.state_dict()[name].detach()
+
+
+def average_by_copy(sharp):
+    for value, other in zip(copy.deepcopy(sharp).state_dict().values(), sharp.state_dict().values(), strict=True):
+        value.copy_(0.9 * value + 0.1 * other)
+
+
+def average_by_lerp(sharp):
+    for value, other in zip(copy.deepcopy(sharp).state_dict().values(), sharp.state_dict().values(), strict=True):
+        value.lerp_(other, 0.1)
+
+
+AVERAGES = [average_by_dtype, average_by_copy, average_by_lerp, timm_average, timm_newer_average]
+
+
+@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("method", [SAM(), LookSAM()], ids=str)
+def test_an_average_of_the_loss_module_works_or_names_the_model(average, method):
+    if "timm" in average.__name__:
+        pytest.importorskip("timm")
+    sharp = SharpnessAware(cases.mlp(), method, cross_entropy)
+    sharp(*cases.batch())
+    try:
+        average(sharp)
+    except TypeError as error:
+        assert "sharp.model" in str(error)  # noqa: PT017 - some averages work
+    else:
+        assert average is timm_newer_average  # which takes entries that it can calculate with only
+
+
+def test_torch_s_average_of_the_loss_module_works():
+    sharp = SharpnessAware(cases.mlp(), LookSAM(), cross_entropy)
+    sharp(*cases.batch())
+    average = torch.optim.swa_utils.AveragedModel(sharp, use_buffers=True)
+    average.update_parameters(sharp)
+    assert parameters(average.module.model) == parameters(sharp.model)
+
+
+def test_the_extra_state_is_saved_as_plain_containers(tmp_path):
+    sharp = SharpnessAware(cases.mlp(), LookSAM(), cross_entropy)
+    sharp(*cases.batch())
+    torch.save(sharp.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    other = SharpnessAware(cases.mlp(), LookSAM(), cross_entropy)
+    other.load_state_dict(state)
+    assert other.get_extra_state()["step"] == 1
+    assert not hasattr(sharp.get_extra_state(), "dtype")
+    assert getattr(sharp.get_extra_state(), "shape", None) is None
+    assert isinstance(copy.deepcopy(sharp.get_extra_state()), dict)
+
+
+# A call that is interrupted.
+
+
+class Interrupt(KeyboardInterrupt):
+    pass
+
+
+@pytest.mark.parametrize("method", [SAM(L2(0.5)), BiSAM(0.5), LookSAM(), MSAM(4), RSAM(0.1)], ids=str)
+def test_a_call_that_is_interrupted_anywhere_leaves_all_as_it_was(method):
+    """At each line of bisam in turn."""
+    model = normed()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+        p.register_hook(lambda g: g)
+    sharp = SharpnessAware(model, method, cross_entropy)
+    sharp(*cases.batch(1)).backward()
+    inside = str(Path(bisam.__file__).parent)
+
+    def state():
+        hooks = [list(p._backward_hooks) for p in model.parameters()]
+        return everything(model), pickle.dumps(sharp.get_extra_state()), hooks, torch.is_grad_enabled(), displaced()
+
+    before, at, done = state(), 0, False
+    while not done:
+        at += 7
+        count = 0
+
+        def trace(frame, event, argument):
+            nonlocal count
+            if inside in frame.f_code.co_filename and event == "line":
+                count += 1
+                if count == at:  # noqa: B023
+                    raise Interrupt
+            return trace
+
+        sys.settrace(trace)
+        try:
+            sharp(*cases.batch(2))
+            done = True
+        except Interrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        if not done:
+            assert state() == before, f"at line event {at}"
+    assert at > 300
