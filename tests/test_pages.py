@@ -370,6 +370,7 @@ HERE: dict[tuple[str, str], list[Callable[[], dict[str, Any]]]] = {
     (LOOP, "A loss of several parts"): [composite],
     (LOOP, "Losses with derivatives inside"): [equation, atoms, wgan],
     (LOOP, "GANs"): [gan],
+    (LOOP, "Models that keep a state"): [loop],
     (LOOP, "torch.compile"): [compiled],
     (LOOP, "Activation checkpointing"): [lambda: {**loop(), "model": Checkpointed()}],
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -380,7 +381,23 @@ def mode() -> dict[str, Any]:
     model, (x, y) = network(), part(0)
     sharp = SharpnessAware(DDP(model), SAM(L2(0.5)), cross_entropy)
     model.eval()
-    return {} if torch.equal(sharp(x, y), cross_entropy(model(x), y).mean()) else {"differs": 1}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*the model is in eval mode")
+        return {} if torch.equal(sharp(x, y), cross_entropy(model(x), y).mean()) else {"differs": 1}
+
+
+def used_by_one() -> dict[str, Any]:
+    """A parameter that one rank alone uses has the mean gradient on all ranks."""
+    model, first = Branches(turns=0), dist.get_rank() == 0
+    model.turns = 1 if first else 0
+    model.forward = lambda x: model.body(model.other(x) if first else x)  # pyright: ignore
+    sharp = SharpnessAware(model, SAM(L2(0.0)), cross_entropy, scope="global")
+    sharp(*part(0)).backward()
+    (expected,) = torch.autograd.grad(
+        cross_entropy(model.body(model.other(part(0, 0)[0])), part(0, 0)[1]).mean(), [model.other.weight]
+    )
+    grad = model.other.weight.grad
+    return {} if grad is not None and torch.allclose(grad, expected / 2, 0, 1e-12) else {"gradient": str(grad)}
 
 
 def ddp_otherwise() -> dict[str, Any]:
@@ -396,6 +413,7 @@ def ddp_otherwise() -> dict[str, Any]:
             **{f"running statistics, {order}": statistics(order) for order in ("inside", "outside")},
             "parameters by turns, inside": refused(by_turns, "use different parameters in different queries"),
             **{f"unused parameters, {order}, global": unused_by_all(order) for order in ("inside", "outside")},
+            "a parameter that one rank alone uses, global": used_by_one(),
             "an overflow on one rank, global": overflown(),
             "a copy of what is remembered, global": copied(),
             "evaluation": mode(),

@@ -188,3 +188,41 @@ def test_parameters_that_deepspeed_partitions_are_refused():
     model.weight.ds_id = 0  # as ZeRO-3 marks the parameters that it takes away between two passes
     with pytest.raises(ValueError, match="ZeRO-3"):
         SharpnessAware(model, SAM(), cross_entropy)(POINTS, LABELS)
+
+
+class GradSampleModule(nn.Module):
+    """Named as that of Opacus, which wraps a model."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._module = module
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._module(x)
+
+
+class GradSampleModuleFastGradientClipping(GradSampleModule):
+    """A subclass, as Opacus has several."""
+
+
+@pytest.mark.parametrize("wrap", [GradSampleModule, GradSampleModuleFastGradientClipping])
+def test_wrappers_for_per_sample_gradients_are_refused_by_name(wrap):
+    with pytest.raises(ValueError, match=r"^GradSampleModule.*differentially private training, as in Opacus"):
+        SharpnessAware(wrap(linear()), SAM(), cross_entropy)(POINTS, LABELS)
+
+
+def test_parameters_with_per_sample_gradients_are_refused():
+    model = linear()
+    model.weight.grad_sample = None  # as hooks without a wrapper leave it
+    with pytest.raises(ValueError, match="per-sample gradients"):
+        SharpnessAware(model, SAM(), cross_entropy)(POINTS, LABELS)
+
+
+def test_a_lazy_module_is_refused_until_it_has_run():
+    model = nn.Sequential(nn.LazyLinear(5), nn.Linear(5, 4)).double()
+    sharp = SharpnessAware(model, SAM(), cross_entropy)
+    with pytest.raises(ValueError, match=r"2 parameters have no shape yet \(model.0.weight, model.0.bias\)"):
+        sharp(X, Y)
+    with torch.no_grad():
+        model(X)
+    sharp(X, Y).backward()

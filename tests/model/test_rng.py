@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from bisam import ERM, MSAM, SAM, SharpnessAware, cross_entropy
+from bisam import ERM, MSAM, SAM, ModelOracle, SharpnessAware, cross_entropy
 from bisam.perturbations import L2
 from tests.support import cases
 from tests.support.cases import bits
@@ -30,6 +33,32 @@ def test_same_noise_replays_the_masks_within_a_step_only():
     (first, second), (third, _) = masks(sharp), masks(sharp)
     assert torch.equal(first, second)
     assert not torch.equal(first, third)
+
+
+@pytest.mark.parametrize("source", [lambda: np.random.rand(), lambda: random.random()], ids=["numpy", "python"])  # noqa: NPY002
+@pytest.mark.parametrize("same", [True, False])
+def test_same_noise_replays_other_generators_too(source, same):
+    seen = []
+
+    class Masked(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(source())
+            return super().forward(x)
+
+    sharp = SharpnessAware(Masked(6, 4).double(), MSAM(4), cross_entropy, same_noise=same)
+    sharp(*cases.batch())
+    assert (seen[0] == seen[1], seen[2] == seen[3]) == (same, same)
+    assert seen[0] != seen[2]
+
+
+def test_a_fork_seeds_and_restores_all_generators():
+    oracle, draws = ModelOracle(cases.mlp(), cross_entropy), []
+    for _ in range(2):
+        before = random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+        with oracle.fork(3, 4):
+            draws.append((random.random(), np.random.rand(), torch.rand(()).item()))  # noqa: NPY002
+        assert (random.getstate(), np.random.get_state()[1].tolist()) == before  # noqa: NPY002
+    assert draws[0] == draws[1]
 
 
 def test_noise_is_fresh_by_default():
