@@ -53,10 +53,15 @@ def leaves(tree: Any) -> list[Any]:
     return [leaf for element in inside[0] for leaf in leaves(element)]
 
 
+def is_flat(batch: Any) -> bool:
+    """Whether a batch is a tuple of tensors, for which the functions of this module need not look for containers."""
+    return type(batch) is tuple and {type(t) for t in cast("tuple[Any, ...]", batch)} == {Tensor}
+
+
 def tensors(tree: Any) -> list[Tensor]:
     """Returns the tensors of a nest."""
-    if type(tree) is tuple and all(type(t) is Tensor for t in cast("tuple[Any, ...]", tree)):
-        return list(cast("tuple[Tensor, ...]", tree))
+    if is_flat(tree):
+        return list(tree)
     return [leaf for leaf in leaves(tree) if isinstance(leaf, Tensor)]
 
 
@@ -77,6 +82,8 @@ def size(batch: Any) -> int | None:
 
 def is_empty(batch: Any) -> bool:
     """Whether the batch has tensors with dimensions, all of which have no example."""
+    if is_flat(batch) and batch[0].dim() and len(batch[0]):
+        return False
     return _sizes(tensors(batch)) == [0]
 
 
@@ -86,7 +93,7 @@ def handed(batch: Any) -> Any:
     Raises:
         TypeError: an iterator is in the batch, which only one pass could read.
     """
-    if isinstance(batch, Tensor) or batch is None:
+    if isinstance(batch, Tensor) or batch is None or is_flat(batch):
         return batch
     if isinstance(batch, Iterator):
         raise TypeError(

@@ -143,7 +143,7 @@ class SharpnessAware(nn.Module):
         memory, with_grad = self._memory, torch.is_grad_enabled()
         if not memory.checked:
             compatibility.check(self, self.method, self._scope)
-        self._memory = memory = replace(memory, seen=[], clean=None)  # free the outputs of the last step
+        memory.seen, memory.clean = [], None  # free the outputs of the last step
         oracle = ModelOracle(
             self.model,
             self.loss,

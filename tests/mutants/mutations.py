@@ -1057,7 +1057,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "model",
         "outputs_hold_their_graph",
         "The outputs that are kept hold the graph that made them.",
-        "outputs, targets = (mapped(Tensor.detach, tree) for tree in (self.outputs, self.targets))",
+        "outputs, targets = mapped(_detached, self.outputs), mapped(_detached, self.targets)",
         "outputs, targets = self.outputs, self.targets",
     ),
     Mutant(

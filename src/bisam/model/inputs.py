@@ -48,9 +48,9 @@ class Inputs:
         for given in self._given:
             self._check(given)
         found = tensors(batch)
-        self.need_gradients = any(t.requires_grad for t in found)
         self._without = [t for t in found if not t.requires_grad]
-        if not any(batch is other for other in self._batches):
+        self.need_gradients = len(self._without) < len(found)
+        if not any([batch is other for other in self._batches]):  # noqa: C419 - faster than a generator
             self._batches.append(batch)
             for i, t in enumerate(found):
                 if t.is_inference():  # cannot be changed in place outside of inference mode

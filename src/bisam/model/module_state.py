@@ -122,6 +122,9 @@ class Saved(NamedTuple):
         return Saved({k: v for k, v in self.values.items() if k in keys}, [group for group in copies if group[0]])
 
 
+_NOTHING = Saved({}, [])
+
+
 @dataclass
 class Mover:
     """A tensor that forward passes change.
@@ -200,6 +203,12 @@ class ModuleState:
         return [b for b in buffers if b is not None]
 
     @property
+    def moved_parameters(self) -> list[str]:
+        """The frozen parameters that passes change, by class and name."""
+        found = [(key, mover) for key, mover in self._known.moving.items() if key[1] == "frozen"]
+        return sorted(f"{type(mover.module).__name__}.{key[2]}" for key, mover in found)
+
+    @property
     def begun(self) -> bool:
         """Whether the state before the step was saved."""
         return self._before is not None
@@ -212,6 +221,9 @@ class ModuleState:
     def begin(self) -> None:
         """Saves the state before the step, once; call it before anything changes the state."""
         if self._before is not None:
+            return
+        if not self._places:
+            self._before = _NOTHING
             return
         moving, thorough = self._known.moving, self._known.thorough
         values: dict[Key, Any] = {}
@@ -236,6 +248,8 @@ class ModuleState:
         """Prepares a pass."""
         first = self._before is None
         self.begin()
+        if not self._places:
+            return
         if first:
             self._start = self._before
         elif self._thorough:  # the state has changed since by other means than a pass, and nothing is known of passes
@@ -248,6 +262,8 @@ class ModuleState:
 
     def leave(self, track: bool) -> None:
         """Ends a pass: keeps its state if it tracks, else restores the present one."""
+        if not self._places:
+            return
         changed = self.look()
         start, self._start = self._start, None
         if start is None:
@@ -258,8 +274,10 @@ class ModuleState:
             read = self.read - kept
             self._saw = start.only(read) if read else None
         else:
-            self.restore(start.only(self._known.moving.keys() - kept))
-            self._warn(changed, start)
+            all_moving = start is not self._before and not kept
+            self.restore(start if all_moving else start.only(self._known.moving.keys() - kept))
+            if changed:
+                self._warn(changed, start)
 
     def again(self) -> None:
         """Returns to the beginning of the present pass."""
@@ -277,7 +295,7 @@ class ModuleState:
     def look(self) -> set[Key]:
         """Finds the tensors that have moved since the step began, which are restored from now on, and returns them."""
         before = self._before
-        if before is None:
+        if before is None or not self._places:
             return set()
         if not self._looked:
             self._looked = True

@@ -57,7 +57,7 @@ class ForwardPass:
 
     def detached(self) -> Evaluation:
         """Returns the pass as an Evaluation without gradient and graph."""
-        outputs, targets = (mapped(Tensor.detach, tree) for tree in (self.outputs, self.targets))
+        outputs, targets = mapped(_detached, self.outputs), mapped(_detached, self.targets)
         losses, value = self.losses.detach(), self.value.detach()
         return Evaluation(losses, None, outputs, value, self.count, targets, self.objective)
 
@@ -428,6 +428,10 @@ class ModelOracle(Oracle):
         """Frees copies of the weights that were made for a forward pass."""
         torch.clear_autocast_cache()
         self._placement.before_forward()
+
+
+def _detached(tensor: Tensor) -> Tensor:
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 Sums = list[tuple[nn.Parameter, int, Tensor]]

@@ -206,6 +206,19 @@ class Branching(nn.Module):
         return self.branches[self.used[-1]](x)
 
 
+class Following(nn.Module):
+    """A frozen layer follows a trained one in the forward pass, as a momentum encoder does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.slow = nn.Linear(6, 4).double(), nn.Linear(6, 4).double().requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.slow.weight.lerp_(self.linear.weight, 0.1)
+        return self.linear(x) + self.slow(x)
+
+
 class Growing(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -326,6 +339,12 @@ def differences_between_the_ranks_are_said(rank: int) -> None:
     with refused(ValueError, "buffers other shapes", "without InPairs"):
         growing.steps(1)
     assert growing.model.seen.shape == (0,)
+
+    following = running(sampa(), Following)
+    untouched = following.everything
+    with refused(ValueError, "change frozen parameters (Linear.weight)", "without InPairs"):
+        following.steps(1)
+    assert following.everything == untouched
 
     masked = running(lambda o: SAMPa(RandomMask(L2(0.1)), ahead=next_step(o)))
     untouched = copy.deepcopy(masked).everything
@@ -483,7 +502,7 @@ def two(folder: Path) -> None:
 
 
 def test_two_ranks(tmp_path):
-    ranks.run(2, two, tmp_path, seconds=120)
+    ranks.run(2, two, tmp_path, seconds=240)
 
 
 # Two pairs
@@ -567,7 +586,7 @@ def test_a_pair_needs_two_processes():
         with refused(ValueError, "of 1 one is left over", "torchrun --nproc-per-node 2", "without InPairs"):
             call()
     assert run.everything == before
-    run.model.eval()
+    run.sharp.eval()
     assert run.sharp(*cases.batch()).isfinite()
 
 

@@ -49,7 +49,8 @@ class InPairs:
     the method without InPairs, bit for bit if the hardware is deterministic, so a checkpoint of one rank is valid for
     both. InPairs must be the outermost method. All ranks of the process group take part.
 
-    Running statistics are updated on the even rank, as without InPairs, and copied to the odd rank. `clean` is
+    Running statistics and other buffers are updated on the even rank, as without InPairs, and copied to the odd rank;
+    hidden states in plain attributes of modules are not. `clean` is
     available on the rank that made the query at the weights: for SAMPa on even ranks only; on odd ranks it raises
     RuntimeError. An answer from the other rank has losses and gradient, but no outputs and no targets.
 
@@ -70,8 +71,8 @@ class InPairs:
     Raises when called:
         TypeError: the oracle is not that of a module.
         ValueError: there is no process group with an even number of ranks; InPairs is inside another InPairs; the model
-            has a wrapper that must be around the loss; the ranks of a pair differ in weights, state, batch or
-            generators.
+            has a wrapper that must be around the loss, or changes frozen parameters in its forward pass; the ranks of
+            a pair differ in weights, state, batch or generators.
         RuntimeError: the other rank failed or does not respond. As after any error, the weights are as before the step.
     """
 
@@ -133,6 +134,11 @@ class _Shared(View):
         try:
             for query, member in zip(queries, members, strict=True):
                 own.append(self._asked(query, member in (None, pair.member)))
+            if moved := self._below.module_state.moved_parameters:
+                raise ValueError(
+                    f"forward passes change frozen parameters ({', '.join(moved[:3])}), as a momentum encoder does, "
+                    "and the ranks of a pair would differ in them: use the method alone, without InPairs"
+                )
         except Exception as error:
             with suppress(RuntimeError):  # if the other rank does not respond, raise the error of this rank
                 pair.swap(Note(place, error=f"{type(error).__name__}: {error}"[:1000]))
