@@ -196,6 +196,28 @@ def test_blocks_of_labels_give_the_whole(bound, width, monkeypatch):
         close(bound(logits, p), whole)
 
 
+@bounds
+@pytest.mark.parametrize("ignore_index", [0, 4])
+def test_no_class_is_ignored_among_probabilities(bound, ignore_index):
+    """As in torch, whose cross-entropy has no ignore_index for probabilities."""
+    logits, _ = example()
+    p = mixed(logits)
+    ignoring = copy.copy(bound)
+    object.__setattr__(ignoring, "ignore_index", ignore_index)
+    same(ignoring(logits, p), bound(logits, p))
+    same(gradient(ignoring(logits, p), logits), gradient(bound(logits, p), logits))
+
+
+@bounds
+@pytest.mark.parametrize("rest", RESTS)
+@pytest.mark.parametrize("soft", [False, True])
+def test_an_empty_batch(bound, rest, soft):
+    logits, labels = example(n=0, rest=rest)
+    q = bound(logits, mixed(logits) if soft else labels)
+    assert q.shape == (0, *rest)
+    assert gradient(q, logits).shape == logits.shape
+
+
 # The bound
 
 HUGE = [0.0, 1.0, -1.0, 1e-3, 30.0, -30.0, 1e4, -1e4, 1e30, -1e30]
@@ -284,6 +306,69 @@ def test_half_precision_is_reduced_in_float32(bound, soft, dtype):
     g = gradient(q, logits)
     assert g.dtype == dtype
     same(g, gradient(expected, wide).to(dtype))
+
+
+def confident(classes, rest=(), margins=(2, 4, 8, 12, 16, 20, 30, 40, 60)):
+    """Float32 logits in which the label leads by each margin, and the labels."""
+    g = torch.Generator().manual_seed(0)
+    logits = -torch.rand(len(margins), classes, *rest, generator=g)
+    labels = torch.randint(classes, (len(margins), *rest), generator=g)
+    logits.scatter_(1, (labels.unsqueeze(1) + 1) % classes, 0.0)  # the largest of the others
+    lead = torch.tensor(margins, dtype=torch.float32).view(-1, *[1] * (len(rest) + 1)).expand(-1, 1, *rest)
+    return logits.scatter_(1, labels.unsqueeze(1), lead).requires_grad_(), labels
+
+
+def label_gradient(bound, logits, labels):
+    """dQ/df_y in float64: minus the sum over the other classes, and no difference of large terms."""
+    index = labels.unsqueeze(1)
+    wide = logits.detach().double()
+    margins = wide - wide.gather(1, index)
+    if isinstance(bound, Tanh):
+        slope = bound.alpha / torch.cosh(bound.alpha * margins) ** 2
+    else:
+        slope = 1 / (1 + torch.exp(margins) / (math.e - 1))
+    terms = (bound.mu * phi_of(bound)(margins)).softmax(1) * slope
+    return -terms.scatter(1, index, 0.0).sum(1)
+
+
+CONFIDENT = [NegLog(), NegLog(5.0), NegLog(0.3), Tanh(), Tanh(1.0, 1.0), Tanh(65.0), LowerBound(NegLog().phi, 2.0)]
+
+
+@pytest.mark.parametrize("bound", CONFIDENT, ids=name)
+@pytest.mark.parametrize("classes", [2, 10])
+@pytest.mark.parametrize("rest", [(), (2,)])
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("kind", ["labels", "probabilities", "ignored"])
+def test_confident_examples_have_accurate_gradients_in_float32(bound, classes, rest, create_graph, kind):
+    """To 2e-5 relative, up to the margin at which the gradient or an exponential leaves the range of float32."""
+    logits, labels = confident(classes, rest)
+    expected, targets = label_gradient(bound, logits, labels), labels
+    if kind == "probabilities":
+        targets = F.one_hot(labels, classes).movedim(-1, 1).float()
+    if kind == "ignored":
+        targets = labels.clone()
+        targets[1::2] = -100
+        expected[1::2] = 0
+    g = torch.autograd.grad(bound(logits, targets).sum(), logits, create_graph=create_graph)[0].detach()
+    torch.testing.assert_close(g.gather(1, labels.unsqueeze(1)).squeeze(1).double(), expected, rtol=2e-5, atol=1e-34)
+    others = g.scatter(1, labels.unsqueeze(1), 0.0).sum(1)
+    torch.testing.assert_close(g.gather(1, labels.unsqueeze(1)).squeeze(1), -others, rtol=1e-6, atol=0)
+
+
+def test_neg_log_climbs_confident_examples_in_proportion_to_cross_entropy():
+    """Q contains the label's own class, so its gradient vanishes with that of cross-entropy, times e/(e - 1)."""
+    logits, labels = confident(10, margins=(16, 20, 30))
+    q, ce = (torch.autograd.grad(f(logits, labels).sum(), logits)[0] for f in (NegLog(), cross_entropy))
+    others = torch.ones_like(q).scatter(1, labels.unsqueeze(1), 0.0).bool()
+    ratio = q[others] / ce[others]
+    torch.testing.assert_close(ratio, torch.full_like(ratio, math.e / (math.e - 1)), rtol=1e-5, atol=0)
+    assert (q[others] < 1e-6).all()
+
+
+def test_q_is_a_lower_bound_only_after_its_constant_is_subtracted():
+    logits, labels = torch.tensor([[0.0, -1.0, -1.0]]), torch.tensor([0])  # classified correctly
+    for bound in (NegLog(), Tanh()):
+        assert 0 < bound(logits, labels) < math.log(3) / bound.mu
 
 
 LAYOUTS = {

@@ -189,9 +189,24 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "objectives",
+        "label_gradient_cancels",
+        "The gradient at the label is the rest of a sum that contains the label's own, much larger term.",
+        "rows = bound._rows(weight.unsqueeze(1), s, u).scatter_(1, index, 0.0)",
+        "rows = bound._rows(weight.unsqueeze(1), s, u)",
+        also=(("return rows.scatter_(1, index, rows.sum", "return rows.scatter_add_(1, index, rows.sum"),),
+    ),
+    Mutant(
+        "objectives",
+        "label_gradient_cancels_in_autograd",
+        "The gradient at the label contains the label's own, much larger term where autograd computes it.",
+        "margins = margins.scatter(1, index, margins.detach().gather(1, index))",
+        "pass",
+    ),
+    Mutant(
+        "objectives",
         "ignored_labels_have_gradients",
         "The gradient of a bound is not zero at ignored labels.",
-        "weight.masked_fill_(ignored, 0.0)",
+        "grad = grad.masked_fill(ignored, 0.0)",
         "pass",
     ),
     Mutant(
