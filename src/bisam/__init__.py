@@ -42,6 +42,7 @@ from bisam.methods import (
 )
 from bisam.model.oracle import ModelOracle as ModelOracle
 from bisam.objectives import (
+    Binary as Binary,
     LowerBound as LowerBound,
     NegLog as NegLog,
     Tanh as Tanh,

@@ -37,7 +37,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from bisam.validation import positive
+from bisam import targets as check
+from bisam.validation import instance, positive
 
 Objective = Callable[[Any, Any], Tensor]
 """A function `(outputs, targets) -> losses` that returns one loss per example, or a scalar."""
@@ -80,7 +81,9 @@ class CrossEntropy:
             ValueError: their shapes do not match, or a label is outside [0, K) (on the CPU; on a GPU a device-side
                 assert fails, as in torch).
         """
-        _check(outputs, targets)
+        check.types(outputs, targets)
+        if not check.fits(outputs, targets):
+            raise check.mismatch(outputs, targets, check.IN_TORCH)
         return _in_range(_cross_entropy, outputs, targets, self.ignore_index)
 
 
@@ -123,25 +126,30 @@ class LowerBound:
         Args:
             outputs: logits (N, K), (N, K, d1, ...) or (K,), K >= 2. They are not modified.
             targets: int64 labels (N,), (N, d1, ...) or (); or class probabilities of the shape of `outputs` (mixup,
-                cutmix, smoothing), for which Q is the expectation over the label, at K times the cost.
+                cutmix, smoothing), for which Q is the expectation over the label, at K times the cost. Probabilities
+                are non-negative and sum to 1 over the classes, up to 0.01 (0.03 in bfloat16).
 
         Raises:
             TypeError: `outputs` or `targets` have the wrong type.
-            ValueError: their shapes do not match, K < 2, or a label is outside [0, K) (on the CPU; on a GPU a
-                device-side assert fails, as in torch).
+            ValueError: their shapes do not match, K < 2, a label is outside [0, K), or floating-point targets are not
+                class probabilities (values are checked on the CPU; on a GPU a device-side assert fails, as in torch).
         """
-        classes = _check(outputs, targets)
-        if classes < 2:
-            raise ValueError(
-                f"a bound of the 0-1 loss compares classes, and outputs of shape {tuple(outputs.shape)} have only one: "
-                "for a binary task with one logit z, pass torch.stack([torch.zeros_like(z), z], dim=1)"
-            )
-        logits = outputs.float() if outputs.dtype in _HALF else outputs
-        if logits.dim() == 1:
-            return self(logits.unsqueeze(0), targets.unsqueeze(0)).squeeze(0)
-        if targets.is_floating_point():
-            return self._expected(logits, targets)
-        return _in_range(self._labelled, logits, targets, self.ignore_index)
+        classes, soft = check.types(outputs, targets), targets.is_floating_point()
+        if classes < 2 or not check.fits(outputs, targets):
+            raise check.mismatch(outputs, targets, self._elsewhere())
+        if soft:
+            check.probabilities(targets, self._elsewhere())
+        logits, one = _wide(outputs), outputs.dim() == 1
+        if one:
+            logits, targets = logits.unsqueeze(0), targets.unsqueeze(0)
+        if soft:
+            values = self._expected(logits, targets)
+        else:
+            values = _in_range(self._labelled, logits, targets, self.ignore_index)
+        return values.squeeze(0) if one else values
+
+    def _elsewhere(self) -> check.Elsewhere:
+        return check.Elsewhere(f"bisam.Binary({type(self).__name__}(...))")
 
     def _labelled(self, logits: Tensor, labels: Tensor, ignore_index: int | None) -> Tensor:
         """Returns Q for labels; zero where a label is `ignore_index`. None: all labels count."""
@@ -174,6 +182,14 @@ class LowerBound:
             logits.unsqueeze(2).expand(n, classes, width, *rest), labels.expand(n, width, *rest).contiguous(), None
         )
         return (probabilities * q).sum(1)
+
+
+def _neg_log(x: Tensor) -> Tensor:
+    return 1 + F.logsigmoid(x - GAMMA)
+
+
+def _tanh(alpha: float, x: Tensor) -> Tensor:
+    return 2 * torch.sigmoid(2 * alpha * x) - 1  # not tanh, whose derivative 1 - tanh^2 cancels for x << 0
 
 
 @dataclass(frozen=True)
@@ -281,6 +297,70 @@ class Tanh(LowerBound):
         return _sigmoid_backward_out(slope, s, grad_input=slope)  # in place: memory is the cost
 
 
+@dataclass(frozen=True)
+class Binary:
+    """A bound for tasks with one logit per label: a binary head, several labels per example, or masks.
+
+    A logit z is the two-class problem with logits (0, z), so the 0-1 loss is 1 where the sign of z is wrong, and the
+    bound is Q of `bound` with K = 2 (the idea of Xie et al., 2024, for labels that are independent of each other;
+    https://arxiv.org/abs/2407.12993). It is the adversary's counterpart of `torch.nn.BCEWithLogitsLoss` and takes the
+    same arguments. No label is ignored.
+
+    Args:
+        bound: the bound of each label; its `ignore_index` is not used.
+
+    Raises:
+        TypeError: `bound` is not a `LowerBound`.
+
+    Example:
+        >>> import torch
+        >>> from bisam import BiSAM, Binary, SharpnessAware, Tanh
+        >>> Binary()(torch.tensor([2.0, -2.0]), torch.tensor([1.0, 1.0]))    # the second label is predicted wrongly
+        tensor([0.1810, 1.1648])
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(4, 3)
+        >>> sharp = SharpnessAware(model, BiSAM(0.05, Binary(Tanh())), torch.nn.BCEWithLogitsLoss())
+        >>> x, labels = torch.randn(8, 4), torch.randint(2, (8, 3)).float()    # any number of 3 labels per example
+        >>> sharp(x, labels).backward()
+    """
+
+    bound: LowerBound = field(default=NegLog())
+
+    def __post_init__(self) -> None:
+        instance("bound", self.bound, "a LowerBound such as NegLog() or Tanh()")
+        if not isinstance(cast(Any, self.bound), LowerBound):
+            raise TypeError(f"bound must be a LowerBound such as NegLog() or Tanh(), got {self.bound!r}")
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Returns Q per label, of the shape of `outputs` and in float32 or a wider type.
+
+        Args:
+            outputs: logits (N,), (N, 1), (N, L) or (N, L, d1, ...) for L labels. They are not modified.
+            targets: 0 or 1 for each logit, of any integer, boolean or floating-point type; or, in a floating-point
+                type, probabilities of label 1 (mixup, smoothing), for which Q is the expectation over the label.
+
+        Raises:
+            TypeError: `outputs` or `targets` have the wrong type.
+            ValueError: their shapes differ, or a target is outside [0, 1] (values are checked on the CPU; on a GPU a
+                device-side assert fails).
+        """
+        check.types(outputs, targets)
+        bound = f"{type(self.bound).__name__}(...)"
+        if targets.shape != outputs.shape:
+            raise check.binary_mismatch(outputs, targets, bound)
+        labels = targets if targets.is_floating_point() else targets.long()
+        check.binary(labels, bound)
+        z, p = _wide(outputs), _wide(labels)
+        logits = torch.stack([torch.zeros_like(z), z], 1)
+        if labels.is_floating_point():
+            return self.bound._expected(logits, torch.stack([1 - p, p], 1))
+        return self.bound._labelled(logits, labels, None)
+
+
+Bound = LowerBound | Binary
+"""A bound of the 0-1 loss: of classes, or of labels."""
+
+
 def count(losses: Tensor, targets: Any, objective: Objective) -> Count:
     """Returns the number of losses that count: those whose target is not the objective's `ignore_index`, if it has one.
 
@@ -303,16 +383,12 @@ def mean(losses: Tensor, counted: Count) -> Tensor:
     return losses.mean() if isinstance(counted, int) else losses.sum() / counted.clamp_min(1)
 
 
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in _HALF else tensor
+
+
 def _cross_entropy(outputs: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
     return F.cross_entropy(outputs, targets, ignore_index=ignore_index, reduction="none")
-
-
-def _neg_log(x: Tensor) -> Tensor:
-    return 1 + F.logsigmoid(x - GAMMA)
-
-
-def _tanh(alpha: float, x: Tensor) -> Tensor:
-    return 2 * torch.sigmoid(2 * alpha * x) - 1  # not tanh, whose derivative 1 - tanh^2 cancels for x << 0
 
 
 def _split_labels(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -373,35 +449,6 @@ def _of_labels(logits: Tensor, labels: Tensor, ignore_index: int | None) -> tupl
     return ignored, index, logits.gather(1, index)
 
 
-def _check(outputs: Any, targets: Any) -> int:
-    """Checks that types and shapes are those that cross-entropy takes, and returns the number of classes."""
-    for name, value in (("outputs", outputs), ("targets", targets)):
-        if not isinstance(value, Tensor):
-            raise TypeError(
-                f"{name} must be a tensor, got {type(value).__name__}: take it out of its container in "
-                "SharpnessAware's `forward`, which returns (outputs, targets)"
-            )
-    if not outputs.is_floating_point() or outputs.dim() == 0:
-        raise TypeError(
-            f"outputs must be floating-point logits (N, K, ...), got {outputs.dtype} of shape {tuple(outputs.shape)}"
-        )
-    shape = outputs.shape
-    if targets.is_floating_point():
-        if targets.shape != shape:
-            raise ValueError(
-                f"floating-point targets are class probabilities and need the shape of the outputs, {tuple(shape)}, "
-                f"got {tuple(targets.shape)}; for labels use targets.long()"
-            )
-    elif targets.dtype != torch.int64:
-        raise TypeError(f"labels must be int64, got {targets.dtype}: use targets.long()")
-    elif targets.shape != (needed := shape[: len(shape) > 1] + shape[2:]):
-        raise ValueError(
-            f"labels for outputs of shape {tuple(shape)} need shape {tuple(needed)}, got {tuple(targets.shape)}: the "
-            "classes are dimension 1 of the outputs"
-        )
-    return shape[1] if len(shape) > 1 else shape[0]
-
-
 def _in_range(
     loss: Callable[[Tensor, Tensor, int], Tensor], logits: Tensor, labels: Tensor, ignore_index: int
 ) -> Tensor:
@@ -412,6 +459,8 @@ def _in_range(
         if labels.is_floating_point() or "out of bounds" not in str(error):
             raise
         classes = logits.shape[1] if logits.dim() > 1 else logits.shape[0]
+        if classes == 1:  # only cross-entropy takes them, as that of torch
+            raise check.mismatch(logits, labels, check.IN_TORCH) from error
         bad = labels[(labels != ignore_index) & ((labels < 0) | (labels >= classes))]
         raise ValueError(
             f"label {int(bad[0])} is outside [0, {classes}): {bad.numel()} of {labels.numel()} labels are. Number the "
