@@ -19,6 +19,7 @@ MODEL += ("tests/model/test_buffers.py", "tests/model/test_rng.py", "tests/model
 SUBJECTS: dict[str, tuple[str, ...]] = {
     "vector": ("tests/test_vector.py", "tests/methods/test_steps.py"),
     "objectives": ("tests/test_objectives.py",),
+    "targets": ("tests/test_targets.py",),
     "evaluation": ("tests/test_evaluation.py", "tests/model/test_buffers.py", "tests/methods/test_degenerate_cases.py"),
     "schedules": ("tests/test_schedules.py",),
     "perturbations": ("tests/test_perturbations.py", "tests/test_masks.py", *METHODS),
@@ -51,6 +52,7 @@ TESTS: tuple[str, ...] = (
     "tests/optim/test_lookahead.py",
     "tests/methods/test_games.py",
     "tests/test_objectives.py",
+    "tests/test_targets.py",
     *METHODS,
     "tests/test_golden.py",
     "tests/model/test_compile.py",
@@ -236,6 +238,42 @@ MUTANTS: tuple[Mutant, ...] = (
         "A second derivative of a bound takes intermediate results for constants.",
         "if torch.is_grad_enabled():",
         "if False:",
+    ),
+    Mutant(
+        "objectives",
+        "classes_ignored_among_probabilities",
+        "The expectation over soft labels leaves out the class that is the ignore_index of labels.",
+        "labels.expand(n, width, *rest).contiguous(), None",
+        "labels.expand(n, width, *rest).contiguous(), self.ignore_index",
+    ),
+    Mutant(
+        "objectives",
+        "labels_swapped",
+        "The probability of a label is taken for that of its absence.",
+        "torch.stack([1 - p, p], 1)",
+        "torch.stack([p, 1 - p], 1)",
+    ),
+    # Targets.
+    Mutant(
+        "targets",
+        "sums_not_checked",
+        "Class probabilities may have any sum.",
+        "(p >= -rounding).all() & ((sums - 1).abs() <= near).all()",
+        "(p >= -rounding).all()",
+    ),
+    Mutant(
+        "targets",
+        "signs_not_checked",
+        "Class probabilities may be negative.",
+        "(p >= -rounding).all() & ((sums - 1).abs() <= near).all()",
+        "((sums - 1).abs() <= near).all()",
+    ),
+    Mutant(
+        "targets",
+        "a_value_is_read_from_the_device",
+        "The check of targets waits for the device.",
+        "elif valid.is_cpu:",
+        "elif True:",
     ),
     # Evaluations and batches.
     Mutant(
