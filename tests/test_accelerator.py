@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bisam import ERM, SAM, BiSAM, NegLog, SharpnessAware, Tanh, cross_entropy
+from bisam import ERM, SAM, Binary, BiSAM, NegLog, SharpnessAware, Tanh, cross_entropy
 from bisam.perturbations import L2
 from tests.support import cases
 
@@ -87,6 +87,28 @@ def test_bounds_and_their_gradients_are_those_of_the_cpu(bound, rest, ignored):
         found.append((values.detach().cpu(), x.grad.cpu()))
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@needs_double
+@pytest.mark.parametrize("bound", [NegLog(), NegLog(65.0), Tanh()], ids=str)
+def test_bounds_of_labels_and_probabilities_are_those_of_the_cpu_and_read_no_value(bound):
+    z, p = torch.randn(6, 5, dtype=torch.double), torch.rand(6, 5, dtype=torch.double)
+    for objective, targets in ((Binary(bound), p), (Binary(bound), p.round().long()), (bound, p.softmax(1))):
+        found = []
+        for device in (DEVICE, torch.device("cpu")):
+            x, t = z.to(device, copy=True).requires_grad_(), targets.to(device)
+            mode = torch.cuda.get_sync_debug_mode() if DEVICE.type == "cuda" else 0
+            try:
+                if DEVICE.type == "cuda":
+                    torch.cuda.set_sync_debug_mode("error")
+                values = objective(x, t)
+            finally:
+                if DEVICE.type == "cuda":
+                    torch.cuda.set_sync_debug_mode(mode)
+            values.sum().backward()
+            found.append((values.detach().cpu(), x.grad.cpu()))
+        for ours, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
 def dropout() -> nn.Module:

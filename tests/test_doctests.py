@@ -26,6 +26,7 @@ def module_name(path: Path) -> str:
 MODULES = [module_name(path) for path in FILES]
 EXAMPLES = [
     "Adaptive",
+    "Binary",
     "BiSAM",
     "Evaluation",
     "L2",

@@ -92,9 +92,9 @@ MADE = json.loads((FILES / "made.json").read_text())
 EXACT = {"torch": torch.__version__, "processor": processor()} == MADE
 
 
-def same(ours: Any, theirs: Any, tolerance: float = 1e-12) -> None:
+def same(ours: Any, theirs: Any, tolerance: float = 1e-12, exact: bool = EXACT) -> None:
     """Assert that tensors are equal: exactly on the platform that wrote the files, to a tolerance elsewhere."""
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=0 if EXACT else tolerance)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0 if exact else tolerance)
 
 
 def plain(value: Any) -> Any:
@@ -139,13 +139,17 @@ class Mine:
 
 @dataclass(frozen=True)
 class Case:
-    """A method, the name that its file has for its state, and how it is trained."""
+    """A method, the name that its file has for its state, and how it is trained.
+
+    `rounds`: the method climbs a bound, whose gradient is summed in another order than in the version of the file.
+    """
 
     saved: str | None
     method: Callable[[Optimizer], Any]
     optimizer: Callable[..., Optimizer] = SGD
     norm: Callable[[int], nn.Module] = nn.BatchNorm1d
     weighted: bool = False
+    rounds: bool = False
 
     def made(self) -> tuple[SharpnessAware, Optimizer]:
         model = Network(self.norm)
@@ -175,6 +179,7 @@ CASES = {
         "SAMPa(perturb=Friendly)",
         lambda o: SAMPa(Friendly(L2(0.1)), NegLog(), ahead=next_step(o), lam=0.5),
         AdamW,
+        rounds=True,
     ),
     "BSAM": Case("BSAM", lambda o: BSAM(1000, 0.05)),
     "XSAM": Case("XSAM", lambda o: XSAM(L2(0.15), rho_max=0.3, every=4)),
@@ -212,6 +217,7 @@ CASES = {
     "nest": Case(
         "KSAM(method=SAM(perturb=RandomMask(perturb=Smoothed(perturb=Friendly))))",
         lambda o: KSAM(6, SAM(RandomMask(Smoothed(Friendly(Adaptive(0.5, 0.01)), theta=0.4)), Tanh())),
+        rounds=True,
     ),
     "user": Case("KSAM(method=Mine)", lambda o: KSAM(6, Mine())),
 }
@@ -259,7 +265,7 @@ def test_training_resumes_from_a_state(name):
     sharp.load_state_dict(saved["sharp"])
     optimizer.load_state_dict(saved["optimizer"])
     steps(sharp, optimizer)
-    same(flat(sharp.model), saved["final"])
+    same(flat(sharp.model), saved["final"], exact=EXACT and not CASES[name].rounds)
 
 
 @pytest.mark.parametrize("name", [*STATEFUL, "SAM-Cosine"])

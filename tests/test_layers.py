@@ -18,7 +18,7 @@ ROOT = Path(bisam.__file__).parent
 # In this order; files of one floor do not see each other, and a package's files see their own package. The rooms of
 # experiments have floors of their own, as `experiments.data`: a package, or a file beside the packages.
 FLOORS = [
-    {"validation", "vector", "batches"},
+    {"validation", "vector", "batches", "targets"},
     {"objectives", "schedules"},
     {"distributed"},
     {"evaluation"},

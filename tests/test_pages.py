@@ -290,6 +290,10 @@ def lora() -> dict[str, Any]:
     return {**loop(), "get_peft_model": peft.get_peft_model, "LoraConfig": peft.LoraConfig, "model": Attention()}
 
 
+def several_labels() -> dict[str, Any]:
+    return {**loop(), "nn": nn, "loader": [(x, (x[:, :CLASSES] > 0).float()) for x, _ in batches()]}
+
+
 def composite() -> dict[str, Any]:
     def both(outputs: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
         return F.cross_entropy(outputs, targets[0], reduction="none") + targets[1].square().mean(1)
@@ -367,6 +371,7 @@ HERE: dict[tuple[str, str], list[Callable[[], dict[str, Any]]]] = {
     (LOOP, "timm"): [timm],
     (LOOP, "timm's train.py"): [timm_task, timm_distillation],
     (LOOP, "LoRA and other adapters"): [lora],
+    (LOOP, "A binary head, or several labels per example"): [several_labels],
     (LOOP, "A loss of several parts"): [composite],
     (LOOP, "Losses with derivatives inside"): [equation, atoms, wgan],
     (LOOP, "GANs"): [gan],

@@ -37,6 +37,7 @@ OTHERS: dict[str, set[str]] = {
         "_nn",
         "_disabled_torch_function_impl",
     },
+    "torch: a check that does not wait for the device": {"_assert_async"},
     "torch: pytrees": {"_pytree"},
     "torch.nn.Module": {"_buffers", "_modules", "_parameters"},
     "torch.Tensor": {"_backward_hooks", "_version"},

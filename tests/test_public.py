@@ -21,6 +21,7 @@ NAMES = {
     "AESAM",
     "ASAM",
     "BiSAM",
+    "Binary",
     "BSAM",
     "cross_entropy",
     "CRSAM",
@@ -109,6 +110,7 @@ CORE = [
     "perturbations",
     "schedules",
     "state",
+    "targets",
     "validation",
     "vector",
 ]
@@ -139,6 +141,7 @@ SAM = "SAM(perturb=L2(rho=0.05), ascent=None, descent=None)"
         (bisam.LowerBound, "(phi, mu, *, ignore_index=-100)"),
         (bisam.NegLog, "(mu=1.0, *, ignore_index=-100)"),
         (bisam.Tanh, "(mu=10.0, alpha=0.1, *, ignore_index=-100)"),
+        (bisam.Binary, "(bound=NegLog(mu=1.0, ignore_index=-100))"),
         (bisam.cross_entropy, "(outputs, targets)"),
         (perturbations.L2, "(rho)"),
         (perturbations.Adaptive, "(rho, eta=0.0, where=None)"),
@@ -188,7 +191,7 @@ def test_the_core_is_these_files():
 
 
 @pytest.mark.parametrize(
-    "method", [bisam.ERM(), bisam.SAM(), bisam.BiSAM(), bisam.MSAM(4), bisam.NegLog(), bisam.Tanh()]
+    "method", [bisam.ERM(), bisam.SAM(), bisam.BiSAM(), bisam.MSAM(4), bisam.NegLog(), bisam.Tanh(), bisam.Binary()]
 )
 def test_methods_and_bounds_are_frozen_values(method):
     assert copy.deepcopy(method) == method

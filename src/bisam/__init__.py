@@ -43,6 +43,7 @@ from bisam.methods import (
 from bisam.model.oracle import ModelOracle as ModelOracle
 from bisam.model.passes import displaced as displaced
 from bisam.objectives import (
+    Binary as Binary,
     LowerBound as LowerBound,
     NegLog as NegLog,
     Tanh as Tanh,

@@ -86,8 +86,9 @@ class Evaluation:
             each = getattr(self.objective, "per_example", None)
             if not callable(each):
                 raise TypeError(
-                    "this method needs one loss per example, and the loss returned a scalar: pass bisam.cross_entropy, "
-                    'or your criterion with reduction="none", or give it a method per_example(outputs, targets)'
+                    "this method needs one loss per example, and the loss returned a scalar: pass your criterion with "
+                    'reduction="none", for class labels also bisam.cross_entropy, or give it a method '
+                    "per_example(outputs, targets)"
                 )
             with torch.no_grad():
                 return cast(Tensor, each(self._wide, self.targets))

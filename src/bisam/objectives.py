@@ -2,13 +2,13 @@
 
 An objective maps `(outputs, targets)` to one loss per example. The minimiser descends an *upper* bound of the 0-1 loss
 (`cross_entropy`, or any loss of PyTorch with `reduction="none"`). The maximiser of BiSAM (Xie et al., ICML 2024,
-https://arxiv.org/abs/2407.12993) climbs a differentiable *lower* bound: with the margins F_j = f_j - f_y against the
-label y,
+https://arxiv.org/abs/2407.12993) climbs a differentiable *lower* bound, up to a constant: with the margins
+F_j = f_j - f_y against the label y,
 
     Q = (1/mu) log sum_j exp(mu phi(F_j)),    phi(x) <= 1 where x > 0, else phi(x) <= 0,
 
-so that Q - log(K)/mu <= 1{some wrong class scores higher than y} for K classes. The constant log(K)/mu has no gradient;
-the losses below are Q, as in the paper.
+and Q - log(K)/mu <= 1{some wrong class scores higher than y} for K classes. The constant log(K)/mu has no gradient; the
+losses below are Q, as in the paper.
 
     >>> logits, labels = torch.zeros(2, 3), torch.tensor([0, 2])
     >>> NegLog()(logits, labels).shape                             # (N, K), (N,) -> (N,)
@@ -37,7 +37,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from bisam.validation import positive
+from bisam import targets as check
+from bisam.validation import instance, positive
 
 Objective = Callable[[Any, Any], Tensor]
 """A function `(outputs, targets) -> losses` that returns one loss per example, or a scalar."""
@@ -49,6 +50,9 @@ GAMMA = math.log(math.e - 1)
 """The offset that makes the -log bound pass through the origin (Xie et al., 2024, eq. 15)."""
 
 _BLOCK = 2**24  # largest number of entries of a soft-label block: 64 MiB in float32
+_sigmoid_backward = torch.ops.aten.sigmoid_backward.default  # grad s (1 - s) in one operation
+_sigmoid_backward_out = torch.ops.aten.sigmoid_backward.grad_input
+_HALF = frozenset({torch.float16, torch.bfloat16})
 _FAST_MU = 64.0  # exp(-mu) is still a normal float32, so that the sums below can neither overflow nor vanish
 
 
@@ -77,9 +81,10 @@ class CrossEntropy:
             ValueError: their shapes do not match, or a label is outside [0, K) (on the CPU; on a GPU a device-side
                 assert fails, as in torch).
         """
-        _check(outputs, targets)
-        loss = partial(F.cross_entropy, ignore_index=self.ignore_index, reduction="none")
-        return _in_range(loss, outputs, targets, self.ignore_index)
+        check.types(outputs, targets)
+        if not check.fits(outputs, targets):
+            raise check.mismatch(outputs, targets, check.IN_TORCH)
+        return _in_range(_cross_entropy, outputs, targets, self.ignore_index)
 
 
 cross_entropy = CrossEntropy()
@@ -89,8 +94,16 @@ cross_entropy = CrossEntropy()
 class LowerBound:
     """The objective Q of BiSAM for any `phi` below the 0-1 step (Xie et al., 2024, Lemma 3.1); it uses autograd.
 
+    Q is a lower bound of the 0-1 loss up to a constant: Q - log(K)/mu is one for K classes, Q alone is not. The label's
+    own class is in the sum, so the gradient of Q vanishes on confident correct examples, as that of cross-entropy does.
+
+    The authors' code computes mu Q. A factor changes nothing where the displacement is normalised, as in SAM. Logged
+    values of Q differ by it, and so do the displacements of `LESAM` and `BSAM`, which are not normalised.
+
     Args:
-        phi: elementwise lower bound of the step function, differentiable: tensor -> tensor of the same shape.
+        phi: elementwise lower bound of the step function, differentiable: tensor -> tensor of the same shape. The
+            gradient of confident correct examples is as accurate as the derivative of `phi` for x << 0. In float32 that
+            of `torch.tanh` is 0 from x = -10 on; 2 sigmoid(2 x) - 1, the same function, has an accurate one.
         mu: sharpness of the soft maximum over the classes, > 0. A larger value is closer to the maximum: the gap is
             log(K)/mu.
         ignore_index: label of examples that are ignored.
@@ -113,34 +126,44 @@ class LowerBound:
         Args:
             outputs: logits (N, K), (N, K, d1, ...) or (K,), K >= 2. They are not modified.
             targets: int64 labels (N,), (N, d1, ...) or (); or class probabilities of the shape of `outputs` (mixup,
-                cutmix, smoothing), for which Q is the expectation over the label, at K times the cost.
+                cutmix, smoothing), for which Q is the expectation over the label, at K times the cost. Probabilities
+                are non-negative and sum to 1 over the classes, up to 0.01 (0.03 in bfloat16).
 
         Raises:
             TypeError: `outputs` or `targets` have the wrong type.
-            ValueError: their shapes do not match, K < 2, or a label is outside [0, K) (on the CPU; on a GPU a
-                device-side assert fails, as in torch).
+            ValueError: their shapes do not match, K < 2, a label is outside [0, K), or floating-point targets are not
+                class probabilities (values are checked on the CPU; on a GPU a device-side assert fails, as in torch).
         """
-        classes = _check(outputs, targets)
-        if classes < 2:
-            raise ValueError(
-                f"a bound of the 0-1 loss compares classes, and outputs of shape {tuple(outputs.shape)} have only one: "
-                "for a binary task with one logit z, pass torch.stack([torch.zeros_like(z), z], dim=1)"
-            )
-        logits = outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
-        if logits.dim() == 1:
-            return self(logits.unsqueeze(0), targets.unsqueeze(0)).squeeze(0)
-        if targets.is_floating_point():
-            return self._expected(logits, targets)
-        return _in_range(self._labelled, logits, targets, self.ignore_index)
+        classes, soft = check.types(outputs, targets), targets.is_floating_point()
+        if classes < 2 or not check.fits(outputs, targets):
+            raise check.mismatch(outputs, targets, self._elsewhere())
+        if soft:
+            check.probabilities(targets, self._elsewhere())
+        logits, one = _wide(outputs), outputs.dim() == 1
+        if one:
+            logits, targets = logits.unsqueeze(0), targets.unsqueeze(0)
+        if soft:
+            values = self._expected(logits, targets)
+        else:
+            values = _in_range(self._labelled, logits, targets, self.ignore_index)
+        return values.squeeze(0) if one else values
 
-    def _labelled(self, logits: Tensor, labels: Tensor) -> Tensor:
-        ignored, index = _split_labels(labels, self.ignore_index)
-        values = torch.logsumexp(self.mu * self.phi(logits - logits.gather(1, index)), 1) / self.mu
-        return values.masked_fill(ignored, 0.0)
+    def _elsewhere(self) -> check.Elsewhere:
+        return check.Elsewhere(f"bisam.Binary({type(self).__name__}(...))")
+
+    def _labelled(self, logits: Tensor, labels: Tensor, ignore_index: int | None) -> Tensor:
+        """Returns Q for labels; zero where a label is `ignore_index`. None: all labels count."""
+        ignored, index, reference = _of_labels(logits, labels, ignore_index)
+        margins = logits - reference
+        # The label's own margin is constant. As a constant it leaves the gradient at the label, which is minus the sum
+        # over the other classes, free of its own much larger term, which would cancel.
+        margins = margins.scatter(1, index, margins.detach().gather(1, index))
+        values = torch.logsumexp(self.mu * self.phi(margins), 1) / self.mu
+        return values if ignored is None else values.masked_fill(ignored, 0.0)
 
     def _expected(self, logits: Tensor, probabilities: Tensor) -> Tensor:
         classes = logits.shape[1]
-        width = max(1, _BLOCK // logits.numel())
+        width = max(1, _BLOCK // max(1, logits.numel()))
         if width >= classes:
             return self._against(logits, probabilities, 0)
         # Blocks of labels, recomputed in the backward pass: N K K entries at once would not fit for many classes.
@@ -156,19 +179,27 @@ class LowerBound:
         width = probabilities.shape[1]
         labels = torch.arange(start, start + width, device=logits.device).view(1, width, *[1] * len(rest))
         q = self._labelled(
-            logits.unsqueeze(2).expand(n, classes, width, *rest), labels.expand(n, width, *rest).contiguous()
+            logits.unsqueeze(2).expand(n, classes, width, *rest), labels.expand(n, width, *rest).contiguous(), None
         )
         return (probabilities * q).sum(1)
+
+
+def _neg_log(x: Tensor) -> Tensor:
+    return 1 + F.logsigmoid(x - GAMMA)
+
+
+def _tanh(alpha: float, x: Tensor) -> Tensor:
+    return 2 * torch.sigmoid(2 * alpha * x) - 1  # not tanh, whose derivative 1 - tanh^2 cancels for x << 0
 
 
 @dataclass(frozen=True)
 class NegLog(LowerBound):
     """BiSAM (-log): Q with phi(x) = 1 - log(1 + exp(gamma - x)), gamma = log(e - 1) (Xie et al., 2024, eq. 15).
 
-    Its gradient vanishes only for examples that are already misclassified, so the adversary keeps climbing on correctly
-    classified ones; the paper recommends it. Value and gradient are in closed form: phi(x) = 1 + log sigmoid(x -
-    gamma), so for mu = 1 Q = 1 + log sum_j sigmoid(f_j - f_y - gamma), which is cross-entropy with a sigmoid in place
-    of the exponential.
+    The paper recommends it. Value and gradient are in closed form: phi(x) = 1 + log sigmoid(x - gamma), so for mu = 1
+    Q = 1 + log sum_j sigmoid(f_j - f_y - gamma), which is cross-entropy with a sigmoid in place of the exponential. On
+    confident correct examples its gradient is then e/(e - 1) = 1.58 times that of cross-entropy. On examples that are
+    confidently misclassified, where the gradient of cross-entropy is largest, it vanishes.
 
     Args:
         mu: sharpness of the soft maximum, > 0 (the paper: 1).
@@ -193,10 +224,10 @@ class NegLog(LowerBound):
         super().__post_init__()
         object.__setattr__(self, "phi", _neg_log)
 
-    def _labelled(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def _labelled(self, logits: Tensor, labels: Tensor, ignore_index: int | None) -> Tensor:
         if self.mu > _FAST_MU:
-            return super()._labelled(logits, labels)
-        return cast(Tensor, _ClosedForm.apply(logits, labels, self))
+            return super()._labelled(logits, labels, ignore_index)
+        return cast(Tensor, _ClosedForm.apply(logits, labels, self, ignore_index))
 
     def _terms(self, margins: Tensor) -> tuple[Tensor, Tensor]:
         """Returns s = sigmoid(F - gamma) and u = exp(mu (phi - 1)) = s^mu."""
@@ -204,9 +235,13 @@ class NegLog(LowerBound):
         return s, s if self.mu == 1 else s.pow(self.mu)
 
     def _rows(self, weight: Tensor, s: Tensor, u: Tensor) -> Tensor:
-        """Phi' = 1 - s. Not weight s^(mu-1) s (1 - s), which is infinity times zero where s underflows and mu < 1."""
+        """Phi' = 1 - s. Not weight s^(mu-1) s (1 - s), which is infinity times zero where s underflows and mu < 1.
+
+        1 - s is exact up to eps. Where a wrong class leads by more than -log(eps), so that the gradient vanishes, it is
+        0.
+        """
         if self.mu == 1:
-            return torch.ops.aten.sigmoid_backward(weight.expand_as(s), s)
+            return _sigmoid_backward(weight, s)
         return (1.0 - s).mul_(u).mul_(weight)
 
 
@@ -242,10 +277,10 @@ class Tanh(LowerBound):
         positive("alpha", self.alpha)
         object.__setattr__(self, "phi", partial(_tanh, self.alpha))
 
-    def _labelled(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def _labelled(self, logits: Tensor, labels: Tensor, ignore_index: int | None) -> Tensor:
         if self.mu > _FAST_MU:
-            return super()._labelled(logits, labels)
-        return cast(Tensor, _ClosedForm.apply(logits, labels, self))
+            return super()._labelled(logits, labels, ignore_index)
+        return cast(Tensor, _ClosedForm.apply(logits, labels, self, ignore_index))
 
     def _terms(self, margins: Tensor) -> tuple[Tensor, Tensor]:
         """Returns s = sigmoid(2 alpha F), where tanh(alpha F) = 2s - 1, and u = exp(mu (phi - 1)) = exp(2 mu (s - 1)).
@@ -259,7 +294,71 @@ class Tanh(LowerBound):
     def _rows(self, weight: Tensor, s: Tensor, u: Tensor) -> Tensor:
         """Phi' = 4 alpha s (1 - s)."""
         slope = u * (weight * (4 * self.alpha))
-        return torch.ops.aten.sigmoid_backward.grad_input(slope, s, grad_input=slope)  # in place: memory is the cost
+        return _sigmoid_backward_out(slope, s, grad_input=slope)  # in place: memory is the cost
+
+
+@dataclass(frozen=True)
+class Binary:
+    """A bound for tasks with one logit per label: a binary head, several labels per example, or masks.
+
+    A logit z is the two-class problem with logits (0, z), so the 0-1 loss is 1 where the sign of z is wrong, and the
+    bound is Q of `bound` with K = 2 (the idea of Xie et al., 2024, for labels that are independent of each other;
+    https://arxiv.org/abs/2407.12993). It is the adversary's counterpart of `torch.nn.BCEWithLogitsLoss` and takes the
+    same arguments. No label is ignored.
+
+    Args:
+        bound: the bound of each label; its `ignore_index` is not used.
+
+    Raises:
+        TypeError: `bound` is not a `LowerBound`.
+
+    Example:
+        >>> import torch
+        >>> from bisam import BiSAM, Binary, SharpnessAware, Tanh
+        >>> Binary()(torch.tensor([2.0, -2.0]), torch.tensor([1.0, 1.0]))    # the second label is predicted wrongly
+        tensor([0.1810, 1.1648])
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(4, 3)
+        >>> sharp = SharpnessAware(model, BiSAM(0.05, Binary(Tanh())), torch.nn.BCEWithLogitsLoss())
+        >>> x, labels = torch.randn(8, 4), torch.randint(2, (8, 3)).float()    # any number of 3 labels per example
+        >>> sharp(x, labels).backward()
+    """
+
+    bound: LowerBound = field(default=NegLog())
+
+    def __post_init__(self) -> None:
+        instance("bound", self.bound, "a LowerBound such as NegLog() or Tanh()")
+        if not isinstance(cast(Any, self.bound), LowerBound):
+            raise TypeError(f"bound must be a LowerBound such as NegLog() or Tanh(), got {self.bound!r}")
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Returns Q per label, of the shape of `outputs` and in float32 or a wider type.
+
+        Args:
+            outputs: logits (N,), (N, 1), (N, L) or (N, L, d1, ...) for L labels. They are not modified.
+            targets: 0 or 1 for each logit, of any integer, boolean or floating-point type; or, in a floating-point
+                type, probabilities of label 1 (mixup, smoothing), for which Q is the expectation over the label.
+
+        Raises:
+            TypeError: `outputs` or `targets` have the wrong type.
+            ValueError: their shapes differ, or a target is outside [0, 1] (values are checked on the CPU; on a GPU a
+                device-side assert fails).
+        """
+        check.types(outputs, targets)
+        bound = f"{type(self.bound).__name__}(...)"
+        if targets.shape != outputs.shape:
+            raise check.binary_mismatch(outputs, targets, bound)
+        labels = targets if targets.is_floating_point() else targets.long()
+        check.binary(labels, bound)
+        z, p = _wide(outputs), _wide(labels)
+        logits = torch.stack([torch.zeros_like(z), z], 1)
+        if labels.is_floating_point():
+            return self.bound._expected(logits, torch.stack([1 - p, p], 1))
+        return self.bound._labelled(logits, labels, None)
+
+
+Bound = LowerBound | Binary
+"""A bound of the 0-1 loss: of classes, or of labels."""
 
 
 def count(losses: Tensor, targets: Any, objective: Objective) -> Count:
@@ -284,12 +383,12 @@ def mean(losses: Tensor, counted: Count) -> Tensor:
     return losses.mean() if isinstance(counted, int) else losses.sum() / counted.clamp_min(1)
 
 
-def _neg_log(x: Tensor) -> Tensor:
-    return 1 + F.logsigmoid(x - GAMMA)
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in _HALF else tensor
 
 
-def _tanh(alpha: float, x: Tensor) -> Tensor:
-    return torch.tanh(alpha * x)
+def _cross_entropy(outputs: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+    return F.cross_entropy(outputs, targets, ignore_index=ignore_index, reduction="none")
 
 
 def _split_labels(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -299,42 +398,47 @@ def _split_labels(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
 
 
 class _ClosedForm(torch.autograd.Function):
-    """Q = 1 + log(sum u)/mu with u = exp(mu (phi - 1)); dQ/df_j = u_j phi'_j / sum u, less their sum at the label.
+    """Q = 1 + log(sum u)/mu with u = exp(mu (phi - 1)); dQ/df_j = u_j phi'_j / sum u, and minus their sum at the label.
 
     For a small batch the number of operations determines the cost, not their size: hence `rsub` for 1 + x/mu.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, bound: NegLog | Tanh) -> Tensor:
-        ignored, index, reference = _of_labels(logits, labels, bound.ignore_index)
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, bound: NegLog | Tanh, ignore_index: int | None) -> Tensor:
+        ignored, index, reference = _of_labels(logits, labels, ignore_index)
         # Subtract first: the offset of a bound would be rounded away next to large logits.
         s, u = bound._terms(torch.sub(logits, reference))
         total = u.sum(1)
         ctx.bound = bound
-        ctx.save_for_backward(logits, labels, index, ignored, s, u, total)
+        ctx.save_for_backward(logits, index, ignored, s, u, total)
         values = torch.rsub(total.log(), 1.0, alpha=-1 / bound.mu)
         return values if ignored is None else values.masked_fill_(ignored, 0.0)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (grad,), bound = grads, ctx.bound
-        logits, labels, index, ignored, s, u, total = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True: s, u and total have no graph, so start from the logits
-            values = LowerBound._labelled(bound, logits, labels)
-            return torch.autograd.grad(values, logits, grad, create_graph=True)[0], None, None
-        weight = grad / total
+        logits, index, ignored, s, u, total = ctx.saved_tensors
         if ignored is not None:
-            weight.masked_fill_(ignored, 0.0)
-        rows = bound._rows(weight.unsqueeze(1), s, u)
-        return rows.scatter_add_(1, index, rows.sum(1, keepdim=True).neg_()), None, None
+            grad = grad.masked_fill(ignored, 0.0)
+        if torch.is_grad_enabled():  # create_graph=True: s, u and total have no graph, so start from the logits
+            values = LowerBound._labelled(bound, logits, index.squeeze(1), None)
+            return torch.autograd.grad(values, logits, grad, create_graph=True)[0], None, None, None
+        weight = grad / total
+        # The sum is that over the other classes: the label's own term would cancel in it, and where the margin is large
+        # it is so much larger than the others that they would be rounded away.
+        rows = bound._rows(weight.unsqueeze(1), s, u).scatter_(1, index, 0.0)
+        return rows.scatter_(1, index, rows.sum(1, keepdim=True).neg_()), None, None, None
 
 
-def _of_labels(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor | None, Tensor, Tensor]:
+def _of_labels(logits: Tensor, labels: Tensor, ignore_index: int | None) -> tuple[Tensor | None, Tensor, Tensor]:
     """Returns which labels are ignored (None if none is), an index that is valid for all labels, and the logits at it.
 
     On a CPU `gather` itself detects a label outside [0, K), so no separate check is needed.
     """
-    noticed = type(labels) is Tensor and labels.device.type == "cpu" and not torch.compiler.is_compiling()
+    if ignore_index is None:
+        index = labels.unsqueeze(1)
+        return None, index, logits.gather(1, index)
+    noticed = type(labels) is Tensor and labels.is_cpu and not torch.compiler.is_compiling()
     if noticed and not 0 <= ignore_index < logits.shape[1]:
         index = labels.unsqueeze(1)
         try:
@@ -345,43 +449,18 @@ def _of_labels(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tenso
     return ignored, index, logits.gather(1, index)
 
 
-def _check(outputs: Any, targets: Any) -> int:
-    """Checks that types and shapes are those that cross-entropy takes, and returns the number of classes."""
-    for name, value in (("outputs", outputs), ("targets", targets)):
-        if not isinstance(value, Tensor):
-            raise TypeError(
-                f"{name} must be a tensor, got {type(value).__name__}: take it out of its container in "
-                "SharpnessAware's `forward`, which returns (outputs, targets)"
-            )
-    if not outputs.is_floating_point() or outputs.dim() == 0:
-        raise TypeError(
-            f"outputs must be floating-point logits (N, K, ...), got {outputs.dtype} of shape {tuple(outputs.shape)}"
-        )
-    shape = outputs.shape
-    if targets.is_floating_point():
-        if targets.shape != shape:
-            raise ValueError(
-                f"floating-point targets are class probabilities and need the shape of the outputs, {tuple(shape)}, "
-                f"got {tuple(targets.shape)}; for labels use targets.long()"
-            )
-    elif targets.dtype != torch.int64:
-        raise TypeError(f"labels must be int64, got {targets.dtype}: use targets.long()")
-    elif targets.shape != (needed := shape[: len(shape) > 1] + shape[2:]):
-        raise ValueError(
-            f"labels for outputs of shape {tuple(shape)} need shape {tuple(needed)}, got {tuple(targets.shape)}: the "
-            "classes are dimension 1 of the outputs"
-        )
-    return shape[1] if len(shape) > 1 else shape[0]
-
-
-def _in_range(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-    """Returns `loss(logits, labels)`; replaces torch's error for a label out of range by one that shows the label."""
+def _in_range(
+    loss: Callable[[Tensor, Tensor, int], Tensor], logits: Tensor, labels: Tensor, ignore_index: int
+) -> Tensor:
+    """Returns `loss(logits, labels, ignore_index)`; an error for a label out of range becomes one that shows it."""
     try:
-        return loss(logits, labels)
+        return loss(logits, labels, ignore_index)
     except (IndexError, RuntimeError) as error:
         if labels.is_floating_point() or "out of bounds" not in str(error):
             raise
         classes = logits.shape[1] if logits.dim() > 1 else logits.shape[0]
+        if classes == 1:  # only cross-entropy takes them, as that of torch
+            raise check.mismatch(logits, labels, check.IN_TORCH) from error
         bad = labels[(labels != ignore_index) & ((labels < 0) | (labels >= classes))]
         raise ValueError(
             f"label {int(bad[0])} is outside [0, {classes}): {bad.numel()} of {labels.numel()} labels are. Number the "

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from bisam import schedules
-from bisam.objectives import CrossEntropy, LowerBound
+from bisam.objectives import Binary, CrossEntropy, LowerBound
 from bisam.oracle import Oracle
 from bisam.schedules import Radius
 from bisam.validation import instance, non_negative, portion, positive, share
@@ -182,7 +182,7 @@ def geometry(value: Perturbation | Radius) -> Perturbation:
     """
     if is_radius(value):
         return L2(cast(Radius, value))
-    if isinstance(value, LowerBound | CrossEntropy):
+    if isinstance(value, LowerBound | Binary | CrossEntropy):
         raise TypeError(f"perturb must be a radius or a perturbation such as L2(0.05), got the objective {value!r}")
     instance("perturb", value, "a radius such as 0.05, or a perturbation such as L2(0.05)")
     return cast(Perturbation, value)

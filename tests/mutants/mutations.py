@@ -20,6 +20,7 @@ MODEL += ("tests/model/test_inputs.py",)
 SUBJECTS: dict[str, tuple[str, ...]] = {
     "vector": ("tests/test_vector.py", "tests/methods/test_steps.py"),
     "objectives": ("tests/test_objectives.py",),
+    "targets": ("tests/test_targets.py",),
     "evaluation": (
         "tests/test_evaluation.py",
         "tests/model/test_module_state.py",
@@ -56,6 +57,7 @@ TESTS: tuple[str, ...] = (
     "tests/optim/test_lookahead.py",
     "tests/methods/test_games.py",
     "tests/test_objectives.py",
+    "tests/test_targets.py",
     *METHODS,
     "tests/test_golden.py",
     "tests/model/test_compile.py",
@@ -194,9 +196,24 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "objectives",
+        "label_gradient_cancels",
+        "The gradient at the label is the rest of a sum that contains the label's own, much larger term.",
+        "rows = bound._rows(weight.unsqueeze(1), s, u).scatter_(1, index, 0.0)",
+        "rows = bound._rows(weight.unsqueeze(1), s, u)",
+        also=(("return rows.scatter_(1, index, rows.sum", "return rows.scatter_add_(1, index, rows.sum"),),
+    ),
+    Mutant(
+        "objectives",
+        "label_gradient_cancels_in_autograd",
+        "The gradient at the label contains the label's own, much larger term where autograd computes it.",
+        "margins = margins.scatter(1, index, margins.detach().gather(1, index))",
+        "pass",
+    ),
+    Mutant(
+        "objectives",
         "ignored_labels_have_gradients",
         "The gradient of a bound is not zero at ignored labels.",
-        "weight.masked_fill_(ignored, 0.0)",
+        "grad = grad.masked_fill(ignored, 0.0)",
         "pass",
     ),
     Mutant(
@@ -226,6 +243,42 @@ MUTANTS: tuple[Mutant, ...] = (
         "A second derivative of a bound takes intermediate results for constants.",
         "if torch.is_grad_enabled():  # create_graph=True",
         "if False:  # create_graph=True",
+    ),
+    Mutant(
+        "objectives",
+        "classes_ignored_among_probabilities",
+        "The expectation over soft labels leaves out the class that is the ignore_index of labels.",
+        "labels.expand(n, width, *rest).contiguous(), None",
+        "labels.expand(n, width, *rest).contiguous(), self.ignore_index",
+    ),
+    Mutant(
+        "objectives",
+        "labels_swapped",
+        "The probability of a label is taken for that of its absence.",
+        "torch.stack([1 - p, p], 1)",
+        "torch.stack([p, 1 - p], 1)",
+    ),
+    # Targets.
+    Mutant(
+        "targets",
+        "sums_not_checked",
+        "Class probabilities may have any sum.",
+        "(p >= -rounding).all() & ((sums - 1).abs() <= near).all()",
+        "(p >= -rounding).all()",
+    ),
+    Mutant(
+        "targets",
+        "signs_not_checked",
+        "Class probabilities may be negative.",
+        "(p >= -rounding).all() & ((sums - 1).abs() <= near).all()",
+        "((sums - 1).abs() <= near).all()",
+    ),
+    Mutant(
+        "targets",
+        "a_value_is_read_from_the_device",
+        "The check of targets waits for the device.",
+        "elif valid.is_cpu:",
+        "elif True:",
     ),
     # Evaluations and batches.
     Mutant(

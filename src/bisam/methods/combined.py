@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bisam.batches import Batch
 from bisam.evaluation import Evaluation
 from bisam.methods.sam import SAM
-from bisam.objectives import LowerBound, NegLog, count, mean
+from bisam.objectives import Bound, NegLog, count, mean
 from bisam.oracle import Oracle, Query
 from bisam.perturbations import L2, Perturbation
 from bisam.schedules import Radius
@@ -56,12 +56,12 @@ class GSAM(SAM):
         return replace(answer, grad=h - (g - g.onto(h)) * self.alpha)
 
 
-def GBiSAM(rho: Perturbation | Radius = 0.05, bound: LowerBound = NegLog(), alpha: float = 0.4) -> GSAM:  # noqa: B008
+def GBiSAM(rho: Perturbation | Radius = 0.05, bound: Bound = NegLog(), alpha: float = 0.4) -> GSAM:  # noqa: B008
     """GSAM whose adversary climbs a lower bound of the 0-1 loss; the gap is that of the training loss.
 
     Args:
         rho: a radius >= 0 (a number or a schedule), or a perturbation such as `Adaptive(2.0)`.
-        bound: the lower bound: `NegLog()` or `Tanh()`.
+        bound: the lower bound: `NegLog()` or `Tanh()`, or `Binary()` for one logit per label.
         alpha: weight of the gap, >= 0; 0 is BiSAM.
 
     Raises:

@@ -13,7 +13,7 @@ from bisam.batches import Batch, largest, size, take
 from bisam.evaluation import Evaluation
 from bisam.masks import RandomMask, top
 from bisam.methods.sam import SAM
-from bisam.objectives import LowerBound, NegLog, Objective
+from bisam.objectives import Bound, NegLog, Objective
 from bisam.oracle import Oracle, Query
 from bisam.perturbations import L2, Perturbation, geometry, is_radius
 from bisam.schedules import Radius
@@ -31,7 +31,7 @@ class ESAM(SAM):
     Args:
         perturb: see `SAM`; a radius means `RandomMask(L2(rho), beta=0.6)`. The authors use rho 0.05 and beta 0.6 for
             ResNet-18, and 0.1 and 0.5 for WideResNets.
-        ascent: see `SAM`; a `LowerBound` gives E-BiSAM.
+        ascent: see `SAM`; a bound such as `NegLog()` gives E-BiSAM.
         descent: see `SAM`.
         gamma: share of the examples that are selected, rounded up, in (0, 1]; with 1 all examples are used.
         select: objective whose increase selects the examples, one loss per example. Default: the training loss.
@@ -72,7 +72,7 @@ class ESAM(SAM):
 
 def EBiSAM(
     rho: Perturbation | Radius = 0.05,
-    bound: LowerBound = NegLog(),  # noqa: B008
+    bound: Bound = NegLog(),  # noqa: B008
     beta: float = 0.6,
     gamma: float = 0.5,
     select: Objective | None = None,
@@ -84,7 +84,7 @@ def EBiSAM(
 
     Args:
         rho: a radius >= 0 (a number or a schedule), or a perturbation that `RandomMask` masks.
-        bound: the lower bound: `NegLog()` or `Tanh()`.
+        bound: the lower bound: `NegLog()` or `Tanh()`, or `Binary()` for one logit per label.
         beta: probability that a tensor is perturbed, in (0, 1].
         gamma: see `ESAM`.
         select: see `ESAM`.

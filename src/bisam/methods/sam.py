@@ -20,7 +20,7 @@ from typing import cast
 from bisam.batches import Batch
 from bisam.evaluation import Evaluation
 from bisam.masks import DropGrow, FisherMask
-from bisam.objectives import LowerBound, NegLog, Objective
+from bisam.objectives import Bound, NegLog, Objective
 from bisam.oracle import Oracle
 from bisam.perturbations import (
     L2,
@@ -61,7 +61,7 @@ class SAM:
         perturb: a perturbation `(gradient, oracle) -> displacement`, or a radius `rho` >= 0 (a number or a schedule),
             which means `L2(rho)`. Default: `L2(0.05)`.
         ascent: objective that the adversary climbs, `(outputs, targets) -> losses`. Default: the training loss. A
-            `LowerBound` such as `NegLog()` or `Tanh()` gives BiSAM.
+            bound such as `NegLog()` or `Tanh()` gives BiSAM.
         descent: objective that is minimised at w + e. Default: the training loss.
 
     Raises:
@@ -118,14 +118,15 @@ class SAM:
         return g, oracle.query(batch, self.descent, at=self.climb(oracle, batch))
 
 
-def BiSAM(rho: Perturbation | Radius = 0.05, bound: LowerBound = NegLog(), descent: Objective | None = None) -> SAM:  # noqa: B008
+def BiSAM(rho: Perturbation | Radius = 0.05, bound: Bound = NegLog(), descent: Objective | None = None) -> SAM:  # noqa: B008
     """BiSAM: SAM whose adversary climbs a lower bound of the 0-1 loss (Xie et al., 2024).
 
     Source: https://arxiv.org/abs/2407.12993.
 
     Args:
         rho: a radius >= 0 (a number or a schedule), or a perturbation such as `Adaptive(2.0)`.
-        bound: the lower bound: `NegLog()` for BiSAM (-log), which the paper recommends, or `Tanh()` for BiSAM (tanh).
+        bound: the lower bound: `NegLog()` for BiSAM (-log), which the paper recommends, or `Tanh()` for BiSAM (tanh);
+            for a binary head or several labels per example, `Binary()` around one of them.
         descent: objective that is minimised at the displaced weights. Default: the training loss.
 
     Raises:
@@ -163,7 +164,7 @@ def ASAM(rho: Radius, eta: float = 0.0, ascent: Objective | None = None) -> SAM:
     return SAM(Adaptive(rho, eta), ascent=ascent)
 
 
-def ABiSAM(rho: Radius, bound: LowerBound = NegLog(), eta: float = 0.0) -> SAM:  # noqa: B008
+def ABiSAM(rho: Radius, bound: Bound = NegLog(), eta: float = 0.0) -> SAM:  # noqa: B008
     """Adaptive BiSAM: the neighbourhood of ASAM and the adversary of BiSAM (Xie et al., 2024).
 
     Source: https://arxiv.org/abs/2407.12993. This follows the authors' code; the paper's pseudocode was not found in a

@@ -23,6 +23,7 @@ from bisam import (
     LESAM,
     MSAM,
     SAM,
+    Binary,
     BiSAM,
     Every,
     FunctionalSAM,
@@ -523,6 +524,25 @@ def test_without_classes_the_models_own_loss_is_what_is_climbed(tmp_path, task):
         with pytest.raises(ValueError, match=r"classes.*use a method that climbs the training loss.*SAM\(\)"):
             trained(SharpnessAwareTrainer, tmp_path, model, task, method=method)
         assert torch.equal(weights(model), before)
+
+
+def test_the_bound_of_several_labels_is_climbed(tmp_path):
+    several = partial(bert, problem_type="multi_label_classification")
+    compare(tmp_path, several, "several", BiSAM(0.0, Binary()), accumulate=2)
+    ends = []
+    for method in (SAM(L2(0.1)), BiSAM(0.1, Binary())):
+        trainer = trained(SharpnessAwareTrainer, tmp_path, several(), "several", method=method)
+        ends.append(weights(trainer.model))
+    assert not torch.equal(*ends)
+    batch = trainer.data_collator(examples("several", 4))
+    trainer.model.train()
+    trainer.compute_loss(trainer.model, dict(batch))
+    clean = trainer.sharp.clean
+    expected = F.binary_cross_entropy_with_logits(trainer.model(**batch).logits, batch["labels"])
+    torch.testing.assert_close(clean.value, expected)
+    for task, config in (("regression", {"num_labels": 1}), ("sequence", {})):
+        with pytest.raises(ValueError, match="Binary needs one label for each logit"):
+            trained(SharpnessAwareTrainer, tmp_path, bert(**config), task, method=BiSAM(0.1, Binary()))
 
 
 # Other duties of the Trainer

@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from bisam.batches import Batch, size
 from bisam.evaluation import Evaluation
 from bisam.methods import Method
-from bisam.objectives import CrossEntropy, LowerBound, Objective
+from bisam.objectives import Binary, CrossEntropy, LowerBound, Objective
 from bisam.oracle import Oracle, Query, View
 
 Inputs = dict[str, Any]
@@ -54,7 +54,10 @@ class TrainerLoss:
         return losses.flatten(1).sum(1) / counted.flatten(1).sum(1).clamp_min(1) if losses.dim() > 1 else losses
 
     def forward(self, model: nn.Module, inputs: Inputs) -> tuple[Any, Any]:
-        """Returns logits (N, K, ...) with their loss, and labels (N, ...), which are None if there are no classes."""
+        """Returns logits (N, K, ...) with their loss, and labels (N, ...), which are None if there are no classes.
+
+        For `Binary` the labels are those of the logits, (N, L).
+        """
         items = self.counted = self.items(inputs)
         watched = None
         if items is None:
@@ -66,12 +69,14 @@ class TrainerLoss:
         if watched is not None:
             self._divides = _depends(loss, watched)
         logits, targets = self._laid_out(inputs, outputs)
-        classes = isinstance(self.asked, LowerBound | CrossEntropy)
-        if classes:
+        if isinstance(self.asked, LowerBound | CrossEntropy):
             _classes(targets, repr(self.asked))
+        if isinstance(self.asked, Binary):
+            targets = _labels(inputs, logits)
         logits = loss.detach() if logits is None else logits if targets is None else logits.movedim(-1, 1)
         known = logits.as_subclass(_Logits)
-        known.own = None if classes else loss  # unused, and its graph holds copies of the logits
+        # Bounds do not use it, and its graph holds copies of the logits.
+        known.own = None if isinstance(self.asked, LowerBound | Binary | CrossEntropy) else loss
         return known, targets
 
     def items(self, inputs: Inputs) -> Tensor | None:
@@ -154,6 +159,8 @@ class TrainerLoss:
         return loss(logits, labels, num_items_in_batch=targets.ne(-100).sum(dtype=torch.float32).clamp_min(1))
 
     def _crossed(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        if targets.is_floating_point():  # labels that are independent of each other
+            return F.binary_cross_entropy_with_logits(outputs, targets, reduction="none"), torch.ones_like(targets)
         smoother = self._trainer.label_smoother
         smoothing = 0.0 if smoother is None else smoother.epsilon
         return F.cross_entropy(outputs, targets, reduction="none", label_smoothing=smoothing), targets.ne(-100)
@@ -183,9 +190,20 @@ def _classes(targets: Tensor | None, purpose: str) -> Tensor:
         raise ValueError(
             f"{purpose} needs classes, and this task has none (int64 `labels`, and `logits` with the classes last, as "
             "in classification and language models): for regression or several labels at once use a method that climbs "
-            "the training loss on whole batches, such as SAM()"
+            "the training loss on whole batches, such as SAM(), or for several labels BiSAM(bound=Binary())"
         )
     return targets
+
+
+def _labels(inputs: Inputs, logits: Tensor | None) -> Tensor:
+    labels = inputs.get("labels")
+    if logits is None or not isinstance(labels, Tensor) or labels.shape != logits.shape:
+        raise ValueError(
+            "Binary needs one label for each logit, and this task has others: floating-point `labels` of the shape of "
+            'the logits, as with problem_type="multi_label_classification". For classes, use NegLog() or Tanh(); for a '
+            "regression, SAM()"
+        )
+    return labels.to(logits.device)
 
 
 def _depends(loss: Tensor, on: Tensor) -> bool:

@@ -48,10 +48,10 @@ class SharpnessAwareTrainer(Trainer):
     (gradients and additional forward passes, in units of whole batches, per micro-batch) and `seconds_per_query`.
 
     Methods that climb a bound of the 0-1 loss need classes: int64 labels, and logits with the classes in the last
-    dimension. In causal language models each token counts separately, with the next label; methods that select examples
-    select whole sequences. The loss of the Trainer is a scalar, so losses per example are cross-entropy with the label
-    smoothing of the Trainer, or `compute_loss_func` of each example. The same holds for `sharp.clean` if the adversary
-    climbs another objective.
+    dimension. `Binary` is the bound for `problem_type="multi_label_classification"`. In causal language models each
+    token counts separately, with the next label; methods that select examples select whole sequences. The loss of the
+    Trainer is a scalar, so losses per example are cross-entropy with the label smoothing of the Trainer, or
+    `compute_loss_func` of each example. The same holds for `sharp.clean` if the adversary climbs another objective.
 
     Args:
         *args: the arguments of `Trainer`.
