@@ -41,7 +41,8 @@ class SharpnessAware(nn.Module):
     In training mode, a call on a batch returns a scalar that is differentiable once with respect to the trainable
     parameters of the model. It can be scaled, divided and added to other losses before `backward()`. In eval mode, or
     under `no_grad`, a call returns the plain loss. The mode is that of the model. If a call raises an error, weights,
-    gradients and buffers are as before the call.
+    gradients and buffers are as before the call. If the gradient of a step is not finite, the state of the method is as
+    before the step, which counts as a step; the training loop or its GradScaler should skip the optimizer step.
 
     Args:
         model: the module to train. It is not copied or changed: save it, move it and wrap it as usual.
@@ -165,8 +166,9 @@ class SharpnessAware(nn.Module):
         if layout is not WHOLE:
             before = method_state.laid_out(before, layout)
         oracle.state = dict(before)
-        value = _differentiable(oracle, self.method(oracle, batch))
-        after = method_state.settled(oracle.state, before, oracle.overflow)
+        evaluation = self.method(oracle, batch)
+        value = _differentiable(oracle, evaluation)
+        after = method_state.settled(oracle.state, before, evaluation.gradient, oracle.overflow)
         memory.state = after if layout is WHOLE else method_state.laid_out(after)
         memory.step, memory.checked = memory.step + 1, True
         return value
