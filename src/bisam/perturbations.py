@@ -85,7 +85,8 @@ class Adaptive:
     Source: https://arxiv.org/abs/2102.11600. The authors' code applies T to parameters whose name contains "weight"
     (including those of normalisation layers) and the identity to all others, with rho 0.5 and eta 0.01:
     `Adaptive(0.5, eta=0.01, where=lambda name, w: "weight" in name)`. The most used port applies T to all parameters
-    with eta = 0: `Adaptive(rho)`, for which rho 2.0 is a common choice. The authors of BiSAM use the port.
+    with eta = 0: `Adaptive(rho)`, for which rho 2.0 is a common choice. The authors of BiSAM use the port. |w| of a
+    complex weight is its modulus.
 
     Args:
         rho: radius, >= 0, in units of the weights, a number or a schedule.

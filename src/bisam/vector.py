@@ -323,4 +323,4 @@ def _single(tensors: Tensors) -> Tensors:
 
 def as_real(tensors: Tensors) -> Tensors:
     """Returns complex tensors as real ones with a last dimension of two, and others unchanged."""
-    return [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
+    return [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors]

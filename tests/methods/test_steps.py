@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bisam import cross_entropy
+from bisam import FunctionalSAM, SharpnessAware, cross_entropy
+from bisam.perturbations import L2
 from tests.support import cases, references
 from tests.support.cases import everything, gradients
 from tests.support.runs import STATEFUL, Training, close, each_method, training
@@ -280,38 +282,44 @@ def test_a_batch_of_one(name):
     assert references.flat(run.model).isfinite().all()
 
 
-class Complex(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        z = torch.randn(2, 5, 2, dtype=torch.double)
-        self.w = nn.Parameter(torch.view_as_complex(z))
+ENTRIES = (
+    "ASAM ASAM-official ABiSAM MultiStepSAM-adaptive MomentumSAM-log Smoothed-friendly-adaptive SAMON-adaptive-log "
+    "RandomMask-entry RandomMask-friendly ESAM-entry-tanh ZSharp ZSharp-log ZScore-adaptive FisherSAM "
+    "FisherMask-friendly-log SSAMF SSAMF-log SSAMF-descent SSAMD DropGrow-settling-log During BSAM BSAM-log RSAM "
+    "RSAM-plain-adaptive KSAM-RSAM-EBiSAM Every-other-LookSAM"
+)
+"""Methods that treat single entries, of which a complex number is one; test_references.py has their formulas."""
 
-    def real(self) -> Tensor:
-        return torch.view_as_real(self.w)
+
+@pytest.mark.parametrize("name", [name for name in cases.FAMILY if name not in ENTRIES.split()])
+def test_complex_weights_are_their_real_and_imaginary_parts(name):
+    first, second = (
+        training(name, partial(cases.complex_mlp, real=real), dtype=None).step(0, 1, 2, 3) for real in (False, True)
+    )
+    for z, parts in zip(first.model.parameters(), second.model.parameters(), strict=True):
+        close(torch.view_as_real(z.detach()), parts.detach(), 1e-12)
+
+
+class ComplexOutputs(nn.Module):
+    def __init__(self, *, real: bool) -> None:
+        super().__init__()
+        self.layer, self.real = cases.ComplexLinear(6, cases.CLASSES, False), real
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x[:, None, None, :2].tanh() * self.real() ** 2).sum(3).flatten(1)[:, : cases.CLASSES]
+        z = self.layer(x)
+        return torch.view_as_real(z) if self.real else z
 
 
-class Real(Complex):
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.view_as_real(self.w.detach()).clone())
+def test_functional_sam_takes_complex_outputs_as_pairs():
+    grads = []
+    for real in (False, True):
+        torch.manual_seed(0)
+        model = ComplexOutputs(real=real)
 
-    def real(self) -> Tensor:
-        return self.w
+        def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+            parts = torch.view_as_real(outputs) if outputs.is_complex() else outputs
+            return cross_entropy(parts[..., 0] ** 2 + parts[..., 1], targets)
 
-
-LENGTHS = ["SAM", "MultiStepSAM", "FSAM", "VaSSO", "LESAM", "ESAM", "KSAM", "LookSAM", "AESAM", "MomentumSAM", "SAMPa"]
-LENGTHS += ["GSAM", "WSAM", "CRSAM", "XSAM", "FunctionalSAM", "RAPP", "Every-LookSAM", "Every-two-memories"]
-
-
-@pytest.mark.parametrize("name", LENGTHS)  # methods of lengths and inner products, not of single entries
-def test_complex_parameters_are_their_real_and_imaginary_parts(name):
-    first, second = (training(name, model, dtype=None).step(0, 1, 2, 3) for model in (Complex, Real))
-    close(torch.view_as_real(first.model.w.detach()), second.model.w.detach(), 1e-12)
-
-
-@pytest.mark.parametrize("name", [n for n in cases.FAMILY if "SAMON" not in n])
-def test_complex_parameters_stay_finite(name):
-    assert torch.view_as_real(training(name, Complex, dtype=None).step(0, 1, 2, 3).model.w).isfinite().all()
+        SharpnessAware(model, FunctionalSAM(L2(0.5)), loss)(*cases.batch()).backward()
+        grads.append(model.layer.weight.grad.resolve_conj())
+    close(*grads, 1e-12)

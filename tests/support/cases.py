@@ -88,6 +88,51 @@ def normed() -> nn.Sequential:
     return mlp(nn.BatchNorm1d)
 
 
+class ComplexLinear(nn.Module):
+    """With gradients that autograd conjugates lazily; with `real`, its parameters are real and imaginary parts."""
+
+    def __init__(self, inputs: int, outputs: int, real: bool) -> None:
+        super().__init__()
+        weight, bias = (
+            torch.randn(*shape, dtype=torch.cdouble) / inputs**0.5 for shape in ((inputs, outputs), (outputs,))
+        )
+        self.weight, self.bias = (nn.Parameter(torch.view_as_real(z) if real else z) for z in (weight, bias))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = (p if p.is_complex() else torch.view_as_complex(p) for p in (self.weight, self.bias))
+        return x.to(torch.cdouble) @ weight.conj() + bias
+
+
+class ComplexNorm(ComplexLinear):
+    """A normalisation layer by its name; multiplies each channel by a number."""
+
+    def __init__(self, channels: int, real: bool) -> None:
+        super().__init__(1, channels, real)
+        self.weight = nn.Parameter(self.weight.detach()[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = (p if p.is_complex() else torch.view_as_complex(p) for p in (self.weight, self.bias))
+        return x / x.abs().square().mean(1, keepdim=True).sqrt() * weight.conj() + bias
+
+
+class Squash(nn.Module):
+    """Unlike tanh it is bounded for all complex numbers."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z / (1 + z.abs().square()).sqrt()
+
+
+class Logits(nn.Module):
+    def forward(self, z: Tensor) -> Tensor:
+        return torch.view_as_real(z).sum(-1)
+
+
+def complex_mlp(*, real: bool = False) -> nn.Sequential:
+    """A model of complex parameters, or the same model of their real and imaginary parts."""
+    layers = ComplexLinear(6, 8, real), ComplexNorm(8, real), Squash(), ComplexLinear(8, CLASSES, real)
+    return nn.Sequential(*layers, Logits())
+
+
 def convnet() -> nn.Sequential:
     # No bias before a norm: its gradient is rounding noise, which AdamW would blow up to a step of full length.
     return nn.Sequential(

@@ -122,7 +122,8 @@ class RSAM:
 
     Args:
         sigma: standard deviation of the noise of each entry, >= 0, in units of the norm of its filter: the noise of a
-            filter of d entries is about sqrt(d) sigma times as long as the filter. With 0 the wrapper has no effect.
+            filter of d entries is about sqrt(d) sigma times as long as the filter. A complex number is one entry. With
+            0 the wrapper has no effect.
         method: method that is applied at the random point.
         filters: if True, scale the noise by the norm of each filter (a slice along the first dimension of a tensor of
             two or more dimensions), and of each tensor of fewer dimensions. If False, all entries have the same noise.
