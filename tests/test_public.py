@@ -51,6 +51,7 @@ NAMES = {
     "MSAM",
     "MultiStepSAM",
     "NegLog",
+    "Only",
     "Oracle",
     "RAPP",
     "RSAM",
@@ -69,7 +70,7 @@ NAMES = {
     "ZSharp",
 }
 MODULES = {
-    perturbations: "Adaptive Friendly L2 LossEquated NormLayers Smoothed ZScore",
+    perturbations: "Adaptive Friendly L2 LossEquated NormLayers Only Smoothed ZScore",
     masks: "DropGrow FisherMask RandomMask",
     schedules: "Constant Cosine Follow Linear Warmup",
 }

@@ -51,8 +51,8 @@ from tests.support import cases, ranks
 STEPS, PART = int(os.environ.get("BISAM_STEPS", "8")), 4
 DRAWING = "RandomMask-friendly SSAMD ESAM EBiSAM BSAM RSAM"  # random numbers of their own
 DETERMINED = (
-    "ERM SAM BiSAM MultiStepSAM-adaptive FSAM VaSSO ZSharp SAMON LESAM FisherSAM LookSAM AESAM MomentumSAM SAMPa GSAM "
-    "WSAM CRSAM XSAM FunctionalSAM RAPP Every-LookSAM During"
+    "ERM SAM BiSAM MultiStepSAM-adaptive FSAM VaSSO ZSharp SAMON Only LESAM FisherSAM LookSAM AESAM MomentumSAM SAMPa "
+    "GSAM WSAM CRSAM XSAM FunctionalSAM RAPP Every-LookSAM During"
 )
 METHODS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
     name: cases.FAMILY[name][0] for name in f"{DETERMINED} {DRAWING}".split()

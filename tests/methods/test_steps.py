@@ -125,9 +125,9 @@ def as_on_a_device(monkeypatch):
 # Gradients whose squares exceed the range of float32.
 
 HOMOGENEOUS = (
-    "ERM SAM MultiStepSAM ASAM ASAM-official MSAM RandomMask-friendly FSAM VaSSO ZSharp SAMON FisherSAM SSAMF SSAMD "
-    "ESAM KSAM LookSAM AESAM MomentumSAM SAMPa GSAM GSAM-friendly WSAM CRSAM XSAM FunctionalSAM RSAM MSAM-LookSAM "
-    "Every-LookSAM Every-two-memories During"
+    "ERM SAM MultiStepSAM ASAM ASAM-official MSAM RandomMask-friendly FSAM VaSSO ZSharp SAMON Only FisherSAM SSAMF "
+    "SSAMD ESAM KSAM LookSAM AESAM MomentumSAM SAMPa GSAM GSAM-friendly WSAM CRSAM XSAM FunctionalSAM RSAM "
+    "MSAM-LookSAM Every-LookSAM Every-two-memories During"
 )
 """Methods whose gradient is k times as large if the loss is."""
 
@@ -286,7 +286,7 @@ ENTRIES = (
     "ASAM ASAM-official ABiSAM MultiStepSAM-adaptive MomentumSAM-log Smoothed-friendly-adaptive SAMON-adaptive-log "
     "RandomMask-entry RandomMask-friendly ESAM-entry-tanh ZSharp ZSharp-log ZScore-adaptive FisherSAM "
     "FisherMask-friendly-log SSAMF SSAMF-log SSAMF-descent SSAMD DropGrow-settling-log During BSAM BSAM-log RSAM "
-    "RSAM-plain-adaptive KSAM-RSAM-EBiSAM Every-other-LookSAM"
+    "RSAM-plain-adaptive KSAM-RSAM-EBiSAM Every-other-LookSAM RandomMask-only-adaptive"
 )
 """Methods that treat single entries, of which a complex number is one; test_references.py has their formulas."""
 

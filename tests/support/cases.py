@@ -44,6 +44,7 @@ from bisam import (
     MomentumSAM,
     MultiStepSAM,
     NegLog,
+    Only,
     SAMPa,
     Tanh,
     VaSSO,
@@ -171,6 +172,10 @@ def is_norm(name: str, p: Tensor) -> bool:
     return p.dim() == 1 and (name.startswith(("1.", "2.", "5.")))  # of `convnet` and of `mlp(norm)`
 
 
+def is_weight(name: str, p: Tensor) -> bool:
+    return name.endswith("weight")
+
+
 def lr(step: references.Step) -> float:
     return step.optimizer.param_groups[0]["lr"]
 
@@ -236,6 +241,23 @@ FAMILY: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], references.Twin]
     "SAMON-adaptive-log": (
         lambda o: SAM(NormLayers(Adaptive(0.5, 0.01)), ascent=NegLog()),
         references.climbing(references.norm_layers(references.adaptive(0.5, 0.01), is_norm), LOG, CE),
+    ),
+    "Only": (lambda o: SAM(Only(is_weight, L2(0.1))), references.climbing(references.only(B, is_weight), CE, CE)),
+    "Only-smoothed-log": (
+        lambda o: LookSAM(Only(is_weight, Smoothed(L2(0.1), theta=0.4)), NegLog(), k=2),
+        references.looksam(references.only(references.smoothed(B, 0.4), is_weight), LOG, CE, 2, 0.7),
+    ),
+    "RandomMask-only-adaptive": (
+        lambda o: ESAM(RandomMask(Friendly(Only(is_weight, Adaptive(0.5))), beta=0.7), gamma=0.5),
+        references.esam(
+            references.random_mask(
+                references.friendly(references.only(references.adaptive(0.5), is_weight), 1.0, 0.9), 0.7, "tensor"
+            ),
+            CE,
+            CE,
+            CE,
+            0.5,
+        ),
     ),
     "LESAM": (
         lambda o: LESAM(sigma=0.05, rho_max=0.1),

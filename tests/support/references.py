@@ -180,6 +180,10 @@ def norm_layers(climb: Climb, rule: Callable[[str, Tensor], bool]) -> Climb:
     return lambda g, w, s: climb(s.which(rule) * g, w, s)
 
 
+def only(climb: Climb, rule: Callable[[str, Tensor], bool]) -> Climb:
+    return lambda g, w, s: s.which(rule) * climb(s.which(rule) * g, w, s.part("inner"))
+
+
 def random_mask(climb: Climb, beta: float, per: str) -> Climb:
     def climber(g: Tensor, w: Tensor, s: Step) -> Tensor:
         e, parts = climb(g, w, s.part("inner")), s.parts(g)
