@@ -173,7 +173,7 @@ def is_norm(name: str, p: Tensor) -> bool:
 
 
 def is_weight(name: str, p: Tensor) -> bool:
-    return name.endswith("weight")
+    return not name.endswith("bias")
 
 
 def lr(step: references.Step) -> float:
