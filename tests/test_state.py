@@ -339,6 +339,14 @@ def test_finite_entries_may_have_any_magnitude():
     assert settled(large, {"v": vector(0)}, large["v"]) is large
 
 
+@pytest.mark.parametrize(
+    "less", [{"v": OLD["v"], "deep": {"list": OLD["deep"]["list"]}}, {**OLD, "deep": {"list": OLD["deep"]["list"][:1]}}]
+)
+def test_what_a_bad_step_removed_is_there_again(less, waits):
+    assert plain(settled(less, OLD, spoiled(G, torch.nan))) == plain(OLD)
+    assert plain(settled(less, OLD, G)) == plain(less)
+
+
 def test_a_mask_is_not_searched_for_nan():
     masks = [{"mask": Vector([torch.full((2, 3), value), torch.tensor(True)])} for value in (True, False)]
     assert settled(*masks, G) is masks[0]

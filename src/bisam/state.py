@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
+from itertools import zip_longest
 from typing import Any, cast
 
 import torch
@@ -94,21 +95,32 @@ def settled(new: State, old: State, gradient: Vector, overflow: Tensor | None = 
         gradient: the gradient that the method returned.
         overflow: see `ModelOracle.overflow`.
     """
-    kept = _without_empty(new)
-    if not kept:
-        return new
-    (after, structure), (before, other) = tree_flatten(kept), tree_flatten(_without_empty(old))
-    same = structure == other and all(_alike(a, b) for a, b in zip(after, before, strict=True))
-    there = {_identity(leaf) for leaf in before}
-    written = [leaf for leaf in after if _identity(leaf) not in there]
-    if same and not written:
+    kept, before = _without_empty(new), _without_empty(old)
+    if not kept or not (written := _written(kept, before)):
         return new
     bad = _not_finite(written, gradient, overflow)
     if (decided := known(bad)) is not None:
         return old if decided else new
-    if not same:
-        return old if bool(bad) else new  # synchronises
-    return tree_unflatten([_chosen(bad, b, a) for a, b in zip(after, before, strict=True)], structure)
+    (after, structure), (before, other) = tree_flatten(kept), tree_flatten(before)
+    if structure == other and all(_alike(a, b) for a, b in zip(after, before, strict=True)):
+        return tree_unflatten([_chosen(bad, b, a) for a, b in zip(after, before, strict=True)], structure)
+    return old if bool(bad) else new  # synchronises
+
+
+def _written(new: Any, old: Any) -> list[Any]:
+    """Returns the leaves of `new` that are not those of `old` in the same place, with a None where a place is gone."""
+    if isinstance(new, dict):
+        entries, others = cast(State, new), cast(State, old) if isinstance(old, dict) else {}
+        gone = [None] if others.keys() - entries.keys() else []
+        return sum([_written(v, others.get(k, _NOTHING)) for k, v in entries.items()], gone)
+    if isinstance(new, list | tuple):
+        items, others = cast("Sequence[Any]", new), cast("Sequence[Any]", old) if isinstance(old, type(new)) else ()
+        gone = [None] if len(others) > len(items) else []
+        return sum([_written(v, o) for v, o in zip_longest(items, others[: len(items)], fillvalue=_NOTHING)], gone)
+    return [] if _identity(new) == _identity(old) else [new]
+
+
+_NOTHING = object()
 
 
 def _not_finite(written: Sequence[Any], gradient: Vector, overflow: Tensor | None) -> Tensor:

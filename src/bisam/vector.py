@@ -180,15 +180,14 @@ class Vector:
         exceeds the range of its type. On devices without float64 the squares must be in the range of float32.
         """
         tensors, dtype = _wide(as_real(self.tensors))
-        if self.layout is WHOLE and _is_small_on_cpu(tensors):
-            norm = torch.linalg.vector_norm(torch._C._nn.flatten_dense_tensors(tensors), dtype=dtype)  # pyright: ignore
-            if _is_ordinary(norm):
-                return norm
-        norms, wide = _norms(tensors, dtype), dtype or reduce(torch.promote_types, {t.dtype for t in tensors})
         if self.layout is WHOLE:
-            return torch.linalg.vector_norm(norms).to(wide)
-        norms = widened(norms)
-        return self.layout.total(norms * norms).sqrt().to(wide)
+            norm = _length(tensors, dtype)
+        else:
+            norms = widened(_norms(tensors, dtype))
+            norm = self.layout.total(norms * norms).sqrt()
+        if norm.dtype != torch.float64:
+            return norm
+        return norm.to(dtype or reduce(torch.promote_types, {t.dtype for t in tensors}))
 
     def dot(self, other: Vector) -> Tensor:
         """Returns the inner product with `other` (its real part for complex entries), a 0-dimensional tensor.
@@ -256,10 +255,13 @@ def clone(tensors: Tensors) -> Tensors:
 def finite(vectors: Sequence[Vector]) -> Tensor:
     """Returns 0 if all entries of `vectors` are finite, else NaN: a 0-dimensional tensor, the same on all ranks.
 
-    All ranks that share the first vector call it together. It costs one reduction for all vectors.
+    All ranks that share the first vector call it together. If that is sharded, they exchange one number.
     """
-    first, *others = [_norms(*_wide(as_real(v.tensors))) * 0 for v in vectors]
-    return vectors[0].layout.total(sum([other.sum() for other in others], first))
+    tensors, dtype = _wide(as_real([t for v in vectors for t in v.tensors]))
+    if not vectors[0].layout.sharded:
+        return _length(tensors, dtype) * 0
+    flags, n = _norms(tensors, dtype) * 0, len(vectors[0])
+    return vectors[0].layout.total(flags[:n] + flags[n:].sum())
 
 
 def known(condition: Tensor) -> bool | None:
@@ -276,6 +278,15 @@ def power_of_two(number: Tensor) -> Tensor:
     """Returns the power of two in (number / 2, number], or 1 if the number, which is >= 0, is 0 or not finite."""
     quotient = number / (torch.frexp(number).mantissa * 2)
     return torch.where(quotient.isfinite(), quotient, 1.0)
+
+
+def _length(tensors: Tensors, dtype: torch.dtype | None) -> Tensor:
+    """Returns the norm of real tensors as one flat tensor, in the type in which it is summed."""
+    if _is_small_on_cpu(tensors):
+        norm = torch.linalg.vector_norm(torch._C._nn.flatten_dense_tensors(tensors), dtype=dtype)  # pyright: ignore
+        if _is_ordinary(norm):
+            return norm
+    return torch.linalg.vector_norm(_norms(tensors, dtype))
 
 
 def _norms(tensors: Tensors, dtype: torch.dtype | None) -> Tensor:

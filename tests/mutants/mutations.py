@@ -141,8 +141,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "vector",
         "ranks_decide_alone",
         "Ranks that share tensors do not agree on whether they are finite.",
-        "return vectors[0].layout.total(sum([other.sum() for other in others], first))",
-        "return sum([other.sum() for other in others], first).sum()",
+        "return vectors[0].layout.total(flags[:n] + flags[n:].sum())",
+        "return flags.sum()",
     ),
     Mutant(
         "vector",
