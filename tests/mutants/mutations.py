@@ -127,8 +127,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "vector",
         "norm_of_replicas_overflows",
         "The norm of a gradient of 1e21 that ranks share is infinite.",
-        "norms = widened(norms)",
-        "norms = norms.to(wide)",
+        "norms = widened(_norms(tensors, dtype))",
+        "norms = _norms(tensors, dtype).float()",
     ),
     Mutant(
         "vector",
