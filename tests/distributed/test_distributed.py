@@ -577,6 +577,20 @@ def large_gradients() -> dict[str, float]:
     return {} if far < 1e-6 else {"gradients": far}
 
 
+def complex_weights() -> dict[str, Any]:
+    def weights(name: str, model: nn.Module, batch: Callable[[int], Any]) -> list[Tensor]:
+        make, _ = cases.FAMILY[name]
+        return trained(model, lambda o: SharpnessAware(model, make(o), cross_entropy), batch)[0]
+
+    found = {}
+    for name in ("GSAM", "ASAM", "LookSAM"):
+        one = cases.complex_mlp()
+        several = fully_shard(copy.deepcopy(one), mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        apart = distance(weights(name, several, part), weights(name, one, whole))
+        found |= {} if apart < 1e-12 else {name: apart}
+    return found
+
+
 def inference() -> dict[str, float]:
     model, (x, y) = sharded(network()), part(0)
     sharp = SharpnessAware(model, SAM(), cross_entropy)
@@ -669,6 +683,7 @@ def sharded_otherwise() -> dict[str, Any]:
             "its own clean loss": own_clean(),
             "Lookahead": like_one_process("SAM", sharded, optimizer=lambda m: Lookahead(sgd(m), k=3)),
             "large gradients": large_gradients(),
+            "complex weights": complex_weights(),
             "inference mode": inference(),
             "adapters beside a sharded model": adapters(),
             "around the loss": refused(around, "fully_shard the model, not the loss"),
