@@ -50,7 +50,8 @@ _NORM = re.compile(r"((^|[._])bn|norm)\d*([._]|$)")
 class L2:
     """The Euclidean ball: e = rho g/||g||, which maximises a linear function on it (Foret et al., 2021).
 
-    Source: https://arxiv.org/abs/2010.01412, eq. 2.
+    Source: https://arxiv.org/abs/2010.01412, eq. 2. As in public implementations, 1e-12 is added to the norm, so that a
+    zero gradient gives a zero displacement; gradients of about this length give a displacement shorter than rho.
 
     Args:
         rho: radius, >= 0, a number or a schedule; with 0 SAM is its base optimizer.

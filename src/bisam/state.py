@@ -7,7 +7,7 @@ method and the model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from itertools import zip_longest
 from typing import Any, cast
@@ -95,8 +95,10 @@ def settled(new: State, old: State, gradient: Vector, overflow: Tensor | None = 
         gradient: the gradient that the method returned.
         overflow: see `ModelOracle.overflow`.
     """
-    kept, before = _without_empty(new), _without_empty(old)
-    if not kept or not (written := _written(kept, before)):
+    if not (kept := _without_empty(new)):
+        return new
+    before = _without_empty(old)
+    if not (written := list(_written(kept, before))):
         return new
     bad = _not_finite(written, gradient, overflow)
     if (decided := known(bad)) is not None:
@@ -107,17 +109,22 @@ def settled(new: State, old: State, gradient: Vector, overflow: Tensor | None = 
     return old if bool(bad) else new  # synchronises
 
 
-def _written(new: Any, old: Any) -> list[Any]:
-    """Returns the leaves of `new` that are not those of `old` in the same place, with a None where a place is gone."""
+def _written(new: Any, old: Any) -> Iterator[Any]:
+    """Yields the leaves of `new` that are not those of `old` in the same place, and None where a place is gone."""
     if isinstance(new, dict):
         entries, others = cast(State, new), cast(State, old) if isinstance(old, dict) else {}
-        gone = [None] if others.keys() - entries.keys() else []
-        return sum([_written(v, others.get(k, _NOTHING)) for k, v in entries.items()], gone)
-    if isinstance(new, list | tuple):
+        pairs, gone = [(v, others.get(k, _NOTHING)) for k, v in entries.items()], others.keys() - entries.keys()
+    elif isinstance(new, list | tuple):
         items, others = cast("Sequence[Any]", new), cast("Sequence[Any]", old) if isinstance(old, type(new)) else ()
-        gone = [None] if len(others) > len(items) else []
-        return sum([_written(v, o) for v, o in zip_longest(items, others[: len(items)], fillvalue=_NOTHING)], gone)
-    return [] if _identity(new) == _identity(old) else [new]
+        pairs, gone = zip_longest(items, others[: len(items)], fillvalue=_NOTHING), len(others) > len(items)
+    else:
+        pairs, gone = (), False
+        if _identity(new) != _identity(old):
+            yield new
+    if gone:
+        yield None
+    for value, other in pairs:
+        yield from _written(value, other)
 
 
 _NOTHING = object()
