@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
 
-from bisam import ERM, SAM, Binary, BiSAM, NegLog, SharpnessAware, Tanh, cross_entropy
+from bisam import ERM, SAM, Binary, BiSAM, NegLog, SharpnessAware, Tanh, Vector, cross_entropy
 from bisam.perturbations import L2
 from tests.support import cases
 
@@ -109,6 +110,50 @@ def test_bounds_of_labels_and_probabilities_are_those_of_the_cpu_and_read_no_val
             found.append((values.detach().cpu(), x.grad.cpu()))
         for ours, theirs in zip(*found, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@needs_double
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.cfloat])
+@pytest.mark.parametrize("magnitude", [1e-25, 1e-12, 1.0, 1e12, 1e21, 1e36])
+def test_norms_and_projections_are_exact_in_the_whole_range_of_float32(magnitude, dtype):
+    vectors = [Vector([(torch.randn(9, 7) * magnitude).to(DEVICE, dtype) for _ in range(3)]) for _ in range(2)]
+    wide = [torch.cat([t.cpu().to(torch.cdouble).flatten() for t in v]) for v in vectors]
+    torch.testing.assert_close(vectors[0].norm().cpu().double(), wide[0].norm(), rtol=1e-6, atol=0)
+    along = torch.vdot(wide[1], wide[0]).real / wide[1].norm() ** 2 * wide[1]
+    found = torch.cat([t.cpu().to(torch.cdouble).flatten() for t in vectors[0].onto(vectors[1])])
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(found / magnitude, along / magnitude, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["FSAM", "VaSSO", "AESAM", "MomentumSAM", "LookSAM", "SAMPa", "FisherSAM", "BSAM"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_batch_that_is_not_finite_leaves_the_state_of_the_device(name, value):
+    model = cases.A_MODEL().float().to(DEVICE)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sharp = SharpnessAware(model, cases.FAMILY[name][0](optimizer), cross_entropy)
+
+    def gradients(step: int, factor: float = 1.0) -> Tensor:
+        x, y = (t.to(DEVICE) for t in ((cases.batch(step)[0] * factor).float(), cases.batch(step)[1]))
+        optimizer.zero_grad()
+        if DEVICE.type == "cuda" and name != "AESAM" and step > 1:
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            sharp(x, y).backward()
+        finally:
+            if DEVICE.type == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+        return torch.cat([p.grad.cpu().flatten() for p in model.parameters() if p.grad is not None])
+
+    def state() -> list[Tensor]:
+        return [t.cpu() for t in tree_leaves(sharp.get_extra_state()["state"]) if isinstance(t, Tensor)]
+
+    for step in range(3):
+        assert gradients(step).isfinite().all()
+        optimizer.step()
+    before = state()
+    assert not gradients(3, value).isfinite().all()
+    assert all(torch.equal(a, b) for a, b in zip(state(), before, strict=True))
+    assert gradients(4).isfinite().all()
 
 
 def dropout() -> nn.Module:

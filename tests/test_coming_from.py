@@ -78,6 +78,15 @@ def test_before_and_after_train_the_same_weights(section, davda54):
     assert after["optimizer"].param_groups[0]["lr"] == before["scheduler"].get_last_lr()[0] < 0.1
 
 
+def test_a_part_of_the_parameters_trains_the_same(davda54):
+    before, after = (run(block) for block in BLOCKS["A part of the parameters"])
+    said = tolerance(PAGE[PAGE.index("with `Only`") :])
+    assert 0 < distance(before["model"], after["model"]) < said
+    assert distance(after["model"], net()) > 0.1
+    everything = run(BLOCKS["A part of the parameters"][1].replace("id(p) in held", "True"))
+    assert distance(everything["model"], after["model"]) > 1e-3  # it is another method than SAM
+
+
 def test_what_gsam_returned_is_in_clean():
     before, after = (run(block) for block in BLOCKS["pytorch_optimizer"])
     torch.testing.assert_close(after["sharp"].clean.outputs, before["outputs"].detach(), rtol=0, atol=1e-7)

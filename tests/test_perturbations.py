@@ -7,11 +7,28 @@ import torch
 from torch import nn
 
 import bisam
-from bisam import L2, SAM, SAMON, Adaptive, BiSAM, ModelOracle, NegLog, cross_entropy, masks, perturbations
+from bisam import (
+    L2,
+    SAM,
+    SAMON,
+    Adaptive,
+    BiSAM,
+    ModelOracle,
+    NegLog,
+    Only,
+    SharpnessAware,
+    Vector,
+    cross_entropy,
+    masks,
+    perturbations,
+)
 from bisam.masks import RandomMask
-from bisam.perturbations import is_radius
+from bisam.perturbations import Friendly, is_radius
 from bisam.schedules import Constant, Cosine, Warmup
+from tests.support import cases
+from tests.support.cases import bits
 from tests.support.doubles import Quadratic
+from tests.support.runs import grads_of, twins
 
 CLASSES = ("SAM", "MultiStepSAM", "GSAM", "WSAM", "CRSAM", "XSAM", "FunctionalSAM", "LookSAM", "SSAMF", "MomentumSAM")
 FUNCTIONS = ("BiSAM", "GBiSAM", "FSAM", "VaSSO", "ZSharp", "SAMON", "FisherSAM", "SSAMD", "EBiSAM")
@@ -24,9 +41,14 @@ def ahead(gradient, oracle):
     return gradient * -0.1
 
 
+def named(name, parameter):
+    return "weight" in name
+
+
 MAKE = {
     **{name: getattr(bisam, name) for name in (*CLASSES, *FUNCTIONS)},
     **{kind.__name__: kind for kind in AROUND},
+    "Only": lambda perturb: Only(named, perturb),
     "SAMPa": lambda perturb: bisam.SAMPa(perturb, ahead=ahead),
     "AESAM": lambda perturb: bisam.AESAM(perturb, steps=10),
 }
@@ -91,3 +113,94 @@ def test_a_subnet_is_no_norm_layer():
     assert moved <= {"bn1.weight", "bn1.bias", "layers.0.weight", "layers.0.bias"}
     assert "bn1.weight" in moved
     assert "layers.0.weight" in moved
+
+
+# Only.
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 5).double(), nn.Linear(5, cases.CLASSES).double()
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.body(x)))
+
+
+def test_only_is_sam_of_a_model_whose_other_parameters_are_frozen():
+    """As SAM of the ports on an optimizer that holds the head."""
+    model, twin = twins(Block)
+    grads = grads_of(SharpnessAware(model, SAM(Only(in_head, L2(0.5))), cross_entropy)(*cases.batch()), model)
+    twin.body.requires_grad_(False)
+    SharpnessAware(twin, SAM(L2(0.5)), cross_entropy)(*cases.batch()).backward()
+    assert [bits(g) for g in grads[2:]] == [bits(p.grad) for p in twin.head.parameters()]
+    assert all(g.any() for g in grads[:2])  # the others are trained too
+
+
+def in_head(name, parameter):
+    return name.startswith("head")
+
+
+def test_only_with_all_selected_is_the_inner_perturbation():
+    for inner in (L2(0.5), Adaptive(0.5, eta=0.1), Friendly(L2(0.3)), RandomMask(L2(0.1), beta=0.5)):
+        runs = []
+        for perturb in (inner, Only(lambda name, p: True, inner)):
+            torch.manual_seed(0)
+            model = Block()
+            runs.append(cases.train(SharpnessAware(model, SAM(perturb), cross_entropy), model))
+        assert runs[0] == runs[1]
+
+
+def test_only_is_the_norm_layers_where_these_are_selected():
+    runs = []
+    for perturb in (perturbations.NormLayers(0.3), Only(cases.is_norm, 0.3)):
+        torch.manual_seed(0)
+        model = cases.convnet()
+        runs.append(cases.train(SharpnessAware(model, SAM(perturb), cross_entropy), model))
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize(
+    "perturb",
+    [lambda perturb: Only(in_head, perturb), lambda perturb: perturbations.NormLayers(perturb)],
+    ids=["Only", "NormLayers"],
+)
+def test_no_other_parameter_is_displaced_whatever_the_inner_perturbation_does(perturb):
+    model = nn.ModuleDict({"head": nn.LayerNorm(3), "body": nn.Linear(3, 3)})
+
+    def everywhere(gradient, oracle):
+        return gradient * 0.0 + 1.0
+
+    gradient = Vector([torch.full_like(p, torch.inf) for p in model.parameters()])
+    e = perturb(everywhere)(Vector([torch.ones_like(p) for p in model.parameters()]), ModelOracle(model, cross_entropy))
+    assert [t.flatten()[0].item() for t in e] == [1.0, 1.0, 0.0, 0.0]
+    e = perturb(L2(1.0))(gradient, ModelOracle(model, cross_entropy))
+    assert [t.isfinite().all().item() for t in e] == [False, False, True, True]
+
+
+def test_where_is_asked_for_each_parameter_in_each_step():
+    """With the parameter itself, so that it may be looked up in an optimizer."""
+    model = Block()
+    optimizer = torch.optim.SGD(model.head.parameters(), lr=0.1)
+    held, asked = {id(p) for p in optimizer.param_groups[0]["params"]}, []
+
+    def where(name, parameter):
+        asked.append(name)
+        return id(parameter) in held
+
+    sharp = SharpnessAware(model, bisam.RSAM(0.1, SAM(Only(where, L2(0.5)))), cross_entropy)
+    for _ in range(2):
+        sharp(*cases.batch())
+    assert asked == [name for name, _ in model.named_parameters()] * 2
+
+
+def test_only_names_parameters_if_it_selects_none():
+    sharp = SharpnessAware(Block(), SAM(Only(lambda name, p: name.startswith("top"), L2(0.5))), cross_entropy)
+    with pytest.raises(ValueError, match=r"none of the 4 .* \(body.weight, body.bias, head.weight, \.\.\.\)"):
+        sharp(*cases.batch())
+
+
+@pytest.mark.parametrize("where", ["head", None, {"head"}, Block])
+def test_only_takes_a_function(where):
+    with pytest.raises(TypeError, match="where"):
+        Only(where, L2(0.1))

@@ -53,6 +53,7 @@ NAMES = {
     "MSAM",
     "MultiStepSAM",
     "NegLog",
+    "Only",
     "Oracle",
     "RAPP",
     "RSAM",
@@ -71,7 +72,7 @@ NAMES = {
     "ZSharp",
 }
 MODULES = {
-    perturbations: "Adaptive Friendly L2 LossEquated NormLayers Smoothed ZScore",
+    perturbations: "Adaptive Friendly L2 LossEquated NormLayers Only Smoothed ZScore",
     masks: "DropGrow FisherMask RandomMask",
     schedules: "Constant Cosine Follow Linear Warmup",
 }

@@ -241,12 +241,23 @@ OTHERS = {
 }
 
 
+G = vector(9)  # a finite gradient
+
+
+@pytest.fixture(params=[True, False], ids=["on a CPU", "on a device"])
+def waits(request, monkeypatch):
+    """Whether the condition is read at once, as on a CPU, or not, as on a device, which would have to be waited for."""
+    if not request.param:
+        monkeypatch.setattr("bisam.state.known", lambda condition: None)
+    return request.param
+
+
 @pytest.mark.parametrize("new", OTHERS.values(), ids=OTHERS)
-def test_an_overflow_leaves_the_memory_that_was(new):
+def test_an_overflow_leaves_the_memory_that_was(new, waits):
     if new:
-        assert plain(settled(new, OLD, BAD)) in (plain(OLD), plain(merged_holes(OLD, new)))
-        assert plain(settled(OLD, {}, BAD)) == plain({})
-    assert plain(settled(new, OLD, None)) == plain(new)
+        assert plain(settled(new, OLD, G, BAD)) in (plain(OLD), plain(merged_holes(OLD, new)))
+        assert plain(settled(OLD, {}, G, BAD)) == plain({})
+    assert plain(settled(new, OLD, G)) in (plain(new), plain(merged_holes(new or OLD, OLD)))
 
 
 def merged_holes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
@@ -255,9 +266,9 @@ def merged_holes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("new", OTHERS.values(), ids=OTHERS)
-def test_no_overflow_takes_the_new_memory(new):
-    assert plain(settled(new, OLD, FINE)) in (plain(new), plain(merged_holes(new or OLD, OLD)))
-    assert plain(settled(new, {}, FINE)) == plain(new)
+def test_no_overflow_takes_the_new_memory(new, waits):
+    assert plain(settled(new, OLD, G, FINE)) in (plain(new), plain(merged_holes(new or OLD, OLD)))
+    assert plain(settled(new, {}, G, FINE)) == plain(new)
 
 
 class Array:
@@ -270,15 +281,82 @@ class Array:
 
 
 @pytest.mark.parametrize("overflow", [FINE, BAD])
-def test_what_cannot_be_compared_is_chosen_as_a_whole(overflow):
+def test_what_cannot_be_compared_is_chosen_as_a_whole(overflow, waits):
     """A batch may hold anything."""
     old, new = {"v": vector(0), "batch": Array()}, {"v": vector(1), "batch": Array()}
-    assert settled(new, old, overflow) is (new if overflow is FINE else old)
+    assert settled(new, old, G, overflow) is (new if overflow is FINE else old)
 
 
-def test_a_memory_full_of_nan_is_gone():
+def test_a_memory_full_of_nan_is_gone(waits):
     poisoned = tree_map(lambda t: t * float("nan") if isinstance(t, Tensor) else t, {"m": torch.ones(3), "n": 1})
-    assert plain(settled(poisoned, {"m": torch.zeros(3), "n": 1}, BAD)) == plain({"m": torch.zeros(3), "n": 1})
+    assert plain(settled(poisoned, {"m": torch.zeros(3), "n": 1}, G, BAD)) == plain({"m": torch.zeros(3), "n": 1})
+
+
+# Entries that are not finite.
+
+NOT_FINITE = [float("nan"), float("inf"), -float("inf")]
+
+
+def spoiled(v: Vector, value: float) -> Vector:
+    first = v.tensors[0].clone()
+    first[1, 2] = value
+    return v.like([first, *v.tensors[1:]], v.holes)
+
+
+@pytest.mark.parametrize("value", NOT_FINITE)
+def test_a_gradient_that_is_not_finite_leaves_the_memory_that_was(value, waits):
+    assert plain(settled(NEW, OLD, spoiled(G, value))) in (plain(OLD), plain(merged_holes(OLD, NEW)))
+    assert plain(settled(NEW, {}, spoiled(G, value))) == plain({})
+
+
+@pytest.mark.parametrize("value", NOT_FINITE)
+@pytest.mark.parametrize(
+    "bad",
+    [
+        lambda value: {"v": spoiled(vector(1), value)},
+        lambda value: {"part": {"list": [torch.tensor(value)]}},
+        lambda value: {"part": {"list": [torch.tensor(value, dtype=torch.cfloat)]}},
+        lambda value: {"number": value},
+    ],
+    ids=["vector", "tensor", "complex tensor", "number"],
+)
+def test_a_memory_that_would_not_be_finite_stays_as_it_was(bad, value, waits):
+    old = {"v": vector(0), "part": {"list": [torch.tensor(1.0)]}, "number": 1.0}
+    assert plain(settled({**old, **bad(value)}, old, G)) == plain(old)
+    assert plain(settled({**old, **bad(value)}, {}, G)) == plain({})
+
+
+def test_entries_of_a_batch_and_those_that_were_there_need_not_be_finite(waits):
+    mask = torch.tensor([0.0, -torch.inf])
+    old = {"v": vector(0), "batch": (mask,), "best": torch.tensor(torch.inf), "other": spoiled(vector(2), torch.inf)}
+    new = {**old, "v": vector(1), "batch": (mask * 1,)}
+    assert plain(settled(new, old, G)) == plain(new)
+    assert plain(settled(new, old, spoiled(G, torch.inf))) == plain(old)
+
+
+def test_finite_entries_may_have_any_magnitude():
+    large = {"v": Vector([torch.full((2, 3), 3e38), torch.tensor(3e38)])}
+    assert settled(large, {"v": vector(0)}, large["v"]) is large
+
+
+@pytest.mark.parametrize(
+    "less", [{"v": OLD["v"], "deep": {"list": OLD["deep"]["list"]}}, {**OLD, "deep": {"list": OLD["deep"]["list"][:1]}}]
+)
+def test_what_a_bad_step_removed_is_there_again(less, waits):
+    assert plain(settled(less, OLD, spoiled(G, torch.nan))) == plain(OLD)
+    assert plain(settled(less, OLD, G)) == plain(less)
+
+
+def test_a_mask_is_not_searched_for_nan():
+    masks = [{"mask": Vector([torch.full((2, 3), value), torch.tensor(True)])} for value in (True, False)]
+    assert settled(*masks, G) is masks[0]
+
+
+def test_a_step_that_wrote_nothing_is_not_searched(monkeypatch):
+    monkeypatch.setattr("bisam.state.finite", lambda vectors: pytest.fail("searched"))
+    state = {"v": vector(0), "part": {}}
+    assert settled({**state, "more": {}}, state, G)["v"] is state["v"]
+    assert settled({}, {}, G) == {}
 
 
 def test_a_failed_load_of_a_deep_state_leaves_the_old_one():

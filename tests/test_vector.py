@@ -12,6 +12,7 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from bisam import Vector, vector
+from bisam.distributed.layout import ReplicatedLayout
 from tests.support.cases import bits
 
 settings.register_profile("bisam", max_examples=40, deadline=None, derandomize=True)
@@ -99,6 +100,94 @@ def test_norm_of_mixed_types(small, half, other, monkeypatch):
     close(v.norm().double(), torch.tensor(34.0).double().sqrt(), rtol=1e-6)
 
 
+# The range of float32: squares of gradients of 1e21 exceed it, and those of 1e-25 vanish.
+
+
+@pytest.mark.parametrize("small", [True, False])
+@pytest.mark.parametrize("layout", [vector.WHOLE, ReplicatedLayout(None)], ids=["whole", "replicated"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.cfloat])
+@pytest.mark.parametrize("magnitude", [1e-36, 1e-25, 1e-18, 1e-12, 1.0, 1e12, 1e18, 1e21, 1e37])
+def test_norm_is_exact_in_the_whole_range(small, layout, dtype, magnitude, monkeypatch):
+    monkeypatch.setattr(vector, "_is_small_on_cpu", lambda tensors: small)
+    v = Vector([t.to(dtype) for t in make([(3,), (), (2, 2), (0,)], 0, magnitude)], layout=layout)
+    wide = torch.cdouble if dtype.is_complex else torch.double
+    assert v.norm().dtype == torch.float32
+    close(v.norm().double(), flat(v).to(wide).norm(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_norm_of_entries_of_all_magnitudes(small, monkeypatch):
+    monkeypatch.setattr(vector, "_is_small_on_cpu", lambda tensors: small)
+    v = Vector([torch.tensor([3e30, 1e-30]), torch.zeros(2), torch.tensor([[4e30, 1.0]])])
+    close(v.norm(), torch.tensor(5e30), rtol=1e-6)
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_norm_is_infinite_only_where_it_exceeds_its_type(small, monkeypatch):
+    monkeypatch.setattr(vector, "_is_small_on_cpu", lambda tensors: small)
+    assert Vector([torch.full((2,), 2e38)]).norm().isfinite()
+    assert Vector([torch.full((4,), 2e38)]).norm() == torch.inf
+
+
+@pytest.mark.parametrize("small", [True, False])
+@given(SHAPES, SEEDS, st.sampled_from([1e-10, 1e-3, 1.0, 1e6, 1e15]))
+def test_in_the_ordinary_range_norm_has_the_bits_of_one_sum(small, shapes, seed, magnitude):
+    v = make(shapes, seed, magnitude, torch.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vector, "_is_small_on_cpu", lambda tensors: small)
+        parts = flat(v) if small else torch.stack([t.norm() for t in v])
+        assert bits(v.norm()) == bits(torch.linalg.vector_norm(parts))
+
+
+def test_norm_on_a_device_without_values_has_its_type():
+    half = Vector([torch.empty(3, dtype=torch.half, device="meta"), torch.empty(2, device="meta")])
+    assert half.norm().dtype == torch.float32
+    assert Vector([torch.empty(3, dtype=torch.cdouble, device="meta")]).norm().dtype == torch.double
+
+
+@pytest.mark.parametrize("magnitude", [1e-36, 1e-25, 1e-18, 1.0, 1e18, 1e21, 1e36])
+@pytest.mark.parametrize("other", [1e-36, 1e-25, 1e-18, 1.0, 1e18, 1e21, 1e36])
+def test_the_part_along_a_vector_is_exact_in_the_whole_range(magnitude, other):
+    v, along = make([(3,), (2,)], 0, dtype=torch.float32), make([(3,), (2,)], 1, dtype=torch.float32)
+    close(flat((v * magnitude).onto(along * other)) / magnitude, flat(v.onto(along)), rtol=1e-5, atol=1e-7)
+
+
+@given(SHAPES, SEEDS, MAGNITUDES)
+def test_in_the_ordinary_range_the_part_along_a_vector_has_the_bits_of_its_formula(shapes, seed, magnitude):
+    v, along = (make(shapes, seed + i, magnitude, torch.float32) for i in range(2))
+    squared = along.dot(along).clamp_min(torch.finfo(torch.float32).tiny)
+    assert bits(flat(v.onto(along))) == bits(flat(along * (v.dot(along) / squared)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.double])
+@pytest.mark.parametrize("number", [1e-37, 0.75, 1.0, 1.5, 2.0, 1e21, 3.4e38])
+def test_a_power_of_two_is_near_the_number(number, dtype):
+    power = vector.power_of_two(torch.tensor(number, dtype=dtype))
+    assert power.dtype == dtype
+    assert number / 2 < power <= number
+    assert torch.frexp(power).mantissa == 0.5
+
+
+def test_the_power_of_two_of_no_size_is_one():
+    assert [vector.power_of_two(torch.tensor(n)).item() for n in (0.0, torch.inf, torch.nan)] == [1.0] * 3
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_finite_says_so_for_all_entries_of_all_vectors(value):
+    vectors = [make([(3,), (), (2, 2)], i, 1e37, torch.float32) for i in range(3)]
+    assert vector.finite(vectors) == 0
+    assert vector.finite([Vector([torch.full((9,), 3e38)])]) == 0  # although its norm is not finite in its type
+    for v in vectors:
+        v.tensors[2][1, 0] = value
+        assert vector.finite(vectors).isnan()
+        v.tensors[2][1, 0] = 1
+
+
+def test_a_condition_is_known_without_waiting_for_a_device():
+    assert [vector.known(torch.tensor(value)) for value in (True, False)] == [True, False]
+    assert vector.known(torch.tensor(True, device="meta")) is None
+
+
 def test_small_is_decided_by_size_device_and_type():
     assert vector._is_small_on_cpu([torch.empty(2**20)])
     assert not vector._is_small_on_cpu([torch.empty(2**20), torch.empty(1)])
@@ -125,6 +214,16 @@ def test_dot_of_half_precision_sums_in_float32():
     v = Vector([torch.full((4000,), 16.0, dtype=torch.float16)])
     close(v.dot(v), torch.tensor(4000 * 256.0))
     close(v.dot(-v), torch.tensor(-4000 * 256.0))
+
+
+@pytest.mark.parametrize("value", [1e-6, 6e4])
+def test_products_of_half_precision_are_in_range(value):
+    v = Vector([torch.full((3,), value, dtype=torch.float16), torch.ones(1)])
+    exact = v.tensors[0].double()
+    close(v.dot(v).double(), (exact**2).sum() + 1, rtol=1e-6)
+    along = v.onto(v)
+    assert along.tensors[0].dtype == torch.float16
+    assert torch.equal(flat(along), flat(v))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

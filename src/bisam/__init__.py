@@ -51,7 +51,7 @@ from bisam.objectives import (
 )
 from bisam.optim import Lookahead as Lookahead, next_step as next_step
 from bisam.oracle import Oracle as Oracle, Query as Query
-from bisam.perturbations import L2 as L2, Adaptive as Adaptive, Perturbation as Perturbation
+from bisam.perturbations import L2 as L2, Adaptive as Adaptive, Only as Only, Perturbation as Perturbation
 from bisam.vector import Vector as Vector
 
 __version__ = "0.1.0"

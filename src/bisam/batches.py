@@ -108,52 +108,12 @@ def handed(batch: Any) -> Any:
     return copy.copy(batch) if mutable else batch
 
 
-def split(batch: Batch, m: int) -> list[Batch]:
-    """Splits a batch into parts of `m` examples; the last one is smaller if `m` does not divide the batch size.
+def examples(batch: Batch, do: str = "choose examples of") -> int:
+    """Returns the number of examples of a batch that is to be divided.
 
-    Raises:
-        ValueError: the tensors of the batch have different numbers of examples, there are no tensors, or there is
-            something that may be one for each example and cannot be split.
-    """
-    n = _examples(batch, "split")
-    if n <= m:
-        return [batch]
-    return [mapped(lambda t: t[i : i + m] if t.dim() else t, batch) for i in range(0, n, m)]  # noqa: B023
-
-
-def take(batch: Batch, index: Tensor) -> Batch:
-    """Returns the examples `index` (k,) of a batch.
-
-    Raises:
-        ValueError: as `split`.
-    """
-    _examples(batch, "choose examples of")
-    return mapped(lambda t: t[index.to(t.device)] if t.dim() else t, batch)
-
-
-def largest(scores: Tensor, k: int, batch: Batch) -> Batch:
-    """Returns the `k` examples of a batch with the largest scores (N,), in the order of the batch.
-
-    Raises:
-        ValueError: the number of scores is not the number of examples.
-    """
-    if (n := _examples(batch, "choose examples of")) != len(scores):
-        raise ValueError(
-            f"choosing examples needs one loss for each, and there are {len(scores)} losses for {n} examples: let "
-            "`forward` return outputs (N, K, ...) and targets (N, ...), not flattened"
-        )
-    return take(batch, scores.topk(k).indices.sort().values)
-
-
-_INSIDE = "pass what is not per example inside `forward`"
-
-
-def _sizes(found: Sequence[Tensor]) -> list[int]:
-    return sorted({len(t) for t in found if t.dim()})
-
-
-def _examples(batch: Batch, do: str) -> int:
-    """Returns the number of examples of a batch.
+    Args:
+        batch: the batch.
+        do: what is to be done with it, for the error message.
 
     Raises:
         ValueError: it is not clear which part of the batch belongs to which example.
@@ -179,6 +139,50 @@ def _examples(batch: Batch, do: str) -> int:
             f"the {sizes[0]} examples: pass a tensor, or {_INSIDE}"
         )
     return sizes[0]
+
+
+def split(batch: Batch, m: int) -> list[Batch]:
+    """Splits a batch into parts of `m` examples; the last one is smaller if `m` does not divide the batch size.
+
+    Raises:
+        ValueError: the tensors of the batch have different numbers of examples, there are no tensors, or there is
+            something that may be one for each example and cannot be split.
+    """
+    n = examples(batch, "split")
+    if n <= m:
+        return [batch]
+    return [mapped(lambda t: t[i : i + m] if t.dim() else t, batch) for i in range(0, n, m)]  # noqa: B023
+
+
+def take(batch: Batch, index: Tensor) -> Batch:
+    """Returns the examples `index` (k,) of a batch.
+
+    Raises:
+        ValueError: as `split`.
+    """
+    examples(batch)
+    return mapped(lambda t: t[index.to(t.device)] if t.dim() else t, batch)
+
+
+def largest(scores: Tensor, k: int, batch: Batch) -> Batch:
+    """Returns the `k` examples of a batch with the largest scores (N,), in the order of the batch.
+
+    Raises:
+        ValueError: the number of scores is not the number of examples.
+    """
+    if (n := examples(batch)) != len(scores):
+        raise ValueError(
+            f"choosing examples needs one loss for each, and there are {len(scores)} losses for {n} examples: let "
+            "`forward` return outputs (N, K, ...) and targets (N, ...), not flattened"
+        )
+    return take(batch, scores.topk(k).indices.sort().values)
+
+
+_INSIDE = "pass what is not per example inside `forward`"
+
+
+def _sizes(found: Sequence[Tensor]) -> list[int]:
+    return sorted({len(t) for t in found if t.dim()})
 
 
 _SHARED = bool | int | float | complex | str | bytes | Enum | torch.dtype | torch.device | torch.Size | None

@@ -42,7 +42,9 @@ class SharpnessAware(nn.Module):
     In training mode, a call on a batch returns a scalar that is differentiable once with respect to the trainable
     parameters of the model. It can be scaled, divided and added to other losses before `backward()`. In eval mode, or
     under `no_grad`, a call returns the plain loss. The mode is that of the model, see `in_eval_mode`. If a call raises
-    an error or is interrupted, weights, gradients, buffers and the state of the method are as before the call.
+    an error or is interrupted, weights, gradients, buffers and the state of the method are as before the call. If
+    the gradient of a step is not finite, the state of the method is as before the step, which counts as a step; the
+    training loop or its GradScaler should skip the optimizer step.
 
     Args:
         model: the module to train. It is not copied or changed: save it, move it and wrap it as usual.
@@ -199,7 +201,7 @@ class SharpnessAware(nn.Module):
         except WeightsInitialised:
             answer = self._asked(oracle, before, batch)
         value = _differentiable(oracle, answer)
-        after = method_state.settled(oracle.state, before, oracle.overflow)
+        after = method_state.settled(oracle.state, before, answer.gradient, oracle.overflow)
         after = after if layout is WHOLE else method_state.laid_out(after)
         # One assignment: an interruption leaves all of it as before, or all as after the step.
         self._memory = replace(

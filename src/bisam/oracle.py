@@ -106,7 +106,9 @@ class Oracle(ABC):
             "global", answers are means over the batches of all ranks.
         state: state of the method between steps (numbers, tensors, Vectors, in dicts, lists and tuples). It is saved
             and restored by `SharpnessAware.state_dict`. Replace its values, do not modify them in place: a step that
-            fails restores the previous values.
+            fails restores the previous values, and so does a step whose gradient, or a new Vector, 0-dimensional tensor
+            or float of the state, is not finite. Store numbers that change in each step as 0-dimensional tensors: a
+            changed Python number, or a tensor of another shape, makes the step wait for the device.
 
     Example:
         A method is a function of an oracle and a batch. This one is SAM with an L2 ball:

@@ -13,6 +13,7 @@ Other perturbations contain a geometry. They change the gradient before it, or t
     >>> from bisam.masks import RandomMask
     >>> friendly = Friendly(L2(0.05))                               # F-SAM: without the average gradient
     >>> norm_layers = NormLayers(Adaptive(2.0))                     # SAM-ON in the neighbourhood of ASAM
+    >>> head = Only(lambda name, p: name.startswith("head."), L2(0.05))    # a part of the parameters
     >>> masked = RandomMask(Friendly(L2(0.05)), beta=0.5)           # see masks.py
 
 A perturbation is any callable `(gradient, oracle) -> displacement`; a zero gradient gives a zero displacement. The
@@ -24,7 +25,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, ClassVar, cast
@@ -49,7 +50,8 @@ _NORM = re.compile(r"((^|[._])bn|norm)\d*([._]|$)")
 class L2:
     """The Euclidean ball: e = rho g/||g||, which maximises a linear function on it (Foret et al., 2021).
 
-    Source: https://arxiv.org/abs/2010.01412, eq. 2.
+    Source: https://arxiv.org/abs/2010.01412, eq. 2. As in public implementations, 1e-12 is added to the norm, so that a
+    zero gradient gives a zero displacement; gradients of about this length give a displacement shorter than rho.
 
     Args:
         rho: radius, >= 0, a number or a schedule; with 0 SAM is its base optimizer.
@@ -85,7 +87,8 @@ class Adaptive:
     Source: https://arxiv.org/abs/2102.11600. The authors' code applies T to parameters whose name contains "weight"
     (including those of normalisation layers) and the identity to all others, with rho 0.5 and eta 0.01:
     `Adaptive(0.5, eta=0.01, where=lambda name, w: "weight" in name)`. The most used port applies T to all parameters
-    with eta = 0: `Adaptive(rho)`, for which rho 2.0 is a common choice. The authors of BiSAM use the port.
+    with eta = 0: `Adaptive(rho)`, for which rho 2.0 is a common choice. The authors of BiSAM use the port. |w| of a
+    complex weight is its modulus.
 
     Args:
         rho: radius, >= 0, in units of the weights, a number or a schedule.
@@ -337,6 +340,66 @@ class NormLayers(Around):
                 "NormLayers perturbs normalisation layers alone, and the model has none that is trained: use L2 or "
                 "Adaptive, with a where=, or name your layers' class ...Norm"
             )
-        zeros = gradient.like([g if n else torch.zeros_like(g) for n, g in zip(norms, gradient, strict=True)])
-        # A geometry gives a zero displacement where the gradient is zero; other perturbations may not.
-        return self.inner(gradient.where(norms, zeros), oracle)
+        return _confined(norms, gradient, lambda part: self.inner(part, oracle))
+
+
+@dataclass(frozen=True)
+class Only:
+    """Displaces the parameters that `where` selects, and no others.
+
+    The inner perturbation is applied to their part of the gradient, so that their displacement has the full radius. The
+    other parameters keep their gradient, taken at that point. This is SAM of the ports (davda54/sam) on an optimizer
+    that holds a part of the parameters:
+
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        SAM(Only(lambda name, p: id(p) in held, L2(0.05)))
+
+    Args:
+        where: `(name, parameter) -> bool`, called for each trainable parameter in each step.
+        perturb: perturbation that is applied to the selected part of the gradient, or a radius `rho`, which means
+            `L2(rho)`. In a mask (`FisherMask`, `DropGrow`) the share counts the entries of all parameters.
+
+    Raises:
+        TypeError: `where` is not a function, or `perturb` is neither a perturbation nor a radius.
+        ValueError: the radius is negative or not finite.
+
+    Raises when called:
+        ValueError: `where` selects no trainable parameter.
+
+    Example:
+        >>> import torch
+        >>> from bisam import L2, ModelOracle, Only, Vector, cross_entropy
+        >>> oracle = ModelOracle(torch.nn.Linear(2, 1), cross_entropy)
+        >>> gradient = Vector([torch.tensor([[3.0, 4.0]]), torch.tensor([5.0])])
+        >>> Only(lambda name, p: name == "weight", L2(1.0))(gradient, oracle).tensors
+        [tensor([[0.6000, 0.8000]]), tensor([0.])]
+    """
+
+    where: Callable[[str, Tensor], bool]
+    perturb: Perturbation | Radius = field(default=L2(0.05))
+
+    def __post_init__(self) -> None:
+        instance("where", self.where, "a function (name, parameter) -> bool")
+        object.__setattr__(self, "perturb", geometry(self.perturb))
+
+    def __call__(self, gradient: Vector, oracle: Oracle) -> Vector:
+        """Returns the displacement of the selected parameters."""
+        # The parameters and not `oracle.weights`: whole where they are sharded, and not displaced in a shifted oracle.
+        chosen = [bool(self.where(name, p)) for name, p in zip(oracle.names, oracle.parameters, strict=True)]
+        if not any(chosen):
+            names = ", ".join(oracle.names[:3]) + (", ..." if len(chosen) > 3 else "")
+            raise ValueError(
+                f"Only displaces the parameters that where= selects, and it selects none of the {len(chosen)} that are "
+                f"trained ({names}): compare with these names, or use the inner perturbation alone for all"
+            )
+        perturb, inside = cast(Perturbation, self.perturb), oracle.within("perturb")
+        return _confined(chosen, gradient, lambda part: perturb(part, inside))
+
+
+def _confined(chosen: Sequence[bool], gradient: Vector, perturb: Callable[[Vector], Vector]) -> Vector:
+    """Returns the displacement for the chosen part of a gradient, and zeros elsewhere."""
+    if all(chosen):
+        return perturb(gradient)
+    zeros = gradient.like([g if c else torch.zeros_like(g) for c, g in zip(chosen, gradient, strict=True)])
+    # A geometry gives a zero displacement where the gradient is zero; other perturbations may not.
+    return perturb(gradient.where(chosen, zeros)).where(chosen, zeros)

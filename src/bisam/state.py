@@ -7,8 +7,9 @@ method and the model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
+from itertools import zip_longest
 from typing import Any, cast
 
 import torch
@@ -17,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from bisam.distributed.layout import ShardedLayout, dtensor_type, local
 from bisam.methods.method import stateful, unwrapped
-from bisam.vector import WHOLE, Layout, Vector
+from bisam.vector import WHOLE, Layout, Vector, finite, known
 
 State = dict[str, Any]
 
@@ -78,21 +79,74 @@ def check(state: State, weights: Vector) -> None:
             )
 
 
-def settled(new: State, old: State, overflow: Tensor | None) -> State:
-    """Returns `new`, or `old` if a float16 gradient overflowed in the step: a running average would keep the NaN.
+def settled(new: State, old: State, gradient: Vector, overflow: Tensor | None = None) -> State:
+    """Returns `new`, or `old` if the step is not finite: a running average would keep a NaN for good.
+
+    A step is not finite if `gradient`, or a Vector, a 0-dimensional tensor or a float that the method wrote, has an
+    entry that is not, or if a float16 gradient overflowed in a query. Other tensors of the state, such as a batch, may
+    have such entries. All ranks that share the gradient decide together.
+
+    It waits for the device only if the state changes in more than the values of tensors, as in the first steps. A step
+    that wrote nothing costs nothing.
 
     Args:
         new: state after the step.
         old: state before the step.
+        gradient: the gradient that the method returned.
         overflow: see `ModelOracle.overflow`.
     """
-    if overflow is None or not _without_empty(new):
+    if not (kept := _without_empty(new)):
         return new
-    bad = overflow.isnan()
-    (after, structure), (before, other) = tree_flatten(new), tree_flatten(old)
+    before = _without_empty(old)
+    if not (written := list(_written(kept, before))):
+        return new
+    bad = _not_finite(written, gradient, overflow)
+    if (decided := known(bad)) is not None:
+        return old if decided else new
+    (after, structure), (before, other) = tree_flatten(kept), tree_flatten(before)
     if structure == other and all(_alike(a, b) for a, b in zip(after, before, strict=True)):
         return tree_unflatten([_chosen(bad, b, a) for a, b in zip(after, before, strict=True)], structure)
-    return old if bool(bad) else new  # synchronises, in the few steps that change the structure of the state
+    return old if bool(bad) else new  # synchronises
+
+
+def _written(new: Any, old: Any) -> Iterator[Any]:
+    """Yields the leaves of `new` that are not those of `old` in the same place, and None where a place is gone."""
+    if isinstance(new, dict):
+        entries, others = cast(State, new), cast(State, old) if isinstance(old, dict) else {}
+        pairs, gone = [(v, others.get(k, _NOTHING)) for k, v in entries.items()], others.keys() - entries.keys()
+    elif isinstance(new, list | tuple):
+        items, others = cast("Sequence[Any]", new), cast("Sequence[Any]", old) if isinstance(old, type(new)) else ()
+        pairs, gone = zip_longest(items, others[: len(items)], fillvalue=_NOTHING), len(others) > len(items)
+    else:
+        pairs, gone = (), False
+        if _identity(new) != _identity(old):
+            yield new
+    if gone:
+        yield None
+    for value, other in pairs:
+        yield from _written(value, other)
+
+
+_NOTHING = object()
+
+
+def _not_finite(written: Sequence[Any], gradient: Vector, overflow: Tensor | None) -> Tensor:
+    vectors = [leaf for leaf in written if isinstance(leaf, Vector) and _is_float(leaf.tensors[0])]
+    flag = finite([gradient, *vectors])
+    if overflow is not None:
+        flag = flag + overflow
+    for leaf in written:
+        if isinstance(leaf, float) or (isinstance(leaf, Tensor) and leaf.dim() == 0 and _is_float(leaf)):
+            flag = flag + leaf * 0
+    return flag.isnan()
+
+
+def _is_float(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _identity(leaf: Any) -> int:
+    return id(leaf.tensors) if isinstance(leaf, Vector) else id(leaf)  # `laid_out` makes new Vectors of the same list
 
 
 def _alike(a: Any, b: Any) -> bool:
@@ -105,6 +159,8 @@ def _alike(a: Any, b: Any) -> bool:
 
 
 def _chosen(condition: Tensor, yes: Any, no: Any) -> Any:
+    if _identity(yes) == _identity(no):
+        return no
     if isinstance(no, Vector):
         tensors = [cast(Tensor, _chosen(condition, a, b)) for a, b in zip(yes.tensors, no.tensors, strict=True)]
         return no.like(tensors, yes.holes & no.holes)

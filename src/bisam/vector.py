@@ -19,6 +19,7 @@ the same on all ranks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
 from typing import Any, SupportsIndex, cast
 
 import torch
@@ -33,6 +34,8 @@ TINY = 1e-12
 """Added to the norm in a divisor, as in every public implementation of SAM: prevents a division by zero."""
 
 _HALF = frozenset({torch.float16, torch.bfloat16})
+_HAVE_DOUBLE = frozenset({"cpu", "cuda"})  # other devices may have no float64, as MPS
+_ORDINARY = 1e-15, float("inf")  # a norm of float32 between these is exact: its squares are normal numbers
 
 
 class Layout:
@@ -171,14 +174,20 @@ class Vector:
         return self.like(torch._foreach_sqrt(self.tensors), self.holes)
 
     def norm(self) -> Tensor:
-        """Returns the Euclidean norm of the whole vector: a real 0-dimensional tensor, in float32 or a wider type."""
-        tensors, dtype = _wide(self.tensors)
-        if self.layout is not WHOLE:
-            norms = torch.stack(torch._foreach_norm(tensors, 2, dtype))
-            return self.layout.total(norms * norms).sqrt()
-        if _is_small_on_cpu(tensors):
-            return torch.linalg.vector_norm(torch._C._nn.flatten_dense_tensors(tensors), dtype=dtype)  # pyright: ignore
-        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors, 2, dtype)))
+        """Returns the Euclidean norm of the whole vector: a real 0-dimensional tensor, in float32 or a wider type.
+
+        It is finite if all entries are, also where their squares exceed the range of float32, unless the norm itself
+        exceeds the range of its type. On devices without float64 the squares must be in the range of float32.
+        """
+        tensors, dtype = _wide(as_real(self.tensors))
+        if self.layout is WHOLE:
+            norm = _length(tensors, dtype)
+        else:
+            norms = widened(_norms(tensors, dtype))
+            norm = self.layout.total(norms * norms).sqrt()
+        if norm.dtype != torch.float64:
+            return norm
+        return norm.to(dtype or reduce(torch.promote_types, {t.dtype for t in tensors}))
 
     def dot(self, other: Vector) -> Tensor:
         """Returns the inner product with `other` (its real part for complex entries), a 0-dimensional tensor.
@@ -186,16 +195,19 @@ class Vector:
         The sum is computed as the 1-norm of the positive entries minus that of the negative ones, because torch has a
         `_foreach` norm and no `_foreach` sum.
         """
-        products, dtype = _wide(torch._foreach_mul(as_real(self.tensors), as_real(other.tensors)))
-        gain = torch._foreach_norm(torch._foreach_clamp_min(products, 0.0), 1, dtype)
-        loss = torch._foreach_norm(torch._foreach_clamp_max(products, 0.0), 1, dtype)
+        products = torch._foreach_mul(_single(as_real(self.tensors)), _single(as_real(other.tensors)))
+        gain = torch._foreach_norm(torch._foreach_clamp_min(products, 0.0), 1)
+        loss = torch._foreach_norm(torch._foreach_clamp_max(products, 0.0), 1)
         parts = torch.stack(gain) - torch.stack(loss)
         return self.layout.total(parts)
 
     def onto(self, other: Vector) -> Vector:
         """Returns the projection of this vector onto `other`, or 0 if `other` is 0."""
-        squared = other.dot(other)
-        return other * (self.dot(other) / squared.clamp_min(torch.finfo(squared.dtype).tiny))
+        size = power_of_two(other.norm())  # squares of the quotient are in range, and dividing by it is exact
+        scaled = other.like(_single(other.tensors), other.holes) / size
+        squared = scaled.dot(scaled).clamp_min(torch.finfo(size.dtype).tiny)
+        along = scaled * (self.dot(scaled) / squared)
+        return along.like([a.to(t.dtype) for a, t in zip(along, other, strict=True)], along.holes)
 
     def clone(self) -> Vector:
         """Returns a bit-identical copy with its own memory."""
@@ -240,6 +252,64 @@ def clone(tensors: Tensors) -> Tensors:
     return cast(Tensors, together(tensors)) if together else [t.clone() for t in tensors]
 
 
+def finite(vectors: Sequence[Vector]) -> Tensor:
+    """Returns 0 if all entries of `vectors` are finite, else NaN: a 0-dimensional tensor, the same on all ranks.
+
+    All ranks that share the first vector call it together. If that is sharded, they exchange one number.
+    """
+    tensors, dtype = _wide(as_real([t for v in vectors for t in v.tensors]))
+    if not vectors[0].layout.sharded:
+        return _length(tensors, dtype) * 0
+    flags, n = _norms(tensors, dtype) * 0, len(vectors[0])
+    return vectors[0].layout.total(flags[:n] + flags[n:].sum())
+
+
+def known(condition: Tensor) -> bool | None:
+    """Returns the value of a 0-dimensional condition if no device has to be waited for (on a CPU), else None."""
+    return bool(condition.tolist()) if condition.is_cpu else None
+
+
+def widened(number: Tensor) -> Tensor:
+    """Returns numbers in float64, in which squares of float32 are in range, or unchanged if the device has none."""
+    return number.double() if number.device.type in _HAVE_DOUBLE else number
+
+
+def power_of_two(number: Tensor) -> Tensor:
+    """Returns the power of two in (number / 2, number], or 1 if the number, which is >= 0, is 0 or not finite."""
+    quotient = number / (torch.frexp(number).mantissa * 2)
+    return torch.where(quotient.isfinite(), quotient, 1.0)
+
+
+def _length(tensors: Tensors, dtype: torch.dtype | None) -> Tensor:
+    """Returns the norm of real tensors as one flat tensor, in the type in which it is summed."""
+    if _is_small_on_cpu(tensors):
+        norm = torch.linalg.vector_norm(torch._C._nn.flatten_dense_tensors(tensors), dtype=dtype)  # pyright: ignore
+        if _is_ordinary(norm):
+            return norm
+    return torch.linalg.vector_norm(_norms(tensors, dtype))
+
+
+def _norms(tensors: Tensors, dtype: torch.dtype | None) -> Tensor:
+    """Returns the norms (n,) of real tensors, whose squares may exceed the range of float32.
+
+    On a CPU float64 is much slower, so it is used only if the norms are not ordinary; elsewhere, reading them would
+    wait for the device.
+    """
+    if tensors[0].is_cpu:
+        norms = torch.stack(torch._foreach_norm(tensors, 2, dtype))
+        if _is_ordinary(torch.linalg.vector_norm(norms)):
+            return norms
+    if tensors[0].device.type in _HAVE_DOUBLE:
+        dtype = torch.float64
+    return torch.stack(torch._foreach_norm(tensors, 2, dtype))
+
+
+def _is_ordinary(norm: Tensor) -> bool:
+    """Whether the squares of float32 numbers with this norm (on a CPU) are in range."""
+    least, most = _ORDINARY
+    return least < cast(float, norm.tolist()) < most
+
+
 def _is_small_on_cpu(tensors: Tensors) -> bool:
     """Whether one call per tensor, as `_foreach` does on a CPU, costs more than copying the tensors together."""
     if {type(t) for t in tensors} != {Tensor} or not tensors[0].is_cpu:
@@ -254,9 +324,14 @@ def _wide(tensors: Tensors) -> tuple[Tensors, torch.dtype | None]:
         return tensors, None
     if dtypes <= _HALF | {torch.float32}:
         return tensors, torch.float32
-    return [t.float() if t.dtype in _HALF else t for t in tensors], None
+    return _single(tensors), None
+
+
+def _single(tensors: Tensors) -> Tensors:
+    """Returns tensors of half precision in float32, and others unchanged."""
+    return [t.float() if t.dtype in _HALF else t for t in tensors]
 
 
 def as_real(tensors: Tensors) -> Tensors:
     """Returns complex tensors as real ones with a last dimension of two, and others unchanged."""
-    return [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
+    return [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors]

@@ -52,8 +52,8 @@ from tests.support import cases, ranks
 STEPS, PART = int(os.environ.get("BISAM_STEPS", "8")), 4
 DRAWING = "RandomMask-friendly SSAMD ESAM EBiSAM BSAM RSAM"  # random numbers of their own
 DETERMINED = (
-    "ERM SAM BiSAM MultiStepSAM-adaptive FSAM VaSSO ZSharp SAMON LESAM FisherSAM LookSAM AESAM MomentumSAM SAMPa GSAM "
-    "WSAM CRSAM XSAM FunctionalSAM RAPP Every-LookSAM During"
+    "ERM SAM BiSAM MultiStepSAM-adaptive FSAM VaSSO ZSharp SAMON Only LESAM FisherSAM LookSAM AESAM MomentumSAM SAMPa "
+    "GSAM WSAM CRSAM XSAM FunctionalSAM RAPP Every-LookSAM During"
 )
 METHODS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
     name: cases.FAMILY[name][0] for name in f"{DETERMINED} {DRAWING}".split()
@@ -584,6 +584,31 @@ def own_clean() -> dict[str, float]:
     return found
 
 
+def large_gradients() -> dict[str, float]:
+    """The squares of their entries exceed the range of float32."""
+    grads = []
+    for model, batch in ((sharded(network().float()), part(0)), (network().float(), whole(0))):
+        sharp = SharpnessAware(model, SAM(L2(0.5)), lambda outputs, targets: cross_entropy(outputs, targets) * 2.0**70)
+        sharp(batch[0].float(), batch[1]).backward()
+        grads.append([p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in model.parameters()])
+    far = distance(*grads) / 2.0**70
+    return {} if far < 1e-6 else {"gradients": far}
+
+
+def complex_weights() -> dict[str, Any]:
+    def weights(name: str, model: nn.Module, batch: Callable[[int], Any]) -> list[Tensor]:
+        make, _ = cases.FAMILY[name]
+        return trained(model, lambda o: SharpnessAware(model, make(o), cross_entropy), batch)[0]
+
+    found = {}
+    for name in ("GSAM", "ASAM", "LookSAM"):
+        one = cases.complex_mlp()
+        several = fully_shard(copy.deepcopy(one), mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        apart = distance(weights(name, several, part), weights(name, one, whole))
+        found |= {} if apart < 1e-12 else {name: apart}
+    return found
+
+
 def inference() -> dict[str, float]:
     model, (x, y) = sharded(network()), part(0)
     sharp = SharpnessAware(model, SAM(), cross_entropy)
@@ -675,6 +700,8 @@ def sharded_otherwise() -> dict[str, Any]:
             "uneven counts": uneven_counts(),
             "its own clean loss": own_clean(),
             "Lookahead": like_one_process("SAM", sharded, optimizer=lambda m: Lookahead(sgd(m), k=3)),
+            "large gradients": large_gradients(),
+            "complex weights": complex_weights(),
             "inference mode": inference(),
             "adapters beside a sharded model": adapters(),
             "around the loss": refused(around, "fully_shard the model, not the loss"),
@@ -742,6 +769,91 @@ def uneven() -> dict[str, str]:
 
 def test_ranks_with_uneven_batches_end_with_an_error():
     assert ranks.run(2, uneven) == [{}, {}]
+
+
+# A batch with NaN on one rank, in a loop that skips steps whose gradient is not finite.
+
+REMEMBERING = ("FSAM", "AESAM", "SAMPa", "LookSAM", "MomentumSAM")
+
+
+class Rooted(nn.Module):
+    """A network with a parameter whose second entry, the part of rank 1, has the gradient NaN if `factor` is 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.root, self.factor = network(), nn.Parameter(torch.ones(2).double()), 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) + (self.root * torch.tensor([1.0, self.factor])).sqrt().sum()
+
+
+def skipping(name: str, make: Callable[[], nn.Module], bad: str | None, ddp: bool = False, **arguments: Any) -> Any:
+    """Gradients after the step 3, which is bad, or left out if `bad` is None; and the memory that it changed."""
+    model = make()
+    optimizer = sgd(model)
+    loss = SharpnessAware(model, METHODS[name](optimizer), cross_entropy, **arguments)
+    sharp = DDP(loss) if ddp else loss
+    grads, changed = [], False
+    for step in range(8):
+        if step == 3 and bad is None:
+            state = loss.get_extra_state()
+            loss.set_extra_state({**state, "step": step + 1})
+            continue
+        x, y = part(step)
+        if step == 3:
+            before = memory_of(loss)
+            x = x * torch.nan if bad == "batch" and dist.get_rank() == 1 else x
+            model.factor = 0.0 if bad == "entry" else 1.0
+        optimizer.zero_grad()
+        sharp(x, y).backward()
+        model.factor = 1.0
+        local = [p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad for p in model.parameters()]
+        finite = torch.tensor([float(all(g.isfinite().all() for g in local))])
+        dist.all_reduce(finite, dist.ReduceOp.MIN)
+        if step == 3:
+            changed = not all(torch.equal(a, b) for a, b in zip(before, memory_of(loss), strict=True))
+            assert not finite
+            continue
+        assert finite, f"step {step}"
+        grads += [
+            p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad.clone() for p in model.parameters()
+        ]
+        optimizer.step()
+    return grads, changed
+
+
+def after_a_bad_step() -> dict[str, Any]:
+    def fsdp2() -> nn.Module:
+        return sharded(network())
+
+    def entry() -> nn.Module:
+        model = Rooted()
+        return fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+
+    def differences(name: str, make: Callable[[], nn.Module], bad: str, **arguments: Any) -> str:
+        grads, changed = skipping(name, make, bad, **arguments)
+        expected, _ = skipping(name, make, None, **arguments)
+        same = all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
+        return "" if same and not changed else f"gradients the same: {same}, memory changed: {changed}"
+
+    def replica(name: str) -> str:
+        """Each replica decides for itself: the one whose own gradients are finite remembers the step."""
+        _, changed = skipping(name, network, "batch", ddp=True)
+        return "" if changed == (dist.get_rank() == 0) else f"memory changed: {changed}"
+
+    shared = {"ddp": True, "scope": "global"}
+    return wrong(
+        {
+            **{f"{name}, FSDP2": differences(name, fsdp2, "batch") for name in REMEMBERING},
+            **{f"{name}, FSDP2, one entry": differences(name, entry, "entry") for name in REMEMBERING},
+            **{f"{name}, global": differences(name, network, "batch", **shared) for name in REMEMBERING},
+            **{f"{name}, local": replica(name) for name in ("FSAM", "AESAM", "SAMPa", "MomentumSAM")},
+        }
+    )
+
+
+def test_a_batch_that_is_not_finite_on_one_rank_is_forgotten_by_all_that_share_the_gradient():
+    assert ranks.run(2, after_a_bad_step) == [{}, {}]
 
 
 # Checkpoints.

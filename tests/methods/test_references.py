@@ -61,6 +61,11 @@ def test_twenty_steps_of_each_model_equal_the_slow_twin(name, model, optimizer):
     check_twin(*cases.FAMILY[name], cases.MODELS[model](), cases.OPTIMIZERS[optimizer], decay=1.0)
 
 
+@pytest.mark.parametrize(("name", "optimizer"), [*[(name, "sgd") for name in cases.FAMILY], ("SAMPa", "adamw")])
+def test_twenty_steps_of_complex_weights_equal_the_slow_twin(name, optimizer):
+    check_twin(*cases.FAMILY[name], cases.complex_mlp(), cases.OPTIMIZERS[optimizer])
+
+
 @pytest.mark.parametrize("name", ["SAMPa", "SAMPa-0", "SAMPa-log"])
 def test_sampa_looks_ahead_of_nesterov(name):
     nesterov = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=5e-3, nesterov=True)

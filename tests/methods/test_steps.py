@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bisam import FunctionalSAM, SharpnessAware, cross_entropy
+from bisam.perturbations import L2
 from tests.support import cases, references
 from tests.support.cases import everything, gradients
 from tests.support.runs import STATEFUL, Training, close, each_method, training
@@ -66,6 +69,83 @@ def test_a_step_that_overflows_is_as_if_it_had_not_been(name):
 @pytest.mark.parametrize("name", STATEFUL)
 def test_a_first_step_that_overflows_is_as_if_it_had_not_been(name):
     check_overflow(name, (), (1, 2), most=2)
+
+
+# Gradients that are not finite, without a scaler: the loop skips the step.
+
+
+def check_bad_batch(name: str, before: int, value: float) -> None:
+    """A batch with `value` in one entry, after some good ones, is as if it had not been; only the step counts."""
+    run = training(name).step(*range(before))
+    without = copy.deepcopy(run)  # with the optimizer, which some methods read
+    memory, state = run.memory, without.sharp.get_extra_state()
+    without.sharp.set_extra_state({**state, "step": state["step"] + 1})
+    good = run.batch
+    run.batch = lambda number: spoiled(good(number), value)
+    run.gradients(before)
+    run.batch = good
+    assert not all(p.grad.isfinite().all() for p in run.model.parameters())  # so that the loop skips it
+    assert (run.memory, run.sharp.get_extra_state()["step"]) == (memory, before + 1)
+    for number in range(before + 1, before + 5):
+        run.step(number)
+        without.step(number)
+        assert (gradients(run.model), run.memory) == (gradients(without.model), without.memory)
+        assert references.flat(run.model).isfinite().all()
+
+
+def spoiled(batch: tuple[Tensor, Tensor], value: float) -> tuple[Tensor, Tensor]:
+    x, y = batch
+    x = x.clone()
+    x[2, 1] = value
+    return x, y
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@each_method
+def test_a_batch_that_is_not_finite_is_as_if_it_had_not_been(name, value):
+    check_bad_batch(name, 3, value)
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_a_first_batch_that_is_not_finite_leaves_the_memory_empty(name):
+    check_bad_batch(name, 0, torch.nan)
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_on_a_device_a_batch_that_is_not_finite_is_as_if_it_had_not_been(name, as_on_a_device):
+    check_bad_batch(name, 3, torch.nan)
+
+
+@pytest.fixture
+def as_on_a_device(monkeypatch):
+    """No condition is read at once."""
+    monkeypatch.setattr("bisam.state.known", lambda condition: None)
+
+
+# Gradients whose squares exceed the range of float32.
+
+HOMOGENEOUS = (
+    "ERM SAM MultiStepSAM ASAM ASAM-official MSAM RandomMask-friendly FSAM VaSSO ZSharp SAMON Only FisherSAM SSAMF "
+    "SSAMD ESAM KSAM LookSAM AESAM MomentumSAM SAMPa GSAM GSAM-friendly WSAM CRSAM XSAM FunctionalSAM RSAM "
+    "MSAM-LookSAM Every-LookSAM Every-two-memories During"
+)
+"""Methods whose gradient is k times as large if the loss is."""
+
+
+@pytest.mark.parametrize("name", HOMOGENEOUS.split())
+def test_a_loss_of_any_magnitude_has_the_same_displacements(name):
+    """A power of two, so that all that is in range has the same bits."""
+
+    def steps(factor: float) -> list[Tensor]:
+        run, grads = training(name, dtype=torch.float, lr=0.0), []
+        run.sharp.loss = lambda outputs, targets: cross_entropy(outputs, targets) * factor
+        for number in range(6):
+            run.gradients(number)
+            grads.append(torch.cat([p.grad.double().flatten() for p in run.model.parameters()]) / factor)
+        return grads
+
+    for large, usual in zip(steps(2.0**70), steps(1.0), strict=True):
+        assert (large - usual).norm() < 1e-5 * usual.norm()
 
 
 # Effects of a step.
@@ -127,8 +207,9 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("name", "scaled"), [*[(name, True) for name in cases.FAMILY], *[(name, False) for name in [*cases.FAMILY][::4]]]
+    ("name", "scaled"), [*[(name, False) for name in cases.FAMILY], *[(name, True) for name in [*cases.FAMILY][::4]]]
 )
+@pytest.mark.usefixtures("as_on_a_device")
 def test_a_step_waits_for_no_value(name, scaled):
     scaler = torch.amp.GradScaler("cpu") if scaled else None
     run = training(name, dtype=torch.float, scaler=scaler).step(0, 1, 2, 3, 4)  # where all memories begin
@@ -201,38 +282,44 @@ def test_a_batch_of_one(name):
     assert references.flat(run.model).isfinite().all()
 
 
-class Complex(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        z = torch.randn(2, 5, 2, dtype=torch.double)
-        self.w = nn.Parameter(torch.view_as_complex(z))
+ENTRIES = (
+    "ASAM ASAM-official ABiSAM MultiStepSAM-adaptive MomentumSAM-log Smoothed-friendly-adaptive SAMON-adaptive-log "
+    "RandomMask-entry RandomMask-friendly ESAM-entry-tanh ZSharp ZSharp-log ZScore-adaptive FisherSAM "
+    "FisherMask-friendly-log SSAMF SSAMF-log SSAMF-descent SSAMD DropGrow-settling-log During BSAM BSAM-log RSAM "
+    "RSAM-plain-adaptive KSAM-RSAM-EBiSAM Every-other-LookSAM RandomMask-only-adaptive"
+)
+"""Methods that treat single entries, of which a complex number is one; test_references.py has their formulas."""
 
-    def real(self) -> Tensor:
-        return torch.view_as_real(self.w)
+
+@pytest.mark.parametrize("name", [name for name in cases.FAMILY if name not in ENTRIES.split()])
+def test_complex_weights_are_their_real_and_imaginary_parts(name):
+    first, second = (
+        training(name, partial(cases.complex_mlp, real=real), dtype=None).step(0, 1, 2, 3) for real in (False, True)
+    )
+    for z, parts in zip(first.model.parameters(), second.model.parameters(), strict=True):
+        close(torch.view_as_real(z.detach()), parts.detach(), 1e-12)
+
+
+class ComplexOutputs(nn.Module):
+    def __init__(self, *, real: bool) -> None:
+        super().__init__()
+        self.layer, self.real = cases.ComplexLinear(6, cases.CLASSES, False), real
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x[:, None, None, :2].tanh() * self.real() ** 2).sum(3).flatten(1)[:, : cases.CLASSES]
+        z = self.layer(x)
+        return torch.view_as_real(z) if self.real else z
 
 
-class Real(Complex):
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.view_as_real(self.w.detach()).clone())
+def test_functional_sam_takes_complex_outputs_as_pairs():
+    grads = []
+    for real in (False, True):
+        torch.manual_seed(0)
+        model = ComplexOutputs(real=real)
 
-    def real(self) -> Tensor:
-        return self.w
+        def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+            parts = torch.view_as_real(outputs) if outputs.is_complex() else outputs
+            return cross_entropy(parts[..., 0] ** 2 + parts[..., 1], targets)
 
-
-LENGTHS = ["SAM", "MultiStepSAM", "FSAM", "VaSSO", "LESAM", "ESAM", "KSAM", "LookSAM", "AESAM", "MomentumSAM", "SAMPa"]
-LENGTHS += ["GSAM", "WSAM", "CRSAM", "XSAM", "FunctionalSAM", "RAPP", "Every-LookSAM", "Every-two-memories"]
-
-
-@pytest.mark.parametrize("name", LENGTHS)  # methods of lengths and inner products, not of single entries
-def test_complex_parameters_are_their_real_and_imaginary_parts(name):
-    first, second = (training(name, model, dtype=None).step(0, 1, 2, 3) for model in (Complex, Real))
-    close(torch.view_as_real(first.model.w.detach()), second.model.w.detach(), 1e-12)
-
-
-@pytest.mark.parametrize("name", [n for n in cases.FAMILY if "SAMON" not in n])
-def test_complex_parameters_stay_finite(name):
-    assert torch.view_as_real(training(name, Complex, dtype=None).step(0, 1, 2, 3).model.w).isfinite().all()
+        SharpnessAware(model, FunctionalSAM(L2(0.5)), loss)(*cases.batch()).backward()
+        grads.append(model.layer.weight.grad.resolve_conj())
+    close(*grads, 1e-12)

@@ -226,3 +226,10 @@ def test_a_lazy_module_is_refused_until_it_has_run():
     with torch.no_grad():
         model(X)
     sharp(X, Y).backward()
+
+
+def test_lazily_conjugated_parameters_are_refused():
+    model = linear()
+    model.phase = nn.Parameter(torch.ones(2, dtype=torch.cdouble).conj())
+    with pytest.raises(ValueError, match=r"1 parameters are conjugated lazily.*resolve_conj"):
+        SharpnessAware(model, SAM(), cross_entropy)(POINTS, LABELS)

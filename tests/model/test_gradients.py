@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from bisam import ASAM, MSAM, SAM, BiSAM, SharpnessAware, Vector, cross_entropy
+from bisam.model.gradients import filled
 from bisam.perturbations import L2
+from bisam.vector import WHOLE
 from tests.support import cases
 from tests.support.cases import buffers, normed, parameters
 from tests.support.doubles import ActingLoss
@@ -109,3 +111,13 @@ def test_scale_may_be_a_function(factor):
     x, y = cases.batch()
     first, second = (grads_of(s(x.float(), y), s.model) for s in sharps)
     assert all(torch.equal(g, h) for g, h in zip(first, second, strict=True))
+
+
+def test_what_autograd_conjugates_or_negates_lazily_is_computed():
+    z = torch.randn(3, dtype=torch.cdouble)
+    lazy = [z.conj(), z.conj().imag, z.real.clone()]
+    assert [(t.is_conj(), t.is_neg()) for t in lazy] == [(True, False), (False, True), (False, False)]
+    gradient = filled(lazy, WHOLE, lambda: Vector(lazy), lambda: ["a", "b", "c"])
+    assert not any(t.is_conj() or t.is_neg() for t in gradient)
+    assert all(torch.equal(t, g) for t, g in zip(lazy, gradient, strict=True))
+    assert gradient.tensors[2] is lazy[2]

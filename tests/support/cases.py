@@ -44,6 +44,7 @@ from bisam import (
     MomentumSAM,
     MultiStepSAM,
     NegLog,
+    Only,
     SAMPa,
     Tanh,
     VaSSO,
@@ -88,6 +89,51 @@ def normed() -> nn.Sequential:
     return mlp(nn.BatchNorm1d)
 
 
+class ComplexLinear(nn.Module):
+    """With gradients that autograd conjugates lazily; with `real`, its parameters are real and imaginary parts."""
+
+    def __init__(self, inputs: int, outputs: int, real: bool) -> None:
+        super().__init__()
+        weight, bias = (
+            torch.randn(*shape, dtype=torch.cdouble) / inputs**0.5 for shape in ((inputs, outputs), (outputs,))
+        )
+        self.weight, self.bias = (nn.Parameter(torch.view_as_real(z) if real else z) for z in (weight, bias))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = (p if p.is_complex() else torch.view_as_complex(p) for p in (self.weight, self.bias))
+        return x.to(torch.cdouble) @ weight.conj() + bias
+
+
+class ComplexNorm(ComplexLinear):
+    """A normalisation layer by its name; multiplies each channel by a number."""
+
+    def __init__(self, channels: int, real: bool) -> None:
+        super().__init__(1, channels, real)
+        self.weight = nn.Parameter(self.weight.detach()[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = (p if p.is_complex() else torch.view_as_complex(p) for p in (self.weight, self.bias))
+        return x / x.abs().square().mean(1, keepdim=True).sqrt() * weight.conj() + bias
+
+
+class Squash(nn.Module):
+    """Unlike tanh it is bounded for all complex numbers."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z / (1 + z.abs().square()).sqrt()
+
+
+class Logits(nn.Module):
+    def forward(self, z: Tensor) -> Tensor:
+        return torch.view_as_real(z).sum(-1)
+
+
+def complex_mlp(*, real: bool = False) -> nn.Sequential:
+    """A model of complex parameters, or the same model of their real and imaginary parts."""
+    layers = ComplexLinear(6, 8, real), ComplexNorm(8, real), Squash(), ComplexLinear(8, CLASSES, real)
+    return nn.Sequential(*layers, Logits())
+
+
 def convnet() -> nn.Sequential:
     # No bias before a norm: its gradient is rounding noise, which AdamW would blow up to a step of full length.
     return nn.Sequential(
@@ -124,6 +170,10 @@ TANH = partial(references.q, references.phi_tanh(0.1), 10.0)
 
 def is_norm(name: str, p: Tensor) -> bool:
     return p.dim() == 1 and (name.startswith(("1.", "2.", "5.")))  # of `convnet` and of `mlp(norm)`
+
+
+def is_weight(name: str, p: Tensor) -> bool:
+    return not name.endswith("bias")
 
 
 def lr(step: references.Step) -> float:
@@ -191,6 +241,23 @@ FAMILY: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], references.Twin]
     "SAMON-adaptive-log": (
         lambda o: SAM(NormLayers(Adaptive(0.5, 0.01)), ascent=NegLog()),
         references.climbing(references.norm_layers(references.adaptive(0.5, 0.01), is_norm), LOG, CE),
+    ),
+    "Only": (lambda o: SAM(Only(is_weight, L2(0.1))), references.climbing(references.only(B, is_weight), CE, CE)),
+    "Only-smoothed-log": (
+        lambda o: LookSAM(Only(is_weight, Smoothed(L2(0.1), theta=0.4)), NegLog(), k=2),
+        references.looksam(references.only(references.smoothed(B, 0.4), is_weight), LOG, CE, 2, 0.7),
+    ),
+    "RandomMask-only-adaptive": (
+        lambda o: ESAM(RandomMask(Friendly(Only(is_weight, Adaptive(0.5))), beta=0.7), gamma=0.5),
+        references.esam(
+            references.random_mask(
+                references.friendly(references.only(references.adaptive(0.5), is_weight), 1.0, 0.9), 0.7, "tensor"
+            ),
+            CE,
+            CE,
+            CE,
+            0.5,
+        ),
     ),
     "LESAM": (
         lambda o: LESAM(sigma=0.05, rho_max=0.1),

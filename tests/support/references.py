@@ -53,7 +53,9 @@ def gradient(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], x: Tens
         parts = w.split([s.numel() for s in shapes])
         weights = {n: p.view(s) for n, p, s in zip(names, parts, shapes, strict=True)}
         copies = {n: b.clone() for n, b in buffers.items()}
-        return torch.autograd.grad(loss(functional_call(model, {**weights, **copies}, x), y).mean(), w)[0]
+        return torch.autograd.grad(loss(functional_call(model, {**weights, **copies}, x), y).mean(), w)[
+            0
+        ].resolve_conj()
 
     return at
 
@@ -88,7 +90,7 @@ class Step:
 
     def which(self, rule: Callable[[str, Tensor], bool]) -> Tensor:
         """1 in the entries of the parameters that the rule of name and shape takes, else 0."""
-        return join([torch.full_like(p, float(rule(name, p))) for name, p in self.model.named_parameters()])
+        return join([torch.full_like(p.abs(), float(rule(name, p))) for name, p in self.model.named_parameters()])
 
     def noise(self) -> list[Tensor]:
         return [torch.randn(p.shape, dtype=p.dtype) for p in self.model.parameters()]
@@ -104,6 +106,11 @@ class Step:
 
 def join(parts: list[Tensor]) -> Tensor:
     return torch.cat([p.reshape(-1) for p in parts])
+
+
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """The inner product of the real and imaginary parts."""
+    return (a.conj() * b).real.sum()
 
 
 def unit(v: Tensor) -> Tensor:
@@ -173,6 +180,10 @@ def norm_layers(climb: Climb, rule: Callable[[str, Tensor], bool]) -> Climb:
     return lambda g, w, s: climb(s.which(rule) * g, w, s)
 
 
+def only(climb: Climb, rule: Callable[[str, Tensor], bool]) -> Climb:
+    return lambda g, w, s: s.which(rule) * climb(s.which(rule) * g, w, s.part("inner"))
+
+
 def random_mask(climb: Climb, beta: float, per: str) -> Climb:
     def climber(g: Tensor, w: Tensor, s: Step) -> Tensor:
         e, parts = climb(g, w, s.part("inner")), s.parts(g)
@@ -186,7 +197,9 @@ def fisher_mask(climb: Climb, keep: float, every: int) -> Climb:
     def climber(g: Tensor, w: Tensor, s: Step) -> Tensor:
         free = s.which(biased)
         if s.number % every == 0:
-            s.memory["mask"] = free + largest(torch.where(free > 0, -1, g**2), share(keep, int((1 - free).sum())))
+            s.memory["mask"] = free + largest(
+                torch.where(free > 0, -1, g.abs() ** 2), share(keep, int((1 - free).sum()))
+            )
         return s.memory["mask"] * climb(g, w, s.part("inner"))
 
     return climber
@@ -196,7 +209,10 @@ def drop_grow(climb: Climb, keep: float, drop: float, every: int, steps: int | N
     def climber(g: Tensor, w: Tensor, s: Step) -> Tensor:
         n = share(keep, len(g))
         if s.number % every == 0:
-            noise, mask = join([torch.rand(p.shape) for p in s.parts(g)]), s.memory.get("mask", torch.zeros_like(g))
+            noise, mask = (
+                join([torch.rand(p.shape) for p in s.parts(g)]),
+                s.memory.get("mask", torch.zeros_like(g.abs())),
+            )
             dropped = n if s.number == 0 else int(n * drop * (1 + cos(pi * s.number / (steps or inf))) / 2)
             kept = largest(torch.where(mask > 0, g.abs(), -1), n - dropped)
             s.memory["mask"] = kept + largest(torch.where(mask > 0, -1, noise), dropped)
@@ -238,7 +254,7 @@ def esam(climb: Climb, ascent: Loss, descent: Loss, select: Loss, gamma: float) 
 def gsam(climb: Climb, ascent: Loss, descent: Loss, alpha: float) -> Twin:
     def twin(w: Tensor, s: Step) -> Tensor:
         g, h = s.grad(w, descent), climbing(climb, ascent, descent)(w, s)
-        return h - alpha * (g - (g @ h) / (h @ h) * h)
+        return h - alpha * (g - inner(g, h) / inner(h, h) * h)
 
     return twin
 
@@ -261,7 +277,7 @@ def crsam(climb: Climb, ascent: Loss, descent: Loss, gamma: float, beta: float) 
 
 
 def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
-    angle = (a @ b).acos()
+    angle = inner(a, b).acos()
     return ((1 - t) * angle).sin() / angle.sin() * a + (t * angle).sin() / angle.sin() * b
 
 
@@ -293,7 +309,7 @@ def looksam(climb: Climb, ascent: Loss, descent: Loss, k: int, alpha: float) -> 
         if s.number % k:
             return g + alpha * g.norm() * unit(s.memory["v"])
         h = climbing(climb, ascent, descent)(w, s)
-        s.memory["v"] = h - (h @ g) / (g @ g) * g
+        s.memory["v"] = h - inner(h, g) / inner(g, g) * g
         return h
 
     return twin
@@ -302,7 +318,7 @@ def looksam(climb: Climb, ascent: Loss, descent: Loss, k: int, alpha: float) -> 
 def aesam(climb: Climb, ascent: Loss, descent: Loss, steps: int, first: float, last: float, delta: float) -> Twin:
     def twin(w: Tensor, s: Step) -> Tensor:
         g = s.grad(w, descent)
-        square = g @ g
+        square = inner(g, g)
         mu = s.memory["mu"] = delta * s.memory.get("mu", square) + (1 - delta) * square
         var = s.memory["var"] = delta * s.memory.get("var", 0) + (1 - delta) * (square - mu) ** 2
         c = s.number / steps * last + (1 - s.number / steps) * first
@@ -317,7 +333,7 @@ def ssamf(climb: Climb, ascent: Loss, descent: Loss, keep: float, every: int, sa
     def twin(w: Tensor, s: Step) -> Tensor:
         if s.number % every == 0:
             singles = [s.on(torch.tensor([i])).grad(w, descent) for i in range(min(samples, len(s.batch[0])))]
-            s.memory["mask"] = largest(torch.stack(singles).square().mean(0), share(keep, len(w)))
+            s.memory["mask"] = largest(torch.stack(singles).abs().square().mean(0), share(keep, len(w)))
         return s.grad(w + s.memory["mask"] * climb(s.grad(w, ascent), w, s.part("inner")), descent)
 
     return twin
@@ -354,7 +370,7 @@ def sampa(climb: Climb, ascent: Loss, descent: Loss, lam: float) -> Twin:
 
 def bsam(ascent: Loss, descent: Loss, n: float, rho: float, prior: float, damping: float, b1: float, b2: float) -> Twin:
     def twin(w: Tensor, s: Step) -> Tensor:
-        m, v = s.memory.get("m", torch.zeros_like(w)), s.memory.get("s", torch.ones_like(w))
+        m, v = s.memory.get("m", torch.zeros_like(w)), s.memory.get("s", torch.ones_like(w.abs()))
         theta = w + join(s.noise()) / (n * v).sqrt()
         g, delta = s.grad(theta, descent), prior / n
         h = s.grad(w + rho * s.grad(theta, ascent) / v, descent)

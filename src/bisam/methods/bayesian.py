@@ -23,7 +23,7 @@ class BSAM:
     g/s, h the gradient at w + e, m <- beta1 m + (1 - beta1) (h + delta w), and the gradient that is returned is m/s;
     then s <- beta2 s + (1 - beta2) (sqrt(s) |g| + damping + delta), with delta = prior/examples. The method already
     contains momentum and weight decay, so the optimizer must be SGD without either. 1/(examples s) is the variance of
-    the posterior. Running statistics are updated at theta.
+    the posterior, in which a complex weight is one entry. Running statistics are updated at theta.
 
     Args:
         examples: number of training examples N times the augmentation factor, > 0 (the authors use 200,000 for
@@ -67,7 +67,7 @@ class BSAM:
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
         """Makes two queries; three if `ascent` and `descent` differ."""
         w, delta = oracle.weights, self.prior / self.examples
-        s: Vector = oracle.state.get("s") or w * 0 + self.s
+        s: Vector = oracle.state.get("s") or w.abs() * 0 + self.s
         noise = w.random(torch.randn_like)
         around = oracle.shifted(noise / (s * self.examples).sqrt(), track=True)
         g = around.query(batch, self.descent).gradient

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from bisam.batches import Batch, largest, size, take
+from bisam.batches import Batch, examples, largest, size, take
 from bisam.evaluation import Evaluation
 from bisam.masks import RandomMask, top
 from bisam.methods.sam import SAM
@@ -18,7 +18,7 @@ from bisam.oracle import Oracle, Query
 from bisam.perturbations import L2, Perturbation, geometry, is_radius
 from bisam.schedules import Radius
 from bisam.validation import finite, instance, non_negative, portion, share, whole
-from bisam.vector import TINY, Vector
+from bisam.vector import TINY, Vector, power_of_two, widened
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,8 @@ class ESAM(SAM):
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
         """Makes a query at w, then a forward pass and a query on the selected examples at w + e."""
+        if self.gamma < 1:
+            examples(batch)  # refuses what it cannot choose from before anything is computed
         g = oracle.query(batch, self.ascent)
         e, before = self.displacement(g.gradient, oracle), replace(g, grad=None)
         del g  # frees its gradient
@@ -180,7 +182,7 @@ class AESAM(SAM):
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
         """Makes one query at the weights; at SAM steps one more, or two if `ascent` and `descent` differ."""
         answer = oracle.query(batch, self.descent)
-        if not self._is_large(answer.gradient.norm() ** 2, oracle):
+        if not self._is_large(widened(answer.gradient.norm()) ** 2, oracle):
             return answer
         answer = answer if self.ascent == self.descent else oracle.query(batch, self.ascent, track=False)
         e = self.displacement(answer.gradient, oracle)
@@ -241,14 +243,15 @@ class SSAMF(SAM):
 
     def _mask(self, oracle: Oracle, batch: Batch) -> Vector:
         _check_alone(oracle)
-        fisher = self._squared(oracle, take(batch, torch.tensor([0])))
-        for i in range(1, min(self.samples, size(batch) or 1)):
-            fisher = fisher + self._squared(oracle, take(batch, torch.tensor([i])))
+        unit, fisher = None, None
+        for i in range(min(self.samples, size(batch) or 1)):
+            g = oracle.query(take(batch, torch.tensor([i])), self.descent, track=False).gradient.abs()
+            unit = power_of_two(g.norm()) if unit is None else unit  # squares of gradients in units of it are in range
+            g = g / unit
+            fisher = g * g if fisher is None else fisher + g * g
+            del g
+        assert fisher is not None
         return top(fisher, self.keep)
-
-    def _squared(self, oracle: Oracle, example: Batch) -> Vector:
-        g = oracle.query(example, self.descent, track=False).gradient.abs()
-        return g * g
 
 
 def _check_alone(oracle: Oracle) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from bisam.batches import Batch, largest, split
+from bisam.batches import Batch, examples, largest, split
 from bisam.evaluation import Evaluation, divisor, join
 from bisam.methods.method import Method, stateful
 from bisam.methods.sam import ERM, SAM
@@ -104,6 +104,7 @@ class KSAM:
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
         """Makes a forward pass, and then the queries of the method on the selected examples."""
+        examples(batch)  # refuses what it cannot choose from before anything is computed
         losses = oracle.query(batch, grad=False).per_example
         if self.k > len(losses):
             raise ValueError(
@@ -123,7 +124,8 @@ class RSAM:
 
     Args:
         sigma: standard deviation of the noise of each entry, >= 0, in units of the norm of its filter: the noise of a
-            filter of d entries is about sqrt(d) sigma times as long as the filter. With 0 the wrapper has no effect.
+            filter of d entries is about sqrt(d) sigma times as long as the filter. A complex number is one entry. With
+            0 the wrapper has no effect.
         method: method that is applied at the random point.
         filters: if True, scale the noise by the norm of each filter (a slice along the first dimension of a tensor of
             two or more dimensions), and of each tensor of fewer dimensions. If False, all entries have the same noise.

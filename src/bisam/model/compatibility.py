@@ -127,6 +127,17 @@ def uninitialised_parameters(setup: Setup) -> str | None:
     )
 
 
+def conjugated_parameters(setup: Setup) -> str | None:
+    """`nn.Parameter(z.conj())`, whose values are computed when they are read."""
+    lazy = [name for name, p in setup.parameters if p.is_conj() or p.is_neg()]
+    if not lazy:
+        return None
+    return (
+        f"{len(lazy)} parameters are conjugated lazily ({', '.join(lazy[:3])}) and cannot be changed in place: make "
+        "them of z.conj().resolve_conj()"
+    )
+
+
 def ddp_static_graph_inside(setup: Setup) -> str | None:
     """`SharpnessAware(DistributedDataParallel(model, static_graph=True))`."""
     if not any(getattr(module, "static_graph", False) for module in setup.ddp_inside):
@@ -198,6 +209,7 @@ RULES: tuple[Callable[[Setup], str | None], ...] = (
     deepspeed_zero3,
     per_sample_gradients,
     uninitialised_parameters,
+    conjugated_parameters,
     ddp_static_graph_inside,
     data_dependent_method_in_ddp_with_buffers,
     fsdp2_with_unsharded_parameters,

@@ -37,6 +37,7 @@ _HIDDEN = {
     "LowerBound",
     "Method",
     "ModelOracle",
+    "Only",  # takes a function, which an expression cannot contain
     "Oracle",
     "Query",
     "SharpnessAware",
