@@ -73,6 +73,9 @@ def build(expression: str, **names: Any) -> Method:
         tree = ast.parse(expression.strip(), mode="eval")
     except (SyntaxError, ValueError) as error:
         raise ValueError(f"{expression!r} is no expression ({error}): write it as in SAM(L2(0.1))") from None
+    except (RecursionError, MemoryError):  # the parser's errors for a deep nest
+        raise _too_deep(expression) from None
+    _check_depth(expression, tree.body)
     try:
         method = _value(tree.body, names)
     except (TypeError, ValueError, ArithmeticError) as error:
@@ -150,6 +153,20 @@ def _run(steps: int) -> dict[str, int]:
 
 
 _LONGEST = 1000
+_DEEPEST = 100  # levels of the syntax tree: a method calls the one inside it, and Python limits the depth of calls
+
+
+def _too_deep(expression: str) -> ValueError:
+    return ValueError(f"{expression[:40]}... has more than {_DEEPEST} levels of calls and operations: nest fewer")
+
+
+def _check_depth(expression: str, node: ast.expr) -> None:
+    level: list[ast.AST] = [node]
+    for _ in range(_DEEPEST):
+        level = [child for one in level for child in ast.iter_child_nodes(one)]
+        if not level:
+            return
+    raise _too_deep(expression)
 
 
 def _value(node: ast.expr, names: dict[str, Any]) -> Any:
