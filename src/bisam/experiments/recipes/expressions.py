@@ -19,7 +19,7 @@ from torch import nn
 
 import bisam
 from bisam import SharpnessAware, masks, perturbations, schedules
-from bisam.experiments.errors import unknown
+from bisam.experiments.errors import is_out_of_memory, unknown
 from bisam.methods import Method
 
 _ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
@@ -110,6 +110,8 @@ def check_step(expression: str, batch_size: int) -> None:
     try:
         take_steps(expression, batch_size, 1)
     except Exception as error:  # an expression can put any callable in the place of a method
+        if is_out_of_memory(error):
+            raise
         raise (
             error
             if isinstance(error, ValueError) and expression in str(error)
