@@ -21,8 +21,8 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> ValueError:
     return ValueError(f"unknown {kind} {name!r}, {hint}{', '.join(names)}")
 
 
-def reason(error: Exception) -> str:
-    """Return why a file could not be read or fetched, in at most 200 characters."""
+def reason(error: BaseException) -> str:
+    """Return the message of an error on one line, in at most 200 characters."""
     return shorten(getattr(error, "strerror", None) or str(error) or type(error).__name__, 200)
 
 

@@ -18,7 +18,7 @@ from cyclopts import App, CycloptsError
 from bisam import __version__
 from bisam.experiments.cli import list as listing, methods, plot, report, run, train
 from bisam.experiments.cli.terminal import errors
-from bisam.experiments.errors import RunError, is_out_of_memory, show_warnings_in_one_line
+from bisam.experiments.errors import RunError, is_out_of_memory, reason, show_warnings_in_one_line
 
 app = App(
     name="bisam",
@@ -44,7 +44,7 @@ def main() -> None:
         sys.exit(2)
     except Exception as error:
         if is_out_of_memory(error):
-            message = f"out of memory ({' '.join(str(error).split())[:200]}): finished runs are unchanged"
+            message = f"out of memory ({reason(error)}): finished runs are unchanged"
         elif isinstance(error, OSError):
             message = (
                 f"cannot write {error.filename or 'the output folder'}: {error.strerror or error}. Free space or give "

@@ -13,7 +13,7 @@ from bisam.experiments.cli.idle import refuse_idle
 from bisam.experiments.cli.options import Given, MachineFlags, Out
 from bisam.experiments.cli.progress import Display
 from bisam.experiments.cli.terminal import console, errors
-from bisam.experiments.errors import RunError, is_out_of_memory
+from bisam.experiments.errors import RunError, is_out_of_memory, reason
 from bisam.experiments.recipes.presets import started
 from bisam.experiments.runs.folder import Run
 from bisam.experiments.runs.machine import Machine
@@ -57,7 +57,7 @@ def train(
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            raise RunError(f"out of memory: a smaller --batch-size needs less ({str(error)[:200]})") from error
+            raise RunError(f"out of memory: a smaller --batch-size needs less ({reason(error)})") from error
         display.done(recipe, None)
     metric = result.get("metric", "accuracy")
     console.print(

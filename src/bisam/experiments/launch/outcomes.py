@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from bisam.experiments.errors import DataError, RunError, is_out_of_memory
+from bisam.experiments.errors import DataError, RunError, is_out_of_memory, reason
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Result, Run
 from bisam.experiments.runs.machine import Machine
@@ -81,12 +81,12 @@ def train_or_explain(recipe: Recipe, root: Path, machine: Machine, on_epoch: OnE
     except DataError as error:
         return Outcome(recipe, None, " ".join(str(error).split()), started=False)
     except (RunError, ValueError) as error:
-        reason = str(error)
+        message = str(error)
     except (Exception, SystemExit) as error:
         if is_out_of_memory(error):
-            reason = f"out of memory: fewer runs at a time or a smaller batch_size need less ({str(error)[:300]})"
+            message = f"out of memory: fewer runs at a time or a smaller batch_size need less ({reason(error)})"
         elif isinstance(error, OSError):
-            reason = f"cannot write under {error.filename or 'its folder'}: {error.strerror or error}"
+            message = f"cannot write under {error.filename or 'its folder'}: {error.strerror or error}"
         else:  # with its type, for a bug report
-            reason = f"{type(error).__name__}: {str(error)[:300]}"
-    return Outcome(recipe, None, " ".join(reason.split()))
+            message = f"{type(error).__name__}: {str(error)[:300]}"
+    return Outcome(recipe, None, " ".join(message.split()))
