@@ -22,12 +22,12 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> ValueError:
 
 
 def reason(error: BaseException) -> str:
-    """Return the message of an error on one line, in at most 200 characters."""
-    return shorten(getattr(error, "strerror", None) or str(error) or type(error).__name__, 200)
+    """Return the message of an error on one line, in at most 300 characters."""
+    return shorten(getattr(error, "strerror", None) or str(error) or type(error).__name__, 300)
 
 
 def reason_not_loaded(error: Exception) -> str:
-    """Return why `torch.load(weights_only=True)` failed, in at most 200 characters.
+    """Return why `torch.load(weights_only=True)` failed, on one line.
 
     Torch's own message proposes `weights_only=False`, which would run code that is in the file.
     """

@@ -155,4 +155,10 @@ def damaged(path: Path, error: Exception) -> DamagedError:
             remedy = f"delete {result}, and the same command writes it again from the checkpoint"
         case _:
             remedy = f"delete {path.parent} to run it again"
-    return DamagedError(path, reason(error), f"{remedy}; other runs are not affected")
+    return DamagedError(path, _reason(error), f"{remedy}; other runs are not affected")
+
+
+def _reason(error: Exception) -> str:
+    """Return the message of an error on one line; of a long one, such as that of an expression, begin and end."""
+    text = " ".join(str(error).split())
+    return f"{text[:80]} [...] {text[-200:]}" if len(text) > 300 and not isinstance(error, OSError) else reason(error)
