@@ -9,6 +9,7 @@ import pytest
 
 from bisam.experiments.errors import RunError
 from bisam.experiments.launch.outcomes import train_or_explain
+from bisam.experiments.runs.files import to_csv
 from bisam.experiments.runs.folder import Run
 from bisam.experiments.runs.machine import Machine
 from bisam.experiments.training.train import Training, train
@@ -138,3 +139,27 @@ def test_another_run_in_the_same_folder_is_not_disturbed_by_the_end_of_the_first
     assert run.result is not None
     with run.open():
         pass
+
+
+@pytest.mark.parametrize("damage", ["damaged", "ahead", "missing"])
+def test_the_metrics_of_a_resumed_run_are_those_of_the_checkpoint(broken, monkeypatch, damage):
+    """Before its first epoch, because loggers read them: they are ahead after a kill between the two files."""
+    path = broken.folder / "metrics.csv"
+    before, rows = path.read_text(), broken.metrics()
+    match damage:
+        case "damaged":
+            path.write_text("epoch\n\0")
+        case "ahead":
+            path.write_text(to_csv([*rows, {**rows[-1], "epoch": 3}]))
+        case _:
+            path.unlink()
+    epoch, seen = Training.epoch, []
+
+    def observed(self, number):
+        seen.append(path.read_text())
+        return epoch(self, number)
+
+    monkeypatch.setattr(Training, "epoch", observed)
+    train(broken, MACHINE)
+    assert seen == [before]
+    assert [row["epoch"] for row in broken.metrics()] == [1, 2, 3]

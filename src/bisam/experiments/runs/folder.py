@@ -28,7 +28,7 @@ from bisam.experiments.errors import RunError, RunWarning
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.checkpoint import CHECKPOINT, DAMAGED, PREVIOUS, file_fault, read_checkpoint, serialized
 from bisam.experiments.runs.environment import environment
-from bisam.experiments.runs.files import damaged, make_folders, read_json, to_csv, write
+from bisam.experiments.runs.files import damaged, make_folders, read_bytes, read_json, to_csv, write
 from bisam.experiments.runs.results import (
     Result as Result,
     Row as Row,
@@ -191,8 +191,15 @@ class Writer:
         )
 
     def metrics(self, history: Sequence[Row]) -> None:
-        """Replace the metrics."""
-        self._write("metrics.csv", to_csv(history))
+        """Replace the metrics if they differ: they are ahead of the checkpoint after a kill, and can be damaged.
+
+        Raises:
+            RunError: the folder was deleted or replaced.
+            OSError: the disk is full or read-only.
+        """
+        self.check()
+        if read_bytes(self._run.folder / "metrics.csv") != (content := to_csv(history).encode()):
+            self._write("metrics.csv", content)
 
     def save(self, state: Mapping[str, Any], history: Sequence[Row]) -> None:
         """Replace the metrics and then the checkpoint, and keep the one before.
@@ -216,7 +223,7 @@ class Writer:
         """
         values = {**result, **environment(), "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
         complete = with_checksums(values, self._run.recipe, history)
-        self.metrics(history)  # once more: the checksum is that of these rows
+        self.metrics(history)
         self._write("result.json", json.dumps(complete, indent=2) + "\n")
         (self._run.folder / PREVIOUS).unlink(missing_ok=True)
         return cast(Result, complete)

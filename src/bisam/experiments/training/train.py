@@ -125,7 +125,7 @@ class Training:
         self._writer = run.writer() if fabric.is_global_zero else None
         if (checkpoint := run.checkpoint()) is not None:
             self._state.restore(checkpoint, run.folder)
-            if self._writer is not None:  # it may be ahead of the checkpoint, or damaged
+            if self._writer is not None:
                 self._writer.metrics(self._state.history)
 
     def train(self, on_epoch: OnEpoch | None) -> Result:
