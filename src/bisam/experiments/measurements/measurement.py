@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from bisam.experiments.errors import RunError, unknown
 from bisam.experiments.measurements.timing import Ratio, conditions
 from bisam.experiments.runs.environment import environment
-from bisam.experiments.runs.files import read_json, write
+from bisam.experiments.runs.files import checksum, read_json, write
 from bisam.experiments.runs.machine import Machine
 from bisam.experiments.runs.provenance import MEASURED, line, where
 
@@ -129,7 +129,8 @@ def run(
             if progress is not None:
                 progress(part, i, len(parts))
             rows = measurement.measure(part, settings, device)
-            content = {"part": part, "environment": _environment(device, settings), "rows": rows}
+            content: dict[str, Any] = {"part": part, "environment": _environment(device, settings), "rows": rows}
+            content["checksum"] = checksum(content)
             write(folder / _file(part), json.dumps(content, indent=2, allow_nan=False) + "\n")
     if progress is not None:
         progress("", len(parts), len(parts))
@@ -262,10 +263,12 @@ def _read(folder: Path, part: str) -> dict[str, Any] | None:
             return None
         if content.get("part") != part:
             raise ValueError(f"it is not of {part}")
+        if content.pop("checksum", None) not in (None, checksum(content)):  # 0.1 wrote none
+            raise ValueError("its checksum differs")
         rows, made = content.get("rows"), content.get("environment")
         if not isinstance(made, dict) or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise ValueError("it has no rows, or not where they were made")
-    except (ValueError, RunError) as error:
+    except (RecursionError, ValueError, RunError) as error:
         reason = error.__cause__ or error
         raise RunError(f"{path} is damaged ({reason}): delete it to measure it again; other parts are kept") from error
     return content
