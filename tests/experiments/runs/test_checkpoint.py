@@ -192,6 +192,7 @@ CHANGES = {
     "history with a text": put("history", 0, "validation", "high"),
     "history with a bool": put("history", 0, "seconds", True),
     "history with a huge number": put("history", 0, "seconds", 10**400),
+    "history with a time that is no time": put("history", 1, "seconds", 1e200),
     "history with an infinite time": put("history", 1, "relative_time", float("inf")),
     "history with another column": put("history", 1, "more", 1.0),
     "history without a column": lambda state: [row.pop("forwards") for row in state["history"]],

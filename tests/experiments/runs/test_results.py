@@ -98,9 +98,9 @@ WRONG = {
     "metric": [5, None, "", "a\nb", "\ud800", "x" * 1000],
     "scores": [None, 5, [], {"best": 0.9}, {"best": {"accuracy": "high"}}, {"best": {"accuracy": 2}}],
     "examples": [0, -1, 1.5, True, "many"],
-    "seconds_per_epoch": [None, -1, "1", True, 10**400, {}],
-    "relative_time": [None, -0.1, []],
-    "gradients_per_step": [None, -1],
+    "seconds_per_epoch": [None, -1, 0, "1", True, 1e200, 10**400, {}],
+    "relative_time": [None, -0.1, 0.0, []],
+    "gradients_per_step": [None, -1, 1e200],
     "forwards_per_step": [None, "0"],
     "finished": [None, 5, "yesterday", "2026-01-02", ""],
     "device": [5, None, "\x1b[31m"],
@@ -197,7 +197,8 @@ def reported(run: Run) -> None:
     for one in runs:
         if isinstance(one, Finished):
             tables.markdown("title", [one], {"flips.png": "flips"}).encode()
-            figures.draw("accuracy", [one])
+            for name in ("accuracy", "time"):
+                figures.draw(name, [one])
         else:
             assert "\n" not in str(one)
             assert "damaged" in str(one) or "version" in str(one)
@@ -226,6 +227,15 @@ def test_any_value_of_an_entry_is_read_or_refused_in_one_line(done, name, index,
     path.write_text(json.dumps(values))
     reported(done)
     path.write_text(content)
+
+
+def test_a_recipe_that_is_missing_is_written_again_by_the_same_command(done):
+    (done.folder / "recipe.json").unlink()
+    assert str(read(done)).endswith(
+        "recipe.json is damaged (it is missing): the same command writes it again; other runs are not affected"
+    )
+    assert train(done, MACHINE) == done.result
+    assert isinstance(read(done), Finished)
 
 
 @pytest.mark.parametrize("name", ["result.json", "recipe.json", "metrics.csv"])

@@ -149,7 +149,7 @@ def damaged(path: Path, error: Exception) -> DamagedError:
     """Return the error for a damaged file of a run folder, with the reason and the remedy that loses least."""
     match path.name:
         case "recipe.json":
-            remedy = "delete this file, and the same command writes it again"
+            remedy = f"{'delete this file, and ' if path.exists() else ''}the same command writes it again"
         case "result.json" | "metrics.csv" if path.with_name("checkpoint.pt").is_file():
             result = path.with_name("result.json")
             remedy = f"delete {result}, and the same command writes it again from the checkpoint"

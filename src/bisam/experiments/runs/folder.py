@@ -5,6 +5,7 @@ runs/digits/sam-noise-0.4-1f0c22e9/seed-0/
     metrics.csv             one row for each epoch
     checkpoint.pt           the state after the last completed epoch, see checkpoint.py
     checkpoint-previous.pt  the checkpoint before it, until the run is finished
+    checkpoint-damaged.pt   a checkpoint.pt that was found damaged
     result.json             written once, at the end, see results.py
 
 Each file is replaced atomically and is on the disk before the next one is written. The command that started a run also
@@ -269,9 +270,10 @@ def read_recipe(folder: Path) -> Recipe:
         RunError: the file is missing or damaged.
     """
     path = folder / "recipe.json"
-    values = read_json(path)
+    if (values := read_json(path)) is None:
+        raise damaged(path, ValueError("it is missing"))
     try:
-        return Recipe.from_dict(values or {})
+        return Recipe.from_dict(values)
     except (ValueError, TypeError) as error:
         raise damaged(path, error) from error
     except RunError as error:  # of a later version

@@ -89,17 +89,14 @@ class _Text:
         return None if fits else "is not the text it should be"
 
 
-_SCORE, _COUNT, _SIZE, _TEXT, _SUM = (
-    _Number(least=-1, most=1),
-    _Number(int, 1),
-    _Number(),
-    _Text(),
-    _Text("[0-9a-f]{32}"),
-)
+_LARGE = 1e12  # beyond any time or number of a run, and far from where figures and means would overflow
+_SCORE, _COUNT, _SIZE = _Number(least=-1, most=1), _Number(int, 1), _Number(most=_LARGE)
+_TIME, _TEXT, _SUM = _Number(least=1e-12, most=_LARGE), _Text(), _Text("[0-9a-f]{32}")
 _ENTRIES: Mapping[str, _Number | _Text] = {
     **dict.fromkeys(("test_best", "test_last", "test_ema", "validation_best"), _SCORE),
     **dict.fromkeys(("best_epoch", "diverged", "examples", "processes"), _COUNT),
-    **dict.fromkeys(("seconds_per_epoch", "relative_time", "gradients_per_step", "forwards_per_step"), _SIZE),
+    **dict.fromkeys(("seconds_per_epoch", "relative_time"), _TIME),
+    **dict.fromkeys(("gradients_per_step", "forwards_per_step"), _SIZE),
     **dict.fromkeys(("metric", "device", "bisam", "torch", "python", "hardware", "commit", "recipe"), _TEXT),
     **dict.fromkeys(("metrics", "checksum"), _SUM),
     "finished": _Text(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"),
@@ -109,6 +106,7 @@ _SUMS = {"recipe", "metrics", "checksum"}
 _COLUMNS = ("epoch", "validation", "flipped")  # of the oldest metrics that are read
 COLUMNS = (*_COLUMNS, "train_loss", "gradients", "forwards", "losses", "seconds", "relative_time")
 """Columns that the metrics of a run have if it is resumed."""
+_ANY = ("learning_rate",)  # the user's
 _NOT_ALWAYS_FINITE = ("train_loss", "flipped")  # after a divergence; where a method leaves examples out
 
 
@@ -216,8 +214,8 @@ def rows_fault(rows: Any, epochs: int, columns: Sequence[str] = _COLUMNS) -> str
         for name, value in row.items():
             if not isinstance(name, str) or not _is_number(value):
                 return f"{shown(name)} of epoch {epoch} is not a number: {shown(value)}"
-            if name not in _NOT_ALWAYS_FINITE and not isfinite(value):
-                return f"{name} of epoch {epoch} is not finite"
+            if name not in _NOT_ALWAYS_FINITE and not (isfinite(value) and (name in _ANY or abs(value) <= _LARGE)):
+                return f"{shown(name)} of epoch {epoch} is out of range: {shown(value)}"
         if row["epoch"] != epoch:
             return f"epoch {shown(row['epoch'])} stands in the place of epoch {epoch}"
     return None
