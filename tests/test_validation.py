@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from bisam.validation import portion, share, whole
+from bisam.validation import MOST_QUERIES, finite, non_negative, number, portion, positive, share, shown, whole
 
 
 @settings(deadline=None, derandomize=True)
@@ -59,3 +61,37 @@ def test_what_is_no_share_is_named(value):
     if value != 0:
         with pytest.raises((TypeError, ValueError), match=rf"keep .*{value!r}"):
             share("keep", value, zero=True)
+
+
+HUGE = [10**400, -(10**400), 10**5000, Fraction(10**400, 3)]
+
+
+@pytest.mark.parametrize("value", HUGE, ids=["400", "-400", "5000", "fraction"])
+@pytest.mark.parametrize("check", [number, finite, non_negative, positive, share])
+def test_a_number_that_no_float_holds_is_named(check, value):
+    with pytest.raises(ValueError, match=r"^rho must be within ±1.8e308, got (an integer of \d+ bits|Fraction)"):
+        check("rho", value)
+
+
+@pytest.mark.parametrize("value", [2**63, 10**400, 10**5000], ids=["63", "400", "5000"])
+def test_a_whole_number_beyond_int64_is_named(value):
+    with pytest.raises(ValueError, match=r"^k must be at most 9223372036854775807, got "):
+        whole("k", value)
+    whole("k", 2**63 - 1)
+
+
+def test_a_whole_number_beyond_its_bound_is_named():
+    whole("steps", MOST_QUERIES, most=MOST_QUERIES)
+    with pytest.raises(ValueError, match=r"^steps must be at most 1000, got 1001$"):
+        whole("steps", MOST_QUERIES + 1, most=MOST_QUERIES)
+
+
+def test_a_value_in_a_message_is_short():
+    class Unwritable:
+        def __repr__(self) -> str:
+            raise RuntimeError
+
+    assert shown(0.5) == "0.5"
+    assert shown(10**5000) == "an integer of 16610 bits"
+    assert len(shown("x" * 10_000)) == 200
+    assert shown(Unwritable()) == "an object of Unwritable"

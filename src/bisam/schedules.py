@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bisam.validation import non_negative, whole
+from bisam.validation import non_negative, shown, whole
 
 Schedule = Callable[[int], float | Tensor]
 """A function from a step to a value, which is a number or a 0-dimensional tensor."""
@@ -41,7 +41,7 @@ def check(name: str, radius: Any) -> None:
 
     Raises:
         TypeError: it is neither; the message shows the name and the value.
-        ValueError: the number, or the first value of the schedule, is negative or not finite.
+        ValueError: the number, or the first value of the schedule, is negative, not finite, or cannot be computed.
     """
     if isinstance(radius, type):
         raise TypeError(f"{name} is the class {radius.__name__}, not an instance: write {radius.__name__}(...)")
@@ -50,7 +50,9 @@ def check(name: str, radius: Any) -> None:
     try:
         first: Any = radius(0)
     except TypeError as error:
-        raise TypeError(f"{name} must be a number or a schedule, step -> number, got {radius!r}") from error
+        raise TypeError(f"{name} must be a number or a schedule, step -> number, got {shown(radius)}") from error
+    except ArithmeticError as error:
+        raise ValueError(f"{name} has no value at step 0 ({error}), got {shown(radius)}") from error
     if not isinstance(first, Tensor):  # reading a tensor may synchronise with its device
         non_negative(f"{name} at step 0", first)
     return None

@@ -8,6 +8,11 @@ from typing import Any, cast
 
 from torch import Tensor
 
+LARGEST = 2**63 - 1
+"""Largest integer that is accepted where no argument asks for less: that of int64."""
+MOST_QUERIES = 1_000
+"""Largest number of queries in a row that one argument can ask for: more would run for minutes without a message."""
+
 
 def positive(name: str, value: Any) -> None:
     """Checks that a hyper-parameter is a positive finite number.
@@ -18,17 +23,22 @@ def positive(name: str, value: Any) -> None:
     """
     number(name, value)
     if not (0 < value < math.inf):
-        raise ValueError(f"{name} must be positive and finite, got {value!r}")
+        raise ValueError(f"{name} must be positive and finite, got {shown(value)}")
 
 
 def number(name: str, value: Any) -> None:
-    """Checks that a hyper-parameter is a real number.
+    """Checks that a hyper-parameter is a real number that a float can hold.
 
     Raises:
-        TypeError: it is not; the message shows the name and the value.
+        TypeError: it is not a number; the message shows the name and the value.
+        ValueError: it is an integer or a fraction beyond the range of floats, with which arithmetic would overflow.
     """
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {value!r}")
+        raise TypeError(f"{name} must be a number, got {shown(value)}")
+    try:
+        float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be within ±1.8e308, got {shown(value)}") from None
 
 
 def finite(name: str, value: Any) -> None:
@@ -40,7 +50,7 @@ def finite(name: str, value: Any) -> None:
     """
     number(name, value)
     if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value!r}")
+        raise ValueError(f"{name} must be finite, got {shown(value)}")
 
 
 def non_negative(name: str, value: Any) -> None:
@@ -52,7 +62,7 @@ def non_negative(name: str, value: Any) -> None:
     """
     number(name, value)
     if not (0 <= value < math.inf):
-        raise ValueError(f"{name} must be non-negative and finite, got {value!r}")
+        raise ValueError(f"{name} must be non-negative and finite, got {shown(value)}")
 
 
 def share(name: str, value: Any, *, zero: bool = False, one: bool = True) -> None:
@@ -64,7 +74,7 @@ def share(name: str, value: Any, *, zero: bool = False, one: bool = True) -> Non
     """
     number(name, value)
     if not (0 <= value <= 1) or (value == 0 and not zero) or (value == 1 and not one):
-        raise ValueError(f"{name} must be in {'[' if zero else '('}0, 1{']' if one else ')'}, got {value!r}")
+        raise ValueError(f"{name} must be in {'[' if zero else '('}0, 1{']' if one else ')'}, got {shown(value)}")
 
 
 def portion(share: float, n: int) -> int:
@@ -72,17 +82,19 @@ def portion(share: float, n: int) -> int:
     return min(n, max(1, math.ceil(share * n - 1e-9)))
 
 
-def whole(name: str, value: Any, least: int = 1) -> None:
-    """Checks that a number is an int of at least `least`.
+def whole(name: str, value: Any, least: int = 1, most: int = LARGEST) -> None:
+    """Checks that a number is an int of at least `least` and at most `most`.
 
     Raises:
         TypeError: it is not an int; the message shows the name and the value.
-        ValueError: it is less than `least`; the message shows the name and the value.
+        ValueError: it is outside the range; the message shows the name and the value.
     """
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}")
+        raise TypeError(f"{name} must be an int, got {shown(value)}")
     if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value!r}")
+        raise ValueError(f"{name} must be at least {least}, got {shown(value)}")
+    if value > most:
+        raise ValueError(f"{name} must be at most {most}, got {shown(value)}")
 
 
 def instance(name: str, value: Any, remedy: str, *also: type) -> None:
@@ -95,7 +107,7 @@ def instance(name: str, value: Any, remedy: str, *also: type) -> None:
     if isinstance(value, type):
         raise TypeError(f"{name} is the class {value.__name__}, not an instance: write {value.__name__}(...)")
     if not (callable(value) or isinstance(value, also)):
-        raise TypeError(f"{name} must be {remedy}, got {value!r}")
+        raise TypeError(f"{name} must be {remedy}, got {shown(value)}")
 
 
 def check_losses(losses: Any, targets: Any) -> None:
@@ -121,3 +133,20 @@ def describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)} and type {value.dtype}"
     return f"a tuple of {len(cast('tuple[Any, ...]', value))}" if isinstance(value, tuple) else type(value).__name__
+
+
+def shown(value: Any) -> str:
+    """Returns the `repr` of a value, shortened to about 200 characters.
+
+    An integer of more than 4,300 digits, which has no `repr`, is described by its length.
+    """
+    if isinstance(value, int) and abs(value) > 10**100:
+        return f"an integer of {value.bit_length()} bits"
+    try:
+        text = repr(value)
+    except Exception:  # a class can fail in its own `__repr__`, also because a part of it is such an integer
+        return f"an object of {type(value).__name__}"
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
+
+
+_LONGEST = 200

@@ -160,7 +160,7 @@ SHARES = [0.0, -0.1, 1.5, NAN, INF, True, "half", None]  # for (0, 1]
 PORTIONS = [-0.1, 1.5, NAN, INF, True, "half", None]  # for [0, 1]
 POSITIVE = [0.0, -1.0, NAN, INF, True, "one", None]
 AT_LEAST_ZERO = [-1.0, NAN, INF, -INF, True, "one"]
-WHOLE = [0, -1, 2.0, NAN, True, "two"]
+WHOLE = [0, -1, 2.0, NAN, True, "two", 2**63]
 OUTSIDE: dict[str, tuple[Callable[[Any], Any], list[Any]]] = {
     "rho": (L2, AT_LEAST_ZERO),
     "eta": (lambda v: Adaptive(0.1, v), [*AT_LEAST_ZERO, None]),
@@ -180,8 +180,8 @@ OUTSIDE: dict[str, tuple[Callable[[Any], Any], list[Any]]] = {
     "steps, grow": (lambda v: DropGrow(steps=v), WHOLE),
     "keep, SSAMF": (lambda v: SSAMF(keep=v), SHARES),
     "every, SSAMF": (lambda v: SSAMF(every=v), WHOLE),
-    "samples": (lambda v: SSAMF(samples=v), WHOLE),
-    "steps, climb": (lambda v: MultiStepSAM(steps=v), WHOLE),
+    "samples": (lambda v: SSAMF(samples=v), [*WHOLE, 10_001]),
+    "steps, climb": (lambda v: MultiStepSAM(steps=v), [*WHOLE, 1001]),
     "gamma, examples": (lambda v: ESAM(gamma=v), SHARES),
     "k, LookSAM": (lambda v: LookSAM(k=v), WHOLE),
     "alpha, LookSAM": (lambda v: LookSAM(alpha=v), [*AT_LEAST_ZERO, None]),
@@ -206,7 +206,7 @@ OUTSIDE: dict[str, tuple[Callable[[Any], Any], list[Any]]] = {
     "beta2": (lambda v: BSAM(10, beta2=v), [-0.1, 1.0, NAN, True, "half", None]),
     "s": (lambda v: BSAM(10, s=v), POSITIVE),
     "gamma, RAPP": (RAPP, POSITIVE),
-    "inner": (lambda v: RAPP(0.1, v), WHOLE),
+    "inner": (lambda v: RAPP(0.1, v), [*WHOLE, 1001]),
     "m": (MSAM, WHOLE),
     "k, KSAM": (KSAM, WHOLE),
     "sigma, RSAM": (RSAM, [*AT_LEAST_ZERO, None]),

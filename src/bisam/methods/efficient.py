@@ -17,7 +17,7 @@ from bisam.objectives import Bound, NegLog, Objective
 from bisam.oracle import Oracle, Query
 from bisam.perturbations import L2, Perturbation, geometry, is_radius
 from bisam.schedules import Radius
-from bisam.validation import finite, instance, non_negative, portion, share, whole
+from bisam.validation import MOST_QUERIES, finite, instance, non_negative, portion, share, whole
 from bisam.vector import TINY, Vector, power_of_two, widened
 
 
@@ -213,7 +213,7 @@ class SSAMF(SAM):
         keep: share of the entries that are perturbed, rounded up, in (0, 1]; 1 is SAM; the authors' sparsity is 1 -
             keep.
         every: interval between two computations of the mask in steps, >= 1.
-        samples: number of single examples for the Fisher information, >= 1; at most the batch size is used.
+        samples: number of single examples for the Fisher information, from 1 to 10,000; at most the batch size is used.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -233,7 +233,7 @@ class SSAMF(SAM):
         super().__post_init__()
         share("keep", self.keep)
         whole("every", self.every)
-        whole("samples", self.samples)
+        whole("samples", self.samples, most=10 * MOST_QUERIES)  # of single examples, which the authors draw 1,024 of
 
     def climb(self, oracle: Oracle, batch: Batch) -> Vector:
         """Returns the masked displacement."""

@@ -36,7 +36,7 @@ from dataclasses import dataclass
 from bisam.batches import Batch
 from bisam.evaluation import Evaluation
 from bisam.oracle import Oracle
-from bisam.validation import positive, whole
+from bisam.validation import MOST_QUERIES, positive, whole
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ class RAPP:
 
     Args:
         gamma: step size of the inner steps, > 0; they converge if it is less than 1/L.
-        inner: number of inner steps, >= 1; 1 is gradient descent-ascent, 2 is EG+, the authors use 3 for their GANs.
+        inner: number of inner steps, from 1 to 1,000; 1 is gradient descent-ascent, 2 is EG+, the authors use 3 for
+            their GANs.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -62,7 +63,7 @@ class RAPP:
 
     def __post_init__(self) -> None:
         positive("gamma", self.gamma)
-        whole("inner", self.inner)
+        whole("inner", self.inner, most=MOST_QUERIES)
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
         """Makes `inner` queries."""

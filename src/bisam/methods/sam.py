@@ -34,7 +34,7 @@ from bisam.perturbations import (
     geometry,
 )
 from bisam.schedules import Radius
-from bisam.validation import instance, whole
+from bisam.validation import MOST_QUERIES, instance, whole
 from bisam.vector import Vector
 
 
@@ -334,18 +334,18 @@ class MultiStepSAM(SAM):
             perturbation is updated at each ascent step.
         ascent: see `SAM`.
         descent: see `SAM`.
-        steps: number of ascent steps, >= 1; 1 is SAM.
+        steps: number of ascent steps, from 1 to 1,000; 1 is SAM.
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: `steps` is less than 1.
+        ValueError: `steps` is outside its range.
     """
 
     steps: int = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        whole("steps", self.steps)
+        whole("steps", self.steps, most=MOST_QUERIES)
 
     def climb(self, oracle: Oracle, batch: Batch) -> Vector:
         """Returns the displacement; makes `steps` queries."""

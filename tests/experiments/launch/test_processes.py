@@ -89,7 +89,7 @@ class Raising(Machine):
         (ValueError("no such\nthing"), "no such thing"),
         (KeyError("x"), "KeyError: 'x'"),
         (SystemExit(3), "SystemExit: 3"),
-        (MemoryError(), "out of memory: fewer runs at a time or a smaller batch_size need less ()"),
+        (MemoryError(), "out of memory: fewer runs at a time or a smaller batch_size need less (MemoryError)"),
         (torch.OutOfMemoryError("CUDA out of memory."), "a smaller batch_size need less (CUDA out of memory.)"),
         (PermissionError(13, "Permission denied", "/x"), "cannot write under /x: Permission denied"),
     ],

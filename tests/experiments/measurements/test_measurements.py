@@ -142,11 +142,72 @@ def test_a_damaged_folder_is_named(tmp_path, content):
             use()
 
 
+def test_a_number_that_changed_on_the_disk_is_noticed(tmp_path):
+    measurement, _ = counted(["a"])
+    folder = run(measurement, {"size": "4"}, tmp_path)
+    text = (folder / "a.json").read_text()
+    assert '"size": 4' in text
+    (folder / "a.json").write_text(text.replace('"size": 4', '"size": 5'))
+    with pytest.raises(RunError, match=r"a\.json is damaged \(its checksum differs\): delete it to measure it again"):
+        report(measurement, folder)
+    content = json.loads(text)
+    del content["checksum"]  # as bisam 0.1 wrote it
+    (folder / "a.json").write_text(json.dumps(content))
+    assert report(measurement, folder).rows == [{"part": "a", "size": 4, "at": 1}]
+
+
+WRONG = [
+    {"size": "1"},
+    {"size": 1.5},
+    {"size": True},
+    {"rate": "0.5"},
+    {"names": "ab"},
+    {"names": []},
+    {"names": [1]},
+    5,
+]
+
+
+@pytest.mark.parametrize("settings", WRONG, ids=str)
+def test_settings_of_another_type_are_named(tmp_path, settings):
+    measurement, _ = counted(["a"])
+    folder = run(measurement, {}, tmp_path)
+    identity = json.loads((folder / "measurement.json").read_text())
+    (folder / "measurement.json").write_text(json.dumps(identity | {"settings": settings}))
+    with pytest.raises(RunError, match=r"measurement\.json is damaged, or of a later version: delete"):
+        report(measurement, folder)
+
+
+@pytest.mark.parametrize("made", [{"load": "high"}, {"load": [1]}, {"date": None}, {"load": 10**400}], ids=str)
+def test_a_place_that_cannot_be_read_is_one_line_or_unknown(tmp_path, made):
+    measurement, _ = counted(["a"])
+    folder = run(measurement, {}, tmp_path)
+    content = json.loads((folder / "a.json").read_text())
+    del content["checksum"]
+    (folder / "a.json").write_text(json.dumps({**content, "environment": {**content["environment"], **made}}))
+    if "date" in made:
+        assert "None" in report(measurement, folder).markdown
+    else:
+        with pytest.raises(RunError, match="holds rows that this version cannot read"):
+            report(measurement, folder)
+
+
+def test_one_damaged_folder_does_not_stop_the_report_of_another(tmp_path):
+    measurement, _ = counted(["a"])
+    good, bad = run(measurement, {}, tmp_path), run(measurement, {"size": "4"}, tmp_path)
+    (bad / "measurement.json").write_text("{")
+    assert report(measurement, tmp_path).rows[0]["size"] == 1
+    (good / "measurement.json").write_text("[")
+    with pytest.raises(RunError, match=r"measurement\.json is damaged"):
+        report(measurement, tmp_path)
+
+
 def test_rows_of_another_version_are_refused(tmp_path):
     measurement, _ = counted(["a"])
     folder = run(measurement, {}, tmp_path)
     content = json.loads((folder / "a.json").read_text())
     content["rows"] = [{"part": "a"}]
+    del content["checksum"]
     (folder / "a.json").write_text(json.dumps(content))
     with pytest.raises(RunError, match="this version cannot read"):
         report(measurement, folder)

@@ -28,7 +28,7 @@ from bisam.experiments.studies.study import Study
 from bisam.experiments.training.train import train
 
 SHORT = Recipe(method="sam", epochs=1, batch_size=256, limit=300)
-ENDLESS = "MultiStepSAM(steps=999999999)"
+SLOW = "MSAM(1, MultiStepSAM(steps=1000))"
 
 
 # Values
@@ -49,13 +49,84 @@ def no_steps(monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "__call__", refused)
 
 
-@pytest.mark.parametrize("method", [*METHODS, ENDLESS, "KSAM(65)", "SAMPa(ahead=lookahead(optimizer))"])
+@pytest.mark.parametrize("method", [*METHODS, SLOW, "KSAM(65)", "SAMPa(ahead=lookahead(optimizer))"])
 def test_a_recipe_is_made_and_read_without_computation(tmp_path, no_steps, method):
     state = torch.get_rng_state()
     one = Recipe(method=method)
     (tmp_path / "recipe.json").write_text(json.dumps(one.to_dict()))
     assert read_recipe(tmp_path) == one
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def nested(depth: int) -> str:
+    """`KSAM(1, KSAM(1, ... SAM()))` in as few characters as possible."""
+    return "KSAM(1," * depth + "SAM()" + ")" * depth
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("MultiStepSAM(steps=999999999)", "steps must be at most 1000, got 999999999"),
+        ("RAPP(0.1, inner=1001)", "inner must be at most 1000, got 1001"),
+        ("SSAMF(samples=10001)", "samples must be at most 10000, got 10001"),
+        (f"SAM({10**400})", r"rho must be within ±1.8e308, got an integer of 1329 bits"),
+        (f"L2(Linear(0.1, 0.2, steps=1, begin={10**400}))", "begin must be at most 9223372036854775807"),
+        ("SAM(1e400)", "rho must be non-negative and finite, got inf"),
+        (nested(10_000), "at most 1000 characters, got 80005"),
+        (nested(110), "more than 100 levels of calls and operations: nest fewer"),
+        (f"SAM({'-' * 900}1)", "more than 100 levels of calls and operations: nest fewer"),
+        (f"SAM({'(' * 300}1{')' * 300})", "too many nested parentheses"),
+        (f"SAM({'1+' * 400}1)", "more than 100 levels of calls and operations: nest fewer"),
+    ],
+    ids=lambda text: text[:30],
+)
+@pytest.mark.parametrize("source", ["text", "file"])
+def test_an_expression_beyond_its_bounds_is_refused_before_it_computes(tmp_path, no_steps, method, message, source):
+    if source == "text":
+        with pytest.raises(ValueError, match=message):
+            Recipe(method=method)
+    else:
+        (tmp_path / "recipe.json").write_text(json.dumps(Recipe().to_dict() | {"method": method}))
+        with pytest.raises(RunError, match=rf"recipe.json is damaged \(.*{message}"):
+            read_recipe(tmp_path)
+
+
+def test_a_nest_below_the_bound_is_a_recipe():
+    assert Recipe(method=nested(60)).build_method()
+
+
+WRONG = {
+    "epochs": [True, 2.0, "3", None, [3], 0, 10**6 + 1, 10**400, float("nan")],
+    "batch_size": [True, 0, 10**7],
+    "limit": [True, 0, 2.5, 10**400],
+    "warmup": [-1, False, 10**400],
+    "seed": [True, 1.5, 2**32, 10**400],
+    "version": [True, 0, "1", None],
+    "noise": [True, "0.1", None, float("nan"), 10**400],
+    "rho": [True, "0.1", [], float("inf"), float("nan"), 10**400],
+    "learning_rate": [True, None, float("inf"), 10**400],
+    "ema": [True, 10**400, float("nan")],
+    "augment": [0, 1, "yes", None],
+    "compile": [1.0],
+    "dataset": [5, None, ["digits"], "folder:\udcff"],
+    "model": [5, {}],
+    "weights": [True, 7],
+    "method": [5, None, []],
+    "optimizer": [1],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, bad in WRONG.items() for value in bad])
+def test_a_field_of_another_type_or_beyond_its_range_is_named(tmp_path, name, value):
+    with pytest.raises((TypeError, ValueError), match=rf"^{name}\b"):
+        Recipe(**{name: value})
+    (tmp_path / "recipe.json").write_text(json.dumps(Recipe().to_dict() | {name: value}))
+    with pytest.raises(RunError, match=rf"recipe.json is damaged \(.*({name}|is not a finite number)"):
+        read_recipe(tmp_path)
+
+
+def test_a_whole_number_is_a_float_where_a_field_is_one():
+    assert repr(Recipe(method="sam", rho=1).rho) == "1.0"
 
 
 @pytest.mark.parametrize(

@@ -756,6 +756,56 @@ def test_long_names_are_cut_to_a_few_lines():
     assert text.endswith("…")
 
 
+# Runs that diverged
+
+
+DIVERGED = [*seeded(SAM, 0.90, 0.94), *seeded(LOG, 0.91), run(replace(LOG, seed=1), 0.1, diverged=2)]
+
+
+def test_runs_that_diverged_are_counted_named_and_part_of_the_means():
+    sam, log = report.summary(DIVERGED)
+    assert (sam["diverged"], sam["n"]) == (0, 2)
+    assert (log["diverged"], log["n"]) == (1, 2)
+    assert log["test_best_mean"] == pytest.approx((0.91 + 0.1) / 2)
+    text = report.markdown("T", DIVERGED, {})
+    called = report.escaped(names(grouped(DIVERGED))[LOG])
+    assert f"Diverged: 1 of 4 runs, with the first epoch whose loss is not finite: {called}, seed 1 (epoch 2). " in text
+    assert "are part of all means" in text
+    heads, _, first, second = (line.split(" | ") for line in text.splitlines() if line.startswith("|"))
+    column = heads.index("diverged")
+    assert [first[column], second[column]] == ["0", "1"]
+    assert "diverged" in report.header([sam, log], brief=True)
+    assert "diverged" in to_csv([sam, log]).splitlines()[0]
+
+
+def test_a_report_without_such_runs_has_no_column_of_them():
+    rows = report.summary(SMALL)
+    assert "diverged" not in report.header(rows)
+    assert "Diverged" not in report.markdown("T", SMALL, {})
+
+
+def test_a_long_list_of_runs_that_diverged_is_cut():
+    many = [run(replace(SAM, seed=seed), 0.1, diverged=1) for seed in range(15)]
+    text = report.markdown("T", many, {})
+    assert "Diverged: 15 of 15 runs" in text
+    assert "seed 11 (epoch 1); and 3 more. They are" in text
+
+
+@pytest.mark.parametrize("name", ["accuracy", "curves", "flips", "gradients", "time", "radius"])
+def test_figures_say_how_many_runs_diverged(name):
+    title = figures.draw(name, DIVERGED).get_suptitle()
+    assert "1 of 4 runs diverged" in title
+    assert "diverged" not in figures.draw(name, SMALL).get_suptitle()
+
+
+def test_results_of_0_1_tell_it_by_their_metrics():
+    one = run(SAM)
+    assert one.diverged is None
+    one.metrics[1]["train_loss"] = math.nan
+    assert one.diverged == 2
+    assert "Diverged: 1 of 1 runs" in report.markdown("T", [one], {})
+
+
 # The command
 
 
@@ -766,8 +816,9 @@ def finished(tmp_path):
     for one in SMALL[:4]:
         folder = Run.under(root / "digits", one.recipe)
         with folder.open():
-            folder.save({}, one.metrics)
-            folder.finish(one.result)
+            writer = folder.writer()
+            writer.save({}, one.metrics)
+            writer.finish(one.result, one.metrics)
     return root
 
 
@@ -790,6 +841,8 @@ def test_a_damaged_run_is_named_and_the_others_are_reported(finished, tmp_path, 
     assert code == 0
     assert f"{file} is damaged" in err
     text = (tmp_path / "elsewhere" / "report.md").read_text()
+    assert f"Left out, because they are damaged: {folder.parent.name}/seed-1/{file} (" in text
+    assert f"{tmp_path}" not in text
     assert "| SGD |" in text
     assert "| SAM |" in text
 
@@ -804,9 +857,10 @@ def test_a_report_of_sgd_alone_has_no_figure_of_flips(finished, tmp_path, bisam)
 
 
 def test_run_folders_before_metrics_were_named_are_reported(finished):
+    unknown_then = ("metric", "scores", "examples", "recipe", "metrics", "checksum")
     for path in finished.glob("digits/*/*/result.json"):
         old = json.loads(path.read_text())
-        path.write_text(json.dumps({key: old[key] for key in old if key not in ("metric", "scores", "examples")}))
+        path.write_text(json.dumps({key: old[key] for key in old if key not in unknown_then}))
     for path in finished.glob("digits/*/*/metrics.csv"):
         rows = list(csv.DictReader(io.StringIO(path.read_text())))
         path.write_text(to_csv([{key: row[key] for key in ("epoch", "validation", "flipped")} for row in rows]))

@@ -18,7 +18,7 @@ import pytest
 
 from bisam.experiments.launch import processes
 from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.runs.folder import Run
+from bisam.experiments.runs.folder import Run, Writer
 from bisam.experiments.runs.machine import Machine
 from bisam.experiments.training import loggers
 from bisam.experiments.training.train import train
@@ -166,7 +166,7 @@ import os, signal, sys
 from pathlib import Path
 from bisam.experiments.runs.machine import Machine
 from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.runs.folder import Run
+from bisam.experiments.runs.folder import Run, Writer
 from bisam.experiments.training.train import train
 
 calls, replace = 0, Path.replace
@@ -388,3 +388,85 @@ def test_mlflow_is_told_each_epoch_once(run, monkeypatch):
     assert told == [(row["epoch"], row["validation"]) for row in run.metrics()]
     assert tracker.params["method"] == "bisam_log"
     assert tracker.ended == ["a-run"]
+
+
+# The clock
+
+
+class Clock:
+    """The time that the loggers see."""
+
+    def __init__(self, monkeypatch):
+        self.now = 1_800_000_000.0
+        monkeypatch.setattr(loggers, "time", SimpleNamespace(time=self.read))
+
+    def read(self):
+        self.now += 0.001
+        return self.now
+
+
+@pytest.mark.parametrize("change", [-86_400, -2, 0, 0.5, 3_600], ids="{:g} s".format)
+@pytest.mark.parametrize("stops", [(1,), (2,), (1, 2)], ids=str)
+def test_tensorboard_shows_all_epochs_in_order_whatever_the_clock_does(run, monkeypatch, change, stops):
+    clock = Clock(monkeypatch)
+
+    for stop in stops:
+
+        def interrupt(row, stop=stop):
+            if row["epoch"] == stop:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            train(run, Machine(log=("tensorboard",)), interrupt)
+        clock.now += change
+    train(run, Machine(log=("tensorboard",)))
+    same_as_metrics(run, "tensorboard")
+    assert times_are_in_order(run)
+
+
+def times_are_in_order(run):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator").EventAccumulator
+    events = accumulator(str(run.folder / "tensorboard"))
+    events.Reload()
+    times = [event.wall_time for event in events.Scalars("validation")]
+    return times == sorted(times)
+
+
+def test_a_clock_that_goes_back_within_a_run_leaves_the_epochs_in_order(run, monkeypatch):
+    clock = Clock(monkeypatch)
+    train(run, Machine(log=("tensorboard",)), lambda row: setattr(clock, "now", clock.now - 1000))
+    same_as_metrics(run, "tensorboard")
+    assert times_are_in_order(run)
+
+
+def test_an_epoch_that_was_logged_and_not_saved_is_there_once_after_the_clock_went_back(run, monkeypatch):
+    clock = Clock(monkeypatch)
+    save = Writer.save
+
+    def failing(self, state, history):
+        if len(history) == 2:
+            raise OSError("No space left on device")
+        save(self, state, history)
+
+    monkeypatch.setattr(Writer, "save", failing)
+    with pytest.raises(OSError, match="No space left"):
+        train(run, Machine(log=("tensorboard",)))
+    monkeypatch.setattr(Writer, "save", save)
+    clock.now -= 10_000
+    train(run, Machine(log=("tensorboard",)))
+    same_as_metrics(run, "tensorboard")
+
+
+def test_tensorboard_goes_on_behind_files_of_torchs_own_writer(run, monkeypatch):
+    """Of bisam 0.1, under a clock that was ahead."""
+    writer = pytest.importorskip("torch.utils.tensorboard").SummaryWriter(str(run.folder / "tensorboard"))
+    writer.add_scalar("validation", 0.5, 1)
+    writer.close()
+    (written,) = (run.folder / "tensorboard").iterdir()
+    second = int(written.name.split(".")[3])
+    written.rename(written.with_name(written.name.replace(str(second), str(second + 50_000))))
+    board = loggers.TensorBoard(run.folder, {})
+    for epoch in (2, 3):
+        board.log({"validation": epoch / 10}, epoch)
+    assert [step for step, _ in tensorboard(run)["validation"]] == [1, 2, 3]
+    assert times_are_in_order(run)

@@ -718,6 +718,10 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_weights(tmp_path):
     torch.save({**saved, "processes": 2}, memory)
     with pytest.raises(ValueError, match=r"saved by 2 process\(es\), and here are 1: what LookSAM remembers"):
         resume(method=LookSAM())
+    torch.save({**saved, "processes": tmp_path}, memory)  # an object that torch would have to run code for
+    with pytest.raises(ValueError, match="is damaged, or holds objects other than tensors") as raised:
+        resume(method=LookSAM())
+    assert "weights_only" not in str(raised.value)
     memory.unlink()
     with pytest.warns(UserWarning, match="begins with an empty memory"):
         resume(method=LookSAM())

@@ -18,7 +18,7 @@ from cyclopts import App, CycloptsError
 from bisam import __version__
 from bisam.experiments.cli import list as listing, methods, plot, report, run, train
 from bisam.experiments.cli.terminal import errors
-from bisam.experiments.errors import RunError
+from bisam.experiments.errors import RunError, is_out_of_memory, reason, show_warnings_in_one_line
 
 app = App(
     name="bisam",
@@ -36,17 +36,23 @@ app.command(plot.plot, help_epilogue=plot.EXAMPLES)
 
 def main() -> None:
     """Entry point: a user's mistake is one line and exit code 2, Ctrl-C exit code 130."""
+    show_warnings_in_one_line()
     try:
         code = _called(sys.argv[1:])
     except (CycloptsError, RunError, ValueError) as error:
         errors.print(f"bisam: {' '.join(str(error).split())}")
         sys.exit(2)
-    except OSError as error:
-        place = error.filename or "the output folder"
-        errors.print(
-            f"bisam: cannot write {place}: {error.strerror or error}. Free space or give another --out; "
-            "finished runs are unchanged"
-        )
+    except Exception as error:
+        if is_out_of_memory(error):
+            message = f"out of memory ({reason(error)}): finished runs are unchanged"
+        elif isinstance(error, OSError):
+            message = (
+                f"cannot write {error.filename or 'the output folder'}: {error.strerror or error}. Free space or give "
+                "another --out; finished runs are unchanged"
+            )
+        else:
+            raise
+        errors.print(f"bisam: {message}")
         sys.exit(2)
     except KeyboardInterrupt:
         errors.print("interrupted")

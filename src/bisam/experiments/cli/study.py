@@ -17,7 +17,7 @@ from bisam.experiments.cli.options import Launch, flag
 from bisam.experiments.cli.progress import Display, duration
 from bisam.experiments.cli.report_files import write_report
 from bisam.experiments.cli.terminal import console, errors
-from bisam.experiments.errors import RunError
+from bisam.experiments.errors import DamagedError, RunError
 from bisam.experiments.recipes.changes import pairs
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.files import to_csv
@@ -82,7 +82,7 @@ class StudySubject:
 
         recipes, root, workers = self._recipes(launch), out / self.study.folder, launch.workers or machine.slots
         threads(min(workers, len(recipes)))  # as in the processes of the runs
-        left = [recipe for recipe in recipes if not (Run.under(root, recipe).folder / "result.json").exists()]
+        left = [recipe for recipe in recipes if not _is_finished(Run.under(root, recipe))]
         table = Table("dataset", "model", "method", "noise", "epochs", "gradients", "runs left", "time", box=None)
         total, problems = 0.0, dict[str, None]()
         for recipe in dict.fromkeys(replace(recipe, seed=0) for recipe in recipes):
@@ -127,12 +127,13 @@ class StudySubject:
                 return 130
         if any(outcome.result for outcome in outcomes):
             wanted = {replace(recipe, seed=0) for recipe in recipes}
-            self._report([run for run in all_finished(root) if without_seed(run) in wanted], out / self.name)
+            runs, left_out = all_finished(root)
+            self._report([run for run in runs if without_seed(run) in wanted], left_out, out / self.name)
         return show_failed(outcomes)
 
     def report(self, changes: tuple[str, ...], out: Path, to: Path | None) -> int:
         """Print the table, and write the report."""
-        self._report(self._finished(changes, out), to or out / self.name)
+        self._report(*self._finished(changes, out), to or out / self.name)
         return 0
 
     def figure(self, name: str | None, changes: tuple[str, ...], out: Path) -> Figure:
@@ -143,15 +144,16 @@ class StudySubject:
         """
         from bisam.experiments.reports import figures
 
-        return figures.draw(name or self.study.figures[0], self._finished(changes, out))
+        return figures.draw(name or self.study.figures[0], self._finished(changes, out)[0])
 
     def _recipes(self, launch: Launch) -> list[Recipe]:
         changed = self.study.changed(launch.epochs, launch.changes)
         return expand(changed, launch.seeds or self.study.seeds, self.study.first_seed)
 
-    def _finished(self, changes: tuple[str, ...], out: Path) -> list[Finished]:
-        """Its finished runs; if there are none, runs of its methods with other settings in its folder."""
-        runs, wanted = all_finished(out / self.study.folder), set(self.study.changed(None, changes))
+    def _finished(self, changes: tuple[str, ...], out: Path) -> tuple[list[Finished], list[str]]:
+        """Its finished runs, or else runs of its methods with other settings in its folder; and the damaged ones."""
+        runs, left_out = all_finished(out / self.study.folder)
+        wanted = set(self.study.changed(None, changes))
         found = [run for run in runs if without_seed(run) in wanted]
         if not found and runs and not changes:
             methods = {recipe.method for recipe in wanted}
@@ -161,9 +163,9 @@ class StudySubject:
         if not found:
             again = " ".join(["bisam run", self.name, *(f"--set {change}" for change in changes)])
             raise ValueError(f"no finished run of {self.name} in {out}: run `{again}` first, or give its --out")
-        return found
+        return found, left_out
 
-    def _report(self, runs: list[Finished], to: Path) -> None:
+    def _report(self, runs: list[Finished], left_out: list[str], to: Path) -> None:
         from bisam.experiments.reports import figures, tables
         from bisam.experiments.reports.drawing import rendered
 
@@ -179,7 +181,7 @@ class StudySubject:
         drawn = [name for name in study.figures if figures.usable(name, runs)]
         pictures = {f"{name}.png": rendered(figures.draw(name, runs)) for name in drawn}
         captions = {f"{name}.png": figures.CAPTIONS[name] for name in drawn}
-        text = tables.markdown(study.title, runs, captions, study.note, study.baselines)
+        text = tables.markdown(study.title, runs, captions, study.note, study.baselines, left_out)
         write_report(to, text, to_csv(rows), pictures)
 
 
@@ -205,15 +207,28 @@ def _launched(
     )
 
 
-def all_finished(root: Path) -> list[Finished]:
-    """The finished runs in `root`; a warning for each damaged one."""
-    runs: list[Finished] = []
+def all_finished(root: Path) -> tuple[list[Finished], list[str]]:
+    """The finished runs in `root`, and the reasons why others are left out, which are printed too."""
+    runs, left_out = list[Finished](), list[str]()
     for run in finished(root):
-        if isinstance(run, RunError):
-            errors.print(f"bisam: skipped: {run}")
-        else:
+        if isinstance(run, Finished):
             runs.append(run)
-    return runs
+            continue
+        errors.print(f"bisam: skipped: {run}")
+        if isinstance(run, DamagedError):
+            left_out.append(f"{run.path.relative_to(root).as_posix()} ({run.reason})")
+        else:
+            left_out.append(str(run).replace(f"{root}/", ""))
+    return runs, left_out
+
+
+def _is_finished(run: Run) -> bool:
+    """Whether a run has a result; a damaged one has none, and is reported."""
+    try:
+        return run.result is not None
+    except RunError as error:
+        errors.print(f"bisam: {error}")
+        return False
 
 
 def without_seed(run: Finished) -> Recipe:

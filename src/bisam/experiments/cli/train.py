@@ -13,7 +13,7 @@ from bisam.experiments.cli.idle import refuse_idle
 from bisam.experiments.cli.options import Given, MachineFlags, Out
 from bisam.experiments.cli.progress import Display
 from bisam.experiments.cli.terminal import console, errors
-from bisam.experiments.errors import RunError
+from bisam.experiments.errors import RunError, is_out_of_memory, reason
 from bisam.experiments.recipes.presets import started
 from bisam.experiments.runs.folder import Run
 from bisam.experiments.runs.machine import Machine
@@ -37,8 +37,6 @@ def train(
     Args:
         preset: Settings to start from: paper, authors, imagenet, vit or bert; other flags change them.
     """
-    import torch
-
     from bisam.experiments.training import loggers
     from bisam.experiments.training.metrics import TITLES
     from bisam.experiments.training.train import train as train_run
@@ -56,12 +54,17 @@ def train(
             display.stop()
             errors.print(f"interrupted: {one.folder} is saved; the same command resumes after its last completed epoch")
             return 130
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            raise RunError(f"out of memory: a smaller --batch-size needs less ({str(error)[:200]})") from error
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise RunError(f"out of memory: a smaller --batch-size needs less ({reason(error)})") from error
         display.done(recipe, None)
+    metric = result.get("metric", "accuracy")
     console.print(
-        f"test {TITLES[result['metric']]} {100 * result['test_best']:.1f} % at the best validation epoch "
+        f"test {TITLES.get(metric, metric)} {100 * result['test_best']:.1f} % at the best validation epoch "
         f"({result['best_epoch']:g}), {100 * result['test_last']:.1f} % at the last; {one.folder}",
         soft_wrap=True,
     )
+    if (diverged := result.get("diverged")) is not None:
+        errors.print(f"bisam: the training diverged: the loss is not finite from epoch {diverged} on; {one.folder}")
     return 0

@@ -11,6 +11,7 @@ import torch
 from bisam.experiments import data
 from bisam.experiments.data.image_tensors import channels
 from bisam.experiments.data.splits import batches_of
+from bisam.experiments.errors import is_out_of_memory
 from bisam.experiments.models.build import build
 from bisam.experiments.recipes.catalogue import PLAIN
 from bisam.experiments.recipes.entries import SETTINGS
@@ -51,7 +52,9 @@ def estimate(recipe: Recipe, machine: Machine) -> Estimate:
         seconds, latency, training, validation = _measured(replace(like, weights=None, warmup=0), machine)
     except ValueError as error:
         return Estimate(step, None, str(error))
-    except (MemoryError, torch.OutOfMemoryError):
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         return Estimate(
             step,
             None,

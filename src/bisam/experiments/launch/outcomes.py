@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-import torch
-
-from bisam.experiments.errors import DataError, RunError
+from bisam.experiments.errors import DataError, RunError, is_out_of_memory, reason
 from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.runs.folder import Run
+from bisam.experiments.runs.folder import Result, Run
 from bisam.experiments.runs.machine import Machine
 from bisam.experiments.training.devices import OnEpoch
 from bisam.experiments.training.train import train
@@ -34,7 +32,7 @@ class Outcome:
     """How a run of a study ended."""
 
     recipe: Recipe
-    result: dict[str, Any] | None
+    result: Result | None
     error: str | None = None
     started: bool = True
     """False if its data cannot be loaded."""
@@ -68,10 +66,10 @@ def collect_outcomes(
 def _known_outcome(recipe: Recipe, root: Path) -> Outcome | None:
     run = Run.under(root, recipe)
     try:
-        if (result := run.result) is None:
+        if not (run.folder / "result.json").exists():
             return None
-        run.check_recipe()
-        return Outcome(recipe, result)
+        run.check_recipe()  # first: the result of another recipe is no damage
+        return None if (result := run.result) is None else Outcome(recipe, result)
     except RunError as error:
         return Outcome(recipe, None, str(error))
 
@@ -83,11 +81,12 @@ def train_or_explain(recipe: Recipe, root: Path, machine: Machine, on_epoch: OnE
     except DataError as error:
         return Outcome(recipe, None, " ".join(str(error).split()), started=False)
     except (RunError, ValueError) as error:
-        reason = str(error)
-    except OSError as error:
-        reason = f"cannot write under {error.filename or 'its folder'}: {error.strerror or error}"
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        reason = f"out of memory: fewer runs at a time or a smaller batch_size need less ({str(error)[:300]})"
-    except (Exception, SystemExit) as error:  # with its type, for a bug report
-        reason = f"{type(error).__name__}: {str(error)[:300]}"
-    return Outcome(recipe, None, " ".join(reason.split()))
+        message = str(error)
+    except (Exception, SystemExit) as error:
+        if is_out_of_memory(error):
+            message = f"out of memory: fewer runs at a time or a smaller batch_size need less ({reason(error)})"
+        elif isinstance(error, OSError):
+            message = f"cannot write under {error.filename or 'its folder'}: {error.strerror or error}"
+        else:  # with its type, for a bug report
+            message = f"{type(error).__name__}: {str(error)[:300]}"
+    return Outcome(recipe, None, " ".join(message.split()))

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bisam.experiments.data import source
+from bisam.experiments.errors import show_warnings_in_one_line
 from bisam.experiments.launch.outcomes import Done, Outcome, Progress, collect_outcomes, train_or_explain
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Row
@@ -172,6 +173,7 @@ def _signal(number: int) -> str:
 def _serve(connection: Connection, share: int) -> None:
     """Run the loop of a worker process: receive a recipe, train it, send the outcome."""
     end_with_parent()
+    show_warnings_in_one_line()
     threads(share)
     one_at_a_time = threading.Lock()  # with several devices, epochs are reported by a thread
 

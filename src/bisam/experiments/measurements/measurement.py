@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from bisam.experiments.errors import RunError, unknown
 from bisam.experiments.measurements.timing import Ratio, conditions
 from bisam.experiments.runs.environment import environment
-from bisam.experiments.runs.files import read_json, write
+from bisam.experiments.runs.files import checksum, read_json, write
 from bisam.experiments.runs.machine import Machine
 from bisam.experiments.runs.provenance import MEASURED, line, where
 
@@ -129,7 +129,8 @@ def run(
             if progress is not None:
                 progress(part, i, len(parts))
             rows = measurement.measure(part, settings, device)
-            content = {"part": part, "environment": _environment(device, settings), "rows": rows}
+            content: dict[str, Any] = {"part": part, "environment": _environment(device, settings), "rows": rows}
+            content["checksum"] = checksum(content)
             write(folder / _file(part), json.dumps(content, indent=2, allow_nan=False) + "\n")
     if progress is not None:
         progress("", len(parts), len(parts))
@@ -162,7 +163,8 @@ def report(measurement: Measurement, place: Path, changed: Mapping[str, str] | N
     try:
         cells = [tuple(cell(row) for cell in measurement.columns.values()) for row in rows]
         figures = {file: draw(rows) for file, (_, draw) in measurement.figures.items()}
-    except (LookupError, TypeError, ValueError) as error:
+        places = _provenance(content["environment"] for content in parts)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise RunError(
             f"{folder} holds rows that this version cannot read ({error!r}): delete it to measure again"
         ) from error
@@ -175,7 +177,7 @@ def report(measurement: Measurement, place: Path, changed: Mapping[str, str] | N
         f"Not measured yet: {missing} of {len(names)} parts." if missing else "",
         *(f"![{shown}]({file})" for file, (shown, _) in measurement.figures.items()),
         f"Settings: {', '.join(f'{name} {_shown(value)}' for name, value in settings.items())}." if settings else "",
-        "\n".join(_provenance(content["environment"] for content in parts)),
+        "\n".join(places),
     ]
     markdown = "\n\n".join(block for block in blocks if block) + "\n"
     return Report(measurement.title, header, cells, rows, markdown, figures)
@@ -237,10 +239,19 @@ def _claim(folder: Path, measurement: Measurement, settings: Settings, device: t
 def _settings(measurement: Measurement, path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that `_claim` wrote at `path`; settings added by later versions have their defaults."""
     given = identity.get("settings")
-    if not isinstance(given, dict) or set(given) - set(measurement.settings):
+    if not isinstance(given, dict) or not all(
+        name in measurement.settings and _alike(value, measurement.settings[name]) for name, value in given.items()
+    ):
         raise RunError(f"{path} is damaged, or of a later version: delete {path.parent} to measure again")
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     return {**measurement.settings, **values}
+
+
+def _alike(value: Any, default: Any) -> bool:
+    """Whether a setting that was read has the type of its default."""
+    if isinstance(default, tuple):
+        return isinstance(value, list) and bool(value) and all(_alike(item, default[0]) for item in value)
+    return type(value) is type(default) or (type(default) is float and type(value) is int)
 
 
 def _read(folder: Path, part: str) -> dict[str, Any] | None:
@@ -252,10 +263,12 @@ def _read(folder: Path, part: str) -> dict[str, Any] | None:
             return None
         if content.get("part") != part:
             raise ValueError(f"it is not of {part}")
+        if content.pop("checksum", None) not in (None, checksum(content)):  # 0.1 wrote none
+            raise ValueError("its checksum differs")
         rows, made = content.get("rows"), content.get("environment")
         if not isinstance(made, dict) or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise ValueError("it has no rows, or not where they were made")
-    except (ValueError, RunError) as error:
+    except (RecursionError, ValueError, RunError) as error:
         reason = error.__cause__ or error
         raise RunError(f"{path} is damaged ({reason}): delete it to measure it again; other parts are kept") from error
     return content
@@ -266,15 +279,22 @@ def _found(measurement: Measurement, place: Path, changed: Mapping[str, str] | N
     wanted = {**measurement.settings, **measurement.changed(changed or {})}
     files = [place / "measurement.json", *sorted(place.glob(f"{measurement.name}-*/measurement.json"))]
     found: list[tuple[bool, float, Path, dict[str, Any]]] = []
+    damaged: RunError | None = None
     for path in files:
-        identity = read_json(path)
-        if identity is None or identity.get("measurement") != measurement.name:
+        try:
+            identity = read_json(path)
+            if identity is None or identity.get("measurement") != measurement.name:
+                continue
+            settings = _settings(measurement, path, identity)
+        except RunError as error:  # of one of several folders
+            damaged = damaged or error
             continue
-        settings = _settings(measurement, path, identity)
         if changed and settings != wanted:
             continue
         latest = max(file.stat().st_mtime for file in path.parent.glob("*.json"))
         found.append((settings == measurement.settings, latest, path.parent, settings))
+    if not found and damaged is not None:
+        raise damaged
     if not found:
         raise ValueError(
             f"no {measurement.name} is measured in {place}: run `bisam run {measurement.name}` first, or give its --out"

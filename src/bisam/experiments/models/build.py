@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bisam.experiments.errors import unknown
+from bisam.experiments.errors import is_out_of_memory, reason_not_loaded, unknown
 from bisam.experiments.models.networks import VGG, ConvNet, DenseNet, ResNet, WideResNet
 
 PRETRAINED = "pretrained"
@@ -245,10 +246,14 @@ def _loading(what: str, remedy: str) -> Generator[None]:
         yield
     # The libraries raise a dozen unrelated types here, including those of their HTTP clients.
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise ValueError(f"{what} cannot be loaded ({_line(error)}): {remedy}") from error
 
 
 def _line(error: Exception) -> str:
+    if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
+        return reason_not_loaded(error)
     return str(error).strip().partition("\n")[0].rstrip(" :.") or type(error).__name__
 
 

@@ -19,7 +19,7 @@ from torch import nn
 
 import bisam
 from bisam import SharpnessAware, masks, perturbations, schedules
-from bisam.experiments.errors import unknown
+from bisam.experiments.errors import is_out_of_memory, unknown
 from bisam.methods import Method
 
 _ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
@@ -74,6 +74,9 @@ def build(expression: str, **names: Any) -> Method:
         tree = ast.parse(expression.strip(), mode="eval")
     except (SyntaxError, ValueError) as error:
         raise ValueError(f"{expression!r} is no expression ({error}): write it as in SAM(L2(0.1))") from None
+    except (RecursionError, MemoryError):  # the parser's errors for a deep nest
+        raise _too_deep(expression) from None
+    _check_depth(expression, tree.body)
     try:
         method = _value(tree.body, names)
     except (TypeError, ValueError, ArithmeticError) as error:
@@ -108,6 +111,8 @@ def check_step(expression: str, batch_size: int) -> None:
     try:
         take_steps(expression, batch_size, 1)
     except Exception as error:  # an expression can put any callable in the place of a method
+        if is_out_of_memory(error):
+            raise
         raise (
             error
             if isinstance(error, ValueError) and expression in str(error)
@@ -151,6 +156,20 @@ def _run(steps: int) -> dict[str, int]:
 
 
 _LONGEST = 1000
+_DEEPEST = 100  # levels of the syntax tree: a method calls the one inside it, and Python limits the depth of calls
+
+
+def _too_deep(expression: str) -> ValueError:
+    return ValueError(f"{expression[:40]}... has more than {_DEEPEST} levels of calls and operations: nest fewer")
+
+
+def _check_depth(expression: str, node: ast.expr) -> None:
+    level: list[ast.AST] = [node]
+    for _ in range(_DEEPEST):
+        level = [child for one in level for child in ast.iter_child_nodes(one)]
+        if not level:
+            return
+    raise _too_deep(expression)
 
 
 def _value(node: ast.expr, names: dict[str, Any]) -> Any:

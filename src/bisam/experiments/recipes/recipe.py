@@ -13,14 +13,15 @@ import hashlib
 import json
 import re
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from functools import cache
+from typing import Any, get_args, get_type_hints
 
 from bisam.experiments.errors import RunError, unknown
 from bisam.experiments.recipes.catalogue import METHODS, PLAIN
 from bisam.experiments.recipes.entries import SETTINGS
 from bisam.experiments.recipes.expressions import VOCABULARY, build, check, check_step
 from bisam.methods import Method
-from bisam.validation import non_negative, positive
+from bisam.validation import LARGEST, non_negative, number, positive, shown, whole
 
 VERSION = 1
 """Latest version of the meaning of the fields; see `Recipe.version`."""
@@ -32,13 +33,25 @@ CHOICES = {
 }
 """Allowed values of the fields that take one of a few."""
 
+_MOST = {
+    "epochs": 10**6,
+    "batch_size": 10**6,
+    "accumulate": 10**6,
+    "image_size": 10**5,
+    "max_length": 10**6,
+    "limit": LARGEST,
+    "warmup": LARGEST,
+}
+"""Largest values of whole numbers, beyond any training run: a typing error would fill the memory without a message."""
+_WORDS = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
+
 
 @dataclass(frozen=True)
 class Recipe:
     """One training run. Making one checks its fields and computes nothing; `check_trainable` tries its method.
 
     Raises:
-        TypeError: a field that is a number is given another type.
+        TypeError: a field is given another type than its own.
         ValueError: a field is outside its range, or the method is not valid.
         RunError: the version is later than this bisam knows.
     """
@@ -111,19 +124,16 @@ class Recipe:
     """
 
     def __post_init__(self) -> None:
+        self._check_types()
         _require(self.version >= 1, "version", self.version, "at least 1")
         if self.version > VERSION:
             raise RunError(
                 f"the recipe has version {self.version}, and this bisam knows versions up to {VERSION}: use the bisam "
                 "that wrote it, or a later one"
             )
-        for field in fields(self):  # 1 and 1.0 are equal, and must have the same fingerprint
-            if "float" in str(field.type) and type(value := getattr(self, field.name)) is int:
-                object.__setattr__(self, field.name, float(value))
-        for name in ("epochs", "batch_size", "accumulate", "image_size", "max_length"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _require(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1")
-        _require(self.warmup >= 0, "warmup", self.warmup, "non-negative")
+        for name, most in _MOST.items():
+            if (value := getattr(self, name)) is not None:
+                whole(name, value, 0 if name == "warmup" else 1, most)
         _require(0 <= self.seed < 2**32, "seed", self.seed, "in [0, 2^32)")
         for name in ("noise", "momentum", "label_smoothing"):
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
@@ -141,6 +151,21 @@ class Recipe:
         if self.cutout and not self.augment:
             raise ValueError("cutout is a part of the augmentation: leave --no-augment out, or --cutout")
         self._check_method()
+
+    def _check_types(self) -> None:
+        """Check the type of each field, and convert whole numbers to floats where a field is one.
+
+        1 and 1.0 are equal, and must have the same fingerprint.
+        """
+        for name, kinds in _kinds().items():
+            value = getattr(self, name)
+            if type(value) is int and float in kinds:
+                number(name, value)
+                object.__setattr__(self, name, float(value))
+            elif type(value) not in kinds:
+                raise TypeError(f"{name} must be {_WORDS[kinds[0]]}, got {shown(value)}")
+            elif isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+                raise ValueError(f"{name} must be text that UTF-8 can encode, got {shown(value)}")
 
     def _check_method(self) -> None:
         if "(" in self.method:
@@ -250,6 +275,12 @@ class Recipe:
         return cls(**values)
 
 
+@cache
+def _kinds() -> dict[str, tuple[type, ...]]:
+    """The types of each field."""
+    return {name: get_args(hint) or (hint,) for name, hint in get_type_hints(Recipe).items()}
+
+
 def _require(fits: bool, name: str, value: object, range_: str) -> None:
     if not fits:
-        raise ValueError(f"{name} must be {range_}, got {value!r}")
+        raise ValueError(f"{name} must be {range_}, got {shown(value)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isnan
+from math import isnan, nan
 from statistics import mean, stdev
 from typing import Any
 
@@ -60,4 +60,7 @@ def _ours(quantity: Quantity, recipe: Recipe, runs: Any, groups: Groups) -> tupl
         values = tuple(of(run) for run in runs)
         return () if any(map(isnan, values)) else values
     sam = baseline(recipe, groups, (BASELINE,))
-    return tuple(paired(runs, groups[sam], lambda run, other: of(run) / of(other))) if sam else ()
+    if not sam:
+        return ()
+    quotients = paired(runs, groups[sam], lambda run, other: of(run) / of(other) if of(other) else nan)
+    return () if any(map(isnan, quotients)) else tuple(quotients)

@@ -141,7 +141,9 @@ def heading(figure: Figure, title: str, groups: Groups, what: str = "mean ± sta
     data, models, noises = (set(values) for values in zip(*places(groups), strict=True))
     noise = {f"label noise {100 * value:g} %" if value else "" for value in noises}
     common = [plain(words) for words, *others in (data, models, noise) if words and not others]
-    figure.suptitle(f"{title}\n{', '.join([*common, spread])}", fontsize=10.5)
+    diverged = sum(run.diverged is not None for group in groups.values() for run in group)
+    failed = [f"{diverged} of {sum(map(len, groups.values()))} runs diverged"] if diverged else []
+    figure.suptitle(f"{title}\n{', '.join([*common, spread, *failed])}", fontsize=10.5)
 
 
 def families(ax: Axes, groups: Groups) -> None:

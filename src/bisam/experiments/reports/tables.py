@@ -37,7 +37,7 @@ CAPTION = (
     "once, at the end of each run. Only the training labels are noisy. Seeds vary the initial weights, the noise and "
     "the order of the batches, not the split. Gradients: batch gradients per step, as counted, plus forward passes "
     "(f). Time: duration of an epoch relative to plain training, which was measured between the epochs of the same "
-    "run."
+    "run. Runs that diverged, with a loss that is not finite, are part of all means."
 )
 _FIELDS = {field.name: field.default for field in fields(Recipe) if field.name not in ("method", "seed")}
 _PLACE = ("dataset", "model", "noise")
@@ -70,6 +70,7 @@ def summary(runs: Iterable[Finished], baselines: Baselines = (BASELINE,)) -> lis
             row |= _moments(f"test_best_{name}", [_scores(run)[name] for run in group if name in _scores(run)])
         row |= _moments("flipped_late", [_late(run) for run in group])
         row["n"] = len(group)
+        row["diverged"] = sum(run.diverged is not None for run in group)
         row["gradients_per_step"] = mean(run.result["gradients_per_step"] for run in group)
         row["forwards_per_step"] = mean(run.result["forwards_per_step"] for run in group)
         row["seconds_per_epoch"] = median(run.result["seconds_per_epoch"] for run in group)
@@ -110,6 +111,7 @@ def header(rows: Sequence[Row], brief: bool = False) -> tuple[str, ...]:
     against = {row["baseline"] for row in rows} - {""}
     found = [*(name for name in several if name != "metric"), "name" if brief else "method"]
     found += [*settings, *(name for name in several if name == "metric"), *tested, "n"] if not brief else tested[:1]
+    found += ["diverged"] * any(row["diverged"] for row in rows)
     found += ["baseline"] * (len(against) > 1 and not brief) + ["difference"] * bool(against)
     return (*found, *([] if brief else ["gradients"]), "time")
 
@@ -133,6 +135,7 @@ def markdown(
     pictures: Mapping[str, str],
     note: str = "",
     baselines: Baselines = (BASELINE,),
+    left_out: Sequence[str] = (),
 ) -> str:
     """The whole report as Markdown.
 
@@ -142,6 +145,7 @@ def markdown(
         pictures: files beside the report, with their captions.
         note: how to read it, in Markdown.
         baselines: methods to compare with, see `differences.baseline`.
+        left_out: files of finished runs that cannot be used, each with the reason.
     """
     rows, groups = summary(runs, baselines), grouped(runs)
     columns = header(rows)
@@ -151,6 +155,8 @@ def markdown(
         note,
         _setting(groups),
         _table(columns, (cells(row, columns) for row in rows)),
+        _diverged(groups),
+        _left_out(left_out),
         _words(groups, baselines),
         _crossed(groups),
         _flips(groups, baselines) if "flips.png" in pictures else "",
@@ -159,6 +165,34 @@ def markdown(
         "\n".join(provenance(runs)),
     ]
     return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def _diverged(groups: Groups) -> str:
+    """The paragraph on runs whose loss is not finite."""
+    found = [(recipe, run) for recipe, group in groups.items() for run in group if run.diverged is not None]
+    if not found:
+        return ""
+    called, titles = names(groups), places(groups)
+    listed = [
+        escaped(", ".join(part for part in (called[recipe], titles[place(recipe)], f"seed {run.recipe.seed}") if part))
+        + f" (epoch {run.diverged})"
+        for recipe, run in found[:_LISTED]
+    ]
+    more = f"; and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
+    return (
+        f"Diverged: {len(found)} of {sum(map(len, groups.values()))} runs, with the first epoch whose loss is not "
+        f"finite: {'; '.join(listed)}{more}. They are part of all means, as the result of their method with that seed. "
+        "Their scores of the last epoch are those of weights that are not finite; their scores of the best validation "
+        "epoch are of an epoch before, if there is one."
+    )
+
+
+def _left_out(left_out: Sequence[str]) -> str:
+    """The paragraph on finished runs that cannot be read."""
+    if not left_out:
+        return ""
+    more = f"; and {len(left_out) - _LISTED} more" if len(left_out) > _LISTED else ""
+    return f"Left out, because they are damaged: {'; '.join(map(escaped, left_out[:_LISTED]))}{more}."
 
 
 def provenance(runs: Sequence[Finished]) -> list[str]:
@@ -258,7 +292,8 @@ def _flips(groups: Groups, baselines: Baselines) -> str:
         pairs = paired(groups[recipe], groups[other], lambda a, b: _late(a) - _late(b)) if other else []
         one = student(pairs) if pairs else _NONE
         decided = "–" if one.pairs < 2 else "decided" if one.decided else "not decided"
-        share = [value / run.result["examples"] for value, run in zip(values, groups[recipe], strict=True)]
+        sizes = [run.result.get("examples", nan) for run in groups[recipe]]  # 0.1 did not always write it
+        share = [value / size for value, size in zip(values, sizes, strict=True)]
         cells = (
             called[recipe],
             _written(values, 1),

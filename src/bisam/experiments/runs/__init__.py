@@ -1,8 +1,9 @@
 """Runs: the folder of a run, its files, and the machine that computes it.
 
 folder.py       the files of a run, its lock, and the finished runs in a folder
-checkpoint.py   the format of checkpoint.pt
-files.py        atomic writes; JSON and CSV
+checkpoint.py   the format of checkpoint.pt, and its checksum
+results.py      the format of result.json and metrics.csv, and their checks
+files.py        atomic and durable writes; JSON and CSV
 environment.py  versions, hardware and commit
 machine.py      devices, data folder and loggers of a run; child processes and threads
 """

@@ -1,32 +1,83 @@
-"""Files: text and tables that are written atomically and read with an error that names the remedy."""
+"""Files: text and tables that are written atomically and durably, and read with an error that names the remedy."""
 
 from __future__ import annotations
 
 import csv
+import errno
+import hashlib
 import io
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from bisam.experiments.errors import RunError
+from bisam.experiments.errors import DamagedError, RunError, reason
 
 
-def write(path: Path, content: str | bytes) -> None:
-    """Write a file atomically: to a temporary file in the same folder, which is then renamed.
+def write(path: Path, content: str | bytes, *, keep: Path | None = None, make_folder: bool = True) -> None:
+    """Write a file atomically and durably: to a temporary file in the same folder, which is then renamed.
+
+    The content is on the disk before the file has its name, and the name is when the function returns: neither the end
+    of the process nor a power failure leaves a part of a file, or loses one that was written.
+
+    Args:
+        path: file to write.
+        content: its whole content.
+        keep: name that a file at `path` gets before it is replaced; a process that ends in between leaves no file at
+            `path`, and both under other names.
+        make_folder: create the folder if it does not exist.
 
     Raises:
         OSError: the disk is full or read-only; a file that was at `path` is unchanged.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if make_folder:
+        make_folders(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep is not None:
+            with suppress(FileNotFoundError):
+                path.replace(keep)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    _sync_folder(path.parent)
+
+
+def make_folders(folder: Path) -> None:
+    """Create a folder and its parents durably; those that exist are unchanged."""
+    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for one in missing:
+        _sync_folder(one.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk, where the system can do that."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:  # Windows opens no folders
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # file systems that sync no folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def checksum(values: Any) -> str:
+    """Return a checksum of JSON values, which does not depend on the order of keys or on white space."""
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -38,16 +89,34 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     return out.getvalue()
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """Return the object in a JSON file, or None if there is no file.
+def read_bytes(path: Path) -> bytes | None:
+    """Return the content of a file, or None if there is no file.
 
     Raises:
-        RunError: the file is damaged.
+        RunError: it cannot be read.
     """
-    if not path.exists():
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except PermissionError as error:  # no damage: nothing is to be deleted
+        raise RunError(f"{path} cannot be read ({reason(error)}): give yourself the permission to read it") from error
+    except OSError as error:
+        raise damaged(path, error) from error
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Return the object in a JSON file, whose numbers are all finite, or None if there is no file.
+
+    Raises:
+        RunError: the file is damaged or cannot be read.
+    """
+    if (content := read_bytes(path)) is None:
         return None
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(content.decode(), parse_constant=_finite, parse_float=_finite)
+    except RecursionError as error:
+        raise damaged(path, ValueError("it is nested too deeply")) from error
     except ValueError as error:
         raise damaged(path, error) from error
     if not isinstance(values, dict):
@@ -55,19 +124,41 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return values
 
 
+def _finite(text: str) -> float:
+    if not isfinite(value := float(text)):
+        raise ValueError(f"{text} is not a finite number")
+    return value
+
+
 def read_rows(path: Path) -> list[dict[str, float]]:
     """Return the rows of a CSV file of numbers.
 
     Raises:
-        RunError: the file is missing or damaged.
+        RunError: the file is missing, damaged or cannot be read.
     """
     try:
-        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(io.StringIO(path.read_text()))]
-    except (OSError, ValueError, TypeError) as error:
+        if (content := read_bytes(path)) is None:
+            raise ValueError("it is missing")
+        rows = csv.DictReader(io.StringIO(content.decode(), newline=""), strict=True)
+        return [{k: float(v) for k, v in row.items()} for row in rows]
+    except (ValueError, TypeError, csv.Error) as error:
         raise damaged(path, error) from error
 
 
-def damaged(path: Path, error: Exception) -> RunError:
-    """Return the error for a damaged file of a run folder, with the reason and the remedy."""
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return RunError(f"{path} is damaged ({reason}): delete {path.parent} to run it again; other runs are not affected")
+def damaged(path: Path, error: Exception) -> DamagedError:
+    """Return the error for a damaged file of a run folder, with the reason and the remedy that loses least."""
+    match path.name:
+        case "recipe.json":
+            remedy = f"{'delete this file, and ' if path.exists() else ''}the same command writes it again"
+        case "result.json" | "metrics.csv" if path.with_name("checkpoint.pt").is_file():
+            result = path.with_name("result.json")
+            remedy = f"delete {result}, and the same command writes it again from the checkpoint"
+        case _:
+            remedy = f"delete {path.parent} to run it again"
+    return DamagedError(path, _reason(error), f"{remedy}; other runs are not affected")
+
+
+def _reason(error: Exception) -> str:
+    """Return the message of an error on one line; of a long one, such as that of an expression, begin and end."""
+    text = " ".join(str(error).split())
+    return f"{text[:80]} [...] {text[-200:]}" if len(text) > 300 and not isinstance(error, OSError) else reason(error)

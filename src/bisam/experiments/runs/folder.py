@@ -1,34 +1,43 @@
 """Folder: the files of one run, which one process at a time may write.
 
 runs/digits/sam-noise-0.4-1f0c22e9/seed-0/
-    recipe.json       the recipe; its fingerprint is in the name of the folder
-    metrics.csv       one row for each epoch
-    checkpoint.pt     the state after the last completed epoch, see checkpoint.py
-    result.json       written once, at the end
+    recipe.json             the recipe; its fingerprint is in the name of the folder
+    metrics.csv             one row for each epoch
+    checkpoint.pt           the state after the last completed epoch, see checkpoint.py
+    checkpoint-previous.pt  the checkpoint before it, until the run is finished
+    checkpoint-damaged.pt   a checkpoint.pt that was found damaged
+    result.json             written once, at the end, see results.py
 
-Each file is replaced atomically. The command that started a run also resumes it.
+Each file is replaced atomically and is on the disk before the next one is written. The command that started a run also
+resumes it: after the last completed epoch, or after the one before if checkpoint.pt is damaged.
 """
 
 from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from filelock import FileLock, Timeout
 
-from bisam.experiments.errors import RunError
+from bisam.experiments.errors import RunError, RunWarning
 from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.runs.checkpoint import read_checkpoint, serialized
+from bisam.experiments.runs.checkpoint import CHECKPOINT, DAMAGED, PREVIOUS, file_fault, read_checkpoint, serialized
 from bisam.experiments.runs.environment import environment
-from bisam.experiments.runs.files import damaged, read_json, read_rows, to_csv, write
-
-Row = dict[str, float]
-"""Metrics of an epoch."""
+from bisam.experiments.runs.files import damaged, make_folders, read_bytes, read_json, to_csv, write
+from bisam.experiments.runs.results import (
+    Result as Result,
+    Row as Row,
+    first_diverged,
+    read_metrics,
+    read_result,
+    with_checksums,
+)
 
 
 @dataclass(frozen=True)
@@ -47,13 +56,18 @@ class Run:
     def open(self) -> Generator[None]:
         """Lock the folder for this process; create it, or check that it belongs to this recipe.
 
+        If the latest checkpoint is damaged and the one before it is not, the damaged one is moved aside.
+
         Raises:
             RunError: another process has locked it, it is damaged, or it belongs to another recipe.
             OSError: the disk is full or read-only.
+
+        Warns:
+            RunWarning: the latest checkpoint is damaged.
         """
         environment()  # looked up now: by the end of the run another commit may be checked out
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder / ".lock", timeout=0)  # the system releases it when the process is killed
+        make_folders(self.folder)
+        lock = FileLock(self._lock, timeout=0)  # the system releases it when the process is killed
         try:
             with lock:
                 self._claim()
@@ -63,14 +77,36 @@ class Run:
                 f"{self.folder} is in use by another process: let it finish, or give another --out"
             ) from None
 
+    @property
+    def _lock(self) -> Path:
+        return self.folder / ".lock"
+
     def _claim(self) -> None:
         for leftover in self.folder.glob(".*.tmp"):  # from a process that was killed while it wrote
             leftover.unlink(missing_ok=True)
         path = self.folder / "recipe.json"
         if not path.exists():
-            write(path, json.dumps(self.recipe.to_dict(), indent=2) + "\n")
+            write(path, json.dumps(self.recipe.to_dict(), indent=2) + "\n", make_folder=False)
+        else:
+            self.check_recipe()
+        if self.result is None:
+            self._set_damaged_checkpoint_aside()
+
+    def _set_damaged_checkpoint_aside(self) -> None:
+        latest, previous = self.folder / CHECKPOINT, self.folder / PREVIOUS
+        if not latest.exists() or (fault := file_fault(latest)) is None:
             return
-        self.check_recipe()
+        if not previous.exists():
+            raise damaged(latest, ValueError(fault))
+        if (other := file_fault(previous)) is not None:
+            raise damaged(latest, ValueError(f"{fault}, and {PREVIOUS} too: {other}"))
+        latest.replace(latest.with_name(DAMAGED))
+        warnings.warn(
+            f"{latest} is damaged ({fault}): the run resumes from {PREVIOUS}, one epoch earlier; the damaged file is "
+            f"now {DAMAGED}",
+            RunWarning,
+            stacklevel=2,
+        )
 
     def check_recipe(self) -> None:
         """Check that the folder belongs to this recipe.
@@ -87,26 +123,26 @@ class Run:
             raise RunError(f"{path} belongs to another recipe ({differ}): move it away, or give another --out")
 
     @property
-    def result(self) -> dict[str, Any] | None:
-        """The result that `finish` wrote, or None.
+    def result(self) -> Result | None:
+        """The result that `Writer.finish` wrote, or None.
 
         Raises:
             RunError: the file is damaged.
         """
-        return _read_result(self.folder)
+        return read_result(self.folder, self.recipe)
 
     def checkpoint(self) -> dict[str, Any] | None:
-        """Return the state in the checkpoint, on the CPU, or None if there is none.
+        """Return the state in the latest checkpoint, on the CPU, or None if there is none.
 
         Raises:
             RunError: the file is damaged, or belongs to another recipe.
         """
-        path = self.folder / "checkpoint.pt"
-        if not path.exists():
-            return None
-        state, recipe = read_checkpoint(path)
-        self._check(path, recipe)
-        return state
+        for path in (self.folder / CHECKPOINT, self.folder / PREVIOUS):
+            if path.exists():  # the first is not there if the process ended while it was replaced
+                state, recipe = read_checkpoint(path)
+                self._check(path, recipe)
+                return state
+        return None
 
     def metrics(self) -> list[Row]:
         """Return the rows of the completed epochs.
@@ -114,20 +150,91 @@ class Run:
         Raises:
             RunError: the file is damaged.
         """
-        path = self.folder / "metrics.csv"
-        return read_rows(path) if path.exists() else []
+        return read_metrics(self.folder, self.recipe) if (self.folder / "metrics.csv").exists() else []
+
+    def writer(self) -> Writer:
+        """Return what writes the files of this run into the folder as it is now, which `open` has locked."""
+        return Writer(self)
+
+
+class Writer:
+    """Writes the files of a run, into the folder that was there when it was made.
+
+    If the folder is deleted, moved away or replaced, nothing is written into the one in its place. The folder is
+    recognised by its lock file: another file cannot have the same number, because the process that locked it keeps it
+    open.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._lock = self._number()
+
+    def _number(self) -> tuple[int, int] | None:
+        try:
+            found = (self._run.folder / ".lock").stat()
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
+
+    def check(self) -> None:
+        """Check that the folder is still the same.
+
+        Raises:
+            RunError: it is not.
+        """
+        if self._lock != self._number():
+            raise self._gone()
+
+    def _gone(self) -> RunError:
+        return RunError(
+            f"{self._run.folder} was deleted, moved or replaced while the run was in progress: training stopped, and "
+            "nothing is written into a new folder; the same command starts the run again, or resumes what is there"
+        )
+
+    def metrics(self, history: Sequence[Row]) -> None:
+        """Replace the metrics if they differ: they are ahead of the checkpoint after a kill, and can be damaged.
+
+        Raises:
+            RunError: the folder was deleted or replaced.
+            OSError: the disk is full or read-only.
+        """
+        self.check()
+        if read_bytes(self._run.folder / "metrics.csv") != (content := to_csv(history).encode()):
+            self._write("metrics.csv", content)
 
     def save(self, state: Mapping[str, Any], history: Sequence[Row]) -> None:
-        """Replace the metrics and then the checkpoint; the epoch is completed once the checkpoint is replaced."""
-        checkpoint = serialized(state, self.recipe)
-        write(self.folder / "metrics.csv", to_csv(history))
-        write(self.folder / "checkpoint.pt", checkpoint)
+        """Replace the metrics and then the checkpoint, and keep the one before.
 
-    def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:
-        """Write the result with its environment and time, and return it; the run is finished then."""
-        complete = {**result, **environment(), "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-        write(self.folder / "result.json", json.dumps(complete, indent=2) + "\n")
-        return complete
+        The epoch is completed once the checkpoint is replaced.
+
+        Raises:
+            RunError: the folder was deleted or replaced.
+            OSError: the disk is full or read-only.
+        """
+        checkpoint = serialized(state, self._run.recipe)
+        self.metrics(history)
+        self._write(CHECKPOINT, checkpoint, keep=self._run.folder / PREVIOUS)
+
+    def finish(self, result: Mapping[str, Any], history: Sequence[Row]) -> Result:
+        """Write the result with its environment and time, and return it; the run is finished then.
+
+        Raises:
+            RunError: the folder was deleted or replaced.
+            OSError: the disk is full or read-only.
+        """
+        values = {**result, **environment(), "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        complete = with_checksums(values, self._run.recipe, history)
+        self.metrics(history)
+        self._write("result.json", json.dumps(complete, indent=2) + "\n")
+        (self._run.folder / PREVIOUS).unlink(missing_ok=True)
+        return cast(Result, complete)
+
+    def _write(self, name: str, content: str | bytes, keep: Path | None = None) -> None:
+        self.check()
+        try:
+            write(self._run.folder / name, content, keep=keep, make_folder=False)
+        except (FileNotFoundError, NotADirectoryError) as error:  # deleted since
+            raise self._gone() from error
 
 
 @dataclass(frozen=True)
@@ -135,17 +242,23 @@ class Finished:
     """A finished run, read from its folder."""
 
     recipe: Recipe
-    result: dict[str, Any]
+    result: Result
     metrics: list[Row]
+
+    @property
+    def diverged(self) -> int | None:
+        """First epoch with a loss that is not finite, or None; results of 0.1 do not tell it, but their metrics do."""
+        return self.result["diverged"] if "diverged" in self.result else first_diverged(self.metrics)
 
 
 def finished(root: Path) -> Iterator[Finished | RunError]:
     """Yield the finished runs in `root` in the order of their folders, and an error in place of each damaged one."""
     for path in sorted(root.glob("*/seed-*/result.json")):
         try:
-            recipe, result = read_recipe(path.parent), _read_result(path.parent)
-            assert result is not None
-            yield Finished(recipe, result, _read_metrics(path.with_name("metrics.csv"), recipe.epochs))
+            recipe = read_recipe(path.parent)
+            if (result := read_result(path.parent, recipe)) is None:  # deleted since
+                continue
+            yield Finished(recipe, result, read_metrics(path.parent, recipe, result))
         except RunError as error:
             yield error
 
@@ -157,38 +270,11 @@ def read_recipe(folder: Path) -> Recipe:
         RunError: the file is missing or damaged.
     """
     path = folder / "recipe.json"
-    values = read_json(path)
+    if (values := read_json(path)) is None:
+        raise damaged(path, ValueError("it is missing"))
     try:
-        return Recipe.from_dict(values or {})
+        return Recipe.from_dict(values)
     except (ValueError, TypeError) as error:
         raise damaged(path, error) from error
     except RunError as error:  # of a later version
         raise RunError(f"{path}: {error}") from error
-
-
-_RESULT_KEYS = (
-    "test_best",
-    "test_last",
-    "validation_best",
-    "best_epoch",
-    "seconds_per_epoch",
-    "relative_time",
-    "gradients_per_step",
-    "forwards_per_step",
-    "finished",
-)
-
-
-def _read_result(folder: Path) -> dict[str, Any] | None:
-    path = folder / "result.json"
-    result = read_json(path)
-    if result is not None and (missing := [key for key in _RESULT_KEYS if key not in result]):
-        raise damaged(path, ValueError(f"it has no {', '.join(missing)}"))
-    return result
-
-
-def _read_metrics(path: Path, epochs: int) -> list[Row]:
-    rows = read_rows(path)
-    if len(rows) != epochs or any("flipped" not in row for row in rows):
-        raise damaged(path, ValueError(f"it does not have the {epochs} epochs of the recipe"))
-    return rows

@@ -29,11 +29,11 @@ class Quantity:
 
 
 def _flips(first: int, last: int) -> Callable[[Finished], float]:
-    return lambda run: max(row["flipped"] for row in run.metrics[first - 1 : last])
+    return lambda run: max((row["flipped"] for row in run.metrics[first - 1 : last]), default=nan)
 
 
 def _sequence(run: Finished) -> float:
-    return sum(in_sequence(run.recipe, row["gradients"]) * row["losses"] for row in run.metrics)
+    return sum(in_sequence(run.recipe, row.get("gradients", nan)) * row.get("losses", nan) for row in run.metrics)
 
 
 def in_sequence(recipe: Recipe, gradients: float) -> float:

@@ -8,6 +8,7 @@ from torch import nn
 from bisam.experiments.data.glue import Texts
 from bisam.experiments.data.image_tensors import Images
 from bisam.experiments.data.splits import Data, batches_of
+from bisam.experiments.errors import is_out_of_memory
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.machine import Machine
 
@@ -46,6 +47,8 @@ def check_model(model: nn.Module, splits: Data, recipe: Recipe) -> None:
     try:
         model.eval()(images)
     except Exception as error:  # each network raises another type of error
+        if is_out_of_memory(error):
+            raise
         shape, reason = " x ".join(map(str, images.shape[1:])), " ".join(str(error).split())[:200]
         raise ValueError(
             f"model {recipe.model!r} does not accept the images of {recipe.dataset}, {shape}: {reason}"

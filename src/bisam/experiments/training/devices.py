@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -13,8 +14,8 @@ import torch
 from lightning_fabric import Fabric
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
-from bisam.experiments.errors import RunError
-from bisam.experiments.runs.folder import Row, Run
+from bisam.experiments.errors import RunError, show_warnings_in_one_line
+from bisam.experiments.runs.folder import Result, Row, Run
 from bisam.experiments.runs.machine import Machine, end_with_parent
 
 OnEpoch = Callable[[Row], None]
@@ -25,7 +26,7 @@ TrainOne = Callable[[Fabric, Run, Machine], Any]
 
 def train_in_processes(
     train_one: TrainOne, fabric: Fabric, run: Run, machine: Machine, on_epoch: OnEpoch | None
-) -> dict[str, Any]:
+) -> Result:
     """Train a run in a new process for each device and return its result.
 
     Args:
@@ -59,6 +60,7 @@ def train_in_processes(
 
 def _train_in_child(train_one: TrainOne, run: Run, machine: Machine, threads: int, fabric: Fabric) -> None:
     end_with_parent()
+    show_warnings_in_one_line()
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # the parent process reports Ctrl-C
     torch.set_num_threads(max(1, threads // machine.devices))
     train_one(fabric, run, machine)
@@ -69,7 +71,8 @@ def _report_epochs(run: Run, on_epoch: OnEpoch, ended: threading.Event) -> None:
     reported, last = 0, False
     while not last:
         last = ended.wait(0.5)
-        rows = run.metrics()
-        for row in rows[reported:]:
-            on_epoch(row)
-        reported = max(reported, len(rows))
+        with suppress(OSError, RunError):  # damaged or deleted, which the run itself reports
+            rows = run.metrics()
+            for row in rows[reported:]:
+                on_epoch(row)
+            reported = max(reported, len(rows))

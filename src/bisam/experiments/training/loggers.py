@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import socket
 import time
 import uuid
 import warnings
@@ -20,7 +22,7 @@ from typing import Any, Protocol
 
 from filelock import FileLock
 
-from bisam.experiments.errors import unknown
+from bisam.experiments.errors import RunWarning, unknown
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.files import write
 from bisam.experiments.runs.folder import Run
@@ -39,31 +41,49 @@ class Logger(Protocol):
 
 
 class TensorBoard:
-    """TensorBoard event files in `folder/tensorboard`."""
+    """TensorBoard event files in `folder/tensorboard`, one for each process that trained.
+
+    TensorBoard reads the files in the order of their names, which begin with a time in seconds, and a later file takes
+    the place of what earlier ones have from its first epoch on. So the name of a new file must be behind all others
+    even if the clock went back; `SummaryWriter` would take the clock's time.
+    """
 
     def __init__(self, folder: Path, recipe: Mapping[str, Any]) -> None:
-        from torch.utils.tensorboard.writer import SummaryWriter
-
-        self._writer: SummaryWriter | None = None
-        self._open, self._folder = SummaryWriter, folder / "tensorboard"
-        # Existing files are complete up to the checkpoint: an epoch is flushed before it is saved.
-        self.epochs = None if any(self._folder.glob("events.*")) else 0
+        self._folder, self._last = folder / "tensorboard", 0.0
+        self._path: Path | None = None
+        # Existing files are complete up to the checkpoint: an epoch is written to the disk before it is saved.
+        self.epochs = None if any(self._folder.glob("*tfevents*")) else 0
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Log the scalars of epoch `step`."""
-        if self._writer is None:  # discard what a killed process wrote from this epoch on
-            # TensorBoard reads files in the order of their names, which contain first the second and then the process.
-            while any(self._folder.glob(f"events.out.tfevents.{int(time.time())}.*")):
-                time.sleep(0.05)
-            self._writer = self._open(str(self._folder), purge_step=step)
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+        proto: Any = import_module("tensorboard.compat.proto.event_pb2")
+        summary: Any = import_module("tensorboard.compat.proto.summary_pb2").Summary
+        events: list[Any] = []
+        if self._path is None:
+            self._path = self._new_path()
+            start = proto.SessionLog(status=proto.SessionLog.START)
+            events.append(proto.Event(file_version="brain.Event:2"))
+            events.append(proto.Event(step=step, session_log=start))  # discards what a killed process wrote since
+        values = [summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+        events.append(proto.Event(step=step, summary=summary(value=values)))
+        with open(self._path, "ab") as file:
+            records = import_module("tensorboard.summary.writer.record_writer").RecordWriter(file)
+            for event in events:
+                self._last = event.wall_time = max(time.time(), self._last)  # in order on the axis of time too
+                records.write(event.SerializeToString())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _new_path(self) -> Path:
+        self._folder.mkdir(exist_ok=True)
+        files = list(self._folder.glob("*tfevents*"))
+        seconds = [int(found[1]) for file in files if (found := re.search(r"tfevents\.(\d+)\.", file.name))]
+        first = max([int(time.time()), *(second + 1 for second in seconds)])
+        self._last = max([float(first), *(file.stat().st_mtime for file in files)])
+        return self._folder / f"events.out.tfevents.{first:010d}.{socket.gethostname()}.{os.getpid()}.0"
 
     def close(self) -> None:
-        """Close the event file."""
-        if self._writer is not None:
-            self._writer.close()
+        """Do nothing: each epoch is on the disk."""
 
 
 class WandB:
@@ -241,7 +261,7 @@ class FaultTolerantLogger:
         reason = " ".join(str(error).split())[:300]
         warnings.warn(
             f"--log {self._name} failed and is disabled for {self._run.folder}: {type(error).__name__}: {reason}",
-            RuntimeWarning,
+            RunWarning,
             stacklevel=3,
         )
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning_fabric import Fabric
+from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from bisam.experiments.errors import RunError
+from bisam.experiments.errors import RunError, is_out_of_memory
+from bisam.experiments.runs.checkpoint import CHECKPOINT
 from bisam.experiments.runs.files import damaged
 from bisam.experiments.runs.folder import Row
 from bisam.experiments.training.fsdp import (
@@ -95,12 +97,57 @@ class RunState:
                 )
             sharp = {**checkpoint["sharp"], _METHOD_STATE: memories[self.fabric.global_rank]}
             self.sharp.load_state_dict(divided(sharp, self.sharp.state_dict()))
+            _check_form(
+                "optimizer", checkpoint["optimizer"]["param_groups"], self.optimizer.state_dict()["param_groups"]
+            )
+            self._check_shapes(checkpoint["optimizer"]["state"])
             load_optimizer(self.optimizer, checkpoint["optimizer"])
+            _check_form("scheduler", checkpoint["scheduler"], self.scheduler.state_dict())
             self.scheduler.load_state_dict(checkpoint["scheduler"])
             self.history, self.best = checkpoint["history"], checkpoint["best"]
             if self.average is not None:
                 self.average.load_state_dict(divided(checkpoint["average"], self.average.state_dict()))
             if (scaler := grad_scaler(self.fabric)) is not None:
                 scaler.load_state_dict(checkpoint["scaler"])
-        except (LookupError, TypeError, ValueError, RuntimeError) as error:
-            raise damaged(folder / "checkpoint.pt", error) from error
+        except RunError:
+            raise
+        except Exception as error:  # torch and the methods raise errors of many types for a state of another form
+            if is_out_of_memory(error):
+                raise
+            raise damaged(folder / CHECKPOINT, error) from error
+
+    def _check_shapes(self, states: dict[int, dict[str, Any]]) -> None:
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for i, state in states.items():
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.dim() and value.shape != parameters[i].shape:
+                    raise ValueError(
+                        f"{name} of parameter {i} has shape {tuple(value.shape)}, not {tuple(parameters[i].shape)}"
+                    )
+
+
+def _check_form(name: str, found: Any, own: Any) -> None:
+    """Check that a saved state has the form of the own one: torch takes any, and fails in a later step.
+
+    Entries that only one of them has are left to torch, whose versions differ in them.
+
+    Raises:
+        ValueError: it has another form; the message names the place.
+    """
+    if isinstance(own, dict) and isinstance(found, dict):
+        theirs = cast("dict[Any, Any]", found)
+        for key, value in cast("dict[Any, Any]", own).items():
+            if key in theirs:
+                _check_form(f"{name}.{key}", theirs[key], value)
+    elif isinstance(own, list | tuple) and isinstance(found, list | tuple):
+        ours, others = list(cast("list[Any]", own)), list(cast("list[Any]", found))
+        if len(ours) != len(others):
+            raise ValueError(f"{name} has {len(others)} entries, not {len(ours)}")
+        for i, (value, other) in enumerate(zip(ours, others, strict=True)):
+            _check_form(f"{name}.{i}", other, value)
+    elif not (_is_number(own) and _is_number(found)) and type(own) is not type(found):
+        raise ValueError(f"{name} is a {type(found).__name__}, not a {type(own).__name__}")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from statistics import fmean, median
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning_fabric import Fabric
@@ -20,8 +20,9 @@ from bisam.experiments import data
 from bisam.experiments.data.image_tensors import channels
 from bisam.experiments.data.splits import Data, Split, batches_of
 from bisam.experiments.models.build import build
-from bisam.experiments.runs.folder import Row, Run
+from bisam.experiments.runs.folder import Result, Row, Run
 from bisam.experiments.runs.machine import Machine
+from bisam.experiments.runs.results import first_diverged
 from bisam.experiments.training.checks import check_data, check_model
 from bisam.experiments.training.counting import CountedMethod
 from bisam.experiments.training.devices import OnEpoch, train_in_processes
@@ -41,8 +42,10 @@ from bisam.experiments.training.state import RunState
 from bisam.experiments.training.weight_average import WeightAverage
 
 
-def train(run: Run, machine: Machine = Machine(), on_epoch: OnEpoch | None = None) -> dict[str, Any]:  # noqa: B008
+def train(run: Run, machine: Machine = Machine(), on_epoch: OnEpoch | None = None) -> Result:  # noqa: B008
     """Train a run to its end and return its result; an interrupted run resumes after its last completed epoch.
+
+    A run whose loss is not finite is trained to its end too; its result says from which epoch on (`diverged`).
 
     Args:
         run: folder and recipe; a finished run is not run again.
@@ -51,8 +54,12 @@ def train(run: Run, machine: Machine = Machine(), on_epoch: OnEpoch | None = Non
 
     Raises:
         ValueError: the recipe or the device names something that is unknown or not installed.
-        RunError: the folder is damaged, belongs to another recipe or is in use.
+        RunError: the folder is damaged, belongs to another recipe or is in use, or it is deleted or replaced during
+            training.
         OSError: the disk is full or read-only.
+
+    Warns:
+        RunWarning: the latest checkpoint is damaged, and the run resumes from the one before.
     """
     run.recipe.check_trainable()
     fabric = machine.fabric(run.recipe.precision)
@@ -70,7 +77,7 @@ def train(run: Run, machine: Machine = Machine(), on_epoch: OnEpoch | None = Non
         return run.result or Training(fabric, run, machine, splits, model).train(on_epoch)
 
 
-def _train_here(fabric: Fabric, run: Run, machine: Machine, on_epoch: OnEpoch | None = None) -> dict[str, Any]:
+def _train_here(fabric: Fabric, run: Run, machine: Machine, on_epoch: OnEpoch | None = None) -> Result:
     """Train in this process, one of the run's; the folder is held already."""
     return Training(fabric, run, machine, *_prepare(fabric, run, machine)).train(on_epoch)
 
@@ -115,30 +122,34 @@ class Training:
         )
         sharp, optimizer = fabric.setup(loss, optimizer)
         self._state = RunState(fabric, sharp, optimizer, scheduler, average)
+        self._writer = run.writer() if fabric.is_global_zero else None
         if (checkpoint := run.checkpoint()) is not None:
             self._state.restore(checkpoint, run.folder)
+            if self._writer is not None:
+                self._writer.metrics(self._state.history)
 
-    def train(self, on_epoch: OnEpoch | None) -> dict[str, Any]:
+    def train(self, on_epoch: OnEpoch | None) -> Result:
         """Train the remaining epochs, test, and write the result."""
-        recipe, fabric, state = self._recipe, self._fabric, self._state
-        first = fabric.is_global_zero
-        boards = loggers(self._machine.log, self._run.folder, recipe.to_dict()) if first else []
+        recipe, fabric, state, writer = self._recipe, self._fabric, self._state, self._writer
+        boards = [] if writer is None else loggers(self._machine.log, self._run.folder, recipe.to_dict())
         for epoch in range(len(state.history) + 1, recipe.epochs + 1):
             row = self.epoch(epoch)
             state.history.append(row)
+            if writer is not None:
+                writer.check()  # before the loggers, which create their folders
             for board in boards:
                 board.log({k: v for k, v in row.items() if k != "epoch"}, epoch)
             checkpoint = state.gather()  # in all processes, because tensors may be sharded
-            if first:
-                self._run.save(checkpoint, state.history)
+            if writer is not None:
+                writer.save(checkpoint, state.history)
             if on_epoch is not None:
                 on_epoch(row)
         for board in boards:
             board.close()
         result = self._test()  # in all processes, as above
-        if first:
-            result = self._run.finish(result)
-        return fabric.broadcast(result)  # no process ends before the result is written
+        if writer is not None:
+            result = writer.finish(result, state.history)
+        return cast(Result, fabric.broadcast(result))  # no process ends before the result is written
 
     def epoch(self, epoch: int) -> Row:
         """Train and validate one epoch, numbered from 1, and return its row of metrics."""
@@ -185,6 +196,8 @@ class Training:
         test = self._data.test.to(self._fabric.device)  # the test data is used here and nowhere else
         state, metrics = self._state, self._data.metrics
         tested = {"last": self._scores(self._model, test)}
+        # A last step that makes the weights infinite has no loss after it, in which it would be seen.
+        diverged = first_diverged(state.history) or (None if _is_finite(self._model) else self._recipe.epochs)
         if state.average is not None:
             tested["ema"] = self._scores(state.average.model, test)
         self._model.load_state_dict(divided(state.best["weights"], self._model.state_dict()))
@@ -194,6 +207,7 @@ class Training:
             **{f"test_{which}": values[0] for which, values in tested.items()},
             "validation_best": state.best["score"],
             "best_epoch": state.best["epoch"],
+            "diverged": diverged,
             "metric": metrics[0],
             "scores": {which: dict(zip(metrics, values, strict=True)) for which, values in tested.items()},
             "examples": len(self._data.train),
@@ -208,6 +222,11 @@ class Training:
 
 def _device_name(device: torch.device) -> str:
     return f"{device}, {torch.cuda.get_device_name(device)}" if device.type == "cuda" else str(device)
+
+
+def _is_finite(model: nn.Module) -> bool:
+    """Whether all parameters and buffers are finite; all processes must call it."""
+    return all(bool(t.isfinite().all()) for t in whole(model.state_dict()).values() if t.is_floating_point())
 
 
 def _weights_on_cpu(model: nn.Module) -> dict[str, Tensor]:

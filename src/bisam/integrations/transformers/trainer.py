@@ -18,6 +18,7 @@ except for rounding if tokens are accumulated.
 from __future__ import annotations
 
 import os
+import pickle
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass
@@ -198,7 +199,13 @@ class SharpnessAwareTrainer(Trainer):
                 stacklevel=2,
             )
             return
-        saved = torch.load(paths[0], map_location="cpu", weights_only=True)
+        try:
+            saved = torch.load(paths[0], map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:  # whose message proposes to run the code that is in the file
+            raise ValueError(
+                f"{paths[0]} is damaged, or holds objects other than tensors, numbers, texts and containers of these: "
+                "resume from another checkpoint, or remove this file to begin with an empty memory"
+            ) from None
         there, here = saved["processes"], self.args.world_size
         if there != here and saved["sharp"]["state"]:
             raise ValueError(

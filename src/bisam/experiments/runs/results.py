@@ -1,0 +1,231 @@
+"""Results: the content of result.json and metrics.csv, and its check before anything uses it.
+
+A result holds a checksum of itself and one of the metrics, and the name of its recipe. Results of bisam 0.1 have none
+of them: there the types and the ranges alone are checked.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import inf, isfinite
+from pathlib import Path
+from typing import Any, Required, TypedDict, cast, get_origin, get_type_hints
+
+from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.runs.files import checksum, damaged, read_json, read_rows
+from bisam.validation import shown
+
+Row = dict[str, float]
+"""Metrics of an epoch."""
+
+
+class Result(TypedDict, total=False):
+    """The result of a finished run; scores are in [-1, 1]."""
+
+    test_best: Required[float]
+    """Test score with the weights of the best validation epoch."""
+    test_last: Required[float]
+    """Test score with the weights of the last epoch."""
+    test_ema: float
+    """Test score with the average of the weights."""
+    validation_best: Required[float]
+    best_epoch: Required[int]
+    diverged: int | None
+    """First epoch with a loss that is not finite, or None; absent in results of 0.1."""
+    metric: str
+    """Metric of the scores above; accuracy if it is absent."""
+    scores: dict[str, dict[str, float]]
+    """All scores, by weights (best, last, ema) and metric."""
+    examples: int
+    """Training examples."""
+    seconds_per_epoch: Required[float]
+    relative_time: Required[float]
+    """Time of a step, relative to plain training."""
+    gradients_per_step: Required[float]
+    forwards_per_step: Required[float]
+    processes: int
+    device: str
+    bisam: str
+    torch: str
+    python: str
+    hardware: str
+    commit: str
+    finished: Required[str]
+    """Time of the end in UTC, 2026-01-02T03:04:05Z."""
+    recipe: str
+    """Name of the recipe's folder and seed; absent in results of 0.1, as the checksums."""
+    metrics: str
+    """Checksum of the rows of metrics.csv."""
+    checksum: str
+    """Checksum of all other entries."""
+
+
+@dataclass(frozen=True)
+class _Number:
+    """What a number must be."""
+
+    kind: type[int] | type[float] = float
+    least: float = 0.0
+    most: float = inf
+
+    def fault(self, value: Any) -> str | None:
+        """Return what is wrong with a value, or None."""
+        if isinstance(value, bool) or not isinstance(value, int if self.kind is int else int | float):
+            return "is not a whole number" if self.kind is int else "is not a number"
+        return None if _is_number(value) and self.least <= value <= self.most and value < inf else "is out of range"
+
+
+@dataclass(frozen=True)
+class _Text:
+    """What a text must be."""
+
+    pattern: str = ".{1,500}"
+
+    def fault(self, value: Any) -> str | None:
+        """Return what is wrong with a value, or None."""
+        fits = isinstance(value, str) and value.isprintable() and re.fullmatch(self.pattern, value)
+        return None if fits else "is not the text it should be"
+
+
+_LARGE = 1e12  # beyond any time or number of a run, and far from where figures and means would overflow
+_SCORE, _COUNT, _SIZE = _Number(least=-1, most=1), _Number(int, 1), _Number(most=_LARGE)
+_TIME, _TEXT, _SUM = _Number(least=1e-12, most=_LARGE), _Text(), _Text("[0-9a-f]{32}")
+_ENTRIES: Mapping[str, _Number | _Text] = {
+    **dict.fromkeys(("test_best", "test_last", "test_ema", "validation_best"), _SCORE),
+    **dict.fromkeys(("best_epoch", "diverged", "examples", "processes"), _COUNT),
+    **dict.fromkeys(("seconds_per_epoch", "relative_time"), _TIME),
+    **dict.fromkeys(("gradients_per_step", "forwards_per_step"), _SIZE),
+    **dict.fromkeys(("metric", "device", "bisam", "torch", "python", "hardware", "commit", "recipe"), _TEXT),
+    **dict.fromkeys(("metrics", "checksum"), _SUM),
+    "finished": _Text(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"),
+}
+_REQUIRED = {name for name, hint in get_type_hints(Result, include_extras=True).items() if get_origin(hint) is Required}
+_SUMS = {"recipe", "metrics", "checksum"}
+_COLUMNS = ("epoch", "validation", "flipped")  # of the oldest metrics that are read
+COLUMNS = (*_COLUMNS, "train_loss", "gradients", "forwards", "losses", "seconds", "relative_time")
+"""Columns that the metrics of a run have if it is resumed."""
+_ANY = ("learning_rate",)  # the user's
+_NOT_ALWAYS_FINITE = ("train_loss", "flipped")  # after a divergence; where a method leaves examples out
+
+
+def name_of(recipe: Recipe) -> str:
+    """Return the entry `recipe` of a result."""
+    return f"{recipe.slug}/seed-{recipe.seed}"
+
+
+def with_checksums(values: Mapping[str, Any], recipe: Recipe, rows: Sequence[Row]) -> dict[str, Any]:
+    """Return the content of result.json for a run with these metrics."""
+    complete = {**values, "recipe": name_of(recipe), "metrics": checksum_of_rows(rows)}
+    return {**complete, "checksum": checksum(complete)}
+
+
+def checksum_of_rows(rows: Sequence[Row]) -> str:
+    """Return the checksum of the rows of metrics.csv, from which they are read as floats."""
+    return checksum([{name: float(value) for name, value in row.items()} for row in rows])
+
+
+def read_result(folder: Path, recipe: Recipe) -> Result | None:
+    """Return the result of the run of `recipe` in a folder, or None if there is none.
+
+    Raises:
+        RunError: the file is damaged, or it belongs to another recipe.
+    """
+    path = folder / "result.json"
+    if (values := read_json(path)) is None:
+        return None
+    try:
+        fault = _fault(values, recipe)
+    except RecursionError:  # of the checksum
+        fault = "it is nested too deeply"
+    if fault is not None:
+        raise damaged(path, ValueError(fault))
+    return cast(Result, values)
+
+
+def _fault(values: Mapping[str, Any], recipe: Recipe) -> str | None:
+    needed = {*_REQUIRED, *(_SUMS if _SUMS & values.keys() else ())}
+    if missing := sorted(needed - values.keys()):
+        return f"it has no {', '.join(missing)}"
+    if values.get("checksum") not in (None, checksum({k: v for k, v in values.items() if k != "checksum"})):
+        return "its checksum differs"
+    for name, entry in _ENTRIES.items():
+        absent = name not in values or (name == "diverged" and values[name] is None)
+        if not absent and (fault := entry.fault(values[name])) is not None:
+            return f"{name} {fault}: {shown(values[name])}"
+    for name in ("best_epoch", "diverged"):
+        if (values.get(name) or 0) > recipe.epochs:
+            return f"{name} is {values[name]}, and the recipe has {recipe.epochs} epochs"
+    if not _are_scores(values.get("scores", {})):
+        return "scores are not numbers by weights and metric"
+    if values.get("recipe", name_of(recipe)) != name_of(recipe):
+        return f"it belongs to another recipe, {values['recipe']}, and recipe.json is that of {name_of(recipe)}"
+    return None
+
+
+def _are_scores(scores: Any) -> bool:
+    if not isinstance(scores, dict):
+        return False
+    parts = list(cast("dict[str, Any]", scores).values())
+    if not all(isinstance(part, dict) for part in parts):
+        return False
+    return all(
+        _TEXT.fault(metric) is None and _SCORE.fault(score) is None for part in parts for metric, score in part.items()
+    )
+
+
+def read_metrics(folder: Path, recipe: Recipe, result: Result | None = None) -> list[Row]:
+    """Return the metrics of the completed epochs of a run: all of them, with its result.
+
+    Raises:
+        RunError: the file is missing or damaged.
+    """
+    path = folder / "metrics.csv"
+    rows = read_rows(path)
+    fault = rows_fault(rows, recipe.epochs)
+    if fault is None and result is not None:
+        if len(rows) != recipe.epochs:
+            fault = f"it does not have the {recipe.epochs} epochs of the recipe"
+        elif result.get("metrics", checksum_of_rows(rows)) != checksum_of_rows(rows):
+            fault = "its checksum differs"
+    if fault is not None:
+        raise damaged(path, ValueError(fault))
+    return rows
+
+
+def rows_fault(rows: Any, epochs: int, columns: Sequence[str] = _COLUMNS) -> str | None:
+    """Return what is wrong with the metrics of the first epochs of a run, or None.
+
+    Args:
+        rows: the metrics.
+        epochs: of the recipe.
+        columns: names that each row must have.
+    """
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in cast("list[Any]", rows)):
+        return "it has no epoch"
+    if len(rows := cast("list[dict[Any, Any]]", rows)) > epochs:
+        return f"it has more than the {epochs} epochs of the recipe"
+    for epoch, row in enumerate(rows, 1):
+        if missing := [name for name in columns if name not in row]:
+            return f"epoch {epoch} has no {', '.join(missing)}"
+        if row.keys() != rows[0].keys():
+            return f"epoch {epoch} has other columns than epoch 1"
+        for name, value in row.items():
+            if not isinstance(name, str) or not _is_number(value):
+                return f"{shown(name)} of epoch {epoch} is not a number: {shown(value)}"
+            if name not in _NOT_ALWAYS_FINITE and not (isfinite(value) and (name in _ANY or abs(value) <= _LARGE)):
+                return f"{shown(name)} of epoch {epoch} is out of range: {shown(value)}"
+        if row["epoch"] != epoch:
+            return f"epoch {shown(row['epoch'])} stands in the place of epoch {epoch}"
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a float, or an integer that a float can hold."""
+    return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
+
+
+def first_diverged(rows: Sequence[Row]) -> int | None:
+    """Return the first epoch whose training loss is not finite, or None."""
+    return next((int(row["epoch"]) for row in rows if not isfinite(row.get("train_loss", 0.0))), None)

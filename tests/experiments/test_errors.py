@@ -1,0 +1,132 @@
+"""Errors that the command line prints in one line: memory that does not suffice, and files that torch refuses."""
+
+from __future__ import annotations
+
+import errno
+import pickle
+import warnings
+
+import pytest
+import torch
+
+from bisam.experiments.errors import (
+    RunWarning,
+    is_out_of_memory,
+    reason_not_loaded,
+    show_warnings_in_one_line,
+)
+from bisam.experiments.launch import estimate
+from bisam.experiments.launch.outcomes import train_or_explain
+from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.runs.machine import Machine
+from bisam.experiments.training import train as training
+from bisam.experiments.training.checks import check_model
+
+ONE = Recipe(method="sam", epochs=1, limit=64)
+OUT_OF_MEMORY = [
+    MemoryError(),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes."),
+    RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 4 bytes."),
+    RuntimeError("could not create a memory object"),
+    RuntimeError("could not create a primitive"),
+    RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"),
+    RuntimeError("std::bad_alloc"),
+    OSError(errno.ENOMEM, "Cannot allocate memory"),
+]
+OTHER = [
+    RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+    OSError(errno.ENOSPC, "No space left on device"),
+    ValueError("out of memory"),
+    KeyError("memory"),
+]
+each_of_memory = pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: f"{error}"[:30])
+
+
+@each_of_memory
+def test_memory_that_does_not_suffice_is_recognised(error):
+    assert is_out_of_memory(error)
+
+
+@pytest.mark.parametrize("error", OTHER, ids=repr)
+def test_other_errors_are_not_of_the_memory(error):
+    assert not is_out_of_memory(error)
+
+
+def test_what_torch_raises_on_this_machine_is_recognised():
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(2**55, dtype=torch.uint8)
+    assert is_out_of_memory(raised.value)
+
+
+@each_of_memory
+def test_a_training_without_memory_is_one_line(bisam, tmp_path, monkeypatch, error):
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(training, "train_epoch", fails)
+    code, _, err = bisam("train", "--epochs", 1, "--limit", 64, "--out", tmp_path)
+    assert code == 2
+    assert err.startswith("bisam: out of memory: a smaller --batch-size needs less (")
+    assert len(err.splitlines()) == 1
+    outcome = train_or_explain(ONE, tmp_path, Machine(log=()))
+    assert outcome.error is not None
+    assert outcome.error.startswith("out of memory: fewer runs at a time or a smaller batch_size need less (")
+    assert "\n" not in outcome.error
+
+
+@each_of_memory
+def test_it_is_not_taken_for_a_model_that_does_not_fit_or_a_wrong_method(monkeypatch, error):
+    class Large(torch.nn.Module):
+        def forward(self, x):
+            raise error
+
+    splits = training.data.load(ONE, Machine())
+    with pytest.raises(type(error)):
+        check_model(Large(), splits, ONE)
+
+
+def test_an_estimate_without_memory_says_so(monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("could not create a memory object")
+
+    monkeypatch.setattr(estimate, "_measured", fails)
+    assert "does not fit into the memory of this machine" in estimate.estimate(ONE, Machine()).problem
+    monkeypatch.setattr(estimate, "_measured", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        estimate.estimate(ONE, Machine())
+
+
+@pytest.mark.parametrize("command", [("list",), ("methods",)])
+def test_a_command_without_memory_is_one_line(bisam, monkeypatch, command):
+    def fails(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr("bisam.experiments.cli.terminal.console.print", fails)
+    code, _, err = bisam(*command)
+    assert code == 2
+    assert err == "bisam: out of memory (MemoryError): finished runs are unchanged\n"
+
+
+# Files that torch refuses
+
+
+def test_torchs_advice_to_run_the_code_in_a_file_is_not_repeated(tmp_path):
+    torch.save(tmp_path, tmp_path / "x.pt")
+    with pytest.raises(pickle.UnpicklingError, match="weights_only") as raised:
+        torch.load(tmp_path / "x.pt", weights_only=True)
+    assert "weights_only" not in reason_not_loaded(raised.value)
+    assert reason_not_loaded(ValueError("it is short")) == "it is short"
+
+
+# Warnings
+
+
+def test_a_warning_about_a_run_is_one_line_and_others_are_unchanged(capsys, monkeypatch):
+    usual = warnings.formatwarning
+    monkeypatch.setattr(warnings, "formatwarning", usual)  # restored after the test
+    show_warnings_in_one_line()
+    assert warnings.formatwarning(RunWarning("two\nlines"), RunWarning, "a.py", 3) == "bisam: two lines\n"
+    assert "a.py:3: UserWarning: other" in warnings.formatwarning(UserWarning("other"), UserWarning, "a.py", 3)
