@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import bisam
 from bisam import (
@@ -745,6 +746,9 @@ def test_the_extra_state_is_saved_as_plain_containers(tmp_path):
     assert not hasattr(sharp.get_extra_state(), "dtype")
     assert getattr(sharp.get_extra_state(), "shape", None) is None
     assert isinstance(copy.deepcopy(sharp.get_extra_state()), dict)
+    mapped = tree_map_only(Tensor, lambda t: t * 0, sharp.get_extra_state())  # as whoever gathers tensors does
+    assert not any(t.any() for t in tree_leaves(mapped) if isinstance(t, Tensor))
+    assert sum(isinstance(t, Tensor) for t in tree_leaves(mapped)) == 4
 
 
 # A call that is interrupted.

@@ -20,6 +20,7 @@ from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import register_pytree_node
 
 from bisam import state as method_state
 from bisam.batches import Batch, Keywords
@@ -300,6 +301,15 @@ class _ExtraState(OrderedDict[str, Any]):
         )
 
     __mul__ = __rmul__ = __add__ = __radd__ = __sub__ = __rsub__ = _refuse
+
+
+# As dictionaries are: whoever gathers or moves the tensors of a state dict finds those of the method.
+register_pytree_node(
+    _ExtraState,
+    lambda state: (list(state.values()), list(state)),
+    lambda values, names: _ExtraState(zip(names, values, strict=True)),
+    serialized_type_name="bisam.loss.ExtraState",
+)
 
 
 class WithGradient(torch.autograd.Function):
