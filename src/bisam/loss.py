@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from bisam import state as method_state
 from bisam.batches import Batch
+from bisam.distributed import failures
 from bisam.distributed.fsdp import reshard
 from bisam.distributed.layout import ShardedLayout
 from bisam.distributed.placement import Scope
@@ -67,7 +68,9 @@ class SharpnessAware(nn.Module):
         ValueError: no parameter is trainable, or the state of the method belongs to other parameters than the trainable
             ones; the batch is empty; the targets do not match; the losses have the wrong shape or no gradient; a
             gradient is sparse; the loss depends on tensors that require a gradient but would not be trained; the
-            wrapper of the model or its parameters are of a type that is not supported.
+            wrapper of the model or its parameters are of a type that is not supported; the context `join()` of a
+            DistributedDataParallel is active where ranks would wait for each other.
+        RuntimeError: the last step failed on this rank, and other ranks still wait for it in that step.
 
     Example:
         >>> import torch
@@ -165,7 +168,11 @@ class SharpnessAware(nn.Module):
         if layout is not WHOLE:
             before = method_state.laid_out(before, layout)
         oracle.state = dict(before)
-        value = _differentiable(oracle, self.method(oracle, batch))
+        try:
+            value = _differentiable(oracle, self.method(oracle, batch))
+        except BaseException as error:
+            failures.note(layout, memory.step, error)
+            raise
         after = method_state.settled(oracle.state, before, oracle.overflow)
         memory.state = after if layout is WHOLE else method_state.laid_out(after)
         memory.step, memory.checked = memory.step + 1, True
@@ -266,7 +273,12 @@ def _plain(oracle: ModelOracle, batch: Batch) -> Tensor:
     """Returns the training loss at the weights with its graph, as a loop without this library computes it."""
     if oracle.model.training:  # under no_grad, where running statistics are updated too
         _ = oracle.module_buffers.untouched
-    made = oracle.run(batch)
+    try:
+        made = oracle.run(batch)
+    except BaseException as error:
+        if oracle.layout.sharded:
+            failures.note(oracle.layout, oracle.step, error)
+        raise
     oracle.seen.append(made.detached())
     return made.value
 

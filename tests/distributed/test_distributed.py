@@ -8,7 +8,9 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import re
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -42,6 +44,7 @@ from bisam import (
     cross_entropy,
 )
 from bisam.batches import take
+from bisam.distributed import failures
 from bisam.integrations.checkpoint import make_room
 from bisam.masks import RandomMask
 from bisam.methods import efficient, wrappers
@@ -335,8 +338,79 @@ def statistics(order: str) -> dict[str, Any]:
     return {} if cases.buffers(models[0]) == cases.buffers(models[1]) else {"differ": 1}
 
 
-def decides(**arguments: Any) -> Callable[[], SharpnessAware]:
-    return lambda: SharpnessAware(DDP(cases.convnet()), KSAM(3, AESAM(steps=9)), cross_entropy, **arguments)
+def cut(step: int, rank: int) -> tuple[Tensor, ...]:
+    """A part of another size on each rank."""
+    return tuple(t[: PART - 2 * rank] for t in part(step, rank))
+
+
+def passes_that_differ(make: Callable[[], Any], batch: Callable[..., Any]) -> dict[str, Any]:
+    """Ranks with different numbers of forward passes train as in the nesting in which no pass waits for another rank.
+
+    The model broadcasts buffers in its forward pass, once a step as in the other nesting.
+    """
+    passes, begun, runs, rank = [], [], {}, dist.get_rank()
+
+    def begin(step: int) -> tuple[Tensor, ...]:
+        begun.append(float(len(passes)))
+        return batch(step, rank=rank)
+
+    for order in ("inside", "outside"):
+        torch.manual_seed(1)
+        model = cases.convnet()
+        model.register_forward_pre_hook(lambda *_: passes.append(1))
+        weights, losses = trained(model, lambda o, m=model, order=order: nested(order, m, make()), begin)
+        runs[order] = weights, losses, cases.buffers(model)
+    if identical([torch.tensor(begun)]):
+        return {"passes": "the ranks have as many in each step: the case tests nothing"}
+    # The first rank's buffers, because those of the others are broadcast over before the next step.
+    same = runs["inside"][2] == runs["outside"][2] or rank > 0
+    return far(runs["inside"][:2], runs["outside"][:2]) | ({} if same else {"buffers": "differ"})
+
+
+def joined() -> dict[str, float]:
+    """With join, a rank without further batches adds zero gradients, and gets the final model at the end."""
+    model, steps = network(), 3
+    sharp, optimizer = DDP(SharpnessAware(model, SAM(L2(0.1)), cross_entropy)), sgd(model)
+    with sharp.join():
+        for step in range(steps - dist.get_rank()):
+            optimizer.zero_grad()
+            sharp(*part(step)).backward()
+            optimizer.step()
+    one = network()
+    alone, optimizer = SharpnessAware(one, SAM(L2(0.1)), cross_entropy), sgd(one)
+    for step in range(steps):
+        optimizer.zero_grad()
+        for rank in range(2):
+            if step < steps - rank:
+                (alone(*part(step, rank)) / 2).backward()
+        optimizer.step()
+    off = distance(whole_weights(model), whole_weights(one))
+    return {} if off < 1e-12 else {"off": off}
+
+
+def joins(order: str, **arguments: Any) -> Callable[..., Tensor]:
+    """The loss in the context of a join, which the first batch is refused in, also after a step without it."""
+    sharp = nested(order, cases.convnet(), SAM(), **arguments)
+    sharp(*part(0)).backward()
+
+    def call(*batch: Any) -> Tensor:
+        with (sharp if order == "outside" else sharp.model).join():
+            return sharp(*batch)
+
+    return call
+
+
+class Synchronous(nn.SyncBatchNorm):
+    """SyncBatchNorm that also runs on a CPU, without communication: nothing waits in a test of what is refused."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, None, None, training=True)
+
+
+def with_sync(method: Any, batch: Callable[..., Any] = part, **arguments: Any) -> Callable[..., Tensor]:
+    model = cases.mlp(lambda n: Synchronous(n).double())
+    sharp = SharpnessAware(model, method, cross_entropy, **arguments)  # on a CPU, DDP accepts no SyncBatchNorm
+    return lambda *_: sharp(*batch(0, dist.get_rank()))
 
 
 def unused_by_all(order: str) -> dict[str, Any]:
@@ -390,6 +464,7 @@ def ddp_otherwise() -> dict[str, Any]:
     def still() -> SharpnessAware:
         return SharpnessAware(DDP(network(), static_graph=True), SAM(), cross_entropy)
 
+    decides = AESAM(L2(0.1), steps=9, first=-1.0, last=-1.0, delta=0.5)
     return wrong(
         {
             **{f"unused parameters, {order}": unused(order) for order in ("inside", "outside")},
@@ -401,8 +476,18 @@ def ddp_otherwise() -> dict[str, Any]:
             "evaluation": mode(),
             "static graph, outside": static(),
             "static graph, inside": refused(still, "static_graph=True) inside the loss would never average"),
-            "replicas that decide": refused(decides(), "with AESAM replicas may differ in their number of forward"),
-            "that decide together": {} if decides(scope="global")()(*part(0)) > 0 else {"loss": 0},
+            "replicas that decide": passes_that_differ(lambda: KSAM(3, decides), part),
+            "uneven micro-batches": passes_that_differ(lambda: MSAM(2, SAM(L2(0.1))), cut),
+            "uneven single examples": passes_that_differ(lambda: SSAMF(L2(0.1), every=2), cut),
+            "join, outside": joined(),
+            "join, inside": refused(lambda: joins("inside"), "DistributedDataParallel(SharpnessAware(model, ...)), wh"),
+            "join, inside, global": refused(lambda: joins("inside", scope="global"), "takes part in one forward pass"),
+            "join, global": refused(lambda: joins("outside", scope="global"), 'with scope="global" each query waits'),
+            "SyncBatchNorm, decides": refused(lambda: with_sync(KSAM(3, AESAM(steps=9))), "with AESAM replicas may"),
+            "SyncBatchNorm, decide together": {} if with_sync(AESAM(steps=9), scope="global")() > 0 else {"loss": 0},
+            "SyncBatchNorm, MSAM": refused(lambda: with_sync(MSAM(2), cut), "ranks differ in micro-batches (1 to 2)"),
+            "SyncBatchNorm, SSAMF": refused(lambda: with_sync(SSAMF(), cut), "differ in single examples (2 to 4)"),
+            "SyncBatchNorm, even": {} if with_sync(MSAM(2))() > 0 else {"loss": 0},
         }
     )
 
@@ -426,6 +511,32 @@ def dies(wrapper: str) -> None:
 def test_where_a_rank_dies_the_others_end_with_an_error(wrapper):
     with pytest.raises(RuntimeError, match=r"^rank 0\n(?s:.*)(closed|reset) by peer"):
         ranks.run(2, dies, wrapper, seconds=60)
+
+
+def goes_on(wrapper: str) -> None:
+    """The second query of the second step fails on the last rank, which catches the error and goes on."""
+    failures.LIMIT, calls = 1.0, [0]
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        calls[0] += 1
+        if calls[0] == 4 and dist.get_rank() == 1:
+            raise ArithmeticError("boom")
+        return cross_entropy(outputs, targets)
+
+    model = sharded(network()) if wrapper == "fsdp2" else network()
+    sharp: Any = SharpnessAware(model, SAM(L2(0.1)), loss, scope=None if wrapper == "fsdp2" else "global")
+    sharp = DDP(sharp) if wrapper == "outside" else sharp
+    for step in range(10):
+        with suppress(ArithmeticError):
+            sharp(*part(step)).backward()
+
+
+@pytest.mark.parametrize("wrapper", ["fsdp2", "outside", pytest.param("global", marks=pytest.mark.slow)])
+def test_a_rank_that_goes_on_after_its_own_error_is_stopped_with_an_error(wrapper):
+    # Without it the other rank's process is aborted by the backend: it receives tensors of another size.
+    first, second = ranks.ends(2, goes_on, wrapper, seconds=60)
+    assert "a step failed on rank 1 (ArithmeticError: boom) and not on rank 0, which waits for it" in second.error
+    assert re.search("(closed|reset) by peer", first.error)
 
 
 # Other kinds of sharded models.

@@ -144,10 +144,9 @@ class AESAM(SAM):
     Source: https://arxiv.org/abs/2304.14647. With running mean mu and variance var of ||g||^2, a step is a SAM step if
     ||g||^2 >= mu + c sqrt(var), where c changes linearly from `first` to `last` over `steps`. mu starts at the first
     ||g||^2 and var at 0, so the first step is a SAM step. The decision synchronises with the device once per step. In
-    data-parallel training each replica decides independently. Either wrap as
-    `DistributedDataParallel(SharpnessAware(...))` without SyncBatchNorm, because the number of forward passes may
-    differ between replicas; or pass `scope="global"`. The defaults of `first`, `last` and `delta` are not confirmed by
-    a source.
+    data-parallel training each replica decides independently, unless `scope="global"`. The number of forward passes
+    then differs between replicas, and SyncBatchNorm, which waits in each pass, is refused. The defaults of `first`,
+    `last` and `delta` are not confirmed by a source.
 
     Args:
         perturb: see `SAM`.
@@ -241,8 +240,10 @@ class SSAMF(SAM):
 
     def _mask(self, oracle: Oracle, batch: Batch) -> Vector:
         _check_alone(oracle)
+        samples = min(self.samples, size(batch) or 1)
+        oracle.agree("single examples", samples)
         fisher = self._squared(oracle, take(batch, torch.tensor([0])))
-        for i in range(1, min(self.samples, size(batch) or 1)):
+        for i in range(1, samples):
             fisher = fisher + self._squared(oracle, take(batch, torch.tensor([i])))
         return top(fisher, self.keep)
 

@@ -126,6 +126,7 @@ class ModelOracle(Oracle):
         self._scale = None if scaler is None else LossScale(scaler)
         self._noise = SameNoise(found.parameters) if same_noise else None
         self.is_local = self._placement.is_local  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.position = self._placement.position  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @property
     def weights(self) -> Vector:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -258,7 +259,7 @@ class ModelOracle(Oracle):
 
     def _evaluate(self, query: Query, track: bool) -> Evaluation:
         gradient = None
-        with torch.set_grad_enabled(query.grad):
+        with torch.set_grad_enabled(query.grad), self._placement.forward_pass():
             made = self.run(query.batch, query.objective)
         if query.grad:
             self._check_graph(query.batch, made.losses)
