@@ -9,6 +9,7 @@ import copy
 import os
 import pickle
 import re
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -19,6 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate, Shard
@@ -886,6 +888,51 @@ def test_a_memory_is_restored_by_another_number_of_ranks(method, tmp_path):
             assert all(torch.equal(a, b) for a, b in zip(got + remembered, weights + memory, strict=True))
             assert "make_room(sharp, checkpoint)" in said
             assert step == 4
+
+
+def interrupted(method: str, folder: str, wrapper: str) -> Any:
+    """A run that saves after four steps, ends, and goes on with what is loaded: the weights some steps later.
+
+    Without a checkpoint at `folder` the run is saved there and not interrupted.
+    """
+    torch.manual_seed(1)
+    load, kind = os.path.exists(folder), METHODS[method]
+    dist.barrier()
+    model = sharded(network()) if wrapper == "fsdp2" else network()
+    optimizer = sgd(model)
+    sharp = SharpnessAware(model, kind(optimizer), cross_entropy, scope=None if wrapper == "fsdp2" else "global")
+    outer = DDP(sharp) if wrapper == "global" else sharp
+    if load:
+        make_room(sharp, folder)
+        state = {"sharp": sharp.state_dict(), "optimizer": get_optimizer_state_dict(sharp, optimizer)}
+        checkpoint.load(state, checkpoint_id=folder)
+        sharp.load_state_dict(state["sharp"])
+        set_optimizer_state_dict(sharp, optimizer, state["optimizer"])
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for step in range(4 if load else 0, 8):
+            optimizer.zero_grad()
+            outer(*part(step)).backward()
+            optimizer.step()
+            if step == 3:
+                saved = {"sharp": sharp.state_dict(), "optimizer": get_optimizer_state_dict(sharp, optimizer)}
+                checkpoint.save(saved, checkpoint_id=folder)
+    return whole_weights(model), [str(w.message) for w in said if "SAMPa" in str(w.message)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrapper", ["fsdp2", "global"])
+def test_what_a_rank_keeps_for_itself_is_restored_on_that_rank(wrapper, tmp_path):
+    folder = str(tmp_path / "saved")
+    expected = ranks.run(2, interrupted, "SAMPa", folder, wrapper)
+    for (weights, warned), (loaded, warned_again) in zip(
+        expected, ranks.run(2, interrupted, "SAMPa", folder, wrapper), strict=True
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(weights, loaded, strict=True))
+        assert warned == warned_again == []
+    ((loaded, warned),) = ranks.run(1, interrupted, "SAMPa", folder, wrapper)
+    assert ["without the batch of this rank" in text for text in warned] == [True]
+    assert all(t.isfinite().all() for t in loaded)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -630,8 +630,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "methods",
         "sampa_on_the_new_batch",
         "SAMPa takes both gradients on the batch of this step.",
-        'state["batch"]',
-        "batch",
+        "late = Query(before or batch,",
+        "late = Query(batch,",
     ),
     Mutant(
         "methods",
