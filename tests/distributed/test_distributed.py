@@ -52,6 +52,7 @@ from bisam.masks import RandomMask
 from bisam.methods import efficient, wrappers
 from bisam.perturbations import L2
 from tests.support import cases, ranks
+from tests.support.replicas import distance, identical, nested, network, sharded, whole_weights
 
 STEPS, PART = int(os.environ.get("BISAM_STEPS", "8")), 4
 DRAWING = "RandomMask-friendly SSAMD ESAM EBiSAM BSAM RSAM"  # random numbers of their own
@@ -65,20 +66,6 @@ METHODS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
 METHODS["MSAM"] = lambda o: MSAM(2, SAM(L2(0.1)))
 OF_A_PART = {"ESAM", "EBiSAM", "MSAM"}  # they choose or split the examples of a rank
 ALONE = {"SSAMF": cases.FAMILY["SSAMF"][0], "KSAM": lambda o: KSAM(3, SAM(L2(0.1)))}
-
-
-def network() -> nn.Sequential:
-    """With layers that two ranks share unevenly: 7 rows, 5 rows, and 1."""
-    torch.manual_seed(1)
-    head = nn.Sequential(nn.Linear(7, 1), nn.Tanh(), nn.Linear(1, cases.CLASSES))
-    return nn.Sequential(nn.Linear(6, 7), nn.LayerNorm(7), nn.Tanh(), head).double()
-
-
-def sharded(model: nn.Sequential) -> nn.Sequential:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    fully_shard(model[0], mesh=mesh)
-    fully_shard(model[3], mesh=mesh)
-    return fully_shard(model, mesh=mesh)
 
 
 def part(step: int, rank: int | None = None) -> tuple[Tensor, ...]:
@@ -115,10 +102,6 @@ def trained(
     return whole_weights(model), torch.stack(losses)
 
 
-def whole_weights(model: nn.Module) -> list[Tensor]:
-    return [p.full_tensor() if hasattr(p, "full_tensor") else p.detach() for p in model.parameters()]
-
-
 def replicas(make: Callable[[torch.optim.Optimizer], Any], world: int) -> list[Tensor]:
     """Data-parallel training by hand: each replica has its own loss, part and stream, and gradients are averaged."""
     models = [network() for _ in range(world)]
@@ -141,24 +124,6 @@ def replicas(make: Callable[[torch.optim.Optimizer], Any], world: int) -> list[T
         for optimizer in optimizers:
             optimizer.step()
     return whole_weights(models[0])
-
-
-def distance(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    return max((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True))
-
-
-def identical(tensors: list[Tensor]) -> bool:
-    """Whether all ranks have the same bits."""
-    mine = torch.cat([t.detach().flatten() for t in tensors])
-    all_of_them = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(all_of_them, mine)
-    return all(torch.equal(mine, other) for other in all_of_them)
-
-
-def nested(order: str, model: nn.Module, method: Any, **arguments: Any) -> nn.Module:
-    if order == "inside":
-        return SharpnessAware(DDP(model), method, cross_entropy, **arguments)
-    return DDP(SharpnessAware(model, method, cross_entropy, **arguments))
 
 
 def far(ours: tuple[list[Tensor], Tensor], theirs: tuple[list[Tensor], Tensor]) -> dict[str, float]:
