@@ -4,8 +4,8 @@ Where ranks exchange tensors within a step, a rank that catches its own error an
 step to ranks that expect those of the failed one. Some backends end the process then, without an error. So each failure
 is noted in the store of the process group, and before the next step the rank looks for the notes of the others:
 
-    failures.note(layout, step, error) # the step failed on this rank
-    failures.check()                   # before the next step: raises unless it failed on the others too
+    failures.note(layout, step, error)     # the step failed on this rank
+    failures.check()                       # before the next step: raises unless it failed on the others too
 
 A step that succeeds costs nothing.
 """
@@ -13,6 +13,7 @@ A step that succeeds costs nothing.
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,7 +63,8 @@ def note(layout: Layout, step: int, error: BaseException) -> None:
     group = ",".join(map(str, ranks))
     number = _notes.counts[group] = _notes.counts.get(group, 0) + 1
     _notes.open = f"bisam/failures/{group}/{number}/{step}/", ranks, f"{type(error).__name__}: {error}"[:200]
-    dist.distributed_c10d._get_default_store().set(f"{_notes.open[0]}{dist.get_rank()}", "")
+    with suppress(RuntimeError):  # the store may have ended with another rank: the error to be raised is this one
+        dist.distributed_c10d._get_default_store().set(f"{_notes.open[0]}{dist.get_rank()}", "")
 
 
 def check() -> None:
