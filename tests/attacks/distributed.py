@@ -89,13 +89,24 @@ def uneven(step: int, rank: int) -> tuple[Tensor, ...]:
     return tuple(t[: PART if rank == 0 else 2] for t in even(step, rank))
 
 
-def built(nesting: str, model: nn.Sequential, method: Any, loss: Any = cross_entropy) -> tuple[Any, SharpnessAware]:
-    """The module that is called, and the loss in it."""
+@dataclass(frozen=True)
+class Built:
+    """A loss in a nesting: the module that is called, the wrapper that joins, and the optimizer."""
+
+    outer: Any
+    wrapper: Any
+    optimizer: torch.optim.Optimizer
+
+
+def built(nesting: str, model: nn.Sequential, make: Callable[[torch.optim.Optimizer], Any]) -> Built:
     order, _, scope = nesting.partition("_")
     if order == "fsdp2":
         sharded(model)
-    sharp = SharpnessAware(DDP(model) if order == "inside" else model, method, loss, scope="global" if scope else None)
-    return DDP(sharp) if order == "outside" else sharp, sharp
+    optimizer = sgd(model)  # of the shards
+    inside = DDP(model) if order == "inside" else model
+    sharp = SharpnessAware(inside, make(optimizer), cross_entropy, scope="global" if scope else None)
+    outer = DDP(sharp) if order == "outside" else sharp
+    return Built(outer, outer if order == "outside" else inside, optimizer)
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
@@ -122,9 +133,8 @@ def faulty(fault: str, nesting: str, method: str, mark: str) -> None:
 
     try:
         model = network()
-        optimizer = sgd(model)
         always = AESAM(L2(0.1), steps=9, first=-1e9, last=-1e9)  # so that a step has a second pass
-        outer, _ = built(nesting, model, always if method == "AESAM" else METHODS[method](optimizer))
+        it = built(nesting, model, (lambda o: always) if method == "AESAM" else METHODS[method])
         model[3].register_forward_pre_hook(strike)
         for step in range(STEPS):
             calls = 0
@@ -133,9 +143,9 @@ def faulty(fault: str, nesting: str, method: str, mark: str) -> None:
                 Path(mark).write_text(str(time.time()))
                 batch = tuple(t[:0] for t in batch)
             with suppress(Boom) if fault == "caught" else nullcontext():
-                optimizer.zero_grad()
-                outer(*batch).backward()
-                optimizer.step()
+                it.optimizer.zero_grad()
+                it.outer(*batch).backward()
+                it.optimizer.step()
     finally:
         Path(f"{mark}.{rank}").write_text(str(time.time()))
 
@@ -165,12 +175,10 @@ def judged(every: Sequence[ranks.End], fault: str, mark: Path) -> tuple[str, dic
 
 def refused(nesting: str, method: str, fault: str) -> str:
     """Returns the error of a first call that must be refused before any rank waits, the same on all ranks."""
-    model = network()
-    outer, sharp = built(nesting, model, METHODS[method](sgd(model)))
-    wrapper: Any = outer if isinstance(outer, DDP) else sharp.model
+    it = built(nesting, network(), METHODS[method])
     try:
-        with wrapper.join() if fault == "joins" else nullcontext():
-            outer(*(even if fault == "joins" else uneven)(0, dist.get_rank())).backward()
+        with it.wrapper.join() if fault == "joins" else nullcontext():
+            it.outer(*(even if fault == "joins" else uneven)(0, dist.get_rank())).backward()
     except ValueError as error:
         return str(error)
     return ""
@@ -179,23 +187,21 @@ def refused(nesting: str, method: str, fault: str) -> str:
 # Conditions under which training goes on, and what it is compared with.
 
 
-def trained(nesting: str, method: str, batch: Part, counts: Sequence[int], make: Callable[[], Any] = network) -> Any:
-    """Weights and losses of a run; `counts` are the numbers of batches of the ranks."""
+def trained(
+    nesting: str, method: str, batch: Part, counts: Sequence[int], make: Callable[[], Any] = network
+) -> list[Tensor]:
+    """The weights after a run; `counts` are the numbers of batches of the ranks."""
     rank = dist.get_rank()
     torch.manual_seed(1)
     model = make()
-    optimizer, losses = sgd(model), []
-    outer, sharp = built(nesting, model, METHODS[method](optimizer))
+    it = built(nesting, model, METHODS[method])
     torch.manual_seed(5 + rank)
-    wrapper: Any = outer if isinstance(outer, DDP) else sharp.model
-    with wrapper.join() if len(set(counts)) > 1 else nullcontext():
+    with it.wrapper.join() if len(set(counts)) > 1 else nullcontext():
         for step in range(counts[rank]):
-            optimizer.zero_grad()
-            loss = outer(*batch(step, rank))
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.detach())
-    return whole_weights(model), torch.stack(losses), model
+            it.optimizer.zero_grad()
+            it.outer(*batch(step, rank)).backward()
+            it.optimizer.step()
+    return whole_weights(model)
 
 
 def by_hand(method: str, batch: Part, counts: Sequence[int]) -> list[Tensor]:
@@ -258,18 +264,15 @@ def right(nesting: str, method: str, fault: str, folder: str) -> str:
     if fault == "resumed":
         return resumed(method, folder)
     if fault == "counts":
-        ours, theirs = (
-            trained(n, method, uneven if method == "MSAM" else even, counts, cases.convnet)
-            for n in (nesting, "outside")
-        )
-        expected = theirs[0]
+        batch = uneven if method == "MSAM" else even
+        ours, expected = (trained(order, method, batch, counts, cases.convnet) for order in (nesting, "outside"))
     else:
         batch = even if fault == "joins" else uneven
         ours = trained(nesting, method, batch, counts)
         local = nesting in ("inside", "outside")
         expected = by_hand(method, batch, counts) if local else in_one_process(method, batch, STEPS)
-    off = distance(ours[0], expected)
-    if not identical(ours[0]):
+    off = distance(ours, expected)
+    if not identical(ours):
         return "replicas differ"
     return "" if off < 1e-12 else f"weights differ by {off:.1e}"
 
@@ -359,9 +362,9 @@ def shared(sharp: SharpnessAware) -> list[Tensor]:
     return [leaf.full_tensor() if isinstance(leaf, DTensor) else leaf for leaf in leaves]
 
 
-def several(function: str, nesting: str, methods: Sequence[str], *arguments: Any) -> dict[str, str]:
+def several(function: Callable[..., str], nesting: str, methods: Sequence[str], *arguments: Any) -> dict[str, str]:
     """What a function finds for several methods in one launch of ranks."""
-    return {method: globals()[function](nesting, method, *arguments) for method in methods}
+    return {method: function(nesting, method, *arguments) for method in methods}
 
 
 # The cases.
@@ -445,15 +448,11 @@ def _launched(together: Sequence[Case], folder: Path) -> Iterator[Finding]:
         wrong, facts = judged(every, case.fault, mark)
         yield _finding(case, wrong, facts)
         return
-    arguments = ("refused", case.nesting, methods, case.fault)
+    arguments: tuple[Any, ...] = (refused, case.nesting, methods, case.fault)
     if case.verdict == "right":
-        arguments = ("right", case.nesting, methods, case.fault, str(folder))
+        arguments = (right, case.nesting, methods, case.fault, str(folder))
     every = ends(case.world, several, *arguments, seconds=10 * LIMIT)
-    broken = [
-        f"rank {r}: {(end.error.strip() or 'no result').splitlines()[-1]}"
-        for r, end in enumerate(every)
-        if not end.done
-    ]
+    broken = [f"rank {rank}: {_last_line(end)}" for rank, end in enumerate(every) if not end.done]
     later = {}
     if case.fault == "resumed" and not broken:
         (end,) = ends(1, read_by_one, methods, str(folder), seconds=10 * LIMIT)
@@ -475,8 +474,8 @@ def _last_line(end: ranks.End) -> str:
 
 
 def _finding(case: Case, wrong: str, facts: dict[str, Any]) -> Finding:
-    kind = "wrong" if wrong else {"right": "right", "error": "with a clear error"}[case.verdict]
-    return Finding(case.name, wrong, Counter({kind: 1}), facts)
+    kind = {"right": "right", "error": "with a clear error"}[case.verdict]
+    return Finding(case.name, wrong, Counter() if wrong else Counter({kind: 1}), facts)
 
 
 ATTACK = Attack("distributed", "ranks that die, fail, run out of batches, or have uneven ones", tuple(CASES), run)
