@@ -87,9 +87,9 @@ class BufferBroadcasts:
             yield
             return
         before = [ddp.require_forward_param_sync for ddp in self._inside]
-        for ddp in self._inside:
-            ddp.require_forward_param_sync = False
         try:
+            for ddp in self._inside:
+                ddp.require_forward_param_sync = False
             yield
         finally:
             # A forward pass sets this attribute for the next one: False under no_sync(), and also without gradients.
