@@ -60,17 +60,17 @@ def test_views_answer_for_the_oracle_below():
 
 
 class Ranked(Recorder):
-    """A rank of two that share a batch; `others` is what the other rank answers for its own value, 0 or 1."""
+    """A rank of three that share a batch; `missing` is how many of the others miss what they have kept."""
 
-    is_local, position = False, "1 of 2"
+    is_local, position = False, "1 of 3"
 
-    def __init__(self, others: float) -> None:
+    def __init__(self, missing: int) -> None:
         super().__init__(2.0, 3.0)
-        self.others, self.reductions = others, 0
+        self.missing, self.reductions = missing, 0
 
     def averaged(self, value, count):
         self.reductions += 1
-        return (value + self.others) / 2, count
+        return value / 3 + self.missing / 3, count
 
 
 def saved_and_loaded(state: dict[str, Any]) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def saved_and_loaded(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_a_rank_finds_what_it_keeps_without_asking_the_others():
-    oracle = Ranked(others=0.0)
+    oracle = Ranked(missing=1)
     oracle.within("a").keep("batch", ROWS)
     assert oracle.within("a").kept("batch") is ROWS
     assert oracle.reductions == 0
@@ -87,24 +87,24 @@ def test_a_rank_finds_what_it_keeps_without_asking_the_others():
 
 
 @pytest.mark.parametrize("around", [saved_and_loaded, copy.deepcopy, lambda state: pickle.loads(pickle.dumps(state))])
-@pytest.mark.parametrize("others", [0.0, 1.0])
-def test_what_was_loaded_is_used_if_all_ranks_have_it(around, others):
-    oracle = Ranked(others)
+@pytest.mark.parametrize("missing", [0, 1, 2])
+def test_what_was_loaded_is_used_if_all_ranks_have_it(around, missing):
+    oracle = Ranked(missing)
     oracle.keep("batch", (ROWS, 5))
     oracle.state = around(oracle.state)
     found = oracle.kept("batch")
     assert oracle.reductions == 1
-    if others:
+    if missing:
+        assert found is None
+    else:
         assert torch.equal(found[0], ROWS)
         assert found[1] == 5
-    else:
-        assert found is None
-    oracle.position = "0 of 2"
+    oracle.position = "0 of 3"
     assert oracle.kept("batch") is None  # that of another rank
 
 
 def test_a_batch_that_an_earlier_version_saved_is_that_of_one_rank():
-    for oracle, expected in ((Recorder(2.0), (ROWS,)), (Ranked(others=1.0), None)):
+    for oracle, expected in ((Recorder(2.0), (ROWS,)), (Ranked(missing=0), None)):
         oracle.state = {"batch": (ROWS,)}
         assert oracle.kept("batch") == expected
 

@@ -198,11 +198,11 @@ class Oracle(ABC):
         if isinstance(entries, tuple):  # the batch of SAMPa as bisam 0.1 saved it: that of the rank which saved
             entries = {"0 of 1": (entries,)}
         saved = None if entries is None else entries.get(self.position)
-        if isinstance(saved, Kept):
-            return saved.value
-        found = torch.tensor(float(saved is not None), device=self.weights.tensors[0].device)
-        everywhere = bool(self.averaged(found, 1)[0] == 1)  # ranks must not differ in the queries that follow
-        return saved[0] if everywhere and saved is not None else None
+        if self.is_local or isinstance(saved, Kept):
+            return None if saved is None else saved[0]
+        missing = torch.tensor(float(saved is None), device=self.weights.tensors[0].device)
+        anywhere = bool(self.averaged(missing, 1)[0] != 0)  # ranks must not differ in the queries that follow
+        return None if anywhere or saved is None else saved[0]
 
     def shifted(self, by: Vector, *, track: bool = False) -> Oracle:
         """Returns the same oracle, centred at `weights + by` (random smoothing, loss landscapes).

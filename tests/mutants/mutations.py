@@ -1223,8 +1223,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "oracle",
         "kept_by_some_ranks",
         "A rank uses what it kept where other ranks have nothing.",
-        "bool(self.averaged(found, 1)[0] == 1)",
-        "bool(self.averaged(found, 1)[0] > 0)",
+        "bool(self.averaged(missing, 1)[0] != 0)",
+        "bool(missing != 0)",
     ),
     Mutant(
         "distributed",
