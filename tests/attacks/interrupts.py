@@ -56,13 +56,17 @@ class Timer:
     """
 
     def __init__(self) -> None:
-        self.left = self.raised = 0
+        self.armed, self.raised = False, 0
+        self.again: float | None = None
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.left and _inside_call(frame):
-            self.left -= 1
-            self.raised += 1
-            raise Signalled
+        if not (self.armed and _inside_call(frame)):
+            return
+        self.raised += 1
+        again, self.again = self.again, None
+        if again is not None:  # started here, not as an interval, which would interrupt this handler without end
+            signal.setitimer(signal.ITIMER_REAL, again)
+        raise Signalled
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -74,12 +78,12 @@ class Timer:
             signal.signal(signal.SIGALRM, before)
 
     def start(self, delay: float, again: float | None) -> None:
-        """Starts the timer: a signal after `delay` seconds, and then every `again` seconds until two have raised."""
-        self.left, self.raised = 1 if again is None else 2, 0
-        signal.setitimer(signal.ITIMER_REAL, max(delay, 1e-6), again or 0)
+        """Starts the timer: a signal after `delay` seconds, and another one `again` seconds after it has raised."""
+        self.armed, self.again, self.raised = True, again, 0
+        signal.setitimer(signal.ITIMER_REAL, max(delay, 1e-6))
 
     def stop(self) -> None:
-        self.left = 0
+        self.armed = False
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
@@ -185,7 +189,7 @@ def attacked(
             if i % 20 == 0:
                 victim.train()
             before = victim.state()
-            again = chance.uniform(2e-5, 4e-4) if chance.random() < TWICE else None
+            again = chance.uniform(1e-6, 1e-4) if chance.random() < TWICE else None
             loss = _call(victim, timer, chance.uniform(0, 1.1 * victim.seconds), again)
             counts["calls"] += 1
             if loss is not None:
