@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from dataclasses import FrozenInstanceError
 from typing import Any
 
 import pytest
 import torch
 
-from bisam import ASAM, CRSAM, ERM, RSAM, SAM, Every, ModelOracle, SAMPa, Vector, cross_entropy
+from bisam import ASAM, CRSAM, ERM, RSAM, SAM, Every, ModelOracle, SAMPa, Vector, cross_entropy, next_step
 from bisam.oracle import Query
 from bisam.perturbations import L2
+from bisam.state import load, save
 from tests.support import cases, references
 from tests.support.doubles import ROWS, Quadratic, Recorder, shift
 from tests.support.runs import close
@@ -55,6 +57,56 @@ def test_views_answer_for_the_oracle_below():
         assert view.parameters is oracle.parameters
         assert view.buffers is oracle.buffers
         assert torch.equal(view.weights.tensors[0], oracle.weights.tensors[0])
+
+
+class Ranked(Recorder):
+    """A rank of three that share a batch; `missing` is how many of the others miss what they have kept."""
+
+    is_local, position = False, "1 of 3"
+
+    def __init__(self, missing: int) -> None:
+        super().__init__(2.0, 3.0)
+        self.missing, self.reductions = missing, 0
+
+    def averaged(self, value, count):
+        self.reductions += 1
+        return value / 3 + self.missing / 3, count
+
+
+def saved_and_loaded(state: dict[str, Any]) -> dict[str, Any]:
+    return load(save(state, SAMPa(ahead=next_step)), SAMPa(ahead=next_step), list(cases.mlp().parameters()))
+
+
+def test_a_rank_finds_what_it_keeps_without_asking_the_others():
+    oracle = Ranked(missing=1)
+    oracle.within("a").keep("batch", ROWS)
+    assert oracle.within("a").kept("batch") is ROWS
+    assert oracle.reductions == 0
+    assert oracle.kept("batch") is None  # the state of another part
+    assert oracle.reductions == 1
+
+
+@pytest.mark.parametrize("around", [saved_and_loaded, copy.deepcopy, lambda state: pickle.loads(pickle.dumps(state))])
+@pytest.mark.parametrize("missing", [0, 1, 2])
+def test_what_was_loaded_is_used_if_all_ranks_have_it(around, missing):
+    oracle = Ranked(missing)
+    oracle.keep("batch", (ROWS, 5))
+    oracle.state = around(oracle.state)
+    found = oracle.kept("batch")
+    assert oracle.reductions == 1
+    if missing:
+        assert found is None
+    else:
+        assert torch.equal(found[0], ROWS)
+        assert found[1] == 5
+    oracle.position = "0 of 3"
+    assert oracle.kept("batch") is None  # that of another rank
+
+
+def test_a_batch_that_an_earlier_version_saved_is_that_of_one_rank():
+    for oracle, expected in ((Recorder(2.0), (ROWS,)), (Ranked(missing=0), None)):
+        oracle.state = {"batch": (ROWS,)}
+        assert oracle.kept("batch") == expected
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,8 @@ OTHERS: dict[str, set[str]] = {
         "_optimizer_state_dict_post_hooks",
         "_optimizer_state_dict_pre_hooks",
     },
-    "torch.distributed": {"_device_types", "_get_backend", "_timeout"},
+    "torch.distributed": {"_device_types", "_get_backend", "_get_default_store", "_timeout"},
+    "DistributedDataParallel": {"_get_active_ddp_module", "_join_config"},
     "FSDP2": {
         "_all_gather_result",
         "_fsdp_param_group",
@@ -121,6 +122,12 @@ def test_the_list_has_no_name_that_is_not_used():
 def test_fsdp_is_known_to_one_file():
     assert [file for file, path in FILES.items() if foreign(path.read_text()) & OTHERS["FSDP2"]] == [
         "distributed/fsdp.py"
+    ]
+
+
+def test_ddp_is_known_to_one_file():
+    assert [file for file, path in FILES.items() if foreign(path.read_text()) & OTHERS["DistributedDataParallel"]] == [
+        "distributed/ddp.py"
     ]
 
 

@@ -82,6 +82,8 @@ PUBLIC = [getattr(bisam, name) for name in sorted(NAMES - TYPES)] + IN_MODULES
 CORE = [
     "batches",
     "deprecated",
+    "distributed.ddp",
+    "distributed.failures",
     "distributed.fsdp",
     "distributed.layout",
     "distributed.peers",

@@ -24,6 +24,7 @@ from torch.utils._pytree import register_pytree_node
 
 from bisam import state as method_state
 from bisam.batches import Batch, Keywords
+from bisam.distributed import failures
 from bisam.distributed.fsdp import reshard
 from bisam.distributed.layout import ShardedLayout
 from bisam.distributed.placement import Scope
@@ -75,7 +76,9 @@ class SharpnessAware(nn.Module):
         ValueError: no parameter is trainable, or the state of the method belongs to other parameters than the trainable
             ones; the batch is empty; the targets do not match; the losses have the wrong shape or no gradient; a
             gradient is sparse; the loss depends on tensors that require a gradient but would not be trained; the
-            wrapper of the model or its parameters are of a type that is not supported.
+            wrapper of the model or its parameters are of a type that is not supported; the context `join()` of a
+            DistributedDataParallel is active where ranks would wait for each other.
+        RuntimeError: the last step failed on this rank, and other ranks still wait for it in that step.
 
     Example:
         >>> import torch
@@ -199,9 +202,10 @@ class SharpnessAware(nn.Module):
             before = method_state.laid_out(before, layout)
         try:
             answer = self._asked(oracle, before, batch)
-        except WeightsInitialised:
-            answer = self._asked(oracle, before, batch)
-        value = _differentiable(oracle, answer)
+            value = _differentiable(oracle, answer)
+        except BaseException as error:
+            failures.note(layout, memory.step, error)
+            raise
         after = method_state.settled(oracle.state, before, answer.gradient, oracle.overflow)
         after = after if layout is WHOLE else method_state.laid_out(after)
         # One assignment: an interruption leaves all of it as before, or all as after the step.
@@ -211,7 +215,12 @@ class SharpnessAware(nn.Module):
         return value
 
     def _asked(self, oracle: ModelOracle, before: dict[str, Any], batch: Batch) -> Evaluation:
+        """Returns the answer of the method, which begins again if the first pass of training initialises weights."""
         oracle.state = dict(before)
+        try:
+            return self.method(oracle, batch)
+        except WeightsInitialised:
+            oracle.state = dict(before)
         return self.method(oracle, batch)
 
     @property
@@ -360,7 +369,12 @@ def _plain(oracle: ModelOracle, batch: Batch) -> Tensor:
     """Returns the training loss at the weights with its graph, as a loop without this library computes it."""
     if oracle.model.training:  # under no_grad, where running statistics are updated too
         oracle.module_state.begin()
-    made = oracle.run(batch)
+    try:
+        made = oracle.run(batch)
+    except BaseException as error:
+        if oracle.layout.sharded:
+            failures.note(oracle.layout, oracle.step, error)
+        raise
     oracle.seen.append(made.detached())
     return made.value
 

@@ -25,14 +25,25 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from bisam.batches import Batch
 from bisam.evaluation import Evaluation
 from bisam.objectives import Count, Objective
 from bisam.vector import Vector
+
+
+class Kept(NamedTuple):
+    """A value that `Oracle.keep` stored in this process; a loaded checkpoint has a plain tuple in its place."""
+
+    value: Any
+
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        # A copy may be sent to another process: it is checked there, as a loaded value is.
+        return tuple, ((self.value,),)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,11 +115,14 @@ class Oracle(ABC):
         step: number of losses that were computed before this one.
         is_local: whether an answer is computed on this rank's batch only. If parameters are sharded, or if the scope is
             "global", answers are means over the batches of all ranks.
+        position: number of this rank among those that share a batch, as "0 of 2"; "0 of 1" if `is_local`.
         state: state of the method between steps (numbers, tensors, Vectors, in dicts, lists and tuples). It is saved
             and restored by `SharpnessAware.state_dict`. Replace its values, do not modify them in place: a step that
             fails restores the previous values, and so does a step whose gradient, or a new Vector, 0-dimensional tensor
             or float of the state, is not finite. Store numbers that change in each step as 0-dimensional tensors: a
-            changed Python number, or a tensor of another shape, makes the step wait for the device.
+            changed Python number, or a tensor of another shape, makes the step wait for the device. If not
+            `is_local`, all ranks must have the same values; use `keep` and `kept` for a value that differs between
+            ranks, such as a batch.
 
     Example:
         A method is a function of an oracle and a batch. This one is SAM with an L2 ball:
@@ -133,6 +147,7 @@ class Oracle(ABC):
     loss: Objective
     step: int = 0
     is_local: bool = True
+    position: str = "0 of 1"
     state: dict[str, Any]
 
     @abstractmethod
@@ -173,6 +188,31 @@ class Oracle(ABC):
         Queries on one part begin in the same state of the model (hidden states, averages); see
         `bisam.model.module_state`.
         """
+
+    def keep(self, name: str, value: Any) -> None:
+        """Stores a value of this rank alone in the state, such as its batch; see `kept`.
+
+        Args:
+            name: the key in `state`.
+            value: numbers and tensors, in dicts, lists and tuples.
+        """
+        self.state[name] = {self.position: Kept(value)}
+
+    def kept(self, name: str) -> Any:
+        """Returns the value that `keep` stored on this rank, or None on all ranks if it is missing on any.
+
+        It is missing before the first `keep`, and after loading a checkpoint that other ranks have saved. All ranks
+        that share a batch call this method together; the call synchronises them unless this process stored the value.
+        """
+        entries = self.state.get(name)
+        if isinstance(entries, tuple):  # the batch of SAMPa as bisam 0.1 saved it: that of the rank which saved
+            entries = {"0 of 1": (entries,)}
+        saved = None if entries is None else entries.get(self.position)
+        if self.is_local or isinstance(saved, Kept):
+            return None if saved is None else saved[0]
+        missing = torch.tensor(float(saved is None), device=self.weights.tensors[0].device)
+        anywhere = bool(self.averaged(missing, 1)[0] != 0)  # ranks must not differ in the queries that follow
+        return None if anywhere or saved is None else saved[0]
 
     def shifted(self, by: Vector, *, track: bool = False) -> Oracle:
         """Returns the same oracle, centred at `weights + by` (random smoothing, loss landscapes).
@@ -265,6 +305,11 @@ class View(Oracle):
     def is_local(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """See `Oracle`."""
         return self._oracle.is_local
+
+    @property
+    def position(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """See `Oracle`."""
+        return self._oracle.position
 
     def averaged(self, value: Tensor, count: Count) -> tuple[Tensor, Count]:
         """See `Oracle.averaged`."""

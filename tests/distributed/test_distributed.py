@@ -8,8 +8,10 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import re
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate, Shard
@@ -43,11 +46,13 @@ from bisam import (
     cross_entropy,
 )
 from bisam.batches import take
+from bisam.distributed import failures
 from bisam.integrations.checkpoint import make_room
 from bisam.masks import RandomMask
 from bisam.methods import efficient, wrappers
 from bisam.perturbations import L2
 from tests.support import cases, ranks
+from tests.support.replicas import distance, identical, nested, network, sharded, whole_weights
 
 STEPS, PART = int(os.environ.get("BISAM_STEPS", "8")), 4
 DRAWING = "RandomMask-friendly SSAMD ESAM EBiSAM BSAM RSAM"  # random numbers of their own
@@ -61,20 +66,6 @@ METHODS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
 METHODS["MSAM"] = lambda o: MSAM(2, SAM(L2(0.1)))
 OF_A_PART = {"ESAM", "EBiSAM", "MSAM"}  # they choose or split the examples of a rank
 ALONE = {"SSAMF": cases.FAMILY["SSAMF"][0], "KSAM": lambda o: KSAM(3, SAM(L2(0.1)))}
-
-
-def network() -> nn.Sequential:
-    """With layers that two ranks share unevenly: 7 rows, 5 rows, and 1."""
-    torch.manual_seed(1)
-    head = nn.Sequential(nn.Linear(7, 1), nn.Tanh(), nn.Linear(1, cases.CLASSES))
-    return nn.Sequential(nn.Linear(6, 7), nn.LayerNorm(7), nn.Tanh(), head).double()
-
-
-def sharded(model: nn.Sequential) -> nn.Sequential:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    fully_shard(model[0], mesh=mesh)
-    fully_shard(model[3], mesh=mesh)
-    return fully_shard(model, mesh=mesh)
 
 
 def part(step: int, rank: int | None = None) -> tuple[Tensor, ...]:
@@ -111,10 +102,6 @@ def trained(
     return whole_weights(model), torch.stack(losses)
 
 
-def whole_weights(model: nn.Module) -> list[Tensor]:
-    return [p.full_tensor() if hasattr(p, "full_tensor") else p.detach() for p in model.parameters()]
-
-
 def replicas(make: Callable[[torch.optim.Optimizer], Any], world: int) -> list[Tensor]:
     """Data-parallel training by hand: each replica has its own loss, part and stream, and gradients are averaged."""
     models = [network() for _ in range(world)]
@@ -137,24 +124,6 @@ def replicas(make: Callable[[torch.optim.Optimizer], Any], world: int) -> list[T
         for optimizer in optimizers:
             optimizer.step()
     return whole_weights(models[0])
-
-
-def distance(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    return max((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True))
-
-
-def identical(tensors: list[Tensor]) -> bool:
-    """Whether all ranks have the same bits."""
-    mine = torch.cat([t.detach().flatten() for t in tensors])
-    all_of_them = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(all_of_them, mine)
-    return all(torch.equal(mine, other) for other in all_of_them)
-
-
-def nested(order: str, model: nn.Module, method: Any, **arguments: Any) -> nn.Module:
-    if order == "inside":
-        return SharpnessAware(DDP(model), method, cross_entropy, **arguments)
-    return DDP(SharpnessAware(model, method, cross_entropy, **arguments))
 
 
 def far(ours: tuple[list[Tensor], Tensor], theirs: tuple[list[Tensor], Tensor]) -> dict[str, float]:
@@ -336,8 +305,79 @@ def statistics(order: str) -> dict[str, Any]:
     return {} if cases.buffers(models[0]) == cases.buffers(models[1]) else {"differ": 1}
 
 
-def decides(**arguments: Any) -> Callable[[], SharpnessAware]:
-    return lambda: SharpnessAware(DDP(cases.convnet()), KSAM(3, AESAM(steps=9)), cross_entropy, **arguments)
+def cut(step: int, rank: int) -> tuple[Tensor, ...]:
+    """A part of another size on each rank."""
+    return tuple(t[: PART - 2 * rank] for t in part(step, rank))
+
+
+def passes_that_differ(make: Callable[[], Any], batch: Callable[..., Any]) -> dict[str, Any]:
+    """Ranks with different numbers of forward passes train as in the nesting in which no pass waits for another rank.
+
+    The model broadcasts buffers in its forward pass, once a step as in the other nesting.
+    """
+    passes, begun, runs, rank = [], [], {}, dist.get_rank()
+
+    def begin(step: int) -> tuple[Tensor, ...]:
+        begun.append(float(len(passes)))
+        return batch(step, rank=rank)
+
+    for order in ("inside", "outside"):
+        torch.manual_seed(1)
+        model = cases.convnet()
+        model.register_forward_pre_hook(lambda *_: passes.append(1))
+        weights, losses = trained(model, lambda o, m=model, order=order: nested(order, m, make()), begin)
+        runs[order] = weights, losses, cases.buffers(model)
+    if identical([torch.tensor(begun)]):
+        return {"passes": "the ranks have as many in each step: the case tests nothing"}
+    # The first rank's buffers, because those of the others are broadcast over before the next step.
+    same = runs["inside"][2] == runs["outside"][2] or rank > 0
+    return far(runs["inside"][:2], runs["outside"][:2]) | ({} if same else {"buffers": "differ"})
+
+
+def joined() -> dict[str, float]:
+    """With join, a rank without further batches adds zero gradients, and gets the final model at the end."""
+    model, steps = network(), 3
+    sharp, optimizer = DDP(SharpnessAware(model, SAM(L2(0.1)), cross_entropy)), sgd(model)
+    with sharp.join():
+        for step in range(steps - dist.get_rank()):
+            optimizer.zero_grad()
+            sharp(*part(step)).backward()
+            optimizer.step()
+    one = network()
+    alone, optimizer = SharpnessAware(one, SAM(L2(0.1)), cross_entropy), sgd(one)
+    for step in range(steps):
+        optimizer.zero_grad()
+        for rank in range(2):
+            if step < steps - rank:
+                (alone(*part(step, rank)) / 2).backward()
+        optimizer.step()
+    off = distance(whole_weights(model), whole_weights(one))
+    return {} if off < 1e-12 else {"off": off}
+
+
+def joins(order: str, **arguments: Any) -> Callable[..., Tensor]:
+    """The loss in the context of a join, which the first batch is refused in, also after a step without it."""
+    sharp = nested(order, cases.convnet(), SAM(), **arguments)
+    sharp(*part(0)).backward()
+
+    def call(*batch: Any) -> Tensor:
+        with (sharp if order == "outside" else sharp.model).join():
+            return sharp(*batch)
+
+    return call
+
+
+class Synchronous(nn.SyncBatchNorm):
+    """SyncBatchNorm that also runs on a CPU, without communication: nothing waits in a test of what is refused."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, None, None, training=True)
+
+
+def with_sync(method: Any, batch: Callable[..., Any] = part, **arguments: Any) -> Callable[..., Tensor]:
+    model = cases.mlp(lambda n: Synchronous(n).double())
+    sharp = SharpnessAware(model, method, cross_entropy, **arguments)  # on a CPU, DDP accepts no SyncBatchNorm
+    return lambda *_: sharp(*batch(0, dist.get_rank()))
 
 
 def unused_by_all(order: str) -> dict[str, Any]:
@@ -407,6 +447,7 @@ def ddp_otherwise() -> dict[str, Any]:
     def still() -> SharpnessAware:
         return SharpnessAware(DDP(network(), static_graph=True), SAM(), cross_entropy)
 
+    decides = AESAM(L2(0.1), steps=9, first=-1.0, last=-1.0, delta=0.5)
     return wrong(
         {
             **{f"unused parameters, {order}": unused(order) for order in ("inside", "outside")},
@@ -419,8 +460,18 @@ def ddp_otherwise() -> dict[str, Any]:
             "evaluation": mode(),
             "static graph, outside": static(),
             "static graph, inside": refused(still, "static_graph=True) inside the loss would never average"),
-            "replicas that decide": refused(decides(), "with AESAM replicas may differ in their number of forward"),
-            "that decide together": {} if decides(scope="global")()(*part(0)) > 0 else {"loss": 0},
+            "replicas that decide": passes_that_differ(lambda: KSAM(3, decides), part),
+            "uneven micro-batches": passes_that_differ(lambda: MSAM(2, SAM(L2(0.1))), cut),
+            "uneven single examples": passes_that_differ(lambda: SSAMF(L2(0.1), every=2), cut),
+            "join, outside": joined(),
+            "join, inside": refused(lambda: joins("inside"), "DistributedDataParallel(SharpnessAware(model, ...)), wh"),
+            "join, inside, global": refused(lambda: joins("inside", scope="global"), "takes part in one forward pass"),
+            "join, global": refused(lambda: joins("outside", scope="global"), 'with scope="global" each query waits'),
+            "SyncBatchNorm, decides": refused(lambda: with_sync(KSAM(3, AESAM(steps=9))), "with AESAM replicas may"),
+            "SyncBatchNorm, decide together": {} if with_sync(AESAM(steps=9), scope="global")() > 0 else {"loss": 0},
+            "SyncBatchNorm, MSAM": refused(lambda: with_sync(MSAM(2), cut), "ranks differ in micro-batches (1 to 2)"),
+            "SyncBatchNorm, SSAMF": refused(lambda: with_sync(SSAMF(), cut), "differ in single examples (2 to 4)"),
+            "SyncBatchNorm, even": {} if with_sync(MSAM(2))() > 0 else {"loss": 0},
         }
     )
 
@@ -444,6 +495,32 @@ def dies(wrapper: str) -> None:
 def test_where_a_rank_dies_the_others_end_with_an_error(wrapper):
     with pytest.raises(RuntimeError, match=r"^rank 0\n(?s:.*)(closed|reset) by peer"):
         ranks.run(2, dies, wrapper, seconds=60)
+
+
+def goes_on(wrapper: str) -> None:
+    """The second query of the second step fails on the last rank, which catches the error and goes on."""
+    failures.LIMIT, calls = 1.0, [0]
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        calls[0] += 1
+        if calls[0] == 4 and dist.get_rank() == 1:
+            raise ArithmeticError("boom")
+        return cross_entropy(outputs, targets)
+
+    model = sharded(network()) if wrapper == "fsdp2" else network()
+    sharp: Any = SharpnessAware(model, SAM(L2(0.1)), loss, scope=None if wrapper == "fsdp2" else "global")
+    sharp = DDP(sharp) if wrapper == "outside" else sharp
+    for step in range(10):
+        with suppress(ArithmeticError):
+            sharp(*part(step)).backward()
+
+
+@pytest.mark.parametrize("wrapper", ["fsdp2", "outside", pytest.param("global", marks=pytest.mark.slow)])
+def test_a_rank_that_goes_on_after_its_own_error_is_stopped_with_an_error(wrapper):
+    # Without it the other rank's process is aborted by the backend: it receives tensors of another size.
+    first, second = ranks.ends(2, goes_on, wrapper, seconds=60)
+    assert "a step failed on rank 1 (ArithmeticError: boom) and not on rank 0, which waits for it" in second.error
+    assert re.search("(closed|reset) by peer", first.error)
 
 
 # Other kinds of sharded models.
@@ -905,6 +982,51 @@ def test_a_memory_is_restored_by_another_number_of_ranks(method, tmp_path):
             assert all(torch.equal(a, b) for a, b in zip(got + remembered, weights + memory, strict=True))
             assert "make_room(sharp, checkpoint)" in said
             assert step == 4
+
+
+def interrupted(method: str, folder: str, wrapper: str) -> Any:
+    """A run that saves after four steps, ends, and goes on with what is loaded: the weights some steps later.
+
+    Without a checkpoint at `folder` the run is saved there and not interrupted.
+    """
+    torch.manual_seed(1)
+    load, kind = os.path.exists(folder), METHODS[method]
+    dist.barrier()
+    model = sharded(network()) if wrapper == "fsdp2" else network()
+    optimizer = sgd(model)
+    sharp = SharpnessAware(model, kind(optimizer), cross_entropy, scope=None if wrapper == "fsdp2" else "global")
+    outer = DDP(sharp) if wrapper == "global" else sharp
+    if load:
+        make_room(sharp, folder)
+        state = {"sharp": sharp.state_dict(), "optimizer": get_optimizer_state_dict(sharp, optimizer)}
+        checkpoint.load(state, checkpoint_id=folder)
+        sharp.load_state_dict(state["sharp"])
+        set_optimizer_state_dict(sharp, optimizer, state["optimizer"])
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for step in range(4 if load else 0, 8):
+            optimizer.zero_grad()
+            outer(*part(step)).backward()
+            optimizer.step()
+            if step == 3:
+                saved = {"sharp": sharp.state_dict(), "optimizer": get_optimizer_state_dict(sharp, optimizer)}
+                checkpoint.save(saved, checkpoint_id=folder)
+    return whole_weights(model), [str(w.message) for w in said if "SAMPa" in str(w.message)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrapper", ["fsdp2", "global"])
+def test_what_a_rank_keeps_for_itself_is_restored_on_that_rank(wrapper, tmp_path):
+    folder = str(tmp_path / "saved")
+    expected = ranks.run(2, interrupted, "SAMPa", folder, wrapper)
+    for (weights, warned), (loaded, warned_again) in zip(
+        expected, ranks.run(2, interrupted, "SAMPa", folder, wrapper), strict=True
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(weights, loaded, strict=True))
+        assert warned == warned_again == []
+    ((loaded, warned),) = ranks.run(1, interrupted, "SAMPa", folder, wrapper)
+    assert ["without the batch of this rank" in text for text in warned] == [True]
+    assert all(t.isfinite().all() for t in loaded)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from bisam import MSAM, SAM, BiSAM, NegLog, SharpnessAware, cross_entropy
+from bisam import MSAM, SAM, BiSAM, NegLog, SAMPa, SharpnessAware, cross_entropy
 from tests.support import cases
 from tests.support.cases import LABELS, POINTS, buffers, everything, linear, normed, parameters
 
@@ -35,6 +35,15 @@ REFUSED = {
     "nothing trainable": (
         lambda: normed().requires_grad_(False),
         None,
+        cross_entropy,
+        None,
+        (X, Y),
+        ValueError,
+        "Sequential has no trainable parameter",
+    ),
+    "nothing trainable, and a method that looks for its state first": (
+        lambda: normed().requires_grad_(False),
+        SAMPa(ahead=lambda g, oracle: g),
         cross_entropy,
         None,
         (X, Y),

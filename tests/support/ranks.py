@@ -53,14 +53,30 @@ def run(
 
 
 def ends(
-    world: int, function: Callable[..., Any], *arguments: Any, seconds: float = 240, with_group: bool = True
+    world: int,
+    function: Callable[..., Any],
+    *arguments: Any,
+    seconds: float = 240,
+    with_group: bool = True,
+    patience: timedelta = PATIENCE,
+    start: str = "spawn",
 ) -> list[End]:
-    """Returns how each of `world` ranks ended; arguments as those of `run`."""
+    """Returns how each of `world` ranks ended; arguments as those of `run`, and two more.
+
+    Args:
+        world: see `run`.
+        function: see `run`.
+        arguments: see `run`.
+        seconds: see `run`.
+        with_group: see `run`.
+        patience: how long a rank waits in a collective, and at its end for the others.
+        start: how processes are started, "spawn" or "forkserver". A server imports the modules once for many launches.
+    """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # outlives all ranks
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        context = mp.get_context("spawn")  # fork is unsafe once torch has threads
-        task = (store.port, folder, function, arguments, with_group)
+        context = mp.get_context(start)  # fork is unsafe once torch has threads
+        task = (store.port, folder, function, arguments, with_group, patience)
         processes = [context.Process(target=_rank, args=(rank, world, *task), daemon=True) for rank in range(world)]
         for process in processes:
             process.start()
@@ -78,9 +94,9 @@ def ends(
         return [_end(folder / str(rank), rank in waiting) for rank in range(world)]
 
 
-def meet(store: dist.Store, rank: int, world: int) -> None:
+def meet(store: dist.Store, rank: int, world: int, patience: timedelta = PATIENCE) -> None:
     """Initialises the process group."""
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=PATIENCE)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=patience)
 
 
 def _end(file: Path, late: bool) -> End:
@@ -98,6 +114,7 @@ def _rank(
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
     with_group: bool,
+    patience: timedelta,
 ) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
@@ -105,7 +122,7 @@ def _rank(
     file, store = folder / str(rank), dist.TCPStore("127.0.0.1", port)
     try:
         if with_group:
-            meet(store, rank, world)
+            meet(store, rank, world, patience)
         else:
             names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1"}
             os.environ |= {name: str(value) for name, value in names.items()} | {"MASTER_PORT": _free(store, rank)}
@@ -113,7 +130,7 @@ def _rank(
         torch.save(value, file.with_suffix(".part"))
         file.with_suffix(".part").rename(file)
         store.set(f"ended {rank}", "")
-        store.wait([f"ended {other}" for other in range(world)], PATIENCE)  # an early exit would break the others
+        store.wait([f"ended {other}" for other in range(world)], patience)  # an early exit would break the others
     except BaseException:
         if not file.exists():
             file.with_suffix(".error").write_text(traceback.format_exc())

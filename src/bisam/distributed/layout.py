@@ -156,15 +156,18 @@ class ReplicatedLayout(Layout):
 
     Args:
         peers: the ranks.
+
+    Attributes:
+        peers: the argument `peers`.
     """
 
     def __init__(self, peers: Peers) -> None:
-        self._peers = peers
+        self.peers = peers
 
     def random(self, i: int, whole: Tensor) -> Tensor:
         """See `Layout.random`."""
-        return self._peers.first(whole)
+        return self.peers.first(whole)
 
     def from_first_rank(self, value: Tensor) -> Tensor:
         """See `Layout.from_first_rank`."""
-        return self._peers.first(value)
+        return self.peers.first(value)

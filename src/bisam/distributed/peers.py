@@ -7,9 +7,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from bisam.vector import Tensors, Vector
+
+
+def world_size() -> int:
+    """Returns the number of ranks of the default process group, 1 without one."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def position() -> str:
+    """Returns the number of this rank among all ranks, as "0 of 2"."""
+    return f"{dist.get_rank() if world_size() > 1 else 0} of {world_size()}"
 
 
 class Peers:
@@ -24,13 +34,17 @@ class Peers:
         self._groups, self._device = groups, device
 
     @classmethod
-    def of(cls, model: nn.Module, parameters: Sequence[Tensor]) -> Peers | None:
-        """Returns the ranks of the DistributedDataParallel inside the model, else all ranks; None for a single rank."""
+    def of(cls, modules: Sequence[Any], parameters: Sequence[Tensor]) -> Peers | None:
+        """Returns the ranks of the first module's process group, else all ranks; None for a single rank."""
         if not (parameters and dist.is_available() and dist.is_initialized()):
             return None
-        found = (getattr(m, "process_group", None) for m in model.modules() if hasattr(m, "reducer"))
-        group = next(found, None) or dist.group.WORLD
+        group = next((module.process_group for module in modules), None) or dist.group.WORLD
         return None if dist.get_world_size(group) == 1 else cls([group], parameters[0].device)
+
+    @property
+    def ranks(self) -> list[int]:
+        """The numbers of the ranks, including this one."""
+        return sorted({rank for group in self._groups for rank in dist.get_process_group_ranks(group)})
 
     def answer(
         self, value: Tensor, count: int | Tensor, gradient: Vector | None, reduced: bool

@@ -12,14 +12,17 @@ model need not distinguish them:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from bisam.distributed import failures
+from bisam.distributed.ddp import BufferBroadcasts, check_join, communicating
 from bisam.distributed.fsdp import FSDPModules, accumulation_hooks
 from bisam.distributed.layout import ReplicatedLayout, ShardedLayout, local
-from bisam.distributed.peers import Peers
+from bisam.distributed.peers import Peers, position
 from bisam.objectives import Count
 from bisam.vector import WHOLE, Layout, Vector
 
@@ -33,10 +36,16 @@ class Local:
     Attributes:
         layout: the layout of Vectors of weights and gradients.
         is_local: whether an answer is for this rank's batch only.
+        position: see `Oracle.position`.
     """
 
     layout: Layout = WHOLE
     is_local: bool = True
+
+    @property
+    def position(self) -> str:
+        """See `Oracle.position`."""
+        return "0 of 1" if self.is_local else position()
 
     def weights(self, parameters: Sequence[Tensor]) -> Vector:
         """Returns the data of the parameters; changing it changes the model."""
@@ -74,6 +83,10 @@ class Local:
     def before_forward(self) -> None:
         """Frees copies of the weights that were gathered for an earlier pass, because the weights have changed."""
 
+    def forward_pass(self) -> AbstractContextManager[None]:
+        """Returns a context for each forward pass of a query."""
+        return nullcontext()
+
     def recover(self, parameters: Sequence[Tensor]) -> None:
         """Resets the state that an interrupted forward or backward pass has left."""
 
@@ -86,18 +99,44 @@ class Local:
         return []
 
 
+class Replica(Local):
+    """Whole parameters, and answers for this rank's batch only, in a model that communicates in its forward passes.
+
+    Args:
+        broadcasts: the broadcasts of buffers in the forward passes.
+        waiting: the ranks that wait for each other in every forward pass (SyncBatchNorm); None if no rank waits.
+    """
+
+    def __init__(self, broadcasts: BufferBroadcasts, waiting: Peers | None) -> None:
+        self._broadcasts, self._waiting = broadcasts, waiting
+
+    def agree(self, what: str, number: int) -> None:
+        """See `Local.agree`; checks the ranks that wait for each other in every forward pass."""
+        if self._waiting is not None:
+            self._waiting.agree(what, number)
+
+    def forward_pass(self) -> AbstractContextManager[None]:
+        """See `Local.forward_pass`."""
+        return self._broadcasts.once()
+
+
 class Replicated(Local):
     """Whole parameters on all ranks, and answers that are averaged over the batches of all ranks.
 
     Args:
         peers: the ranks.
+        broadcasts: the broadcasts of buffers in the forward passes.
     """
 
     is_local = False
 
-    def __init__(self, peers: Peers) -> None:
-        self._peers = peers
+    def __init__(self, peers: Peers, broadcasts: BufferBroadcasts) -> None:
+        self._peers, self._broadcasts = peers, broadcasts
         self.layout = ReplicatedLayout(peers)
+
+    def forward_pass(self) -> AbstractContextManager[None]:
+        """See `Local.forward_pass`."""
+        return self._broadcasts.once()
 
     def averaged(self, value: Tensor, count: Count, gradient: Vector | None) -> tuple[Tensor, Count, Vector | None]:
         """See `Local.averaged`."""
@@ -187,7 +226,7 @@ _LOCAL = Local()
 
 
 def place(model: nn.Module, parameters: Sequence[Tensor], fsdp_modules: Sequence[Any], scope: Scope | None) -> Local:
-    """Returns the placement of a model.
+    """Returns the placement of a model for one training step.
 
     Args:
         model: the model, with the wrappers inside it.
@@ -195,11 +234,22 @@ def place(model: nn.Module, parameters: Sequence[Tensor], fsdp_modules: Sequence
         fsdp_modules: its modules to which `fully_shard` was applied, outer ones first.
         scope: "global" averages answers over all ranks, "local" does not. None: as the wrapper does. Under FSDP2 and
             tensor parallelism the wrapper determines the scope (`bisam.model.compatibility` refuses the other value).
+
+    Raises:
+        ValueError: the context `join()` of a DistributedDataParallel is active, and ranks would wait for each other.
+        RuntimeError: the last step failed on this rank and not on the ranks that wait for it.
     """
+    failures.check()
     shards = ShardedLayout.of(parameters)
     if shards is not None:
         return FullySharded(FSDPModules(fsdp_modules), shards, None) if fsdp_modules else TensorParallel(shards)
-    peers = Peers.of(model, parameters) if scope == "global" else None
+    inside, norms = communicating(model)
+    check_join(inside, together=scope == "global")
+    peers = Peers.of(inside, parameters) if scope == "global" else None
     if fsdp_modules:
         return FullySharded(FSDPModules(fsdp_modules), None, peers)
-    return _LOCAL if peers is None else Replicated(peers)
+    if peers is not None:
+        return Replicated(peers, BufferBroadcasts(inside))
+    if not (inside or norms):
+        return _LOCAL
+    return Replica(BufferBroadcasts(inside), Peers.of(norms, parameters) if norms else None)

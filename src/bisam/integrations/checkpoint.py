@@ -14,12 +14,14 @@ Weights and state may have been saved by another number of ranks, or with anothe
 from __future__ import annotations
 
 import os
+import re
 from typing import Any, cast
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader, StorageReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from bisam.distributed.peers import position
 from bisam.loss import SharpnessAware
 
 _EXTRA = "_extra_state"  # the key of torch.nn.Module for state that is neither parameter nor buffer
@@ -30,7 +32,8 @@ def make_room(
 ) -> None:
     """Creates the state of a loss, filled with zeros, in the shapes that a checkpoint has, so that it can be loaded.
 
-    It does nothing if the state in the checkpoint is empty, as that of `SAM` or `BiSAM`.
+    It does nothing if the state in the checkpoint is empty, as that of `SAM` or `BiSAM`. What each rank has saved for
+    itself, as the batch of `SAMPa`, is loaded by the rank of the same number if the number of ranks is the same.
 
     Args:
         sharp: the loss, constructed as the one that was saved: with its model sharded, if it will be, and with the same
@@ -65,6 +68,8 @@ def _memories(metadata: Metadata) -> dict[str, dict[str, Any]]:
         at = next((i for i, part in enumerate(path) if str(part).endswith(_EXTRA)), None)
         if at is None or at + 1 == len(path) or path[at + 1] not in ("step", "method", "state"):
             continue
+        if any(_of_one_rank(part) for part in path[at + 1 :]) and position() not in path and "0 of 1" not in path:
+            continue
         memory = found.setdefault(".".join(map(str, path[: at + 1])), {"step": 0, "method": None, "state": {}})
         stored = metadata.state_dict_metadata[flat]
         if isinstance(stored, TensorStorageMetadata):
@@ -73,6 +78,11 @@ def _memories(metadata: Metadata) -> dict[str, dict[str, Any]]:
         elif path[at + 1] == "state":
             _put(memory, path[at + 1 :], [] if path[-1] == "holes" else 0)
     return found
+
+
+def _of_one_rank(part: str | int) -> bool:
+    """Whether a key is that of a value of one rank, see `Oracle.keep`."""
+    return isinstance(part, str) and re.fullmatch(r"\d+ of \d+", part) is not None
 
 
 def _put(into: Any, path: tuple[str | int, ...], value: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, cast
@@ -146,10 +147,9 @@ class AESAM(SAM):
     Source: https://arxiv.org/abs/2304.14647. With running mean mu and variance var of ||g||^2, a step is a SAM step if
     ||g||^2 >= mu + c sqrt(var), where c changes linearly from `first` to `last` over `steps`. mu starts at the first
     ||g||^2 and var at 0, so the first step is a SAM step. The decision synchronises with the device once per step. In
-    data-parallel training each replica decides independently. Either wrap as
-    `DistributedDataParallel(SharpnessAware(...))` without SyncBatchNorm, because the number of forward passes may
-    differ between replicas; or pass `scope="global"`. The defaults of `first`, `last` and `delta` are not confirmed by
-    a source.
+    data-parallel training each replica decides independently, unless `scope="global"`. The number of forward passes
+    then differs between replicas, and SyncBatchNorm, which waits in each pass, is refused. The defaults of `first`,
+    `last` and `delta` are not confirmed by a source.
 
     Args:
         perturb: see `SAM`.
@@ -243,8 +243,10 @@ class SSAMF(SAM):
 
     def _mask(self, oracle: Oracle, batch: Batch) -> Vector:
         _check_alone(oracle)
+        samples = min(self.samples, size(batch) or 1)
+        oracle.agree("single examples", samples)
         unit, fisher = None, None
-        for i in range(min(self.samples, size(batch) or 1)):
+        for i in range(samples):
             g = oracle.query(take(batch, torch.tensor([i])), self.descent, track=False).gradient.abs()
             unit = power_of_two(g.norm()) if unit is None else unit  # squares of gradients in units of it are in range
             g = g / unit
@@ -310,8 +312,9 @@ class SAMPa(SAM):
     previous step. The gradient is (1 - lam) grad L(w + e) + lam grad L(y), where e climbs along the gradient at the
     previous y. As in the authors' code, the first term is computed on the batch of the previous step. As in the paper,
     the first y is w; the authors' code starts with a plain step instead. The method keeps a reference to the previous
-    batch and not a copy, so a data loader must not reuse its tensors. The reported loss and running statistics are
-    those at y. On one device a step costs as much as a step of SAM.
+    batch and not a copy, so a data loader must not reuse its tensors. A checkpoint of several ranks has the batch of
+    each; another number of ranks begins anew with a warning, as at the first step. The reported loss and running
+    statistics are those at y. On one device a step costs as much as a step of SAM.
 
     Args:
         perturb: see `SAM`; the authors use rho 0.1.
@@ -337,19 +340,26 @@ class SAMPa(SAM):
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
         """Makes two independent queries (three if `ascent` and `descent` differ); the first step also queries at w."""
-        state = oracle.state
-        if "batch" not in state:
-            state.update(self._memory(batch, oracle.ask(self._looks(batch, None, track=False))))
-        g, a = state["gradients"][0], state["gradients"][-1]
-        e = self.displacement(a, oracle)
-        late = Query(state["batch"], self.descent, e, track=False)
+        state, before = oracle.state, oracle.kept("batch")
+        if before is None:
+            _warn_of_lost_batch(state)
+            state["gradients"] = [s.gradient for s in oracle.ask(self._looks(batch, None, track=False))]
+        g, e = state["gradients"][0], self.displacement(state["gradients"][-1], oracle)
+        late = Query(before or batch, self.descent, e, track=False)
         h, *seen = oracle.ask([late, *self._looks(batch, self.ahead(g, oracle), track=True)])
-        state.update(self._memory(batch, seen))
+        oracle.keep("batch", batch)
+        state["gradients"] = [s.gradient for s in seen]
         return replace(seen[0], grad=h.gradient * (1 - self.lam) + seen[0].gradient * self.lam)
 
     def _looks(self, batch: Batch, at: Vector | None, track: bool) -> list[Query]:
         look = Query(batch, self.descent, at, track=track)
         return [look] if self.ascent == self.descent else [look, Query(batch, self.ascent, at, track=False)]
 
-    def _memory(self, batch: Batch, seen: list[Evaluation]) -> dict[str, Any]:
-        return {"batch": batch, "gradients": [s.gradient for s in seen]}
+
+def _warn_of_lost_batch(state: dict[str, Any]) -> None:
+    if "gradients" in state:
+        warnings.warn(
+            "SAMPa was loaded from a checkpoint without the batch of this rank, because another number of ranks has "
+            "saved it: this step begins anew, as the first step of training does",
+            stacklevel=4,
+        )

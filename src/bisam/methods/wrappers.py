@@ -29,8 +29,9 @@ class MSAM:
     """m-sharpness: applies a method to micro-batches of `m` examples and averages the gradients (Foret et al., 2021).
 
     See also Behdin et al., 2023, https://arxiv.org/abs/2302.09693. Data-parallel training does the same, with `m` the
-    batch size of a replica. Running statistics are updated once per micro-batch. In data-parallel training with MSAM,
-    replicas whose batches differ in size must be wrapped as `DistributedDataParallel(SharpnessAware(...))`.
+    batch size of a replica. Running statistics are updated once per micro-batch. Replicas of data-parallel training may
+    have different numbers of micro-batches; ranks that wait for each other in each pass (`scope="global"`, FSDP2,
+    SyncBatchNorm) may not.
 
     Args:
         m: examples in a micro-batch, >= 1; the last one may be smaller. A micro-batch is weighted by its number of
@@ -42,6 +43,9 @@ class MSAM:
     Raises:
         TypeError: `m` is not an int, or `method` is not a method.
         ValueError: `m` is less than 1, or the method is stateful and `separate` is False.
+
+    Raises when called:
+        ValueError: ranks that wait for each other in each pass have different numbers of micro-batches.
     """
 
     m: int

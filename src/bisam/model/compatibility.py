@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from bisam.distributed.fsdp import finalizes_by_hand, fsdp_module_type
 from bisam.distributed.layout import dtensor_type
+from bisam.distributed.peers import world_size
 from bisam.distributed.placement import Scope
 from bisam.methods.method import data_dependent
 
@@ -148,16 +149,15 @@ def ddp_static_graph_inside(setup: Setup) -> str | None:
     )
 
 
-def data_dependent_method_in_ddp_with_buffers(setup: Setup) -> str | None:
-    """A method with a data-dependent number of forward passes, and a DDP inside that broadcasts buffers in each."""
-    waits = any(getattr(m, "broadcast_buffers", False) and list(m.buffers()) for m in setup.ddp_inside)
-    name = data_dependent(setup.method) if waits and setup.scope != "global" else None
+def data_dependent_method_with_sync_batchnorm(setup: Setup) -> str | None:
+    """A method with a data-dependent number of forward passes, and layers that wait for all ranks in each pass."""
+    waits = any(isinstance(m, nn.SyncBatchNorm) for m in setup.modules) and world_size() > 1
+    name = data_dependent(setup.method) if waits and setup.scope != "global" and not setup.fsdp_modules else None
     if name is None:
         return None
     return (
-        f"with {name} replicas may differ in their number of forward passes, and DistributedDataParallel inside "
-        "the loss waits in each to broadcast buffers: use DistributedDataParallel(SharpnessAware(model, ...)), or "
-        'scope="global", where replicas decide together'
+        f"with {name} replicas may differ in their number of forward passes, and SyncBatchNorm waits in each for all "
+        'replicas: use BatchNorm, or scope="global", where replicas decide together'
     )
 
 
@@ -211,7 +211,7 @@ RULES: tuple[Callable[[Setup], str | None], ...] = (
     uninitialised_parameters,
     conjugated_parameters,
     ddp_static_graph_inside,
-    data_dependent_method_in_ddp_with_buffers,
+    data_dependent_method_with_sync_batchnorm,
     fsdp2_with_unsharded_parameters,
     fsdp2_manual_backward_finalization,
     fsdp2_with_local_scope,

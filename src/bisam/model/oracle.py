@@ -155,6 +155,7 @@ class ModelOracle(Oracle):
         self._scale = None if scaler is None else LossScale(scaler)
         self._noise = SameNoise(found.parameters) if same_noise else None
         self.is_local = self._placement.is_local  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.position = self._placement.position  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @property
     def weights(self) -> Vector:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -330,7 +331,7 @@ class ModelOracle(Oracle):
         return replace(answer, grad=gradient, value=value.detach(), count=count)
 
     def _run_for(self, query: Query) -> ForwardPass:
-        with torch.set_grad_enabled(query.grad or self._findings.differentiates):
+        with torch.set_grad_enabled(query.grad or self._findings.differentiates), self._placement.forward_pass():
             try:
                 return self.run(query.batch, query.objective)
             except RuntimeError as error:
@@ -341,7 +342,7 @@ class ModelOracle(Oracle):
         self.module_state.again()
         if self._noise is not None:
             self._noise.begin(query.batch)
-        with torch.enable_grad():
+        with torch.enable_grad(), self._placement.forward_pass():
             return self.run(query.batch, query.objective)
 
     def _check_graph(self, batch: Batch, losses: Tensor) -> None:

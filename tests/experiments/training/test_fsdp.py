@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 from torch.utils._pytree import tree_flatten
 
 from bisam.experiments.errors import RunError
@@ -16,7 +19,7 @@ from bisam.experiments.models.build import NETWORKS
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Run
 from bisam.experiments.runs.machine import Machine
-from bisam.experiments.training.fsdp import blocks
+from bisam.experiments.training.fsdp import blocks, gathered_memories
 from bisam.experiments.training.train import Training, train
 from tests.support import ranks
 
@@ -58,12 +61,25 @@ RECIPES = [
 ]
 
 
+def each_keeps_its_own(rank: int) -> bool:
+    """The state of each rank, gathered, has what that rank keeps for itself under that rank's key."""
+    part = DTensor.from_local(torch.full((1,), float(rank)), init_device_mesh("cpu", (2,)), [Shard(0)])
+    own = {"batch": {f"{rank} of 2": torch.tensor(rank)}, "v": part, "holes": [rank]}
+    memories = gathered_memories(own, SimpleNamespace(world_size=2))
+    return all(
+        list(memory["batch"]) == [f"{r} of 2"]
+        and (int(memory["batch"][f"{r} of 2"]), memory["v"].tolist(), memory["holes"]) == (r, [0.0, 1.0], [r])
+        for r, memory in enumerate(memories)
+    )
+
+
 def on_this_node(root: Path) -> list[str]:
     """Runs as torchrun starts them, one of them interrupted after each of its epochs; and what is refused."""
     rank = torch.distributed.get_rank()
     names = {"RANK": rank, "GROUP_RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1}
     os.environ |= {name: str(value) for name, value in names.items()} | {"TORCHELASTIC_RUN_ID": "none"}
     NETWORKS["plain"] = (network, "")
+    assert each_keeps_its_own(rank)
     for each in RECIPES:
         assert train(Run.under(root / "whole", each), MANY)["metric"] == "accuracy"  # on every rank
     said, broken, epoch = [], Run.under(root / "broken", RECIPES[1]), Training.epoch

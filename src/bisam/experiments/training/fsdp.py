@@ -126,14 +126,14 @@ def gathered_memories(own: Any, fabric: Fabric) -> list[Any]:
     sharded = [isinstance(leaf, dtensor_type()) for leaf in leaves]
     every: list[Any] = [None] * fabric.world_size
     mine = [None if is_shard else leaf for leaf, is_shard in zip(leaves, sharded, strict=True)]
-    dist.all_gather_object(every, mine)
-    return [
-        tree_unflatten(
-            [full if is_shard else leaf for full, leaf, is_shard in zip(unsharded, theirs, sharded, strict=True)],
-            structure,
-        )
-        for theirs in every
-    ]
+    dist.all_gather_object(every, tree_unflatten(mine, structure))  # the keys of a rank's own values differ
+    return [_with_shards(theirs, unsharded, sharded) for theirs in every]
+
+
+def _with_shards(state: Any, unsharded: Sequence[Any], sharded: Sequence[bool]) -> Any:
+    leaves, structure = tree_flatten(state)
+    whole = [full if is_shard else leaf for full, leaf, is_shard in zip(unsharded, leaves, sharded, strict=True)]
+    return tree_unflatten(whole, structure)
 
 
 def averaging(decay: float) -> Averaging:

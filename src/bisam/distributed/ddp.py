@@ -1,0 +1,97 @@
+"""DDP: the DistributedDataParallel wrappers inside and around a loss. All private names of DDP are in this file."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+class Communicating(NamedTuple):
+    """The modules of a model that communicate in their forward passes.
+
+    Attributes:
+        wrappers: the DistributedDataParallel wrappers, which may broadcast buffers.
+        norms: the SyncBatchNorm layers, which average statistics in every pass.
+    """
+
+    wrappers: list[Any]
+    norms: list[Any]
+
+
+def communicating(model: nn.Module) -> Communicating:
+    """Returns the modules that communicate in a forward pass of a model; none without a process group."""
+    found = Communicating([], [])
+    if dist.is_available() and dist.is_initialized():
+        for module in model.modules():
+            if isinstance(module, DistributedDataParallel):
+                found.wrappers.append(module)
+            elif isinstance(module, nn.SyncBatchNorm):
+                found.norms.append(module)
+    return found
+
+
+def check_join(inside: Sequence[Any], together: bool) -> None:
+    """Checks that no rank may run out of batches while another one waits for it in the middle of a step.
+
+    In the context `with ddp.join():` a rank without further batches takes part in the reductions of one forward and one
+    backward pass of the wrapper. A method makes several passes.
+
+    Args:
+        inside: the wrappers inside the loss.
+        together: whether queries wait for all ranks, as with scope "global".
+
+    Raises:
+        ValueError: the context was entered for a wrapper inside the loss, or for one around it and `together` is True.
+    """
+    if any(_joins(ddp) for ddp in inside):
+        raise ValueError(
+            "in the context `with model.join():` a rank without further batches takes part in one forward pass of a "
+            "step, and the method in SharpnessAware(DistributedDataParallel(model), ...) may make several: wrap the "
+            "other way round, DistributedDataParallel(SharpnessAware(model, ...)), which supports join. The wrapper "
+            "stays in this mode when the context ends: then make a new one"
+        )
+    if together and _joins(DistributedDataParallel._get_active_ddp_module()):
+        raise ValueError(
+            "in the context `with model.join():` a rank without further batches takes no part in queries, and with "
+            'scope="global" each query waits for all ranks: leave out scope, or give all ranks the same number of '
+            "batches (a DistributedSampler)"
+        )
+
+
+def _joins(ddp: Any) -> bool:
+    return ddp is not None and ddp._join_config.enable
+
+
+class BufferBroadcasts:
+    """The broadcasts of buffers by wrappers inside a loss: in the first forward pass of a step, as in a plain loop.
+
+    The later passes do not broadcast, so that ranks with different numbers of passes never wait for each other.
+
+    Args:
+        inside: the wrappers.
+    """
+
+    def __init__(self, inside: Sequence[Any]) -> None:
+        self._inside, self._first = inside, True
+
+    @contextmanager
+    def once(self) -> Generator[None]:
+        """A context for a forward pass."""
+        if self._first:
+            self._first = False
+            yield
+            return
+        before = [ddp.require_forward_param_sync for ddp in self._inside]
+        try:
+            for ddp in self._inside:
+                ddp.require_forward_param_sync = False
+            yield
+        finally:
+            # A forward pass sets this attribute for the next one: False under no_sync(), and also without gradients.
+            for ddp, was in zip(self._inside, before, strict=True):
+                ddp.require_forward_param_sync = ddp.require_forward_param_sync or was
