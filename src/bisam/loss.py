@@ -167,10 +167,17 @@ class SharpnessAware(nn.Module):
             self._memory = replace(memory, seen=oracle.seen)
             return value
         except BaseException:  # an interruption too, at any moment
-            oracle.rollback()
-            torch.set_grad_enabled(with_grad)
-            self._memory = memory
+            try:
+                self._undo(oracle, memory, with_grad)
+            except BaseException:  # a second one, while the first is undone
+                self._undo(oracle, memory, with_grad)
             raise
+
+    def _undo(self, oracle: ModelOracle, memory: _Memory, with_grad: bool) -> None:
+        """Restores all that a call has changed; may be called again after it was interrupted itself."""
+        oracle.rollback()
+        torch.set_grad_enabled(with_grad)
+        self._memory = memory
 
     def _is_training(self, oracle: ModelOracle) -> bool:
         """Whether a call with gradients is a training step; warns if that is not clear."""
@@ -219,9 +226,8 @@ class SharpnessAware(nn.Module):
         oracle.state = dict(before)
         try:
             return self.method(oracle, batch)
-        except WeightsInitialised:
-            oracle.state = dict(before)
-        return self.method(oracle, batch)
+        except WeightsInitialised:  # once at most
+            return self._asked(oracle, before, batch)
 
     @property
     def clean(self) -> Evaluation:

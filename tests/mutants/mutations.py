@@ -673,8 +673,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "methods",
         "fisher_overflows",
         "SSAM-F squares gradients of 1e21 in float32.",
-        "g = g / unit",
-        "g = g / 1",
+        "a = g.abs() / unit",
+        "a = g.abs() / 1",
     ),
     Mutant(
         "methods",
@@ -743,8 +743,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "methods",
         "fisher_without_square",
         "SSAM-F sums magnitudes in place of squares.",
-        "fisher = g * g if fisher is None else fisher + g * g",
-        "fisher = g if fisher is None else fisher + g",
+        "total = a * a if total is None else total + a * a",
+        "total = a if total is None else total + a",
     ),
     Mutant(
         "methods",
@@ -1111,6 +1111,13 @@ MUTANTS: tuple[Mutant, ...] = (
         "A tensor of the batch requires a gradient after a forward pass has asked for it.",
         "                t.requires_grad_(False)\n",
         "                pass\n",
+    ),
+    Mutant(
+        "loss",
+        "second_interrupt_not_undone",
+        "An interruption while another one is undone leaves what the call has changed.",
+        "# a second one, while the first is undone\n                self._undo(oracle, memory, with_grad)\n",
+        "# a second one, while the first is undone\n                pass\n",
     ),
     Mutant(
         "model",

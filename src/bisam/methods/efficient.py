@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, cast
 
@@ -242,26 +242,30 @@ class SSAMF(SAM):
         return super().climb(oracle, batch) * oracle.state["mask"]
 
     def _mask(self, oracle: Oracle, batch: Batch) -> Vector:
-        _check_alone(oracle)
         samples = min(self.samples, size(batch) or 1)
-        oracle.agree("single examples", samples)
-        unit, fisher = None, None
-        for i in range(samples):
-            g = oracle.query(take(batch, torch.tensor([i])), self.descent, track=False).gradient.abs()
-            unit = power_of_two(g.norm()) if unit is None else unit  # squares of gradients in units of it are in range
-            g = g / unit
-            fisher = g * g if fisher is None else fisher + g * g
-            del g
-        assert fisher is not None
-        return top(fisher, self.keep)
+        _check_alone(oracle, samples)
+        examples = (Query(take(batch, torch.tensor([i])), self.descent, track=False) for i in range(samples))
+        return top(_sum_of_squares(oracle.ask([query])[0].gradient for query in examples), self.keep)
 
 
-def _check_alone(oracle: Oracle) -> None:
+def _check_alone(oracle: Oracle, samples: int) -> None:
     if not oracle.is_local:
         raise ValueError(
             "SSAMF needs the gradients of single examples, and here a gradient is the mean over all ranks (sharded "
             "parameters, or a global perturbation): use FisherSAM, which takes the batch's"
         )
+    oracle.agree("single examples", samples)
+
+
+def _sum_of_squares(gradients: Iterable[Vector]) -> Vector:
+    """Returns the sum of |g|^2 up to a factor; squares in units of the first gradient do not overflow."""
+    unit, total = None, None
+    for g in gradients:
+        unit = power_of_two(g.norm()) if unit is None else unit
+        a = g.abs() / unit
+        total = a * a if total is None else total + a * a
+        del g, a  # free their memory before the next query
+    return cast(Vector, total)
 
 
 @dataclass(frozen=True)
