@@ -215,7 +215,7 @@ def ddp_against_msam(order: str) -> dict[str, Any]:
     return wrong(findings)
 
 
-@pytest.mark.parametrize("order", ["inside", "outside"])
+@pytest.mark.parametrize("order", ["inside", pytest.param("outside", marks=pytest.mark.slow)])
 def test_ddp_is_msam_with_a_memory_for_each_part(order):
     assert ranks.run(2, ddp_against_msam, order) == [{}, {}]
 
@@ -426,6 +426,26 @@ def mode() -> dict[str, Any]:
         return {} if torch.equal(sharp(x, y), cross_entropy(model(x), y).mean()) else {"differs": 1}
 
 
+class Tabled(nn.Module):
+    """A buffer that is read and never moves, and a count of the passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.calls = network(), 0
+        self.register_buffer("table", torch.ones(6).double())
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.body(x * self.table)
+
+
+def passes_of_the_first_step() -> dict[str, Any]:
+    """The first rank's buffers are written into those of the others, which is no state that a layer initialises."""
+    model = Tabled()
+    SharpnessAware(DDP(model), SAM(L2(0.1)), cross_entropy)(*part(0))
+    return {} if model.calls == 2 else {"passes": model.calls}
+
+
 def used_by_one() -> dict[str, Any]:
     """A parameter that one rank alone uses has the mean gradient on all ranks."""
     model, first = Branches(turns=0), dist.get_rank() == 0
@@ -454,6 +474,7 @@ def ddp_otherwise() -> dict[str, Any]:
             **{f"running statistics, {order}": statistics(order) for order in ("inside", "outside")},
             "parameters by turns, inside": refused(by_turns, "use different parameters in different queries"),
             **{f"unused parameters, {order}, global": unused_by_all(order) for order in ("inside", "outside")},
+            "passes of the first step": passes_of_the_first_step(),
             "a parameter that one rank alone uses, global": used_by_one(),
             "an overflow on one rank, global": overflown(),
             "a copy of what is remembered, global": copied(),

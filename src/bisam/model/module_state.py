@@ -209,14 +209,23 @@ class ModuleState:
         return sorted(f"{type(mover.module).__name__}.{key[2]}" for key, mover in found)
 
     @property
-    def begun(self) -> bool:
-        """Whether the state before the step was saved."""
-        return self._before is not None
-
-    @property
     def read(self) -> set[Key]:
         """The tensors that move, without running statistics that no pass reads."""
         return {key for key in self._known.moving if self._is_read(key)}
+
+    @property
+    def changed(self) -> bool:
+        """Whether a tensor that passes read is another one, or has other contents, than before the step.
+
+        Not whether it was written: DistributedDataParallel writes the buffers of the first rank into those of others.
+        """
+        if self._before is None:
+            return False
+        read, before = self.read, self._before.only(self.read)
+        compared = {key for keys, _, _ in before.copies for key in keys}
+        if any(self._places[k[:2]].get(k[2]) is not v for k, v in before.values.items()) or read - compared:
+            return True
+        return any(not _equal(t, c) for _, ts, cs in before.copies for t, c in zip(ts, cs, strict=True))
 
     def begin(self) -> None:
         """Saves the state before the step, once; call it before anything changes the state."""

@@ -273,7 +273,7 @@ class ModelOracle(Oracle):
     def _answer(self, query: Query) -> Evaluation:
         track, at, state, noise = query.tracks, query.take(), self.module_state, None
         self._inputs.begin(query.batch)
-        first = not (self._findings.initialised or state.begun)
+        first = not self._findings.initialised
         if first and at is not None:
             self._initialise(query)
         was, sums = passes.displaced(), self._sums() if first and at is None else None
@@ -381,7 +381,7 @@ class ModelOracle(Oracle):
         state = self.module_state
         state.look()
         changed = self._changed(sums)
-        if not (state.read or changed):
+        if not self._anywhere(bool(changed) or state.changed):
             return set()
         weights, again, before = self.weights.clone(), state.present(), self._sums()
         with self.random_state().kept(), passes.marked(additional=True), torch.no_grad():
@@ -393,6 +393,13 @@ class ModelOracle(Oracle):
         torch._foreach_copy_(self.weights.tensors, weights.tensors)
         self._drop_copies()
         return once | owners_of(self.model, self.loss, [p for p, *_ in changed if id(p) not in twice])
+
+    def _anywhere(self, here: bool) -> bool:
+        """Whether something is so on a rank that shares the batch: all must run the model equally often."""
+        if self.is_local or not self.parameters:
+            return here
+        flag = torch.tensor(float(here), device=self.weights.tensors[0].device)
+        return bool(self.averaged(flag, 1)[0] > 0)
 
     def _sums(self) -> Sums:
         """Returns a version and a norm of each weight, by which a change is noticed."""
