@@ -107,7 +107,8 @@ def filled(
             f"the gradient of {names()[i]} is sparse ({kind}), and a displacement of the weights is dense: "
             "use sparse=False in the embedding"
         )
-    if any(g.is_conj() or g.is_neg() for g in dense):  # computed later, which not all operations on lists support
+    # Conjugated or negated lazily, which not all operations on lists support; `map`, because this runs in each query.
+    if any(map(Tensor.is_conj, dense)) or any(map(Tensor.is_neg, dense)):
         dense = [g.resolve_conj().resolve_neg() for g in dense]
     return Vector(dense, holes, layout)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
+from functools import cache
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -41,6 +42,7 @@ def inventory(model: nn.Module, loss: object, with_tensors: Container[int] | Non
     parameters: dict[int, nn.Parameter] = {}  # by identity
     places: list[Place] = []
     fsdp_modules, fsdp = list[Any](), fsdp_module_type()
+    everything, known = with_tensors is None, with_tensors or ()
     todo = _roots(model, loss)
     seen: set[nn.Module] = set()
     while todo:
@@ -63,13 +65,17 @@ def inventory(model: nn.Module, loss: object, with_tensors: Container[int] | Non
                         frozen = True
             if frozen:
                 places.append(_place(module, "frozen", own))
-        looked_at = with_tensors is None or id(module) in with_tensors
-        looked_at = looked_at or not type(module).__module__.startswith("torch.nn.")
-        if looked_at or module._buffers:
+        if everything or _is_custom(type(module)) or (known and id(module) in known):
             places.append(_place(module, "buffer", module._buffers))
-        if looked_at:
             places.append(Place(module, "attribute", module.__dict__))
+        elif buffers := module._buffers:
+            places.append(_place(module, "buffer", buffers))
     return Inventory(list(parameters.values()), places, fsdp_modules)
+
+
+@cache
+def _is_custom(kind: type[nn.Module]) -> bool:
+    return not kind.__module__.startswith("torch.nn.")
 
 
 def _place(module: nn.Module, kind: Kind, entries: Any) -> Place:
