@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch.utils.checkpoint import checkpoint
 
-from bisam import ERM, ESAM, GSAM, MSAM, SAM, BiSAM, LookSAM, SharpnessAware, cross_entropy
+from bisam import ERM, ESAM, GSAM, MSAM, SAM, BiSAM, LookSAM, SharpnessAware, cross_entropy, displaced
 from bisam.perturbations import L2
 from tests.support import cases
 from tests.support.cases import bits, buffers, everything, parameters
@@ -235,3 +235,22 @@ def test_a_compiled_model_may_compute_its_activations_again(compiler):
     compiled = SharpnessAware(torch.compile(model, backend=compiler), BiSAM(0.5), cross_entropy)
     assert trained(model, compiled) == trained(plain, SharpnessAware(plain, BiSAM(0.5), cross_entropy))
     assert compiler.graphs >= 1
+
+
+def test_a_compiled_model_is_told_which_pass_it_is():
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6, 4).double()
+            self.register_buffer("batches", torch.zeros(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if not displaced():
+                self.batches = self.batches + 1
+            return self.linear(x)
+
+    model = Counting()
+    sharp = SharpnessAware(torch.compile(model, backend="eager"), SAM(), cross_entropy)
+    for step in range(4):
+        sharp(*cases.batch(step)).backward()
+    assert model.batches == 4
