@@ -151,7 +151,11 @@ def split(batch: Batch, m: int) -> list[Batch]:
     n = examples(batch, "split")
     if n <= m:
         return [batch]
-    return [mapped(lambda t: t[i : i + m] if t.dim() else t, batch) for i in range(0, n, m)]  # noqa: B023
+
+    def part(begin: int) -> Batch:
+        return mapped(lambda t: t[begin : begin + m] if t.dim() else t, batch)
+
+    return [part(begin) for begin in range(0, n, m)]
 
 
 def take(batch: Batch, index: Tensor) -> Batch:

@@ -12,15 +12,13 @@ loss. It replaces the loss in a training loop; the rest of the loop is unchanged
 from __future__ import annotations
 
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import register_pytree_node
 
 from bisam import state as method_state
 from bisam.batches import Batch, Keywords
@@ -184,8 +182,8 @@ class SharpnessAware(nn.Module):
         if _innermost(self.model).training:
             return True
         looks_like_training = self.training and oracle.parameters and not isinstance(self.method, ERM)
-        if looks_like_training and not self._in_eval_mode and not self._memory.findings.warned:
-            self._memory.findings.warned = True
+        if looks_like_training and not self._in_eval_mode and not self._memory.warned:
+            self._memory.warned = True
             warnings.warn(
                 "SharpnessAware computes the plain loss (no SAM), because the model is in eval mode, as after "
                 "from_pretrained(): call model.train() to train it. If running statistics and dropout are to stay as "
@@ -255,7 +253,7 @@ class SharpnessAware(nn.Module):
         """Returns the step count and the state of the method, as tensors and plain containers."""
         layout = ShardedLayout.of(self._trained()) if self._memory.state else None
         saved = method_state.save(self._memory.state, self.method, layout or WHOLE)
-        return _ExtraState({"step": self._memory.step, **saved})
+        return method_state.ExtraState({"step": self._memory.step, **saved})
 
     def set_extra_state(self, state: Any) -> None:
         """Restores the result of `get_extra_state`; called by `load_state_dict`.
@@ -281,7 +279,8 @@ class _Memory:
     clean: Evaluation | None = None
     trained: list[int] = field(default_factory=list[int])
     checked: bool = False
-    findings: Findings = field(default_factory=lambda: Findings())
+    warned: bool = False  # that the model is in eval mode
+    findings: Findings = field(default_factory=Findings)
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns what copies and pickles contain: neither outputs of the last batch nor findings about this model."""
@@ -289,42 +288,6 @@ class _Memory:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update({**_Memory().__dict__, **state})
-
-
-class _NotAveraged(TypeError, AttributeError):
-    """An error for code that calculates with each entry of a state dict; `hasattr` of an entry is still False."""
-
-
-class _ExtraState(OrderedDict[str, Any]):
-    """The state of the method in a state dict, which is pickled as an OrderedDict.
-
-    Averages of weights that take each entry of a state dict for a tensor get an error that shows the remedy.
-    """
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return OrderedDict, (), None, None, iter(self.items())
-
-    def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        self._refuse(name)
-
-    def _refuse(self, *_: Any) -> NoReturn:
-        raise _NotAveraged(
-            "the state dict of SharpnessAware has an entry that is no tensor, the state of its method, and cannot be "
-            "averaged: average the model itself, for example ModelEma(sharp.model) and ema.update(sharp.model)"
-        )
-
-    __mul__ = __rmul__ = __add__ = __radd__ = __sub__ = __rsub__ = _refuse
-
-
-# As dictionaries are: whoever gathers or moves the tensors of a state dict finds those of the method.
-register_pytree_node(
-    _ExtraState,
-    lambda state: (list(state.values()), list(state)),
-    lambda values, names: _ExtraState(zip(names, values, strict=True)),
-    serialized_type_name="bisam.loss.ExtraState",
-)
 
 
 class WithGradient(torch.autograd.Function):

@@ -7,14 +7,15 @@ method and the model.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from itertools import zip_longest
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import register_pytree_node, tree_flatten, tree_map_only, tree_unflatten
 
 from bisam.distributed.layout import ShardedLayout, dtensor_type, local
 from bisam.methods.method import stateful, unwrapped
@@ -23,6 +24,42 @@ from bisam.vector import WHOLE, Layout, Vector, finite, known
 State = dict[str, Any]
 
 _VECTOR, _TUPLE = "__vector__", "__tuple__"
+
+
+class _NotAveraged(TypeError, AttributeError):
+    """An error for code that calculates with each entry of a state dict; `hasattr` of an entry is still False."""
+
+
+class ExtraState(OrderedDict[str, Any]):
+    """The state of the method in a state dict, which is pickled as an OrderedDict.
+
+    Averages of weights that take each entry of a state dict for a tensor get an error that shows the remedy.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OrderedDict, (), None, None, iter(self.items())
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        self._refuse(name)
+
+    def _refuse(self, *_: Any) -> NoReturn:
+        raise _NotAveraged(
+            "the state dict of SharpnessAware has an entry that is no tensor, the state of its method, and cannot be "
+            "averaged: average the model itself, for example ModelEma(sharp.model) and ema.update(sharp.model)"
+        )
+
+    __mul__ = __rmul__ = __add__ = __radd__ = __sub__ = __rsub__ = _refuse
+
+
+# As dictionaries are: whoever gathers or moves the tensors of a state dict finds those of the method.
+register_pytree_node(
+    ExtraState,
+    lambda state: (list(state.values()), list(state)),
+    lambda values, names: ExtraState(zip(names, values, strict=True)),
+    serialized_type_name="bisam.state.ExtraState",
+)
 
 
 def kind(method: Any) -> str:

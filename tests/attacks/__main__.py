@@ -8,19 +8,14 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+
+from bisam.experiments.runs.files import write
+from tests.support.commands import Parser
 
 from . import distributed, interrupts, memory
-from .attack import Attack, Finding, Options, summary
+from .attack import Attack, Finding, Options, page, summary
 
 ATTACKS: dict[str, Attack] = {attack.name: attack for attack in (interrupts.ATTACK, distributed.ATTACK, memory.ATTACK)}
-
-
-class Parser(argparse.ArgumentParser):
-    """A mistake is one line and exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,10 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="exit codes: 0 all is as it must be, 1 there are differences, 2 wrong arguments, 130 interrupted.\n\n"
         "examples:\n"
         "  python -m tests.attacks --list\n"
-        "  python -m tests.attacks                               # all of them; this takes an hour on two cores\n"
+        "  python -m tests.attacks                               # all of them, in 20 to 60 minutes\n"
         "  python -m tests.attacks interrupts --count 1000\n"
         "  python -m tests.attacks memory/SAM memory/BSAM --steps 20000\n"
-        "  python -m tests.attacks distributed/2-joins --to found.json   # all cases whose names begin in this way",
+        "  python -m tests.attacks distributed/2-joins --to found.json   # all cases whose names begin in this way\n"
+        "  python -m tests.attacks --to tests/attacks/counts.md",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -45,7 +41,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="an attack, or ATTACK/CASE, where CASE is a case or a beginning of some",
     )
     parser.add_argument("--list", action="store_true", help="show attacks and cases, and run nothing")
-    parser.add_argument("--to", metavar="FILE.json", type=Path, help="also write every finding to this file")
+    parser.add_argument(
+        "--to",
+        metavar="PATH",
+        type=Path,
+        action="extend",
+        nargs="+",
+        default=[],
+        help="also write every finding there, as .json, or the counts, as .md",
+    )
     parser.add_argument(
         "--count", metavar="N", type=int, default=Options.count, help="calls of interrupts (%(default)s)"
     )
@@ -62,8 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for option, least in (("count", 1), ("steps", memory.LEAST)):
         if (value := getattr(arguments, option)) < least:
             parser.error(f"argument --{option}: must be at least {least}, got {value}")
-    if arguments.to is not None and (arguments.to.suffix != ".json" or not arguments.to.parent.is_dir()):
-        parser.error(f"argument --to: {str(arguments.to)!r} must be a .json file in an existing folder")
+    for path in arguments.to:
+        if path.suffix not in (".json", ".md") or not path.parent.is_dir():
+            parser.error(f"argument --to: {str(path)!r} must be a .json or .md file in an existing folder")
     if arguments.list:
         for name, cases in chosen.items():
             print(f"{name}: {ATTACKS[name].what}", *[f"  {name}/{case}" for case in cases], sep="\n")
@@ -82,9 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", flush=True)
         code = 130
-    if arguments.to is not None:
+    for path in arguments.to:
         content = {name: [vars(finding) for finding in findings] for name, findings in found.items()}
-        arguments.to.write_text(json.dumps({"options": vars(options), "found": content}, indent=1) + "\n")
+        text = json.dumps({"options": vars(options), "found": content}, indent=1) + "\n"
+        write(path, text if path.suffix == ".json" else page(found, options))
     return code
 
 

@@ -1,11 +1,13 @@
-"""What an attack is: named cases, and a finding for each of them."""
+"""Attacks: named cases, and a finding for each of them."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from bisam.experiments.runs.environment import environment
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Finding:
-    """What an attack found in a case.
+    """The result of a case.
 
     Attributes:
         case: the name of the case.
@@ -49,7 +51,6 @@ class Attack:
         what: what it does, in one line.
         cases: the names of its cases.
         run: runs cases and yields a finding for each.
-        events: what `counts` counts, as a noun in the plural.
     """
 
     name: str
@@ -60,6 +61,25 @@ class Attack:
 
 def summary(attack: Attack, findings: Sequence[Finding], seconds: float) -> str:
     """The line of an attack: how many cases, how many are wrong, and the counts."""
-    wrong, counts = sum(bool(f.wrong) for f in findings), sum((f.counts for f in findings), Counter[str]())
-    shown = "".join(f", {n:,} {kind}" for kind, n in counts.items())
-    return f"{attack.name}: {len(findings)} cases, {wrong} wrong{shown} ({seconds:.0f} s)"
+    return f"{attack.name}: {len(findings)} cases, {_wrong(findings)} wrong{_counts(findings)} ({seconds:.0f} s)"
+
+
+def page(found: Mapping[str, Sequence[Finding]], options: Options) -> str:
+    """The counts of attacks in Markdown, with the options, the versions, the hardware and the commit."""
+    given = " ".join(f"--{name} {value}" for name, value in vars(options).items())
+    made = ", ".join(f"{name} {value}" for name, value in environment().items())
+    rows = [
+        f"| {name} | {len(findings)} | {_counts(findings).removeprefix(', ')} | {_wrong(findings)} |"
+        for name, findings in found.items()
+    ]
+    head = f"# Counts of the attacks\n\nWritten by `python -m tests.attacks {given} --to PATH`.\n\n{made}.\n"
+    return "\n".join([head, "| attack | cases | counts | wrong |", "|---|---|---|---|", *rows, ""])
+
+
+def _wrong(findings: Sequence[Finding]) -> int:
+    return sum(bool(f.wrong) for f in findings)
+
+
+def _counts(findings: Sequence[Finding]) -> str:
+    counts = sum((f.counts for f in findings), Counter[str]())
+    return "".join(f", {n:,} {kind}" for kind, n in counts.items())

@@ -356,14 +356,14 @@ def read_by_one(methods: Sequence[str], folder: str) -> dict[str, str]:
 
 
 def shared(sharp: SharpnessAware) -> list[Tensor]:
-    """What a method remembers in common on all ranks, whole."""
+    """The part of the state of a method that all ranks share, gathered."""
     state = {name: value for name, value in sharp.get_extra_state()["state"].items() if name != "batch"}
     leaves = [leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor)]
     return [leaf.full_tensor() if isinstance(leaf, DTensor) else leaf for leaf in leaves]
 
 
 def several(function: Callable[..., str], nesting: str, methods: Sequence[str], *arguments: Any) -> dict[str, str]:
-    """What a function finds for several methods in one launch of ranks."""
+    """The results of a function for several methods, in one launch of ranks."""
     return {method: function(nesting, method, *arguments) for method in methods}
 
 

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from bisam import SAM
+from bisam.experiments.runs.environment import environment
 from tests.support import cases, ranks
+from tests.support.commands import check_mistake
 
 from . import __main__ as command, distributed, interrupts, memory
 from .attack import Attack, Finding, Options, summary
@@ -135,6 +137,15 @@ def test_findings_are_written(planted, tmp_path):
     }
 
 
+def test_the_page_has_the_counts_and_where_they_come_from(planted, tmp_path):
+    path = tmp_path / "counts.md"
+    assert command.main(["--count", "7", "--to", str(path)]) == 1
+    text = path.read_text()
+    assert "| one | 3 | 21 calls | 1 |\n" in text
+    assert "--count 7 --steps 6000 --seed 0" in text
+    assert all(f"{name} {value}" in text for name, value in environment().items())
+
+
 def test_an_interrupt_of_the_command_keeps_what_was_found(planted, monkeypatch, tmp_path, capsys):
     def run(names, options):
         yield Finding("good")
@@ -162,19 +173,14 @@ def test_the_list(capsys):
         (["--count", "0"], "argument --count: must be at least 1, got 0"),
         (["--steps", "10"], "argument --steps: must be at least 120, got 10"),
         (["--steps", "x"], "invalid int value: 'x'"),
-        (["--to", "found.txt"], "'found.txt' must be a .json file in an existing folder"),
-        (["--to", "no/such/folder/found.json"], "must be a .json file in an existing folder"),
+        (["--to", "found.txt"], "'found.txt' must be a .json or .md file in an existing folder"),
+        (["--to", "no/such/folder/found.json"], "must be a .json or .md file in an existing folder"),
         (["--cou", "1"], "unrecognized arguments"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else None,
 )
 def test_mistakes_are_one_line(arguments, message, capsys):
-    with pytest.raises(SystemExit) as error:
-        command.main(arguments)
-    said = capsys.readouterr().err
-    assert error.value.code == 2
-    assert said.count("\n") == 1
-    assert message in said
+    check_mistake(command.main, arguments, message, capsys)
 
 
 def test_a_summary_adds_counts():

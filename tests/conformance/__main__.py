@@ -9,23 +9,16 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
 from bisam.experiments.runs.environment import environment
 from bisam.experiments.runs.files import write
+from tests.support.commands import Parser
 
 from .behaviours import CASES
 from .runner import LIMIT, OURS, PYTORCH_OPTIMIZER, TROUBLE, load, run
 from .table import page
-
-
-class Parser(argparse.ArgumentParser):
-    """A wrong argument gives one line and exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def seconds(text: str) -> float:

@@ -14,6 +14,8 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from tests.support.commands import check_mistake
+
 from . import __main__ as command, runner
 from .behaviours import CASES
 from .mutants import MUTANTS
@@ -297,9 +299,4 @@ def test_mistakes_are_one_line(arguments, message, tmp_path, capsys, monkeypatch
     (tmp_path / "broken.py").write_text("adapter = (\n")
     (tmp_path / "stops.py").write_text("import sys\nsys.exit('no licence\\nfor this machine')\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(SystemExit) as error:
-        command.main(arguments)
-    said = capsys.readouterr().err
-    assert error.value.code == 2
-    assert said.count("\n") == 1
-    assert message in said
+    check_mistake(command.main, arguments, message, capsys)

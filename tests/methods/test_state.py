@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from bisam import BSAM, FSAM, KSAM, MSAM, SAM, XSAM, Every, LookSAM, SharpnessAware, Tanh, cross_entropy
+from bisam import AESAM, BSAM, FSAM, KSAM, MSAM, SAM, XSAM, Every, LookSAM, SharpnessAware, Tanh, cross_entropy
 from bisam.perturbations import L2
 from tests.support import cases, references
 from tests.support.cases import bits, parameters
@@ -155,3 +155,28 @@ def test_the_memory_of_other_numbers_loads(saved, loaded):
     other.sharp.load_state_dict(run.sharp.state_dict())
     assert other.memory == run.memory != {}
     assert references.flat(other.step(2, 3).model).isfinite().all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_aesam_takes_the_same_sam_steps_after_a_batch_that_is_not_finite(value):
+    """A statistic that is NaN would make every later step a plain one."""
+    taken = []
+    for bad in (False, True):
+        torch.manual_seed(0)
+        model, passes = cases.mlp(), []
+        model.register_forward_pre_hook(lambda *_, passes=passes: passes.append(1))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        sharp = SharpnessAware(model, AESAM(L2(0.1), steps=1, first=0.5, last=0.5), cross_entropy)
+        counts = []
+        for step in range(30):
+            x, y = cases.batch(step)
+            if bad and step == 4:
+                sharp(x * value, y).backward()  # and the loop skips the optimizer's step
+            optimizer.zero_grad()
+            passes.clear()
+            sharp(x, y).backward()
+            optimizer.step()
+            counts.append(len(passes))
+        taken.append(counts)
+    assert taken[0] == taken[1]
+    assert 3 <= taken[0][5:].count(2) <= 22

@@ -7,18 +7,12 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+
+from tests.support.commands import Parser
 
 from .mutations import MUTANTS, SUBJECTS, Mutant
 from .run import Refused, Result, Runner
 from .score import Score, summary
-
-
-class Parser(argparse.ArgumentParser):
-    """A mistake is one line and exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

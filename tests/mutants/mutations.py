@@ -333,8 +333,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "evaluation",
         "split_drops_the_rest",
         "A smaller last part of the batch is dropped.",
-        "for i in range(0, n, m)]  # noqa: B023",
-        "for i in range(0, n - n % m, m)]  # noqa: B023",
+        "for begin in range(0, n, m)]",
+        "for begin in range(0, n - n % m, m)]",
     ),
     Mutant(
         "evaluation",

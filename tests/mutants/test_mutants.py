@@ -8,6 +8,8 @@ from typing import ClassVar
 
 import pytest
 
+from tests.support.commands import check_mistake
+
 from . import __main__ as command, run as running
 from .mutations import FOLDERS, MUTANTS, SUBJECTS, TESTS, Mutant
 from .run import ROOT, Refused, Result, Runner, mutated, sources
@@ -215,12 +217,7 @@ def test_the_list_is_shown(capsys):
     ids=lambda v: " ".join(v) if isinstance(v, list) else None,
 )
 def test_mistakes_are_one_line(arguments, message, capsys):
-    with pytest.raises(SystemExit) as error:
-        command.main(arguments)
-    said = capsys.readouterr().err
-    assert error.value.code == 2
-    assert said.count("\n") == 1
-    assert message in said
+    check_mistake(command.main, arguments, message, capsys)
 
 
 def test_a_file_that_is_no_score(tmp_path, capsys):

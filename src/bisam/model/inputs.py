@@ -34,7 +34,7 @@ class Inputs:
     def __init__(self, *, thorough: bool) -> None:
         self._thorough = thorough
         self._given: list[_Given] = []
-        self._batches: list[Batch] = []
+        self._batches: dict[int, Batch] = {}  # by identity
         self._without: list[Tensor] = []
         self.need_gradients = False
         """Whether a tensor of the batch of the present query required a gradient before the forward pass."""
@@ -50,8 +50,8 @@ class Inputs:
         found = tensors(batch)
         self._without = [t for t in found if not t.requires_grad]
         self.need_gradients = len(self._without) < len(found)
-        if not any([batch is other for other in self._batches]):  # noqa: C419 - faster than a generator
-            self._batches.append(batch)
+        if id(batch) not in self._batches:
+            self._batches[id(batch)] = batch
             for i, t in enumerate(found):
                 if t.is_inference():  # cannot be changed in place outside of inference mode
                     continue
@@ -67,7 +67,7 @@ class Inputs:
 
     def clear(self) -> None:
         """Forgets the batches of the queries so far."""
-        self._given, self._batches = [], []
+        self._given, self._batches = [], {}
 
     def _check(self, given: _Given) -> None:
         tensor, contents = given.tensor, given.contents

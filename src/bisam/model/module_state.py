@@ -140,7 +140,7 @@ class Mover:
 
 @dataclass
 class Known:
-    """What earlier steps have found out about a model; one for each loss.
+    """Facts about a model that earlier steps have found out; one object for each loss.
 
     Attributes:
         moving: the tensors that forward passes change.
@@ -179,7 +179,7 @@ class ModuleState:
 
     Args:
         places: the places of the state.
-        known: what earlier steps have found out.
+        known: facts that earlier steps have found out.
         weight: a trainable parameter.
     """
 

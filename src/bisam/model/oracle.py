@@ -64,21 +64,19 @@ class ForwardPass:
 
 @dataclass
 class Findings:
-    """What the oracles of earlier steps have found out about a model and its loss.
+    """Facts about a model and its loss that the oracles of earlier steps have found out.
 
     Attributes:
         known: the tensors that forward passes change.
         strangers: the check of the first graphs.
         differentiates: whether forward passes compute derivatives themselves, so that they need a graph.
         initialised: whether the first pass of training has been made.
-        warned: whether the user was warned that the model is in eval mode.
     """
 
     known: Known = field(default_factory=Known)
     strangers: Strangers = field(default_factory=Strangers)
     differentiates: bool = False
     initialised: bool = False
-    warned: bool = False
 
 
 class WeightsInitialised(Exception):
@@ -100,8 +98,8 @@ class ModelOracle(Oracle):
             distributed wrapper does.
         step: see `Oracle`.
         state: see `Oracle`.
-        findings: what the oracles of earlier steps have found out; each oracle adds to it. Default: nothing, and the
-            model is not in its first step.
+        findings: facts that the oracles of earlier steps have found out; each oracle adds to them. Default: none, for a
+            model that is not in its first training step.
 
     Attributes:
         seen: answers of the queries that updated running statistics, each for this rank's batch.

@@ -1,4 +1,4 @@
-"""Passes: what a forward pass can ask about itself while a method runs it.
+"""Passes: whether the present forward pass is an additional one of a method.
 
 A method runs several forward passes per step. The model's tensors are restored after all but one of them (see
 `bisam.model.module_state`); what is not a tensor, such as a counter, a list or a metric in another object, cannot be.

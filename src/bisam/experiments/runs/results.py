@@ -64,7 +64,7 @@ class Result(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class _Number:
-    """What a number must be."""
+    """The type and range of a number."""
 
     kind: type[int] | type[float] = float
     least: float = 0.0
@@ -79,7 +79,7 @@ class _Number:
 
 @dataclass(frozen=True)
 class _Text:
-    """What a text must be."""
+    """The pattern of a text."""
 
     pattern: str = ".{1,500}"
 
