@@ -1,8 +1,9 @@
-"""How long a step of this tree takes relative to a step of another tree of bisam, an earlier commit for example.
+"""How long this tree takes relative to another tree of bisam, an earlier commit for example: steps and objectives.
 
-Each tree runs in processes of its own with its own `benchmarks.step`; two processes take turns, step by step, so that
-both see the same state of the machine, and a pair of neighbouring steps gives one ratio. The layout of its memory makes
-a process faster or slower for its whole life, so the pairs of a row are spread over several processes.
+Each tree runs in processes of its own with its own `benchmarks.step` and `benchmarks.objective`; two processes take
+turns, call by call, so that both see the same state of the machine, and a pair of neighbouring calls gives one ratio.
+The layout of its memory makes a process faster or slower for its whole life (the bounds at 1024 x 32000 by a quarter),
+so the pairs of a row are spread over several processes, and the interval resamples the processes.
 
     git worktree add ../before COMMIT
     python -m benchmarks.versions ../before
@@ -16,41 +17,67 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import objective, step
 from benchmarks.measure import Parser, at_least, report, verdict, write
-from benchmarks.step import CASES, CONTESTANTS
 
 HERE = Path(__file__).resolve().parent.parent
-OURS = [name for name in CONTESTANTS if name.startswith("bisam")]
-BAR = 1.01  # for the lower end of the interval: above it a step has become slower
+STEPS = [name for name in step.CONTESTANTS if name.startswith("bisam")]
+OBJECTIVES = list(objective.BARS)
+BAR = 1.01  # for the lower end of the interval: above it a row has become slower
 
-WORKER = """
+_PREAMBLE = """
 import sys, time, torch
 import torch.nn.functional as F
-import benchmarks.step as step
-from benchmarks.models import batch_for
 torch.set_num_threads(int(sys.argv[1]))
 torch.manual_seed(0)
+"""
+_LOOP = """
+print("ready", flush=True)
+for line in sys.stdin:
+    began = time.perf_counter()
+    for _ in range(int(line)):
+        call()
+    print(time.perf_counter() - began, flush=True)
+"""
+OF_STEP = f"""{_PREAMBLE}
+import benchmarks.step as step
+from benchmarks.models import batch_for
 case = step.CASES[sys.argv[2]]
 model = case.model()
 batch = batch_for(model, case.n)
 run = step.CONTESTANTS[sys.argv[3]](model, F.cross_entropy).step
-print("ready", flush=True)
-for _ in sys.stdin:
-    began = time.perf_counter()
-    run(*batch)
-    print(time.perf_counter() - began, flush=True)
-"""
+call = lambda: run(*batch)
+{_LOOP}"""
+OF_OBJECTIVE = f"""{_PREAMBLE}
+import benchmarks.objective as objective
+n, classes = objective.size(sys.argv[2])
+logits, labels = torch.randn(n, classes, requires_grad=True), torch.randint(classes, (n,))
+loss = objective.CONTESTANTS[sys.argv[3]]
+call = lambda: objective.forward_backward(loss, logits, labels)
+{_LOOP}"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: a program that makes one call when asked, its two arguments, and the calls that are timed as one."""
+
+    program: str
+    of: str
+    name: str
+    calls: int
 
 
 class Tree:
-    """One tree's process, which takes a step whenever it is asked."""
+    """One tree's process, which makes calls whenever it is asked."""
 
-    def __init__(self, folder: Path, threads: int, model: str, contestant: str) -> None:
+    def __init__(self, folder: Path, threads: int, case: Case) -> None:
         path = os.pathsep.join([str(folder / "src"), str(folder)])
-        command = [sys.executable, "-c", WORKER, str(threads), model, contestant]
+        command = [sys.executable, "-c", case.program, str(threads), case.of, case.name]
+        self._calls = case.calls
         self._process = subprocess.Popen(
             command,
             cwd=folder,
@@ -63,63 +90,68 @@ class Tree:
         assert self._process.stdout is not None
         self._ask, self._answer = self._process.stdin, self._process.stdout
         if self._answer.readline().strip() != "ready":
-            raise RuntimeError(f"{folder} has no benchmarks.step that this benchmark knows, or {contestant} failed")
+            raise RuntimeError(f"{folder} has no benchmarks that this one knows, or {case.name} ({case.of}) failed")
 
-    def step(self) -> float:
-        """Seconds of one step."""
-        self._ask.write("\n")
+    def seconds(self) -> float:
+        """Seconds of one call, the mean of those that are timed as one."""
+        self._ask.write(f"{self._calls}\n")
         self._ask.flush()
-        return float(self._answer.readline())
+        return float(self._answer.readline()) / self._calls
 
     def close(self) -> None:
         self._ask.close()
         self._process.wait()
 
 
-def paired(before: Tree, after: Tree, pairs: int, warm_up: int) -> tuple[list[float], list[float]]:
-    """Seconds of both trees' steps; which one begins a pair alternates."""
+def paired(before: Tree, after: Tree, pairs: int, warm_up: int) -> list[tuple[float, float]]:
+    """Seconds of both trees' calls; which one begins a pair alternates."""
     for tree in (before, after):
         for _ in range(warm_up):
-            tree.step()
-    first, second = list[float](), list[float]()
+            tree.seconds()
+    times: list[tuple[float, float]] = []
     for i in range(pairs):
         if i % 2:
-            second.append(after.step())
-            first.append(before.step())
+            later = after.seconds()
+            times.append((before.seconds(), later))
         else:
-            first.append(before.step())
-            second.append(after.step())
-    return first, second
+            times.append((before.seconds(), after.seconds()))
+    return times
 
 
-def interval(values: Sequence[float], draws: int = 4000) -> tuple[float, float, float]:
-    """The median and its 95 % interval, by the bootstrap of the percentiles."""
+def interval(groups: Sequence[Sequence[float]], draws: int = 4000) -> tuple[float, float, float]:
+    """The median of all values and its 95 % interval, by the percentiles of a bootstrap of the groups.
+
+    The values of a group share a process, so they are no independent sample; groups are.
+    """
     generator = random.Random(0)
-    medians = sorted(statistics.median(generator.choices(values, k=len(values))) for _ in range(draws))
-    return statistics.median(values), medians[round(0.025 * draws)], medians[round(0.975 * draws) - 1]
+    medians = sorted(
+        statistics.median([value for group in generator.choices(groups, k=len(groups)) for value in group])
+        for _ in range(draws)
+    )
+    everything = statistics.median([value for group in groups for value in group])
+    return everything, medians[round(0.025 * draws)], medians[round(0.975 * draws) - 1]
 
 
-def row(
-    folder: Path, model: str, contestant: str, pairs: int, processes: int, threads: int, inner: int
-) -> dict[str, Any]:
-    """The ratio of the steps of one contestant; a small model takes several steps for each time that is measured."""
-    first, second = list[float](), list[float]()
+def row(folder: Path, case: Case, pairs: int, processes: int, threads: int) -> dict[str, Any]:
+    """The ratio of this tree's time to that of the tree in `folder`."""
+    groups: list[list[tuple[float, float]]] = []
     for i in range(processes):
-        before, after = (Tree(tree, threads, model, contestant) for tree in (folder, HERE))
+        own = pairs // processes + (i < pairs % processes)
+        if own == 0:
+            break
+        before, after = (Tree(tree, threads, case) for tree in (folder, HERE))
         try:
-            own = pairs // processes + (i < pairs % processes)
-            times = paired(before, after, own * inner, warm_up=3)
+            groups.append(paired(before, after, own, warm_up=3))
         finally:
             before.close()
             after.close()
-        first, second = first + times[0], second + times[1]
-    sums = [[sum(times[i : i + inner]) for i in range(0, len(times), inner)] for times in (first, second)]
-    median, low, high = interval([b / a for a, b in zip(*sums, strict=True)])
-    seconds = [statistics.median(times) for times in (first, second)]  # of single steps
+    median, low, high = interval([[after / before for before, after in group] for group in groups])
+    seconds = [statistics.median([pair[side] for group in groups for pair in group]) for side in (0, 1)]
     return {
-        "model": model,
-        "step": contestant,
+        "of": case.of,
+        "name": case.name,
         "pairs": pairs,
+        "processes": len(groups),
         "before": seconds[0],
         "after": seconds[1],
         "median": median,
@@ -130,47 +162,66 @@ def row(
     }
 
 
+def cases(models: Sequence[str], steps: Sequence[str], sizes: Sequence[tuple[int, int]]) -> list[Case]:
+    """The rows. A short call is repeated, so that the messages between the processes do not count."""
+    found = [Case(OF_STEP, model, name, 1 if "resnet" in model else 5) for model in models for name in steps]
+    for n, classes in sizes:
+        calls = max(1, 2**18 // (n * classes))
+        found += [Case(OF_OBJECTIVE, f"{n}x{classes}", name, calls) for name in OBJECTIVES]
+    return found
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(
         "benchmarks.versions",
-        "Time of a training step of this tree relative to another tree of bisam, interleaved.",
+        "Time of a training step, and of a bound's forward and backward pass, of this tree relative to another tree of "
+        "bisam, interleaved.",
         "  git worktree add ../before v0.1.0\n"
         "  python -m benchmarks.versions ../before\n"
-        "  python -m benchmarks.versions ../before --models mlp-32 --repeats 101 --json versions.json",
-        repeats=61,
+        "  python -m benchmarks.versions ../before --models mlp-32 --sizes --repeats 101 --json versions.json",
+        repeats=64,
     )
     parser.add_argument("before", type=Path, help="folder of the other tree, with src/ and benchmarks/ in it")
-    parser.add_argument("--models", nargs="+", choices=list(CASES), default=list(CASES), help="default: all")
-    parser.add_argument("--steps", nargs="+", choices=OURS, default=OURS, help="default: all")
-    parser.add_argument("--processes", type=at_least(1), default=5, help="of each tree in a row (default: %(default)s)")
+    parser.add_argument("--models", nargs="*", choices=list(step.CASES), default=list(step.CASES), help="default: all")
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS, help="default: all")
+    parser.add_argument(
+        "--sizes",
+        type=objective.size,
+        nargs="*",
+        default=objective.SIZES,
+        metavar="NxK",
+        help="examples x classes for the bounds; nothing after it: none (default: those of benchmarks.objective)",
+    )
+    parser.add_argument("--processes", type=at_least(2), default=8, help="of each tree in a row (default: %(default)s)")
     arguments = parser.parse_args(argv)
     if not (arguments.before / "benchmarks" / "step.py").is_file():
         parser.error(
             f"argument before: {str(arguments.before)!r} has no benchmarks/step.py: give the root of a checkout"
         )
     other, pairs, threads = arguments.before.resolve(), arguments.repeats, arguments.threads
-    rows = [
-        row(other, model, name, pairs, arguments.processes, threads, inner=1 if "resnet" in model else 5)
-        for model in arguments.models
-        for name in arguments.steps
-    ]
+    rows: list[dict[str, Any]] = []
+    for case in cases(arguments.models, arguments.steps, arguments.sizes):
+        rows.append(row(other, case, pairs, arguments.processes, threads))
+        print(f"{case.of} {case.name}: {rows[-1]['median']:.3f}", file=sys.stderr, flush=True)
     report(
-        "A step of this tree relative to the other one",
+        "Time of this tree relative to the other one",
         {
-            "model": lambda r: r["model"],
-            "step": lambda r: r["step"],
-            "before": lambda r: f"{r['before'] * 1e3:.2f} ms",
-            "after": lambda r: f"{r['after'] * 1e3:.2f} ms",
+            "of": lambda r: r["of"],
+            "what": lambda r: r["name"],
+            "before": lambda r: f"{r['before'] * 1e3:.3f} ms",
+            "after": lambda r: f"{r['after'] * 1e3:.3f} ms",
             "ratio": lambda r: f"{r['median']:.3f} [{r['low']:.3f}, {r['high']:.3f}]",
             "verdict": verdict,
         },
         rows,
-        [f"{arguments.repeats} pairs a row; the bar is for the lower end of the 95 % interval of the median ratio."],
+        [
+            f"{pairs} pairs a row in {arguments.processes} processes of each tree; the bar is for the lower end of the "
+            "95 % interval of the median ratio, by a bootstrap of the processes."
+        ],
     )
     if arguments.json:
-        write(
-            arguments.json, "versions", {"repeats": arguments.repeats, "processes": arguments.processes}, {"rows": rows}
-        )
+        settings = {"repeats": pairs, "processes": arguments.processes}
+        write(arguments.json, "versions", settings, {"rows": rows})
 
 
 if __name__ == "__main__":
