@@ -209,8 +209,21 @@ FAMILY: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], references.Twin]
     "RandomMask-friendly": (
         lambda o: SAM(RandomMask(Friendly(Adaptive(0.5)), beta=0.7)),
         references.climbing(
-            references.random_mask(references.friendly(references.adaptive(0.5), 1.0, 0.9), 0.7, "tensor"), CE, CE
+            references.masked_afterwards(references.friendly(references.adaptive(0.5), 1.0, 0.9), 0.7), CE, CE
         ),
+    ),
+    "Only-RandomMask-adaptive": (
+        lambda o: GSAM(Only(is_weight, RandomMask(Adaptive(0.5), beta=0.4)), NegLog()),
+        references.gsam(
+            references.only(references.random_mask(references.adaptive(0.5), 0.4, "tensor", is_weight), is_weight),
+            LOG,
+            CE,
+            0.4,
+        ),
+    ),
+    "Friendly-RandomMask": (
+        lambda o: SAM(Friendly(RandomMask(L2(0.1), beta=0.5))),
+        references.climbing(references.friendly(references.random_mask(B, 0.5, "tensor"), 1.0, 0.9), CE, CE),
     ),
     "FSAM": (lambda o: FSAM(0.1, lam=0.6), references.climbing(references.friendly(B, 1.0, 0.6), CE, CE)),
     "FSAM-log": (
@@ -250,8 +263,8 @@ FAMILY: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], references.Twin]
     "RandomMask-only-adaptive": (
         lambda o: ESAM(RandomMask(Friendly(Only(is_weight, Adaptive(0.5))), beta=0.7), gamma=0.5),
         references.esam(
-            references.random_mask(
-                references.friendly(references.only(references.adaptive(0.5), is_weight), 1.0, 0.9), 0.7, "tensor"
+            references.masked_afterwards(
+                references.friendly(references.only(references.adaptive(0.5), is_weight), 1.0, 0.9), 0.7
             ),
             CE,
             CE,

@@ -184,10 +184,32 @@ def only(climb: Climb, rule: Callable[[str, Tensor], bool]) -> Climb:
     return lambda g, w, s: s.which(rule) * climb(s.which(rule) * g, w, s.part("inner"))
 
 
-def random_mask(climb: Climb, beta: float, per: str) -> Climb:
+def drawn(beta: float, per: str, s: Step, w: Tensor, rule: Callable[[str, Tensor], bool] | None = None) -> Tensor:
+    """1 in the entries of a random part, else 0; of the tensors that the rule takes, one is drawn at least."""
+    parts = s.parts(w.abs())
+    if per == "entry":
+        return join([torch.ones_like(p) * (torch.rand(p.shape) < beta) for p in parts])
+    draws = torch.rand(len(parts))
+    if rule is not None:
+        draws = torch.where(torch.tensor([rule(n, p) for n, p in s.model.named_parameters()]), draws, 2.0)
+    chosen = draws < beta if (draws < beta).any() else draws == draws.min()
+    return join([torch.ones_like(p) * c for p, c in zip(parts, chosen, strict=True)])
+
+
+def random_mask(climb: Climb, beta: float, per: str, rule: Callable[[str, Tensor], bool] | None = None) -> Climb:
+    def climber(g: Tensor, w: Tensor, s: Step) -> Tensor:
+        mask = drawn(beta, per, s, w, rule)
+        return mask * climb(mask * g, w, s.part("inner")) / beta
+
+    return climber
+
+
+def masked_afterwards(climb: Climb, beta: float) -> Climb:
+    """The random mask of a perturbation that needs the whole gradient."""
+
     def climber(g: Tensor, w: Tensor, s: Step) -> Tensor:
         e, parts = climb(g, w, s.part("inner")), s.parts(g)
-        draws = torch.rand(len(parts)) if per == "tensor" else [torch.rand(p.shape) for p in parts]
+        draws = torch.rand(len(parts))
         return e / beta * join([torch.ones_like(p) * (u < beta) for p, u in zip(parts, draws, strict=True)])
 
     return climber
@@ -246,7 +268,8 @@ def esam(climb: Climb, ascent: Loss, descent: Loss, select: Loss, gamma: float) 
     def twin(w: Tensor, s: Step) -> Tensor:
         e = climb(s.grad(w, ascent), w, s)
         rise = s.losses(w + e, select) - s.losses(w, select)
-        return s.on(rise.topk(share(gamma, len(rise))).indices).grad(w + e, descent)
+        above = rise > rise.topk(int(gamma * len(rise))).values[-1]
+        return s.on(above.nonzero()[:, 0] if above.any() else rise.argmax()[None]).grad(w + e, descent)
 
     return twin
 
