@@ -155,8 +155,8 @@ SAM = "SAM(perturb=L2(rho=0.05), ascent=None, descent=None)"
             "(model, loss, forward=None, *, scaler=None, same_noise=False, scope=None, step=0, state=None, "
             "findings=None)",
         ),
-        (bisam.Oracle.query, "(self, batch, objective=None, *, at=None, grad=True, track=None)"),
-        (bisam.ModelOracle.query, "(self, batch, objective=None, *, at=None, grad=True, track=None)"),
+        (bisam.Oracle.query, "(self, batch, objective=None, *, at=None, grad=True, track=None, wrt=None)"),
+        (bisam.ModelOracle.query, "(self, batch, objective=None, *, at=None, grad=True, track=None, wrt=None)"),
     ],
 )
 def test_signatures(function, signature):

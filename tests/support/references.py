@@ -268,8 +268,8 @@ def esam(climb: Climb, ascent: Loss, descent: Loss, select: Loss, gamma: float) 
     def twin(w: Tensor, s: Step) -> Tensor:
         e = climb(s.grad(w, ascent), w, s)
         rise = s.losses(w + e, select) - s.losses(w, select)
-        above = rise > rise.topk(int(gamma * len(rise))).values[-1]
-        return s.on(above.nonzero()[:, 0] if above.any() else rise.argmax()[None]).grad(w + e, descent)
+        above = max(1, int(gamma * len(rise)) - 1)  # the threshold is the value after these
+        return s.on(rise.topk(above).indices).grad(w + e, descent)
 
     return twin
 

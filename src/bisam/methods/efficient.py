@@ -196,8 +196,7 @@ class AESAM(SAM):
             return answer
         if self.ascent != self.descent:
             answer = oracle.query(batch, self.ascent, track=False, wrt=self.part(oracle))
-        e = self.displacement(answer.gradient, oracle)
-        del answer  # frees its gradient
+        e, answer = self.displacement(answer.gradient, oracle), None  # frees its gradient
         return oracle.query(batch, self.descent, at=e)
 
     def _is_large(self, squared: Tensor, oracle: Oracle) -> bool:
