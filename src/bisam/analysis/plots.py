@@ -45,6 +45,57 @@ def bars(values: Mapping[str, float], label: str, axes: Any = None) -> Any:
     return axes
 
 
+def points(values: Sequence[float], across: str, label: str, axes: Any = None) -> Any:
+    """Draws values by their numbers, from 1."""
+    axes = _axes() if axes is None else axes
+    axes.plot(range(1, len(values) + 1), values, "o", color=COLOURS[0], markersize=4)
+    axes.set_xlabel(across)
+    axes.set_ylabel(label)
+    return axes
+
+
+def line(xs: Sequence[float], ys: Sequence[float], across: str, label: str, axes: Any = None) -> Any:
+    """Draws one line, with the weights themselves at 0 marked."""
+    axes = _axes() if axes is None else axes
+    axes.plot(xs, ys, color=COLOURS[0], linewidth=1.5)
+    axes.axvline(0, color="#999999", linewidth=0.6)
+    axes.set_xlabel(across)
+    axes.set_ylabel(label)
+    axes.margins(x=0)
+    return axes
+
+
+def contours(
+    xs: Sequence[float], ys: Sequence[float], loss: Sequence[Sequence[float]], labels: Sequence[str], axes: Any = None
+) -> Any:
+    """Draws contours of a loss on a plane, with the weights themselves at (0, 0) marked.
+
+    Args:
+        xs: coordinates of the columns.
+        ys: coordinates of the rows.
+        loss: a row for each of `ys`.
+        labels: of both axes.
+        axes: matplotlib axes. Default: those of a new figure.
+    """
+    axes = _axes() if axes is None else axes
+    drawn = axes.contourf(xs, ys, loss, levels=20, cmap="cividis")
+    axes.figure.colorbar(drawn, ax=axes, label="loss")
+    axes.plot(0, 0, "o", color="white", markeredgecolor="black", markersize=4)
+    axes.set_xlabel(labels[0])
+    axes.set_ylabel(labels[1])
+    return axes
+
+
+def density(grid: Sequence[float], values: Sequence[float], axes: Any = None) -> Any:
+    """Draws a density of eigenvalues on a logarithmic scale, down to a millionth of its maximum."""
+    axes = _axes() if axes is None else axes
+    axes.semilogy(grid, values, color=COLOURS[0], linewidth=1.2)
+    axes.set_ylim(bottom=max(values) * 1e-6)
+    axes.set_xlabel("eigenvalue")
+    axes.set_ylabel("density")
+    return axes
+
+
 def _colours(n: int) -> list[str]:
     return [COLOURS[i % len(COLOURS)] for i in range(n)]
 
