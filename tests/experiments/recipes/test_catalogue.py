@@ -73,11 +73,11 @@ def train(key: str, watch=lambda method: method) -> tuple[Any, list[float], floa
         return method, held, memory.held()
 
 
-def counted(key: str) -> tuple[float, float]:
-    """Gradients and forward passes per step."""
-    counts = {"gradients": 0.0, "forwards": 0.0}
+def counted(key: str) -> tuple[float, float, float]:
+    """Gradients, forward passes and gradients of a part of the weights per step."""
+    counts = {"gradients": 0.0, "forwards": 0.0, "partial": 0.0}
     train(key, lambda method: lambda oracle, batch: method(Counting(oracle, counts, N), batch))
-    return counts["gradients"] / STEPS, counts["forwards"] / STEPS
+    return counts["gradients"] / STEPS, counts["forwards"] / STEPS, counts["partial"] / STEPS
 
 
 def evaluated(formula: str, method: Any) -> tuple[float, float]:
@@ -90,13 +90,15 @@ def evaluated(formula: str, method: Any) -> tuple[float, float]:
 @each_counted
 def test_it_takes_the_gradients_and_forward_passes_that_it_claims(key):
     entry, method = ENTRIES[key], train(key)[0]
-    gradients, forwards = counted(key)
+    gradients, forwards, partial = counted(key)
     first = 1 / STEPS if key.startswith("sampa") else 0  # its docstring: one more at the first step
     least, most = evaluated(entry.gradients, method)
     assert least - 1e-9 <= gradients - first <= most + 1e-9
     if " to " in entry.gradients:
         assert least < gradients < most  # it does both
     assert evaluated(entry.forwards, method) == pytest.approx((forwards, forwards))
+    assert partial <= 1 + 1e-9
+    assert (partial > 0.5) == (partial > 0) == entry.partial  # a random part is sometimes all
 
 
 @each_counted
