@@ -202,6 +202,10 @@ FAMILY: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], references.Twin]
         references.multi_step(references.adaptive(0.5), CE, CE, 2),
     ),
     # Masks and what else is done to a gradient or a displacement.
+    "RandomMask": (
+        lambda o: SAM(RandomMask(L2(0.1), beta=0.4)),
+        references.climbing(references.random_mask(B, 0.4, "tensor"), CE, CE),
+    ),
     "RandomMask-entry": (
         lambda o: SAM(RandomMask(L2(0.1), beta=0.3, per="entry"), ascent=NegLog()),
         references.climbing(references.random_mask(B, 0.3, "entry"), LOG, CE),
