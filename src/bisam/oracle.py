@@ -62,9 +62,9 @@ class Query:
         track: whether to update running statistics. Default: only if `at` is None.
         wrt: for each tensor of the weights, whether the gradient with respect to it is computed; the gradient has
             structural zeros (`Vector.holes`) at the other tensors. No more is computed than that: layers below the
-            lowest of these tensors are not back-propagated through (`bisam.distributed.fsdp` says what FSDP2 saves,
-            and a model under `torch.compile` computes the gradient of all weights). All ranks that share the batch ask
-            for the same tensors. Default: all.
+            lowest of these tensors are not back-propagated through. Exceptions: FSDP2 may gather more weights
+            (`bisam.distributed.fsdp`), and each graph of `torch.compile` has one backward pass, for all of its weights.
+            All ranks that share the batch ask for the same tensors. Default: all.
 
     Example:
         >>> import torch
