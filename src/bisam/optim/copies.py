@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.optim.optimizer as torch_optimizer
 from torch import Tensor, nn
-from torch.optim import Optimizer, optimizer as torch_optimizer
+from torch.optim import Optimizer
 
 
 def is_optimizer(value: object) -> bool:
