@@ -80,7 +80,13 @@ def test_known_networks(recipe, multiplications):
 
 @pytest.mark.parametrize(
     ("expression", "expected"),
-    [("SAM(0.1)", (2, 1, 1)), ("Every(3, SAM(0.1))", (2, 0, 20)), ("EBiSAM(0.1)", (8, 0, 8)), ("KSAM(4)", (8, 1, 1))],
+    [
+        ("SAM(0.1)", (2, 1, 1)),
+        ("Every(3, SAM(0.1))", (2, 0, 20)),
+        ("EBiSAM(0.1)", (16, 0, 4)),
+        ("KSAM(4)", (16, 1, 1)),
+        ("LESAM(0.1)", (2, 1, 1)),
+    ],
 )
 def test_steps_that_are_counted(expression, expected):
     recipe = replace(CIFAR, method=expression, rho=None)

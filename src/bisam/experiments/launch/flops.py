@@ -12,6 +12,7 @@ addition is two operations.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -39,9 +40,9 @@ from bisam.methods import Method
 _PACKAGES = ("torch", "torchvision", "timm", "transformers")
 _AT_ONCE = 2e9  # operations of a gradient of the examples that are counted, at most, unless two have more
 _AN_EPOCH = 2e11  # operations of an epoch that is counted whole
-_SELECTED = 8  # examples at least, for a method that selects some of them
+_SELECTED = 16  # examples at least, for a method that selects some of them
 _SAMPLED = 20  # steps on which a method is counted whose steps differ
-_DRAWN = 8  # steps on which a method is counted that draws parts of the weights
+_DRAWN = 4  # steps on which a method is counted that draws parts of the weights
 
 
 class Size(NamedTuple):
@@ -226,8 +227,8 @@ def _plan(recipe: Recipe, gradient: float, epoch: int) -> tuple[int, int, int]:
     """
     if gradient * epoch * recipe.batch_size < _AN_EPOCH:
         return recipe.batch_size, 0, epoch
-    draws = any(name in recipe.expression for name in ("RandomMask(", "EBiSAM("))
-    selects = any(name in recipe.expression for name in ("ESAM(", "EBiSAM(", "KSAM("))
+    draws = re.search(r"\b(RandomMask|EBiSAM)\(", recipe.expression)
+    selects = re.search(r"\b(ESAM|EBiSAM|KSAM)\(", recipe.expression)
     examples = min(recipe.batch_size, max(_SELECTED if selects else 2, int(_AT_ONCE / gradient)))
     if draws:
         return examples, 0, _DRAWN

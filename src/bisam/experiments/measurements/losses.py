@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -91,6 +92,7 @@ def _measure_loss(part: str, settings: Settings, device: torch.device) -> list[d
         {
             **shared,
             "framework": framework,
+            "version": import_module(framework).__version__,
             "loss": name,
             "seconds": ratio(times, f"{framework} {name}", f"{framework} {_PLAIN}").seconds,
             **flat("to_plain", ratio(times, f"{framework} {name}", f"{framework} {_PLAIN}")),
@@ -112,8 +114,15 @@ def _torch_gradients(logits: Tensor, labels: Tensor, compiled: bool) -> dict[str
     return {k: partial(gradient, loss) for k, loss in losses.items()}
 
 
+def _framework(row: Row) -> str:
+    """The version too, unless it is that of torch, which stands below the table."""
+    framework = row.get("framework", "torch")  # older rows have none
+    return framework if framework == "torch" else f"{framework} {row['version']}"
+
+
 def _against(row: Row, key: str) -> str:
-    verdict = f", {met(row[key], _LOSS_BAR)}" if row["loss"] in _BARRED else ""
+    ours = row.get("framework", "torch") == "torch" and row["loss"] in _BARRED
+    verdict = f", {met(row[key], _LOSS_BAR)}" if ours else ""
     return with_quartiles(row, key, 2) + verdict
 
 
@@ -145,7 +154,7 @@ TABLE_12 = Measurement(
     columns={
         "classes": lambda row: str(row["classes"]),
         "mode": lambda row: row["mode"],
-        "framework": lambda row: row.get("framework", "torch"),  # older rows have none
+        "framework": _framework,
         "loss": lambda row: row["loss"],
         "µs": lambda row: f"{1e6 * row['seconds']:.3g}",
         "to cross-entropy": lambda row: _against(row, "to_plain"),
