@@ -107,6 +107,7 @@ CORE = [
     "model.passes",
     "model.rng",
     "objectives",
+    "optim.copies",
     "optim.lookahead",
     "optim.preview",
     "oracle",

@@ -28,6 +28,7 @@ from bisam.experiments.runs.environment import environment
 from bisam.experiments.runs.files import checksum, read_json, write
 from bisam.experiments.runs.machine import Machine
 from bisam.experiments.runs.provenance import MEASURED, line, where
+from bisam.experiments.studies.papers import Exhibit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -58,6 +59,8 @@ class Measurement:
     """By file name: caption, and function that draws it."""
     summary: str = ""
     """One line for a list of measurements, where it differs from the title."""
+    exhibit: Exhibit | None = None
+    """The table or figure of a paper that it reproduces."""
 
     @property
     def drawn_only(self) -> bool:
