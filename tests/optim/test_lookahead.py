@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
 
-from bisam import Lookahead, ModelOracle, Vector, cross_entropy, next_step
+from bisam import Lookahead, ModelOracle, ProximalPoint, Vector, cross_entropy, next_step
 from tests.support import cases, references
 
 # The previewed step.
@@ -286,8 +286,10 @@ def nested(model: nn.Module, name: str = "sgd") -> Lookahead:
         lambda model: Lookahead(cases.OPTIMIZERS["sgd"](model.parameters()), 3),
         lambda model: Lookahead(cases.OPTIMIZERS["adamw"](model.parameters()), 3),
         nested,
+        lambda model: ProximalPoint(cases.OPTIMIZERS["adamw"](model.parameters()), 3, 0.9),
+        lambda model: Lookahead(ProximalPoint(Adam(model.parameters(), lr=1e-2, betas=(0.0, 0.9))), 4, 0.4),
     ],
-    ids=["sgd", "adamw", "nested"],
+    ids=["sgd", "adamw", "nested", "RAPP-Adam", "LA-ExtraAdam"],
 )
 def test_a_copy_goes_on_bit_for_bit(make, at, copied):
     model = cases.convnet()

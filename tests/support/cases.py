@@ -33,6 +33,7 @@ from bisam import (
     XSAM,
     ABiSAM,
     BiSAM,
+    CEGPlus,
     During,
     EBiSAM,
     Every,
@@ -53,6 +54,7 @@ from bisam import (
 )
 from bisam.masks import DropGrow, FisherMask, RandomMask
 from bisam.perturbations import L2, Adaptive, Friendly, LossEquated, NormLayers, Smoothed, ZScore
+from bisam.proximal import L1
 from bisam.schedules import Cosine, Follow, Linear, Warmup
 from tests.support import references
 
@@ -381,7 +383,9 @@ FAMILY: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], references.Twin]
         references.bsam(LOG, CE, 300, 0.1, prior=10, damping=0.3, b1=0.5, b2=0.8),
     ),
     "RAPP": (lambda o: RAPP(0.2), references.rapp(CE, 0.2, 3)),
+    "RAPP-L1": (lambda o: RAPP(0.2, prox=L1(0.05)), references.rapp(CE, 0.2, 3, references.soft(0.2 * 0.05))),
     "ExtraGradient": (lambda o: ExtraGradient(0.3), references.rapp(CE, 0.3, 2)),
+    "CEGPlus": (lambda o: CEGPlus(0.3, L1(0.02)), references.ceg_plus(CE, 0.3, references.soft(0.3 * 0.02))),
     # Around any method.
     "RSAM": (lambda o: RSAM(0.05, SAM(L2(0.1))), references.rsam(0.05, references.climbing(B, CE, CE))),
     "RSAM-plain-adaptive": (

@@ -56,6 +56,8 @@ class Measurement:
     """Columns of the table: from the heading to a function from a row to the cell."""
     figures: Mapping[str, tuple[str, Callable[[list[Row]], Figure]]] = field(default_factory=dict)
     """By file name: caption, and function that draws it."""
+    tabled: Callable[[list[Row]], list[Row]] | None = None
+    """From all rows to those of the table. Default: all of them."""
     summary: str = ""
     """One line for a list of measurements, where it differs from the title."""
 
@@ -161,7 +163,8 @@ def report(measurement: Measurement, place: Path, changed: Mapping[str, str] | N
     rows: list[Row] = [row for content in parts for row in content["rows"]]
     header = tuple(measurement.columns)
     try:
-        cells = [tuple(cell(row) for cell in measurement.columns.values()) for row in rows]
+        tabled = rows if measurement.tabled is None else measurement.tabled(rows)
+        cells = [tuple(cell(row) for cell in measurement.columns.values()) for row in tabled]
         figures = {file: draw(rows) for file, (_, draw) in measurement.figures.items()}
         places = _provenance(content["environment"] for content in parts)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
