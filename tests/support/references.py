@@ -400,15 +400,6 @@ def ceg_plus(loss: Loss, gamma: float, prox: Callable[[Tensor], Tensor]) -> Twin
     return twin
 
 
-def soft(threshold: float) -> Callable[[Tensor], Tensor]:
-    """Soft thresholding, entry by entry."""
-
-    def shrunk(z: Tensor) -> Tensor:
-        return torch.stack([t * max(1 - threshold / abs(t.item()), 0) if t else t for t in z])
-
-    return shrunk
-
-
 # Twins around twins.
 
 

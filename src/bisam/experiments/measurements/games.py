@@ -102,43 +102,47 @@ PROBLEMS: dict[str, Problem] = {
 
 @dataclass(frozen=True)
 class Player:
-    """How an algorithm plays: from step size, interpolation and inner steps to a method and an optimizer.
+    """How an algorithm plays.
 
     Attributes:
         method: `(gamma, inner, prox) -> method`.
-        optimizer: `(parameters, gamma, lam, k) -> optimizer`.
+        optimizer: `(parameters, gamma, settings) -> optimizer`.
         colour: of its lines (Okabe and Ito, 2008).
-        dashes: of its lines.
+        width: of its lines, in points.
         pulls: whether only every k-th point is on the trajectory, as with Lookahead.
     """
 
     method: Callable[[float, int, Box], Method]
-    optimizer: Callable[[Any, float, float, int], Optimizer]
+    optimizer: Callable[[Any, float, Settings], Optimizer]
     colour: str
-    dashes: Any = "-"
+    width: float = 1.7
     pulls: bool = False
 
 
+def _lookahead(optimizer: Optimizer, settings: Settings) -> Lookahead:
+    return Lookahead(optimizer, settings["k"], settings["alpha"])
+
+
 PLAYERS: dict[str, Player] = {
-    "GDA": Player(lambda gamma, _, prox: RAPP(gamma, 1, prox), lambda p, gamma, *_: SGD(p, lr=gamma), "#7F7F7F"),
-    "EG": Player(lambda gamma, _, prox: ExtraGradient(gamma, prox), lambda p, gamma, *_: SGD(p, lr=gamma), "#56B4E9"),
-    "CEG+": Player(lambda gamma, _, prox: CEGPlus(gamma, prox), lambda p, gamma, *_: SGD(p, lr=gamma / 2), "#0072B2"),
-    "RAPP": Player(RAPP, lambda p, gamma, lam, _: SGD(p, lr=lam * gamma), "#D55E00"),
+    "GDA": Player(lambda gamma, _, prox: RAPP(gamma, 1, prox), lambda p, gamma, _: SGD(p, lr=gamma), "#7F7F7F", 0.7),
+    "EG": Player(lambda gamma, _, prox: ExtraGradient(gamma, prox), lambda p, gamma, _: SGD(p, lr=gamma), "#56B4E9"),
+    "CEG+": Player(lambda gamma, _, prox: CEGPlus(gamma, prox), lambda p, gamma, _: SGD(p, lr=gamma / 2), "#0072B2"),
+    "RAPP": Player(RAPP, lambda p, gamma, settings: SGD(p, lr=settings["lam"] * gamma), "#D55E00"),
     "LA-GDA": Player(
         lambda gamma, _, prox: RAPP(gamma, 1, prox),
-        lambda p, gamma, lam, k: Lookahead(SGD(p, lr=gamma), k, lam),
+        lambda p, gamma, settings: _lookahead(SGD(p, lr=gamma), settings),
         "#E69F00",
         pulls=True,
     ),
     "LA-EG": Player(
         lambda gamma, _, prox: ExtraGradient(gamma, prox),
-        lambda p, gamma, lam, k: Lookahead(SGD(p, lr=gamma), k, lam),
+        lambda p, gamma, settings: _lookahead(SGD(p, lr=gamma), settings),
         "#009E73",
         pulls=True,
     ),
     "LA-CEG+": Player(
         lambda gamma, _, prox: CEGPlus(gamma, prox),
-        lambda p, gamma, lam, k: Lookahead(SGD(p, lr=gamma / 2), k, lam),
+        lambda p, gamma, settings: _lookahead(SGD(p, lr=gamma / 2), settings),
         "#CC79A7",
         pulls=True,
     ),
@@ -163,7 +167,7 @@ def trajectory(problem: Problem, player: Player, settings: Settings) -> list[tup
     """Evaluations of the operator, x and y along the trajectory of an algorithm; positions are projected to the box."""
     gamma, prox, position = settings["step"] / problem.lipschitz, Box(-problem.side, problem.side), Position(problem)
     method = player.method(gamma, settings["inner"], prox)
-    optimizer = player.optimizer(position.parameters(), gamma, settings["lam"], settings["k"])
+    optimizer = player.optimizer(position.parameters(), gamma, settings)
     sharp = SharpnessAware(position, method, lambda value, _: value, lambda position: (position(), None))
     every, points = settings["k"] if player.pulls else 1, [(0, *problem.start)]
     while position.evaluations < settings["evaluations"]:
@@ -181,7 +185,7 @@ def _parts(settings: Settings) -> list[str]:
         for value in settings[name]:
             if value not in known:
                 raise unknown(name.removesuffix("s"), value, known)
-    for name, most in (("step", math.inf), ("lam", 1.0)):
+    for name, most in (("step", math.inf), ("lam", 1.0), ("alpha", 1.0)):
         if not 0 < settings[name] <= most or settings[name] == math.inf:
             raise ValueError(f"setting {name} must be in (0, {most:g}], got {settings[name]}")
     return list(settings["games"])
@@ -247,7 +251,7 @@ def distances(rows: list[Row]) -> Figure:
         for method, points in methods.items():
             shown = [max(p["distance"], 1e-8) for p in points]
             ax.semilogy([p["evaluations"] for p in points], shown, **_line(PLAYERS[method]), label=method)
-        ax.set(xlabel="evaluations of F", title="")
+        ax.set_xlabel("evaluations of F")
         ax.set_title(PROBLEMS[game].title, fontsize=10)
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("distance to the solution")
@@ -264,10 +268,11 @@ def _field(ax: Axes, problem: Problem) -> None:
         grid.numpy(), grid.numpy(), f[..., 0].numpy(), f[..., 1].numpy(), color="#C8C8C8", density=1.3, linewidth=0.7
     )
     ax.set(xlim=(-side, side), ylim=(-side, side), aspect="equal", xlabel="x", ylabel="y")
+    ax.locator_params(nbins=7)
 
 
 def _line(player: Player) -> dict[str, Any]:
-    return {"color": player.colour, "linestyle": player.dashes, "linewidth": 1.6, "zorder": 3}
+    return {"color": player.colour, "linewidth": player.width, "zorder": 3}
 
 
 RAPP_FIGURES = Measurement(
@@ -278,18 +283,19 @@ RAPP_FIGURES = Measurement(
         "Trajectories on the three games of the synthetic figures of Pethick, Xie and Cevher (2023), in float64. Each "
         "player holds one number in a box, and every method projects. L is the Lipschitz constant of the operator F in "
         "the box; it, the boxes and the starts are those of the notebooks for Pethick et al. (2022). The step size is "
-        "`step`/L for all methods, and lam, the inner steps of RAPP and the steps k of Lookahead (LA) are this "
-        "package's choice: the paper's values were not found in a public source. EG projects both half steps; CEG+ "
-        "projects the first and takes half of the second step. The budget counts evaluations of F."
+        "`step`/L for all methods. It and the other settings, lam and the `inner` steps of RAPP, alpha and the k steps "
+        "of Lookahead (LA), are this package's choice: the paper's were not found in a public source. EG projects both "
+        "half steps; CEG+ projects the first and takes half of the second step. The budget counts evaluations of F."
     ),
     settings={
         "games": tuple(PROBLEMS),
         "methods": tuple(PLAYERS),
-        "evaluations": 400,
+        "evaluations": 2400,
         "step": 1.0,
         "lam": 0.5,
         "inner": 3,
-        "k": 5,
+        "alpha": 0.2,
+        "k": 20,
     },
     parts=_parts,
     measure=_measure,
