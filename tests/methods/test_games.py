@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -463,3 +465,13 @@ def test_another_number_of_fresh_batches_is_refused(number):
     with pytest.raises(ValueError, match=rf"call the loss with 3 batches, as in sharp\(\*batches\), got {number}"):
         sharp(*[batch] * number)
     assert all(torch.equal(a, b) for a, b in zip(before, gan.parameters(), strict=True))
+
+
+def test_the_code_of_the_page_runs():
+    page = (Path(__file__).parents[2] / "docs" / "games.md").read_text()
+    found, names = re.findall(r"```python\n(.*?)```", page, re.DOTALL), {}
+    assert len(found) == 4
+    for code in found:
+        exec(compile(code, "docs/games.md", "exec"), names)
+    for player in names["game"].parameters():
+        torch.testing.assert_close(player.data, torch.tensor([0.25, 0.5, 0.25]), rtol=0, atol=1e-3)
