@@ -897,8 +897,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "optimizers",
         "pull_late",
         "Lookahead pulls one step late.",
-        "if self._count >= self.k:",
-        "if self._count > self.k:",
+        "if all(one._count >= one.k for one in players):",
+        "if all(one._count > one.k for one in players):",
     ),
     Mutant(
         "optimizers",
@@ -1073,8 +1073,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "model",
         "parts_rewound",
         "A micro-batch begins in the state in which the one before it began.",
-        "            oracle.next_part()\n",
-        "",
+        "            oracle.next_part()\n            answer = self.method",
+        "            answer = self.method",
     ),
     Mutant(
         "model",

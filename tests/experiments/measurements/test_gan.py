@@ -105,10 +105,12 @@ def test_squeezenet_with_weights_from_a_file(tmp_path):
     network.eval()
     x = torch.rand(2, 3, 32, 32) * 2 - 1
     large = nn.functional.interpolate(x / 2 + 0.5, scale_factor=3, mode="bilinear")
-    for kind, given in (
-        ("squeezenet", (large - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)),
-        ("squeezenet-caffe", large * 255 - torch.tensor([123.0, 117.0, 104.0]).view(3, 1, 1)),
-    ):  # fmt: skip
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    inputs = {
+        "squeezenet": (large - mean) / std,
+        "squeezenet-caffe": large * 255 - torch.tensor([123.0, 117.0, 104.0]).view(3, 1, 1),
+    }
+    for kind, given in inputs.items():
         found = features(f"{kind}:{tmp_path / 'w.pt'}", CPU)
         assert found.name == f"SqueezeNet 1.1 ({kind})"
         torch.testing.assert_close(found.of(x), network.features(given).mean((2, 3)), rtol=1e-3, atol=1e-3)

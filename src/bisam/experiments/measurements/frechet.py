@@ -91,6 +91,9 @@ _CHANNELS = {  # mean and standard deviation of the channels, as shares of 255
 class _Standardised(nn.Module):
     """A network that averages its last layer over positions, of enlarged images."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
         self.network = network
