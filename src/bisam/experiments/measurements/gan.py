@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 REAL = "real images"
 """The part that compares held-out images with the training images: the distance of a perfect generator."""
 _SHOWN = 10  # samples of a method in the figure
+_REFERENCE = 10_000  # training images that others are compared with, at most
 
 
 @dataclass(frozen=True)
@@ -134,8 +135,8 @@ def _measure(part: str, settings: Settings, device: torch.device) -> list[dict[s
     real, held = (images.to(device) for images in _images(settings["data"]))
     with threads(settings["threads"]):
         network = features(settings["features"], device)
-        size = min(settings["samples"], len(real))
-        reference = network.moments(real[:size])
+        size = min(settings["samples"], len(held))  # as many generated as real ones
+        reference = network.moments(real[:_REFERENCE])
 
         def row(method: str, seed: int, gradients: int, images: Tensor, **losses: float | None) -> dict[str, Any]:
             finite = bool(images.isfinite().all())
@@ -315,10 +316,11 @@ GAN = Measurement(
         "A ResNet generator and discriminator with spectral normalisation and the hinge loss, as in the images of "
         "Pethick, Xie and Cevher (2023), but narrow and trained for a few hundred steps: these numbers are not "
         "comparable with the paper's. The discriminator steps first, then the generator, and each inner step has new "
-        "batches. The budget counts gradient evaluations of each player. The Fréchet distance compares as many "
-        "generated images with the training images; the row of real images compares held-out ones. It is not the FID "
-        "unless its features are named so. Learning rates of methods with SGD are those of the authors' README (0.02 "
-        "and 0.1); those of Adam, alpha and k are this package's choice. Mean ± standard deviation over the seeds."
+        "batches. The budget counts gradient evaluations of each player. The Fréchet distance compares `samples` "
+        "images (fewer if fewer are held out) with the training images; the row of real images compares held-out ones. "
+        "It is not the FID unless its features are named so. Learning rates of methods with SGD are those of the "
+        "authors' README (0.02 and 0.1); those of Adam, alpha and k are this package's choice. Mean ± standard "
+        "deviation over the seeds."
     ),
     settings={
         "data": "digits",
