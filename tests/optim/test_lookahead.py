@@ -10,10 +10,10 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
-from torch.optim import SGD
+from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
 
-from bisam import Lookahead, cross_entropy
+from bisam import Lookahead, ProximalPoint, cross_entropy
 from tests.support import cases, references
 
 momentum = partial(SGD, lr=0.1, momentum=0.9, weight_decay=5e-3)
@@ -106,8 +106,10 @@ def nested(model: nn.Module, name: str = "sgd") -> Lookahead:
         lambda model: Lookahead(cases.OPTIMIZERS["sgd"](model.parameters()), 3),
         lambda model: Lookahead(cases.OPTIMIZERS["adamw"](model.parameters()), 3),
         nested,
+        lambda model: ProximalPoint(cases.OPTIMIZERS["adamw"](model.parameters()), 3, 0.9),
+        lambda model: Lookahead(ProximalPoint(Adam(model.parameters(), lr=1e-2, betas=(0.0, 0.9))), 4, 0.4),
     ],
-    ids=["sgd", "adamw", "nested"],
+    ids=["sgd", "adamw", "nested", "RAPP-Adam", "LA-ExtraAdam"],
 )
 def test_a_copy_goes_on_bit_for_bit(make, at, copied):
     model = cases.convnet()
