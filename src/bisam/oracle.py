@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -60,6 +60,9 @@ class Query:
             other reference to it.
         grad: whether to compute the gradient.
         track: whether to update running statistics. Default: only if `at` is None.
+        buffers: values for `Oracle.buffers`, with which the model is run in eval mode: without dropout, and reading
+            running statistics instead of updating them. Such a query never tracks. Default: the model runs in its
+            present mode, with its own buffers.
 
     Example:
         >>> import torch
@@ -78,6 +81,7 @@ class Query:
     at: Vector | None = None
     grad: bool = True
     track: bool | None = None
+    buffers: Sequence[Tensor] | None = None
     displaced: bool = field(init=False, repr=False)
     """Whether the query is at displaced weights; still valid after `take`."""
 
@@ -87,6 +91,8 @@ class Query:
     @property
     def tracks(self) -> bool:
         """Whether the query updates running statistics."""
+        if self.buffers is not None:
+            return False
         return not self.displaced if self.track is None else self.track
 
     def take(self) -> Vector | None:
@@ -174,6 +180,14 @@ class Oracle(ABC):
     def averaged(self, value: Tensor, count: Count) -> tuple[Tensor, Count]:
         """Returns the value and count of this rank's answer, averaged over the ranks if the scope is global."""
         return value, count
+
+    def gathered(self, values: Tensor) -> Tensor:
+        """Returns values of the examples of this rank (n, ...), followed by those of all ranks that share a batch.
+
+        Without such ranks these are the values themselves. With them the call waits for the device, and all ranks make
+        it together; the order is that of the ranks.
+        """
+        return values
 
     def agree(self, what: str, number: int) -> None:  # noqa: B027 - one rank agrees with itself
         """Checks that all ranks that share a batch have the same `number` of `what`.
@@ -315,6 +329,10 @@ class View(Oracle):
         """See `Oracle.averaged`."""
         return self._oracle.averaged(value, count)
 
+    def gathered(self, values: Tensor) -> Tensor:
+        """See `Oracle.gathered`."""
+        return self._oracle.gathered(values)
+
     def agree(self, what: str, number: int) -> None:
         """See `Oracle.agree`."""
         self._oracle.agree(what, number)
@@ -338,4 +356,4 @@ class View(Oracle):
         at = query.take()
         if self._by is not None:
             at = self._by if at is None else self._by + at
-        return Query(query.batch, query.objective, at, query.grad, track)
+        return replace(query, at=at, track=track)

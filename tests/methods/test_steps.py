@@ -150,7 +150,7 @@ def test_a_loss_of_any_magnitude_has_the_same_displacements(name):
 
 # Effects of a step.
 
-ELSEWHERE = ("RSAM", "BSAM", "MomentumSAM", "MSAM", "Every-other")  # where running statistics move
+ELSEWHERE = ("RSAM", "BSAM", "MomentumSAM", "MSAM", "Every-other", "OptSAM", "SAMDB")  # where running statistics move
 
 
 @each_method

@@ -202,6 +202,11 @@ class ModuleState:
         buffers = [b for place in self._places.values() if place.kind == "buffer" for _, b in place.held()]
         return [b for b in buffers if b is not None]
 
+    def write_buffers(self, contents: Sequence[Tensor]) -> None:
+        """Copies contents into the present buffers, in their order."""
+        if present := self.buffers:
+            _write(present, list(contents))
+
     @property
     def moved_parameters(self) -> list[str]:
         """The frozen parameters that passes change, by class and name."""

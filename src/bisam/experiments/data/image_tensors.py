@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from bisam.experiments.data.splits import Split, shares
+from bisam.experiments.data.splits import Split, shares, without_index
 
 
 @dataclass(frozen=True)
@@ -96,11 +96,17 @@ class Images:
     def batches(
         self, size: int, generator: torch.Generator | None = None, rank: int = 0, ranks: int = 1
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield standardised images (n, C, H, W) and labels (n,); see `Split.batches`."""
+        """Return an iterator over standardised images (n, C, H, W) and labels (n,); see `Split.batches`."""
+        return without_index(self.indexed(size, generator, rank, ranks))
+
+    def indexed(
+        self, size: int, generator: torch.Generator | None = None, rank: int = 0, ranks: int = 1
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield numbers (n,), standardised images (n, C, H, W) and labels (n,); see `Split.indexed`."""
         random = generator or torch.Generator().manual_seed(0)
         for index in shares(len(self), size, generator, rank, ranks):
             here = index.to(self.labels.device)
-            yield self._prepared(self.images.index_select(0, here), random), self.labels[here]
+            yield index, self._prepared(self.images.index_select(0, here), random), self.labels[here]
 
     def _prepared(self, images: Tensor, random: torch.Generator) -> Tensor:
         change = self.augmentation

@@ -1,4 +1,4 @@
-"""Paper: every table and figure of Xie et al. (2024) that trains networks, and the comparison in the paper of SAMPa.
+"""Paper: every table and figure of Xie et al. (2024) that trains networks.
 
 Numbers that the paper does not give are marked [MEM] (recollected) or [OURS] (chosen here).
 """
@@ -85,13 +85,6 @@ def _figure2(epochs: int | None) -> list[Recipe]:
     return [_method(base, method) for method in ("sam", "bisam_log", "bisam_tanh")]
 
 
-def _sampa(epochs: int | None) -> list[Recipe]:
-    base = replace(CIFAR, epochs=epochs or 200)
-    # The methods are those of the figure, and BiSAM. All use the radius of SAMPa, 0.1 [OURS].
-    methods = (PLAIN, "sam", "sampa_0", "sampa", "bisam_log", "looksam", "ae_sam", "esam")
-    return [_method(base, method, 0.1, doubled=False) for method in methods]
-
-
 def _grid(epochs: int | None) -> list[Recipe]:
     # The paper's grids are not public; these are decades around its values.
     base = replace(CIFAR, epochs=epochs or 200)
@@ -159,14 +152,6 @@ PAPER = (
         _THREE,
         figures=("flips", "curves"),
         shared="table1",
-    ),
-    Study(
-        "sampa",
-        "SAMPa's comparison: accuracy against gradients and seconds, ResNet-56 on CIFAR-10",
-        _sampa,
-        _THREE,
-        figures=("gradients", "accuracy"),
-        note="Xie, Pethick and Cevher, 2024, https://arxiv.org/abs/2410.10683. All have the same number of epochs.",
     ),
     Study(
         "grid",
