@@ -106,7 +106,7 @@ class SAM:
         return cast(Perturbation, self.perturb)(gradient, oracle.within("perturb"))
 
     def looks(self, batch: Batch, at: Vector | None, track: bool) -> list[Query]:
-        """Returns queries for the gradients of both objectives at one point: one query if the objectives are the same."""
+        """Returns queries for the gradients of both objectives at a point: one query if they are the same."""
         look = Query(batch, self.descent, at, track=track)
         return [look] if self.ascent == self.descent else [look, Query(batch, self.ascent, at, track=False)]
 

@@ -1,12 +1,11 @@
 """Methods whose ascent gradient does not wait for the present batch: OptSAM, AsyncSAM and SAM-db.
 
-They are the baselines that SAMPa is compared with (Xie et al., 2024, https://arxiv.org/abs/2410.10683). With g the ascent
-gradient, w the weights and e the displacement of step t, on the batch B of the step:
+They are baselines of SAMPa (Xie et al., 2024, https://arxiv.org/abs/2410.10683). SAM computes its ascent gradient at
+the weights, on the batch of the step, before it computes its descent gradient. Here the ascent gradient is
 
-    SAM         g(w_t,           B_t)      two gradients, one after the other
-    OptSAM      g(w_t-1 + e_t-1, B_t-1)    the gradient that the previous step descended: one gradient
-    AsyncSAM    g(w_t-1,         B_t-1)    two gradients that do not depend on each other
-    SAM-db      g(w_t,           B_t-1)    two gradients, one after the other, on different batches
+* of OptSAM, the gradient that the previous step descended: one gradient per step;
+* of AsyncSAM, that at the weights of the previous step, on its batch: two gradients that are independent of each other;
+* of SAM-db, that at the weights, on the batch of the previous step: two gradients, one after the other.
 """
 
 from __future__ import annotations
@@ -85,9 +84,9 @@ class AsyncSAM(SAM):
 class SAMDB(SAM):
     """SAM-db: SAM whose ascent gradient is computed on another batch than its descent gradient (Xie et al., 2024).
 
-    Source: https://arxiv.org/abs/2410.10683. The ascent batch is that of the previous step; the first step is one of SAM.
-    Running statistics are updated at the displaced point, where the present batch is seen. The method keeps a reference
-    to the previous batch and not a copy, as `SAMPa` does.
+    Source: https://arxiv.org/abs/2410.10683. The ascent batch is that of the previous step; the first step is one of
+    SAM. Running statistics are updated at the displaced point, where the present batch is seen. The method keeps a
+    reference to the previous batch and not a copy, as `SAMPa` does.
 
     Args:
         perturb: see `SAM`.

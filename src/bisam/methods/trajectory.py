@@ -1,10 +1,10 @@
 """Methods that compare the outputs with those of earlier weights: SAF and MESA (Du et al., 2022).
 
-Both minimise L + lam T^2 KL(past || present), where `past` are outputs of earlier weights on the same examples, and KL is
-the divergence of the class probabilities at temperature T. A loss that falls slowly along the trajectory of the weights
-is flat, so the term has the effect of SAM without a second gradient (https://arxiv.org/abs/2205.14083).
+Both minimise L + lam T^2 KL(past || present). `past` are outputs of earlier weights on the same examples, and KL is the
+divergence of the class probabilities at temperature T. The term penalises fast changes of the loss along the trajectory
+of the weights, in place of sharpness, and needs no second gradient (https://arxiv.org/abs/2205.14083).
 
-The term belongs to the training loss, and the wrapped method decides what happens with that:
+The term is a part of the training loss, so any method can be applied to it:
 
     >>> from bisam import MESA, SAF, SAM, BiSAM
     >>> plain = SAF(epoch=352, examples=45_000)           # the authors' method: plain training with the term
@@ -14,7 +14,8 @@ The term belongs to the training loss, and the wrapped method decides what happe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -36,8 +37,8 @@ from bisam.vector import Vector
 class SAF:
     """SAF: the loss compares the outputs with those of the same examples some epochs earlier (Du et al., 2022).
 
-    Source: https://arxiv.org/abs/2205.14083. The settings are those of the authors' code. A step computes one gradient
-    more than none: that of the method. The method keeps `ago` + 1 outputs of each example, as the authors' code does:
+    Source: https://arxiv.org/abs/2205.14083. The settings are those of the authors' code. A step makes the queries of the
+    wrapped method and no others. The method keeps `ago` + 1 outputs of each example, as the authors' code does:
     (ago + 1) N K numbers for N examples and K classes, and one or two times N K numbers more during a step. They are
     saved in checkpoints. An example without outputs from exactly `ago` epochs earlier gets no term.
 
@@ -108,14 +109,14 @@ class SAF:
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
         """Makes the queries of the method."""
         start = 6 * self.epoch if self.start is None else self.start
-        batch, index = _indexed(batch, self.indices, self.examples)
-        known = _Table(oracle.state, self.ago, oracle.step // self.epoch)
-        past = known.at(index) if oracle.step >= start else _Past(None, None, index)
+        batch, index = _indexed(batch, self.indices)
+        state, number, ago = oracle.state, oracle.step // self.epoch, self.ago
+        past = _recalled(state, index, number, ago) if oracle.step >= start else _Past(None, None, index)
         inside = _Trajectory(oracle.within("method"), self.lam, self.temperature)
         answer = self.method(inside, (batch, past))
         if inside.seen:
             index, outputs = (oracle.gathered(torch.cat(part)) for part in zip(*inside.seen, strict=True))
-            known.add(index, outputs, self.examples)
+            _recorded(state, index, outputs, number, ago + 1, self.examples)
         return answer
 
 
@@ -124,9 +125,9 @@ class MESA:
     """MESA: the loss compares the outputs with those of an average of the weights (Du et al., 2022).
 
     Source: https://arxiv.org/abs/2205.14083. The settings are those of the authors' code. The average of the weights is
-    exponential and begins at the first weights; the floating-point buffers, such as running statistics, are averaged in
-    the same way. As in the authors' code, the outputs of the average are computed in eval mode. A step makes the queries
-    of the method and a forward pass. The average is updated once per loss: under gradient accumulation use decay^(1/k)
+    exponential and begins at the first weights. Floating-point buffers, such as running statistics, are averaged in the
+    same way, and the outputs of the average are computed in eval mode, as in the authors' code. A step makes a forward
+    pass and the queries of the method. The average is updated once per loss: under gradient accumulation use decay^(1/k)
     for k losses in a step of the optimizer.
 
     Args:
@@ -216,6 +217,9 @@ class _Past(NamedTuple):
     index: Tensor | None
 
 
+_NOTHING = _Past(None, None, None)
+
+
 class _Trajectory(View):
     """An oracle whose training loss has the term, and whose batches are pairs of a batch and its `_Past`.
 
@@ -236,23 +240,25 @@ class _Trajectory(View):
     def ask(self, queries: Sequence[Query]) -> list[Evaluation]:
         """See `Oracle.ask`."""
         pasts, tracked = [_Past(*query.batch[1]) for query in queries], [query.tracks for query in queries]
-        answers = super().ask([self._below(query, past) for query, past in zip(queries, pasts, strict=True)])
+        below = [_below(query, self._loss, past) for query, past in zip(queries, pasts, strict=True)]
+        answers = super().ask(below)
         for past, answer, tracks in zip(pasts, answers, tracked, strict=True):
             if past.index is not None and tracks:
-                outputs = _logits(answer.outputs)
-                self.seen.append((past.index.to(outputs.device), outputs))
+                self.seen.append((past.index.to(_logits(answer.outputs).device), answer.outputs))
         return [_Answer.of(answer, past) for answer, past in zip(answers, pasts, strict=True)]
 
-    def _below(self, query: Query, past: _Past) -> Query:
-        objective = _bound(self._loss if query.objective is None else query.objective, past)
-        return replace(query, batch=query.batch[0], objective=objective, at=query.take())
+
+def _below(query: Query, loss: Objective, past: _Past) -> Query:
+    """Returns the query for an oracle that knows nothing of the term."""
+    objective = _bound(loss if query.objective is None else query.objective, past)
+    return replace(query, batch=query.batch[0], objective=objective, at=query.take())
 
 
 @dataclass(frozen=True)
 class _Answer(Evaluation):
     """An answer whose losses can be computed again with the term of its own batch."""
 
-    past: _Past = _Past(None, None, None)
+    past: _Past = _NOTHING
 
     @classmethod
     def of(cls, answer: Evaluation, past: _Past) -> _Answer:
@@ -275,7 +281,7 @@ class _TrajectoryLoss:
     loss: Objective
     lam: float
     temperature: float
-    past: _Past = _Past(None, None, None)
+    past: _Past = _NOTHING
 
     @property
     def ignore_index(self) -> int | None:
@@ -322,7 +328,7 @@ def _logits(outputs: Any) -> Tensor:
     )
 
 
-def _indexed(batch: Batch, indices: Callable[[Batch], Tensor] | None, most: int) -> tuple[Batch, Tensor]:
+def _indexed(batch: Batch, indices: Callable[[Batch], Tensor] | None) -> tuple[Batch, Tensor]:
     """Returns a batch without the keyword argument `indices`, and the numbers of its examples."""
     if indices is not None:
         index: Any = indices(batch)
@@ -335,54 +341,59 @@ def _indexed(batch: Batch, indices: Callable[[Batch], Tensor] | None, most: int)
             )
         index, others = named["indices"], Keywords({k: v for k, v in named.items() if k != "indices"})
         batch = (*batch[:-1], others) if others else batch[:-1]
-    _check_indices(index, examples(batch, "number the examples of"), most)
+    _check_indices(index, examples(batch, "number the examples of"))
     return batch, index.long()
 
 
-def _check_indices(index: Any, n: int, most: int) -> None:
+def _check_indices(index: Any, n: int) -> None:
     if not isinstance(index, Tensor) or index.is_floating_point() or index.dtype == torch.bool:
         raise TypeError(f"indices must be a tensor of integers, got {describe(index)}")
     if index.shape != (n,):
-        raise ValueError(f"there are indices of shape {tuple(index.shape)} for a batch of {n} examples: pass one for each")
-    # On a device this would wait for it.
-    if index.is_cpu and n and not (int(index.min()) >= 0 and int(index.max()) < most):
-        raise ValueError(
-            f"index {int(index.max()) if int(index.min()) >= 0 else int(index.min())} is outside of the {most} examples "
-            f"0 to {most - 1} of SAF(examples={most})"
-        )
+        raise ValueError(f"there are indices of shape {tuple(index.shape)} for {n} examples: pass one for each example")
 
 
-class _Table:
-    """The outputs of each example in the last epochs, in the state of the method.
+def _recalled(state: dict[str, Any], index: Tensor, number: int, ago: int) -> _Past:
+    """Returns the outputs of `ago` epochs before epoch `number`.
 
-    The state is a list of tensors (N, K, ...), one for each epoch in turn, and of the epoch (N,) in which each entry was
-    recorded.
-
-    Args:
-        state: the state.
-        ago: number of epochs that must be remembered besides the present one.
-        number: number of the present epoch.
+    The state is a list of `ago` + 1 tensors (N, K, ...), one for each of the last epochs in turn, and of the epoch (N,)
+    in which each entry was recorded.
     """
-
-    def __init__(self, state: dict[str, Any], ago: int, number: int) -> None:
-        self._state, self._ago, self._number = state, ago, number
-
-    def at(self, index: Tensor) -> _Past:
-        """Returns the outputs `ago` epochs earlier."""
-        then = self._number - self._ago
-        if then < 0 or "outputs" not in self._state:
-            return _Past(None, None, index)
-        outputs, epochs = (self._state[name][then % (self._ago + 1)] for name in ("outputs", "epochs"))
-        here = index.to(outputs.device)
+    then = number - ago
+    if then < 0 or "outputs" not in state:
+        return _Past(None, None, index)
+    outputs, epochs = (state[name][then % (ago + 1)] for name in ("outputs", "epochs"))
+    here = index.to(outputs.device)
+    with _within(index, len(outputs)):
         return _Past(outputs[here], epochs[here] == then, index)
 
-    def add(self, index: Tensor, outputs: Tensor, count: int) -> None:
-        """Records the outputs of the present epoch."""
-        size, slot = self._ago + 1, self._number % (self._ago + 1)
-        if "outputs" not in self._state:
-            self._state["outputs"] = [outputs.new_zeros((count, *outputs.shape[1:]))] * size
-            self._state["epochs"] = [torch.full((count,), -1, dtype=torch.int32, device=outputs.device)] * size
-        tables, epochs = list(self._state["outputs"]), list(self._state["epochs"])
+
+def _recorded(state: dict[str, Any], index: Tensor, outputs: Tensor, number: int, size: int, count: int) -> None:
+    """Records outputs of epoch `number` in a state of `size` epochs and `count` examples."""
+    if "outputs" not in state:
+        state["outputs"] = [outputs.new_zeros((count, *outputs.shape[1:]))] * size
+        state["epochs"] = [torch.full((count,), -1, dtype=torch.int32, device=outputs.device)] * size
+    tables, epochs = list(state["outputs"]), list(state["epochs"])
+    if tables[0].shape != (count, *outputs.shape[1:]):
+        raise ValueError(
+            f"SAF remembers outputs of shape {tuple(tables[0].shape)}, and now there are {count} examples with outputs "
+            f"of shape {tuple(outputs.shape[1:])}: make a new SharpnessAware, which begins with an empty memory"
+        )
+    slot = number % size
+    with _within(index, count):
         tables[slot] = tables[slot].index_copy(0, index, outputs.to(tables[slot].dtype))
-        epochs[slot] = epochs[slot].index_fill(0, index, self._number)
-        self._state["outputs"], self._state["epochs"] = tables, epochs
+        epochs[slot] = epochs[slot].index_fill(0, index, number)
+    state["outputs"], state["epochs"] = tables, epochs
+
+
+@contextmanager
+def _within(index: Tensor, count: int) -> Generator[None]:
+    """A context in which an index that is out of range is a `ValueError`; on a device it is an assert, as in torch."""
+    try:
+        yield
+    except (IndexError, RuntimeError) as error:
+        wrong = index[(index < 0) | (index >= count)] if index.is_cpu else index[:0]
+        if not len(wrong):
+            raise
+        raise ValueError(
+            f"index {int(wrong[0])} is not the number of an example, 0 to {count - 1} with SAF(examples={count})"
+        ) from error

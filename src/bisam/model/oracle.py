@@ -21,8 +21,8 @@ from bisam.batches import Batch, Keywords, handed, is_empty, mapped, size, tenso
 from bisam.distributed.placement import Scope, place
 from bisam.evaluation import Evaluation
 from bisam.model import passes
-from bisam.model.gradients import Hooks, LossScale, Scaler, Strangers, check_trainable, filled
 from bisam.model.eval_mode import EvalMode
+from bisam.model.gradients import Hooks, LossScale, Scaler, Strangers, check_trainable, filled
 from bisam.model.inputs import Inputs
 from bisam.model.module_state import Known, ModuleState
 from bisam.model.parameters import inventory, layer_names, owners_of, parameter_names

@@ -176,9 +176,7 @@ def _sampa(
 ) -> list[Published]:
     setting = f"200 epochs{how}"
     found = [
-        Published(
-            "run", method, seconds, sam=3760, unit=" s", where=_RESNET56, setting=setting, source=_SAMPA_TIME
-        )
+        Published("run", method, seconds, sam=3760, unit=" s", where=_RESNET56, setting=setting, source=_SAMPA_TIME)
     ]
     if validation is not None:
         low, high = validation

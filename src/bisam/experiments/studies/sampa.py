@@ -127,7 +127,9 @@ def _study(
     return Study(name, title, recipes, _THREE, figures, note=f"{source} {note}".strip(), baselines=baselines)
 
 
-_TWICE = "SGD, and SAMPa-0.2 in its second row, have twice the epochs: then a run has as many gradients in sequence as SAM."
+_TWICE = (
+    "SGD, and SAMPa-0.2 in its second row, have twice the epochs: then a run has as many gradients in sequence as SAM."
+)
 
 SAMPA = (
     _study(
