@@ -37,10 +37,10 @@ from bisam.vector import Vector
 class SAF:
     """SAF: the loss compares the outputs with those of the same examples some epochs earlier (Du et al., 2022).
 
-    Source: https://arxiv.org/abs/2205.14083. The settings are those of the authors' code. A step makes the queries of the
-    wrapped method and no others. The method keeps `ago` + 1 outputs of each example, as the authors' code does:
-    (ago + 1) N K numbers for N examples and K classes, and one or two times N K numbers more during a step. They are
-    saved in checkpoints. An example without outputs from exactly `ago` epochs earlier gets no term.
+    Source: https://arxiv.org/abs/2205.14083. The settings are those of the authors' code. A step makes the queries of
+    the wrapped method and no others. As in the authors' code, the method keeps `ago` + 1 outputs of each example:
+    (ago + 1) N K numbers for N examples and K classes, and up to 2 N K numbers more during a step. They are saved in
+    checkpoints. An example without outputs from exactly `ago` epochs earlier gets no term.
 
     The method needs the numbers of the examples of a batch, from 0 to `examples` - 1: `sharp(x, y, indices=i)`. If
     `scope` is "global", and under FSDP2, all ranks keep the outputs of all ranks, and each step waits for the device.
@@ -127,8 +127,8 @@ class MESA:
     Source: https://arxiv.org/abs/2205.14083. The settings are those of the authors' code. The average of the weights is
     exponential and begins at the first weights. Floating-point buffers, such as running statistics, are averaged in the
     same way, and the outputs of the average are computed in eval mode, as in the authors' code. A step makes a forward
-    pass and the queries of the method. The average is updated once per loss: under gradient accumulation use decay^(1/k)
-    for k losses in a step of the optimizer.
+    pass and the queries of the method. The average is updated once per loss: with k losses in a step of the optimizer
+    (gradient accumulation) use the k-th root of the decay.
 
     Args:
         method: method that is applied to the loss with the term. Default: plain training, as in the paper.

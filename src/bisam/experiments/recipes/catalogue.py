@@ -365,7 +365,7 @@ METHODS: dict[str, Entry] = {
         arxiv("2503.11147"),
         state="gradient",
         kept=1,
-        memory=3,
+        memory=2,
         advice="SAM's",
         family="saving",
     ),
