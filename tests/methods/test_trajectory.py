@@ -493,3 +493,17 @@ def test_a_resumed_run_remembers_the_outputs():
     resumed.step(4, 5, 6, 7)
     assert (resumed.weights, resumed.memory) == (whole.weights, whole.memory)
     assert (whole.sharp.clean.value - cross_entropy(whole.sharp.clean.outputs, whole.batch(7)[1]).mean()).abs() == 0
+
+
+def test_a_run_that_resumes_with_a_pass_of_the_average_moves_running_statistics_once():
+    """Batch norm changes them without a new version, and what moves is not known yet in a new process."""
+
+    def make(optimizer: torch.optim.Optimizer) -> Any:
+        return MESA(SAM(L2(0.1)), decay=0.9, start=2)
+
+    whole = Training(make, cases.convnet).step(0, 1, 2)
+    resumed = Training(make, cases.convnet).load(whole.saved())
+    whole.step(3, 4)
+    resumed.step(3, 4)
+    assert (resumed.weights, resumed.memory) == (whole.weights, whole.memory)
+    assert buffers(resumed.model) == buffers(whole.model)

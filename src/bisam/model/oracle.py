@@ -299,7 +299,7 @@ class ModelOracle(Oracle):
             self._eval_mode.leave()
             if sums is not None:
                 state.keep(self._initialised_modules(query, sums))
-            state.leave(track)
+            state.leave(track, evaluates=query.buffers is not None)
             self._findings.initialised = True
             return answer
         except BaseException:

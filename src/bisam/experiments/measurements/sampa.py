@@ -228,8 +228,8 @@ COSTS = Measurement(
         "the iterations, with the quartiles. One device computes both gradients of SAMPa, so its step takes as long as "
         "one of SAM; the published ratio is that of two devices. The published column is the time of a run of 200 "
         f"epochs of ResNet-56 on CIFAR-10 relative to SAM, read off the authors' figure ({_PAPER}). SAF and MESA are "
-        "measured with their term. Memory is the largest that tensors take in some steps of a method alone on a CUDA device, "
-        "with the model, the optimizer and the batch."
+        "measured with their term. Memory is the largest that tensors take in some steps of a method alone on a CUDA "
+        "device, with the model, the optimizer and the batch."
     ),
     settings={"models": ("resnet56",), "batch_size": 128, "classes": 10, "iterations": 24, "threads": 1},
     parts=lambda settings: list(settings["models"]),
