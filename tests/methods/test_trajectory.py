@@ -146,6 +146,21 @@ def test_the_adversary_of_bisam_knows_no_term():
     close(gradient_of(sharp, model), by_hand(w + 0.5 * g / g.norm(), past), 1e-12)
 
 
+def test_functional_sam_inside_refuses_a_loss_that_is_trained():
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()).double())
+
+        def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+            return cross_entropy(outputs * self.scale, targets)
+
+    torch.manual_seed(0)
+    sharp = SharpnessAware(nn.Linear(6, cases.CLASSES).double(), MESA(FunctionalSAM(0.1)), Scaled())
+    with pytest.raises(ValueError, match="cannot train the parameters of the loss Scaled"):
+        sharp(*DATA)
+
+
 def test_sampa_inside_keeps_the_outputs_of_the_batch_before():
     optimizers: list[Any] = []
 
