@@ -856,7 +856,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "model",
         "eval_mode_decides_what_moves",
         "A pass in eval mode decides which tensors passes change.",
-        "changed = self.look(contents=not evaluates)",
+        "changed = self.look(compare=not evaluates)",
         "changed = self.look()",
     ),
     Mutant(

@@ -281,7 +281,7 @@ class ModuleState:
         """
         if not self._places:
             return
-        changed = self.look(contents=not evaluates)
+        changed = self.look(compare=not evaluates)
         start, self._start = self._start, None
         if start is None:
             return
@@ -309,11 +309,11 @@ class ModuleState:
             self.look()
             self.restore(self._before.only(self._known.moving.keys()))
 
-    def look(self, *, contents: bool = True) -> set[Key]:
+    def look(self, *, compare: bool = True) -> set[Key]:
         """Finds the tensors that have moved since the step began, which are restored from now on, and returns them.
 
         Args:
-            contents: whether to compare contents, if this is a step that does.
+            compare: whether to compare contents, if this is a step that does.
         """
         before = self._before
         if before is None or not self._places:
@@ -333,10 +333,10 @@ class ModuleState:
                     if key not in before.values:
                         before.values[key] = entries.get(name, _ABSENT)
                         new[key] = False
-        if self._thorough and contents:
+        if self._thorough and compare:
             self._thorough = False
-            for keys, tensors, copies in before.copies:
-                new |= {k: True for k, t, c in zip(keys, tensors, copies, strict=True) if not _equal(t, c)}
+            for keys, tensors, contents in before.copies:
+                new |= {k: True for k, t, c in zip(keys, tensors, contents, strict=True) if not _equal(t, c)}
         for key, in_place in new.items():
             mover = self._known.moving.setdefault(key, Mover(self._places[key[:2]].module, key[1] == "buffer"))
             mover.in_place |= in_place

@@ -232,8 +232,8 @@ class ModelOracle(Oracle):
 
     def rollback(self) -> None:
         """Restores weights, hooks and module state; also after an interruption at any moment, and more than once."""
-        self._hooks.restore()
         self._eval_mode.leave()
+        self._hooks.restore()
         self._restore_weights()
         self.module_state.rollback()
         passes.mark(additional=False)
