@@ -187,7 +187,9 @@ def _average(oracle: Oracle, decay: float) -> list[Tensor]:
     """Updates the averages of weights and buffers in the state, and returns that of the buffers."""
     average: Vector | None = oracle.state.get("weights")
     oracle.state["weights"] = oracle.weights.clone() if average is None else _mixed(average, oracle.weights, decay)
-    old, now = oracle.kept("buffers"), [b.detach() for b in oracle.buffers]
+    if not (now := [b.detach() for b in oracle.buffers]):
+        return now
+    old: list[Tensor] | None = oracle.kept("buffers")
     if old is None or [b.shape for b in old] != [b.shape for b in now]:
         old = now
     # Running statistics of a batch that was not finite are not, and would stay in the average.
