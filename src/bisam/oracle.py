@@ -182,10 +182,10 @@ class Oracle(ABC):
         return value, count
 
     def gathered(self, values: Tensor) -> Tensor:
-        """Returns values of the examples of this rank (n, ...), followed by those of all ranks that share a batch.
+        """Returns values (n, ...) of the examples of all ranks that share a batch, one rank after the other.
 
-        Without such ranks these are the values themselves. With them the call waits for the device, and all ranks make
-        it together; the order is that of the ranks.
+        If `is_local` these are the values of this rank. Otherwise all ranks make the call together, and it waits for
+        the device.
         """
         return values
 
