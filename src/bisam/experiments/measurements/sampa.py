@@ -25,6 +25,7 @@ from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.machine import Machine
 from bisam.experiments.studies import published
 from bisam.methods.method import indexed
+from bisam.validation import share
 from bisam.vector import TINY
 
 if TYPE_CHECKING:
@@ -63,19 +64,20 @@ class Compared:
         return self.method(oracle, batch)
 
 
+def _recipe(settings: Settings, seed: int) -> Recipe:
+    named: dict[str, Any] = {name: settings[name] for name in ("epochs", "batch_size", "learning_rate", "rho")}
+    return Recipe(dataset=settings["dataset"], model=settings["model"], method="sampa", seed=seed, **named)
+
+
 def _seeds(settings: Settings) -> list[str]:
+    share("lam", settings["lam"], zero=True)
+    _recipe(settings, 0)
     return [f"seed-{seed}" for seed in range(settings["seeds"])]
 
 
 def _measure_gradients(part: str, settings: Settings, device: torch.device) -> list[dict[str, Any]]:
     seed = int(part.removeprefix("seed-"))
-    recipe = Recipe(
-        dataset=settings["dataset"],
-        model=settings["model"],
-        method="sampa",
-        seed=seed,
-        **{name: settings[name] for name in ("epochs", "batch_size", "learning_rate", "rho")},
-    )
+    recipe = _recipe(settings, seed)
     splits = data.load(recipe, Machine())
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
