@@ -357,17 +357,13 @@ class SAMPa(SAM):
         state, before = oracle.state, oracle.kept("batch")
         if before is None:
             _warn_of_lost_batch(state)
-            state["gradients"] = [s.gradient for s in oracle.ask(self._looks(batch, None, track=False))]
+            state["gradients"] = [s.gradient for s in oracle.ask(self.looks(batch, None, track=False))]
         g, e = state["gradients"][0], self.displacement(state["gradients"][-1], oracle)
         late = Query(before or batch, self.descent, e, track=False)
-        h, *seen = oracle.ask([late, *self._looks(batch, self.ahead(g, oracle), track=True)])
+        h, *seen = oracle.ask([late, *self.looks(batch, self.ahead(g, oracle), track=True)])
         oracle.keep("batch", batch)
         state["gradients"] = [s.gradient for s in seen]
         return replace(seen[0], grad=h.gradient * (1 - self.lam) + seen[0].gradient * self.lam)
-
-    def _looks(self, batch: Batch, at: Vector | None, track: bool) -> list[Query]:
-        look = Query(batch, self.descent, at, track=track)
-        return [look] if self.ascent == self.descent else [look, Query(batch, self.ascent, at, track=False)]
 
 
 def _warn_of_lost_batch(state: dict[str, Any]) -> None:

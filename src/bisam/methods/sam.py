@@ -21,7 +21,7 @@ from bisam.batches import Batch
 from bisam.evaluation import Evaluation
 from bisam.masks import DropGrow, FisherMask
 from bisam.objectives import Bound, NegLog, Objective
-from bisam.oracle import Oracle
+from bisam.oracle import Oracle, Query
 from bisam.perturbations import (
     L2,
     Adaptive,
@@ -112,6 +112,11 @@ class SAM:
     def displacement(self, gradient: Vector, oracle: Oracle) -> Vector:
         """Returns the displacement for an ascent gradient."""
         return cast(Perturbation, self.perturb)(gradient, oracle.within("perturb"))
+
+    def looks(self, batch: Batch, at: Vector | None, track: bool) -> list[Query]:
+        """Returns queries for the gradients of both objectives at a point: one query if they are the same."""
+        look = Query(batch, self.descent, at, track=track)
+        return [look] if self.ascent == self.descent else [look, Query(batch, self.ascent, at, track=False)]
 
     def both(self, oracle: Oracle, batch: Batch) -> tuple[Vector, Evaluation]:
         """Returns the gradient of the descent objective at the weights, and the answer at w + e.

@@ -14,18 +14,21 @@ import pytest
 import torch
 from torchvision.datasets import cifar
 
+from bisam import SAM, SAMPa
 from bisam.experiments.cli.study import show_failed
 from bisam.experiments.data.glue import TASKS
 from bisam.experiments.errors import RunError
 from bisam.experiments.launch import processes
 from bisam.experiments.launch.estimate import queries
 from bisam.experiments.launch.outcomes import Outcome
+from bisam.experiments.recipes.expressions import build
 from bisam.experiments.recipes.presets import PRESETS
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Run
 from bisam.experiments.runs.machine import Machine
 from bisam.experiments.studies import STUDIES
 from bisam.experiments.studies.paper import MODELS, PAPER
+from bisam.experiments.studies.sampa import SAMPA, VARIANTS
 from bisam.experiments.training.train import train
 from tests.experiments.data.test_glue import classic
 from tests.experiments.data.test_image_folders import classes, flower_root, pet_root  # noqa: F401 - fixtures
@@ -73,11 +76,14 @@ def checked(folder, root, runs: int, seeds: int = 1) -> list[dict]:
 
 
 IMAGES = ("table1", "table2", "table4", "table5", "table8", "table9", "table10", "figure2", "sampa", "grid")
+SAMPA_IMAGES = ("sampa-cifar10", "sampa-cifar100", "sampa-noise", "sampa-variants", "sampa-stale", "sampa-penalty")
 RUNS = {"table1": 4, "table2": 4, "table4": 2, "table5": 2, "table8": 20, "table9": 3, "table10": 3}
-RUNS |= {"figure2": 3, "sampa": 8, "grid": 25}
+RUNS |= {"figure2": 3, "sampa": 10, "grid": 25}
+RUNS |= {"sampa-cifar10": 5, "sampa-cifar100": 5, "sampa-noise": 20, "sampa-variants": 12}
+RUNS |= {"sampa-stale": 6, "sampa-penalty": 6}
 
 
-@pytest.mark.parametrize("name", IMAGES)
+@pytest.mark.parametrize("name", [*IMAGES, *[pytest.param(name, marks=pytest.mark.slow) for name in SAMPA_IMAGES]])
 def test_a_study_of_cifar_end_to_end(name, cifar_root, here, bisam):
     small = ("--set", "model=convnet", "--set", "limit=32", "--set", "batch_size=16", "--seeds", 1)
     code, out, _ = bisam(
@@ -88,7 +94,7 @@ def test_a_study_of_cifar_end_to_end(name, cifar_root, here, bisam):
     rows = checked(cifar_root / "out" / name, cifar_root / "out" / study.folder, RUNS[name])
     for figure in study.figures:
         assert (cifar_root / "out" / name / f"{figure}.png").exists()
-    assert {row["dataset"] for row in rows} == {"cifar100" if name == "table2" else "cifar10"}
+    assert {row["dataset"] for row in rows} == {"cifar100" if name in ("table2", "sampa-cifar100") else "cifar10"}
     first = next((cifar_root / "out" / study.folder).glob("*/seed-*/recipe.json"))
     recipe = Recipe.from_dict(json.loads(first.read_text()))
     assert (recipe.model, recipe.limit, recipe.cutout) == ("convnet", 32, True)
@@ -96,14 +102,27 @@ def test_a_study_of_cifar_end_to_end(name, cifar_root, here, bisam):
 
 
 def test_the_tables_take_the_papers_networks():
-    for name in ("table1", "table2", "table4", "table5", "table9", "table10"):
+    for name in ("table1", "table2", "table4", "table5", "table9", "table10", "sampa-cifar10", "sampa-cifar100"):
         assert tuple(dict.fromkeys(recipe.model for recipe in STUDIES[name].recipes(None))) == MODELS
     assert [study.name for study in PAPER] == [
         *(f"table{i}" for i in range(1, 11)),
         "figure2",
-        "sampa",
         "grid",
     ]
+    assert all(study.name.partition("-")[0] == "sampa" for study in SAMPA)
+
+
+def test_the_combinations_of_sampa_are_the_variants_with_sampa():
+    """Each is a variant whose perturbation, ascent and micro-batches are those of the method alone."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    for name, alone, together in VARIANTS:
+        one, two = (build(text, optimizer=optimizer) for text in (alone, together))
+        if name == "mSAM":
+            assert one.m == two.m
+            one, two = one.method, two.method
+        assert (type(two), two.lam) == (SAMPa, 0.2)
+        assert (one.perturb, one.ascent) == (two.perturb, two.ascent)
+    assert len({one.ascent for one in (build(alone) for _, alone, _ in VARIANTS) if isinstance(one, SAM)}) == 2
 
 
 def test_sgd_has_twice_the_epochs_where_gradients_are_to_be_equal():
@@ -125,6 +144,49 @@ def test_table3_on_image_folders(tmp_path, here, bisam):
     rows = checked(tmp_path / "o" / "table3", tmp_path / "o" / "table3", 3)
     assert [float(row["test_best_top5_mean"]) for row in rows] == [1.0] * 3  # there are two classes
     assert "top-5 accuracy" in (tmp_path / "o" / "table3" / "report.md").read_text()
+
+
+@pytest.mark.slow
+def test_sampas_imagenet_on_image_folders(tmp_path, here, bisam):
+    for part, count in (("train", 30), ("val", 4)):
+        classes(tmp_path / "imagenet" / part, n01=count, n02=count)
+    small = ("model=torchvision:squeezenet1_1", "image_size=32", "limit=16", "batch_size=8")
+    changes = [text for change in small for text in ("--set", change)]
+    out = tmp_path / "o"
+    code, _, err = bisam(
+        "run", "sampa-imagenet", "--epochs", 1, *changes, "--seeds", 1, "--data-dir", tmp_path, "--out", out
+    )
+    assert code == 0, err
+    checked(out / "sampa-imagenet", out / "sampa-imagenet", 2)
+
+
+@pytest.mark.slow
+def test_sampas_vit_on_enlarged_images(cifar_root, here, bisam):
+    pytest.importorskip("timm")
+    small = ("model=timm:test_vit", "weights=none", "dataset=cifar10:160", "limit=4", "batch_size=2")
+    changes = [text for change in small for text in ("--set", change)]
+    out = cifar_root / "o"
+    code, _, err = bisam(
+        "run", "sampa-vit", "--epochs", 1, *changes, "--seeds", 1, "--data-dir", cifar_root, "--out", out
+    )
+    assert code == 0, err
+    rows = checked(out / "sampa-vit", out / "sampa-vit", 2)
+    assert {row["dataset"] for row in rows} == {"cifar10:160"}
+
+
+@pytest.mark.slow
+def test_sampas_glue_on_every_task(tmp_path, bert, here, bisam):  # noqa: F811
+    pytest.importorskip("datasets")
+    for task in TASKS:
+        classic(tmp_path, task)
+    small = (f"model=hf:{bert}", "weights=none", "limit=8", "batch_size=4", "max_length=16")
+    changes = [text for change in small for text in ("--set", change)]
+    out = tmp_path / "o"
+    code, _, err = bisam(
+        "run", "sampa-glue", "--epochs", 1, *changes, "--seeds", 1, "--data-dir", tmp_path, "--out", out
+    )
+    assert code == 0, err
+    checked(out / "sampa-glue", out / "sampa-glue", 4 * len(TASKS))
 
 
 def test_table6_on_flowers_and_pets(flower_root, pet_root, here, bisam):  # noqa: F811

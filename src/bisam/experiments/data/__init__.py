@@ -29,6 +29,7 @@ NAMES = {
     "digits": "scikit-learn's 1,797 images of 8x8, no download",
     "cifar10": "50,000 + 10,000 images of 32x32, 10 classes",
     "cifar100": "50,000 + 10,000 images of 32x32, 100 classes",
+    "cifar10:SIDE": "the same, enlarged to SIDE pixels for pretrained networks (also cifar100:SIDE)",
     "imagenet": "ImageNet-1K in folders: imagenet/train/CLASS/*, imagenet/val/CLASS/*",
     "flowers": "Oxford Flowers-102",
     "pets": "Oxford-IIIT Pets, 37 classes",
@@ -60,13 +61,18 @@ def load(recipe: Recipe, machine: Machine) -> Data:
 def _load(recipe: Recipe, machine: Machine) -> Data:
     kind, _, detail = recipe.dataset.partition(":")
     root, download, size = machine.data_dir, machine.download, recipe.image_size
-    if kind in ("digits", "cifar10", "cifar100") and not detail:
+    if (kind in ("digits", "cifar10", "cifar100") and not detail) or (
+        kind in ("cifar10", "cifar100") and detail.isdecimal()
+    ):
         from bisam.experiments.data.cifar import cifar
         from bisam.experiments.data.digits import digits
+        from bisam.experiments.data.image_tensors import larger
+        from bisam.experiments.models.build import statistics
 
         if kind == "digits":
             return digits()
-        return cifar(kind, root, download, recipe.augment, recipe.cutout)
+        data = cifar(kind, root, download, recipe.augment, recipe.cutout)
+        return larger(data, int(detail), statistics(recipe.model)) if detail else data
     if (kind in ("imagenet", "flowers", "pets") and not detail) or (kind == "folder" and detail):
         from bisam.experiments.data.image_folders import flowers, folder, imagenet, pets, standardised
         from bisam.experiments.models.build import statistics

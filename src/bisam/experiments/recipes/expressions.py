@@ -21,6 +21,7 @@ import bisam
 from bisam import SharpnessAware, masks, perturbations, proximal, schedules
 from bisam.experiments.errors import is_out_of_memory, unknown
 from bisam.methods import Method
+from bisam.methods.method import indexed
 
 _ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
@@ -152,11 +153,12 @@ def take_steps(
         method = build(expression, optimizer=optimizer, **_run(total))
         sharp = SharpnessAware(model, wrap(method), bisam.cross_entropy)
         for _ in range(steps):
-            sharp(torch.randn(batch_size, 2), torch.zeros(batch_size, dtype=torch.long)).backward()
+            named = {"indices": torch.arange(batch_size)} if indexed(method) else {}
+            sharp(torch.randn(batch_size, 2), torch.zeros(batch_size, dtype=torch.long), **named).backward()
 
 
 def _run(steps: int) -> dict[str, int]:
-    return {"steps": steps, "epoch": 10**6, "examples": 10**9}
+    return {"steps": steps, "epoch": 10**6, "examples": 10**6}  # SAF keeps outputs of each
 
 
 _LONGEST = 1000

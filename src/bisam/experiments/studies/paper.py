@@ -1,4 +1,4 @@
-"""Paper: every table and figure of Xie et al. (2024) that trains networks, and the comparison in the paper of SAMPa.
+"""Paper: every table and figure of Xie et al. (2024) that trains networks.
 
 Numbers that the paper does not give are marked [MEM] (recollected) or [OURS] (chosen here).
 """
@@ -10,7 +10,7 @@ from dataclasses import replace
 from bisam.experiments.recipes.catalogue import BASELINE, PLAIN
 from bisam.experiments.recipes.presets import BERT, CIFAR, IMAGENET, VIT
 from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.studies.papers import BISAM, SAMPA, Exhibit
+from bisam.experiments.studies.papers import BISAM, Exhibit
 from bisam.experiments.studies.study import Study
 
 MODELS = ("densenet121", "resnet56", "vgg19_bn", "wrn28_2", "wrn28_10")
@@ -84,13 +84,6 @@ def _table8(epochs: int | None) -> list[Recipe]:
 def _figure2(epochs: int | None) -> list[Recipe]:
     base = replace(CIFAR, epochs=epochs or 200)
     return [_method(base, method) for method in ("sam", "bisam_log", "bisam_tanh")]
-
-
-def _sampa(epochs: int | None) -> list[Recipe]:
-    base = replace(CIFAR, epochs=epochs or 200)
-    # The methods are those of the figure, and BiSAM. All use the radius of SAMPa, 0.1 [OURS].
-    methods = (PLAIN, "sam", "sampa_0", "sampa", "bisam_log", "looksam", "ae_sam", "esam")
-    return [_method(base, method, 0.1, doubled=False) for method in methods]
 
 
 def _grid(epochs: int | None) -> list[Recipe]:
@@ -178,15 +171,6 @@ PAPER = (
         figures=("flips", "curves"),
         shared="table1",
         exhibit=Exhibit(BISAM, "Figure 2"),
-    ),
-    Study(
-        "sampa",
-        "SAMPa's comparison: accuracy against gradients and seconds, ResNet-56 on CIFAR-10",
-        _sampa,
-        _THREE,
-        figures=("gradients", "accuracy"),
-        note="Xie, Pethick and Cevher, 2024, https://arxiv.org/abs/2410.10683. All have the same number of epochs.",
-        exhibit=Exhibit(SAMPA, "Figure of efficiency"),
     ),
     Study(
         "grid",

@@ -18,6 +18,7 @@ from bisam.experiments.runs.folder import Row
 from bisam.experiments.training.counting import CountedMethod
 from bisam.experiments.training.metrics import TrainingSums, ranked
 from bisam.experiments.training.weight_average import WeightAverage
+from bisam.methods.method import indexed
 
 
 def train_epoch(
@@ -48,14 +49,16 @@ def train_epoch(
     sums = TrainingSums(fabric.device)
     method.counts.clear()
     losses = batches_of(len(split), recipe.batch_size, fabric.world_size)
-    batches = split.batches(recipe.batch_size, random, fabric.global_rank, fabric.world_size)
+    needs_indices = indexed(method) is not None
+    batches = split.indexed(recipe.batch_size, random, fabric.global_rank, fabric.world_size)
     start = time.perf_counter()
-    for i, (inputs, labels) in enumerate(batches):
+    for i, (index, inputs, labels) in enumerate(batches):
         # The last group of an epoch may have fewer losses than `accumulate`.
         group = min(recipe.accumulate, losses - i // recipe.accumulate * recipe.accumulate)
         completes_group = i % recipe.accumulate == group - 1
         with fabric.no_backward_sync(sharp, enabled=not completes_group):
-            loss = sharp(prepared(inputs, recipe), labels)
+            named = {"indices": index} if needs_indices else {}
+            loss = sharp(prepared(inputs, recipe), labels, **named)
             fabric.backward(loss / group if group > 1 else loss)
         if completes_group:
             if recipe.clip is not None:
