@@ -885,12 +885,14 @@ class Rooted(nn.Module):
         return self.net(x) + (self.root * torch.tensor([1.0, self.factor])).sqrt().sum()
 
 
-def skipping(name: str, make: Callable[[], nn.Module], bad: str | None, ddp: bool = False, **arguments: Any) -> Any:
+def skipping(name: str, make: Callable[[], nn.Module], bad: str | None, ddp: str = "", **arguments: Any) -> Any:
     """Gradients after the step 3, which is bad, or left out if `bad` is None; and the memory that it changed."""
     model = make()
     optimizer = sgd(model)
-    loss = SharpnessAware(model, METHODS[name](optimizer), cross_entropy, **arguments)
-    sharp = DDP(loss) if ddp else loss
+    loss = SharpnessAware(
+        DDP(model) if ddp == "inside" else model, METHODS[name](optimizer), cross_entropy, **arguments
+    )
+    sharp = DDP(loss) if ddp == "around" else loss
     grads, changed = [], False
     for step in range(8):
         if step == 3 and bad is None:
@@ -934,24 +936,54 @@ def after_a_bad_step() -> dict[str, Any]:
         same = all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
         return "" if same and not changed else f"gradients the same: {same}, memory changed: {changed}"
 
-    def replica(name: str) -> str:
-        """Each replica decides for itself: the one whose own gradients are finite remembers the step."""
-        _, changed = skipping(name, network, "batch", ddp=True)
-        return "" if changed == (dist.get_rank() == 0) else f"memory changed: {changed}"
-
-    shared = {"ddp": True, "scope": "global"}
+    shared = {"ddp": "around", "scope": "global"}
     return wrong(
         {
             **{f"{name}, FSDP2": differences(name, fsdp2, "batch") for name in REMEMBERING},
             **{f"{name}, FSDP2, one entry": differences(name, entry, "entry") for name in REMEMBERING},
             **{f"{name}, global": differences(name, network, "batch", **shared) for name in REMEMBERING},
-            **{f"{name}, local": replica(name) for name in ("FSAM", "AESAM", "SAMPa", "MomentumSAM")},
+            **{
+                f"{name}, local, {ddp}": differences(name, network, "batch", ddp=ddp)
+                for name in REMEMBERING
+                for ddp in ("around", "inside")
+            },
         }
     )
 
 
-def test_a_batch_that_is_not_finite_on_one_rank_is_forgotten_by_all_that_share_the_gradient():
+def test_a_batch_that_is_not_finite_on_one_rank_is_forgotten_by_all():
     assert ranks.run(2, after_a_bad_step) == [{}, {}]
+
+
+def uneven_calls() -> dict[str, str]:
+    """Contexts in which some replicas make no call, so that a method with a state must not wait for them."""
+    found: dict[str, str] = {}
+    for nesting in ("around", "inside"):
+        model = network()
+        ddp = DDP(model) if nesting == "inside" else None
+        loss = SharpnessAware(ddp or model, METHODS["FSAM"](sgd(model)), cross_entropy)
+        sharp = ddp or DDP(loss)
+        call = loss if nesting == "inside" else sharp
+        with sharp.no_sync():
+            for step in range(1 + 2 * dist.get_rank()):
+                call(*part(step)).backward()
+        call(*part(9)).backward()
+        expected = 2 + 2 * dist.get_rank()
+        if (steps := loss.get_extra_state()["step"]) != expected:
+            found[f"no_sync, {nesting}"] = f"{steps} steps, not {expected}"
+    model = network()
+    loss = SharpnessAware(model, METHODS["FSAM"](sgd(model)), cross_entropy)
+    sharp = DDP(loss)
+    with sharp.join():
+        for step in range(1 + dist.get_rank()):
+            sharp(*part(step)).backward()
+    if (steps := loss.get_extra_state()["step"]) != 1 + dist.get_rank():
+        found["join"] = f"{steps} steps"
+    return found
+
+
+def test_replicas_with_a_state_may_differ_in_their_calls_where_torch_allows_it():
+    assert ranks.run(2, uneven_calls) == [{}, {}]
 
 
 # Checkpoints.

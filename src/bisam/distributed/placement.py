@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from bisam.distributed import failures
-from bisam.distributed.ddp import BufferBroadcasts, check_join, communicating
+from bisam.distributed.ddp import BufferBroadcasts, check_join, communicating, replicas_of
 from bisam.distributed.fsdp import FSDPModules, accumulation_hooks
 from bisam.distributed.layout import ReplicatedLayout, ShardedLayout, local
 from bisam.distributed.peers import Peers, position
@@ -36,11 +36,14 @@ class Local:
     Attributes:
         layout: the layout of Vectors of weights and gradients.
         is_local: whether an answer is for this rank's batch only.
+        replicas: the ranks that average their gradients for the same optimizer step, if they are known and each answers
+            for its own batch; else None.
         position: see `Oracle.position`.
     """
 
     layout: Layout = WHOLE
     is_local: bool = True
+    replicas: Peers | None = None
 
     @property
     def position(self) -> str:
@@ -100,15 +103,16 @@ class Local:
 
 
 class Replica(Local):
-    """Whole parameters, and answers for this rank's batch only, in a model that communicates in its forward passes.
+    """Whole parameters, and answers for this rank's batch only, in data-parallel training.
 
     Args:
         broadcasts: the broadcasts of buffers in the forward passes.
         waiting: the ranks that wait for each other in every forward pass (SyncBatchNorm); None if no rank waits.
+        replicas: see `Local`.
     """
 
-    def __init__(self, broadcasts: BufferBroadcasts, waiting: Peers | None) -> None:
-        self._broadcasts, self._waiting = broadcasts, waiting
+    def __init__(self, broadcasts: BufferBroadcasts, waiting: Peers | None, replicas: Peers | None) -> None:
+        self._broadcasts, self._waiting, self.replicas = broadcasts, waiting, replicas
 
     def agree(self, what: str, number: int) -> None:
         """See `Local.agree`; checks the ranks that wait for each other in every forward pass."""
@@ -250,6 +254,8 @@ def place(model: nn.Module, parameters: Sequence[Tensor], fsdp_modules: Sequence
         return FullySharded(FSDPModules(fsdp_modules), None, peers)
     if peers is not None:
         return Replicated(peers, BufferBroadcasts(inside))
-    if not (inside or norms):
+    wrappers = replicas_of(inside)
+    if not (inside or norms or wrappers):
         return _LOCAL
-    return Replica(BufferBroadcasts(inside), Peers.of(norms, parameters) if norms else None)
+    waiting, replicas = (Peers.of(modules, parameters) if modules else None for modules in (norms, wrappers))
+    return Replica(BufferBroadcasts(inside), waiting, replicas)

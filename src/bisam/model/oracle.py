@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from bisam import objectives
 from bisam.batches import Batch, Keywords, handed, is_empty, mapped, size, tensors
+from bisam.distributed.peers import Peers
 from bisam.distributed.placement import Scope, place
 from bisam.evaluation import Evaluation
 from bisam.model import passes
@@ -195,6 +196,18 @@ class ModelOracle(Oracle):
     def agree(self, what: str, number: int) -> None:
         """See `Oracle.agree`."""
         self._placement.agree(what, number)
+
+    @property
+    def replicas(self) -> Peers | None:
+        """The ranks that average their gradients for the same optimizer step, if each answers for its own batch."""
+        return self._placement.replicas
+
+    def of_all_replicas(self, flag: Tensor) -> Tensor:
+        """Returns NaN if `flag`, which is 0 or NaN, is NaN on one of `replicas`; they call it together.
+
+        It does not wait for a GPU.
+        """
+        return flag if self.replicas is None else self.replicas.mean([flag])[0]
 
     def random_state(self) -> RandomState:
         """Returns the present state of the random generators that a forward pass draws from."""
