@@ -170,7 +170,7 @@ class StudySubject:
         marks, recipes = tables.marks_of(runs, study.assumptions), list(grouped(runs))
         for recipe, row, following in zip(recipes, rows, [*rows[1:], None], strict=True):
             new = following is not None and any(following[key] != row[key] for key in ("dataset", "model", "noise"))
-            cells = marks.beside(recipe, header, tables.cells(row, header))
+            cells = marks.beside(recipe, header, tables.cells(row, header), told=marks.subjects)
             table.add_row(*map(Text, cells), end_section=new)
         console.print(table)
         for mark, value, kind, _ in marks.rows():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import multiprocessing as mp
 import os
 import signal
@@ -20,9 +19,6 @@ from bisam.experiments.errors import unknown
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
-
-for _name in ("lightning_fabric", "torch.multiprocessing.spawn"):
-    logging.getLogger(_name).setLevel(logging.ERROR)  # else each process prints advice and advertisements
 
 STRATEGIES = ("auto", "ddp", "fsdp")
 PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed", "64": "64-true"}

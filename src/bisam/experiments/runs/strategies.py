@@ -1,12 +1,16 @@
-"""Strategies of Fabric that Lightning does not have. Importing this file imports Fabric, which takes a second."""
+"""Strategies of Fabric that Lightning does not have. All processes that use Fabric import this file, which quiets it."""
 
 from __future__ import annotations
 
+import logging
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 from lightning_fabric.strategies import DDPStrategy
 from torch import nn
+
+for _name in ("lightning_fabric", "torch.multiprocessing.spawn"):  # after the import, which sets the level
+    logging.getLogger(_name).setLevel(logging.ERROR)  # else each process prints advice and advertisements
 
 
 class FullySharded(DDPStrategy):
