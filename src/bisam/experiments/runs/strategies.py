@@ -1,4 +1,4 @@
-"""Strategies of Fabric that Lightning does not have. All processes that use Fabric import this file, which quiets it."""
+"""Strategies of Fabric that Lightning does not have. All processes that use Fabric import this file: it quiets it."""
 
 from __future__ import annotations
 
