@@ -244,7 +244,7 @@ def test_the_methods_of_the_authors_code_exist():
     ours = re.findall(r"^\| .*? \| `(.*?)`", part, re.MULTILINE)
     scope = {**vars(bisam), "L2": L2, "torch": torch, "rho": 0.05, "bound": bisam.Tanh(), "K": 10}
     values = [eval(expression, scope) for expression in ours]
-    assert [type(value).__name__ for value in values] == ["SAM"] * 4 + ["CrossEntropyLoss"]
+    assert [type(value).__name__ for value in values] == [*["SAM"] * 4, "ERM", "type", "CrossEntropyLoss"]
     assert [value.ascent for value in values[:4]] == [None, bisam.NegLog(), bisam.Tanh(), bisam.Tanh()]
     # Smoothing over the wrong classes alone, by its definition.
     z, y = torch.randn(5, 10).double(), torch.arange(5)

@@ -120,9 +120,7 @@ def test_a_flag_without_effect_is_refused_by_name(bisam, tmp_path, idle, where, 
         (("table1", "--set", "max_length=9"), "--set max_length (needs dataset glue:TASK, got cifar10)"),
         (("digits", "--cpus", 1), "without --ray there is no cluster: leave --cpus out"),
         (("digits", "--ray", "local", "--workers", 2), "leave --workers out"),
-        (("table12", "--data-dir", "x"), "table12 trains nothing: leave --data-dir out"),
-        (("example", "--log", "wandb", "--seeds", 1), "example trains nothing: leave --log, --seeds out"),
-        (("figure1", "--device", "cpu"), "figure1 trains nothing: leave --device out"),
+        (("digits", "--no-estimate"), "without --dry-run nothing is estimated: leave --estimate out"),
     ],
 )
 def test_a_flag_without_effect_on_a_study_is_refused_by_name(bisam, tmp_path, arguments, message):
@@ -130,6 +128,30 @@ def test_a_flag_without_effect_on_a_study_is_refused_by_name(bisam, tmp_path, ar
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert message in err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("table11", "--data-dir", "x"), "table11 trains nothing: without effect are --data-dir"),
+        (("table12", "--epochs", 1, "--workers", 2), "table12 trains nothing: without effect are --epochs, --workers"),
+        (("example", "--log", "wandb", "--seeds", 1), "example trains nothing: without effect are --log, --seeds"),
+        (("figure1", "--device", "cpu"), "figure1 is drawn from formulas: without effect are --device"),
+        (("example", "--device", "cpu", "--no-estimate"), ""),
+    ],
+)
+def test_a_measurement_takes_the_flags_of_studies_and_says_which_have_no_effect(bisam, tmp_path, arguments, message):
+    code, out, err = bisam("run", *arguments, "--dry-run", "--out", tmp_path / "out")
+    assert code == 0
+    assert err == (f"bisam: {message}\n" if message else "")
+    assert f"{arguments[0]} has " in out
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_setting_of_a_measurement_is_one_line_and_no_note(bisam):
+    code, out, err = bisam("run", "table12", "--set", "round=3", "--seeds", 1, "--dry-run")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "unknown setting of table12 'round', did you mean 'rounds'" in err
 
 
 @pytest.mark.parametrize("name", CONDITIONS)

@@ -21,7 +21,7 @@ from bisam.experiments.errors import RunError
 from bisam.experiments.recipes import recipe as recipes
 from bisam.experiments.recipes.catalogue import METHODS
 from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.reports.groups import grouped, names
+from bisam.experiments.reports.groups import arranged, grouped, names
 from bisam.experiments.runs.folder import Finished, Run, finished, read_recipe
 from bisam.experiments.studies import STUDIES
 from bisam.experiments.studies.study import Study
@@ -192,7 +192,7 @@ def test_runs_of_an_earlier_version_are_read_and_not_mixed(tmp_path, monkeypatch
     runs = [run for run in finished(tmp_path) if isinstance(run, Finished)]
     assert {run.recipe.version for run in runs} == {1, 2}
     assert next(run for run in runs if run.recipe == SHORT).result["test_last"] == result["test_last"]
-    assert list(names(grouped(runs)).values()) == ["SAM (version 1)", "SAM (version 2)"]
+    assert list(names(grouped(arranged(runs))).values()) == ["SAM (version 1)", "SAM (version 2)"]
 
 
 def test_the_title_of_an_earlier_version_says_so(monkeypatch):

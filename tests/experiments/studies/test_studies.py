@@ -464,8 +464,7 @@ def test_what_each_device_remembers_is_saved_for_each(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("run", "table12", "--seeds", 4), "table12 trains nothing: leave --seeds out"),
-        (("run", "figure1", "--set", "a=1", "--epochs", 3), "leave --epochs, --set out"),
+        (("run", "figure1", "--set", "a=1", "--epochs", 3), "figure1 has no settings: leave --set a=1 out"),
         (("run", "digits", "--gpus", 2), "without --ray there is no cluster: leave --gpus out"),
         (("run", "digits", "--nodes", 2), "each run of a study is on one machine; on many machines use --ray"),
         (("train", "--nodes", 2), "with torchrun or srun"),

@@ -19,7 +19,7 @@ from typing import Any, get_args, get_type_hints
 from bisam.experiments.errors import RunError, unknown
 from bisam.experiments.recipes.catalogue import METHODS, PLAIN
 from bisam.experiments.recipes.entries import SETTINGS
-from bisam.experiments.recipes.expressions import VOCABULARY, build, check, check_step
+from bisam.experiments.recipes.expressions import VOCABULARY, build, check, check_step, contained
 from bisam.methods import Method
 from bisam.validation import LARGEST, non_negative, number, positive, shown, whole
 
@@ -208,11 +208,16 @@ class Recipe:
         return METHODS[self.method].settings if self.method in METHODS else set()
 
     def setting(self, name: str) -> Any:
-        """Value of a field; where rho, mu, alpha or eta is not given, the method's default, or None without one."""
+        """Value of a field; for rho, mu, alpha and eta that are not given the method's default, or None without one.
+
+        If the method is an expression, they are the values that it contains, see `expressions.contained`.
+        """
         value = getattr(self, name)
-        if value is not None or name not in self.settings:
+        if value is not None or name not in SETTINGS:
             return value
-        return METHODS[self.method].defaults[name]
+        if self.method not in METHODS:
+            return contained(self.method).get(name)
+        return METHODS[self.method].defaults.get(name)
 
     @property
     def own_fields(self) -> tuple[str, ...]:

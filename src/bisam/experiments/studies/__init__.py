@@ -14,3 +14,6 @@ GROUPS = {
 """The studies by where they come from, for `bisam list`."""
 STUDIES = {study.name: study for studies in GROUPS.values() for study in studies}
 """The studies by their names; `bisam run` runs these and the measurements."""
+
+LABELS = {expression: label for study in STUDIES.values() for expression, label in study.labels.items()}
+"""Names of the expressions that the studies have as methods."""

@@ -1,14 +1,16 @@
 """Paper: every table and figure of Xie et al. (2024) that trains networks.
 
-Numbers that the paper does not give are marked [MEM] (recollected) or [OURS] (chosen here).
+The paper's public text has lost its numbers. Those that are in no public source, such as the authors' code, are the
+`assumptions` of the studies.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+from bisam.experiments.recipes.assumptions import SEEDS, Assumption, Kind
 from bisam.experiments.recipes.catalogue import BASELINE, PLAIN
-from bisam.experiments.recipes.presets import BERT, CIFAR, IMAGENET, VIT
+from bisam.experiments.recipes.presets import ASSUMED, BERT, CIFAR, IMAGENET, VIT
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.studies.papers import BISAM, Exhibit
 from bisam.experiments.studies.study import Study
@@ -16,14 +18,24 @@ from bisam.experiments.studies.study import Study
 MODELS = ("densenet121", "resnet56", "vgg19_bn", "wrn28_2", "wrn28_10")
 """The networks of tables 1, 2, 4, 5 and 9 to 11, in the paper's order."""
 
-_SEEDS = 6  # CIFAR tables: [MEM]
-_THREE = 3  # other tables: [OURS]
-# beta and gamma are the "same as Du et al.", who use these values for WideResNets
+_SEEDS = 6
+_THREE = 3
+_SIX_SEEDS = Assumption(SEEDS, _SEEDS, Kind.RECOLLECTED, "the paper's number is not public")
+_THREE_SEEDS = Assumption(SEEDS, _THREE, Kind.CHOSEN, "the paper's number is not public")
 _ESAM = "ESAM(RandomMask(L2(0.05), beta=0.5), gamma=0.5)"
 _EBISAM_LOG = "EBiSAM(0.05, NegLog(1.0), beta=0.5, gamma=0.5)"
 _EBISAM_TANH = "EBiSAM(0.05, Tanh(10.0, 0.1), beta=0.5, gamma=0.5)"
 _MSAM = "MSAM(128, SAM(L2(0.05)))"
-_ARHO = 0.1  # ASAM and A-BiSAM: [MEM]; according to the paper, the 0.5 of Kwon et al. was worse
+_MBISAM_LOG, _MBISAM_TANH = "MSAM(128, BiSAM(0.05, NegLog(5.0)))", "MSAM(128, BiSAM(0.05, Tanh(20.0, 0.1)))"
+_LABELS = {
+    _ESAM: "ESAM",
+    _EBISAM_LOG: "E-BiSAM (-log)",
+    _EBISAM_TANH: "E-BiSAM (tanh)",
+    _MSAM: "mSAM",
+    _MBISAM_LOG: "mBiSAM (-log)",
+    _MBISAM_TANH: "mBiSAM (tanh)",
+}
+_ARHO = 0.1
 
 
 def _method(base: Recipe, method: str, rho: float | None = 0.05, doubled: bool = True) -> Recipe:
@@ -42,12 +54,11 @@ _FOUR = (PLAIN, "sam", "bisam_log", "bisam_tanh")
 
 
 def _table3(epochs: int | None) -> list[Recipe]:
-    bisams = ("MSAM(128, BiSAM(0.05, NegLog(5.0)))", "MSAM(128, BiSAM(0.05, Tanh(20.0, 0.1)))")  # mu: [MEM]
-    return [_method(replace(IMAGENET, epochs=epochs or 90), method) for method in (_MSAM, *bisams)]
+    base = replace(IMAGENET, epochs=epochs or 90)
+    return [_method(base, method) for method in (_MSAM, _MBISAM_LOG, _MBISAM_TANH)]
 
 
 def _table6(epochs: int | None) -> list[Recipe]:
-    # mu and alpha are those of CIFAR [OURS]: the paper chose them for each data set. Plain AdamW is added [OURS].
     # 500 steps are 63 epochs on 1,020 flowers, and 20 epochs on the 3,312 pets that are not held out.
     bases = [replace(VIT, dataset=name, epochs=epochs or each) for name, each in (("flowers", 63), ("pets", 20))]
     if epochs is not None and epochs < 20:
@@ -58,7 +69,7 @@ def _table6(epochs: int | None) -> list[Recipe]:
 def _table7(epochs: int | None) -> list[Recipe]:
     from bisam.experiments.data.glue import TASKS  # not at the top: it imports Fabric, which other studies do not need
 
-    tiny, radii = ("mrpc", "wnli"), {"cola": 0.01, "rte": 0.005}  # radii, and epochs of the tiny tasks: [MEM]
+    tiny, radii = ("mrpc", "wnli"), {"cola": 0.01, "rte": 0.005}
     return [
         _method(
             replace(BERT, dataset=f"glue:{task}", epochs=epochs or (5 if task in tiny else 3)),
@@ -72,7 +83,6 @@ def _table7(epochs: int | None) -> list[Recipe]:
 
 
 def _table8(epochs: int | None) -> list[Recipe]:
-    # ResNet-32 and the noise rates are those of SAMPa by the same authors; the radius at 80 % is [MEM].
     base = replace(CIFAR, model="resnet32", epochs=epochs or 200)
     return [
         _method(replace(base, noise=noise), method, 0.01 if noise == 0.8 else 0.05)
@@ -87,7 +97,6 @@ def _figure2(epochs: int | None) -> list[Recipe]:
 
 
 def _grid(epochs: int | None) -> list[Recipe]:
-    # The paper's grids are not public; these are decades around its values.
     base = replace(CIFAR, epochs=epochs or 200)
     radii = [_method(base, method, rho) for method in ("sam", "bisam_log") for rho in (0.01, 0.02, 0.05, 0.1, 0.2)]
     log = [replace(base, mu=mu) for mu in (0.1, 10.0, 100.0)]
@@ -101,7 +110,14 @@ def _grid(epochs: int | None) -> list[Recipe]:
 
 
 def _tables(
-    number: int, title: str, dataset: str, methods: tuple[str, ...], rho: float, note: str = "", shared: str = ""
+    number: int,
+    title: str,
+    dataset: str,
+    methods: tuple[str, ...],
+    rho: float,
+    note: str = "",
+    shared: str = "",
+    assumptions: tuple[Assumption, ...] = (),
 ) -> Study:
     baseline = (BASELINE,) if BASELINE in methods else methods[:1]
     return Study(
@@ -114,12 +130,29 @@ def _tables(
         note=note,
         shared=shared,
         exhibit=Exhibit(BISAM, f"Table {number}"),
+        labels=_LABELS,
+        assumptions=(_SIX_SEEDS, *assumptions),
     )
 
 
 _SPLIT = "The epoch of best validation accuracy is the one that is tested, as in the paper."
 _A, _A2 = "ASAM and A-BiSAM on CIFAR-10", ("asam", "abisam_log", "abisam_tanh")
 _E, _E2 = "ESAM and E-BiSAM on CIFAR-10", (_ESAM, _EBISAM_LOG, _EBISAM_TANH)
+_ADAPTIVE = (Assumption("rho", _ARHO, Kind.RECOLLECTED, "the paper only says that the 0.5 of Kwon et al. was worse"),)
+_DU = "the paper says: as Du et al., who have beta 0.5 for WideResNets and 0.6 for ResNet-18, and gamma 0.5 for both"
+_EFFICIENT = (
+    Assumption("beta", 0.5, Kind.CHOSEN, _DU),
+    Assumption("gamma", 0.5, Kind.CHOSEN, _DU),
+    Assumption(
+        "selection by",
+        "cross-entropy",
+        Kind.CHOSEN,
+        "whether the paper selects examples by cross-entropy, as ESAM, or by its bound is not public",
+        {"method": _E2[1:]},
+    ),
+)
+_NOISY = "the value of the paper of SAMPa, by the same authors, for label noise; this paper's is not public"
+_GRID = "the paper's grid is not public: decades around its values"
 
 PAPER = (
     _tables(1, "CIFAR-10, five networks", "cifar10", _FOUR, 0.05, note=_SPLIT),
@@ -128,13 +161,15 @@ PAPER = (
         "table3",
         "Table 3: ImageNet-1K, ResNet-50, micro-batches of 128",
         _table3,
-        seeds=3,  # [MEM]
+        seeds=3,
         figures=("accuracy",),
         baselines=(_MSAM,),
         exhibit=Exhibit(BISAM, "Table 3"),
+        labels=_LABELS,
+        assumptions=(Assumption(SEEDS, 3, Kind.RECOLLECTED, "the paper's number is not public"), *ASSUMED["imagenet"]),
     ),
-    _tables(4, _A, "cifar10", _A2[:2], _ARHO, shared="table9"),
-    _tables(5, _E, "cifar10", _E2[:2], 0.05, shared="table10"),
+    _tables(4, _A, "cifar10", _A2[:2], _ARHO, shared="table9", assumptions=_ADAPTIVE),
+    _tables(5, _E, "cifar10", _E2[:2], 0.05, shared="table10", assumptions=_EFFICIENT),
     Study(
         "table6",
         "Table 6: ViT-B/16 fine-tuned on Flowers and Pets",
@@ -142,6 +177,20 @@ PAPER = (
         _THREE,
         figures=("accuracy",),
         exhibit=Exhibit(BISAM, "Table 6"),
+        assumptions=(
+            _THREE_SEEDS,
+            *ASSUMED["vit"],
+            Assumption("mu", (1.0, 10.0), Kind.CHOSEN, "the value for CIFAR; the paper has one for each data set"),
+            Assumption("alpha", 0.1, Kind.CHOSEN, "the value for CIFAR; the paper has one for each data set"),
+            Assumption("method", PLAIN, Kind.CHOSEN, "added: whether the paper's table has plain AdamW is not public"),
+            Assumption(
+                "validation part",
+                "a tenth of the training images",
+                Kind.CHOSEN,
+                "the paper's is not public",
+                {"dataset": "pets"},
+            ),
+        ),
     ),
     Study(
         "table7",
@@ -152,6 +201,18 @@ PAPER = (
         note="The test is the official development set, since the labels of the official test are not public; a tenth "
         "of the training part is held out to choose the epoch.",
         exhibit=Exhibit(BISAM, "Table 7"),
+        assumptions=(
+            *ASSUMED["bert"],
+            Assumption(
+                "epochs", 5, Kind.RECOLLECTED, "the paper has more epochs for these tasks, how many is not public"
+            ),
+            Assumption(
+                "rho", 0.01, Kind.RECOLLECTED, "the paper has another radius for this task", {"dataset": "glue:cola"}
+            ),
+            Assumption(
+                "rho", 0.005, Kind.RECOLLECTED, "the paper has another radius for this task", {"dataset": "glue:rte"}
+            ),
+        ),
     ),
     Study(
         "table8",
@@ -160,9 +221,15 @@ PAPER = (
         _THREE,
         figures=("accuracy",),
         exhibit=Exhibit(BISAM, "Table 8"),
+        assumptions=(
+            _THREE_SEEDS,
+            Assumption("model", "resnet32", Kind.CHOSEN, _NOISY),
+            Assumption("noise", (0.2, 0.4, 0.6, 0.8), Kind.CHOSEN, _NOISY),
+            Assumption("rho", 0.01, Kind.RECOLLECTED, "the paper has a smaller radius at 80 % noise", {"noise": 0.8}),
+        ),
     ),
-    _tables(9, _A, "cifar10", _A2, _ARHO),
-    _tables(10, _E, "cifar10", _E2, 0.05),
+    _tables(9, _A, "cifar10", _A2, _ARHO, assumptions=_ADAPTIVE),
+    _tables(10, _E, "cifar10", _E2, 0.05, assumptions=_EFFICIENT),
     Study(
         "figure2",
         "Figure 2: what the perturbation flips, ResNet-56 on CIFAR-10",
@@ -171,6 +238,7 @@ PAPER = (
         figures=("flips", "curves"),
         shared="table1",
         exhibit=Exhibit(BISAM, "Figure 2"),
+        assumptions=(_THREE_SEEDS,),
     ),
     Study(
         "grid",
@@ -180,6 +248,12 @@ PAPER = (
         figures=("grid",),
         first_seed=100,
         exhibit=Exhibit(BISAM, "Appendix A.1"),
+        assumptions=(
+            Assumption(SEEDS, 1, Kind.CHOSEN, "the paper's number is not public"),
+            Assumption("rho", (0.01, 0.02, 0.05, 0.1, 0.2), Kind.CHOSEN, _GRID),
+            Assumption("mu", (0.1, 1.0, 10.0, 100.0), Kind.CHOSEN, _GRID),
+            Assumption("alpha", (0.01, 0.1, 1.0), Kind.CHOSEN, _GRID),
+        ),
     ),
 )
 """In the paper's order."""

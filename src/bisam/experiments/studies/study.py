@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 from bisam.experiments.errors import unknown
+from bisam.experiments.recipes.assumptions import Assumption
 from bisam.experiments.recipes.catalogue import BASELINE
 from bisam.experiments.recipes.changes import pairs
 from bisam.experiments.recipes.entries import SETTINGS
@@ -35,6 +36,10 @@ class Study:
     """Name of another study whose run folders this one uses, because they have runs in common."""
     exhibit: Exhibit | None = None
     """The table or figure of a paper that it reproduces; None if it is in no paper."""
+    labels: Mapping[str, str] = field(default_factory=dict[str, str], hash=False)
+    """Names of the methods that are expressions, for reports; an expression has the same name in all studies."""
+    assumptions: tuple[Assumption, ...] = ()
+    """The values that no public source of the paper gives; the report marks them."""
 
     @property
     def folder(self) -> str:
@@ -52,7 +57,7 @@ class Study:
             ValueError: a field or value is unknown, or no recipe can have it.
         """
         texts = pairs(changes, "epochs=1")
-        known = [field.name for field in fields(Recipe) if field.name != "version"]
+        known = [one.name for one in fields(Recipe) if one.name != "version"]
         for name in texts:
             if name not in known:
                 raise unknown("field", name, known)
