@@ -35,9 +35,11 @@ from bisam import (
     GSAM,
     KSAM,
     MSAM,
+    RAPP,
     SAM,
     SSAMF,
     BiSAM,
+    CEGPlus,
     FunctionalSAM,
     Lookahead,
     ModelOracle,
@@ -52,6 +54,7 @@ from bisam.integrations.checkpoint import make_room
 from bisam.masks import RandomMask
 from bisam.methods import efficient, wrappers
 from bisam.perturbations import L2
+from bisam.proximal import Box, Simplex
 from tests.support import cases, ranks
 from tests.support.replicas import distance, identical, nested, network, sharded, whole_weights
 
@@ -65,6 +68,8 @@ METHODS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
     name: cases.FAMILY[name][0] for name in f"{DETERMINED} {DRAWING}".split()
 }
 METHODS["MSAM"] = lambda o: MSAM(2, SAM(L2(0.1)))
+METHODS["RAPP-Simplex"] = lambda o: RAPP(0.2, prox=Simplex(2.0))  # needs whole tensors
+METHODS["CEGPlus-Box"] = lambda o: CEGPlus(0.2, Box(-0.1, 0.2))
 OF_A_PART = {"ESAM", "EBiSAM", "MSAM"}  # they choose or split the examples of a rank
 ALONE = {"SSAMF": cases.FAMILY["SSAMF"][0], "KSAM": lambda o: KSAM(3, SAM(L2(0.1)))}
 

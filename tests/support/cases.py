@@ -33,6 +33,7 @@ from bisam import (
     XSAM,
     ABiSAM,
     BiSAM,
+    CEGPlus,
     During,
     EBiSAM,
     Every,
@@ -45,9 +46,11 @@ from bisam import (
     MultiStepSAM,
     NegLog,
     Only,
+    Oracle,
     SAMPa,
     Tanh,
     VaSSO,
+    Vector,
     ZSharp,
     next_step,
 )
@@ -190,6 +193,13 @@ PLAIN = ("SAM", "BiSAM", "BiSAM-tanh", "ASAM", "ASAM-official", "ABiSAM", "MSAM"
 """Rows of `FAMILY` that are compared with their references on all `MODELS`."""
 FAMILY_MODELS = {**MODELS, "mlp": A_MODEL}
 B = references.l2(0.1)
+
+
+def ridge(point: Vector, oracle: Oracle, gamma: float) -> Vector:
+    """The proximal operator of 0.35 ||w||^2; smooth, so that Adam does not divide by rounding errors."""
+    return point / (1 + 0.7 * gamma)
+
+
 FAMILY: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], references.Twin]] = {
     "ERM": (lambda o: ERM(), references.erm(CE)),
     "SAM": (lambda o: SAM(L2(0.1)), references.climbing(B, CE, CE)),
@@ -398,7 +408,9 @@ FAMILY: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], references.Twin]
         references.bsam(LOG, CE, 300, 0.1, prior=10, damping=0.3, b1=0.5, b2=0.8),
     ),
     "RAPP": (lambda o: RAPP(0.2), references.rapp(CE, 0.2, 3)),
+    "RAPP-ridge": (lambda o: RAPP(0.2, prox=ridge), references.rapp(CE, 0.2, 3, lambda z: z / 1.14)),
     "ExtraGradient": (lambda o: ExtraGradient(0.3), references.rapp(CE, 0.3, 2)),
+    "CEGPlus": (lambda o: CEGPlus(0.3, ridge), references.ceg_plus(CE, 0.3, lambda z: z / 1.21)),
     # Around any method.
     "RSAM": (lambda o: RSAM(0.05, SAM(L2(0.1))), references.rsam(0.05, references.climbing(B, CE, CE))),
     "RSAM-plain-adaptive": (

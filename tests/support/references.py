@@ -404,13 +404,21 @@ def bsam(ascent: Loss, descent: Loss, n: float, rho: float, prior: float, dampin
     return twin
 
 
-def rapp(loss: Loss, gamma: float, inner: int) -> Twin:
+def rapp(loss: Loss, gamma: float, inner: int, prox: Callable[[Tensor], Tensor] = lambda z: z) -> Twin:
     def twin(w: Tensor, s: Step) -> Tensor:
         z = w
         for _ in range(inner):
-            f = s.grad(z, loss)
-            z = w - gamma * f
-        return f
+            z = prox(w - gamma * s.grad(z, loss))
+        return (w - z) / gamma
+
+    return twin
+
+
+def ceg_plus(loss: Loss, gamma: float, prox: Callable[[Tensor], Tensor]) -> Twin:
+    def twin(w: Tensor, s: Step) -> Tensor:
+        hw = w - gamma * s.grad(w, loss)
+        z = prox(hw)
+        return (hw - (z - gamma * s.grad(z, loss))) / gamma
 
     return twin
 

@@ -9,10 +9,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 import bisam
 from bisam import SharpnessAware, cross_entropy
@@ -20,6 +17,7 @@ from bisam.experiments import cli
 from bisam.experiments.recipes import catalogue, entries
 from bisam.experiments.recipes.expressions import VOCABULARY, build
 from tests.support.doubles import Counting
+from tests.support.memory import Weights
 
 N, WIDTH, STEPS = 64, 400, 120
 ENTRIES = {**catalogue.METHODS, **catalogue.GAMES}
@@ -27,25 +25,6 @@ each_entry = pytest.mark.parametrize("key", ENTRIES)
 each_counted = pytest.mark.parametrize(  # XSAM searches every 400 steps
     "key", [pytest.param(key, marks=pytest.mark.slow) if key in ("bsam", "xsam") else key for key in ENTRIES]
 )
-
-
-class Weights(TorchDispatchMode):
-    """Memory that was born under the mode in tensors as large as a mask of the weights, in weights of 4 bytes."""
-
-    def __init__(self, entries: int) -> None:
-        super().__init__()
-        self.entries, self.born = entries, dict[int, tuple[StorageWeakRef, int]]()
-
-    def held(self) -> float:
-        return sum(size for ref, size in self.born.values() if not ref.expired()) / (4 * self.entries)
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for t in tree_leaves(result):
-            if isinstance(t, Tensor) and (size := t.untyped_storage().nbytes()) >= self.entries:
-                ref = StorageWeakRef(t.untyped_storage())
-                self.born.setdefault(ref.cdata, (ref, size))
-        return result
 
 
 def settings(method: Any) -> dict[str, Any]:

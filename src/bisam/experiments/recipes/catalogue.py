@@ -412,6 +412,16 @@ GAMES: dict[str, Entry] = {
         advice="gamma, below 1/L",
         family="games",
     ),
+    "ceg_plus": Entry(
+        "CEG+",
+        "CEGPlus({rho}, prox=Box(-10, 10))",
+        "extragradient that projects its first step",
+        "Pethick et al., 2022",
+        arxiv("2302.09831"),
+        memory=2,
+        advice="gamma, 1/L",
+        family="games",
+    ),
     "rapp": Entry(
         "RAPP",
         "RAPP({rho}, inner=3)",
