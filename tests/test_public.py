@@ -14,7 +14,7 @@ from types import ModuleType
 import pytest
 
 import bisam
-from bisam import masks, perturbations, schedules
+from bisam import masks, perturbations, proximal, schedules
 
 NAMES = {
     "ABiSAM",
@@ -24,6 +24,7 @@ NAMES = {
     "BiSAM",
     "Binary",
     "BSAM",
+    "CEGPlus",
     "cross_entropy",
     "CRSAM",
     "displaced",
@@ -58,6 +59,7 @@ NAMES = {
     "Only",
     "OptSAM",
     "Oracle",
+    "ProximalPoint",
     "RAPP",
     "RSAM",
     "SAF",
@@ -79,6 +81,7 @@ NAMES = {
 MODULES = {
     perturbations: "Adaptive Friendly L2 LossEquated NormLayers Only Smoothed ZScore",
     masks: "DropGrow FisherMask RandomMask",
+    proximal: "Box L1 Simplex",
     schedules: "Constant Cosine Follow Linear Warmup",
 }
 IN_MODULES = [getattr(module, name) for module, names in MODULES.items() for name in names.split()]
@@ -115,10 +118,12 @@ CORE = [
     "model.passes",
     "model.rng",
     "objectives",
+    "optim.copies",
     "optim.lookahead",
     "optim.preview",
     "oracle",
     "perturbations",
+    "proximal",
     "schedules",
     "state",
     "targets",
@@ -131,6 +136,7 @@ def test_the_public_names_are_these():
     public = {n for n, value in vars(bisam).items() if not n.startswith("_") and not isinstance(value, ModuleType)}
     assert public == NAMES
     assert (bisam.perturbations, bisam.masks, bisam.schedules) == (perturbations, masks, schedules)
+    assert bisam.proximal is proximal
 
 
 SAM = "SAM(perturb=L2(rho=0.05), ascent=None, descent=None)"
@@ -163,8 +169,8 @@ SAM = "SAM(perturb=L2(rho=0.05), ascent=None, descent=None)"
             "(model, loss, forward=None, *, scaler=None, same_noise=False, scope=None, step=0, state=None, "
             "findings=None)",
         ),
-        (bisam.Oracle.query, "(self, batch, objective=None, *, at=None, grad=True, track=None)"),
-        (bisam.ModelOracle.query, "(self, batch, objective=None, *, at=None, grad=True, track=None)"),
+        (bisam.Oracle.query, "(self, batch, objective=None, *, at=None, grad=True, track=None, wrt=None)"),
+        (bisam.ModelOracle.query, "(self, batch, objective=None, *, at=None, grad=True, track=None, wrt=None)"),
     ],
 )
 def test_signatures(function, signature):

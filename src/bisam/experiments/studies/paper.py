@@ -10,6 +10,7 @@ from dataclasses import replace
 from bisam.experiments.recipes.catalogue import BASELINE, PLAIN
 from bisam.experiments.recipes.presets import BERT, CIFAR, IMAGENET, VIT
 from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.studies.papers import BISAM, Exhibit
 from bisam.experiments.studies.study import Study
 
 MODELS = ("densenet121", "resnet56", "vgg19_bn", "wrn28_2", "wrn28_10")
@@ -112,6 +113,7 @@ def _tables(
         baselines=baseline,
         note=note,
         shared=shared,
+        exhibit=Exhibit(BISAM, f"Table {number}"),
     )
 
 
@@ -129,10 +131,18 @@ PAPER = (
         seeds=3,  # [MEM]
         figures=("accuracy",),
         baselines=(_MSAM,),
+        exhibit=Exhibit(BISAM, "Table 3"),
     ),
     _tables(4, _A, "cifar10", _A2[:2], _ARHO, shared="table9"),
     _tables(5, _E, "cifar10", _E2[:2], 0.05, shared="table10"),
-    Study("table6", "Table 6: ViT-B/16 fine-tuned on Flowers and Pets", _table6, _THREE, figures=("accuracy",)),
+    Study(
+        "table6",
+        "Table 6: ViT-B/16 fine-tuned on Flowers and Pets",
+        _table6,
+        _THREE,
+        figures=("accuracy",),
+        exhibit=Exhibit(BISAM, "Table 6"),
+    ),
     Study(
         "table7",
         "Table 7: BERT-base fine-tuned on GLUE",
@@ -141,8 +151,16 @@ PAPER = (
         figures=("accuracy",),
         note="The test is the official development set, since the labels of the official test are not public; a tenth "
         "of the training part is held out to choose the epoch.",
+        exhibit=Exhibit(BISAM, "Table 7"),
     ),
-    Study("table8", "Table 8: CIFAR-10 with label noise, ResNet-32", _table8, _THREE, figures=("accuracy",)),
+    Study(
+        "table8",
+        "Table 8: CIFAR-10 with label noise, ResNet-32",
+        _table8,
+        _THREE,
+        figures=("accuracy",),
+        exhibit=Exhibit(BISAM, "Table 8"),
+    ),
     _tables(9, _A, "cifar10", _A2, _ARHO),
     _tables(10, _E, "cifar10", _E2, 0.05),
     Study(
@@ -152,6 +170,7 @@ PAPER = (
         _THREE,
         figures=("flips", "curves"),
         shared="table1",
+        exhibit=Exhibit(BISAM, "Figure 2"),
     ),
     Study(
         "grid",
@@ -160,6 +179,7 @@ PAPER = (
         seeds=1,
         figures=("grid",),
         first_seed=100,
+        exhibit=Exhibit(BISAM, "Appendix A.1"),
     ),
 )
 """In the paper's order."""
