@@ -950,8 +950,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "methods",
         "optsam_keeps_no_statistics",
         "OptSAM moves no running statistics.",
-        "queries = self.looks(batch, e, track=True)",
-        "queries = self.looks(batch, e, track=False)",
+        "queries = looks(self, batch, e, track=True)",
+        "queries = looks(self, batch, e, track=False)",
     ),
     Mutant(
         "methods",

@@ -113,11 +113,6 @@ class SAM:
         """Returns the displacement for an ascent gradient."""
         return cast(Perturbation, self.perturb)(gradient, oracle.within("perturb"))
 
-    def looks(self, batch: Batch, at: Vector | None, track: bool) -> list[Query]:
-        """Returns queries for the gradients of both objectives at a point: one query if they are the same."""
-        look = Query(batch, self.descent, at, track=track)
-        return [look] if self.ascent == self.descent else [look, Query(batch, self.ascent, at, track=False)]
-
     def both(self, oracle: Oracle, batch: Batch) -> tuple[Vector, Evaluation]:
         """Returns the gradient of the descent objective at the weights, and the answer at w + e.
 
@@ -129,6 +124,12 @@ class SAM:
             return g, oracle.query(batch, self.descent, at=self.displacement(g, oracle))
         g = oracle.query(batch, self.descent, track=False).gradient
         return g, oracle.query(batch, self.descent, at=self.climb(oracle, batch))
+
+
+def looks(method: SAM, batch: Batch, at: Vector | None, track: bool) -> list[Query]:
+    """Returns queries for the gradients of both objectives of a method at a point: one query if they are the same."""
+    look = Query(batch, method.descent, at, track=track)
+    return [look] if method.ascent == method.descent else [look, Query(batch, method.ascent, at, track=False)]
 
 
 def BiSAM(rho: Perturbation | Radius = 0.05, bound: Bound = NegLog(), descent: Objective | None = None) -> SAM:  # noqa: B008

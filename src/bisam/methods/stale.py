@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from bisam.batches import Batch
 from bisam.evaluation import Evaluation
-from bisam.methods.sam import SAM
+from bisam.methods.sam import SAM, looks
 from bisam.oracle import Oracle, Query
 
 
@@ -42,7 +42,7 @@ class OptSAM(SAM):
         """Makes one query (two independent ones if `ascent` and `descent` differ)."""
         state = oracle.state
         e = self.displacement(state["g"], oracle) if "g" in state else None
-        queries = self.looks(batch, e, track=True)
+        queries = looks(self, batch, e, track=True)
         del e  # the queries own it
         answer, *others = oracle.ask(queries)
         state["g"] = (others or [answer])[0].gradient

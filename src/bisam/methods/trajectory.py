@@ -211,12 +211,12 @@ class _Past(NamedTuple):
     Attributes:
         outputs: earlier outputs (n, K, ...); None: there is no term yet.
         known: whether there are earlier outputs of an example (n,); None: of all.
-        index: the numbers of the examples (n,), if their outputs are recorded.
+        numbers: the numbers of the examples (n,), if their outputs are recorded.
     """
 
     outputs: Tensor | None
     known: Tensor | None
-    index: Tensor | None
+    numbers: Tensor | None
 
 
 _NOTHING = _Past(None, None, None)
@@ -245,8 +245,8 @@ class _Trajectory(View):
         below = [_below(query, self._loss, past) for query, past in zip(queries, pasts, strict=True)]
         answers = super().ask(below)
         for past, answer, tracks in zip(pasts, answers, tracked, strict=True):
-            if past.index is not None and tracks:
-                self.seen.append((past.index.to(_logits(answer.outputs).device), answer.outputs))
+            if past.numbers is not None and tracks:
+                self.seen.append((past.numbers.to(_logits(answer.outputs).device), answer.outputs))
         return [_Answer.of(answer, past) for answer, past in zip(answers, pasts, strict=True)]
 
 

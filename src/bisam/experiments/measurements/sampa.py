@@ -23,7 +23,8 @@ from bisam.experiments.models.build import build
 from bisam.experiments.recipes.catalogue import METHODS
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.machine import Machine
-from bisam.experiments.studies import published
+from bisam.experiments.studies import papers, published
+from bisam.experiments.studies.papers import Exhibit
 from bisam.methods.method import indexed
 from bisam.validation import share
 from bisam.vector import TINY
@@ -151,6 +152,7 @@ GRADIENTS = Measurement(
         "distance, mean": lambda row: f"{row['distance']:.3g}",
     },
     figures={"gradients.png": ("The gradients at x and y by epoch", _drawn)},
+    exhibit=Exhibit(papers.SAMPA, "Figure of both gradients"),
 )
 
 _EXAMPLES, _EPOCH = 45_000, 352  # of CIFAR, in batches of 128
@@ -245,4 +247,5 @@ COSTS = Measurement(
         "published": lambda row: "–" if row["published"] is None else f"{row['published']:.2f}",
         "memory, MiB": lambda row: "–" if row["bytes"] is None else f"{row['bytes'] / 2**20:.0f}",
     },
+    exhibit=Exhibit(papers.SAMPA, "Tables of time and memory"),
 )

@@ -14,7 +14,9 @@ from dataclasses import replace
 from bisam.experiments.recipes.catalogue import BASELINE, METHODS, PLAIN
 from bisam.experiments.recipes.presets import BERT, CIFAR, IMAGENET, VIT
 from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.studies import papers
 from bisam.experiments.studies.paper import MODELS
+from bisam.experiments.studies.papers import Exhibit
 from bisam.experiments.studies.study import Study
 
 _THREE = 3  # seeds: [OURS]
@@ -117,6 +119,7 @@ def _penalty(epochs: int | None) -> list[Recipe]:
 
 def _study(
     name: str,
+    exhibit: str,
     title: str,
     recipes: Callable[[int | None], list[Recipe]],
     note: str = "",
@@ -124,7 +127,9 @@ def _study(
     baselines: tuple[str, ...] = (BASELINE,),
 ) -> Study:
     source = "Xie, Pethick and Cevher, 2024, https://arxiv.org/abs/2410.10683."
-    return Study(name, title, recipes, _THREE, figures, note=f"{source} {note}".strip(), baselines=baselines)
+    note = f"{source} {note}".strip()
+    shown = Exhibit(papers.SAMPA, exhibit)
+    return Study(name, title, recipes, _THREE, figures, note=note, baselines=baselines, exhibit=shown)
 
 
 _TWICE = (
@@ -134,32 +139,53 @@ _TWICE = (
 SAMPA = (
     _study(
         "sampa",
+        "Figure of efficiency",
         "SAMPa's comparison: accuracy against gradients and seconds, ResNet-56 on CIFAR-10",
         _efficiency,
         "All have the same number of epochs. SAF and MESA keep the authors' settings, whose average of the weights "
         "reaches over thousands of steps.",
         ("gradients", "accuracy"),
     ),
-    _study("sampa-cifar10", "SAMPa's table: CIFAR-10, five networks", lambda e: _networks("cifar10", e), _TWICE),
-    _study("sampa-cifar100", "SAMPa's table: CIFAR-100, five networks", lambda e: _networks("cifar100", e), _TWICE),
-    _study("sampa-imagenet", "SAMPa's table: ImageNet-1K, ResNet-50", _imagenet),
-    _study("sampa-vit", "SAMPa's table: ViT-B/16 fine-tuned on CIFAR-10 and CIFAR-100", _vit),
+    _study(
+        "sampa-cifar10", "Table 1", "SAMPa's table: CIFAR-10, five networks", lambda e: _networks("cifar10", e), _TWICE
+    ),
+    _study(
+        "sampa-cifar100",
+        "Table 2",
+        "SAMPa's table: CIFAR-100, five networks",
+        lambda e: _networks("cifar100", e),
+        _TWICE,
+    ),
+    _study("sampa-imagenet", "Table of ImageNet-1K", "SAMPa's table: ImageNet-1K, ResNet-50", _imagenet),
+    _study("sampa-vit", "Table of ViT-B/16", "SAMPa's table: ViT-B/16 fine-tuned on CIFAR-10 and CIFAR-100", _vit),
     _study(
         "sampa-glue",
+        "Table of GLUE",
         "SAMPa's table: BERT-base fine-tuned on GLUE",
         _glue,
         "The test is the official development set; a tenth of the training part is held out to choose the epoch. "
         "STS-B, a regression, is left out.",
     ),
-    _study("sampa-noise", "SAMPa's table: CIFAR-10 with label noise, ResNet-32", _noise),
+    _study("sampa-noise", "Table of label noise", "SAMPa's table: CIFAR-10 with label noise, ResNet-32", _noise),
     _study(
         "sampa-variants",
+        "Table of variants",
         "SAMPa's table: combined with other variants of SAM, ResNet-56 on CIFAR-10",
         _variants,
         "Each variant is compared with SAM; the row after it is the variant with SAMPa-0.2.",
         baselines=(VARIANTS[0][1],),
     ),
-    _study("sampa-stale", "SAMPa's tables: OptSAM and SAM-db on CIFAR-10, three networks", _stale),
-    _study("sampa-penalty", "SAMPa's table: a penalty on the gradient norm, ResNet-56 on CIFAR-10", _penalty),
+    _study(
+        "sampa-stale",
+        "Tables of OptSAM and SAM-db",
+        "SAMPa's tables: OptSAM and SAM-db on CIFAR-10, three networks",
+        _stale,
+    ),
+    _study(
+        "sampa-penalty",
+        "Table of the gradient penalty",
+        "SAMPa's table: a penalty on the gradient norm, ResNet-56 on CIFAR-10",
+        _penalty,
+    ),
 )
 """In the order of the paper, after its figure."""
