@@ -35,11 +35,14 @@ from bisam import (
     GSAM,
     KSAM,
     MSAM,
+    RAPP,
     SAM,
     SSAMF,
     BiSAM,
+    CEGPlus,
     FunctionalSAM,
     Lookahead,
+    ModelOracle,
     MomentumSAM,
     NegLog,
     SharpnessAware,
@@ -51,11 +54,12 @@ from bisam.integrations.checkpoint import make_room
 from bisam.masks import RandomMask
 from bisam.methods import efficient, wrappers
 from bisam.perturbations import L2
+from bisam.proximal import Box, Simplex
 from tests.support import cases, ranks
 from tests.support.replicas import distance, identical, nested, network, sharded, whole_weights
 
 STEPS, PART = int(os.environ.get("BISAM_STEPS", "8")), 4
-DRAWING = "RandomMask-friendly SSAMD ESAM EBiSAM BSAM RSAM"  # random numbers of their own
+DRAWING = "RandomMask RandomMask-friendly SSAMD ESAM EBiSAM BSAM RSAM"  # random numbers of their own
 DETERMINED = (
     "ERM SAM BiSAM MultiStepSAM-adaptive FSAM VaSSO ZSharp SAMON Only LESAM FisherSAM LookSAM AESAM MomentumSAM SAMPa "
     "GSAM WSAM CRSAM XSAM FunctionalSAM RAPP Every-LookSAM During"
@@ -64,6 +68,8 @@ METHODS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
     name: cases.FAMILY[name][0] for name in f"{DETERMINED} {DRAWING}".split()
 }
 METHODS["MSAM"] = lambda o: MSAM(2, SAM(L2(0.1)))
+METHODS["RAPP-Simplex"] = lambda o: RAPP(0.2, prox=Simplex(2.0))  # needs whole tensors
+METHODS["CEGPlus-Box"] = lambda o: CEGPlus(0.2, Box(-0.1, 0.2))
 OF_A_PART = {"ESAM", "EBiSAM", "MSAM"}  # they choose or split the examples of a rank
 ALONE = {"SSAMF": cases.FAMILY["SSAMF"][0], "KSAM": lambda o: KSAM(3, SAM(L2(0.1)))}
 
@@ -240,6 +246,77 @@ def global_against_one_process() -> dict[str, Any]:
 
 def test_a_global_perturbation_under_ddp_is_that_of_the_whole_batch():
     assert ranks.run(2, global_against_one_process) == [{}, {}]
+
+
+# The gradient of a part of the weights.
+
+PARTS = [
+    [name.startswith(begin) for name, _ in network().named_parameters()] for begin in ("3.2", "1.", "3.0.w", "0.b")
+] + [[i % 3 == 1 for i in range(8)], [i % 3 != 1 for i in range(8)], [False] * 8]
+
+
+def parts_of_the_gradient(around: Callable[[nn.Module], nn.Module], scope: Any, exchanged: list[int]) -> dict[str, Any]:
+    """A gradient of a part is that part of the gradient of all; nothing below is computed, nothing else exchanged."""
+    model, calls, findings = network(), [], {}
+
+    def note(*of: Any) -> None:
+        if of[-1].requires_grad:
+            of[-1].register_hook(lambda _: calls.append(1))
+
+    model[0].register_forward_hook(note)
+    model = around(model)
+    oracle = ModelOracle(model, cross_entropy, scope=scope)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    e = oracle.query(part(0)).gradient * 0.1
+    for step, wrt in enumerate(PARTS):
+        for at in (None, e.clone()):
+            whole = oracle.query(part(step), at=None if at is None else at.clone(), track=False).gradient
+            exchanged.clear(), calls.clear()
+            answer = oracle.query(part(step), at=at, track=False, wrt=wrt).gradient
+            size = sum(t.numel() for t, ask in zip(answer, wrt, strict=True) if ask)
+            found = {
+                "values": any(not torch.equal(a, b) for a, b in zip(answer, whole.confined(wrt), strict=True)),
+                "holes": answer.holes != {i for i, ask in enumerate(wrt) if not ask},
+                "passed through": bool(calls) != any(wrt[:2]),
+                "exchanged": scope == "global" and sum(exchanged) != size + len(wrt) + 2,
+            }
+            findings |= {f"part {step}, displaced: {at is not None}, {name}": 1 for name, bad in found.items() if bad}
+    if not all(torch.equal(p.grad, torch.ones_like(p)) for p in model.parameters()):
+        findings["what was in .grad"] = "changed"
+    return findings
+
+
+def parts_under_every_placement() -> dict[str, Any]:
+    exchanged: list[int] = []
+    reduce = dist.all_reduce
+
+    def counted(tensor: Tensor, *arguments: Any, **keywords: Any) -> Any:
+        exchanged.append(tensor.numel())
+        return reduce(tensor, *arguments, **keywords)
+
+    def gathered_for_long(model: nn.Sequential) -> nn.Sequential:
+        return fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)), reshard_after_forward=False)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_reduce", counted)
+        return wrong(
+            {
+                name: parts_of_the_gradient(around, scope, exchanged)
+                for name, around, scope in (
+                    ("DDP", DDP, None),
+                    ("DDP, global", DDP, "global"),
+                    ("global", lambda model: model, "global"),
+                    ("FSDP2", sharded, None),
+                    ("FSDP2, one group", gathered_for_long, None),
+                    ("tensor parallelism", tensor_parallel, None),
+                )
+            }
+        )
+
+
+def test_a_part_of_the_gradient_is_computed_and_exchanged_under_every_placement():
+    assert ranks.run(2, parts_under_every_placement) == [{}, {}]
 
 
 class Branches(nn.Module):

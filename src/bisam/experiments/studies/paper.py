@@ -12,6 +12,7 @@ from bisam.experiments.recipes.assumptions import SEEDS, Assumption, Kind
 from bisam.experiments.recipes.catalogue import BASELINE, PLAIN
 from bisam.experiments.recipes.presets import ASSUMED, BERT, CIFAR, IMAGENET, VIT
 from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.studies.papers import BISAM, SAMPA, Exhibit
 from bisam.experiments.studies.study import Study
 
 MODELS = ("densenet121", "resnet56", "vgg19_bn", "wrn28_2", "wrn28_10")
@@ -134,6 +135,7 @@ def _tables(
         baselines=baseline,
         note=note,
         shared=shared,
+        exhibit=Exhibit(BISAM, f"Table {number}"),
         labels=_LABELS,
         assumptions=(_SIX_SEEDS, *assumptions),
     )
@@ -169,6 +171,7 @@ PAPER = (
         figures=("accuracy",),
         baselines=(_MSAM,),
         labels=_LABELS,
+        exhibit=Exhibit(BISAM, "Table 3"),
         assumptions=(Assumption(SEEDS, 3, Kind.RECOLLECTED, "the paper's number is not public"), *ASSUMED["imagenet"]),
     ),
     _tables(4, _A, "cifar10", _A2[:2], _ARHO, shared="table9", assumptions=_ADAPTIVE),
@@ -179,6 +182,7 @@ PAPER = (
         _table6,
         _THREE,
         figures=("accuracy",),
+        exhibit=Exhibit(BISAM, "Table 6"),
         assumptions=(
             _THREE_SEEDS,
             *ASSUMED["vit"],
@@ -202,6 +206,7 @@ PAPER = (
         figures=("accuracy",),
         note="The test is the official development set, since the labels of the official test are not public; a tenth "
         "of the training part is held out to choose the epoch.",
+        exhibit=Exhibit(BISAM, "Table 7"),
         assumptions=(
             *ASSUMED["bert"],
             Assumption(
@@ -221,6 +226,7 @@ PAPER = (
         _table8,
         _THREE,
         figures=("accuracy",),
+        exhibit=Exhibit(BISAM, "Table 8"),
         assumptions=(
             _THREE_SEEDS,
             Assumption("model", "resnet32", Kind.CHOSEN, _NOISY),
@@ -237,6 +243,7 @@ PAPER = (
         _THREE,
         figures=("flips", "curves"),
         shared="table1",
+        exhibit=Exhibit(BISAM, "Figure 2"),
         assumptions=(_THREE_SEEDS,),
     ),
     Study(
@@ -246,6 +253,7 @@ PAPER = (
         _THREE,
         figures=("gradients", "accuracy"),
         note="Xie, Pethick and Cevher, 2024, https://arxiv.org/abs/2410.10683. All have the same number of epochs.",
+        exhibit=Exhibit(SAMPA, "Figure of efficiency"),
         assumptions=(
             _THREE_SEEDS,
             Assumption(
@@ -261,6 +269,7 @@ PAPER = (
         seeds=1,
         figures=("grid",),
         first_seed=100,
+        exhibit=Exhibit(BISAM, "Appendix A.1"),
         assumptions=(
             Assumption(SEEDS, 1, Kind.CHOSEN, "the paper's number is not public"),
             Assumption("rho", (0.01, 0.02, 0.05, 0.1, 0.2), Kind.CHOSEN, _GRID),

@@ -13,6 +13,7 @@ from bisam.experiments.recipes.catalogue import BASELINE
 from bisam.experiments.recipes.changes import pairs
 from bisam.experiments.recipes.entries import SETTINGS
 from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.studies.papers import Exhibit
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Study:
     """Names of the methods that are expressions, for reports; an expression has the same name in all studies."""
     assumptions: tuple[Assumption, ...] = ()
     """The values that no public source of the paper gives; the report marks them."""
+    exhibit: Exhibit | None = None
+    """The table or figure of a paper that it reproduces; None if it is in no paper."""
 
     @property
     def folder(self) -> str:
