@@ -88,6 +88,7 @@ FILES = ("--dataset", "flowers")
         (("--max-length", 64), CIFAR, "--max-length (needs dataset glue:TASK, got cifar10)"),
         (("--channels-last",), BERT, "--channels-last (needs a dataset of images, got glue:rte)"),
         (("--momentum", 0.5), ("--optimizer", "adamw"), "--momentum (needs optimizer sgd, got adamw)"),
+        (("--validation-noise",), (), "--validation-noise (needs noise above 0, got 0)"),
         (("--momentum", 0.5), ("--preset", "vit"), "--momentum (needs optimizer sgd, got adamw)"),
         (("--strategy", "ddp"), (), "--strategy (needs several --devices, got 1)"),
         (("--data-dir", "data"), (), "--data-dir (needs a dataset in that folder, got digits)"),
@@ -115,6 +116,7 @@ def test_a_flag_without_effect_is_refused_by_name(bisam, tmp_path, idle, where, 
     [
         (("digits", "--set", "image_size=96"), "--set image_size (needs dataset imagenet"),
         (("digits", "--set", "image-size=96"), "--set image_size (needs dataset imagenet"),
+        (("table1", "--set", "validation_noise=yes"), "--set validation_noise (needs noise above 0, got 0)"),
         (("digits", "--loaders", 2), "--loaders (needs dataset imagenet"),
         (("table7", "--set", "momentum=0.5"), "--set momentum (needs optimizer sgd, got adamw)"),
         (("table1", "--set", "max_length=9"), "--set max_length (needs dataset glue:TASK, got cifar10)"),
@@ -134,7 +136,9 @@ def test_a_flag_without_effect_on_a_study_is_refused_by_name(bisam, tmp_path, ar
 
 @pytest.mark.parametrize("name", CONDITIONS)
 def test_each_condition_holds_somewhere(name):
-    recipes = [Recipe(dataset=dataset) for dataset in ("digits", "cifar10", "imagenet", "folder:a", "glue:rte")]
+    recipes = [
+        Recipe(dataset=dataset, noise=0.1) for dataset in ("digits", "cifar10", "imagenet", "folder:a", "glue:rte")
+    ]
     refuse_idle(recipes, Machine(), frozenset({name}))
     with pytest.raises(ValueError, match="without effect, leave out: "):
         refuse_idle(
@@ -146,7 +150,7 @@ def test_each_condition_holds_somewhere(name):
 
 def test_settings_of_presets_and_unknown_data_sets_are_not_refused():
     refuse_idle([Recipe(cutout=True, image_size=96)], Machine(), frozenset({"dataset"}))
-    refuse_idle([Recipe(dataset="digit")], Machine(), frozenset(CONDITIONS) - {"strategy"})
+    refuse_idle([Recipe(dataset="digit", noise=0.1)], Machine(), frozenset(CONDITIONS) - {"strategy"})
 
 
 def test_every_kind_of_data_set_is_known():

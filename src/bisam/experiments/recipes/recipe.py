@@ -66,6 +66,8 @@ class Recipe:
     """Method of the gradient: a name from `bisam methods`, or an expression such as "KSAM(32, BiSAM(0.1))"."""
     noise: float = 0.0
     """Share of the training labels that are replaced by another class, in [0, 1)."""
+    validation_noise: bool = False
+    """Replace the same share of the validation labels too; by default they are clean. Test labels are always clean."""
     limit: int | None = None
     """Largest number of training examples, of validation examples and of test examples."""
     augment: bool = True

@@ -34,10 +34,11 @@ Row = dict[str, Any]
 CAPTION = (
     "Test scores times 100 (accuracies in per cent): mean ± standard deviation over n seeds, with the weights of the "
     "epoch with the best validation score (best val.) and with those of the last epoch. The test set was evaluated "
-    "once, at the end of each run. Only the training labels are noisy. Seeds vary the initial weights, the noise and "
-    "the order of the batches, not the split. Gradients: batch gradients per step, as counted, plus forward passes "
-    "(f). Time: duration of an epoch relative to plain training, which was measured between the epochs of the same "
-    "run. Runs that diverged, with a loss that is not finite, are part of all means."
+    "once, at the end of each run. Label noise is in the training labels, and in the validation labels of runs with "
+    "validation noise only. Seeds vary the initial weights, the noise and the order of the batches, not the split. "
+    "Gradients: batch gradients per step, as counted, plus forward passes (f). Time: duration of an epoch "
+    "relative to plain training, which was measured between the epochs of the same run. Runs that diverged, with a "
+    "loss that is not finite, are part of all means."
 )
 _FIELDS = {field.name: field.default for field in fields(Recipe) if field.name not in ("method", "seed")}
 _PLACE = ("dataset", "model", "noise")
