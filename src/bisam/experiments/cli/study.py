@@ -19,7 +19,7 @@ from bisam.experiments.cli.report_files import write_report
 from bisam.experiments.cli.terminal import console, errors
 from bisam.experiments.errors import DamagedError, RunError
 from bisam.experiments.recipes.changes import pairs
-from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.recipes.recipe import VERSION, Recipe
 from bisam.experiments.runs.files import to_csv
 from bisam.experiments.runs.folder import Finished, Run, finished
 from bisam.experiments.runs.machine import Machine, threads
@@ -97,7 +97,7 @@ class StudySubject:
                 recipe.model,
                 title(recipe),
                 f"{100 * recipe.noise:g} %",
-                f"{recipe.epochs}",
+                f"{recipe.length}" if recipe.steps is None else f"{recipe.steps} steps",
                 f"{cost.gradients:.3g}",
                 f"{runs} of {sum(replace(other, seed=0) == recipe for other in recipes)}",
                 "?" if cost.seconds is None else duration(runs * cost.seconds),
@@ -114,7 +114,7 @@ class StudySubject:
     def run(self, launch: Launch, machine: Machine, out: Path) -> int:
         """Run what is not finished yet, and report."""
         recipes, root = self._recipes(launch), out / self.study.folder
-        with Display(sum(recipe.epochs for recipe in recipes), len(recipes)) as display:
+        with Display(recipes) as display:
             try:
                 outcomes = _launched(recipes, root, launch, machine, display)
             except KeyboardInterrupt:
@@ -232,8 +232,8 @@ def _is_finished(run: Run) -> bool:
 
 
 def without_seed(run: Finished) -> Recipe:
-    """The recipe of a run as studies list it, with seed 0."""
-    return replace(run.recipe, seed=0)
+    """The recipe of a run as studies list it, with seed 0 and the latest version."""
+    return replace(run.recipe, seed=0, version=VERSION)
 
 
 def show_failed(outcomes: Sequence[Outcome]) -> int:

@@ -42,6 +42,7 @@ CAPTION = (
 )
 _FIELDS = {field.name: field.default for field in fields(Recipe) if field.name not in ("method", "seed")}
 _PLACE = ("dataset", "model", "noise")
+_LENGTH = ("epochs", "steps")
 _TESTED = {"test_best": "best val.", "test_last": "last", "test_ema": "average"}
 _LISTED = 12  # longer lists are given as counts only
 _NONE = Difference(nan, nan, nan, 0)
@@ -56,7 +57,8 @@ def summary(runs: Iterable[Finished], baselines: Baselines = (BASELINE,)) -> lis
     """
     groups = grouped(runs)
     called, against = names(groups), differences(groups, baselines)
-    told = [*_PLACE, "rho", "epochs", *(name for name in varying(groups) if name not in (*_PLACE, "rho", "epochs"))]
+    always = [*_PLACE, "rho", *(unit for unit in _LENGTH if any(recipe.unit == unit for recipe in groups))]
+    told = [*always, *(name for name in varying(groups) if name not in (*_PLACE, "rho", *_LENGTH))]
     everything = [run for group in groups.values() for run in group]
     keys = [key for key in (*_TESTED, "validation_best", "relative_time") if any(key in r.result for r in everything)]
     metrics = _metrics(everything)
@@ -350,7 +352,7 @@ def _setting(groups: Groups) -> str:
     """The settings that all recipes share: data, model, and those that differ from their defaults."""
     common = {name: values.pop() for name in _FIELDS if len(values := {getattr(r, name) for r in groups}) == 1}
     always = ("dataset", "model", "batch_size", "learning_rate")
-    told = {k: v for k, v in common.items() if k in always or (v != _FIELDS[k] and k not in ("rho", "epochs"))}
+    told = {k: v for k, v in common.items() if k in always or (v != _FIELDS[k] and k not in ("rho", *_LENGTH))}
     words = [escaped(f"{name.replace('_', ' ')} {value}") for name, value in told.items()]
     return f"All runs: {', '.join(words)}." if words else ""
 
