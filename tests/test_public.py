@@ -14,7 +14,7 @@ from types import ModuleType
 import pytest
 
 import bisam
-from bisam import masks, perturbations, schedules
+from bisam import masks, perturbations, proximal, schedules
 
 NAMES = {
     "ABiSAM",
@@ -23,6 +23,7 @@ NAMES = {
     "BiSAM",
     "Binary",
     "BSAM",
+    "CEGPlus",
     "cross_entropy",
     "CRSAM",
     "displaced",
@@ -55,6 +56,7 @@ NAMES = {
     "NegLog",
     "Only",
     "Oracle",
+    "ProximalPoint",
     "RAPP",
     "RSAM",
     "SAM",
@@ -74,6 +76,7 @@ NAMES = {
 MODULES = {
     perturbations: "Adaptive Friendly L2 LossEquated NormLayers Only Smoothed ZScore",
     masks: "DropGrow FisherMask RandomMask",
+    proximal: "Box L1 Simplex",
     schedules: "Constant Cosine Follow Linear Warmup",
 }
 IN_MODULES = [getattr(module, name) for module, names in MODULES.items() for name in names.split()]
@@ -107,10 +110,12 @@ CORE = [
     "model.passes",
     "model.rng",
     "objectives",
+    "optim.copies",
     "optim.lookahead",
     "optim.preview",
     "oracle",
     "perturbations",
+    "proximal",
     "schedules",
     "state",
     "targets",
@@ -123,6 +128,7 @@ def test_the_public_names_are_these():
     public = {n for n, value in vars(bisam).items() if not n.startswith("_") and not isinstance(value, ModuleType)}
     assert public == NAMES
     assert (bisam.perturbations, bisam.masks, bisam.schedules) == (perturbations, masks, schedules)
+    assert bisam.proximal is proximal
 
 
 SAM = "SAM(perturb=L2(rho=0.05), ascent=None, descent=None)"
@@ -155,8 +161,8 @@ SAM = "SAM(perturb=L2(rho=0.05), ascent=None, descent=None)"
             "(model, loss, forward=None, *, scaler=None, same_noise=False, scope=None, step=0, state=None, "
             "findings=None)",
         ),
-        (bisam.Oracle.query, "(self, batch, objective=None, *, at=None, grad=True, track=None)"),
-        (bisam.ModelOracle.query, "(self, batch, objective=None, *, at=None, grad=True, track=None)"),
+        (bisam.Oracle.query, "(self, batch, objective=None, *, at=None, grad=True, track=None, wrt=None)"),
+        (bisam.ModelOracle.query, "(self, batch, objective=None, *, at=None, grad=True, track=None, wrt=None)"),
     ],
 )
 def test_signatures(function, signature):

@@ -25,15 +25,17 @@ from bisam.batches import Batch, Keywords
 from bisam.distributed import failures
 from bisam.distributed.fsdp import reshard
 from bisam.distributed.layout import ShardedLayout
+from bisam.distributed.peers import Peers
 from bisam.distributed.placement import Scope
 from bisam.evaluation import Evaluation, join
 from bisam.methods import ERM, Method
+from bisam.methods.method import stateful
 from bisam.model import compatibility
 from bisam.model.gradients import Scaler
 from bisam.model.oracle import Findings, Forward, ModelOracle, WeightsInitialised
 from bisam.objectives import Objective
 from bisam.validation import instance
-from bisam.vector import WHOLE, Tensors
+from bisam.vector import WHOLE, Layout, Tensors
 
 
 class SharpnessAware(nn.Module):
@@ -75,7 +77,8 @@ class SharpnessAware(nn.Module):
             ones; the batch is empty; the targets do not match; the losses have the wrong shape or no gradient; a
             gradient is sparse; the loss depends on tensors that require a gradient but would not be trained; the
             wrapper of the model or its parameters are of a type that is not supported; the context `join()` of a
-            DistributedDataParallel is active where ranks would wait for each other.
+            DistributedDataParallel is active where ranks would wait for each other; the method cannot use the state
+            that was loaded.
         RuntimeError: the last step failed on this rank, and other ranks still wait for it in that step.
 
     Example:
@@ -205,17 +208,19 @@ class SharpnessAware(nn.Module):
         layout, before = oracle.layout, memory.state
         if layout is not WHOLE:
             before = method_state.laid_out(before, layout)
+        together = oracle.replicas is not None and bool(stateful(self.method))  # they share the decision below
         try:
             answer = self._asked(oracle, before, batch)
             value = _differentiable(oracle, answer)
         except BaseException as error:
-            failures.note(layout, memory.step, error)
+            failures.note(oracle.replicas if together else _peers(layout), memory.step, error)
             raise
-        after = method_state.settled(oracle.state, before, answer.gradient, oracle.overflow)
+        of_all = oracle.of_all_replicas if together else None
+        after = method_state.settled(oracle.state, before, answer.gradient, oracle.overflow, of_all)
         after = after if layout is WHOLE else method_state.laid_out(after)
         # One assignment: an interruption leaves all of it as before, or all as after the step.
         self._memory = replace(
-            memory, step=memory.step + 1, state=after, seen=oracle.seen, trained=trained, checked=True
+            memory, step=memory.step + 1, state=after, seen=oracle.seen, trained=trained, checked=True, loaded=False
         )
         return value
 
@@ -226,6 +231,10 @@ class SharpnessAware(nn.Module):
             return self.method(oracle, batch)
         except WeightsInitialised:  # once at most
             return self._asked(oracle, before, batch)
+        except (AttributeError, LookupError, TypeError) as error:
+            if not (before and self._memory.loaded):
+                raise
+            raise method_state.StateError(error, self.method) from error
 
     @property
     def clean(self) -> Evaluation:
@@ -262,7 +271,7 @@ class SharpnessAware(nn.Module):
             ValueError: the state belongs to another method or to another model.
         """
         loaded = method_state.load(state, self.method, self._trained())
-        self._memory = replace(self._memory, step=int(state["step"]), state=loaded)
+        self._memory = replace(self._memory, step=int(state["step"]), state=loaded, loaded=True)
 
     def _trained(self) -> list[nn.Parameter]:
         reshard(self)
@@ -279,6 +288,7 @@ class _Memory:
     clean: Evaluation | None = None
     trained: list[int] = field(default_factory=list[int])
     checked: bool = False
+    loaded: bool = False  # that the state is from a file, and no step has used it
     warned: bool = False  # that the model is in eval mode
     findings: Findings = field(default_factory=Findings)
 
@@ -334,6 +344,11 @@ class WithGradient(torch.autograd.Function):
         return None, None, None, None, *[wrap(part) for wrap, part in zip(ctx.wraps, parts, strict=True)]
 
 
+def _peers(layout: Layout) -> Peers | None:
+    """Returns the ranks that wait for each other in the queries of a step."""
+    return getattr(layout, "peers", None)
+
+
 def _plain(oracle: ModelOracle, batch: Batch) -> Tensor:
     """Returns the training loss at the weights with its graph, as a loop without this library computes it."""
     if oracle.model.training:  # under no_grad, where running statistics are updated too
@@ -342,7 +357,7 @@ def _plain(oracle: ModelOracle, batch: Batch) -> Tensor:
         made = oracle.run(batch)
     except BaseException as error:
         if oracle.layout.sharded:
-            failures.note(oracle.layout, oracle.step, error)
+            failures.note(_peers(oracle.layout), oracle.step, error)
         raise
     oracle.seen.append(made.detached())
     return made.value

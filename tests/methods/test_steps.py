@@ -286,7 +286,7 @@ ENTRIES = (
     "ASAM ASAM-official ABiSAM MultiStepSAM-adaptive MomentumSAM-log Smoothed-friendly-adaptive SAMON-adaptive-log "
     "RandomMask-entry RandomMask-friendly ESAM-entry-tanh ZSharp ZSharp-log ZScore-adaptive FisherSAM "
     "FisherMask-friendly-log SSAMF SSAMF-log SSAMF-descent SSAMD DropGrow-settling-log During BSAM BSAM-log RSAM "
-    "RSAM-plain-adaptive KSAM-RSAM-EBiSAM Every-other-LookSAM RandomMask-only-adaptive"
+    "RSAM-plain-adaptive KSAM-RSAM-EBiSAM Every-other-LookSAM RandomMask-only-adaptive Only-RandomMask-adaptive"
 )
 """Methods that treat single entries, of which a complex number is one; test_references.py has their formulas."""
 

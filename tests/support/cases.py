@@ -33,6 +33,7 @@ from bisam import (
     XSAM,
     ABiSAM,
     BiSAM,
+    CEGPlus,
     During,
     EBiSAM,
     Every,
@@ -45,9 +46,11 @@ from bisam import (
     MultiStepSAM,
     NegLog,
     Only,
+    Oracle,
     SAMPa,
     Tanh,
     VaSSO,
+    Vector,
     ZSharp,
     next_step,
 )
@@ -190,6 +193,13 @@ PLAIN = ("SAM", "BiSAM", "BiSAM-tanh", "ASAM", "ASAM-official", "ABiSAM", "MSAM"
 """Rows of `FAMILY` that are compared with their references on all `MODELS`."""
 FAMILY_MODELS = {**MODELS, "mlp": A_MODEL}
 B = references.l2(0.1)
+
+
+def ridge(point: Vector, oracle: Oracle, gamma: float) -> Vector:
+    """The proximal operator of 0.35 ||w||^2; smooth, so that Adam does not divide by rounding errors."""
+    return point / (1 + 0.7 * gamma)
+
+
 FAMILY: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], references.Twin]] = {
     "ERM": (lambda o: ERM(), references.erm(CE)),
     "SAM": (lambda o: SAM(L2(0.1)), references.climbing(B, CE, CE)),
@@ -202,6 +212,10 @@ FAMILY: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], references.Twin]
         references.multi_step(references.adaptive(0.5), CE, CE, 2),
     ),
     # Masks and what else is done to a gradient or a displacement.
+    "RandomMask": (
+        lambda o: SAM(RandomMask(L2(0.1), beta=0.4)),
+        references.climbing(references.random_mask(B, 0.4, "tensor"), CE, CE),
+    ),
     "RandomMask-entry": (
         lambda o: SAM(RandomMask(L2(0.1), beta=0.3, per="entry"), ascent=NegLog()),
         references.climbing(references.random_mask(B, 0.3, "entry"), LOG, CE),
@@ -209,8 +223,21 @@ FAMILY: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], references.Twin]
     "RandomMask-friendly": (
         lambda o: SAM(RandomMask(Friendly(Adaptive(0.5)), beta=0.7)),
         references.climbing(
-            references.random_mask(references.friendly(references.adaptive(0.5), 1.0, 0.9), 0.7, "tensor"), CE, CE
+            references.masked_afterwards(references.friendly(references.adaptive(0.5), 1.0, 0.9), 0.7), CE, CE
         ),
+    ),
+    "Only-RandomMask-adaptive": (
+        lambda o: GSAM(Only(is_weight, RandomMask(Adaptive(0.5), beta=0.4)), NegLog()),
+        references.gsam(
+            references.only(references.random_mask(references.adaptive(0.5), 0.4, "tensor", is_weight), is_weight),
+            LOG,
+            CE,
+            0.4,
+        ),
+    ),
+    "Friendly-RandomMask": (
+        lambda o: SAM(Friendly(RandomMask(L2(0.1), beta=0.5))),
+        references.climbing(references.friendly(references.random_mask(B, 0.5, "tensor"), 1.0, 0.9), CE, CE),
     ),
     "FSAM": (lambda o: FSAM(0.1, lam=0.6), references.climbing(references.friendly(B, 1.0, 0.6), CE, CE)),
     "FSAM-log": (
@@ -250,8 +277,8 @@ FAMILY: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], references.Twin]
     "RandomMask-only-adaptive": (
         lambda o: ESAM(RandomMask(Friendly(Only(is_weight, Adaptive(0.5))), beta=0.7), gamma=0.5),
         references.esam(
-            references.random_mask(
-                references.friendly(references.only(references.adaptive(0.5), is_weight), 1.0, 0.9), 0.7, "tensor"
+            references.masked_afterwards(
+                references.friendly(references.only(references.adaptive(0.5), is_weight), 1.0, 0.9), 0.7
             ),
             CE,
             CE,
@@ -381,7 +408,9 @@ FAMILY: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], references.Twin]
         references.bsam(LOG, CE, 300, 0.1, prior=10, damping=0.3, b1=0.5, b2=0.8),
     ),
     "RAPP": (lambda o: RAPP(0.2), references.rapp(CE, 0.2, 3)),
+    "RAPP-ridge": (lambda o: RAPP(0.2, prox=ridge), references.rapp(CE, 0.2, 3, lambda z: z / 1.14)),
     "ExtraGradient": (lambda o: ExtraGradient(0.3), references.rapp(CE, 0.3, 2)),
+    "CEGPlus": (lambda o: CEGPlus(0.3, ridge), references.ceg_plus(CE, 0.3, lambda z: z / 1.21)),
     # Around any method.
     "RSAM": (lambda o: RSAM(0.05, SAM(L2(0.1))), references.rsam(0.05, references.climbing(B, CE, CE))),
     "RSAM-plain-adaptive": (

@@ -184,10 +184,32 @@ def only(climb: Climb, rule: Callable[[str, Tensor], bool]) -> Climb:
     return lambda g, w, s: s.which(rule) * climb(s.which(rule) * g, w, s.part("inner"))
 
 
-def random_mask(climb: Climb, beta: float, per: str) -> Climb:
+def drawn(beta: float, per: str, s: Step, w: Tensor, rule: Callable[[str, Tensor], bool] | None = None) -> Tensor:
+    """1 in the entries of a random part, else 0; of the tensors that the rule takes, one is drawn at least."""
+    parts = s.parts(w.abs())
+    if per == "entry":
+        return join([torch.ones_like(p) * (torch.rand(p.shape) < beta) for p in parts])
+    draws = torch.rand(len(parts))
+    if rule is not None:
+        draws = torch.where(torch.tensor([rule(n, p) for n, p in s.model.named_parameters()]), draws, 2.0)
+    chosen = draws < beta if (draws < beta).any() else draws == draws.min()
+    return join([torch.ones_like(p) * c for p, c in zip(parts, chosen, strict=True)])
+
+
+def random_mask(climb: Climb, beta: float, per: str, rule: Callable[[str, Tensor], bool] | None = None) -> Climb:
+    def climber(g: Tensor, w: Tensor, s: Step) -> Tensor:
+        mask = drawn(beta, per, s, w, rule)
+        return mask * climb(mask * g, w, s.part("inner")) / beta
+
+    return climber
+
+
+def masked_afterwards(climb: Climb, beta: float) -> Climb:
+    """The random mask of a perturbation that needs the whole gradient."""
+
     def climber(g: Tensor, w: Tensor, s: Step) -> Tensor:
         e, parts = climb(g, w, s.part("inner")), s.parts(g)
-        draws = torch.rand(len(parts)) if per == "tensor" else [torch.rand(p.shape) for p in parts]
+        draws = torch.rand(len(parts))
         return e / beta * join([torch.ones_like(p) * (u < beta) for p, u in zip(parts, draws, strict=True)])
 
     return climber
@@ -246,7 +268,8 @@ def esam(climb: Climb, ascent: Loss, descent: Loss, select: Loss, gamma: float) 
     def twin(w: Tensor, s: Step) -> Tensor:
         e = climb(s.grad(w, ascent), w, s)
         rise = s.losses(w + e, select) - s.losses(w, select)
-        return s.on(rise.topk(share(gamma, len(rise))).indices).grad(w + e, descent)
+        above = max(1, int(gamma * len(rise)) - 1)  # the threshold is the value after these
+        return s.on(rise.topk(above).indices).grad(w + e, descent)
 
     return twin
 
@@ -381,13 +404,21 @@ def bsam(ascent: Loss, descent: Loss, n: float, rho: float, prior: float, dampin
     return twin
 
 
-def rapp(loss: Loss, gamma: float, inner: int) -> Twin:
+def rapp(loss: Loss, gamma: float, inner: int, prox: Callable[[Tensor], Tensor] = lambda z: z) -> Twin:
     def twin(w: Tensor, s: Step) -> Tensor:
         z = w
         for _ in range(inner):
-            f = s.grad(z, loss)
-            z = w - gamma * f
-        return f
+            z = prox(w - gamma * s.grad(z, loss))
+        return (w - z) / gamma
+
+    return twin
+
+
+def ceg_plus(loss: Loss, gamma: float, prox: Callable[[Tensor], Tensor]) -> Twin:
+    def twin(w: Tensor, s: Step) -> Tensor:
+        hw = w - gamma * s.grad(w, loss)
+        z = prox(hw)
+        return (hw - (z - gamma * s.grad(z, loss))) / gamma
 
     return twin
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from bisam.distributed import failures
-from bisam.distributed.ddp import BufferBroadcasts, check_join, communicating
+from bisam.distributed.ddp import BufferBroadcasts, check_join, communicating, replicas_of
 from bisam.distributed.fsdp import FSDPModules, accumulation_hooks
 from bisam.distributed.layout import ReplicatedLayout, ShardedLayout, local
 from bisam.distributed.peers import Peers, position
@@ -36,11 +36,14 @@ class Local:
     Attributes:
         layout: the layout of Vectors of weights and gradients.
         is_local: whether an answer is for this rank's batch only.
+        replicas: the ranks that average their gradients for the same optimizer step, if they are known and each answers
+            for its own batch; else None.
         position: see `Oracle.position`.
     """
 
     layout: Layout = WHOLE
     is_local: bool = True
+    replicas: Peers | None = None
 
     @property
     def position(self) -> str:
@@ -52,15 +55,26 @@ class Local:
         # .data, not .detach(): a graph that the user still holds would detect the displacement, which is undone later.
         return Vector([p.data for p in parameters], layout=self.layout)
 
-    def gradients(self, loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        """Returns the gradients of `loss`, None for parameters that it does not depend on; `.grad` is unchanged.
+    def gradients(
+        self, loss: Tensor, parameters: Sequence[Tensor], wrt: Sequence[bool] | None = None
+    ) -> Sequence[Tensor | None]:
+        """Returns the gradients of `loss`; `.grad` is unchanged.
+
+        Args:
+            loss: a scalar with its graph.
+            parameters: the trainable parameters.
+            wrt: see `Query`; at least one.
+
+        Returns:
+            None for parameters that `loss` does not depend on, and for those that were not asked for.
 
         Raises:
             ValueError: the model uses re-entrant activation checkpointing.
         """
+        asked = parameters if wrt is None else [p for p, ask in zip(parameters, wrt, strict=True) if ask]
         # autograd.grad, not backward: it leaves .grad to the user, and starts no reducer of a distributed wrapper.
         try:
-            return torch.autograd.grad(loss, parameters, allow_unused=True)
+            found = torch.autograd.grad(loss, asked, allow_unused=True)
         except RuntimeError as error:
             if "use_reentrant" not in str(error):
                 raise
@@ -68,8 +82,14 @@ class Local:
                 "re-entrant activation checkpointing supports backward() only, which would change .grad: "
                 "call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
             ) from error
+        if wrt is None:
+            return found
+        each = iter(found)
+        return [next(each) if ask else None for ask in wrt]
 
-    def averaged(self, value: Tensor, count: Count, gradient: Vector | None) -> tuple[Tensor, Count, Vector | None]:
+    def averaged(
+        self, value: Tensor, count: Count, gradient: Vector | None, wrt: Sequence[bool] | None = None
+    ) -> tuple[Tensor, Count, Vector | None]:
         """Returns value, count and gradient of this rank's answer, averaged over the ranks that share the batch."""
         return value, count, gradient
 
@@ -100,15 +120,16 @@ class Local:
 
 
 class Replica(Local):
-    """Whole parameters, and answers for this rank's batch only, in a model that communicates in its forward passes.
+    """Whole parameters, and answers for this rank's batch only, in data-parallel training.
 
     Args:
         broadcasts: the broadcasts of buffers in the forward passes.
         waiting: the ranks that wait for each other in every forward pass (SyncBatchNorm); None if no rank waits.
+        replicas: see `Local`.
     """
 
-    def __init__(self, broadcasts: BufferBroadcasts, waiting: Peers | None) -> None:
-        self._broadcasts, self._waiting = broadcasts, waiting
+    def __init__(self, broadcasts: BufferBroadcasts, waiting: Peers | None, replicas: Peers | None) -> None:
+        self._broadcasts, self._waiting, self.replicas = broadcasts, waiting, replicas
 
     def agree(self, what: str, number: int) -> None:
         """See `Local.agree`; checks the ranks that wait for each other in every forward pass."""
@@ -138,9 +159,11 @@ class Replicated(Local):
         """See `Local.forward_pass`."""
         return self._broadcasts.once()
 
-    def averaged(self, value: Tensor, count: Count, gradient: Vector | None) -> tuple[Tensor, Count, Vector | None]:
+    def averaged(
+        self, value: Tensor, count: Count, gradient: Vector | None, wrt: Sequence[bool] | None = None
+    ) -> tuple[Tensor, Count, Vector | None]:
         """See `Local.averaged`."""
-        return self._peers.answer(value, count, gradient, reduced=False)
+        return self._peers.answer(value, count, gradient, reduced=False, wrt=wrt)
 
     def agree(self, what: str, number: int) -> None:
         """See `Local.agree`."""
@@ -161,9 +184,11 @@ class TensorParallel(Local):
         """See `Local.weights`; returns the local parts."""
         return Vector([local(p.data) for p in parameters], layout=self.layout)
 
-    def gradients(self, loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    def gradients(
+        self, loss: Tensor, parameters: Sequence[Tensor], wrt: Sequence[bool] | None = None
+    ) -> Sequence[Tensor | None]:
         """See `Local.gradients`; returns the local parts."""
-        return self._shards.parts(super().gradients(loss, parameters))
+        return self._shards.parts(super().gradients(loss, parameters, wrt))
 
 
 class FullySharded(Local):
@@ -185,20 +210,24 @@ class FullySharded(Local):
         """See `Local.weights`; returns the local parts."""
         return Vector([local(p.data) for p in parameters], layout=self.layout)
 
-    def gradients(self, loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    def gradients(
+        self, loss: Tensor, parameters: Sequence[Tensor], wrt: Sequence[bool] | None = None
+    ) -> Sequence[Tensor | None]:
         """See `Local.gradients`; returns gradients of the mean of all ranks' losses.
 
         Raises:
             ValueError: gradients of another loss are not reduced yet, and would be added to these.
         """
-        grads = self._modules.gradients(loss, parameters)
+        grads = self._modules.gradients(loss, parameters, wrt)
         return grads if self._shards is None else self._shards.parts(grads)
 
-    def averaged(self, value: Tensor, count: Count, gradient: Vector | None) -> tuple[Tensor, Count, Vector | None]:
+    def averaged(
+        self, value: Tensor, count: Count, gradient: Vector | None, wrt: Sequence[bool] | None = None
+    ) -> tuple[Tensor, Count, Vector | None]:
         """See `Local.averaged`."""
         if self._peers is None:
             return value, count, gradient
-        return self._peers.answer(value, count, gradient, reduced=self._shards is not None)
+        return self._peers.answer(value, count, gradient, reduced=self._shards is not None, wrt=wrt)
 
     def agree(self, what: str, number: int) -> None:
         """See `Local.agree`."""
@@ -250,6 +279,8 @@ def place(model: nn.Module, parameters: Sequence[Tensor], fsdp_modules: Sequence
         return FullySharded(FSDPModules(fsdp_modules), None, peers)
     if peers is not None:
         return Replicated(peers, BufferBroadcasts(inside))
-    if not (inside or norms):
+    wrappers = replicas_of(inside)
+    if not (inside or norms or wrappers):
         return _LOCAL
-    return Replica(BufferBroadcasts(inside), Peers.of(norms, parameters) if norms else None)
+    waiting, replicas = (Peers.of(modules, parameters) if modules else None for modules in (norms, wrappers))
+    return Replica(BufferBroadcasts(inside), waiting, replicas)

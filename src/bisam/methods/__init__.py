@@ -30,7 +30,7 @@ from bisam.methods.efficient import (
     MomentumSAM as MomentumSAM,
     SAMPa as SAMPa,
 )
-from bisam.methods.games import RAPP as RAPP, ExtraGradient as ExtraGradient
+from bisam.methods.games import RAPP as RAPP, CEGPlus as CEGPlus, ExtraGradient as ExtraGradient
 from bisam.methods.method import Method as Method
 from bisam.methods.sam import (
     ASAM as ASAM,

@@ -134,7 +134,7 @@ class CRSAM(SAM):
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
         """Makes three queries, two of which are independent of each other; four if `ascent` and `descent` differ."""
         plain = None if self.ascent == self.descent else oracle.query(batch, self.descent, track=False)
-        a = oracle.query(batch, self.ascent)
+        a = oracle.query(batch, self.ascent, wrt=None if plain is None else self.part(oracle))
         g, e = (plain or a).gradient, self.displacement(a.gradient, oracle)
         ahead, behind = oracle.ask([Query(batch, self.descent, at) for at in (e, -e)])
         p, m = ahead.gradient, behind.gradient
@@ -227,7 +227,7 @@ class FunctionalSAM(SAM):
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
         """Makes two queries; reports the loss at the weights."""
-        g = oracle.query(batch, self.ascent)
+        g = oracle.query(batch, self.ascent, wrt=self.part(oracle))
         loss = self.descent or oracle.loss
         e, plain = self.displacement(g.gradient, oracle), g.under(loss)
         del g  # frees its gradient

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from bisam import objectives
 from bisam.batches import Batch, Keywords, handed, is_empty, mapped, size, tensors
+from bisam.distributed.peers import Peers
 from bisam.distributed.placement import Scope, place
 from bisam.evaluation import Evaluation
 from bisam.model import passes
@@ -105,7 +106,7 @@ class ModelOracle(Oracle):
         seen: answers of the queries that updated running statistics, each for this rank's batch.
         same_noise: the argument `same_noise`.
         module_state: the buffers and other state of the model and the loss.
-        holes: positions of the parameters that the last gradient does not depend on.
+        holes: positions of the parameters that the last loss with a gradient does not depend on, of those asked for.
 
     Example:
         >>> import torch
@@ -196,6 +197,18 @@ class ModelOracle(Oracle):
         """See `Oracle.agree`."""
         self._placement.agree(what, number)
 
+    @property
+    def replicas(self) -> Peers | None:
+        """The ranks that average their gradients for the same optimizer step, if each answers for its own batch."""
+        return self._placement.replicas
+
+    def of_all_replicas(self, flag: Tensor) -> Tensor:
+        """Returns NaN if `flag`, which is 0 or NaN, is NaN on one of `replicas`; they call it together.
+
+        It does not wait for a GPU.
+        """
+        return flag if self.replicas is None else self.replicas.mean([flag])[0]
+
     def random_state(self) -> RandomState:
         """Returns the present state of the random generators that a forward pass draws from."""
         return RandomState(self.parameters)
@@ -228,7 +241,8 @@ class ModelOracle(Oracle):
 
         Raises:
             TypeError: `forward` or the objective returns a value of the wrong type.
-            ValueError: the batch is empty; the losses have the wrong shape or no gradient; a gradient is sparse.
+            ValueError: the batch is empty; the losses have the wrong shape or no gradient; a gradient is sparse; `wrt`
+                has another length than the weights.
         """
         return [self._answer(query) for query in queries]
 
@@ -269,6 +283,11 @@ class ModelOracle(Oracle):
         return ForwardPass(outputs, targets, losses, count, objectives.mean(losses, count), objective)
 
     def _answer(self, query: Query) -> Evaluation:
+        if query.wrt is not None and len(query.wrt) != len(self.parameters):
+            raise ValueError(
+                f"wrt has {len(query.wrt)} values, and the model {len(self.parameters)} trainable parameters: give one "
+                "for each, in the order of oracle.names"
+            )
         track, at, state, noise = query.tracks, query.take(), self.module_state, None
         self._inputs.begin(query.batch)
         first = not self._findings.initialised
@@ -281,7 +300,7 @@ class ModelOracle(Oracle):
             if at is not None:
                 weights = self.weights
                 self._origin = weights.clone()
-                torch._foreach_add_(weights.tensors, at.tensors)
+                _displace(weights, at)
                 at = None  # frees its memory for the forward pass, if the method has no reference either
                 self._drop_copies()  # copies of the previous weights, in lower precision or gathered
             if self._noise is not None:
@@ -302,7 +321,7 @@ class ModelOracle(Oracle):
             passes.mark(was)
             self._inputs.end()
             displaced = self._restore_weights()
-            if displaced or not query.grad:
+            if displaced or not query.differentiates:
                 self._drop_copies()  # copies of displaced weights, or copies without a graph
 
     def _restore_weights(self) -> bool:
@@ -316,20 +335,23 @@ class ModelOracle(Oracle):
     def _evaluate(self, query: Query, track: bool) -> Evaluation:
         gradient = None
         made = self._run_for(query)
-        if query.grad:
+        if query.differentiates:
             self._check_graph(query.batch, made.losses)
-            gradient = self._gradient(made.value)
+            gradient = self._gradient(made.value, query.wrt)
+        elif query.grad:
+            gradient = self.weights.confined([False] * len(self.parameters))
         answer = made.detached()
         del made
         if track:
             self.seen.append(answer)  # for this rank's batch only: reading it must not need another rank
-        value, count, gradient = self._placement.averaged(answer.value, answer.count, gradient)
+        value, count, gradient = self._placement.averaged(answer.value, answer.count, gradient, query.wrt)
         if gradient is not None:
             self.note_overflow(gradient)
         return replace(answer, grad=gradient, value=value.detach(), count=count)
 
     def _run_for(self, query: Query) -> ForwardPass:
-        with torch.set_grad_enabled(query.grad or self._findings.differentiates), self._placement.forward_pass():
+        graph = query.differentiates or self._findings.differentiates
+        with torch.set_grad_enabled(graph), self._placement.forward_pass():
             try:
                 return self.run(query.batch, query.objective)
             except RuntimeError as error:
@@ -412,11 +434,11 @@ class ModelOracle(Oracle):
                 changed.append((p, version_now, norm_now))
         return changed
 
-    def _gradient(self, value: Tensor) -> Vector:
+    def _gradient(self, value: Tensor, wrt: Sequence[bool] | None) -> Vector:
         factor = None if self._scale is None else self._scale.factor(value.device)
         with self._hooks.silenced():
             try:
-                grads = self._placement.gradients(value if factor is None else value * factor, self.parameters)
+                grads = self._placement.gradients(value if factor is None else value * factor, self.parameters, wrt)
             except RuntimeError as error:
                 if "a second time" not in str(error):
                     raise
@@ -426,14 +448,21 @@ class ModelOracle(Oracle):
                     "anew. Clear lists and attributes that `forward` fills at its beginning, and detach states that "
                     "are carried from batch to batch"
                 ) from error
-        gradient = filled(grads, self.layout, lambda: self.weights, lambda: self.names)
-        self.holes = gradient.holes
+        gradient = filled(grads, self.layout, lambda: self.weights, lambda: self.names, wrt)
+        self.holes = gradient.holes if wrt is None else frozenset([i for i in gradient.holes if wrt[i]])
         return gradient if factor is None else gradient / factor.to(gradient.tensors[0].device)
 
     def _drop_copies(self) -> None:
         """Frees copies of the weights that were made for a forward pass."""
         torch.clear_autocast_cache()
         self._placement.before_forward()
+
+
+def _displace(weights: Vector, by: Vector) -> None:
+    """Adds a displacement in place, except where it is zero by structure."""
+    moved = [i for i in range(len(by)) if i not in by.holes]
+    if moved:
+        torch._foreach_add_([weights.tensors[i] for i in moved], [by.tensors[i] for i in moved])
 
 
 def _detached(tensor: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from bisam.experiments.models.build import NAMES, build
 from bisam.experiments.recipes.catalogue import PLAIN
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.studies import published
+from bisam.experiments.studies.papers import BISAM, Exhibit
 
 if TYPE_CHECKING:
     pass
@@ -98,6 +99,7 @@ TABLE_11 = Measurement(
         "seconds of SAM and BiSAM and their ratio (Xie et al., 2024, Appendix B, CIFAR-10, A100). A smaller batch "
         "increases the share of the loss in the step, if anything."
     ),
+    exhibit=Exhibit(BISAM, "Table 11"),
     settings={
         "models": tuple(PUBLISHED),
         "iterations": 24,

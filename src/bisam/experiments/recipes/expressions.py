@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import bisam
-from bisam import SharpnessAware, masks, perturbations, schedules
+from bisam import SharpnessAware, masks, perturbations, proximal, schedules
 from bisam.experiments.errors import is_out_of_memory, unknown
 from bisam.methods import Method
 
@@ -29,7 +29,7 @@ _ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv,
 }
-_MODULES: tuple[ModuleType, ...] = (bisam, perturbations, masks, schedules)
+_MODULES: tuple[ModuleType, ...] = (bisam, perturbations, masks, schedules, proximal)
 _HIDDEN = {
     "Around",
     "Evaluation",
@@ -38,8 +38,12 @@ _HIDDEN = {
     "Method",
     "ModelOracle",
     "Only",  # takes a function, which an expression cannot contain
+    "Named",
     "Oracle",
+    "Prox",
+    "ProximalPoint",
     "Query",
+    "Separable",
     "SharpnessAware",
     "Vector",
 }
@@ -53,7 +57,7 @@ VOCABULARY: dict[str, Callable[..., Any]] = {
     and (name[0].isupper() or name in ("next_step", "cross_entropy"))
     and name not in _HIDDEN
 } | {"lookahead": bisam.next_step}  # the spelling of bisam 0.1, for its run folders
-"""Callables of expressions: methods, perturbations, masks, schedules, bounds, `next_step`."""
+"""Callables of expressions: methods, perturbations, masks, schedules, proximal operators, bounds, `next_step`."""
 
 
 def build(expression: str, **names: Any) -> Method:

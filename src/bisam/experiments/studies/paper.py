@@ -10,6 +10,7 @@ from dataclasses import replace
 from bisam.experiments.recipes.catalogue import BASELINE, PLAIN
 from bisam.experiments.recipes.presets import BERT, CIFAR, IMAGENET, VIT
 from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.studies.papers import BISAM, SAMPA, Exhibit
 from bisam.experiments.studies.study import Study
 
 MODELS = ("densenet121", "resnet56", "vgg19_bn", "wrn28_2", "wrn28_10")
@@ -139,6 +140,7 @@ def _tables(
         baselines=baseline,
         note=note,
         shared=shared,
+        exhibit=Exhibit(BISAM, f"Table {number}"),
     )
 
 
@@ -156,6 +158,7 @@ PAPER = (
         seeds=3,  # [MEM]
         figures=("accuracy",),
         baselines=(_MSAM,),
+        exhibit=Exhibit(BISAM, "Table 3"),
     ),
     _tables(4, _A, "cifar10", _A2[:2], _ARHO, shared="table9"),
     _tables(5, _E, "cifar10", _E2[:2], 0.05, shared="table10"),
@@ -168,6 +171,7 @@ PAPER = (
         note="The paper chose mu and alpha for each data set. Here they are those of CIFAR; the study grid-vit "
         "compares others by validation accuracy. Initial weights: those of Wu et al. (2020) on ImageNet-21k, with a "
         "new head.",
+        exhibit=Exhibit(BISAM, "Table 6"),
     ),
     Study(
         "table7",
@@ -177,6 +181,7 @@ PAPER = (
         figures=("accuracy",),
         note="The test is the official development set, since the labels of the official test are not public; a tenth "
         "of the training part is held out to choose the epoch.",
+        exhibit=Exhibit(BISAM, "Table 7"),
     ),
     Study(
         "table8",
@@ -188,6 +193,7 @@ PAPER = (
         "the same authors; the networks of section 4.1 are beside it (`--set model=resnet32` runs one). Nor was it "
         "found whether the validation labels, by which the epoch is chosen, are noisy. Assumed: they are clean, except "
         "in runs with validation noise True (`--set validation_noise=true`).",
+        exhibit=Exhibit(BISAM, "Table 8"),
     ),
     _tables(9, _A, "cifar10", _A2, _ARHO),
     _tables(10, _E, "cifar10", _E2, 0.05),
@@ -200,6 +206,7 @@ PAPER = (
         note="Flips are counted at the displacement of each method itself. The largest 0-1 loss in the ball, equation "
         "5, is not measured.",
         shared="table1",
+        exhibit=Exhibit(BISAM, "Figure 2"),
     ),
     Study(
         "sampa",
@@ -208,6 +215,7 @@ PAPER = (
         _THREE,
         figures=("gradients", "accuracy"),
         note="Xie, Pethick and Cevher, 2024, https://arxiv.org/abs/2410.10683. All have the same number of epochs.",
+        exhibit=Exhibit(SAMPA, "Figure of efficiency"),
     ),
     Study(
         "grid",
@@ -219,6 +227,7 @@ PAPER = (
         note="Settings are chosen by the best validation accuracy, not by the test scores. The paper's grids are not "
         "public: these are decades of mu and alpha, and radii around its own. Appendix A.1: for ASAM and A-BiSAM the "
         "paper takes another radius than the 0.5 of Kwon et al. (2021).",
+        exhibit=Exhibit(BISAM, "Appendix A.1"),
     ),
     Study(
         "grid-vit",
@@ -229,6 +238,7 @@ PAPER = (
         first_seed=100,
         note="Settings are chosen by the best validation accuracy, not by the test scores, for each data set of table "
         "6. The paper's grids are not public: these are decades.",
+        exhibit=Exhibit(BISAM, "Table 6, its settings"),
     ),
 )
 """In the paper's order."""

@@ -12,6 +12,7 @@ from bisam.experiments.recipes.catalogue import BASELINE
 from bisam.experiments.recipes.changes import pairs
 from bisam.experiments.recipes.entries import SETTINGS
 from bisam.experiments.recipes.recipe import Recipe, both_given
+from bisam.experiments.studies.papers import Exhibit
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Study:
     """The methods that others are compared with."""
     shared: str = ""
     """Name of another study whose run folders this one uses, because they have runs in common."""
+    exhibit: Exhibit | None = None
+    """The table or figure of a paper that it reproduces; None if it is in no paper."""
 
     @property
     def folder(self) -> str:

@@ -21,6 +21,8 @@ from bisam.experiments.data.image_tensors import channels
 from bisam.experiments.data.splits import Data, Split, batches_of
 from bisam.experiments.models.build import build
 from bisam.experiments.recipes.length import run_length
+from bisam.experiments.runs.checkpoint import CHECKPOINT
+from bisam.experiments.runs.files import damaged
 from bisam.experiments.runs.folder import Result, Row, Run
 from bisam.experiments.runs.machine import Machine
 from bisam.experiments.runs.results import first_diverged
@@ -41,6 +43,7 @@ from bisam.experiments.training.optimizers import (
 from bisam.experiments.training.reference_speed import ReferenceSpeed
 from bisam.experiments.training.state import RunState
 from bisam.experiments.training.weight_average import WeightAverage
+from bisam.state import StateError
 
 
 def train(run: Run, machine: Machine = Machine(), on_epoch: OnEpoch | None = None) -> Result:  # noqa: B008
@@ -134,7 +137,10 @@ class Training:
         fabric, state, writer = self._fabric, self._state, self._writer
         boards = [] if writer is None else loggers(self._machine.log, self._run.folder, self._recipe.to_dict())
         for epoch in range(len(state.history) + 1, self._length.epochs + 1):
-            row = self.epoch(epoch)
+            try:
+                row = self.epoch(epoch)
+            except StateError as error:
+                raise damaged(self._run.folder / CHECKPOINT, error) from error
             state.history.append(row)
             if writer is not None:
                 writer.check()  # before the loggers, which create their folders
