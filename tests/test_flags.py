@@ -58,7 +58,7 @@ def test_given_flags_are_those_on_the_command_line_in_one_spelling():
     assert given_flags(["list"]) == frozenset()
 
 
-ALWAYS = {"dataset", "model", "weights", "method", "noise", "limit", "epochs", "batch_size", "accumulate"}
+ALWAYS = {"dataset", "model", "weights", "method", "noise", "limit", "epochs", "steps", "batch_size", "accumulate"}
 ALWAYS |= {"optimizer", "learning_rate", "schedule", "weight_decay", "label_smoothing", "clip", "ema", "precision"}
 ALWAYS |= {"compile", "seed", "device", "devices", "nodes", "log"}
 REFUSED_BY_RECIPE = {"rho", "mu", "alpha", "eta", "warmup"}
@@ -88,6 +88,7 @@ FILES = ("--dataset", "flowers")
         (("--max-length", 64), CIFAR, "--max-length (needs dataset glue:TASK, got cifar10)"),
         (("--channels-last",), BERT, "--channels-last (needs a dataset of images, got glue:rte)"),
         (("--momentum", 0.5), ("--optimizer", "adamw"), "--momentum (needs optimizer sgd, got adamw)"),
+        (("--validation-noise",), (), "--validation-noise (needs noise above 0, got 0)"),
         (("--momentum", 0.5), ("--preset", "vit"), "--momentum (needs optimizer sgd, got adamw)"),
         (("--strategy", "ddp"), (), "--strategy (needs several --devices, got 1)"),
         (("--data-dir", "data"), (), "--data-dir (needs a dataset in that folder, got digits)"),
@@ -115,6 +116,7 @@ def test_a_flag_without_effect_is_refused_by_name(bisam, tmp_path, idle, where, 
     [
         (("digits", "--set", "image_size=96"), "--set image_size (needs dataset imagenet"),
         (("digits", "--set", "image-size=96"), "--set image_size (needs dataset imagenet"),
+        (("table1", "--set", "validation_noise=yes"), "--set validation_noise (needs noise above 0, got 0)"),
         (("digits", "--loaders", 2), "--loaders (needs dataset imagenet"),
         (("table7", "--set", "momentum=0.5"), "--set momentum (needs optimizer sgd, got adamw)"),
         (("table1", "--set", "max_length=9"), "--set max_length (needs dataset glue:TASK, got cifar10)"),
@@ -156,7 +158,9 @@ def test_a_wrong_setting_of_a_measurement_is_one_line_and_no_note(bisam):
 
 @pytest.mark.parametrize("name", CONDITIONS)
 def test_each_condition_holds_somewhere(name):
-    recipes = [Recipe(dataset=dataset) for dataset in ("digits", "cifar10", "imagenet", "folder:a", "glue:rte")]
+    recipes = [
+        Recipe(dataset=dataset, noise=0.1) for dataset in ("digits", "cifar10", "imagenet", "folder:a", "glue:rte")
+    ]
     refuse_idle(recipes, Machine(), frozenset({name}))
     with pytest.raises(ValueError, match="without effect, leave out: "):
         refuse_idle(
@@ -168,7 +172,7 @@ def test_each_condition_holds_somewhere(name):
 
 def test_settings_of_presets_and_unknown_data_sets_are_not_refused():
     refuse_idle([Recipe(cutout=True, image_size=96)], Machine(), frozenset({"dataset"}))
-    refuse_idle([Recipe(dataset="digit")], Machine(), frozenset(CONDITIONS) - {"strategy"})
+    refuse_idle([Recipe(dataset="digit", noise=0.1)], Machine(), frozenset(CONDITIONS) - {"strategy"})
 
 
 def test_every_kind_of_data_set_is_known():

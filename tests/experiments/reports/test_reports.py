@@ -24,7 +24,7 @@ from bisam.experiments.reports.differences import baseline, differences, student
 from bisam.experiments.reports.groups import arranged, grouped, names, places
 from bisam.experiments.runs.files import to_csv
 from bisam.experiments.runs.folder import Finished, Run, finished as finished_runs
-from bisam.experiments.studies import published
+from bisam.experiments.studies import STUDIES, published
 
 SAM = Recipe(method="sam", noise=0.4, rho=0.4, epochs=3)
 SGD = replace(SAM, method="sgd", rho=None, epochs=6)
@@ -723,6 +723,16 @@ def test_the_grid_has_a_line_for_each_value_of_the_other_settings():
     assert labels == ["BiSAM (-log), mu 0.1", "BiSAM (-log), mu 1"]
     assert len(mu.get_legend().get_texts()) == 3
     assert tuning.varied(SMALL) == []
+
+
+def test_the_grids_of_the_paper_are_drawn_in_a_row_for_each_data_set():
+    rho, _, _ = figures.draw("grid", [run(recipe) for recipe in STUDIES["grid"].recipes(3)]).axes
+    drawn = {box.get_label(): list(box.lines[0].get_xdata()) for box in rho.containers}
+    for name in ("ASAM", "A-BiSAM (-log)", "A-BiSAM (tanh)"):
+        assert drawn[name] == [0.02, 0.05, 0.1, 0.2, 0.5, 1.0]
+    axes = figures.draw("grid", [run(recipe) for recipe in STUDIES["grid-vit"].recipes(3)]).axes
+    shown = [(ax.get_subplotspec().rowspan.start, ax.get_title(), ax.get_xlabel()) for ax in axes]
+    assert shown == [(0, "flowers", "mu"), (0, "flowers", "alpha"), (1, "pets", "mu"), (1, "pets", "alpha")]
 
 
 def test_the_metric_and_its_unit_are_on_the_axis():

@@ -33,8 +33,9 @@ def show_runs(recipes: Sequence[Recipe], root: Path) -> dict[Recipe, int]:
     table = Table("dataset", "model", "method", "rho", "noise", "epochs", "runs left", box=None)
     for recipe, count in left.items():
         rho = recipe.setting("rho")
+        length = f"{recipe.length}" if recipe.steps is None else f"{recipe.steps} steps"
         cells = (recipe.dataset, recipe.model, called[recipe], "–" if rho is None else f"{rho:g}")
-        table.add_row(*cells, f"{100 * recipe.noise:g} %", f"{recipe.epochs}", f"{count} of {seeds[recipe]}")
+        table.add_row(*cells, f"{100 * recipe.noise:g} %", length, f"{count} of {seeds[recipe]}")
     console.print(table)
     return left
 

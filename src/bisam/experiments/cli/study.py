@@ -20,7 +20,7 @@ from bisam.experiments.cli.report_files import write_report
 from bisam.experiments.cli.terminal import console, errors
 from bisam.experiments.errors import DamagedError
 from bisam.experiments.recipes.changes import pairs
-from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.recipes.recipe import VERSION, Recipe
 from bisam.experiments.runs.files import to_csv
 from bisam.experiments.runs.folder import Finished, finished
 from bisam.experiments.runs.machine import Machine, threads
@@ -99,7 +99,7 @@ class StudySubject:
     def run(self, launch: Launch, machine: Machine, out: Path) -> int:
         """Run what is not finished yet, and report."""
         recipes, root = self._recipes(launch), out / self.study.folder
-        with Display(sum(recipe.epochs for recipe in recipes), len(recipes)) as display:
+        with Display(recipes) as display:
             try:
                 outcomes = _launched(recipes, root, launch, machine, display)
             except KeyboardInterrupt:
@@ -225,8 +225,8 @@ def all_finished(root: Path) -> tuple[list[Finished], list[str]]:
 
 
 def without_seed(run: Finished) -> Recipe:
-    """The recipe of a run as studies list it, with seed 0."""
-    return replace(run.recipe, seed=0)
+    """The recipe of a run as studies list it, with seed 0 and the latest version."""
+    return replace(run.recipe, seed=0, version=VERSION)
 
 
 def show_failed(outcomes: Sequence[Outcome]) -> int:

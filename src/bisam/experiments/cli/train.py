@@ -54,9 +54,11 @@ def train(
     recipe.check_trainable()
     loggers.check(machine.log)
     one = Run.under(out / "train", recipe)
-    with Display(recipe.epochs, 1) as display:
+    with Display([recipe]) as display:
         try:
-            result = train_run(one, machine, lambda row: display.epoch(recipe, int(row["epoch"]), row["validation"]))
+            result = train_run(
+                one, machine, lambda row: display.epoch(recipe, recipe.completed(row), row["validation"])
+            )
         except KeyboardInterrupt:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not end the message
             display.stop()

@@ -1,4 +1,4 @@
-"""Data: data sets by name, in three splits, with seeded label noise on the training labels.
+"""Data: data sets by name, in three splits, with seeded label noise.
 
     data = load(Recipe(dataset="cifar10", noise=0.4), Machine(data_dir=Path("data")))
     for x, y in data.train.batches(128, generator):
@@ -55,7 +55,11 @@ def load(recipe: Recipe, machine: Machine) -> Data:
     if not recipe.noise:
         return data
     noisy = symmetric_noise(data.train.labels, recipe.noise, data.classes, recipe.seed)
-    return replace(data, train=data.train.relabelled(noisy))
+    data = replace(data, train=data.train.relabelled(noisy))
+    if not recipe.validation_noise:
+        return data
+    noisy = symmetric_noise(data.validation.labels, recipe.noise, data.classes, recipe.seed, stream=1)
+    return replace(data, validation=data.validation.relabelled(noisy))
 
 
 def _load(recipe: Recipe, machine: Machine) -> Data:
@@ -101,9 +105,17 @@ def source(recipe: Recipe) -> tuple[object, ...]:
     return recipe.dataset, recipe.image_size, recipe.max_length, prepares
 
 
-def symmetric_noise(labels: Tensor, rate: float, classes: int, seed: int) -> Tensor:
-    """Return `labels` with exactly round(rate * N) of them replaced by another class, drawn uniformly."""
-    random = np.random.default_rng([seed, 0x5EED])
+def symmetric_noise(labels: Tensor, rate: float, classes: int, seed: int, stream: int | None = None) -> Tensor:
+    """Return `labels` with exactly round(rate * N) of them replaced by another class, drawn uniformly.
+
+    Args:
+        labels: classes (N,).
+        rate: in [0, 1).
+        classes: number of classes.
+        seed: of the random numbers.
+        stream: for other random numbers from the same seed.
+    """
+    random = np.random.default_rng([seed, 0x5EED] if stream is None else [seed, 0x5EED, stream])
     chosen = random.permutation(len(labels))[: round(rate * len(labels))]
     noisy = labels.clone()
     shift = torch.from_numpy(random.integers(1, classes, len(chosen)))

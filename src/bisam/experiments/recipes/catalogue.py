@@ -43,7 +43,7 @@ METHODS: dict[str, Entry] = {
         rho=None,
         advice="",
         family="plain",
-        own_fields=("epochs",),
+        own_fields=("epochs", "steps"),
     ),
     BASELINE: Entry(
         "SAM", "SAM(L2({rho}))", "climb the training loss in a ball", "Foret et al., 2021", _FORET, family="plain"

@@ -140,6 +140,14 @@ def _built(expression: str) -> Method:
 
 
 @cache
+def names_called(expression: str) -> frozenset[str]:
+    """The names that a valid expression calls."""
+    tree = ast.parse(expression.strip(), mode="eval")
+    calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return frozenset(name.id for name in calls if isinstance(name, ast.Name))
+
+
+@cache
 def check_step(expression: str, batch_size: int) -> None:
     """Check that the method of an expression can take a step, by one step on a small model.
 

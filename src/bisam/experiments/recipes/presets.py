@@ -43,11 +43,11 @@ IMAGENET = Recipe(
 
 VIT = Recipe(
     dataset="flowers",
-    model="timm:vit_base_patch16_224",
+    model="timm:vit_base_patch16_224.orig_in21k",
     weights="pretrained",
     method="bisam_log",
     rho=0.05,
-    epochs=63,
+    steps=500,
     batch_size=128,
     optimizer="adamw",
     learning_rate=1e-4,
@@ -95,21 +95,9 @@ ASSUMED: dict[str, tuple[Assumption, ...]] = {
     "vit": (
         Assumption("learning_rate", 1e-4, Kind.RECOLLECTED, "the paper's value is not public"),
         Assumption("batch_size", 128, Kind.RECOLLECTED, "the paper's value is not public"),
-        Assumption(
-            "epochs",
-            (63, 20),
-            Kind.RECOLLECTED,
-            "the paper gives a number of steps, which is not public: these are about 500 steps",
-        ),
+        Assumption("steps", 500, Kind.RECOLLECTED, "the paper's number of steps is not public"),
         Assumption("warmup", 100, Kind.RECOLLECTED, "the paper's number of steps is not public"),
         Assumption("rho", 0.05, Kind.CHOSEN, _OF_CIFAR),
-        Assumption(
-            "checkpoint",
-            "timm's default",
-            Kind.CHOSEN,
-            "the paper's is the one of Wu et al. (2020)",
-            {"weights": "pretrained", "model": "timm:vit_base_patch16_224"},
-        ),
     ),
     "bert": (
         Assumption("learning_rate", 2e-5, Kind.RECOLLECTED, "the paper's value is not public"),
@@ -130,7 +118,8 @@ def started(preset: str | None, given: Mapping[str, Any]) -> Recipe:
     Args:
         preset: key of `PRESETS`, or None.
         given: fields and their values. A method here comes with its own settings: where they have no values here, rho,
-            mu, alpha and eta are its defaults and not the preset's.
+            mu, alpha and eta are its defaults and not the preset's. Epochs here replace steps of the preset, and steps
+            its epochs.
 
     Raises:
         ValueError: the preset is unknown, or a value is refused.
@@ -140,4 +129,6 @@ def started(preset: str | None, given: Mapping[str, Any]) -> Recipe:
     if preset not in PRESETS:
         raise unknown("preset", preset, PRESETS)
     unset: dict[str, Any] = dict.fromkeys(SETTINGS) if "method" in given else {}
+    if given.keys() & {"epochs", "steps"}:
+        unset |= dict.fromkeys(("epochs", "steps"))
     return replace(PRESETS[preset], **{**unset, **given})

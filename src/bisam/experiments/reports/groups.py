@@ -99,21 +99,23 @@ def names(recipes: Iterable[Recipe]) -> dict[Recipe, str]:
     """Short names: the method, and the fields that distinguish a recipe from others of its kind in its place."""
     recipes = list(recipes)
     kin: dict[tuple[str, Place], list[Recipe]] = defaultdict(list)
-    epochs: dict[Place, Counter[int]] = defaultdict(Counter)
+    lengths: dict[Place, Counter[tuple[str, int]]] = defaultdict(Counter)
     for recipe in recipes:
         kin[title(recipe), place(recipe)].append(recipe)
-        epochs[place(recipe)][recipe.epochs] += not recipe.is_plain
+        lengths[place(recipe)][recipe.unit, recipe.length] += not recipe.is_plain
     telling: dict[str, set[str]] = defaultdict(set)
     for (kind, _), group in kin.items():
         telling[kind] |= {name for name in _FIELDS if len({recipe.setting(name) for recipe in group}) > 1}
 
     def words(recipe: Recipe) -> str:
-        others, told = epochs[place(recipe)], telling[title(recipe)]
-        times = recipe.epochs / others.most_common(1)[0][0] if recipe.is_plain and others.total() else None
+        others, told = lengths[place(recipe)], telling[title(recipe)]
+        unit, length = others.most_common(1)[0][0] if others.total() else ("", 0)
+        times = recipe.length / length if recipe.is_plain and recipe.unit == unit else None
         told = told | {"version"} if recipe.version != VERSION else told
-        shown = [name for name in _FIELDS if name in told and not (name == "epochs" and times)]
+        shown = [name for name in _FIELDS if name in told and not (name == recipe.unit and times)]
+        shown = [name for name in shown if name not in ("epochs", "steps") or name == recipe.unit]
         more = [f"{name.replace('_', ' ')} {recipe.setting(name)}" for name in shown]
-        more += [f"{times:g}× epochs"] if times not in (None, 1) else []
+        more += [f"{times:g}× {recipe.unit}"] if times not in (None, 1) else []
         return f"{title(recipe)} ({', '.join(more)})" if more else title(recipe)
 
     called = {recipe: words(recipe) for recipe in recipes}
@@ -137,7 +139,7 @@ def _order(recipe: Recipe) -> tuple[Any, ...]:
     methods = list(METHODS)
     method = methods.index(recipe.method) if recipe.method in METHODS else len(methods)
     settings = [recipe.setting(name) or 0.0 for name in SETTINGS]
-    return method, _natural(recipe.method), recipe.epochs, *settings, recipe.version, recipe.slug
+    return method, _natural(recipe.method), recipe.unit, recipe.length, *settings, recipe.version, recipe.slug
 
 
 def _natural_place(at: Place) -> tuple[Any, ...]:

@@ -37,13 +37,15 @@ Row = dict[str, Any]
 CAPTION = (
     "Test scores times 100 (accuracies in per cent): mean ± standard deviation over n seeds, with the weights of the "
     "epoch with the best validation score (best val.) and with those of the last epoch. The test set was evaluated "
-    "once, at the end of each run. Only the training labels are noisy. Seeds vary the initial weights, the noise and "
-    "the order of the batches, not the split. Gradients: batch gradients per step, as counted, plus forward passes "
-    "(f). Time: duration of an epoch relative to plain training, which was measured between the epochs of the same "
-    "run. Runs that diverged, with a loss that is not finite, are part of all means."
+    "once, at the end of each run. Label noise is in the training labels, and in the validation labels of runs with "
+    "validation noise only. Seeds vary the initial weights, the noise and the order of the batches, not the split. "
+    "Gradients: batch gradients per step, as counted, plus forward passes (f). Time: duration of an epoch "
+    "relative to plain training, which was measured between the epochs of the same run. Runs that diverged, with a "
+    "loss that is not finite, are part of all means."
 )
 _FIELDS = {field.name: field.default for field in fields(Recipe) if field.name not in ("method", "seed")}
 _PLACE = ("dataset", "model", "noise")
+_LENGTH = ("epochs", "steps")
 _TESTED = {"test_best": "best val.", "test_last": "last", "test_ema": "average"}
 _LISTED = 12  # longer lists are given as counts only
 _NONE = Difference(nan, nan, nan, 0)
@@ -58,7 +60,8 @@ def summary(runs: Iterable[Finished], baselines: Baselines = (BASELINE,)) -> lis
     """
     groups = grouped(runs)
     called, against = names(groups), differences(groups, baselines)
-    told = [*_PLACE, "rho", "epochs", *(name for name in varying(groups) if name not in (*_PLACE, "rho", "epochs"))]
+    always = [*_PLACE, "rho", *(unit for unit in _LENGTH if any(recipe.unit == unit for recipe in groups))]
+    told = [*always, *(name for name in varying(groups) if name not in (*_PLACE, "rho", *_LENGTH))]
     everything = [run for group in groups.values() for run in group]
     keys = [key for key in (*_TESTED, "validation_best", "relative_time") if any(key in r.result for r in everything)]
     metrics = _metrics(everything)
@@ -361,7 +364,7 @@ def _shared(groups: Groups, columns: Collection[str], marks: Marks) -> dict[str,
     """The settings that all recipes share: data, model, those that differ from their defaults, and assumed ones."""
     common = {name: values.pop() for name in _FIELDS if len(values := {getattr(r, name) for r in groups}) == 1}
     told = {"dataset", "model", "batch_size", "learning_rate", *(marks.subjects - {*columns})}
-    told |= {name for name, value in common.items() if value != _FIELDS[name] and name not in ("rho", "epochs")}
+    told |= {name for name, value in common.items() if value != _FIELDS[name] and name not in ("rho", *_LENGTH)}
     return {name: value for name, value in common.items() if name in told}
 
 

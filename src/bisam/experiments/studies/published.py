@@ -47,7 +47,7 @@ def _top5(run: Finished) -> float:
 
 QUANTITIES = {
     "epoch": Quantity("time of an epoch", lambda run: run.result["relative_time"], relative=True),
-    "run": Quantity("time of the run", lambda run: run.result["relative_time"] * run.recipe.epochs, relative=True),
+    "run": Quantity("time of the run", lambda run: run.result["relative_time"] * len(run.metrics), relative=True),
     "sequence": Quantity("gradients one after another", _sequence, relative=True),
     "flips_100": Quantity("flipped training samples, epoch 100", _flips(100, 100), digits=0),
     "flips_peak": Quantity("flipped training samples, most in epochs 101 to 200", _flips(101, 200), digits=0),

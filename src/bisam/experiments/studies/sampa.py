@@ -72,7 +72,7 @@ def _imagenet(epochs: int | None) -> list[Recipe]:
 
 def _vit(epochs: int | None) -> list[Recipe]:
     # AdamW and 10 epochs are the paper's; the other values are those of BiSAM's table [OURS].
-    base = replace(VIT, epochs=epochs or 10, warmup=0)
+    base = replace(VIT, steps=None, epochs=epochs or 10, warmup=0)
     bases = [replace(base, dataset=f"{name}:224") for name in ("cifar10", "cifar100")]
     return [_with(base, method, 0.05) for base in bases for method in ("sam", "sampa")]
 
