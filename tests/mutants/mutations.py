@@ -1642,8 +1642,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "memory",
         "overflow_remembered",
         "An average that took in a NaN keeps it.",
-        "return flag.isnan()",
-        "return torch.zeros_like(flag, dtype=torch.bool)",
+        "bad = (flag if of_all_replicas is None else of_all_replicas(flag)).isnan()",
+        "bad = torch.zeros_like(flag, dtype=torch.bool)",
     ),
     Mutant(
         "memory",
@@ -1672,6 +1672,13 @@ MUTANTS: tuple[Mutant, ...] = (
         "A number that is not finite stays if the gradient is.",
         "flag = flag + leaf * 0",
         "flag = flag + 0",
+    ),
+    Mutant(
+        "distributed",
+        "overflow_remembered_by_other_replicas",
+        "A batch with NaN on one replica stays in what the others remember.",
+        "bad = (flag if of_all_replicas is None else of_all_replicas(flag)).isnan()",
+        "bad = flag.isnan()",
     ),
     Mutant(
         "memory",

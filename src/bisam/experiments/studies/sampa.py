@@ -1,16 +1,18 @@
 """Sampa: the tables and figures of SAMPa's paper that train networks (Xie, Pethick and Cevher, 2024).
 
 Source: https://arxiv.org/abs/2410.10683. What is compared in which table is known from public summaries, the recipe of
-CIFAR from the authors' code (github.com/LIONS-EPFL/SAMPa). Numbers that neither gives are marked [MEM] (recollected) or
-[OURS] (chosen here). The radius is one of them: a table of radii was not found, and 0.1, the default of the code, is
-taken for all methods of CIFAR [OURS].
+CIFAR from the authors' code (github.com/LIONS-EPFL/SAMPa). Values that neither gives are the `assumptions` of the
+studies. The radius is one of them: a table of radii was not found, and 0.1, the default of the code, is taken for all
+methods of CIFAR.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
+from bisam.experiments.recipes.assumptions import SEEDS, Assumption, Kind
 from bisam.experiments.recipes.catalogue import BASELINE, METHODS, PLAIN
 from bisam.experiments.recipes.presets import BERT, CIFAR, IMAGENET, VIT
 from bisam.experiments.recipes.recipe import Recipe
@@ -19,7 +21,7 @@ from bisam.experiments.studies.paper import MODELS
 from bisam.experiments.studies.papers import Exhibit
 from bisam.experiments.studies.study import Study
 
-_THREE = 3  # seeds: [OURS]
+_THREE = 3
 _RHO = 0.1
 _FOUR = (PLAIN, "sam", "sampa_0", "sampa")
 SAMPA_LANGUAGE = "SAMPa(L2({rho}), ahead=next_step(optimizer), lam=0.1)"
@@ -32,7 +34,6 @@ def _sampa(perturb: str, ascent: str = "") -> str:
 
 
 VARIANTS: tuple[tuple[str, str, str], ...] = (
-    # The radii of ASAM and SAM-ON [OURS] are larger, as their authors' are; m of mSAM: [OURS].
     ("SAM", "SAM(L2(0.1))", _sampa("L2(0.1)")),
     ("mSAM", "MSAM(32, SAM(L2(0.1)))", f"MSAM(32, {_sampa('L2(0.1)')}, separate=True)"),
     ("ASAM", "SAM(Adaptive(2.0))", _sampa("Adaptive(2.0)")),
@@ -40,7 +41,8 @@ VARIANTS: tuple[tuple[str, str, str], ...] = (
     ("VaSSO", "SAM(Smoothed(L2(0.1), 0.9))", _sampa("Smoothed(L2(0.1), 0.9)")),
     ("BiSAM (-log)", "SAM(L2(0.1), NegLog(1.0))", _sampa("L2(0.1)", "NegLog(1.0), ")),
 )
-"""Variants of SAM that SAMPa is combined with: name, method alone, and the two together. The names are [MEM]."""
+"""Variants of SAM that SAMPa is combined with: name, method alone, and the two together."""
+_PENALTY = "WSAM(L2(0.1), gamma=0.8 / 1.8)"
 
 
 def _with(base: Recipe, method: str, rho: float = _RHO) -> Recipe:
@@ -49,29 +51,32 @@ def _with(base: Recipe, method: str, rho: float = _RHO) -> Recipe:
     return replace(base, method=method, rho=rho if takes else None)
 
 
+def _settings(preset: Recipe) -> list[tuple[str, Any]]:
+    """The settings of a preset whose values the paper may share with BiSAM's table."""
+    return [(name, getattr(preset, name)) for name in ("epochs", "learning_rate", "batch_size", "weight_decay")]
+
+
 def _networks(dataset: str, epochs: int | None) -> list[Recipe]:
     base = replace(CIFAR, dataset=dataset, epochs=epochs or 200)
     recipes: list[Recipe] = []
     for model in MODELS:
         one = replace(base, model=model)
-        twice = replace(one, epochs=2 * one.epochs)  # of SGD: [MEM]; of SAMPa-0.2 it is a column of the table
+        twice = replace(one, epochs=2 * one.epochs)
         recipes += [_with(twice if method == PLAIN else one, method) for method in _FOUR] + [_with(twice, "sampa")]
     return recipes
 
 
 def _efficiency(epochs: int | None) -> list[Recipe]:
-    # The methods of the figure, and SAMPa-0 and BiSAM [OURS].
     methods = (PLAIN, "sam", "sampa_0", "sampa", "bisam_log", "looksam", "ae_sam", "esam", "saf", "mesa")
     return [_with(replace(CIFAR, epochs=epochs or 200), method) for method in methods]
 
 
 def _imagenet(epochs: int | None) -> list[Recipe]:
-    base = replace(IMAGENET, epochs=epochs or 90)  # the recipe of BiSAM's table, and its radius: [OURS]
+    base = replace(IMAGENET, epochs=epochs or 90)
     return [_with(base, method, 0.05) for method in ("sam", "sampa")]
 
 
 def _vit(epochs: int | None) -> list[Recipe]:
-    # AdamW and 10 epochs are the paper's; the other values are those of BiSAM's table [OURS].
     base = replace(VIT, steps=None, epochs=epochs or 10, warmup=0)
     bases = [replace(base, dataset=f"{name}:224") for name in ("cifar10", "cifar100")]
     return [_with(base, method, 0.05) for base in bases for method in ("sam", "sampa")]
@@ -80,7 +85,6 @@ def _vit(epochs: int | None) -> list[Recipe]:
 def _glue(epochs: int | None) -> list[Recipe]:
     from bisam.experiments.data.glue import TASKS  # not at the top: it imports Fabric, which other studies do not need
 
-    # Epochs and radii are those of BiSAM's table [OURS].
     tiny, radii = ("mrpc", "wnli"), {"cola": 0.01, "rte": 0.005}
     recipes: list[Recipe] = []
     for task in TASKS:
@@ -103,7 +107,6 @@ def _variants(epochs: int | None) -> list[Recipe]:
 
 
 def _stale(epochs: int | None) -> list[Recipe]:
-    # The networks are those of SAM-db's table; AsyncSAM, which is in neither table, is added [OURS].
     base = replace(CIFAR, epochs=epochs or 200)
     methods = (PLAIN, "sam", "opt_sam", "sam_db", "async_sam", "sampa")
     return [_with(replace(base, model=model), m) for model in ("resnet56", "wrn28_2", "vgg19_bn") for m in methods]
@@ -111,10 +114,25 @@ def _stale(epochs: int | None) -> list[Recipe]:
 
 def _penalty(epochs: int | None) -> list[Recipe]:
     # A penalty on the gradient norm (Zhao et al., 2022) mixes both gradients, as WSAM with gamma = a / (1 + a) does:
-    # (1 - a) g + a h. a = 0.8 is their value [MEM]; SAMPa-0.2 weights its gradients by 0.8 and 0.2.
+    # (1 - a) g + a h. SAMPa-0.2 weights its gradients by 0.8 and 0.2.
     base = replace(CIFAR, epochs=epochs or 200)
-    methods = ("sam", "sampa", "WSAM(L2(0.1), gamma=0.8 / 1.8)")
+    methods = ("sam", "sampa", _PENALTY)
     return [_with(replace(base, noise=noise), method) for noise in (0.0, 0.8) for method in methods]
+
+
+_LABELS = {
+    **{alone: name for name, alone, _ in VARIANTS},
+    **{together: f"SAMPa-0.2 + {name}" for name, _, together in VARIANTS},
+    **{SAMPA_LANGUAGE.format(rho=rho): "SAMPa-0.1" for rho in (0.05, 0.01, 0.005)},
+    _PENALTY: "gradient penalty",
+}
+_RADIUS = Assumption(
+    "rho", _RHO, Kind.CHOSEN, "the default of the authors' code; a table of radii was not found in a public source"
+)
+_DOUBLED = Assumption(
+    "epochs", 400, Kind.RECOLLECTED, "that SGD has twice the epochs is not in a public source", {"method": PLAIN}
+)
+_AS_THERE = "the value of BiSAM's study; the paper's is not public"
 
 
 def _study(
@@ -125,11 +143,21 @@ def _study(
     note: str = "",
     figures: tuple[str, ...] = ("accuracy",),
     baselines: tuple[str, ...] = (BASELINE,),
+    assumptions: tuple[Assumption, ...] = (_RADIUS,),
 ) -> Study:
     source = "Xie, Pethick and Cevher, 2024, https://arxiv.org/abs/2410.10683."
-    note = f"{source} {note}".strip()
-    shown = Exhibit(papers.SAMPA, exhibit)
-    return Study(name, title, recipes, _THREE, figures, note=note, baselines=baselines, exhibit=shown)
+    return Study(
+        name,
+        title,
+        recipes,
+        _THREE,
+        figures,
+        note=f"{source} {note}".strip(),
+        baselines=baselines,
+        exhibit=Exhibit(papers.SAMPA, exhibit),
+        labels=_LABELS,
+        assumptions=(Assumption(SEEDS, _THREE, Kind.CHOSEN, "the paper's number is not public"), *assumptions),
+    )
 
 
 _TWICE = (
@@ -145,9 +173,18 @@ SAMPA = (
         "All have the same number of epochs. SAF and MESA keep the authors' settings, whose average of the weights "
         "reaches over thousands of steps.",
         ("gradients", "accuracy"),
+        assumptions=(
+            _RADIUS,
+            Assumption("method", ("sampa_0", "bisam_log"), Kind.CHOSEN, "added: not in the authors' figure"),
+        ),
     ),
     _study(
-        "sampa-cifar10", "Table 1", "SAMPa's table: CIFAR-10, five networks", lambda e: _networks("cifar10", e), _TWICE
+        "sampa-cifar10",
+        "Table 1",
+        "SAMPa's table: CIFAR-10, five networks",
+        lambda e: _networks("cifar10", e),
+        _TWICE,
+        assumptions=(_RADIUS, _DOUBLED),
     ),
     _study(
         "sampa-cifar100",
@@ -155,9 +192,28 @@ SAMPA = (
         "SAMPa's table: CIFAR-100, five networks",
         lambda e: _networks("cifar100", e),
         _TWICE,
+        assumptions=(_RADIUS, _DOUBLED),
     ),
-    _study("sampa-imagenet", "Table of ImageNet-1K", "SAMPa's table: ImageNet-1K, ResNet-50", _imagenet),
-    _study("sampa-vit", "Table of ViT-B/16", "SAMPa's table: ViT-B/16 fine-tuned on CIFAR-10 and CIFAR-100", _vit),
+    _study(
+        "sampa-imagenet",
+        "Table of ImageNet-1K",
+        "SAMPa's table: ImageNet-1K, ResNet-50",
+        _imagenet,
+        assumptions=(
+            *[Assumption(name, value, Kind.CHOSEN, _AS_THERE) for name, value in _settings(IMAGENET)],
+            Assumption("rho", 0.05, Kind.CHOSEN, _AS_THERE),
+        ),
+    ),
+    _study(
+        "sampa-vit",
+        "Table of ViT-B/16",
+        "SAMPa's table: ViT-B/16 fine-tuned on CIFAR-10 and CIFAR-100",
+        _vit,
+        assumptions=(
+            *[Assumption(name, value, Kind.CHOSEN, _AS_THERE) for name, value in _settings(VIT) if name != "epochs"],
+            Assumption("rho", 0.05, Kind.CHOSEN, _AS_THERE),
+        ),
+    ),
     _study(
         "sampa-glue",
         "Table of GLUE",
@@ -165,6 +221,11 @@ SAMPA = (
         _glue,
         "The test is the official development set; a tenth of the training part is held out to choose the epoch. "
         "STS-B, a regression, is left out.",
+        assumptions=(
+            *[Assumption(name, value, Kind.CHOSEN, _AS_THERE) for name, value in _settings(BERT) if name != "epochs"],
+            Assumption("epochs", (3, 5), Kind.CHOSEN, _AS_THERE),
+            Assumption("rho", (0.05, 0.01, 0.005), Kind.CHOSEN, _AS_THERE),
+        ),
     ),
     _study("sampa-noise", "Table of label noise", "SAMPa's table: CIFAR-10 with label noise, ResNet-32", _noise),
     _study(
@@ -174,18 +235,30 @@ SAMPA = (
         _variants,
         "Each variant is compared with SAM; the row after it is the variant with SAMPa-0.2.",
         baselines=(VARIANTS[0][1],),
+        assumptions=(
+            Assumption("variants", "the rows", Kind.RECOLLECTED, "which ones the table has is not in a public source"),
+            Assumption("radius", _RHO, Kind.CHOSEN, "the default of the authors' code"),
+            Assumption("radius of ASAM", 2.0, Kind.CHOSEN, "larger than SAM's, as its authors' is"),
+            Assumption("radius of SAM-ON", 0.5, Kind.CHOSEN, "larger than SAM's, as its authors' is"),
+            Assumption("micro-batch", 32, Kind.CHOSEN, "the paper's is not public"),
+        ),
     ),
     _study(
         "sampa-stale",
         "Tables of OptSAM and SAM-db",
         "SAMPa's tables: OptSAM and SAM-db on CIFAR-10, three networks",
         _stale,
+        assumptions=(_RADIUS, Assumption("method", "async_sam", Kind.CHOSEN, "added: in neither table")),
     ),
     _study(
         "sampa-penalty",
         "Table of the gradient penalty",
         "SAMPa's table: a penalty on the gradient norm, ResNet-56 on CIFAR-10",
         _penalty,
+        assumptions=(
+            _RADIUS,
+            Assumption("weight of the penalty", 0.8, Kind.RECOLLECTED, "that of Zhao et al. (2022)"),
+        ),
     ),
 )
 """In the order of the paper, after its figure."""
