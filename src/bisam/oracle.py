@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -65,6 +65,9 @@ class Query:
             lowest of these tensors are not back-propagated through. Exceptions: FSDP2 may gather more weights
             (`bisam.distributed.fsdp`), and each graph of `torch.compile` has one backward pass, for all of its weights.
             All ranks that share the batch ask for the same tensors. Default: all.
+        buffers: values for `Oracle.buffers`, with which the model is run in eval mode: without dropout, and reading
+            running statistics instead of updating them. Such a query never tracks. Default: the model runs in its
+            present mode, with its own buffers.
 
     Example:
         >>> import torch
@@ -86,6 +89,7 @@ class Query:
     grad: bool = True
     track: bool | None = None
     wrt: Sequence[bool] | None = None
+    buffers: Sequence[Tensor] | None = None
     displaced: bool = field(init=False, repr=False)
     """Whether the query is at displaced weights; still valid after `take`."""
 
@@ -97,6 +101,8 @@ class Query:
     @property
     def tracks(self) -> bool:
         """Whether the query updates running statistics."""
+        if self.buffers is not None:
+            return False
         return not self.displaced if self.track is None else self.track
 
     @property
@@ -193,6 +199,14 @@ class Oracle(ABC):
     def averaged(self, value: Tensor, count: Count) -> tuple[Tensor, Count]:
         """Returns the value and count of this rank's answer, averaged over the ranks if the scope is global."""
         return value, count
+
+    def gathered(self, values: Tensor) -> Tensor:
+        """Returns values (n, ...) of the examples of all ranks that share a batch, one rank after the other.
+
+        If `is_local` these are the values of this rank. Otherwise all ranks make the call together, and it waits for
+        the device.
+        """
+        return values
 
     def agree(self, what: str, number: int) -> None:  # noqa: B027 - one rank agrees with itself
         """Checks that all ranks that share a batch have the same `number` of `what`.
@@ -334,6 +348,10 @@ class View(Oracle):
         """See `Oracle.averaged`."""
         return self._oracle.averaged(value, count)
 
+    def gathered(self, values: Tensor) -> Tensor:
+        """See `Oracle.gathered`."""
+        return self._oracle.gathered(values)
+
     def agree(self, what: str, number: int) -> None:
         """See `Oracle.agree`."""
         self._oracle.agree(what, number)
@@ -357,4 +375,4 @@ class View(Oracle):
         at = query.take()
         if self._by is not None:
             at = self._by if at is None else self._by + at
-        return Query(query.batch, query.objective, at, query.grad, track, query.wrt)
+        return replace(query, at=at, track=track)

@@ -34,8 +34,10 @@ from bisam import (
     ESAM,
     GSAM,
     KSAM,
+    MESA,
     MSAM,
     RAPP,
+    SAF,
     SAM,
     SSAMF,
     BiSAM,
@@ -62,7 +64,7 @@ STEPS, PART = int(os.environ.get("BISAM_STEPS", "8")), 4
 DRAWING = "RandomMask RandomMask-friendly SSAMD ESAM EBiSAM BSAM RSAM"  # random numbers of their own
 DETERMINED = (
     "ERM SAM BiSAM MultiStepSAM-adaptive FSAM VaSSO ZSharp SAMON Only LESAM FisherSAM LookSAM AESAM MomentumSAM SAMPa "
-    "GSAM WSAM CRSAM XSAM FunctionalSAM RAPP Every-LookSAM During"
+    "GSAM WSAM CRSAM XSAM FunctionalSAM RAPP Every-LookSAM During OptSAM AsyncSAM SAMDB MESA-bisam"
 )
 METHODS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
     name: cases.FAMILY[name][0] for name in f"{DETERMINED} {DRAWING}".split()
@@ -72,6 +74,20 @@ METHODS["RAPP-Simplex"] = lambda o: RAPP(0.2, prox=Simplex(2.0))  # needs whole 
 METHODS["CEGPlus-Box"] = lambda o: CEGPlus(0.2, Box(-0.1, 0.2))
 OF_A_PART = {"ESAM", "EBiSAM", "MSAM"}  # they choose or split the examples of a rank
 ALONE = {"SSAMF": cases.FAMILY["SSAMF"][0], "KSAM": lambda o: KSAM(3, SAM(L2(0.1)))}
+
+
+def numbered(x: Tensor, y: Tensor) -> Tensor:
+    """The numbers of the examples of a rank's part of a batch, or of the whole batch."""
+    first = dist.get_rank() * PART
+    return torch.arange(len(y)) + (first if len(y) == PART else 0)
+
+
+def saf(optimizer: torch.optim.Optimizer | None = None) -> SAF:
+    settings: dict[str, Any] = {"lam": 3.0, "ago": 1, "start": 0, "indices": lambda batch: numbered(*batch)}
+    return SAF(BiSAM(0.1), epoch=1, examples=PART * dist.get_world_size(), **settings)
+
+
+METHODS["SAF"] = saf
 
 
 def part(step: int, rank: int | None = None) -> tuple[Tensor, ...]:
@@ -196,6 +212,83 @@ def choosing_under_fsdp2() -> dict[str, Any]:
 
 def test_under_fsdp2_each_rank_chooses_and_splits_its_own_examples():
     assert ranks.run(2, choosing_under_fsdp2) == [{}, {}]
+
+
+# Outputs that are remembered, and the average of running statistics.
+
+
+def swapped(step: int) -> dict[str, Any]:
+    """The part of the batch whose numbers another rank had in the step before."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    index = torch.arange(PART * world).roll(step * PART).split(PART)[rank]
+    x, y = whole(step)
+    return {"x": x[index], "y": y[index], "indices": index}
+
+
+def outputs_of_another_rank(scope: str) -> dict[str, Any]:
+    def forward(model: nn.Module, *, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return model(x), y
+
+    count, runs = PART * dist.get_world_size(), list[Any]()
+    method = SAF(SAM(0.1), epoch=1, examples=count, lam=3.0, ago=1, start=0)
+    for scoped in (scope, None):
+        model = network()
+        sharp = SharpnessAware(model, method, cross_entropy, forward, scope=scoped)
+        optimizer = sgd(model)
+        for step in range(4):
+            x, y = whole(step)
+            batch = {"x": x, "y": y, "indices": torch.arange(count)} if scoped is None else swapped(step)
+            sharp(**batch).backward()
+            if scoped == "local":
+                for p in model.parameters():
+                    dist.all_reduce(p.grad)
+                    p.grad /= dist.get_world_size()
+            optimizer.step()
+            optimizer.zero_grad()
+        runs.append((whole_weights(model), sharp.get_extra_state()["state"]))
+    (ours, state), (theirs, other) = runs
+    same = all(torch.equal(a, b) for a, b in zip(state["epochs"], other["epochs"], strict=True))
+    return {"far": distance(ours, theirs) > 1e-12, "recorded": same}
+
+
+def test_with_global_scope_all_ranks_remember_the_outputs_of_all():
+    assert ranks.run(2, outputs_of_another_rank, "global") == [{"far": False, "recorded": True}] * 2
+
+
+def test_with_local_scope_a_rank_knows_its_own_outputs_only():
+    assert ranks.run(2, outputs_of_another_rank, "local") == [{"far": True, "recorded": False}] * 2
+
+
+def uneven_sizes() -> list[float]:
+    from bisam.distributed.peers import Peers
+
+    mine = torch.arange(3.0 + dist.get_rank())[:, None] + 10 * dist.get_rank()
+    peers = Peers.of([], [torch.zeros(1)])
+    assert peers is not None
+    return peers.gathered(mine).flatten().tolist()
+
+
+def test_values_of_ranks_with_different_numbers_of_examples_are_gathered():
+    assert ranks.run(2, uneven_sizes) == [[0.0, 1.0, 2.0, 10.0, 11.0, 12.0, 13.0]] * 2
+
+
+def broadcast_buffers() -> dict[str, Any]:
+    """The buffers of the first rank are broadcast once a step, in the first pass that is not one of the average."""
+    found = []
+    for method in (ERM(), MESA(lam=0.0, decay=0.5)):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, cases.CLASSES)).double()
+        sharp, optimizer = SharpnessAware(DDP(model), method, cross_entropy), sgd(model)
+        for step in range(4):
+            sharp(*part(step)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append([b.double() for b in model.buffers()])
+    return {} if distance(*found) < 1e-12 else {"far": distance(*found)}
+
+
+def test_a_pass_of_the_average_broadcasts_no_buffers():
+    assert ranks.run(2, broadcast_buffers) == [{}, {}]
 
 
 # DistributedDataParallel.
@@ -943,7 +1036,7 @@ def uneven() -> dict[str, str]:
 
 
 def test_ranks_with_uneven_batches_end_with_an_error():
-    assert ranks.run(2, uneven) == [{}, {}]
+    assert ranks.run(2, uneven_sizes) == [{}, {}]
 
 
 # A batch with NaN on one rank, in a loop that skips steps whose gradient is not finite.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 METHODS = ("tests/methods/test_references.py", "tests/methods/test_steps.py", "tests/methods/test_sam.py")
 METHODS += ("tests/methods/test_degenerate_cases.py", "tests/methods/test_state.py", "tests/methods/test_arguments.py")
-METHODS += ("tests/methods/test_esam.py",)
+METHODS += ("tests/methods/test_esam.py", "tests/methods/test_trajectory.py")
 MODEL = ("tests/model/test_oracle.py", "tests/model/test_gradients.py", "tests/model/test_parameters.py")
 MODEL += ("tests/model/test_module_state.py", "tests/model/test_rng.py", "tests/model/test_compatibility.py")
 MODEL += ("tests/model/test_inputs.py", "tests/model/test_partial_gradients.py")
@@ -882,6 +882,104 @@ MUTANTS: tuple[Mutant, ...] = (
         "SAMPa takes both gradients on the batch of this step.",
         "late = Query(before or batch,",
         "late = Query(batch,",
+    ),
+    Mutant(
+        "methods",
+        "mesa_in_training_mode",
+        "MESA runs the average of the weights in training mode.",
+        "query = Query(batch, at=at, grad=False, buffers=buffers)",
+        "query = Query(batch, at=at, grad=False)",
+    ),
+    Mutant(
+        "methods",
+        "mesa_averages_the_other_way",
+        "MESA's average gives the new weights the weight of the old ones.",
+        "return average * decay + weights * (1 - decay)",
+        "return average * (1 - decay) + weights * decay",
+    ),
+    Mutant(
+        "methods",
+        "mesa_keeps_the_first_statistics",
+        "MESA's running statistics are those of the first step.",
+        "torch.where(b.isfinite(), a * decay + b * (1 - decay), a)",
+        "torch.where(b.isfinite(), a, a)",
+    ),
+    Mutant(
+        "methods",
+        "saf_takes_any_epoch",
+        "SAF compares with the outputs of any earlier epoch.",
+        "return _Past(outputs[here], epochs[here] == then, index)",
+        "return _Past(outputs[here], epochs[here] >= 0, index)",
+    ),
+    Mutant(
+        "methods",
+        "saf_one_epoch_late",
+        "SAF compares with the outputs of one epoch later.",
+        "    then = number - ago\n",
+        "    then = number - ago + 1\n",
+    ),
+    Mutant(
+        "methods",
+        "trajectory_without_temperature",
+        "The term of SAF and MESA has no factor T^2.",
+        "* (self.lam * self.temperature**2)",
+        "* self.lam",
+    ),
+    Mutant(
+        "methods",
+        "trajectory_the_other_way",
+        "The term of SAF and MESA is the divergence of the past from the present.",
+        "return F.kl_div(now, then.to(now.dtype), reduction",
+        "return F.kl_div(then.to(now.dtype), now, reduction",
+    ),
+    Mutant(
+        "methods",
+        "trajectory_of_ignored_examples",
+        "Examples that are ignored get the term of SAF and MESA.",
+        "return targets == ignore_index if labels and ignore_index is not None else None",
+        "return None",
+    ),
+    Mutant(
+        "methods",
+        "trajectory_in_the_ascent",
+        "A bound that the adversary climbs gets the term too.",
+        "    if not isinstance(objective, _TrajectoryLoss):\n        return objective\n",
+        "    if not isinstance(objective, _TrajectoryLoss):\n        objective = _TrajectoryLoss(objective, 0.3, 5)\n",
+    ),
+    Mutant(
+        "methods",
+        "optsam_keeps_no_statistics",
+        "OptSAM moves no running statistics.",
+        "queries = looks(self, batch, e, track=True)",
+        "queries = looks(self, batch, e, track=False)",
+    ),
+    Mutant(
+        "methods",
+        "asyncsam_keeps_the_descent_gradient",
+        "AsyncSAM climbs along the gradient that the last step descended.",
+        'state["g"] = look.gradient',
+        'state["g"] = answer.gradient',
+    ),
+    Mutant(
+        "methods",
+        "samdb_on_one_batch",
+        "SAM-db takes both gradients on the batch of this step.",
+        'before = oracle.kept("batch") or batch',
+        "before = batch",
+    ),
+    Mutant(
+        "model",
+        "eval_mode_decides_what_moves",
+        "A pass in eval mode decides which tensors passes change.",
+        "changed = self.look(compare=not evaluates)",
+        "changed = self.look()",
+    ),
+    Mutant(
+        "model",
+        "eval_mode_stays",
+        "The modules stay in eval mode.",
+        "            module.training = training\n",
+        "            module.training = False\n",
     ),
     Mutant(
         "methods",

@@ -93,6 +93,10 @@ class Local:
         """Returns value, count and gradient of this rank's answer, averaged over the ranks that share the batch."""
         return value, count, gradient
 
+    def gathered(self, values: Tensor) -> Tensor:
+        """Returns values (n, ...) of all ranks that share the batch, in the order of the ranks."""
+        return values
+
     def agree(self, what: str, number: int) -> None:
         """Checks that all ranks that share a batch have the same `number` of `what`.
 
@@ -103,8 +107,8 @@ class Local:
     def before_forward(self) -> None:
         """Frees copies of the weights that were gathered for an earlier pass, because the weights have changed."""
 
-    def forward_pass(self) -> AbstractContextManager[None]:
-        """Returns a context for each forward pass of a query."""
+    def forward_pass(self, *, evaluates: bool = False) -> AbstractContextManager[None]:
+        """Returns a context for each forward pass of a query; `evaluates` is True in eval mode."""
         return nullcontext()
 
     def recover(self, parameters: Sequence[Tensor]) -> None:
@@ -136,9 +140,9 @@ class Replica(Local):
         if self._waiting is not None:
             self._waiting.agree(what, number)
 
-    def forward_pass(self) -> AbstractContextManager[None]:
+    def forward_pass(self, *, evaluates: bool = False) -> AbstractContextManager[None]:
         """See `Local.forward_pass`."""
-        return self._broadcasts.once()
+        return self._broadcasts.never() if evaluates else self._broadcasts.once()
 
 
 class Replicated(Local):
@@ -155,15 +159,19 @@ class Replicated(Local):
         self._peers, self._broadcasts = peers, broadcasts
         self.layout = ReplicatedLayout(peers)
 
-    def forward_pass(self) -> AbstractContextManager[None]:
+    def forward_pass(self, *, evaluates: bool = False) -> AbstractContextManager[None]:
         """See `Local.forward_pass`."""
-        return self._broadcasts.once()
+        return self._broadcasts.never() if evaluates else self._broadcasts.once()
 
     def averaged(
         self, value: Tensor, count: Count, gradient: Vector | None, wrt: Sequence[bool] | None = None
     ) -> tuple[Tensor, Count, Vector | None]:
         """See `Local.averaged`."""
         return self._peers.answer(value, count, gradient, reduced=False, wrt=wrt)
+
+    def gathered(self, values: Tensor) -> Tensor:
+        """See `Local.gathered`."""
+        return self._peers.gathered(values)
 
     def agree(self, what: str, number: int) -> None:
         """See `Local.agree`."""
@@ -228,6 +236,10 @@ class FullySharded(Local):
         if self._peers is None:
             return value, count, gradient
         return self._peers.answer(value, count, gradient, reduced=self._shards is not None, wrt=wrt)
+
+    def gathered(self, values: Tensor) -> Tensor:
+        """See `Local.gathered`."""
+        return values if self._peers is None else self._peers.gathered(values)
 
     def agree(self, what: str, number: int) -> None:
         """See `Local.agree`."""

@@ -97,6 +97,8 @@ def test_operations_of_a_run():
     counts = Counts({key(DIGITS): Count(100, 7)}, {})
     assert operations(replace(DIGITS, epochs=3), counts) == 3 * (100 * 1078 + 7 * 270) + 7 * 449
     assert operations(replace(DIGITS, epochs=3, limit=50), counts) == 3 * (100 * 50 + 7 * 50) + 7 * 50
+    steps = replace(DIGITS, epochs=None, steps=20)  # 17 steps are an epoch, the other 3 have 64 examples
+    assert operations(steps, counts) == 100 * (1078 + 3 * 64) + 2 * 7 * 270 + 7 * 449
     with pytest.raises(KeyError):
         operations(replace(DIGITS, method="sam"), counts)
 

@@ -271,7 +271,8 @@ def test_table_11(tmp_path):
         assert 0 < row[f"{key}_low"] <= row[key] <= row[f"{key}_high"]
     assert row["sgd_seconds"] > 0
     (cells,) = shown.cells
-    assert cells[:2] == ("resnet20", "4")
+    assert cells[:2] == ("resnet20", "4 (paper: 128)")
+    assert TABLE_11.columns["batch"]({**row, "batch_size": 128}) == "128"
     assert cells[-1] == "–"
     assert f"| {' | '.join(cells)} |" in shown.markdown
     assert "Settings: models resnet20, iterations 2, batch_size 4, classes 10, threads 1." in shown.markdown

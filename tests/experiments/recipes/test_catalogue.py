@@ -16,6 +16,7 @@ from bisam import SharpnessAware, cross_entropy
 from bisam.experiments import cli
 from bisam.experiments.recipes import catalogue, entries
 from bisam.experiments.recipes.expressions import VOCABULARY, build
+from bisam.methods.method import indexed
 from tests.support.doubles import Counting
 from tests.support.memory import Weights
 
@@ -41,12 +42,13 @@ def train(key: str, watch=lambda method: method) -> tuple[Any, list[float], floa
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False), nn.LayerNorm(WIDTH))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    method = build(ENTRIES[key].written(), optimizer=optimizer, steps=STEPS, epoch=4, examples=1000)
+    method = build(ENTRIES[key].written(), optimizer=optimizer, steps=STEPS, epoch=4, examples=N)
     sharp, held, memory = SharpnessAware(model, watch(method), cross_entropy), list[float](), Weights(WIDTH * WIDTH)
     model.register_forward_pre_hook(lambda *_: held.append(memory.held()))
     with memory:
         for _ in range(STEPS):
-            sharp(torch.randn(N, WIDTH), torch.randint(WIDTH, (N,))).backward()
+            named = {"indices": torch.arange(N)} if indexed(method) else {}
+            sharp(torch.randn(N, WIDTH), torch.randint(WIDTH, (N,)), **named).backward()
             optimizer.step()
             optimizer.zero_grad()
         return method, held, memory.held()
@@ -61,7 +63,7 @@ def counted(key: str) -> tuple[float, float, float]:
 
 def evaluated(formula: str, method: Any) -> tuple[float, float]:
     """The least and the most that a formula of the catalogue allows."""
-    names = {**settings(method), "n": N}
+    names = {"steps": STEPS, **settings(method), "n": N}
     bounds = [eval(part, {"__builtins__": {}}, names) for part in formula.split(" to ")]
     return bounds[0], bounds[-1]
 

@@ -28,10 +28,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bisam import Evaluation, Oracle, SharpnessAware, cross_entropy
 from bisam.batches import Batch
+from bisam.experiments.data.splits import batches_of
 from bisam.experiments.errors import RunError
 from bisam.experiments.models.build import Logits, build
 from bisam.experiments.recipes.catalogue import METHODS
 from bisam.experiments.recipes.expressions import take_steps
+from bisam.experiments.recipes.length import run_length
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.files import read_json, write
 from bisam.experiments.training.counting import CountedMethod
@@ -177,9 +179,9 @@ def operations(recipe: Recipe, counts: Counts) -> float:
     """
     size, one = size_of(recipe.dataset), counts.counted[key(recipe)]
     train, validation, test = (min(n, recipe.limit or n) for n in size[:3])
-    steps = getattr(recipe, "steps", None)  # a run of a number of steps and not of epochs
-    trained = steps * recipe.batch_size * recipe.accumulate if steps else (recipe.epochs or 0) * train
-    return one.step * trained + one.forward * (trained / train * validation + test)
+    length = run_length(recipe, batches_of(train, recipe.batch_size))
+    trained = (length.epochs - 1) * train + min(train, length.losses_in(length.epochs) * recipe.batch_size)
+    return one.step * trained + one.forward * (length.epochs * validation + test)
 
 
 def count(recipe: Recipe) -> Count:

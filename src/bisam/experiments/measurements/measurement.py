@@ -76,7 +76,9 @@ class Measurement:
         Raises:
             ValueError: a name is unknown, or a value has the wrong type or is out of range.
         """
-        for name in texts:
+        for name, text in texts.items():
+            if not self.settings:
+                raise ValueError(f"{self.name} has no settings: leave --set {name}={text} out")
             if name not in self.settings:
                 raise unknown(f"setting of {self.name}", name, self.settings)
         values = {name: parsed(name, text, self.settings[name]) for name, text in texts.items()}
