@@ -96,7 +96,7 @@ class Query:
     def __post_init__(self) -> None:
         object.__setattr__(self, "displaced", self.at is not None)
         if self.wrt is not None:
-            object.__setattr__(self, "wrt", None if all(self.wrt) else tuple(map(bool, self.wrt)))
+            object.__setattr__(self, "wrt", tuple(map(bool, self.wrt)))
 
     @property
     def tracks(self) -> bool:

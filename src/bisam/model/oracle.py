@@ -344,18 +344,18 @@ class ModelOracle(Oracle):
         return True
 
     def _evaluate(self, query: Query, track: bool) -> Evaluation:
-        gradient = None
+        gradient, wrt = None, None if query.wrt is None or all(query.wrt) else query.wrt
         made = self._run_for(query)
         if query.differentiates:
             self._check_graph(query.batch, made.losses)
-            gradient = self._gradient(made.value, query.wrt)
+            gradient = self._gradient(made.value, wrt)
         elif query.grad:
             gradient = self.weights.confined([False] * len(self.parameters))
         answer = made.detached()
         del made
         if track:
             self.seen.append(answer)  # for this rank's batch only: reading it must not need another rank
-        value, count, gradient = self._placement.averaged(answer.value, answer.count, gradient, query.wrt)
+        value, count, gradient = self._placement.averaged(answer.value, answer.count, gradient, wrt)
         if gradient is not None:
             self.note_overflow(gradient)
         return replace(answer, grad=gradient, value=value.detach(), count=count)
