@@ -53,7 +53,7 @@ class SharpnessAware(nn.Module):
         method: `ERM()`, `SAM()`, `BiSAM()`, ... or any callable `(oracle, batch) -> Evaluation`.
         loss: `(outputs, targets) -> losses`, one per example or a scalar. Some methods need one per example.
         forward: `(model, *batch) -> (outputs, targets)`. Default: the last element of the batch is the targets and the
-            others are the inputs of the model.
+            others are the inputs of the model; a keyword argument `indices`, the numbers of the examples, is left out.
         scaler: the `torch.amp.GradScaler` that scales float16 losses, or a callable that returns its factor.
         same_noise: if True, all forward passes on a batch use the same dropout masks, as in the original JAX
             implementation. Default: each pass draws new masks, as in all PyTorch implementations.
@@ -140,7 +140,8 @@ class SharpnessAware(nn.Module):
 
         Args:
             *batch: the batch, as the argument `forward` of the constructor takes it; by default `(*inputs, targets)`.
-            **named: keyword arguments of that `forward`.
+            **named: keyword arguments of that `forward`; and `indices` (n,), the numbers of the examples in the data
+                set, where the method needs them (`SAF`).
 
         Returns:
             A scalar: in training the loss at the displaced weights, else the plain loss.
@@ -240,8 +241,8 @@ class SharpnessAware(nn.Module):
     def clean(self) -> Evaluation:
         """Losses and outputs at the unperturbed weights in the last call, detached, for metrics without a forward pass.
 
-        Methods that make no query at the weights (`RSAM`, `MomentumSAM`, `SAMPa`, `BSAM`) report the evaluation at the
-        point where they update running statistics.
+        Methods that make no query at the weights (`RSAM`, `MomentumSAM`, `OptSAM`, `SAMDB`, `SAMPa`, `BSAM`) report the
+        evaluation at the point where they update running statistics.
 
         Raises:
             RuntimeError: the loss was not called yet, or its method made no query that updates running statistics.

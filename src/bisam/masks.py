@@ -5,8 +5,9 @@
     >>> fisher = FisherMask(L2(0.05), keep=0.1, every=100)      # the weights with the largest gradient of a batch
     >>> drop_grow = DropGrow(L2(0.05), keep=0.5, every=2_000)   # a mask that changes gradually: SSAM-D
 
-The displacement is that of the inner perturbation times the mask. The norm of the inner perturbation is that over all
-weights.
+`RandomMask` applies the inner perturbation to a part of the gradient, whose norm is that of the part. `FisherMask` and
+`DropGrow` multiply the displacement of the inner perturbation by the mask, and its norm is that over all weights, as in
+the authors' code: they need the whole gradient.
 """
 
 from __future__ import annotations
@@ -20,23 +21,31 @@ import torch
 from torch import Tensor
 
 from bisam.oracle import Oracle
-from bisam.perturbations import Around
+from bisam.perturbations import Around, Part
 from bisam.validation import portion, share, whole
 from bisam.vector import Vector
 
 
 @dataclass(frozen=True)
 class RandomMask(Around):
-    """Keeps a random part of the displacement and divides it by beta, so that its mean is unchanged (Du et al., 2022).
+    """Perturbs a random part of the weights, with a displacement that is divided by beta (Du et al., 2022).
 
     Stochastic weight perturbation, the first half of ESAM, https://arxiv.org/abs/2110.03141. As in the authors' code,
-    the mask selects whole parameter tensors and the displacement is divided by beta; the authors say that the 1 - beta
-    in the algorithm of the paper is an error.
+    whole parameter tensors are drawn before the gradient is computed, no other gradient is computed, the norm is that
+    over the drawn tensors, and the displacement is divided by beta, so that its length is always rho / beta; the
+    authors say that the 1 - beta in the algorithm of the paper is an error. Their first step draws all tensors, and a
+    draw of none stops their training with an error. Here the first step draws as any other, and if no tensor is drawn,
+    the one with the smallest random number is.
+
+    If the inner perturbation needs the whole gradient (`Friendly`, `Smoothed`, `FisherMask`, `DropGrow`, or a function
+    without a method `part`), its displacement is masked and divided by beta, and the norm is that over all weights.
+    `Friendly(RandomMask(L2(rho)))` has the length rho / beta.
 
     Args:
-        perturb: perturbation whose displacement is masked, or a radius `rho`, which means `L2(rho)`.
-        beta: probability of being kept, in (0, 1]; 1 is SAM.
-        per: unit of the mask: "tensor" for whole parameter tensors, "entry" for single entries.
+        perturb: perturbation of the part, or a radius `rho`, which means `L2(rho)`.
+        beta: probability of being drawn, in (0, 1]; 1 is SAM.
+        per: unit of the mask: "tensor" for whole parameter tensors, "entry" for single entries, for which the gradients
+            of all tensors are computed.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -53,15 +62,47 @@ class RandomMask(Around):
             raise ValueError(f"per must be 'tensor' or 'entry', got {self.per!r}")
 
     def __call__(self, gradient: Vector, oracle: Oracle) -> Vector:
-        """Returns the masked and rescaled displacement."""
-        e = self.inner(gradient, oracle)
+        """Returns the displacement of the drawn part, divided by beta."""
+        drawn: Part = oracle.state.pop("drawn", None)
         if self.beta == 1:
-            return e
+            return self.inner(gradient, oracle)
+        first = self._draws_first(oracle)
         if self.per == "tensor":
-            drawn = e.from_first_rank(torch.rand(len(e), device="cpu"))  # on the CPU: no device synchronisation
-            factors = ((drawn < self.beta).double() / self.beta).unbind()
-            return e.like([t * factor for t, factor in zip(e, factors, strict=True)], e.holes)
+            if first:
+                drawn = drawn or self._draw(gradient)
+                return self.inner(gradient.confined(drawn), oracle).confined(drawn) * (1 / self.beta)
+            e = self.inner(gradient, oracle)
+            return e.confined([number < self.beta for number in self._numbers(e)]) * (1 / self.beta)
+        if first:
+            mask = gradient.like([noise < self.beta for noise in _noise(gradient)])
+            return self.inner(gradient * mask, oracle) * mask * (1 / self.beta)
+        e = self.inner(gradient, oracle)
         return e * e.like([noise < self.beta for noise in _noise(e)]) * (1 / self.beta)
+
+    def part(self, oracle: Oracle, among: Part) -> Part:
+        """Draws the tensors, and returns those whose gradient the perturbation of them needs; see `needed`."""
+        nothing = among is not None and not any(among)
+        if self.beta == 1 or self.per == "entry" or nothing or not self._draws_first(oracle):
+            return self.inner_part(oracle, among)
+        oracle.state["drawn"] = drawn = self._draw(oracle.weights, among)
+        return self.inner_part(oracle, drawn)
+
+    def _draws_first(self, oracle: Oracle) -> bool:
+        """Whether the inner perturbation needs no gradient of tensors that it does not displace."""
+        rest = self.inner_part(oracle, [False] * len(oracle.weights))
+        return rest is not None and not any(rest)
+
+    def _draw(self, like: Vector, among: Part = None) -> Sequence[bool]:
+        """Draws tensors, at least one of those in `among`, by default those outside of the holes."""
+        if among is None:
+            among = [i not in like.holes for i in range(len(like))]
+        numbers = [number if a else 2.0 for number, a in zip(self._numbers(like), among, strict=True)]
+        drawn = [number < self.beta for number in numbers]
+        return drawn if any(drawn) else [number == min(numbers) for number in numbers]
+
+    def _numbers(self, like: Vector) -> list[float]:
+        """Returns a random number in [0, 1) for each tensor."""
+        return like.from_first_rank(torch.rand(len(like), device="cpu")).tolist()  # on the CPU: no synchronisation
 
 
 @dataclass(frozen=True)
@@ -93,7 +134,7 @@ class FisherMask(Around):
 
     def __call__(self, gradient: Vector, oracle: Oracle) -> Vector:
         """Returns the masked displacement."""
-        if oracle.step % self.every == 0 or "mask" not in oracle.state:
+        if self._is_due(oracle):
             maskable = [
                 g.dim() > 1 and not any(kind in layer.lower() for kind in ("norm", "embedding"))
                 for g, layer in zip(gradient, oracle.layers, strict=True)
@@ -101,6 +142,13 @@ class FisherMask(Around):
             # |g| has the same order as its square, which can underflow and is not ordered for complex entries.
             oracle.state["mask"] = top(gradient.abs(), self.keep, maskable)
         return self.inner(gradient, oracle) * oracle.state["mask"]
+
+    def part(self, oracle: Oracle, among: Part) -> Part:
+        """Returns all tensors where the mask is computed, else those that the inner perturbation needs."""
+        return None if self._is_due(oracle) else self.inner_part(oracle, None)
+
+    def _is_due(self, oracle: Oracle) -> bool:
+        return oracle.step % self.every == 0 or "mask" not in oracle.state
 
 
 @dataclass(frozen=True)
@@ -141,9 +189,16 @@ class DropGrow(Around):
         """Returns the masked displacement."""
         if "mask" not in oracle.state:
             oracle.state["mask"] = top(_noise(gradient), self.keep)
-        elif oracle.step % self.every == 0:
+        elif self._is_due(oracle):
             oracle.state["mask"] = self._renewed(oracle.state["mask"], gradient, oracle.step)
         return self.inner(gradient, oracle) * oracle.state["mask"]
+
+    def part(self, oracle: Oracle, among: Part) -> Part:
+        """Returns all tensors where the mask changes, else those that the inner perturbation needs."""
+        return None if self._is_due(oracle) else self.inner_part(oracle, None)
+
+    def _is_due(self, oracle: Oracle) -> bool:
+        return "mask" in oracle.state and oracle.step % self.every == 0
 
     def _renewed(self, mask: Vector, gradient: Vector, step: int) -> Vector:
         time = 0.0 if self.steps is None else min(1.0, step / self.steps)

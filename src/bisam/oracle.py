@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -60,6 +60,14 @@ class Query:
             other reference to it.
         grad: whether to compute the gradient.
         track: whether to update running statistics. Default: only if `at` is None.
+        wrt: for each tensor of the weights, whether the gradient with respect to it is computed; the gradient has
+            structural zeros (`Vector.holes`) at the other tensors. No more is computed than that: layers below the
+            lowest of these tensors are not back-propagated through. Exceptions: FSDP2 may gather more weights
+            (`bisam.distributed.fsdp`), and each graph of `torch.compile` has one backward pass, for all of its weights.
+            All ranks that share the batch ask for the same tensors. Default: all.
+        buffers: values for `Oracle.buffers`, with which the model is run in eval mode: without dropout, and reading
+            running statistics instead of updating them. Such a query never tracks. Default: the model runs in its
+            present mode, with its own buffers.
 
     Example:
         >>> import torch
@@ -71,6 +79,8 @@ class Query:
         >>> ahead, behind = oracle.ask([Query(batch, at=e), Query(batch, at=-e)])
         >>> bool(ahead.value > behind.value)
         True
+        >>> oracle.query(batch, wrt=[False, True]).gradient.holes    # of the bias only
+        frozenset({0})
     """
 
     batch: Batch
@@ -78,16 +88,27 @@ class Query:
     at: Vector | None = None
     grad: bool = True
     track: bool | None = None
+    wrt: Sequence[bool] | None = None
+    buffers: Sequence[Tensor] | None = None
     displaced: bool = field(init=False, repr=False)
     """Whether the query is at displaced weights; still valid after `take`."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "displaced", self.at is not None)
+        if self.wrt is not None:
+            object.__setattr__(self, "wrt", None if all(self.wrt) else tuple(map(bool, self.wrt)))
 
     @property
     def tracks(self) -> bool:
         """Whether the query updates running statistics."""
+        if self.buffers is not None:
+            return False
         return not self.displaced if self.track is None else self.track
+
+    @property
+    def differentiates(self) -> bool:
+        """Whether the query needs the gradient with respect to any of the weights."""
+        return self.grad and (self.wrt is None or any(self.wrt))
 
     def take(self) -> Vector | None:
         """Returns the displacement and removes it from the query.
@@ -166,14 +187,26 @@ class Oracle(ABC):
         at: Vector | None = None,
         grad: bool = True,
         track: bool | None = None,
+        wrt: Sequence[bool] | None = None,
     ) -> Evaluation:
         """Evaluates `objective` (default: the training loss) on `batch` at `weights + at`; arguments as `Query`."""
-        queries, at = (Query(batch, objective, at, grad, track),), None  # this frame must not keep the displacement
+        queries, at = (
+            (Query(batch, objective, at, grad, track, wrt),),
+            None,
+        )  # this frame must not keep the displacement
         return self.ask(queries)[0]
 
     def averaged(self, value: Tensor, count: Count) -> tuple[Tensor, Count]:
         """Returns the value and count of this rank's answer, averaged over the ranks if the scope is global."""
         return value, count
+
+    def gathered(self, values: Tensor) -> Tensor:
+        """Returns values (n, ...) of the examples of all ranks that share a batch, one rank after the other.
+
+        If `is_local` these are the values of this rank. Otherwise all ranks make the call together, and it waits for
+        the device.
+        """
+        return values
 
     def agree(self, what: str, number: int) -> None:  # noqa: B027 - one rank agrees with itself
         """Checks that all ranks that share a batch have the same `number` of `what`.
@@ -315,6 +348,10 @@ class View(Oracle):
         """See `Oracle.averaged`."""
         return self._oracle.averaged(value, count)
 
+    def gathered(self, values: Tensor) -> Tensor:
+        """See `Oracle.gathered`."""
+        return self._oracle.gathered(values)
+
     def agree(self, what: str, number: int) -> None:
         """See `Oracle.agree`."""
         self._oracle.agree(what, number)
@@ -338,4 +375,4 @@ class View(Oracle):
         at = query.take()
         if self._by is not None:
             at = self._by if at is None else self._by + at
-        return Query(query.batch, query.objective, at, query.grad, track)
+        return replace(query, at=at, track=track)

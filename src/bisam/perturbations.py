@@ -19,6 +19,15 @@ Other perturbations contain a geometry. They change the gradient before it, or t
 A perturbation is any callable `(gradient, oracle) -> displacement`; a zero gradient gives a zero displacement. The
 state that it keeps between steps is in `oracle.state`. Every argument that takes a perturbation also takes a radius
 `rho`, which means `L2(rho)`.
+
+A perturbation of a part of the weights may have a method `part(oracle, among)`. It says before the query of the
+gradient which tensors of the gradient the next call needs, so that the query computes no others:
+
+    >>> import torch
+    >>> from bisam import ModelOracle, cross_entropy
+    >>> oracle = ModelOracle(torch.nn.Linear(2, 1), cross_entropy)
+    >>> needed(Only(lambda name, p: name == "bias", L2(0.05)), oracle)
+    (False, True)
 """
 
 from __future__ import annotations
@@ -30,7 +39,6 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, ClassVar, cast
 
-import torch
 from torch import Tensor
 
 from bisam import schedules
@@ -42,6 +50,9 @@ from bisam.vector import TINY, Vector
 
 Perturbation = Callable[[Vector, Oracle], Vector]
 """A function `(gradient, oracle) -> displacement`."""
+
+Part = Sequence[bool] | None
+"""For each tensor of the weights, whether it is in a part of the weights; None for all of them."""
 
 _NORM = re.compile(r"((^|[._])bn|norm)\d*([._]|$)")
 
@@ -78,6 +89,10 @@ class L2:
     def __call__(self, gradient: Vector, oracle: Oracle) -> Vector:
         """Returns the displacement of length rho along `gradient`."""
         return gradient * (schedules.at(self.rho, oracle.step) / (gradient.norm() + TINY))
+
+    def part(self, oracle: Oracle, among: Part) -> Part:
+        """See `needed`."""
+        return among
 
 
 @dataclass(frozen=True)
@@ -130,6 +145,10 @@ class Adaptive:
         tg = tg.where(chosen, gradient)
         return (t * tg).where(chosen, tg) * (rho / (tg.norm() + TINY))
 
+    def part(self, oracle: Oracle, among: Part) -> Part:
+        """See `needed`."""
+        return among
+
 
 @dataclass(frozen=True)
 class LossEquated:
@@ -159,6 +178,10 @@ class LossEquated:
         """Returns the displacement along `gradient` that increases the loss by sigma, of length rho_max at most."""
         norm = gradient.norm() + TINY
         return gradient * ((schedules.at(self.sigma, oracle.step) / norm).clamp_max(self.rho_max) / norm)
+
+    def part(self, oracle: Oracle, among: Part) -> Part:
+        """See `needed`."""
+        return among
 
 
 def is_radius(value: Any) -> bool:
@@ -191,6 +214,25 @@ def geometry(value: Perturbation | Radius) -> Perturbation:
     return cast(Perturbation, value)
 
 
+def needed(perturb: Perturbation, oracle: Oracle, among: Part = None) -> Part:
+    """Returns the tensors of the gradient that the next call of a perturbation needs, before the gradient is computed.
+
+    A method asks with the oracle that it passes to the next call, and the query computes no more:
+    `oracle.query(batch, wrt=needed(perturb, inside))`. The perturbation may choose its part at random: it keeps the
+    choice in `oracle.state` and removes it in the call.
+
+    Args:
+        perturb: a perturbation. It may have a method `part(oracle, among) -> Part`, and needs all tensors otherwise. If
+            `among` has no tensor, the method returns without a random choice what the perturbation still needs, for
+            example for an average of the gradient.
+        oracle: the oracle of the next call.
+        among: the tensors whose displacement is used. The next call gets a gradient with zeros at the others, unless
+            the perturbation needs them.
+    """
+    part = getattr(perturb, "part", None)
+    return None if part is None else part(oracle, among)
+
+
 @dataclass(frozen=True)
 class Around:
     """Base class of perturbations that contain another perturbation.
@@ -211,6 +253,10 @@ class Around:
     def inner(self, gradient: Vector, oracle: Oracle) -> Vector:
         """Returns the displacement of the inner perturbation."""
         return cast(Perturbation, self.perturb)(gradient, oracle.within("perturb"))
+
+    def inner_part(self, oracle: Oracle, among: Part) -> Part:
+        """Returns the tensors of the gradient that the inner perturbation needs, see `needed`."""
+        return needed(cast(Perturbation, self.perturb), oracle.within("perturb"), among)
 
 
 @dataclass(frozen=True)
@@ -306,6 +352,10 @@ class ZScore(Around):
         kept = gradient.each(lambda g: g if g.dim() < 2 or not g.numel() else g * self._outstanding(g))
         return self.inner(gradient.like(kept.tensors, gradient.holes), oracle)
 
+    def part(self, oracle: Oracle, among: Part) -> Part:
+        """See `needed`: a z-score is that of a single tensor."""
+        return self.inner_part(oracle, among)
+
     def _outstanding(self, g: Tensor) -> Tensor:
         distance = (g - g.mean()).abs()  # |z| up to a factor, which does not change the order
         kept = portion(self.keep, g.numel())  # not kthvalue, which has no deterministic implementation on a GPU
@@ -333,14 +383,21 @@ class NormLayers(Around):
 
     def __call__(self, gradient: Vector, oracle: Oracle) -> Vector:
         """Returns the displacement of the normalisation layers."""
+        return _confined(_pop(oracle, self._chosen), gradient, lambda part: self.inner(part, oracle))
+
+    def part(self, oracle: Oracle, among: Part) -> Part:
+        """Returns the normalisation layers, see `needed`."""
+        return _part(_peek(oracle, self._chosen), among, lambda part: self.inner_part(oracle, part))
+
+    def _chosen(self, oracle: Oracle) -> tuple[bool, ...]:
         labels = zip(oracle.layers, oracle.names, strict=True)
-        norms = ["norm" in layer.lower() or bool(_NORM.search(name.lower())) for layer, name in labels]
+        norms = tuple(["norm" in layer.lower() or bool(_NORM.search(name.lower())) for layer, name in labels])
         if not any(norms):
             raise ValueError(
                 "NormLayers perturbs normalisation layers alone, and the model has none that is trained: use L2 or "
                 "Adaptive, with a where=, or name your layers' class ...Norm"
             )
-        return _confined(norms, gradient, lambda part: self.inner(part, oracle))
+        return norms
 
 
 @dataclass(frozen=True)
@@ -384,22 +441,48 @@ class Only:
 
     def __call__(self, gradient: Vector, oracle: Oracle) -> Vector:
         """Returns the displacement of the selected parameters."""
+        perturb, inside = cast(Perturbation, self.perturb), oracle.within("perturb")
+        return _confined(_pop(oracle, self._chosen), gradient, lambda part: perturb(part, inside))
+
+    def part(self, oracle: Oracle, among: Part) -> Part:
+        """Returns the selected parameters, see `needed`."""
+        perturb, inside = cast(Perturbation, self.perturb), oracle.within("perturb")
+        return _part(_peek(oracle, self._chosen), among, lambda part: needed(perturb, inside, part))
+
+    def _chosen(self, oracle: Oracle) -> tuple[bool, ...]:
         # The parameters and not `oracle.weights`: whole where they are sharded, and not displaced in a shifted oracle.
-        chosen = [bool(self.where(name, p)) for name, p in zip(oracle.names, oracle.parameters, strict=True)]
+        chosen = tuple([bool(self.where(name, p)) for name, p in zip(oracle.names, oracle.parameters, strict=True)])
         if not any(chosen):
             names = ", ".join(oracle.names[:3]) + (", ..." if len(chosen) > 3 else "")
             raise ValueError(
                 f"Only displaces the parameters that where= selects, and it selects none of the {len(chosen)} that are "
                 f"trained ({names}): compare with these names, or use the inner perturbation alone for all"
             )
-        perturb, inside = cast(Perturbation, self.perturb), oracle.within("perturb")
-        return _confined(chosen, gradient, lambda part: perturb(part, inside))
+        return chosen
 
 
 def _confined(chosen: Sequence[bool], gradient: Vector, perturb: Callable[[Vector], Vector]) -> Vector:
     """Returns the displacement for the chosen part of a gradient, and zeros elsewhere."""
-    if all(chosen):
-        return perturb(gradient)
-    zeros = gradient.like([g if c else torch.zeros_like(g) for c, g in zip(chosen, gradient, strict=True)])
     # A geometry gives a zero displacement where the gradient is zero; other perturbations may not.
-    return perturb(gradient.where(chosen, zeros)).where(chosen, zeros)
+    return perturb(gradient.confined(chosen)).confined(chosen)
+
+
+def _part(chosen: Sequence[bool], among: Part, inner: Callable[[Part], Part]) -> Part:
+    """Returns the part of the chosen tensors that the perturbation inside needs."""
+    asked = inner(chosen if among is None else tuple([c and a for c, a in zip(chosen, among, strict=True)]))
+    return chosen if asked is None else tuple([c and a for c, a in zip(chosen, asked, strict=True)])
+
+
+_CHOSEN = "chosen"
+
+
+def _peek(oracle: Oracle, choose: Callable[[Oracle], tuple[bool, ...]]) -> tuple[bool, ...]:
+    """Returns the choice of the next call, and keeps it until then: a function of the user may choose otherwise."""
+    if _CHOSEN not in oracle.state:
+        oracle.state[_CHOSEN] = choose(oracle)
+    return oracle.state[_CHOSEN]
+
+
+def _pop(oracle: Oracle, choose: Callable[[Oracle], tuple[bool, ...]]) -> tuple[bool, ...]:
+    """Returns the choice that was kept, or a new one, and forgets it."""
+    return oracle.state.pop(_CHOSEN, None) or choose(oracle)

@@ -252,8 +252,12 @@ def _packed(state: Any) -> Any:
 
 
 def _compact(tensor: Tensor) -> Tensor:
-    """Copies a tensor that is a view of a larger storage, because `torch.save` writes the whole storage."""
-    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+    """Copies a tensor that is a view of a storage of another size.
+
+    `torch.save` writes a larger storage as a whole. Expanded zeros have a smaller one, and a checkpoint that is loaded
+    in place needs memory for each entry.
+    """
+    return tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
 
 
 def _unpacked(state: Any, parameters: Sequence[nn.Parameter]) -> Any:

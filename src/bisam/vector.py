@@ -94,9 +94,11 @@ class Vector:
 
     It supports `+`, `-`, `*`, `/` with another Vector of the same shapes (elementwise) or with a scalar, except that
     `-` takes a Vector only. `holes` are positions that are zero by structure: parameters that a loss does not depend
-    on, whose gradient autograd leaves undefined. Their tensors are zeros and take part in every operation. A result
-    keeps the holes that are still structurally zero, so that an optimizer has `grad is None` exactly where it has in a
-    plain training loop.
+    on, whose gradient autograd leaves undefined, or whose gradient a query did not ask for. Their tensors are zeros,
+    and operations do not compute with them. A result keeps the holes that are still structurally zero, so that an
+    optimizer has `grad is None` exactly where it has in a plain training loop. The zeros of `confined` and of a
+    gradient of a part of the weights are expanded from one number: they take no memory, and only functions that copy
+    (`reshape`, not `view`) can flatten them.
 
     Args:
         tensors: the tensors, in the order of the model's trainable parameters; at least one.
@@ -136,42 +138,70 @@ class Vector:
 
     def __add__(self, other: Vector | Scalar) -> Vector:
         if isinstance(other, Vector):
-            return self._with(other, torch._foreach_add(self.tensors, other.tensors), self.holes & other.holes)
+            return self._with(other, torch._foreach_add, self.holes & other.holes)
         return self.like(torch._foreach_add(self.tensors, other))
 
     def __sub__(self, other: Vector) -> Vector:
-        return self._with(other, torch._foreach_sub(self.tensors, other.tensors), self.holes & other.holes)
+        return self._with(other, torch._foreach_sub, self.holes & other.holes)
 
     def __mul__(self, other: Vector | Scalar) -> Vector:
         if isinstance(other, Vector):
-            return self._with(other, torch._foreach_mul(self.tensors, other.tensors), self.holes | other.holes)
-        return self.like(torch._foreach_mul(self.tensors, other), self.holes)
+            return self._with(other, torch._foreach_mul, self.holes | other.holes)
+        return self._outside(torch._foreach_mul, other)
 
     __rmul__ = __mul__
 
     def __truediv__(self, other: Vector | Scalar) -> Vector:
         if isinstance(other, Vector):
-            holes = self.holes - other.holes  # 0/0 is not zero
-            return self._with(other, torch._foreach_div(self.tensors, other.tensors), holes)
-        return self.like(torch._foreach_div(self.tensors, other), self.holes)
+            return self._with(other, torch._foreach_div, self.holes - other.holes)  # 0/0 is not zero
+        return self._outside(torch._foreach_div, other)
 
     def __neg__(self) -> Vector:
-        return self.like(torch._foreach_neg(self.tensors), self.holes)
+        return self._outside(torch._foreach_neg)
 
     def like(self, tensors: Tensors, holes: frozenset[int] = frozenset()) -> Vector:
         """Returns a Vector of other tensors of the same shapes, in the same layout."""
         return Vector(tensors, holes, self.layout)
 
-    def _with(self, other: Vector, tensors: Tensors, holes: frozenset[int]) -> Vector:
+    def _with(self, other: Vector, operation: Callable[..., Any], holes: frozenset[int]) -> Vector:
+        """Applies an elementwise operation to two vectors; nothing is computed where the result has a hole."""
+        a, b, either = self.tensors, other.tensors, self.holes | other.holes
+        if not either:
+            tensors = operation(a, b)
+        else:
+            both = [i for i in range(len(a)) if i not in either]
+            results = iter(operation([a[i] for i in both], [b[i] for i in both]) if both else ())
+            tensors = [
+                next(results)
+                if i not in either
+                else (a if i in self.holes else b)[i]
+                if i in holes
+                else operation([a[i]], [b[i]])[0]
+                for i in range(len(a))
+            ]
         return Vector(tensors, holes, other.layout if self.layout is WHOLE else self.layout)
+
+    def _outside(self, operation: Callable[..., Any], *arguments: Any) -> Vector:
+        """Applies an operation on lists of tensors, which leaves zeros unchanged, outside of the holes."""
+        if not self.holes:
+            return self.like(operation(self.tensors, *arguments))
+        kept = self._kept()
+        results = dict(zip(kept, operation([self.tensors[i] for i in kept], *arguments) if kept else (), strict=True))
+        return self.like([results.get(i, t) for i, t in enumerate(self.tensors)], self.holes)
+
+    def _kept(self) -> list[int]:
+        return [i for i in range(len(self.tensors)) if i not in self.holes]
 
     def abs(self) -> Vector:
         """Returns the elementwise absolute value (real for complex entries)."""
-        return self.like(torch._foreach_abs(self.tensors), self.holes)
+        result = self._outside(torch._foreach_abs)
+        if self.holes:
+            result.tensors = [t.real if t.is_complex() else t for t in result.tensors]
+        return result
 
     def sqrt(self) -> Vector:
         """Returns the elementwise square root."""
-        return self.like(torch._foreach_sqrt(self.tensors), self.holes)
+        return self._outside(torch._foreach_sqrt)
 
     def norm(self) -> Tensor:
         """Returns the Euclidean norm of the whole vector: a real 0-dimensional tensor, in float32 or a wider type.
@@ -181,9 +211,9 @@ class Vector:
         """
         tensors, dtype = _wide(as_real(self.tensors))
         if self.layout is WHOLE:
-            norm = _length(tensors, dtype)
+            norm = _length(tensors, dtype, self.holes)
         else:
-            norms = widened(_norms(tensors, dtype))
+            norms = widened(_norms(tensors, dtype, self.holes))
             norm = self.layout.total(norms * norms).sqrt()
         if norm.dtype != torch.float64:
             return norm
@@ -195,10 +225,12 @@ class Vector:
         The sum is computed as the 1-norm of the positive entries minus that of the negative ones, because torch has a
         `_foreach` norm and no `_foreach` sum.
         """
-        products = torch._foreach_mul(_single(as_real(self.tensors)), _single(as_real(other.tensors)))
+        either = self.holes | other.holes
+        a, b = (outside(as_real(v.tensors), either) for v in (self, other))
+        products = torch._foreach_mul(_single(a), _single(b))
         gain = torch._foreach_norm(torch._foreach_clamp_min(products, 0.0), 1)
         loss = torch._foreach_norm(torch._foreach_clamp_max(products, 0.0), 1)
-        parts = torch.stack(gain) - torch.stack(loss)
+        parts = _spread(torch.stack(gain) - torch.stack(loss), len(self), either)
         return self.layout.total(parts)
 
     def onto(self, other: Vector) -> Vector:
@@ -210,14 +242,24 @@ class Vector:
         return along.like([a.to(t.dtype) for a, t in zip(along, other, strict=True)], along.holes)
 
     def clone(self) -> Vector:
-        """Returns a bit-identical copy with its own memory."""
-        return self.like(clone(self.tensors), self.holes)
+        """Returns a bit-identical copy with its own memory, except for the zeros of holes."""
+        return self._outside(clone)
 
     def where(self, mask: Sequence[bool], other: Vector) -> Vector:
         """Returns the tensors of this vector where `mask` is true and those of `other` elsewhere, without copying."""
         tensors = [a if keep else b for keep, a, b in zip(mask, self.tensors, other.tensors, strict=True)]
         holes = frozenset(i for i, keep in enumerate(mask) if i in (self if keep else other).holes)
-        return self._with(other, tensors, holes)
+        return Vector(tensors, holes, other.layout if self.layout is WHOLE else self.layout)
+
+    def confined(self, mask: Sequence[bool]) -> Vector:
+        """Returns the tensors of this vector where `mask` is true and structural zeros elsewhere, without copying."""
+        if len(mask) != len(self):
+            raise ValueError(f"the mask of a vector of {len(self)} tensors must have as many values, got {len(mask)}")
+        if all(mask):
+            return self
+        chosen = [t if keep else None for keep, t in zip(mask, self.tensors, strict=True)]
+        holes = frozenset([i for i, t in enumerate(chosen) if t is None])
+        return self.like(with_zeros(chosen, self.tensors), self.holes | holes)
 
     # Functions of whole tensors, also if sharded: for operations that are neither elementwise nor norms.
 
@@ -252,6 +294,32 @@ def clone(tensors: Tensors) -> Tensors:
     return cast(Tensors, together(tensors)) if together else [t.clone() for t in tensors]
 
 
+def with_zeros(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
+    """Returns tensors with zeros in place of None; all zeros of a type are expanded from one number.
+
+    Args:
+        tensors: the tensors.
+        like: tensors of the same shapes, whose type and device the zeros have.
+    """
+    numbers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+    filled: list[Tensor] = []
+    for t, other in zip(tensors, like, strict=True):
+        if t is None:
+            kind = other.dtype, other.device
+            if kind not in numbers:
+                numbers[kind] = torch.zeros((), dtype=other.dtype, device=other.device)
+            t = numbers[kind].expand(other.shape)
+        filled.append(t)
+    return filled
+
+
+def outside(tensors: Tensors, holes: frozenset[int]) -> Tensors:
+    """Returns the tensors outside of the holes; all of them if there is none."""
+    if not holes or len(holes) == len(tensors):
+        return tensors
+    return [t for i, t in enumerate(tensors) if i not in holes]
+
+
 def finite(vectors: Sequence[Vector]) -> Tensor:
     """Returns 0 if all entries of `vectors` are finite, else NaN: a 0-dimensional tensor, the same on all ranks.
 
@@ -280,21 +348,23 @@ def power_of_two(number: Tensor) -> Tensor:
     return torch.where(quotient.isfinite(), quotient, 1.0)
 
 
-def _length(tensors: Tensors, dtype: torch.dtype | None) -> Tensor:
+def _length(tensors: Tensors, dtype: torch.dtype | None, holes: frozenset[int] = frozenset()) -> Tensor:
     """Returns the norm of real tensors as one flat tensor, in the type in which it is summed."""
     if _is_small_on_cpu(tensors):
         norm = torch.linalg.vector_norm(torch._C._nn.flatten_dense_tensors(tensors), dtype=dtype)  # pyright: ignore
         if _is_ordinary(norm):
             return norm
-    return torch.linalg.vector_norm(_norms(tensors, dtype))
+    return torch.linalg.vector_norm(_norms(tensors, dtype, holes))
 
 
-def _norms(tensors: Tensors, dtype: torch.dtype | None) -> Tensor:
+def _norms(tensors: Tensors, dtype: torch.dtype | None, holes: frozenset[int] = frozenset()) -> Tensor:
     """Returns the norms (n,) of real tensors, whose squares may exceed the range of float32.
 
     On a CPU float64 is much slower, so it is used only if the norms are not ordinary; elsewhere, reading them would
     wait for the device.
     """
+    if holes:
+        return _spread(_norms(outside(tensors, holes), dtype), len(tensors), holes)
     if tensors[0].is_cpu:
         norms = torch.stack(torch._foreach_norm(tensors, 2, dtype))
         if _is_ordinary(torch.linalg.vector_norm(norms)):
@@ -302,6 +372,14 @@ def _norms(tensors: Tensors, dtype: torch.dtype | None) -> Tensor:
     if tensors[0].device.type in _HAVE_DOUBLE:
         dtype = torch.float64
     return torch.stack(torch._foreach_norm(tensors, 2, dtype))
+
+
+def _spread(numbers: Tensor, n: int, holes: frozenset[int]) -> Tensor:
+    """Returns the numbers (k,) of the tensors outside of the holes as numbers (n,) of all tensors, 0 in the holes."""
+    if len(numbers) == n:
+        return numbers
+    zero, kept = numbers.new_zeros(()), iter(numbers.unbind())
+    return torch.stack([zero if i in holes else next(kept) for i in range(n)])
 
 
 def _is_ordinary(norm: Tensor) -> bool:

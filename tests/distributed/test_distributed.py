@@ -34,14 +34,17 @@ from bisam import (
     ESAM,
     GSAM,
     KSAM,
+    MESA,
     MSAM,
     RAPP,
+    SAF,
     SAM,
     SSAMF,
     BiSAM,
     CEGPlus,
     FunctionalSAM,
     Lookahead,
+    ModelOracle,
     MomentumSAM,
     NegLog,
     SharpnessAware,
@@ -58,10 +61,10 @@ from tests.support import cases, ranks
 from tests.support.replicas import distance, identical, nested, network, sharded, whole_weights
 
 STEPS, PART = int(os.environ.get("BISAM_STEPS", "8")), 4
-DRAWING = "RandomMask-friendly SSAMD ESAM EBiSAM BSAM RSAM"  # random numbers of their own
+DRAWING = "RandomMask RandomMask-friendly SSAMD ESAM EBiSAM BSAM RSAM"  # random numbers of their own
 DETERMINED = (
     "ERM SAM BiSAM MultiStepSAM-adaptive FSAM VaSSO ZSharp SAMON Only LESAM FisherSAM LookSAM AESAM MomentumSAM SAMPa "
-    "GSAM WSAM CRSAM XSAM FunctionalSAM RAPP Every-LookSAM During"
+    "GSAM WSAM CRSAM XSAM FunctionalSAM RAPP Every-LookSAM During OptSAM AsyncSAM SAMDB MESA-bisam"
 )
 METHODS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
     name: cases.FAMILY[name][0] for name in f"{DETERMINED} {DRAWING}".split()
@@ -71,6 +74,20 @@ METHODS["RAPP-Simplex"] = lambda o: RAPP(0.2, prox=Simplex(2.0))  # needs whole 
 METHODS["CEGPlus-Box"] = lambda o: CEGPlus(0.2, Box(-0.1, 0.2))
 OF_A_PART = {"ESAM", "EBiSAM", "MSAM"}  # they choose or split the examples of a rank
 ALONE = {"SSAMF": cases.FAMILY["SSAMF"][0], "KSAM": lambda o: KSAM(3, SAM(L2(0.1)))}
+
+
+def numbered(x: Tensor, y: Tensor) -> Tensor:
+    """The numbers of the examples of a rank's part of a batch, or of the whole batch."""
+    first = dist.get_rank() * PART
+    return torch.arange(len(y)) + (first if len(y) == PART else 0)
+
+
+def saf(optimizer: torch.optim.Optimizer | None = None) -> SAF:
+    settings: dict[str, Any] = {"lam": 3.0, "ago": 1, "start": 0, "indices": lambda batch: numbered(*batch)}
+    return SAF(BiSAM(0.1), epoch=1, examples=PART * dist.get_world_size(), **settings)
+
+
+METHODS["SAF"] = saf
 
 
 def part(step: int, rank: int | None = None) -> tuple[Tensor, ...]:
@@ -197,6 +214,83 @@ def test_under_fsdp2_each_rank_chooses_and_splits_its_own_examples():
     assert ranks.run(2, choosing_under_fsdp2) == [{}, {}]
 
 
+# Outputs that are remembered, and the average of running statistics.
+
+
+def swapped(step: int) -> dict[str, Any]:
+    """The part of the batch whose numbers another rank had in the step before."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    index = torch.arange(PART * world).roll(step * PART).split(PART)[rank]
+    x, y = whole(step)
+    return {"x": x[index], "y": y[index], "indices": index}
+
+
+def outputs_of_another_rank(scope: str) -> dict[str, Any]:
+    def forward(model: nn.Module, *, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return model(x), y
+
+    count, runs = PART * dist.get_world_size(), list[Any]()
+    method = SAF(SAM(0.1), epoch=1, examples=count, lam=3.0, ago=1, start=0)
+    for scoped in (scope, None):
+        model = network()
+        sharp = SharpnessAware(model, method, cross_entropy, forward, scope=scoped)
+        optimizer = sgd(model)
+        for step in range(4):
+            x, y = whole(step)
+            batch = {"x": x, "y": y, "indices": torch.arange(count)} if scoped is None else swapped(step)
+            sharp(**batch).backward()
+            if scoped == "local":
+                for p in model.parameters():
+                    dist.all_reduce(p.grad)
+                    p.grad /= dist.get_world_size()
+            optimizer.step()
+            optimizer.zero_grad()
+        runs.append((whole_weights(model), sharp.get_extra_state()["state"]))
+    (ours, state), (theirs, other) = runs
+    same = all(torch.equal(a, b) for a, b in zip(state["epochs"], other["epochs"], strict=True))
+    return {"far": distance(ours, theirs) > 1e-12, "recorded": same}
+
+
+def test_with_global_scope_all_ranks_remember_the_outputs_of_all():
+    assert ranks.run(2, outputs_of_another_rank, "global") == [{"far": False, "recorded": True}] * 2
+
+
+def test_with_local_scope_a_rank_knows_its_own_outputs_only():
+    assert ranks.run(2, outputs_of_another_rank, "local") == [{"far": True, "recorded": False}] * 2
+
+
+def uneven_sizes() -> list[float]:
+    from bisam.distributed.peers import Peers
+
+    mine = torch.arange(3.0 + dist.get_rank())[:, None] + 10 * dist.get_rank()
+    peers = Peers.of([], [torch.zeros(1)])
+    assert peers is not None
+    return peers.gathered(mine).flatten().tolist()
+
+
+def test_values_of_ranks_with_different_numbers_of_examples_are_gathered():
+    assert ranks.run(2, uneven_sizes) == [[0.0, 1.0, 2.0, 10.0, 11.0, 12.0, 13.0]] * 2
+
+
+def broadcast_buffers() -> dict[str, Any]:
+    """The buffers of the first rank are broadcast once a step, in the first pass that is not one of the average."""
+    found = []
+    for method in (ERM(), MESA(lam=0.0, decay=0.5)):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, cases.CLASSES)).double()
+        sharp, optimizer = SharpnessAware(DDP(model), method, cross_entropy), sgd(model)
+        for step in range(4):
+            sharp(*part(step)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append([b.double() for b in model.buffers()])
+    return {} if distance(*found) < 1e-12 else {"far": distance(*found)}
+
+
+def test_a_pass_of_the_average_broadcasts_no_buffers():
+    assert ranks.run(2, broadcast_buffers) == [{}, {}]
+
+
 # DistributedDataParallel.
 
 
@@ -245,6 +339,77 @@ def global_against_one_process() -> dict[str, Any]:
 
 def test_a_global_perturbation_under_ddp_is_that_of_the_whole_batch():
     assert ranks.run(2, global_against_one_process) == [{}, {}]
+
+
+# The gradient of a part of the weights.
+
+PARTS = [
+    [name.startswith(begin) for name, _ in network().named_parameters()] for begin in ("3.2", "1.", "3.0.w", "0.b")
+] + [[i % 3 == 1 for i in range(8)], [i % 3 != 1 for i in range(8)], [False] * 8]
+
+
+def parts_of_the_gradient(around: Callable[[nn.Module], nn.Module], scope: Any, exchanged: list[int]) -> dict[str, Any]:
+    """A gradient of a part is that part of the gradient of all; nothing below is computed, nothing else exchanged."""
+    model, calls, findings = network(), [], {}
+
+    def note(*of: Any) -> None:
+        if of[-1].requires_grad:
+            of[-1].register_hook(lambda _: calls.append(1))
+
+    model[0].register_forward_hook(note)
+    model = around(model)
+    oracle = ModelOracle(model, cross_entropy, scope=scope)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    e = oracle.query(part(0)).gradient * 0.1
+    for step, wrt in enumerate(PARTS):
+        for at in (None, e.clone()):
+            whole = oracle.query(part(step), at=None if at is None else at.clone(), track=False).gradient
+            exchanged.clear(), calls.clear()
+            answer = oracle.query(part(step), at=at, track=False, wrt=wrt).gradient
+            size = sum(t.numel() for t, ask in zip(answer, wrt, strict=True) if ask)
+            found = {
+                "values": any(not torch.equal(a, b) for a, b in zip(answer, whole.confined(wrt), strict=True)),
+                "holes": answer.holes != {i for i, ask in enumerate(wrt) if not ask},
+                "passed through": bool(calls) != any(wrt[:2]),
+                "exchanged": scope == "global" and sum(exchanged) != size + len(wrt) + 2,
+            }
+            findings |= {f"part {step}, displaced: {at is not None}, {name}": 1 for name, bad in found.items() if bad}
+    if not all(torch.equal(p.grad, torch.ones_like(p)) for p in model.parameters()):
+        findings["what was in .grad"] = "changed"
+    return findings
+
+
+def parts_under_every_placement() -> dict[str, Any]:
+    exchanged: list[int] = []
+    reduce = dist.all_reduce
+
+    def counted(tensor: Tensor, *arguments: Any, **keywords: Any) -> Any:
+        exchanged.append(tensor.numel())
+        return reduce(tensor, *arguments, **keywords)
+
+    def gathered_for_long(model: nn.Sequential) -> nn.Sequential:
+        return fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)), reshard_after_forward=False)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_reduce", counted)
+        return wrong(
+            {
+                name: parts_of_the_gradient(around, scope, exchanged)
+                for name, around, scope in (
+                    ("DDP", DDP, None),
+                    ("DDP, global", DDP, "global"),
+                    ("global", lambda model: model, "global"),
+                    ("FSDP2", sharded, None),
+                    ("FSDP2, one group", gathered_for_long, None),
+                    ("tensor parallelism", tensor_parallel, None),
+                )
+            }
+        )
+
+
+def test_a_part_of_the_gradient_is_computed_and_exchanged_under_every_placement():
+    assert ranks.run(2, parts_under_every_placement) == [{}, {}]
 
 
 class Branches(nn.Module):
@@ -871,7 +1036,7 @@ def uneven() -> dict[str, str]:
 
 
 def test_ranks_with_uneven_batches_end_with_an_error():
-    assert ranks.run(2, uneven) == [{}, {}]
+    assert ranks.run(2, uneven_sizes) == [{}, {}]
 
 
 # A batch with NaN on one rank, in a loop that skips steps whose gradient is not finite.

@@ -22,16 +22,20 @@ from bisam import (
     GSAM,
     KSAM,
     LESAM,
+    MESA,
     MSAM,
     RAPP,
     RSAM,
+    SAF,
     SAM,
+    SAMDB,
     SAMON,
     SSAMD,
     SSAMF,
     WSAM,
     XSAM,
     ABiSAM,
+    AsyncSAM,
     BiSAM,
     CEGPlus,
     During,
@@ -46,6 +50,7 @@ from bisam import (
     MultiStepSAM,
     NegLog,
     Only,
+    OptSAM,
     Oracle,
     SAMPa,
     Tanh,
@@ -171,6 +176,11 @@ LOG = partial(references.q, references.phi_log, 1.0)
 TANH = partial(references.q, references.phi_tanh(0.1), 10.0)
 
 
+def rows(batch: tuple[Tensor, Tensor]) -> Tensor:
+    """The numbers of the examples, where each batch has the same examples."""
+    return torch.arange(len(batch[1]))
+
+
 def is_norm(name: str, p: Tensor) -> bool:
     return p.dim() == 1 and (name.startswith(("1.", "2.", "5.")))  # of `convnet` and of `mlp(norm)`
 
@@ -212,6 +222,10 @@ FAMILY: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], references.Twin]
         references.multi_step(references.adaptive(0.5), CE, CE, 2),
     ),
     # Masks and what else is done to a gradient or a displacement.
+    "RandomMask": (
+        lambda o: SAM(RandomMask(L2(0.1), beta=0.4)),
+        references.climbing(references.random_mask(B, 0.4, "tensor"), CE, CE),
+    ),
     "RandomMask-entry": (
         lambda o: SAM(RandomMask(L2(0.1), beta=0.3, per="entry"), ascent=NegLog()),
         references.climbing(references.random_mask(B, 0.3, "entry"), LOG, CE),
@@ -219,8 +233,21 @@ FAMILY: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], references.Twin]
     "RandomMask-friendly": (
         lambda o: SAM(RandomMask(Friendly(Adaptive(0.5)), beta=0.7)),
         references.climbing(
-            references.random_mask(references.friendly(references.adaptive(0.5), 1.0, 0.9), 0.7, "tensor"), CE, CE
+            references.masked_afterwards(references.friendly(references.adaptive(0.5), 1.0, 0.9), 0.7), CE, CE
         ),
+    ),
+    "Only-RandomMask-adaptive": (
+        lambda o: GSAM(Only(is_weight, RandomMask(Adaptive(0.5), beta=0.4)), NegLog()),
+        references.gsam(
+            references.only(references.random_mask(references.adaptive(0.5), 0.4, "tensor", is_weight), is_weight),
+            LOG,
+            CE,
+            0.4,
+        ),
+    ),
+    "Friendly-RandomMask": (
+        lambda o: SAM(Friendly(RandomMask(L2(0.1), beta=0.5))),
+        references.climbing(references.friendly(references.random_mask(B, 0.5, "tensor"), 1.0, 0.9), CE, CE),
     ),
     "FSAM": (lambda o: FSAM(0.1, lam=0.6), references.climbing(references.friendly(B, 1.0, 0.6), CE, CE)),
     "FSAM-log": (
@@ -260,8 +287,8 @@ FAMILY: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], references.Twin]
     "RandomMask-only-adaptive": (
         lambda o: ESAM(RandomMask(Friendly(Only(is_weight, Adaptive(0.5))), beta=0.7), gamma=0.5),
         references.esam(
-            references.random_mask(
-                references.friendly(references.only(references.adaptive(0.5), is_weight), 1.0, 0.9), 0.7, "tensor"
+            references.masked_afterwards(
+                references.friendly(references.only(references.adaptive(0.5), is_weight), 1.0, 0.9), 0.7
             ),
             CE,
             CE,
@@ -450,6 +477,58 @@ FAMILY: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], references.Twin]
         references.climbing(references.adaptive(0.5, 0.01), LOG, CE),
     ),
     "MSAM": (lambda o: MSAM(3, SAM(L2(0.1))), references.msam(3, references.climbing(B, CE, CE))),
+    # The combinations of SAMPa.
+    "SAMPa-bisam": (lambda o: SAMPa(L2(0.1), NegLog(), ahead=next_step(o)), references.sampa(B, LOG, CE, 0.2)),
+    "SAMPa-asam": (
+        lambda o: SAMPa(Adaptive(0.5), ahead=next_step(o)),
+        references.sampa(references.adaptive(0.5), CE, CE, 0.2),
+    ),
+    "SAMPa-on": (
+        lambda o: SAMPa(NormLayers(L2(0.1)), ahead=next_step(o)),
+        references.sampa(references.norm_layers(B, is_norm), CE, CE, 0.2),
+    ),
+    "SAMPa-vasso": (
+        lambda o: SAMPa(Smoothed(L2(0.1), theta=0.4), Tanh(), ahead=next_step(o), lam=0.1),
+        references.sampa(references.smoothed(B, 0.4), TANH, CE, 0.1),
+    ),
+    "MSAM-SAMPa": (
+        lambda o: MSAM(3, SAMPa(L2(0.1), ahead=next_step(o)), separate=True),
+        references.msam(3, references.sampa(B, CE, CE, 0.2)),
+    ),
+    # An ascent gradient of an earlier step or of another batch.
+    "OptSAM": (lambda o: OptSAM(L2(0.1)), references.opt_sam(B, CE, CE)),
+    "OptSAM-log": (
+        lambda o: OptSAM(Friendly(L2(0.1)), NegLog()),
+        references.opt_sam(references.friendly(B, 1.0, 0.9), LOG, CE),
+    ),
+    "AsyncSAM": (lambda o: AsyncSAM(L2(0.1)), references.async_sam(B, CE, CE)),
+    "AsyncSAM-log": (
+        lambda o: AsyncSAM(Smoothed(L2(0.1), theta=0.4), NegLog(), Tanh()),
+        references.async_sam(references.smoothed(B, 0.4), LOG, TANH),
+    ),
+    "SAMDB": (lambda o: SAMDB(L2(0.1)), references.sam_db(B, CE, CE)),
+    "SAMDB-log": (lambda o: SAMDB(Adaptive(0.5), NegLog()), references.sam_db(references.adaptive(0.5), LOG, CE)),
+    # A loss that remembers outputs.
+    "MESA": (
+        lambda o: MESA(lam=2.0, decay=0.7),
+        references.mesa(references.erm, CE, 2.0, 5.0, 0.7),
+    ),
+    "MESA-bisam": (
+        lambda o: MESA(BiSAM(0.1), temperature=2.0, decay=0.9, start=3),
+        references.mesa(lambda loss: references.climbing(B, LOG, loss), CE, 0.8, 2.0, 0.9, 3),
+    ),
+    "MESA-functional": (
+        lambda o: MESA(FunctionalSAM(L2(0.1), NegLog()), lam=3.0, decay=0.5),
+        references.mesa(lambda loss: references.functional(B, LOG, loss), CE, 3.0, 5.0, 0.5),
+    ),
+    "SAF": (
+        lambda o: SAF(epoch=1, examples=8, indices=rows, lam=2.0, ago=2, start=3),
+        references.saf(references.erm, CE, 2.0, 5.0, 1, 2, 3),
+    ),
+    "SAF-SAM": (
+        lambda o: SAF(SAM(L2(0.1)), epoch=3, examples=20, indices=rows, temperature=2.0, ago=1, start=0),
+        references.saf(lambda loss: references.climbing(B, loss, loss), CE, 0.3, 2.0, 3, 1, 0),
+    ),
 }
 
 

@@ -95,6 +95,12 @@ class BufferBroadcasts:
             self._first = False
             yield
             return
+        with self.never():
+            yield
+
+    @contextmanager
+    def never(self) -> Generator[None]:
+        """A context for a forward pass that does not broadcast, for example one with other buffers."""
         before = [ddp.require_forward_param_sync for ddp in self._inside]
         try:
             for ddp in self._inside:

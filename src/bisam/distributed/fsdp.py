@@ -50,8 +50,15 @@ class FSDPModules:
                     group.wait_for_unshard()  # else a prefetched gather would end after the weights have changed
             module.reshard()
 
-    def gradients(self, loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+    def gradients(
+        self, loss: Tensor, parameters: Sequence[Tensor], wrt: Sequence[bool] | None = None
+    ) -> list[Tensor | None]:
         """Returns gradients of the mean of all ranks' losses; the contents of `.grad` are kept.
+
+        With `wrt` (see `Query`) autograd computes the gradients of these parameters, and only they are reduced over the
+        ranks. Weights are gathered as for the gradient of all: the forward pass needs them, and a backward pass gathers
+        those of each module that it reaches, and of the module that FSDP2 expects next. If torch hides the gathered
+        parameters (see `leaves`), all gradients are computed and reduced, and the others dropped.
 
         Raises:
             ValueError: gradients of another loss are not reduced yet, and would be added to these.
@@ -65,19 +72,34 @@ class FSDPModules:
         try:
             for p in parameters:
                 p.grad = None
+            inputs = None if wrt is None else self._asked(parameters, wrt)
             with self._reduced():
-                loss.backward()
-            return [p.grad for p in parameters]
+                loss.backward(inputs=inputs or None)
+            return [p.grad if wrt is None or wrt[i] else None for i, p in enumerate(parameters)]
         finally:
             for p, grad in zip(parameters, kept, strict=True):
                 p.grad = grad
 
     def leaves(self) -> list[Tensor] | None:
         """Returns the gathered parameters, which graphs hold instead of the sharded ones; None if torch hides them."""
+        gathered = self._gathered()
+        return None if gathered is None else [leaf for _, leaf in gathered if leaf is not None]
+
+    def _gathered(self) -> list[tuple[Tensor | None, Tensor | None]] | None:
+        """Returns sharded parameters and the gathered ones, which may be None; None if torch hides them."""
         groups = [group for module in self._modules for group in _groups(module)]
         if any(not hasattr(group, "fsdp_params") for group in groups):
             return None
-        found = (getattr(p, "_unsharded_param", None) for group in groups for p in group.fsdp_params)
+        pairs = [(p, getattr(p, "_unsharded_param", None)) for group in groups for p in group.fsdp_params]
+        return [(getattr(p, "sharded_param", None), leaf) for p, leaf in pairs]
+
+    def _asked(self, parameters: Sequence[Tensor], wrt: Sequence[bool]) -> list[Tensor] | None:
+        """Returns the leaves of the graph that belong to the parameters `wrt`; None if torch hides them."""
+        gathered = self._gathered()
+        if gathered is None or any(shard is None for shard, _ in gathered):
+            return None
+        leaves = {id(shard): leaf for shard, leaf in gathered}
+        found = [leaves.get(id(p), p) for p, ask in zip(parameters, wrt, strict=True) if ask]
         return [leaf for leaf in found if leaf is not None]
 
     def recover(self, parameters: Sequence[Tensor]) -> None:

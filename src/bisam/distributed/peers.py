@@ -47,23 +47,35 @@ class Peers:
         return sorted({rank for group in self._groups for rank in dist.get_process_group_ranks(group)})
 
     def answer(
-        self, value: Tensor, count: int | Tensor, gradient: Vector | None, reduced: bool
+        self,
+        value: Tensor,
+        count: int | Tensor,
+        gradient: Vector | None,
+        reduced: bool,
+        wrt: Sequence[bool] | None = None,
     ) -> tuple[Tensor, Tensor, Vector | None]:
-        """Returns the means over the ranks of an answer, and of its gradient unless that is already `reduced`."""
+        """Returns the means over the ranks of an answer, and of its gradient unless that is already `reduced`.
+
+        Only the gradients of the tensors `wrt` are exchanged, which are the same on all ranks (see `Query`).
+        """
         wide = torch.promote_types(value.dtype, torch.float32)  # half precision cannot represent large counts
         counted = count.to(wide) if isinstance(count, Tensor) else torch.full_like(value, count, dtype=wide)
         both = torch.stack([value.to(wide), counted])
         if gradient is None or reduced:
             (both,) = self.mean([both])
             return both[0].to(value.dtype), both[1], gradient
-        holes = gradient.holes
+        asked = [i for i in range(len(gradient)) if wrt is None or wrt[i]]
+        holes = gradient.holes.intersection(asked)
         used = torch.ones(len(gradient), device=both.device)
         if holes:
             used[torch.tensor(sorted(holes), device=both.device)] = 0
-        both, used, *grads = self.mean([both, used, *gradient])
+        both, used, *means = self.mean([both, used, *[gradient.tensors[i] for i in asked]])
         if holes:  # a position is a hole only if it is one on all ranks; ranks without holes need no check
             holes = frozenset(i for i, share in enumerate(used.tolist()) if i in holes and not share)
-        return both[0].to(value.dtype), both[1], gradient.like(grads, holes)
+        grads = [*gradient.tensors]
+        for i, mean in zip(asked, means, strict=True):
+            grads[i] = mean
+        return both[0].to(value.dtype), both[1], gradient.like(grads, holes | gradient.holes.difference(asked))
 
     def mean(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Returns the means of tensors over the ranks as new tensors, with one reduction for each type and device."""
@@ -88,6 +100,21 @@ class Peers:
         for group in self._groups:
             dist.broadcast(there, dist.get_global_rank(group, 0), group=group)
         return there.to(value.device)
+
+    def gathered(self, values: Tensor) -> Tensor:
+        """Returns values (n, ...) of all ranks, one rank after the other; n may differ. It waits for the device."""
+        there = values.to(self._device).contiguous()
+        for group in self._groups:
+            size = torch.tensor([len(there)], device=self._device)
+            sizes = [torch.empty_like(size) for _ in range(dist.get_world_size(group))]
+            dist.all_gather(sizes, size, group=group)
+            counts = [int(n) for n in torch.cat(sizes).tolist()]
+            padded = there.new_zeros((max(counts), *there.shape[1:]))
+            padded[: len(there)] = there
+            parts = [torch.empty_like(padded) for _ in counts]
+            dist.all_gather(parts, padded, group=group)
+            there = torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
+        return there.to(values.device)
 
     def agree(self, what: str, number: int) -> None:
         """Checks that all ranks have the same number; synchronises the ranks.

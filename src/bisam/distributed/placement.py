@@ -55,15 +55,26 @@ class Local:
         # .data, not .detach(): a graph that the user still holds would detect the displacement, which is undone later.
         return Vector([p.data for p in parameters], layout=self.layout)
 
-    def gradients(self, loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        """Returns the gradients of `loss`, None for parameters that it does not depend on; `.grad` is unchanged.
+    def gradients(
+        self, loss: Tensor, parameters: Sequence[Tensor], wrt: Sequence[bool] | None = None
+    ) -> Sequence[Tensor | None]:
+        """Returns the gradients of `loss`; `.grad` is unchanged.
+
+        Args:
+            loss: a scalar with its graph.
+            parameters: the trainable parameters.
+            wrt: see `Query`; at least one.
+
+        Returns:
+            None for parameters that `loss` does not depend on, and for those that were not asked for.
 
         Raises:
             ValueError: the model uses re-entrant activation checkpointing.
         """
+        asked = parameters if wrt is None else [p for p, ask in zip(parameters, wrt, strict=True) if ask]
         # autograd.grad, not backward: it leaves .grad to the user, and starts no reducer of a distributed wrapper.
         try:
-            return torch.autograd.grad(loss, parameters, allow_unused=True)
+            found = torch.autograd.grad(loss, asked, allow_unused=True)
         except RuntimeError as error:
             if "use_reentrant" not in str(error):
                 raise
@@ -71,10 +82,20 @@ class Local:
                 "re-entrant activation checkpointing supports backward() only, which would change .grad: "
                 "call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
             ) from error
+        if wrt is None:
+            return found
+        each = iter(found)
+        return [next(each) if ask else None for ask in wrt]
 
-    def averaged(self, value: Tensor, count: Count, gradient: Vector | None) -> tuple[Tensor, Count, Vector | None]:
+    def averaged(
+        self, value: Tensor, count: Count, gradient: Vector | None, wrt: Sequence[bool] | None = None
+    ) -> tuple[Tensor, Count, Vector | None]:
         """Returns value, count and gradient of this rank's answer, averaged over the ranks that share the batch."""
         return value, count, gradient
+
+    def gathered(self, values: Tensor) -> Tensor:
+        """Returns values (n, ...) of all ranks that share the batch, in the order of the ranks."""
+        return values
 
     def agree(self, what: str, number: int) -> None:
         """Checks that all ranks that share a batch have the same `number` of `what`.
@@ -86,8 +107,8 @@ class Local:
     def before_forward(self) -> None:
         """Frees copies of the weights that were gathered for an earlier pass, because the weights have changed."""
 
-    def forward_pass(self) -> AbstractContextManager[None]:
-        """Returns a context for each forward pass of a query."""
+    def forward_pass(self, *, evaluates: bool = False) -> AbstractContextManager[None]:
+        """Returns a context for each forward pass of a query; `evaluates` is True in eval mode."""
         return nullcontext()
 
     def recover(self, parameters: Sequence[Tensor]) -> None:
@@ -119,9 +140,9 @@ class Replica(Local):
         if self._waiting is not None:
             self._waiting.agree(what, number)
 
-    def forward_pass(self) -> AbstractContextManager[None]:
+    def forward_pass(self, *, evaluates: bool = False) -> AbstractContextManager[None]:
         """See `Local.forward_pass`."""
-        return self._broadcasts.once()
+        return self._broadcasts.never() if evaluates else self._broadcasts.once()
 
 
 class Replicated(Local):
@@ -138,13 +159,19 @@ class Replicated(Local):
         self._peers, self._broadcasts = peers, broadcasts
         self.layout = ReplicatedLayout(peers)
 
-    def forward_pass(self) -> AbstractContextManager[None]:
+    def forward_pass(self, *, evaluates: bool = False) -> AbstractContextManager[None]:
         """See `Local.forward_pass`."""
-        return self._broadcasts.once()
+        return self._broadcasts.never() if evaluates else self._broadcasts.once()
 
-    def averaged(self, value: Tensor, count: Count, gradient: Vector | None) -> tuple[Tensor, Count, Vector | None]:
+    def averaged(
+        self, value: Tensor, count: Count, gradient: Vector | None, wrt: Sequence[bool] | None = None
+    ) -> tuple[Tensor, Count, Vector | None]:
         """See `Local.averaged`."""
-        return self._peers.answer(value, count, gradient, reduced=False)
+        return self._peers.answer(value, count, gradient, reduced=False, wrt=wrt)
+
+    def gathered(self, values: Tensor) -> Tensor:
+        """See `Local.gathered`."""
+        return self._peers.gathered(values)
 
     def agree(self, what: str, number: int) -> None:
         """See `Local.agree`."""
@@ -165,9 +192,11 @@ class TensorParallel(Local):
         """See `Local.weights`; returns the local parts."""
         return Vector([local(p.data) for p in parameters], layout=self.layout)
 
-    def gradients(self, loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    def gradients(
+        self, loss: Tensor, parameters: Sequence[Tensor], wrt: Sequence[bool] | None = None
+    ) -> Sequence[Tensor | None]:
         """See `Local.gradients`; returns the local parts."""
-        return self._shards.parts(super().gradients(loss, parameters))
+        return self._shards.parts(super().gradients(loss, parameters, wrt))
 
 
 class FullySharded(Local):
@@ -189,20 +218,28 @@ class FullySharded(Local):
         """See `Local.weights`; returns the local parts."""
         return Vector([local(p.data) for p in parameters], layout=self.layout)
 
-    def gradients(self, loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    def gradients(
+        self, loss: Tensor, parameters: Sequence[Tensor], wrt: Sequence[bool] | None = None
+    ) -> Sequence[Tensor | None]:
         """See `Local.gradients`; returns gradients of the mean of all ranks' losses.
 
         Raises:
             ValueError: gradients of another loss are not reduced yet, and would be added to these.
         """
-        grads = self._modules.gradients(loss, parameters)
+        grads = self._modules.gradients(loss, parameters, wrt)
         return grads if self._shards is None else self._shards.parts(grads)
 
-    def averaged(self, value: Tensor, count: Count, gradient: Vector | None) -> tuple[Tensor, Count, Vector | None]:
+    def averaged(
+        self, value: Tensor, count: Count, gradient: Vector | None, wrt: Sequence[bool] | None = None
+    ) -> tuple[Tensor, Count, Vector | None]:
         """See `Local.averaged`."""
         if self._peers is None:
             return value, count, gradient
-        return self._peers.answer(value, count, gradient, reduced=self._shards is not None)
+        return self._peers.answer(value, count, gradient, reduced=self._shards is not None, wrt=wrt)
+
+    def gathered(self, values: Tensor) -> Tensor:
+        """See `Local.gathered`."""
+        return values if self._peers is None else self._peers.gathered(values)
 
     def agree(self, what: str, number: int) -> None:
         """See `Local.agree`."""

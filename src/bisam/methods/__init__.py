@@ -47,4 +47,6 @@ from bisam.methods.sam import (
     VaSSO as VaSSO,
     ZSharp as ZSharp,
 )
+from bisam.methods.stale import SAMDB as SAMDB, AsyncSAM as AsyncSAM, OptSAM as OptSAM
+from bisam.methods.trajectory import MESA as MESA, SAF as SAF
 from bisam.methods.wrappers import KSAM as KSAM, MSAM as MSAM, RSAM as RSAM, During as During, Every as Every

@@ -134,7 +134,7 @@ class CRSAM(SAM):
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
         """Makes three queries, two of which are independent of each other; four if `ascent` and `descent` differ."""
         plain = None if self.ascent == self.descent else oracle.query(batch, self.descent, track=False)
-        a = oracle.query(batch, self.ascent)
+        a = oracle.query(batch, self.ascent, wrt=None if plain is None else self.part(oracle))
         g, e = (plain or a).gradient, self.displacement(a.gradient, oracle)
         ahead, behind = oracle.ask([Query(batch, self.descent, at) for at in (e, -e)])
         p, m = ahead.gradient, behind.gradient
@@ -227,7 +227,7 @@ class FunctionalSAM(SAM):
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
         """Makes two queries; reports the loss at the weights."""
-        g = oracle.query(batch, self.ascent)
+        g = oracle.query(batch, self.ascent, wrt=self.part(oracle))
         loss = self.descent or oracle.loss
         e, plain = self.displacement(g.gradient, oracle), g.under(loss)
         del g  # frees its gradient
@@ -264,8 +264,9 @@ def _check_tangent(plain: Evaluation) -> None:
             f"FunctionalSAM needs outputs that are one tensor, got {type(plain.outputs).__name__}: give SharpnessAware "
             "a `forward` that returns (logits, targets)"
         )
-    if isinstance(plain.objective, nn.Module) and any(p.requires_grad for p in plain.objective.parameters()):
+    loss = getattr(plain.objective, "loss", plain.objective)  # that inside a loss with the term of SAF or MESA
+    if isinstance(loss, nn.Module) and any(p.requires_grad for p in loss.parameters()):
         raise ValueError(
-            f"FunctionalSAM cannot train the parameters of the loss {type(plain.objective).__name__}: put them into "
+            f"FunctionalSAM cannot train the parameters of the loss {type(loss).__name__}: put them into "
             "the model, or use another method"
         )

@@ -13,12 +13,12 @@ from torch import Tensor
 from bisam.batches import Batch, examples, largest, size, take
 from bisam.evaluation import Evaluation
 from bisam.masks import RandomMask, top
-from bisam.methods.sam import SAM
+from bisam.methods.sam import SAM, looks
 from bisam.objectives import Bound, NegLog, Objective
 from bisam.oracle import Oracle, Query
 from bisam.perturbations import L2, Perturbation, geometry, is_radius
 from bisam.schedules import Radius
-from bisam.validation import MOST_QUERIES, finite, instance, non_negative, portion, share, whole
+from bisam.validation import MOST_QUERIES, finite, instance, non_negative, share, whole
 from bisam.vector import TINY, Vector, power_of_two, widened
 
 
@@ -26,15 +26,20 @@ from bisam.vector import TINY, Vector, power_of_two, widened
 class ESAM(SAM):
     """Efficient SAM: perturbs a part of the weights and descends on a part of the examples (Du et al., 2022).
 
-    Source: https://arxiv.org/abs/2110.03141. `RandomMask` selects the weights. The selected examples are those whose
-    loss increases most under the perturbation, which takes a forward pass of the batch at w + e.
+    Source: https://arxiv.org/abs/2110.03141. `RandomMask` selects the weights, and the first gradient is that of these
+    weights only. The selected examples are those whose loss increases most under the perturbation, which takes a
+    forward pass of the batch at w + e. As in the authors' code, the threshold is the k-th largest increase with k =
+    gamma n, rounded down, and the k - 1 examples above it are selected. Here it is always at least one. Of several
+    examples whose increase equals the threshold exactly, their code selects none; here the number of examples does not
+    depend on their losses, so that no step waits for the device.
 
     Args:
         perturb: see `SAM`; a radius means `RandomMask(L2(rho), beta=0.6)`. The authors use rho 0.05 and beta 0.6 for
             ResNet-18, and 0.1 and 0.5 for WideResNets.
         ascent: see `SAM`; a bound such as `NegLog()` gives E-BiSAM.
         descent: see `SAM`.
-        gamma: share of the examples that are selected, rounded up, in (0, 1]; with 1 all examples are used.
+        gamma: share of the examples that are selected, in (0, 1]; from 0.99 on all examples are used, as in the
+            authors' code.
         select: objective whose increase selects the examples, one loss per example. Default: the training loss.
 
     Raises:
@@ -60,17 +65,22 @@ class ESAM(SAM):
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
         """Makes a query at w, then a forward pass and a query on the selected examples at w + e."""
-        if self.gamma < 1:
+        selects = self.gamma < _ALL
+        if selects:
             examples(batch)  # refuses what it cannot choose from before anything is computed
-        g = oracle.query(batch, self.ascent)
+        g = oracle.query(batch, self.ascent, wrt=self.part(oracle))
         e, before = self.displacement(g.gradient, oracle), replace(g, grad=None)
         del g  # frees its gradient
-        if self.gamma < 1:
+        if selects:
             select = self.select or oracle.loss
             before = before.under(select).per_example
             rise = oracle.query(batch, select, at=e, grad=False).per_example - before
-            batch = largest(rise, portion(self.gamma, len(rise)), batch)
+            batch = largest(rise, max(1, int(len(rise) * self.gamma) - 1), batch)
         return oracle.query(batch, self.descent, at=e)
+
+
+_ALL = 0.99
+"""The share from which on the authors of ESAM use all examples."""
 
 
 def EBiSAM(
@@ -86,7 +96,7 @@ def EBiSAM(
     a public source; the default is the training loss, as in ESAM.
 
     Args:
-        rho: a radius >= 0 (a number or a schedule), or a perturbation that `RandomMask` masks.
+        rho: a radius >= 0 (a number or a schedule), or a perturbation of the part that `RandomMask` draws.
         bound: the lower bound: `NegLog()` or `Tanh()`, or `Binary()` for one logit per label.
         beta: probability that a tensor is perturbed, in (0, 1].
         gamma: see `ESAM`.
@@ -184,9 +194,9 @@ class AESAM(SAM):
         answer = oracle.query(batch, self.descent)
         if not self._is_large(widened(answer.gradient.norm()) ** 2, oracle):
             return answer
-        answer = answer if self.ascent == self.descent else oracle.query(batch, self.ascent, track=False)
-        e = self.displacement(answer.gradient, oracle)
-        del answer  # frees its gradient
+        if self.ascent != self.descent:
+            answer = oracle.query(batch, self.ascent, track=False, wrt=self.part(oracle))
+        e, answer = self.displacement(answer.gradient, oracle), None  # frees its gradient
         return oracle.query(batch, self.descent, at=e)
 
     def _is_large(self, squared: Tensor, oracle: Oracle) -> bool:
@@ -347,17 +357,13 @@ class SAMPa(SAM):
         state, before = oracle.state, oracle.kept("batch")
         if before is None:
             _warn_of_lost_batch(state)
-            state["gradients"] = [s.gradient for s in oracle.ask(self._looks(batch, None, track=False))]
+            state["gradients"] = [s.gradient for s in oracle.ask(looks(self, batch, None, track=False))]
         g, e = state["gradients"][0], self.displacement(state["gradients"][-1], oracle)
         late = Query(before or batch, self.descent, e, track=False)
-        h, *seen = oracle.ask([late, *self._looks(batch, self.ahead(g, oracle), track=True)])
+        h, *seen = oracle.ask([late, *looks(self, batch, self.ahead(g, oracle), track=True)])
         oracle.keep("batch", batch)
         state["gradients"] = [s.gradient for s in seen]
         return replace(seen[0], grad=h.gradient * (1 - self.lam) + seen[0].gradient * self.lam)
-
-    def _looks(self, batch: Batch, at: Vector | None, track: bool) -> list[Query]:
-        look = Query(batch, self.descent, at, track=track)
-        return [look] if self.ascent == self.descent else [look, Query(batch, self.ascent, at, track=False)]
 
 
 def _warn_of_lost_batch(state: dict[str, Any]) -> None:

@@ -21,17 +21,19 @@ from bisam.batches import Batch
 from bisam.evaluation import Evaluation
 from bisam.masks import DropGrow, FisherMask
 from bisam.objectives import Bound, NegLog, Objective
-from bisam.oracle import Oracle
+from bisam.oracle import Oracle, Query
 from bisam.perturbations import (
     L2,
     Adaptive,
     Friendly,
     LossEquated,
     NormLayers,
+    Part,
     Perturbation,
     Smoothed,
     ZScore,
     geometry,
+    needed,
 )
 from bisam.schedules import Radius
 from bisam.validation import MOST_QUERIES, instance, whole
@@ -55,7 +57,9 @@ class SAM:
     """Sharpness-aware minimisation: the gradient at the worst point near the weights (Foret et al., 2021).
 
     Source: https://arxiv.org/abs/2010.01412. A step makes two queries. The first computes the ascent gradient g at the
-    weights w, the second the descent gradient at w + e, where `perturb` computes the displacement e from g.
+    weights w, the second the descent gradient at w + e, where `perturb` computes the displacement e from g. The first
+    computes no more of g than `perturb` needs: a part, if that displaces a part of the weights (`NormLayers`, `Only`,
+    `RandomMask`).
 
     Args:
         perturb: a perturbation `(gradient, oracle) -> displacement`, or a radius `rho` >= 0 (a number or a schedule),
@@ -99,7 +103,11 @@ class SAM:
 
     def climb(self, oracle: Oracle, batch: Batch) -> Vector:
         """Returns the displacement e. A separate method, so that the ascent gradient is freed when it returns."""
-        return self.displacement(oracle.query(batch, self.ascent).gradient, oracle)
+        return self.displacement(oracle.query(batch, self.ascent, wrt=self.part(oracle)).gradient, oracle)
+
+    def part(self, oracle: Oracle) -> Part:
+        """Returns the tensors whose gradient the next `displacement` needs; None for all."""
+        return needed(cast(Perturbation, self.perturb), oracle.within("perturb"))
 
     def displacement(self, gradient: Vector, oracle: Oracle) -> Vector:
         """Returns the displacement for an ascent gradient."""
@@ -116,6 +124,12 @@ class SAM:
             return g, oracle.query(batch, self.descent, at=self.displacement(g, oracle))
         g = oracle.query(batch, self.descent, track=False).gradient
         return g, oracle.query(batch, self.descent, at=self.climb(oracle, batch))
+
+
+def looks(method: SAM, batch: Batch, at: Vector | None, track: bool) -> list[Query]:
+    """Returns queries for the gradients of both objectives of a method at a point: one query if they are the same."""
+    look = Query(batch, method.descent, at, track=track)
+    return [look] if method.ascent == method.descent else [look, Query(batch, method.ascent, at, track=False)]
 
 
 def BiSAM(rho: Perturbation | Radius = 0.05, bound: Bound = NegLog(), descent: Objective | None = None) -> SAM:  # noqa: B008
@@ -351,6 +365,7 @@ class MultiStepSAM(SAM):
         """Returns the displacement; makes `steps` queries."""
         e = super().climb(oracle, batch) * (1 / self.steps)
         for _ in range(1, self.steps):
-            further = self.displacement(oracle.query(batch, self.ascent, at=e).gradient, oracle)
+            wrt = self.part(oracle)
+            further = self.displacement(oracle.query(batch, self.ascent, at=e, wrt=wrt).gradient, oracle)
             e = e + further * (1 / self.steps)
         return e

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from bisam.vector import Layout, Tensors, Vector
+from bisam.vector import Layout, Tensors, Vector, with_zeros
 
 Scaler = torch.amp.GradScaler | Callable[[], float | Tensor]
 """The factor of float16 losses: a GradScaler, or a callable that returns the factor."""
@@ -84,22 +84,26 @@ def filled(
     layout: Layout,
     weights: Callable[[], Vector],
     names: Callable[[], Sequence[str]],
+    wrt: Sequence[bool] | None = None,
 ) -> Vector:
-    """Converts gradients to a Vector; where autograd returned None it has zeros and a hole.
+    """Converts gradients to a Vector; where autograd returned None, or was not asked, it has zeros and a hole.
 
     Args:
-        grads: the result of autograd.
+        grads: the result of autograd, with None at the weights that it was not asked for.
         layout: the layout of the weights.
         weights: returns the weights, whose shapes the zeros have.
         names: returns the parameters' names, for the error message.
+        wrt: see `Query`.
 
     Raises:
         ValueError: a gradient is sparse.
     """
     holes: frozenset[int] = frozenset()
     if type(None) in {type(g) for g in grads}:
-        holes = frozenset([i for i, g in enumerate(grads) if g is None])
-        grads = [torch.zeros_like(w) if g is None else g for g, w in zip(grads, weights(), strict=True)]
+        holes, like = frozenset([i for i, g in enumerate(grads) if g is None]), weights().tensors
+        asked = [True] * len(grads) if wrt is None else wrt
+        grads = [torch.zeros_like(w) if g is None and a else g for g, a, w in zip(grads, asked, like, strict=True)]
+        grads = with_zeros(grads, like)
     dense = cast(Tensors, grads)
     if {g.layout for g in dense} != {torch.strided}:
         i, kind = next((i, g.layout) for i, g in enumerate(dense) if g.layout is not torch.strided)

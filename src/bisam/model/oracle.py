@@ -22,6 +22,7 @@ from bisam.distributed.peers import Peers
 from bisam.distributed.placement import Scope, place
 from bisam.evaluation import Evaluation
 from bisam.model import passes
+from bisam.model.eval_mode import EvalMode
 from bisam.model.gradients import Hooks, LossScale, Scaler, Strangers, check_trainable, filled
 from bisam.model.inputs import Inputs
 from bisam.model.module_state import Known, ModuleState
@@ -91,7 +92,7 @@ class ModelOracle(Oracle):
         model: the module. The weights are its trainable parameters, and those of the loss if the loss is a module.
         loss: `(outputs, targets) -> losses`, one per example or a scalar.
         forward: `(model, *batch) -> (outputs, targets)`. Default: the last element of the batch is the targets and the
-            others are the inputs of the model.
+            others are the inputs of the model; a keyword argument `indices` is left out.
         scaler: the `torch.amp.GradScaler` that scales float16 losses, or a callable that returns its factor.
         same_noise: if True, restore the random state before each query, so that all queries on a batch use the same
             dropout masks.
@@ -106,7 +107,7 @@ class ModelOracle(Oracle):
         seen: answers of the queries that updated running statistics, each for this rank's batch.
         same_noise: the argument `same_noise`.
         module_state: the buffers and other state of the model and the loss.
-        holes: positions of the parameters that the last gradient does not depend on.
+        holes: positions of the parameters that the last loss with a gradient does not depend on, of those asked for.
 
     Example:
         >>> import torch
@@ -151,6 +152,7 @@ class ModelOracle(Oracle):
         self._hooks = Hooks(hooks + self._placement.hooks(found.parameters))
         self._inputs = Inputs(thorough=not self._findings.initialised)
         self._origin: Vector | None = None  # the weights, while they are displaced
+        self._eval_mode = EvalMode([m for m in (model, loss) if isinstance(m, nn.Module)], self.module_state)
         self._scale = None if scaler is None else LossScale(scaler)
         self._noise = SameNoise(found.parameters) if same_noise else None
         self.is_local = self._placement.is_local  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -193,6 +195,10 @@ class ModelOracle(Oracle):
         """See `Oracle.averaged`."""
         return self._placement.averaged(value, count, None)[:2]
 
+    def gathered(self, values: Tensor) -> Tensor:
+        """See `Oracle.gathered`."""
+        return self._placement.gathered(values)
+
     def agree(self, what: str, number: int) -> None:
         """See `Oracle.agree`."""
         self._placement.agree(what, number)
@@ -226,6 +232,7 @@ class ModelOracle(Oracle):
 
     def rollback(self) -> None:
         """Restores weights, hooks and module state; also after an interruption at any moment, and more than once."""
+        self._eval_mode.leave()
         self._hooks.restore()
         self._restore_weights()
         self.module_state.rollback()
@@ -241,7 +248,8 @@ class ModelOracle(Oracle):
 
         Raises:
             TypeError: `forward` or the objective returns a value of the wrong type.
-            ValueError: the batch is empty; the losses have the wrong shape or no gradient; a gradient is sparse.
+            ValueError: the batch is empty; the losses have the wrong shape or no gradient; a gradient is sparse; `wrt`
+                has another length than the weights.
         """
         return [self._answer(query) for query in queries]
 
@@ -282,6 +290,11 @@ class ModelOracle(Oracle):
         return ForwardPass(outputs, targets, losses, count, objectives.mean(losses, count), objective)
 
     def _answer(self, query: Query) -> Evaluation:
+        if query.wrt is not None and len(query.wrt) != len(self.parameters):
+            raise ValueError(
+                f"wrt has {len(query.wrt)} values, and the model {len(self.parameters)} trainable parameters: give one "
+                "for each, in the order of oracle.names"
+            )
         track, at, state, noise = query.tracks, query.take(), self.module_state, None
         self._inputs.begin(query.batch)
         first = not self._findings.initialised
@@ -294,18 +307,22 @@ class ModelOracle(Oracle):
             if at is not None:
                 weights = self.weights
                 self._origin = weights.clone()
-                torch._foreach_add_(weights.tensors, at.tensors)
+                _displace(weights, at)
                 at = None  # frees its memory for the forward pass, if the method has no reference either
                 self._drop_copies()  # copies of the previous weights, in lower precision or gathered
             if self._noise is not None:
                 noise = self._noise.begin(query.batch)
+            if query.buffers is not None:
+                self._eval_mode.enter(query.buffers)
             answer = self._evaluate(query, track)
+            self._eval_mode.leave()
             if sums is not None:
                 state.keep(self._initialised_modules(query, sums))
-            state.leave(track)
+            state.leave(track, evaluates=query.buffers is not None)
             self._findings.initialised = True
             return answer
         except BaseException:
+            self._eval_mode.leave()
             self.module_state.rollback()  # a step that fails must not change the model
             self._placement.recover(self.parameters)
             raise
@@ -315,7 +332,7 @@ class ModelOracle(Oracle):
             passes.mark(was)
             self._inputs.end()
             displaced = self._restore_weights()
-            if displaced or not query.grad:
+            if displaced or not query.differentiates:
                 self._drop_copies()  # copies of displaced weights, or copies without a graph
 
     def _restore_weights(self) -> bool:
@@ -329,20 +346,24 @@ class ModelOracle(Oracle):
     def _evaluate(self, query: Query, track: bool) -> Evaluation:
         gradient = None
         made = self._run_for(query)
-        if query.grad:
+        if query.differentiates:
             self._check_graph(query.batch, made.losses)
-            gradient = self._gradient(made.value)
+            gradient = self._gradient(made.value, query.wrt)
+        elif query.grad:
+            gradient = self.weights.confined([False] * len(self.parameters))
         answer = made.detached()
         del made
         if track:
             self.seen.append(answer)  # for this rank's batch only: reading it must not need another rank
-        value, count, gradient = self._placement.averaged(answer.value, answer.count, gradient)
+        value, count, gradient = self._placement.averaged(answer.value, answer.count, gradient, query.wrt)
         if gradient is not None:
             self.note_overflow(gradient)
         return replace(answer, grad=gradient, value=value.detach(), count=count)
 
     def _run_for(self, query: Query) -> ForwardPass:
-        with torch.set_grad_enabled(query.grad or self._findings.differentiates), self._placement.forward_pass():
+        graph = query.differentiates or self._findings.differentiates
+        evaluates = query.buffers is not None
+        with torch.set_grad_enabled(graph), self._placement.forward_pass(evaluates=evaluates):
             try:
                 return self.run(query.batch, query.objective)
             except RuntimeError as error:
@@ -353,7 +374,7 @@ class ModelOracle(Oracle):
         self.module_state.again()
         if self._noise is not None:
             self._noise.begin(query.batch)
-        with torch.enable_grad(), self._placement.forward_pass():
+        with torch.enable_grad(), self._placement.forward_pass(evaluates=evaluates):
             return self.run(query.batch, query.objective)
 
     def _check_graph(self, batch: Batch, losses: Tensor) -> None:
@@ -374,7 +395,7 @@ class ModelOracle(Oracle):
             with self.random_state().kept(), passes.marked(additional=True):
                 state.enter(track=False)
                 with torch.no_grad():
-                    self._run_for(replace(query, at=None, grad=False, track=False))
+                    self._run_for(replace(query, at=None, grad=False, track=False, buffers=None))
                 modules = self._initialised_modules(query, sums)
                 state.keep(modules)
                 state.leave(track=False)
@@ -396,7 +417,7 @@ class ModelOracle(Oracle):
             return set()
         weights, again, before = self.weights.clone(), state.present(), self._sums()
         with self.random_state().kept(), passes.marked(additional=True), torch.no_grad():
-            self._run_for(replace(query, at=None, grad=False, track=False))
+            self._run_for(replace(query, at=None, grad=False, track=False, buffers=None))
         state.look()
         once = state.modules(state.once(state.read, again))
         twice = {id(p) for p, *_ in self._changed(before)}
@@ -425,11 +446,11 @@ class ModelOracle(Oracle):
                 changed.append((p, version_now, norm_now))
         return changed
 
-    def _gradient(self, value: Tensor) -> Vector:
+    def _gradient(self, value: Tensor, wrt: Sequence[bool] | None) -> Vector:
         factor = None if self._scale is None else self._scale.factor(value.device)
         with self._hooks.silenced():
             try:
-                grads = self._placement.gradients(value if factor is None else value * factor, self.parameters)
+                grads = self._placement.gradients(value if factor is None else value * factor, self.parameters, wrt)
             except RuntimeError as error:
                 if "a second time" not in str(error):
                     raise
@@ -439,14 +460,21 @@ class ModelOracle(Oracle):
                     "anew. Clear lists and attributes that `forward` fills at its beginning, and detach states that "
                     "are carried from batch to batch"
                 ) from error
-        gradient = filled(grads, self.layout, lambda: self.weights, lambda: self.names)
-        self.holes = gradient.holes
+        gradient = filled(grads, self.layout, lambda: self.weights, lambda: self.names, wrt)
+        self.holes = gradient.holes if wrt is None else frozenset([i for i in gradient.holes if wrt[i]])
         return gradient if factor is None else gradient / factor.to(gradient.tensors[0].device)
 
     def _drop_copies(self) -> None:
         """Frees copies of the weights that were made for a forward pass."""
         torch.clear_autocast_cache()
         self._placement.before_forward()
+
+
+def _displace(weights: Vector, by: Vector) -> None:
+    """Adds a displacement in place, except where it is zero by structure."""
+    moved = [i for i in range(len(by)) if i not in by.holes]
+    if moved:
+        torch._foreach_add_([weights.tensors[i] for i in moved], [by.tensors[i] for i in moved])
 
 
 def _detached(tensor: Tensor) -> Tensor:
@@ -458,6 +486,7 @@ Sums = list[tuple[nn.Parameter, int, Tensor]]
 
 
 def _inputs_then_targets(model: nn.Module, *batch: Any, **named: Any) -> tuple[Any, Any]:
+    named.pop("indices", None)  # the numbers of the examples, for methods that remember examples
     if named:
         raise TypeError(
             f"the batch has keyword arguments ({', '.join(named)}), and which one is the targets is not known: give "

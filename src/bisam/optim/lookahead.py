@@ -122,6 +122,19 @@ class Lookahead(Optimizer):
         self._end_round()
         return loss
 
+    def after_step(self, parameter: Tensor, weights: Tensor, fast: Tensor) -> Tensor:
+        """Returns the weights of a parameter after the next step, which is not taken.
+
+        Args:
+            parameter: a parameter of the optimizer.
+            weights: its present weights; if it is a DTensor, the local part of them.
+            fast: its weights after a step of the wrapped optimizer alone, in the same form.
+        """
+        if self._count + 1 < self.k:
+            return fast
+        slow = self._slow.get(parameter) if self._count else None
+        return (weights if slow is None else local(slow)).lerp(fast, self.alpha)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Resets the gradients, as the wrapped optimizer does."""
         self.optimizer.zero_grad(set_to_none)

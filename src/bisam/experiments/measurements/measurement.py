@@ -28,6 +28,7 @@ from bisam.experiments.runs.environment import environment
 from bisam.experiments.runs.files import checksum, read_json, write
 from bisam.experiments.runs.machine import Machine
 from bisam.experiments.runs.provenance import MEASURED, line, where
+from bisam.experiments.studies.papers import Exhibit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,6 +62,8 @@ class Measurement:
     """From all rows to those of the table. Default: all of them."""
     summary: str = ""
     """One line for a list of measurements, where it differs from the title."""
+    exhibit: Exhibit | None = None
+    """The table or figure of a paper that it reproduces."""
 
     @property
     def drawn_only(self) -> bool:
@@ -73,7 +76,9 @@ class Measurement:
         Raises:
             ValueError: a name is unknown, or a value has the wrong type or is out of range.
         """
-        for name in texts:
+        for name, text in texts.items():
+            if not self.settings:
+                raise ValueError(f"{self.name} has no settings: leave --set {name}={text} out")
             if name not in self.settings:
                 raise unknown(f"setting of {self.name}", name, self.settings)
         values = {name: parsed(name, text, self.settings[name]) for name, text in texts.items()}

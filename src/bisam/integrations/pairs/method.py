@@ -189,7 +189,7 @@ class _Shared(View):
             (away if mine else here).append(message)
             if mine and answer is not None:
                 torch._foreach_copy_(parts, form.parts(answer))
-            answers.append(form.answer(parts, answer, objective))
+            answers.append(form.answer(parts, answer, objective, self.parameters))
             del answer  # its gradient is in the message
         parts = list[Tensor]()
         if buffers:

@@ -7,7 +7,7 @@ a description of their queries and any error, so that an error on one rank is ra
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any, cast
@@ -23,7 +23,7 @@ from bisam.evaluation import Evaluation
 from bisam.model.oracle import ModelOracle
 from bisam.objectives import Objective
 from bisam.oracle import Oracle
-from bisam.vector import WHOLE, Vector
+from bisam.vector import WHOLE, Vector, with_zeros
 
 
 @dataclass(frozen=True)
@@ -49,18 +49,28 @@ class Form:
             scalars.append(self.count)
         numbers = [torch.empty(shape, dtype=dtype, device="meta")]
         numbers += [torch.empty((), dtype=dtype, device="meta") for dtype in scalars]
-        return numbers if self.holes is None else [*numbers, *parameters]
+        return numbers if self.holes is None else [*numbers, *self._outside(parameters)]
 
     def parts(self, answer: Evaluation) -> list[Tensor]:
         """Returns the tensors that are sent."""
         count = [answer.count] if isinstance(answer.count, Tensor) else []
-        return [answer.losses, answer.value, *count, *(answer.grad or ())]
+        return [answer.losses, answer.value, *count, *self._outside(answer.grad or ())]
 
-    def answer(self, parts: list[Tensor], own: Evaluation | None, objective: Objective) -> Evaluation:
+    def _outside(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """Returns the tensors outside of the holes."""
+        return [t for i, t in enumerate(tensors) if i not in (self.holes or ())]
+
+    def answer(
+        self, parts: list[Tensor], own: Evaluation | None, objective: Objective, parameters: Sequence[Tensor]
+    ) -> Evaluation:
         """Returns the answer with these parts; other attributes are those of the rank's own answer, if there is one."""
         losses, value, *rest = parts
         count = self.count if isinstance(self.count, int) else rest.pop(0)
-        grad = None if self.holes is None else Vector(rest, self.holes)
+        grad = None
+        if self.holes is not None:
+            sent = iter(rest)
+            tensors = [None if i in self.holes else next(sent) for i in range(len(parameters))]
+            grad = Vector(with_zeros(tensors, parameters), self.holes)
         blank = Evaluation(losses, None, None, value, count, None, objective)
         return replace(own or blank, losses=losses, grad=grad, value=value, count=count)
 
