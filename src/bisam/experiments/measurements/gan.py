@@ -24,7 +24,7 @@ from bisam.experiments.data.cifar import cifar
 from bisam.experiments.data.digits import digits
 from bisam.experiments.data.image_tensors import Images
 from bisam.experiments.errors import unknown
-from bisam.experiments.measurements.frechet import NAMES, distance, enlarged, features
+from bisam.experiments.measurements.frechet import NAMES, Features, distance, enlarged, features
 from bisam.experiments.measurements.measurement import Measurement, Row, Settings
 from bisam.experiments.measurements.timing import threads
 from bisam.experiments.models.gan import Discriminator, Generator
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 REAL = "real images"
 """The part that compares held-out images with the training images: the distance of a perfect generator."""
 _SHOWN = 10  # samples of a method in the figure
-_REFERENCE = 10_000  # training images that others are compared with, at most
+_REFERENCE = 2_000  # training images that others are compared with, at most
 
 
 @dataclass(frozen=True)
@@ -131,12 +131,18 @@ def _images(data: str) -> tuple[Tensor, Tensor]:
     return tuple(enlarged((x - low) / (high - low) * 2 - 1) for x in (train, held))  # pyright: ignore
 
 
+@cache
+def _reference(data: str, name: str, device: torch.device) -> tuple[Features, tuple[Tensor, Tensor]]:
+    """The network of features, and the moments of the training images; once for all parts."""
+    network = features(name, device)
+    return network, network.moments(_images(data)[0][:_REFERENCE].to(device))
+
+
 def _measure(part: str, settings: Settings, device: torch.device) -> list[dict[str, Any]]:
     real, held = (images.to(device) for images in _images(settings["data"]))
     with threads(settings["threads"]):
-        network = features(settings["features"], device)
+        network, reference = _reference(settings["data"], settings["features"], device)
         size = min(settings["samples"], len(held))  # as many generated as real ones
-        reference = network.moments(real[:_REFERENCE])
 
         def row(method: str, seed: int, gradients: int, images: Tensor, **losses: float | None) -> dict[str, Any]:
             finite = bool(images.isfinite().all())
