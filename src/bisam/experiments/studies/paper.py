@@ -256,7 +256,7 @@ PAPER = (
             _THREE_SEEDS,
             Assumption("model", "resnet32", Kind.CHOSEN, _NOISY),
             Assumption("model", MODELS, Kind.CHOSEN, "the networks of section 4.1; the table's is not public"),
-            Assumption("validation_noise", (False, True), Kind.CHOSEN, "whether they are noisy is not public"),
+            Assumption("validation_noise", False, Kind.CHOSEN, "whether they are noisy is not public"),
             Assumption("noise", (0.2, 0.4, 0.6, 0.8), Kind.CHOSEN, _NOISY),
             Assumption("rho", 0.01, Kind.RECOLLECTED, "the paper has a smaller radius at 80 % noise", {"noise": 0.8}),
         ),
