@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 from bisam.experiments.recipes.assumptions import SEEDS, Assumption, Kind
 from bisam.experiments.recipes.catalogue import BASELINE, METHODS, PLAIN
@@ -42,7 +41,15 @@ VARIANTS: tuple[tuple[str, str, str], ...] = (
     ("BiSAM (-log)", "SAM(L2(0.1), NegLog(1.0))", _sampa("L2(0.1)", "NegLog(1.0), ")),
 )
 """Variants of SAM that SAMPa is combined with: name, method alone, and the two together."""
+
 _PENALTY = "WSAM(L2(0.1), gamma=0.8 / 1.8)"
+_TASK_RADII = {"cola": 0.01, "rte": 0.005}
+_LABELS = {
+    **{alone: name for name, alone, _ in VARIANTS},
+    **{together: f"SAMPa-0.2 with {name}" for name, _, together in VARIANTS},
+    **{SAMPA_LANGUAGE.format(rho=rho): "SAMPa-0.1" for rho in (0.05, *_TASK_RADII.values())},
+    _PENALTY: "gradient penalty",
+}
 
 
 def _with(base: Recipe, method: str, rho: float = _RHO) -> Recipe:
@@ -51,17 +58,12 @@ def _with(base: Recipe, method: str, rho: float = _RHO) -> Recipe:
     return replace(base, method=method, rho=rho if takes else None)
 
 
-def _settings(preset: Recipe) -> list[tuple[str, Any]]:
-    """The settings of a preset whose values the paper may share with BiSAM's table."""
-    return [(name, getattr(preset, name)) for name in ("epochs", "learning_rate", "batch_size", "weight_decay")]
-
-
 def _networks(dataset: str, epochs: int | None) -> list[Recipe]:
     base = replace(CIFAR, dataset=dataset, epochs=epochs or 200)
     recipes: list[Recipe] = []
     for model in MODELS:
         one = replace(base, model=model)
-        twice = replace(one, epochs=2 * one.epochs)
+        twice = replace(one, epochs=2 * one.epochs)  # SAMPa-0.2 has both in the table
         recipes += [_with(twice if method == PLAIN else one, method) for method in _FOUR] + [_with(twice, "sampa")]
     return recipes
 
@@ -77,19 +79,20 @@ def _imagenet(epochs: int | None) -> list[Recipe]:
 
 
 def _vit(epochs: int | None) -> list[Recipe]:
+    # AdamW and 10 epochs are the paper's.
     base = replace(VIT, steps=None, epochs=epochs or 10, warmup=0)
     bases = [replace(base, dataset=f"{name}:224") for name in ("cifar10", "cifar100")]
     return [_with(base, method, 0.05) for base in bases for method in ("sam", "sampa")]
 
 
 def _glue(epochs: int | None) -> list[Recipe]:
-    from bisam.experiments.data.glue import TASKS  # not at the top: it imports Fabric, which other studies do not need
+    from bisam.experiments.data.glue import TASKS  # not at the top: other studies do not need it
 
-    tiny, radii = ("mrpc", "wnli"), {"cola": 0.01, "rte": 0.005}
+    tiny = ("mrpc", "wnli")
     recipes: list[Recipe] = []
     for task in TASKS:
         base = replace(BERT, dataset=f"glue:{task}", epochs=epochs or (5 if task in tiny else 3))
-        rho = radii.get(task, 0.05)
+        rho = _TASK_RADII.get(task, 0.05)
         methods = (PLAIN, "sam", "sampa_0", SAMPA_LANGUAGE.format(rho=rho))
         recipes += [_with(base, method, rho) for method in methods]
     return recipes
@@ -107,6 +110,7 @@ def _variants(epochs: int | None) -> list[Recipe]:
 
 
 def _stale(epochs: int | None) -> list[Recipe]:
+    # The networks are those of SAM-db's table.
     base = replace(CIFAR, epochs=epochs or 200)
     methods = (PLAIN, "sam", "opt_sam", "sam_db", "async_sam", "sampa")
     return [_with(replace(base, model=model), m) for model in ("resnet56", "wrn28_2", "vgg19_bn") for m in methods]
@@ -114,25 +118,25 @@ def _stale(epochs: int | None) -> list[Recipe]:
 
 def _penalty(epochs: int | None) -> list[Recipe]:
     # A penalty on the gradient norm (Zhao et al., 2022) mixes both gradients, as WSAM with gamma = a / (1 + a) does:
-    # (1 - a) g + a h. SAMPa-0.2 weights its gradients by 0.8 and 0.2.
+    # (1 - a) g + a h, with a = 0.8. SAMPa-0.2 weights its gradients by 0.8 and 0.2.
     base = replace(CIFAR, epochs=epochs or 200)
     methods = ("sam", "sampa", _PENALTY)
     return [_with(replace(base, noise=noise), method) for noise in (0.0, 0.8) for method in methods]
 
 
-_LABELS = {
-    **{alone: name for name, alone, _ in VARIANTS},
-    **{together: f"SAMPa-0.2 + {name}" for name, _, together in VARIANTS},
-    **{SAMPA_LANGUAGE.format(rho=rho): "SAMPa-0.1" for rho in (0.05, 0.01, 0.005)},
-    _PENALTY: "gradient penalty",
-}
-_RADIUS = Assumption(
-    "rho", _RHO, Kind.CHOSEN, "the default of the authors' code; a table of radii was not found in a public source"
-)
-_DOUBLED = Assumption(
-    "epochs", 400, Kind.RECOLLECTED, "that SGD has twice the epochs is not in a public source", {"method": PLAIN}
-)
-_AS_THERE = "the value of BiSAM's study; the paper's is not public"
+_UNKNOWN = "the paper's value is not public"
+_RADIUS = Assumption("rho", _RHO, Kind.CHOSEN, "the default of the authors' code; the paper's radii are not public")
+_DOUBLED = Assumption("epochs", 400, Kind.RECOLLECTED, "of SGD: twice the others'", {"method": PLAIN})
+
+
+def _added(why: str, *methods: str) -> Assumption:
+    return Assumption("method", methods, Kind.CHOSEN, f"added: {why}")
+
+
+def _of_bisam(**values: object) -> tuple[Assumption, ...]:
+    """Values of the BiSAM paper's table, for which this paper's are not public."""
+    why = "the value of the BiSAM paper's table; this paper's is not public"
+    return tuple(Assumption(name, value, Kind.CHOSEN, why) for name, value in values.items())
 
 
 def _study(
@@ -143,20 +147,22 @@ def _study(
     note: str = "",
     figures: tuple[str, ...] = ("accuracy",),
     baselines: tuple[str, ...] = (BASELINE,),
-    assumptions: tuple[Assumption, ...] = (_RADIUS,),
+    assumptions: tuple[Assumption, ...] = (),
 ) -> Study:
     source = "Xie, Pethick and Cevher, 2024, https://arxiv.org/abs/2410.10683."
+    note = f"{source} {note}".strip()
+    shown = Exhibit(papers.SAMPA, exhibit)
     return Study(
         name,
         title,
         recipes,
         _THREE,
         figures,
-        note=f"{source} {note}".strip(),
+        note=note,
         baselines=baselines,
-        exhibit=Exhibit(papers.SAMPA, exhibit),
         labels=_LABELS,
-        assumptions=(Assumption(SEEDS, _THREE, Kind.CHOSEN, "the paper's number is not public"), *assumptions),
+        assumptions=(Assumption(SEEDS, _THREE, Kind.CHOSEN, _UNKNOWN), *assumptions),
+        exhibit=shown,
     )
 
 
@@ -173,10 +179,7 @@ SAMPA = (
         "All have the same number of epochs. SAF and MESA keep the authors' settings, whose average of the weights "
         "reaches over thousands of steps.",
         ("gradients", "accuracy"),
-        assumptions=(
-            _RADIUS,
-            Assumption("method", ("sampa_0", "bisam_log"), Kind.CHOSEN, "added: not in the authors' figure"),
-        ),
+        assumptions=(_RADIUS, _added("not in the authors' figure", "sampa_0", "bisam_log")),
     ),
     _study(
         "sampa-cifar10",
@@ -199,10 +202,7 @@ SAMPA = (
         "Table of ImageNet-1K",
         "SAMPa's table: ImageNet-1K, ResNet-50",
         _imagenet,
-        assumptions=(
-            *[Assumption(name, value, Kind.CHOSEN, _AS_THERE) for name, value in _settings(IMAGENET)],
-            Assumption("rho", 0.05, Kind.CHOSEN, _AS_THERE),
-        ),
+        assumptions=_of_bisam(epochs=90, learning_rate=0.2, batch_size=512, rho=0.05),
     ),
     _study(
         "sampa-vit",
@@ -210,8 +210,8 @@ SAMPA = (
         "SAMPa's table: ViT-B/16 fine-tuned on CIFAR-10 and CIFAR-100",
         _vit,
         assumptions=(
-            *[Assumption(name, value, Kind.CHOSEN, _AS_THERE) for name, value in _settings(VIT) if name != "epochs"],
-            Assumption("rho", 0.05, Kind.CHOSEN, _AS_THERE),
+            *_of_bisam(learning_rate=1e-4, batch_size=128, weight_decay=0.0, clip=1.0, rho=0.05),
+            Assumption("warmup", 0, Kind.CHOSEN, _UNKNOWN),
         ),
     ),
     _study(
@@ -221,13 +221,17 @@ SAMPA = (
         _glue,
         "The test is the official development set; a tenth of the training part is held out to choose the epoch. "
         "STS-B, a regression, is left out.",
-        assumptions=(
-            *[Assumption(name, value, Kind.CHOSEN, _AS_THERE) for name, value in _settings(BERT) if name != "epochs"],
-            Assumption("epochs", (3, 5), Kind.CHOSEN, _AS_THERE),
-            Assumption("rho", (0.05, 0.01, 0.005), Kind.CHOSEN, _AS_THERE),
+        assumptions=_of_bisam(
+            epochs=(3, 5), learning_rate=2e-5, batch_size=32, weight_decay=0.0, warmup=0, rho=(0.05, 0.01, 0.005)
         ),
     ),
-    _study("sampa-noise", "Table of label noise", "SAMPa's table: CIFAR-10 with label noise, ResNet-32", _noise),
+    _study(
+        "sampa-noise",
+        "Table of label noise",
+        "SAMPa's table: CIFAR-10 with label noise, ResNet-32",
+        _noise,
+        assumptions=(_RADIUS,),
+    ),
     _study(
         "sampa-variants",
         "Table of variants",
@@ -236,11 +240,16 @@ SAMPA = (
         "Each variant is compared with SAM; the row after it is the variant with SAMPa-0.2.",
         baselines=(VARIANTS[0][1],),
         assumptions=(
-            Assumption("variants", "the rows", Kind.RECOLLECTED, "which ones the table has is not in a public source"),
-            Assumption("radius", _RHO, Kind.CHOSEN, "the default of the authors' code"),
-            Assumption("radius of ASAM", 2.0, Kind.CHOSEN, "larger than SAM's, as its authors' is"),
-            Assumption("radius of SAM-ON", 0.5, Kind.CHOSEN, "larger than SAM's, as its authors' is"),
-            Assumption("micro-batch", 32, Kind.CHOSEN, "the paper's is not public"),
+            _RADIUS,
+            Assumption(
+                "variants",
+                ", ".join(name for name, *_ in VARIANTS[1:]),
+                Kind.RECOLLECTED,
+                "which variants the table has is not public",
+            ),
+            Assumption("rho", 2.0, Kind.CHOSEN, "of ASAM: larger than SAM's, as its authors' is"),
+            Assumption("rho", 0.5, Kind.CHOSEN, "of SAM-ON: larger than SAM's, as its authors' is"),
+            Assumption("micro-batch", 32, Kind.CHOSEN, _UNKNOWN, {"method": VARIANTS[1][1:]}),
         ),
     ),
     _study(
@@ -248,7 +257,7 @@ SAMPA = (
         "Tables of OptSAM and SAM-db",
         "SAMPa's tables: OptSAM and SAM-db on CIFAR-10, three networks",
         _stale,
-        assumptions=(_RADIUS, Assumption("method", "async_sam", Kind.CHOSEN, "added: in neither table")),
+        assumptions=(_RADIUS, _added("in neither table", "async_sam")),
     ),
     _study(
         "sampa-penalty",
@@ -257,7 +266,13 @@ SAMPA = (
         _penalty,
         assumptions=(
             _RADIUS,
-            Assumption("weight of the penalty", 0.8, Kind.RECOLLECTED, "that of Zhao et al. (2022)"),
+            Assumption(
+                "weight of the penalty",
+                0.8,
+                Kind.RECOLLECTED,
+                "the value of Zhao et al. (2022)",
+                {"method": _PENALTY},
+            ),
         ),
     ),
 )
