@@ -53,6 +53,8 @@ def test_methods_cost_what_they_ask_for():
         "looksam": (1 + 4 / epoch) * plain,  # steps 0, 5, 10 and 15
         "sampa": (2 + 1 / epoch) * plain,
         "KSAM(32)": forward + 2 * plain / 2,
+        "mesa": plain + forward,
+        "saf": plain,
     }.items():
         assert count(replace(DIGITS, method=method)).step == pytest.approx(expected, rel=1e-6), method
 

@@ -38,6 +38,7 @@ from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.files import read_json, write
 from bisam.experiments.training.counting import CountedMethod
 from bisam.methods import Method
+from bisam.methods.method import indexed
 
 _PACKAGES = ("torch", "torchvision", "timm", "transformers")
 _AT_ONCE = 2e9  # operations of a gradient of the examples that are counted, at most, unless two have more
@@ -139,7 +140,8 @@ def key(recipe: Recipe) -> str:
     size, method = size_of(recipe.dataset), recipe.method
     expression = METHODS[method].written() if method in METHODS else method  # a radius costs nothing
     shape = "x".join(map(str, _shape(recipe)))
-    return f"{recipe.model}, {shape}, {size.classes} classes, batches of {recipe.batch_size}, {expression}"
+    network = recipe.model.partition(".")[0]  # without timm's tag of the pretrained weights
+    return f"{network}, {shape}, {size.classes} classes, batches of {recipe.batch_size}, {expression}"
 
 
 def is_known(recipe: Recipe) -> bool:
@@ -188,7 +190,8 @@ def count(recipe: Recipe) -> Count:
     """Count the operations for an example of `recipe`'s network and method.
 
     It is the count of the second step. If the steps of the method differ, or if it draws parts of the weights, it is
-    the mean of some steps; for a small network it is the mean of an epoch.
+    the mean of some steps; for a small network it is the mean of an epoch. SAF and MESA begin after some epochs: they
+    are counted as they run from then on.
 
     Raises:
         ValueError: a package is missing, or the network cannot be built.
@@ -206,14 +209,17 @@ def count(recipe: Recipe) -> Count:
         epoch = -(-size.train // recipe.batch_size)
         examples, first, steps = _plan(recipe, 3 * forward, epoch)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+        if _begins_late(recipe):
+            epoch = 1  # so that the first step that is counted is after their start
         names = {"optimizer": optimizer, "steps": first + steps, "epoch": epoch, "examples": size.train}
         sharp = SharpnessAware(model, recipe.build_method(**names), cross_entropy)
         total = 0
         for step in range(first + steps):
             inputs, labels = _batch(recipe, examples)
+            numbered = {"indices": torch.arange(examples)} if indexed(sharp.method) else {}
             optimizer.zero_grad()
             with FlopCounterMode(display=False) as counter:
-                sharp(inputs, labels).backward()
+                sharp(inputs, labels, **numbered).backward()
             optimizer.step()
             total += counter.get_total_flops() if step >= first else 0
     return Count(round(total / (steps * examples)), forward)
@@ -227,6 +233,8 @@ def _plan(recipe: Recipe, gradient: float, epoch: int) -> tuple[int, int, int]:
         gradient: operations of a gradient of an example.
         epoch: steps of an epoch.
     """
+    if _begins_late(recipe):
+        return min(recipe.batch_size, max(2, int(_AT_ONCE / gradient))), _SAMPLED, 1
     if gradient * epoch * recipe.batch_size < _AN_EPOCH:
         return recipe.batch_size, 0, epoch
     draws = re.search(r"\b(RandomMask|EBiSAM)\(", recipe.expression)
@@ -235,6 +243,10 @@ def _plan(recipe: Recipe, gradient: float, epoch: int) -> tuple[int, int, int]:
     if draws:
         return examples, 0, _DRAWN
     return (examples, 0, _SAMPLED) if _differ(recipe.expression) else (examples, 1, 1)
+
+
+def _begins_late(recipe: Recipe) -> bool:
+    return re.search(r"\b(SAF|MESA)\(", recipe.expression) is not None
 
 
 def _shape(recipe: Recipe) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from torch.optim import SGD, Optimizer
 from bisam import RAPP, CEGPlus, ExtraGradient, Lookahead, Method, SharpnessAware
 from bisam.experiments.errors import unknown
 from bisam.experiments.measurements.measurement import Measurement, Row, Settings
+from bisam.experiments.studies import papers
 from bisam.proximal import Box
 
 if TYPE_CHECKING:
@@ -277,6 +278,7 @@ def _line(player: Player) -> dict[str, Any]:
 
 RAPP_FIGURES = Measurement(
     name="rapp-figures",
+    exhibit=papers.Exhibit(papers.RAPP, "Figures 2 and 3"),
     title="RAPP, Lookahead and extragradient on three games with limit cycles",
     summary="RAPP's synthetic examples: trajectories on three games (Figures 2 and 3 of Pethick et al., 2023)",
     note=(

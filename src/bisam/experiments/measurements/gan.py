@@ -28,6 +28,7 @@ from bisam.experiments.measurements.frechet import NAMES, Features, distance, en
 from bisam.experiments.measurements.measurement import Measurement, Row, Settings
 from bisam.experiments.measurements.timing import threads
 from bisam.experiments.models.gan import Discriminator, Generator
+from bisam.experiments.studies import papers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -316,6 +317,7 @@ def samples(rows: list[Row]) -> Figure:
 
 GAN = Measurement(
     name="gan",
+    exhibit=papers.Exhibit(papers.RAPP, "Tables of GANs"),
     title="Small GANs on real images, trained by methods for min-max problems",
     summary="GANs trained by GDA, extragradient, RAPP and Lookahead, on digits or CIFAR-10",
     note=(
