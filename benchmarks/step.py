@@ -25,7 +25,8 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.measure import Parser, Ratio, interleaved, ratio, report, verdict, write
 from benchmarks.models import batch_for, mlp, resnet56
-from bisam import ASAM, SAM, BiSAM, SharpnessAware, cross_entropy
+from bisam import ASAM, ESAM, SAM, SAMON, BiSAM, Only, SharpnessAware, cross_entropy
+from bisam.masks import RandomMask
 from bisam.methods import Method
 
 LIMIT = "limit"
@@ -125,19 +126,34 @@ CONTESTANTS: dict[str, Callable[[nn.Module, Loss], Training]] = {
 }
 
 
+OF_A_PART: dict[str, Method] = {
+    "bisam SAM, half of the tensors": SAM(RandomMask(RHO, beta=0.5)),
+    "bisam ESAM": ESAM(RandomMask(RHO, beta=0.5), gamma=0.5),
+}
+"""Methods whose first gradient is that of a part of the weights; their time is compared with SAM's."""
+
+TOP = {"bisam SAM, last layer": SAM(Only(lambda name, p: name.startswith("170."), RHO))}
+
+
 @dataclass(frozen=True)
 class Case:
-    """A model, its batch size, and the bar for a step of bisam's SAM."""
+    """A model, its batch size, the bar for a step of bisam's SAM, and methods of `OF_A_PART` for this model."""
 
     model: Callable[[], nn.Module]
     n: int
     bar: float
+    of_a_part: dict[str, Method]
+
+    @property
+    def contestants(self) -> dict[str, Callable[[nn.Module, Loss], Training]]:
+        """All implementations that are timed."""
+        return CONTESTANTS | {name: partial(ours, method) for name, method in (OF_A_PART | self.of_a_part).items()}
 
 
 CASES = {
-    "resnet56": Case(resnet56, 32, 1.03),
-    "mlp-32": Case(mlp, 32, 1.20),
-    "mlp-128": Case(mlp, 128, 1.20),
+    "resnet56": Case(resnet56, 32, 1.03, {"bisam SAM-ON": SAMON(RHO)}),
+    "mlp-32": Case(mlp, 32, 1.20, TOP),
+    "mlp-128": Case(mlp, 128, 1.20, TOP),
 }
 
 
@@ -147,14 +163,15 @@ def speed(case: Case, repeats: int) -> list[dict[str, Any]]:
     model = case.model()
     x, y = batch_for(model, case.n)
     steps = {
-        name: partial(make(copy.deepcopy(model), F.cross_entropy).step, x, y) for name, make in CONTESTANTS.items()
+        name: partial(make(copy.deepcopy(model), F.cross_entropy).step, x, y) for name, make in case.contestants.items()
     }
     times = interleaved(steps, repeats)
     rows: list[dict[str, Any]] = []
-    for name in CONTESTANTS:
+    for name in case.contestants:
         r: Ratio = ratio(times, name, LIMIT)
         bar = case.bar if name == "bisam SAM" else None
-        to_sam = ratio(times, name, "bisam SAM").median if name == "bisam BiSAM (-log)" else None
+        compared = name == "bisam BiSAM (-log)" or name not in CONTESTANTS
+        to_sam = ratio(times, name, "bisam SAM").median if compared else None
         row = {"contestant": name, **vars(r), "bar": bar, "passed": None if bar is None else r.median <= bar}
         rows.append(row | {"ratio_to_sam": to_sam})
     return rows
@@ -276,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "time": lambda r: f"{r['seconds'] * 1e3:.2f} ms",
                 "ratio": lambda r: f"{r['median']:.3f}",
                 "quartiles": lambda r: f"{r['low']:.3f} to {r['high']:.3f}",
-                "BiSAM / SAM": lambda r: "" if r["ratio_to_sam"] is None else f"{r['ratio_to_sam']:.3f}",
+                "time / SAM's": lambda r: "" if r["ratio_to_sam"] is None else f"{r['ratio_to_sam']:.3f}",
                 "verdict": verdict,
             },
             own,

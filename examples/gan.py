@@ -11,9 +11,9 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.optim import SGD
+from torch.optim import SGD, Adam
 
-from bisam import ERM, RAPP, ExtraGradient, Lookahead, SharpnessAware
+from bisam import ERM, RAPP, ExtraGradient, Lookahead, ProximalPoint, SharpnessAware
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -24,6 +24,7 @@ METHODS = {  # method, optimizer, gradient evaluations per step
     "eg": (ExtraGradient(0.03), lambda p: SGD(p, lr=0.03), 2),  # diverges here from 0.1 on
     "lagda": (ERM(), lambda p: Lookahead(SGD(p, lr=GAMMA), k=5, alpha=0.5), 1),
     "rapp": (RAPP(GAMMA, inner=3), lambda p: SGD(p, lr=LAM * GAMMA), 3),
+    "extraadam": (ERM(), lambda p: ProximalPoint(Adam(p, lr=1e-3, betas=(0.0, 0.9))), 1),  # new batches
 }
 
 

@@ -13,7 +13,9 @@ pytest.importorskip("rich")
 pytest.importorskip("torchvision")
 
 from benchmarks import docs, measure, models, objective, parallel, pipeline, scaling, step
+from bisam import SharpnessAware, cross_entropy
 from bisam.experiments.measurements import timing
+from bisam.oracle import View
 
 MAINS = [module.main for module in (objective, step, pipeline, parallel, scaling)]
 RATIO = {"median", "low", "high", "rounds", "seconds", "bar", "passed"}
@@ -86,7 +88,13 @@ def test_step(tmp_path, capsys, monkeypatch):
     path = tmp_path / "step.json"
     step.main(["--models", "mlp-32", "--repeats", "2", "--threads", "1", "--json", str(path)])
     content = written(path)
-    assert [r["contestant"] for r in content["rows"]] == list(step.CONTESTANTS)
+    assert [r["contestant"] for r in content["rows"]] == list(step.CASES["mlp-32"].contestants)
+    assert [r["contestant"] for r in content["rows"] if r["ratio_to_sam"]] == [
+        "bisam BiSAM (-log)",
+        "bisam SAM, half of the tensors",
+        "bisam ESAM",
+        "bisam SAM, last layer",
+    ]
     assert all(r.keys() >= RATIO | {"model", "batch", "ratio_to_sam"} for r in content["rows"])
     ours = [r for r in content["footprint"] if r["contestant"].startswith("bisam")]
     assert len(ours) == 3
@@ -94,7 +102,7 @@ def test_step(tmp_path, capsys, monkeypatch):
         assert (row["at_second_loss"], row["between_steps"]) == (2, 1)
         assert row["checkpoint_ratio"] < 1.01
     shown = capsys.readouterr().out
-    assert "BiSAM / SAM" in shown
+    assert "time / SAM's" in shown
     assert "checkpoint" in shown
 
 
@@ -135,6 +143,24 @@ def test_every_contestant_trains(name):
     assert not torch.equal(model.weight, before)
     assert all(p.grad is None for p in model.parameters())
     assert step.saved_bytes(training.checkpoint()) > 0
+
+
+@pytest.mark.parametrize("name", step.CASES)
+def test_methods_of_a_part_ask_for_a_part(name):
+    case, asked = step.CASES[name], {}
+
+    class Asked(View):
+        def ask(self, queries):
+            asked.setdefault(method, queries[0].wrt)
+            return super().ask(queries)
+
+    torch.manual_seed(0)
+    model = case.model()
+    x, y = models.batch_for(model, 4)
+    for method in (step.OF_A_PART | case.of_a_part).values():
+        SharpnessAware(model, lambda o, b: method(Asked(o), b), cross_entropy)(x, y)  # noqa: B023
+    assert len(asked) == 3
+    assert all(wrt is not None and 0 < sum(wrt) < len(wrt) for wrt in asked.values())
 
 
 def test_the_peers_take_the_same_step():

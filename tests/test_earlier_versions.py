@@ -396,10 +396,22 @@ def training():
     for name in ("cyclopts", "lightning_fabric", "sklearn"):
         pytest.importorskip(name)
     names = ("folder.Run", "folder.finished", "folder.read_recipe", "machine.Machine")
-    parts = [("runs." + module, name) for module, name in (n.split(".") for n in names)] + [("training.train", "train")]
+    parts = [("runs." + module, name) for module, name in (n.split(".") for n in names)] + [
+        ("training.train", "train"),
+        ("errors", "RunError"),
+    ]
     return SimpleNamespace(
         **{name: getattr(importlib.import_module(f"bisam.experiments.{module}"), name) for module, name in parts}
     )
+
+
+def is_changed(folder: Path) -> bool:
+    """Whether later versions give another result: those of ESAM have changed since 0.1."""
+    return bool(re.search(r"\bE(Bi)?SAM\(", json.loads((folder / "recipe.json").read_text())["method"]))
+
+
+def latest_version() -> int:
+    return importlib.import_module("bisam.experiments.recipes.recipe").VERSION
 
 
 def named(folder: Path) -> str:
@@ -428,6 +440,7 @@ def test_a_finished_run_is_read(training, folder):
     recipe, root = training.read_recipe(folder), folder.parents[1]
     written, result = (json.loads((folder / f"{name}.json").read_text()) for name in ("recipe", "result"))
     assert {name: getattr(recipe, name) for name in written} == written
+    assert recipe.version == (1 if is_changed(folder) else latest_version())
     assert training.Run.under(root, recipe).folder == folder  # otherwise the same command would start a new run
     (run,) = (one for one in training.finished(root) if one.recipe == recipe)
     assert run.result == result
@@ -442,6 +455,10 @@ def test_a_finished_run_is_not_run_again(training, tmp_path):
         recipe = training.read_recipe(folder)
         run = training.Run.under(tmp_path, recipe)
         shutil.copytree(folder, run.folder)
+        if is_changed(folder):
+            with pytest.raises(training.RunError, match="the recipe has version 1"):
+                training.train(run, training.Machine(log=()))
+            continue
         assert training.train(run, training.Machine(log=())) == json.loads((folder / "result.json").read_text())
         assert not (run.folder / "checkpoint.pt").exists()
 
@@ -480,6 +497,7 @@ def test_the_report_of_a_study_is_that_of_its_runs(bisam, tmp_path):
         reported = sorted(float(row["test_best_mean"]) for row in csv.DictReader(file))
     assert reported == sorted(result["test_best"] for result in results)
     assert len(reported) == 3
+    assert (tmp_path / "report.csv").read_text().count("(version 1)") >= 3  # their results have changed since
 
 
 @pytest.mark.parametrize("changed", [{}, {"classes": "3,20", "deltas": "0.01"}], ids=["standard", "changed"])

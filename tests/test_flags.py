@@ -58,7 +58,7 @@ def test_given_flags_are_those_on_the_command_line_in_one_spelling():
     assert given_flags(["list"]) == frozenset()
 
 
-ALWAYS = {"dataset", "model", "weights", "method", "noise", "limit", "epochs", "batch_size", "accumulate"}
+ALWAYS = {"dataset", "model", "weights", "method", "noise", "limit", "epochs", "steps", "batch_size", "accumulate"}
 ALWAYS |= {"optimizer", "learning_rate", "schedule", "weight_decay", "label_smoothing", "clip", "ema", "precision"}
 ALWAYS |= {"compile", "seed", "device", "devices", "nodes", "log"}
 REFUSED_BY_RECIPE = {"rho", "mu", "alpha", "eta", "warmup"}
@@ -88,6 +88,7 @@ FILES = ("--dataset", "flowers")
         (("--max-length", 64), CIFAR, "--max-length (needs dataset glue:TASK, got cifar10)"),
         (("--channels-last",), BERT, "--channels-last (needs a dataset of images, got glue:rte)"),
         (("--momentum", 0.5), ("--optimizer", "adamw"), "--momentum (needs optimizer sgd, got adamw)"),
+        (("--validation-noise",), (), "--validation-noise (needs noise above 0, got 0)"),
         (("--momentum", 0.5), ("--preset", "vit"), "--momentum (needs optimizer sgd, got adamw)"),
         (("--strategy", "ddp"), (), "--strategy (needs several --devices, got 1)"),
         (("--data-dir", "data"), (), "--data-dir (needs a dataset in that folder, got digits)"),
@@ -115,14 +116,13 @@ def test_a_flag_without_effect_is_refused_by_name(bisam, tmp_path, idle, where, 
     [
         (("digits", "--set", "image_size=96"), "--set image_size (needs dataset imagenet"),
         (("digits", "--set", "image-size=96"), "--set image_size (needs dataset imagenet"),
+        (("table1", "--set", "validation_noise=yes"), "--set validation_noise (needs noise above 0, got 0)"),
         (("digits", "--loaders", 2), "--loaders (needs dataset imagenet"),
         (("table7", "--set", "momentum=0.5"), "--set momentum (needs optimizer sgd, got adamw)"),
         (("table1", "--set", "max_length=9"), "--set max_length (needs dataset glue:TASK, got cifar10)"),
         (("digits", "--cpus", 1), "without --ray there is no cluster: leave --cpus out"),
         (("digits", "--ray", "local", "--workers", 2), "leave --workers out"),
-        (("table12", "--data-dir", "x"), "table12 trains nothing: leave --data-dir out"),
-        (("example", "--log", "wandb", "--seeds", 1), "example trains nothing: leave --log, --seeds out"),
-        (("figure1", "--device", "cpu"), "figure1 trains nothing: leave --device out"),
+        (("digits", "--no-estimate"), "without --dry-run nothing is estimated: leave --estimate out"),
     ],
 )
 def test_a_flag_without_effect_on_a_study_is_refused_by_name(bisam, tmp_path, arguments, message):
@@ -132,9 +132,35 @@ def test_a_flag_without_effect_on_a_study_is_refused_by_name(bisam, tmp_path, ar
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("table11", "--data-dir", "x"), "table11 trains nothing: without effect are --data-dir"),
+        (("table12", "--epochs", 1, "--workers", 2), "table12 trains nothing: without effect are --epochs, --workers"),
+        (("example", "--log", "wandb", "--seeds", 1), "example trains nothing: without effect are --log, --seeds"),
+        (("figure1", "--device", "cpu"), "figure1 is drawn from formulas: without effect are --device"),
+        (("example", "--device", "cpu", "--no-estimate"), ""),
+    ],
+)
+def test_a_measurement_takes_the_flags_of_studies_and_says_which_have_no_effect(bisam, tmp_path, arguments, message):
+    code, out, err = bisam("run", *arguments, "--dry-run", "--out", tmp_path / "out")
+    assert code == 0
+    assert err == (f"bisam: {message}\n" if message else "")
+    assert f"{arguments[0]} has " in out
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_setting_of_a_measurement_is_one_line_and_no_note(bisam):
+    code, out, err = bisam("run", "table12", "--set", "round=3", "--seeds", 1, "--dry-run")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "unknown setting of table12 'round', did you mean 'rounds'" in err
+
+
 @pytest.mark.parametrize("name", CONDITIONS)
 def test_each_condition_holds_somewhere(name):
-    recipes = [Recipe(dataset=dataset) for dataset in ("digits", "cifar10", "imagenet", "folder:a", "glue:rte")]
+    recipes = [
+        Recipe(dataset=dataset, noise=0.1) for dataset in ("digits", "cifar10", "imagenet", "folder:a", "glue:rte")
+    ]
     refuse_idle(recipes, Machine(), frozenset({name}))
     with pytest.raises(ValueError, match="without effect, leave out: "):
         refuse_idle(
@@ -146,7 +172,7 @@ def test_each_condition_holds_somewhere(name):
 
 def test_settings_of_presets_and_unknown_data_sets_are_not_refused():
     refuse_idle([Recipe(cutout=True, image_size=96)], Machine(), frozenset({"dataset"}))
-    refuse_idle([Recipe(dataset="digit")], Machine(), frozenset(CONDITIONS) - {"strategy"})
+    refuse_idle([Recipe(dataset="digit", noise=0.1)], Machine(), frozenset(CONDITIONS) - {"strategy"})
 
 
 def test_every_kind_of_data_set_is_known():

@@ -23,7 +23,7 @@ FLOORS = [
     {"distributed"},
     {"evaluation"},
     {"oracle"},
-    {"perturbations", "optim"},
+    {"perturbations", "proximal", "optim"},
     {"masks"},
     {"methods"},
     {"state", "model"},

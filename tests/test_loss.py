@@ -17,8 +17,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import bisam
 from bisam import (
+    AESAM,
     ASAM,
     ERM,
+    FSAM,
     MSAM,
     RSAM,
     SAM,
@@ -749,6 +751,42 @@ def test_the_extra_state_is_saved_as_plain_containers(tmp_path):
     mapped = tree_map_only(Tensor, lambda t: t * 0, sharp.get_extra_state())  # as whoever gathers tensors does
     assert not any(t.any() for t in tree_leaves(mapped) if isinstance(t, Tensor))
     assert sum(isinstance(t, Tensor) for t in tree_leaves(mapped)) == 4
+
+
+@pytest.mark.parametrize(
+    ("method", "state"),
+    [
+        (LookSAM(), {"v": 5}),
+        (AESAM(steps=9), {"mu": "text"}),
+        (FSAM(0.1), {"perturb": {"m": "text"}}),
+        (lambda oracle, batch: oracle.query(batch, at=oracle.state["old"]), {"new": 1}),
+    ],
+    ids=["another type", "a text", "another type in a part", "a function"],
+)
+def test_a_loaded_state_that_the_method_cannot_use_is_named_as_the_cause(method, state):
+    sharp = SharpnessAware(cases.mlp(), method, cross_entropy)
+    sharp.load_state_dict({**sharp.state_dict(), "_extra_state": {"step": 1, "method": None, "state": state}})
+    before = parameters(sharp.model)
+    with pytest.raises(ValueError, match=r"with the state that was loaded \((Attribute|Key|Type)Error: ") as e:
+        sharp(*cases.batch())
+    assert "begin with an empty state" in str(e.value)
+    assert parameters(sharp.model) == before
+    assert sharp.get_extra_state()["step"] == 1
+
+
+def test_an_error_after_the_first_step_with_a_loaded_state_is_not_blamed_on_it():
+    def fails(oracle, batch):
+        oracle.state["n"] = oracle.state.get("n", 0) + 1
+        if oracle.state["n"] > 2:
+            raise KeyError("later")
+        return oracle.query(batch)
+
+    sharp = SharpnessAware(cases.mlp(), fails, cross_entropy)
+    sharp(*cases.batch())
+    sharp.load_state_dict(sharp.state_dict())
+    sharp(*cases.batch())
+    with pytest.raises(KeyError, match="later"):
+        sharp(*cases.batch())
 
 
 # A call that is interrupted.

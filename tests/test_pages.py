@@ -98,6 +98,11 @@ def loop() -> dict[str, Any]:
     }
 
 
+def numbered() -> dict[str, Any]:
+    """A loader that returns the numbers of the examples, three times in an epoch."""
+    return {**loop(), "loader": [(torch.arange(8), *batch) for batch in batches(3)], "data": list(range(8))}
+
+
 class Blocks(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -365,6 +370,7 @@ HERE: dict[tuple[str, str], list[Callable[[], dict[str, Any]]]] = {
     (README, "bisam"): [loop],
     (LOOP, "A plain loop"): [loop],
     (LOOP, "Mixed precision, clipping, accumulation"): [lambda: {**loop(), "loader": batches(2), "parts": 2}],
+    (LOOP, "Examples that are remembered"): [numbered],
     (LOOP, "Models that compute their own loss"): [nano_gpt, hugging_face],
     (LOOP, "Accelerate"): [accelerated],
     (LOOP, "Fabric"): [fabric],

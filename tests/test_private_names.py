@@ -31,6 +31,7 @@ OTHERS: dict[str, set[str]] = {
         "_foreach_norm",
         "_foreach_sqrt",
         "_foreach_sub",
+        "_foreach_sub_",
     },
     "torch: flatten_dense_tensors, subclasses without __torch_function__": {
         "_C",
@@ -47,6 +48,8 @@ OTHERS: dict[str, set[str]] = {
         "_optimizer_load_state_dict_pre_hooks",
         "_optimizer_state_dict_post_hooks",
         "_optimizer_state_dict_pre_hooks",
+        "_global_optimizer_post_hooks",
+        "_global_optimizer_pre_hooks",
     },
     "torch.distributed": {"_device_types", "_get_backend", "_get_default_store", "_timeout"},
     "DistributedDataParallel": {"_get_active_ddp_module", "_join_config"},

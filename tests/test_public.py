@@ -14,15 +14,17 @@ from types import ModuleType
 import pytest
 
 import bisam
-from bisam import masks, perturbations, schedules
+from bisam import masks, perturbations, proximal, schedules
 
 NAMES = {
     "ABiSAM",
     "AESAM",
     "ASAM",
+    "AsyncSAM",
     "BiSAM",
     "Binary",
     "BSAM",
+    "CEGPlus",
     "cross_entropy",
     "CRSAM",
     "displaced",
@@ -48,16 +50,21 @@ NAMES = {
     "Adaptive",
     "LookSAM",
     "LowerBound",
+    "MESA",
     "ModelOracle",
     "MomentumSAM",
     "MSAM",
     "MultiStepSAM",
     "NegLog",
     "Only",
+    "OptSAM",
     "Oracle",
+    "ProximalPoint",
     "RAPP",
     "RSAM",
+    "SAF",
     "SAM",
+    "SAMDB",
     "Query",
     "SAMON",
     "SAMPa",
@@ -74,6 +81,7 @@ NAMES = {
 MODULES = {
     perturbations: "Adaptive Friendly L2 LossEquated NormLayers Only Smoothed ZScore",
     masks: "DropGrow FisherMask RandomMask",
+    proximal: "Box L1 Simplex",
     schedules: "Constant Cosine Follow Linear Warmup",
 }
 IN_MODULES = [getattr(module, name) for module, names in MODULES.items() for name in names.split()]
@@ -97,8 +105,11 @@ CORE = [
     "methods.games",
     "methods.method",
     "methods.sam",
+    "methods.stale",
+    "methods.trajectory",
     "methods.wrappers",
     "model.compatibility",
+    "model.eval_mode",
     "model.gradients",
     "model.inputs",
     "model.module_state",
@@ -107,10 +118,12 @@ CORE = [
     "model.passes",
     "model.rng",
     "objectives",
+    "optim.copies",
     "optim.lookahead",
     "optim.preview",
     "oracle",
     "perturbations",
+    "proximal",
     "schedules",
     "state",
     "targets",
@@ -123,6 +136,7 @@ def test_the_public_names_are_these():
     public = {n for n, value in vars(bisam).items() if not n.startswith("_") and not isinstance(value, ModuleType)}
     assert public == NAMES
     assert (bisam.perturbations, bisam.masks, bisam.schedules) == (perturbations, masks, schedules)
+    assert bisam.proximal is proximal
 
 
 SAM = "SAM(perturb=L2(rho=0.05), ascent=None, descent=None)"

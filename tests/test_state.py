@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from bisam import (
     ASAM,
@@ -28,6 +28,7 @@ from bisam import (
     Evaluation,
     Every,
     LookSAM,
+    Only,
     SharpnessAware,
     Vector,
     cross_entropy,
@@ -445,6 +446,22 @@ def test_a_loaded_state_is_a_copy_with_its_holes():
     state = other.state_dict()["_extra_state"]["state"]["m"]
     assert bits(state["__vector__"][2]) == expected
     assert state["holes"] == [0, 1]
+
+
+def test_structural_zeros_are_saved_with_memory_for_each_entry():
+    """A checkpoint is loaded into these tensors in place; the method itself keeps one number for all of them."""
+    sharp = SharpnessAware(cases.mlp(), SAM(Only(lambda name, p: name == "2.bias", Friendly(L2(0.1)))), cross_entropy)
+    sharp(*cases.batch())
+    (m,) = tree_leaves(sharp._memory.state, is_leaf=lambda leaf: isinstance(leaf, Vector))
+    assert m.holes == {0, 1, 2}
+    assert [t.untyped_storage().nbytes() for t in m] == [8, 8, 8, m.tensors[3].nbytes]
+    saved = sharp.state_dict()
+    zeros = saved["_extra_state"]["state"]["perturb"]["perturb"]["m"]["__vector__"]
+    for t in zeros:
+        t.add_(0)  # in place
+    other = SharpnessAware(cases.mlp(), sharp.method, cross_entropy)
+    other.load_state_dict(saved)
+    assert plain(tree_leaves(other._memory.state, is_leaf=lambda leaf: isinstance(leaf, Vector))) == plain([m])
 
 
 @pytest.mark.parametrize("change", ["frozen", "other shapes"])

@@ -272,6 +272,70 @@ def test_a_hole_divided_by_a_hole_is_not_a_zero():
     assert all(torch.equal(v.tensors[i], torch.zeros(2)) for i in v.holes)
 
 
+class Weighted(vector.Layout):
+    """Sums as if tensor `i` were on 2^i ranks: what belongs to which tensor matters."""
+
+    def total(self, parts: Tensor) -> Tensor:
+        return (parts * 2.0 ** torch.arange(len(parts))).sum()
+
+
+@pytest.mark.parametrize("layout", [vector.WHOLE, Weighted()])
+@pytest.mark.parametrize("dtype", [torch.double, torch.float32, torch.half, torch.cdouble])
+@pytest.mark.parametrize("size", [5, 300_000], ids=["small", "large"])
+def test_arithmetic_with_structural_zeros_is_that_with_zeros(layout, dtype, size):
+    v, w = (Vector(make([(size,), (2, size), (3,), (size,)], seed).tensors, layout=layout) for seed in (0, 1))
+    v, w = (x.like([t.to(dtype) for t in x]) for x in (v, w))
+    a, b = v.confined([True, False, True, False]), w.confined([True, True, False, False])
+    assert (a.holes, b.holes) == ({1, 3}, {2, 3})
+    full, other = (x.like([t.clone() for t in x]) for x in (a, b))
+    assert (a.norm(), a.dot(b), b.dot(w)) == (full.norm(), full.dot(other), other.dot(w))
+    for operation in (
+        lambda x, y: x + y,
+        lambda x, y: x - y,
+        lambda x, y: x * y,
+        lambda x, y: y * x,
+        lambda x, y: x * 0.5 - y / 3.0,
+        lambda x, y: w - x,
+        lambda x, y: x + w,
+        lambda x, y: x * w,
+        lambda x, y: x / w,
+        lambda x, y: x + 1.0,
+        lambda x, y: -x,
+        lambda x, y: x.abs() + y.abs(),
+        lambda x, y: x.clone(),
+        lambda x, y: x.onto(y),
+        lambda x, y: w.onto(x),
+        lambda x, y: x.confined([False, True, True, False]),
+    ):
+        ours, theirs = operation(a, b), operation(full, other)
+        assert [t.dtype for t in ours] == [t.dtype for t in theirs]
+        assert all(torch.equal(s, t) for s, t in zip(ours, theirs, strict=True))  # 0 and -0 are equal
+        assert ours.layout is layout
+
+
+def test_a_vector_of_structural_zeros_has_no_length():
+    v = holed().confined([False] * 3)
+    assert v.holes == {0, 1, 2}
+    assert (v.norm(), v.dot(v), v.dot(holed())) == (0, 0, 0)
+    assert all(torch.equal(t, torch.zeros(2)) for x in (v, v + v, v * 2.0, v - v, v.abs(), v.clone()) for t in x)
+    assert [t.tolist() for t in v + holed()] == [t.tolist() for t in holed()]
+
+
+def test_zeros_of_a_confined_vector_take_the_memory_of_one_number():
+    v = make([(8, 6), (8,), (4, 8)], 0)
+    confined = v.confined([False, True, False])
+    assert [t.untyped_storage().nbytes() for t in confined][::2] == [8, 8]
+    assert confined.tensors[1] is v.tensors[1]
+    assert v.confined([True] * 3) is v
+    assert [t.shape for t in confined] == [t.shape for t in v]
+
+
+@pytest.mark.parametrize("mask", [[], [True, False], [False] * 4])
+def test_confined_refuses_a_mask_of_another_length(mask):
+    with pytest.raises(ValueError, match=f"a vector of 3 tensors must have as many values, got {len(mask)}"):
+        holed().confined(mask)
+
+
 # Copies and choices.
 
 SPECIAL = [float("nan"), -float("nan"), -0.0, 0.0, 5e-324, float("inf"), -float("inf"), 1e-310]

@@ -1,6 +1,12 @@
 """bisam: sharpness-aware training for PyTorch. SAM, BiSAM and related methods as losses whose parts combine freely."""
 
-from bisam import deprecated as _deprecated, masks as masks, perturbations as perturbations, schedules as schedules
+from bisam import (
+    deprecated as _deprecated,
+    masks as masks,
+    perturbations as perturbations,
+    proximal as proximal,
+    schedules as schedules,
+)
 from bisam.evaluation import Evaluation as Evaluation
 from bisam.loss import SharpnessAware as SharpnessAware
 from bisam.methods import (
@@ -14,17 +20,22 @@ from bisam.methods import (
     GSAM as GSAM,
     KSAM as KSAM,
     LESAM as LESAM,
+    MESA as MESA,
     MSAM as MSAM,
     RAPP as RAPP,
     RSAM as RSAM,
+    SAF as SAF,
     SAM as SAM,
+    SAMDB as SAMDB,
     SAMON as SAMON,
     SSAMD as SSAMD,
     SSAMF as SSAMF,
     WSAM as WSAM,
     XSAM as XSAM,
     ABiSAM as ABiSAM,
+    AsyncSAM as AsyncSAM,
     BiSAM as BiSAM,
+    CEGPlus as CEGPlus,
     During as During,
     EBiSAM as EBiSAM,
     Every as Every,
@@ -36,6 +47,7 @@ from bisam.methods import (
     Method as Method,
     MomentumSAM as MomentumSAM,
     MultiStepSAM as MultiStepSAM,
+    OptSAM as OptSAM,
     SAMPa as SAMPa,
     VaSSO as VaSSO,
     ZSharp as ZSharp,
@@ -49,7 +61,7 @@ from bisam.objectives import (
     Tanh as Tanh,
     cross_entropy as cross_entropy,
 )
-from bisam.optim import Lookahead as Lookahead, next_step as next_step
+from bisam.optim import Lookahead as Lookahead, ProximalPoint as ProximalPoint, next_step as next_step
 from bisam.oracle import Oracle as Oracle, Query as Query
 from bisam.perturbations import L2 as L2, Adaptive as Adaptive, Only as Only, Perturbation as Perturbation
 from bisam.vector import Vector as Vector

@@ -25,15 +25,17 @@ from bisam.batches import Batch, Keywords
 from bisam.distributed import failures
 from bisam.distributed.fsdp import reshard
 from bisam.distributed.layout import ShardedLayout
+from bisam.distributed.peers import Peers
 from bisam.distributed.placement import Scope
 from bisam.evaluation import Evaluation, join
 from bisam.methods import ERM, Method
+from bisam.methods.method import stateful
 from bisam.model import compatibility
 from bisam.model.gradients import Scaler
 from bisam.model.oracle import Findings, Forward, ModelOracle, WeightsInitialised
 from bisam.objectives import Objective
 from bisam.validation import instance
-from bisam.vector import WHOLE, Tensors
+from bisam.vector import WHOLE, Layout, Tensors
 
 
 class SharpnessAware(nn.Module):
@@ -51,7 +53,7 @@ class SharpnessAware(nn.Module):
         method: `ERM()`, `SAM()`, `BiSAM()`, ... or any callable `(oracle, batch) -> Evaluation`.
         loss: `(outputs, targets) -> losses`, one per example or a scalar. Some methods need one per example.
         forward: `(model, *batch) -> (outputs, targets)`. Default: the last element of the batch is the targets and the
-            others are the inputs of the model.
+            others are the inputs of the model; a keyword argument `indices`, the numbers of the examples, is left out.
         scaler: the `torch.amp.GradScaler` that scales float16 losses, or a callable that returns its factor.
         same_noise: if True, all forward passes on a batch use the same dropout masks, as in the original JAX
             implementation. Default: each pass draws new masks, as in all PyTorch implementations.
@@ -75,7 +77,8 @@ class SharpnessAware(nn.Module):
             ones; the batch is empty; the targets do not match; the losses have the wrong shape or no gradient; a
             gradient is sparse; the loss depends on tensors that require a gradient but would not be trained; the
             wrapper of the model or its parameters are of a type that is not supported; the context `join()` of a
-            DistributedDataParallel is active where ranks would wait for each other.
+            DistributedDataParallel is active where ranks would wait for each other; the method cannot use the state
+            that was loaded.
         RuntimeError: the last step failed on this rank, and other ranks still wait for it in that step.
 
     Example:
@@ -137,7 +140,8 @@ class SharpnessAware(nn.Module):
 
         Args:
             *batch: the batch, as the argument `forward` of the constructor takes it; by default `(*inputs, targets)`.
-            **named: keyword arguments of that `forward`.
+            **named: keyword arguments of that `forward`; and `indices` (n,), the numbers of the examples in the data
+                set, where the method needs them (`SAF`).
 
         Returns:
             A scalar: in training the loss at the displaced weights, else the plain loss.
@@ -205,17 +209,19 @@ class SharpnessAware(nn.Module):
         layout, before = oracle.layout, memory.state
         if layout is not WHOLE:
             before = method_state.laid_out(before, layout)
+        together = oracle.replicas is not None and bool(stateful(self.method))  # they share the decision below
         try:
             answer = self._asked(oracle, before, batch)
             value = _differentiable(oracle, answer)
         except BaseException as error:
-            failures.note(layout, memory.step, error)
+            failures.note(oracle.replicas if together else _peers(layout), memory.step, error)
             raise
-        after = method_state.settled(oracle.state, before, answer.gradient, oracle.overflow)
+        of_all = oracle.of_all_replicas if together else None
+        after = method_state.settled(oracle.state, before, answer.gradient, oracle.overflow, of_all)
         after = after if layout is WHOLE else method_state.laid_out(after)
         # One assignment: an interruption leaves all of it as before, or all as after the step.
         self._memory = replace(
-            memory, step=memory.step + 1, state=after, seen=oracle.seen, trained=trained, checked=True
+            memory, step=memory.step + 1, state=after, seen=oracle.seen, trained=trained, checked=True, loaded=False
         )
         return value
 
@@ -226,6 +232,10 @@ class SharpnessAware(nn.Module):
             return self.method(oracle, batch)
         except WeightsInitialised:  # once at most
             return self._asked(oracle, before, batch)
+        except (AttributeError, LookupError, TypeError) as error:
+            if not (before and self._memory.loaded):
+                raise
+            raise method_state.StateError(error, self.method) from error
 
     def oracle(self) -> ModelOracle:
         """Returns the oracle of the model in its present state, with the settings of this loss: see `bisam.analysis`.
@@ -248,8 +258,8 @@ class SharpnessAware(nn.Module):
     def clean(self) -> Evaluation:
         """Losses and outputs at the unperturbed weights in the last call, detached, for metrics without a forward pass.
 
-        Methods that make no query at the weights (`RSAM`, `MomentumSAM`, `SAMPa`, `BSAM`) report the evaluation at the
-        point where they update running statistics.
+        Methods that make no query at the weights (`RSAM`, `MomentumSAM`, `OptSAM`, `SAMDB`, `SAMPa`, `BSAM`) report the
+        evaluation at the point where they update running statistics.
 
         Raises:
             RuntimeError: the loss was not called yet, or its method made no query that updates running statistics.
@@ -279,7 +289,7 @@ class SharpnessAware(nn.Module):
             ValueError: the state belongs to another method or to another model.
         """
         loaded = method_state.load(state, self.method, self._trained())
-        self._memory = replace(self._memory, step=int(state["step"]), state=loaded)
+        self._memory = replace(self._memory, step=int(state["step"]), state=loaded, loaded=True)
 
     def _trained(self) -> list[nn.Parameter]:
         reshard(self)
@@ -296,6 +306,7 @@ class _Memory:
     clean: Evaluation | None = None
     trained: list[int] = field(default_factory=list[int])
     checked: bool = False
+    loaded: bool = False  # that the state is from a file, and no step has used it
     warned: bool = False  # that the model is in eval mode
     findings: Findings = field(default_factory=Findings)
 
@@ -351,6 +362,11 @@ class WithGradient(torch.autograd.Function):
         return None, None, None, None, *[wrap(part) for wrap, part in zip(ctx.wraps, parts, strict=True)]
 
 
+def _peers(layout: Layout) -> Peers | None:
+    """Returns the ranks that wait for each other in the queries of a step."""
+    return getattr(layout, "peers", None)
+
+
 def _plain(oracle: ModelOracle, batch: Batch) -> Tensor:
     """Returns the training loss at the weights with its graph, as a loop without this library computes it."""
     if oracle.model.training:  # under no_grad, where running statistics are updated too
@@ -359,7 +375,7 @@ def _plain(oracle: ModelOracle, batch: Batch) -> Tensor:
         made = oracle.run(batch)
     except BaseException as error:
         if oracle.layout.sharded:
-            failures.note(oracle.layout, oracle.step, error)
+            failures.note(_peers(oracle.layout), oracle.step, error)
         raise
     oracle.seen.append(made.detached())
     return made.value

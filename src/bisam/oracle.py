@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -62,9 +62,12 @@ class Query:
         track: whether to update running statistics. Default: only if `at` is None.
         wrt: for each tensor of the weights, whether the gradient with respect to it is computed; the gradient has
             structural zeros (`Vector.holes`) at the other tensors. No more is computed than that: layers below the
-            lowest of these tensors are not back-propagated through (`bisam.distributed.fsdp` says what FSDP2 saves,
-            and a model under `torch.compile` computes the gradient of all weights). All ranks that share the batch ask
-            for the same tensors. Default: all.
+            lowest of these tensors are not back-propagated through. Exceptions: FSDP2 may gather more weights
+            (`bisam.distributed.fsdp`), and each graph of `torch.compile` has one backward pass, for all of its weights.
+            All ranks that share the batch ask for the same tensors. Default: all.
+        buffers: values for `Oracle.buffers`, with which the model is run in eval mode: without dropout, and reading
+            running statistics instead of updating them. Such a query never tracks. Default: the model runs in its
+            present mode, with its own buffers.
 
     Example:
         >>> import torch
@@ -86,17 +89,20 @@ class Query:
     grad: bool = True
     track: bool | None = None
     wrt: Sequence[bool] | None = None
+    buffers: Sequence[Tensor] | None = None
     displaced: bool = field(init=False, repr=False)
     """Whether the query is at displaced weights; still valid after `take`."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "displaced", self.at is not None)
         if self.wrt is not None:
-            object.__setattr__(self, "wrt", None if all(self.wrt) else tuple(map(bool, self.wrt)))
+            object.__setattr__(self, "wrt", tuple(map(bool, self.wrt)))
 
     @property
     def tracks(self) -> bool:
         """Whether the query updates running statistics."""
+        if self.buffers is not None:
+            return False
         return not self.displaced if self.track is None else self.track
 
     @property
@@ -193,6 +199,14 @@ class Oracle(ABC):
     def averaged(self, value: Tensor, count: Count) -> tuple[Tensor, Count]:
         """Returns the value and count of this rank's answer, averaged over the ranks if the scope is global."""
         return value, count
+
+    def gathered(self, values: Tensor) -> Tensor:
+        """Returns values (n, ...) of the examples of all ranks that share a batch, one rank after the other.
+
+        If `is_local` these are the values of this rank. Otherwise all ranks make the call together, and it waits for
+        the device.
+        """
+        return values
 
     def agree(self, what: str, number: int) -> None:  # noqa: B027 - one rank agrees with itself
         """Checks that all ranks that share a batch have the same `number` of `what`.
@@ -334,6 +348,10 @@ class View(Oracle):
         """See `Oracle.averaged`."""
         return self._oracle.averaged(value, count)
 
+    def gathered(self, values: Tensor) -> Tensor:
+        """See `Oracle.gathered`."""
+        return self._oracle.gathered(values)
+
     def agree(self, what: str, number: int) -> None:
         """See `Oracle.agree`."""
         self._oracle.agree(what, number)
@@ -357,4 +375,4 @@ class View(Oracle):
         at = query.take()
         if self._by is not None:
             at = self._by if at is None else self._by + at
-        return Query(query.batch, query.objective, at, query.grad, track, query.wrt)
+        return replace(query, at=at, track=track)

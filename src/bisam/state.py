@@ -8,7 +8,7 @@ method and the model.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from itertools import zip_longest
 from typing import Any, NoReturn, cast
@@ -60,6 +60,22 @@ register_pytree_node(
     lambda values, names: ExtraState(zip(names, values, strict=True)),
     serialized_type_name="bisam.state.ExtraState",
 )
+
+
+class StateError(ValueError):
+    """The error of a method in the first step with a loaded state.
+
+    Args:
+        error: the error that the method raised.
+        method: the method.
+    """
+
+    def __init__(self, error: Exception, method: Any) -> None:
+        super().__init__(
+            f"{kind(method)} failed in its first step with the state that was loaded "
+            f"({type(error).__name__}: {error}): the state may be damaged, or another version of the method may have "
+            "saved it. Then load the weights alone, sharp.model.load_state_dict(...), and begin with an empty state"
+        )
 
 
 def kind(method: Any) -> str:
@@ -116,12 +132,19 @@ def check(state: State, weights: Vector) -> None:
             )
 
 
-def settled(new: State, old: State, gradient: Vector, overflow: Tensor | None = None) -> State:
+def settled(
+    new: State,
+    old: State,
+    gradient: Vector,
+    overflow: Tensor | None = None,
+    of_all_replicas: Callable[[Tensor], Tensor] | None = None,
+) -> State:
     """Returns `new`, or `old` if the step is not finite: a running average would keep a NaN for good.
 
     A step is not finite if `gradient`, or a Vector, a 0-dimensional tensor or a float that the method wrote, has an
     entry that is not, or if a float16 gradient overflowed in a query. Other tensors of the state, such as a batch, may
-    have such entries. All ranks that share the gradient decide together.
+    have such entries. All ranks that share the gradient decide together, and so do replicas whose gradients are
+    averaged afterwards.
 
     It waits for the device only if the state changes in more than the values of tensors, as in the first steps. A step
     that wrote nothing costs nothing.
@@ -131,13 +154,16 @@ def settled(new: State, old: State, gradient: Vector, overflow: Tensor | None = 
         old: state before the step.
         gradient: the gradient that the method returned.
         overflow: see `ModelOracle.overflow`.
+        of_all_replicas: see `ModelOracle.of_all_replicas`; all replicas call this function with it, or none.
     """
-    if not (kept := _without_empty(new)):
+    kept, before = _without_empty(new), _without_empty(old)
+    written = list(_written(kept, before))
+    if of_all_replicas is None and not (kept and written):
         return new
-    before = _without_empty(old)
-    if not (written := list(_written(kept, before))):
+    flag = _finite(written, gradient, overflow)
+    bad = (flag if of_all_replicas is None else of_all_replicas(flag)).isnan()
+    if not (kept and written):
         return new
-    bad = _not_finite(written, gradient, overflow)
     if (decided := known(bad)) is not None:
         return old if decided else new
     (after, structure), (before, other) = tree_flatten(kept), tree_flatten(before)
@@ -167,7 +193,8 @@ def _written(new: Any, old: Any) -> Iterator[Any]:
 _NOTHING = object()
 
 
-def _not_finite(written: Sequence[Any], gradient: Vector, overflow: Tensor | None) -> Tensor:
+def _finite(written: Sequence[Any], gradient: Vector, overflow: Tensor | None) -> Tensor:
+    """Returns 0 if the step is finite, else NaN."""
     vectors = [leaf for leaf in written if isinstance(leaf, Vector) and _is_float(leaf.tensors[0])]
     flag = finite([gradient, *vectors])
     if overflow is not None:
@@ -175,7 +202,7 @@ def _not_finite(written: Sequence[Any], gradient: Vector, overflow: Tensor | Non
     for leaf in written:
         if isinstance(leaf, float) or (isinstance(leaf, Tensor) and leaf.dim() == 0 and _is_float(leaf)):
             flag = flag + leaf * 0
-    return flag.isnan()
+    return flag
 
 
 def _is_float(tensor: Tensor) -> bool:

@@ -39,6 +39,8 @@ METHODS = (
     "AESAM",
     "MomentumSAM",
     "FisherSAM",
+    "MESA",
+    "SAF-SAM",
     "KSAM-RSAM-EBiSAM",
 )
 TWICE = 0.25

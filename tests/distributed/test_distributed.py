@@ -34,12 +34,17 @@ from bisam import (
     ESAM,
     GSAM,
     KSAM,
+    MESA,
     MSAM,
+    RAPP,
+    SAF,
     SAM,
     SSAMF,
     BiSAM,
+    CEGPlus,
     FunctionalSAM,
     Lookahead,
+    ModelOracle,
     MomentumSAM,
     NegLog,
     SharpnessAware,
@@ -51,21 +56,38 @@ from bisam.integrations.checkpoint import make_room
 from bisam.masks import RandomMask
 from bisam.methods import efficient, wrappers
 from bisam.perturbations import L2
+from bisam.proximal import Box, Simplex
 from tests.support import cases, ranks
 from tests.support.replicas import distance, identical, nested, network, sharded, whole_weights
 
 STEPS, PART = int(os.environ.get("BISAM_STEPS", "8")), 4
-DRAWING = "RandomMask-friendly SSAMD ESAM EBiSAM BSAM RSAM"  # random numbers of their own
+DRAWING = "RandomMask RandomMask-friendly SSAMD ESAM EBiSAM BSAM RSAM"  # random numbers of their own
 DETERMINED = (
     "ERM SAM BiSAM MultiStepSAM-adaptive FSAM VaSSO ZSharp SAMON Only LESAM FisherSAM LookSAM AESAM MomentumSAM SAMPa "
-    "GSAM WSAM CRSAM XSAM FunctionalSAM RAPP Every-LookSAM During"
+    "GSAM WSAM CRSAM XSAM FunctionalSAM RAPP Every-LookSAM During OptSAM AsyncSAM SAMDB MESA-bisam"
 )
 METHODS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
     name: cases.FAMILY[name][0] for name in f"{DETERMINED} {DRAWING}".split()
 }
 METHODS["MSAM"] = lambda o: MSAM(2, SAM(L2(0.1)))
+METHODS["RAPP-Simplex"] = lambda o: RAPP(0.2, prox=Simplex(2.0))  # needs whole tensors
+METHODS["CEGPlus-Box"] = lambda o: CEGPlus(0.2, Box(-0.1, 0.2))
 OF_A_PART = {"ESAM", "EBiSAM", "MSAM"}  # they choose or split the examples of a rank
 ALONE = {"SSAMF": cases.FAMILY["SSAMF"][0], "KSAM": lambda o: KSAM(3, SAM(L2(0.1)))}
+
+
+def numbered(x: Tensor, y: Tensor) -> Tensor:
+    """The numbers of the examples of a rank's part of a batch, or of the whole batch."""
+    first = dist.get_rank() * PART
+    return torch.arange(len(y)) + (first if len(y) == PART else 0)
+
+
+def saf(optimizer: torch.optim.Optimizer | None = None) -> SAF:
+    settings: dict[str, Any] = {"lam": 3.0, "ago": 1, "start": 0, "indices": lambda batch: numbered(*batch)}
+    return SAF(BiSAM(0.1), epoch=1, examples=PART * dist.get_world_size(), **settings)
+
+
+METHODS["SAF"] = saf
 
 
 def part(step: int, rank: int | None = None) -> tuple[Tensor, ...]:
@@ -192,6 +214,83 @@ def test_under_fsdp2_each_rank_chooses_and_splits_its_own_examples():
     assert ranks.run(2, choosing_under_fsdp2) == [{}, {}]
 
 
+# Outputs that are remembered, and the average of running statistics.
+
+
+def swapped(step: int) -> dict[str, Any]:
+    """The part of the batch whose numbers another rank had in the step before."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    index = torch.arange(PART * world).roll(step * PART).split(PART)[rank]
+    x, y = whole(step)
+    return {"x": x[index], "y": y[index], "indices": index}
+
+
+def outputs_of_another_rank(scope: str) -> dict[str, Any]:
+    def forward(model: nn.Module, *, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return model(x), y
+
+    count, runs = PART * dist.get_world_size(), list[Any]()
+    method = SAF(SAM(0.1), epoch=1, examples=count, lam=3.0, ago=1, start=0)
+    for scoped in (scope, None):
+        model = network()
+        sharp = SharpnessAware(model, method, cross_entropy, forward, scope=scoped)
+        optimizer = sgd(model)
+        for step in range(4):
+            x, y = whole(step)
+            batch = {"x": x, "y": y, "indices": torch.arange(count)} if scoped is None else swapped(step)
+            sharp(**batch).backward()
+            if scoped == "local":
+                for p in model.parameters():
+                    dist.all_reduce(p.grad)
+                    p.grad /= dist.get_world_size()
+            optimizer.step()
+            optimizer.zero_grad()
+        runs.append((whole_weights(model), sharp.get_extra_state()["state"]))
+    (ours, state), (theirs, other) = runs
+    same = all(torch.equal(a, b) for a, b in zip(state["epochs"], other["epochs"], strict=True))
+    return {"far": distance(ours, theirs) > 1e-12, "recorded": same}
+
+
+def test_with_global_scope_all_ranks_remember_the_outputs_of_all():
+    assert ranks.run(2, outputs_of_another_rank, "global") == [{"far": False, "recorded": True}] * 2
+
+
+def test_with_local_scope_a_rank_knows_its_own_outputs_only():
+    assert ranks.run(2, outputs_of_another_rank, "local") == [{"far": True, "recorded": False}] * 2
+
+
+def uneven_sizes() -> list[float]:
+    from bisam.distributed.peers import Peers
+
+    mine = torch.arange(3.0 + dist.get_rank())[:, None] + 10 * dist.get_rank()
+    peers = Peers.of([], [torch.zeros(1)])
+    assert peers is not None
+    return peers.gathered(mine).flatten().tolist()
+
+
+def test_values_of_ranks_with_different_numbers_of_examples_are_gathered():
+    assert ranks.run(2, uneven_sizes) == [[0.0, 1.0, 2.0, 10.0, 11.0, 12.0, 13.0]] * 2
+
+
+def broadcast_buffers() -> dict[str, Any]:
+    """The buffers of the first rank are broadcast once a step, in the first pass that is not one of the average."""
+    found = []
+    for method in (ERM(), MESA(lam=0.0, decay=0.5)):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, cases.CLASSES)).double()
+        sharp, optimizer = SharpnessAware(DDP(model), method, cross_entropy), sgd(model)
+        for step in range(4):
+            sharp(*part(step)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append([b.double() for b in model.buffers()])
+    return {} if distance(*found) < 1e-12 else {"far": distance(*found)}
+
+
+def test_a_pass_of_the_average_broadcasts_no_buffers():
+    assert ranks.run(2, broadcast_buffers) == [{}, {}]
+
+
 # DistributedDataParallel.
 
 
@@ -240,6 +339,77 @@ def global_against_one_process() -> dict[str, Any]:
 
 def test_a_global_perturbation_under_ddp_is_that_of_the_whole_batch():
     assert ranks.run(2, global_against_one_process) == [{}, {}]
+
+
+# The gradient of a part of the weights.
+
+PARTS = [
+    [name.startswith(begin) for name, _ in network().named_parameters()] for begin in ("3.2", "1.", "3.0.w", "0.b")
+] + [[i % 3 == 1 for i in range(8)], [i % 3 != 1 for i in range(8)], [False] * 8]
+
+
+def parts_of_the_gradient(around: Callable[[nn.Module], nn.Module], scope: Any, exchanged: list[int]) -> dict[str, Any]:
+    """A gradient of a part is that part of the gradient of all; nothing below is computed, nothing else exchanged."""
+    model, calls, findings = network(), [], {}
+
+    def note(*of: Any) -> None:
+        if of[-1].requires_grad:
+            of[-1].register_hook(lambda _: calls.append(1))
+
+    model[0].register_forward_hook(note)
+    model = around(model)
+    oracle = ModelOracle(model, cross_entropy, scope=scope)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    e = oracle.query(part(0)).gradient * 0.1
+    for step, wrt in enumerate(PARTS):
+        for at in (None, e.clone()):
+            whole = oracle.query(part(step), at=None if at is None else at.clone(), track=False).gradient
+            exchanged.clear(), calls.clear()
+            answer = oracle.query(part(step), at=at, track=False, wrt=wrt).gradient
+            size = sum(t.numel() for t, ask in zip(answer, wrt, strict=True) if ask)
+            found = {
+                "values": any(not torch.equal(a, b) for a, b in zip(answer, whole.confined(wrt), strict=True)),
+                "holes": answer.holes != {i for i, ask in enumerate(wrt) if not ask},
+                "passed through": bool(calls) != any(wrt[:2]),
+                "exchanged": scope == "global" and sum(exchanged) != size + len(wrt) + 2,
+            }
+            findings |= {f"part {step}, displaced: {at is not None}, {name}": 1 for name, bad in found.items() if bad}
+    if not all(torch.equal(p.grad, torch.ones_like(p)) for p in model.parameters()):
+        findings["what was in .grad"] = "changed"
+    return findings
+
+
+def parts_under_every_placement() -> dict[str, Any]:
+    exchanged: list[int] = []
+    reduce = dist.all_reduce
+
+    def counted(tensor: Tensor, *arguments: Any, **keywords: Any) -> Any:
+        exchanged.append(tensor.numel())
+        return reduce(tensor, *arguments, **keywords)
+
+    def gathered_for_long(model: nn.Sequential) -> nn.Sequential:
+        return fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)), reshard_after_forward=False)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_reduce", counted)
+        return wrong(
+            {
+                name: parts_of_the_gradient(around, scope, exchanged)
+                for name, around, scope in (
+                    ("DDP", DDP, None),
+                    ("DDP, global", DDP, "global"),
+                    ("global", lambda model: model, "global"),
+                    ("FSDP2", sharded, None),
+                    ("FSDP2, one group", gathered_for_long, None),
+                    ("tensor parallelism", tensor_parallel, None),
+                )
+            }
+        )
+
+
+def test_a_part_of_the_gradient_is_computed_and_exchanged_under_every_placement():
+    assert ranks.run(2, parts_under_every_placement) == [{}, {}]
 
 
 class Branches(nn.Module):
@@ -866,7 +1036,7 @@ def uneven() -> dict[str, str]:
 
 
 def test_ranks_with_uneven_batches_end_with_an_error():
-    assert ranks.run(2, uneven) == [{}, {}]
+    assert ranks.run(2, uneven_sizes) == [{}, {}]
 
 
 # A batch with NaN on one rank, in a loop that skips steps whose gradient is not finite.
@@ -885,12 +1055,14 @@ class Rooted(nn.Module):
         return self.net(x) + (self.root * torch.tensor([1.0, self.factor])).sqrt().sum()
 
 
-def skipping(name: str, make: Callable[[], nn.Module], bad: str | None, ddp: bool = False, **arguments: Any) -> Any:
+def skipping(name: str, make: Callable[[], nn.Module], bad: str | None, ddp: str = "", **arguments: Any) -> Any:
     """Gradients after the step 3, which is bad, or left out if `bad` is None; and the memory that it changed."""
     model = make()
     optimizer = sgd(model)
-    loss = SharpnessAware(model, METHODS[name](optimizer), cross_entropy, **arguments)
-    sharp = DDP(loss) if ddp else loss
+    loss = SharpnessAware(
+        DDP(model) if ddp == "inside" else model, METHODS[name](optimizer), cross_entropy, **arguments
+    )
+    sharp = DDP(loss) if ddp == "around" else loss
     grads, changed = [], False
     for step in range(8):
         if step == 3 and bad is None:
@@ -934,24 +1106,54 @@ def after_a_bad_step() -> dict[str, Any]:
         same = all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
         return "" if same and not changed else f"gradients the same: {same}, memory changed: {changed}"
 
-    def replica(name: str) -> str:
-        """Each replica decides for itself: the one whose own gradients are finite remembers the step."""
-        _, changed = skipping(name, network, "batch", ddp=True)
-        return "" if changed == (dist.get_rank() == 0) else f"memory changed: {changed}"
-
-    shared = {"ddp": True, "scope": "global"}
+    shared = {"ddp": "around", "scope": "global"}
     return wrong(
         {
             **{f"{name}, FSDP2": differences(name, fsdp2, "batch") for name in REMEMBERING},
             **{f"{name}, FSDP2, one entry": differences(name, entry, "entry") for name in REMEMBERING},
             **{f"{name}, global": differences(name, network, "batch", **shared) for name in REMEMBERING},
-            **{f"{name}, local": replica(name) for name in ("FSAM", "AESAM", "SAMPa", "MomentumSAM")},
+            **{
+                f"{name}, local, {ddp}": differences(name, network, "batch", ddp=ddp)
+                for name in REMEMBERING
+                for ddp in ("around", "inside")
+            },
         }
     )
 
 
-def test_a_batch_that_is_not_finite_on_one_rank_is_forgotten_by_all_that_share_the_gradient():
+def test_a_batch_that_is_not_finite_on_one_rank_is_forgotten_by_all():
     assert ranks.run(2, after_a_bad_step) == [{}, {}]
+
+
+def uneven_calls() -> dict[str, str]:
+    """Contexts in which some replicas make no call, so that a method with a state must not wait for them."""
+    found: dict[str, str] = {}
+    for nesting in ("around", "inside"):
+        model = network()
+        ddp = DDP(model) if nesting == "inside" else None
+        loss = SharpnessAware(ddp or model, METHODS["FSAM"](sgd(model)), cross_entropy)
+        sharp = ddp or DDP(loss)
+        call = loss if nesting == "inside" else sharp
+        with sharp.no_sync():
+            for step in range(1 + 2 * dist.get_rank()):
+                call(*part(step)).backward()
+        call(*part(9)).backward()
+        expected = 2 + 2 * dist.get_rank()
+        if (steps := loss.get_extra_state()["step"]) != expected:
+            found[f"no_sync, {nesting}"] = f"{steps} steps, not {expected}"
+    model = network()
+    loss = SharpnessAware(model, METHODS["FSAM"](sgd(model)), cross_entropy)
+    sharp = DDP(loss)
+    with sharp.join():
+        for step in range(1 + dist.get_rank()):
+            sharp(*part(step)).backward()
+    if (steps := loss.get_extra_state()["step"]) != 1 + dist.get_rank():
+        found["join"] = f"{steps} steps"
+    return found
+
+
+def test_replicas_with_a_state_may_differ_in_their_calls_where_torch_allows_it():
+    assert ranks.run(2, uneven_calls) == [{}, {}]
 
 
 # Checkpoints.

@@ -9,12 +9,11 @@ import torch.distributed as dist
 
 from bisam import SAM, SharpnessAware, cross_entropy
 from bisam.distributed import failures
-from bisam.vector import WHOLE
 from tests.support import cases
 
 
-def layout(*ranks: int) -> SimpleNamespace:
-    return SimpleNamespace(peers=SimpleNamespace(ranks=list(ranks)))
+def peers(*ranks: int) -> SimpleNamespace:
+    return SimpleNamespace(ranks=list(ranks))
 
 
 @pytest.fixture
@@ -31,7 +30,7 @@ def store(monkeypatch):
 
 def test_a_failure_on_all_ranks_is_forgotten(store):
     for number in (1, 2):
-        failures.note(layout(0, 1), 5, ValueError("wrong"))
+        failures.note(peers(0, 1), 5, ValueError("wrong"))
         store.set(f"bisam/failures/0,1/{number}/5/1", "")
         failures.check()
         failures.check()
@@ -41,31 +40,31 @@ def test_a_failure_on_all_ranks_is_forgotten(store):
 def test_a_failure_on_this_rank_alone_is_an_error_until_the_group_ends(store, other):
     if other:
         store.set(f"bisam/failures/{other}", "")  # of another step, another time or other ranks
-    failures.note(layout(0, 1), 5, ValueError("wrong"))
+    failures.note(peers(0, 1), 5, ValueError("wrong"))
     for _ in range(2):
         with pytest.raises(
             RuntimeError, match=r"failed on rank 0 \(ValueError: wrong\) and not on rank 1, which waits"
         ):
             failures.check()
-        failures.note(layout(0, 1), 5, KeyError("later"))
+        failures.note(peers(0, 1), 5, KeyError("later"))
     dist.destroy_process_group()
     failures.check()
 
 
 def test_the_error_of_the_first_failure_is_kept(store):
-    failures.note(layout(0, 1), 5, ValueError("wrong"))
-    failures.note(layout(0, 1), 6, ValueError("again"))
+    failures.note(peers(0, 1), 5, ValueError("wrong"))
+    failures.note(peers(0, 1), 6, ValueError("again"))
     with pytest.raises(RuntimeError, match="ValueError: wrong"):
         failures.check()
 
 
 def test_ranks_that_share_no_step_note_nothing(store):
-    failures.note(WHOLE, 5, ValueError("wrong"))
+    failures.note(None, 5, ValueError("wrong"))
     failures.check()
 
 
 def test_a_step_that_failed_here_alone_stops_the_next_call_of_a_loss(store):
     sharp = SharpnessAware(cases.mlp(), SAM(), cross_entropy)
-    failures.note(layout(0, 1), 0, ValueError("wrong"))
+    failures.note(peers(0, 1), 0, ValueError("wrong"))
     with pytest.raises(RuntimeError, match="do not catch the error"):
         sharp(*cases.batch())

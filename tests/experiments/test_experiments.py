@@ -53,8 +53,9 @@ def test_the_folder_name_depends_on_every_field_but_the_seed():
     changed: dict[str, Any] = {"method": "abisam_log", "model": "other", "dataset": "other", "weights": "pretrained"}
     changed |= {"optimizer": "adamw", "schedule": "linear", "warmup": 3, "precision": "bf16"}
     one = replace(one, schedule="constant")
+    assert replace(one, epochs=None, steps=7).slug != one.slug
     for field in fields(Recipe):
-        if field.name not in ("seed", "version"):
+        if field.name not in ("seed", "version", "steps"):
             before = getattr(one, field.name)
             value = not before if isinstance(before, bool) else 7 if isinstance(before, int) else 0.25
             value = 7 if field.name == "limit" else value
@@ -173,6 +174,30 @@ def test_noise_is_on_the_training_labels_only():
     assert not torch.equal(clean.train.labels, noisy.train.labels)
     for part in ("validation", "test"):
         assert torch.equal(getattr(clean, part).labels, getattr(noisy, part).labels)
+
+
+@pytest.mark.parametrize("rate", [0.4, 0.8])
+def test_noise_is_on_the_validation_labels_where_it_is_asked_for(rate):
+    recipe = Recipe(noise=rate, seed=1)
+    clean, noisy = data.load(recipe, Machine()), data.load(replace(recipe, validation_noise=True), Machine())
+    assert torch.equal(clean.train.labels, noisy.train.labels)
+    assert torch.equal(clean.test.labels, noisy.test.labels)
+    other = clean.validation.labels != noisy.validation.labels
+    assert other.sum() == round(rate * len(other))
+    assert noisy.validation.labels.unique().numel() == 10
+    again = data.load(replace(recipe, validation_noise=True, seed=2), Machine()).validation.labels
+    assert not torch.equal(noisy.validation.labels, again)
+    # Other random numbers than those of the training labels: independent of which of them are noisy.
+    among = clean.validation.relabelled(clean.train.labels[: len(other)])
+    same = data.symmetric_noise(among.labels, rate, 10, 1) != among.labels
+    assert not torch.equal(same, other)
+
+
+def test_noise_on_the_validation_labels_is_what_epochs_are_chosen_by(tmp_path):
+    recipe = replace(SHORT, method="sgd", rho=None, epochs=1, validation_noise=True)
+    (noisy, clean) = (train(Run.under(tmp_path, one)) for one in (recipe, replace(recipe, validation_noise=False)))
+    assert noisy["test_best"] == clean["test_best"]
+    assert noisy["validation_best"] < clean["validation_best"]
 
 
 def test_batches_cover_the_split_once():

@@ -30,6 +30,7 @@ from bisam import (
     ABiSAM,
     Binary,
     BiSAM,
+    CEGPlus,
     During,
     EBiSAM,
     Every,
@@ -49,6 +50,7 @@ from bisam import (
 )
 from bisam.masks import DropGrow, FisherMask, RandomMask
 from bisam.perturbations import L2, Adaptive, Friendly, NormLayers
+from bisam.proximal import L1, Box, Simplex
 from tests.support import cases
 
 # Losses that a method cannot use.
@@ -207,6 +209,12 @@ OUTSIDE: dict[str, tuple[Callable[[Any], Any], list[Any]]] = {
     "s": (lambda v: BSAM(10, s=v), POSITIVE),
     "gamma, RAPP": (RAPP, POSITIVE),
     "inner": (lambda v: RAPP(0.1, v), [*WHOLE, 1001]),
+    "gamma, CEGPlus": (CEGPlus, POSITIVE),
+    "low": (lambda v: Box(v, 1.0), [NAN, 2.0, True, "one", None]),
+    "high": (lambda v: Box(0.0, v), [NAN, -2.0, True, "one", None]),
+    "weight": (L1, [*AT_LEAST_ZERO, None]),
+    "total": (Simplex, POSITIVE),
+    "fresh": (lambda v: RAPP(0.1, fresh=v), [1, "yes", None]),
     "m": (MSAM, WHOLE),
     "k, KSAM": (KSAM, WHOLE),
     "sigma, RSAM": (RSAM, [*AT_LEAST_ZERO, None]),
@@ -244,6 +252,8 @@ CALLABLE: dict[str, Callable[[Any], Any]] = {
     "otherwise, Every": lambda v: Every(2, SAM(), v),
     "method, During": lambda v: During(v),
     "otherwise, During": lambda v: During(SAM(), otherwise=v),
+    "prox": lambda v: RAPP(0.1, prox=v),
+    "prox, CEGPlus": lambda v: CEGPlus(0.1, v),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from math import inf
 from typing import Any
 
 import pytest
@@ -29,9 +30,11 @@ from bisam import (
     WSAM,
     XSAM,
     BiSAM,
+    CEGPlus,
     During,
     EBiSAM,
     Every,
+    ExtraGradient,
     FisherSAM,
     FunctionalSAM,
     GBiSAM,
@@ -48,6 +51,7 @@ from bisam import (
 )
 from bisam.masks import DropGrow, FisherMask, RandomMask
 from bisam.perturbations import L2, Adaptive, Friendly
+from bisam.proximal import L1, Box
 from bisam.schedules import Constant, Linear
 from tests.support import cases, references
 from tests.support.cases import FAMILY_MODELS
@@ -165,6 +169,12 @@ SAME: dict[str, tuple[Any, Any]] = {
     "AESAM(1e9) is SAM once": (AESAM(B, steps=6, first=1e9, last=1e9), During(SAM_, stop=1)),  # no variance at first
     "LESAM(sigma=0) is ERM": (LESAM(0.0), ERM()),
     "RAPP(inner=1) is ERM": (RAPP(0.3, inner=1), ERM()),
+    "RAPP in a box without bounds is RAPP": (RAPP(0.3, prox=Box(-inf, inf)), RAPP(0.3)),
+    "RAPP in a box that is never left is RAPP": (RAPP(0.3, prox=Box(-1e3, 1e3)), RAPP(0.3)),
+    "RAPP with L1(0) is RAPP": (RAPP(0.3, prox=L1(0.0)), RAPP(0.3)),
+    "RAPP with no names is RAPP": (RAPP(0.3, prox={}), RAPP(0.3)),
+    "CEGPlus without prox is ExtraGradient": (CEGPlus(0.3), ExtraGradient(0.3)),
+    "CEGPlus with L1(0) is ExtraGradient": (CEGPlus(0.3, L1(0.0)), ExtraGradient(0.3)),
     "MomentumSAM(momentum=0, rho=0) is ERM": (MomentumSAM(L2(0.0), momentum=0.0), ERM()),
     "Constant is a number": (SAM(L2(Constant(0.1))), SAM_),
     "Linear between equals is a number": (SAM(Adaptive(Linear(0.5, 0.5, steps=3))), SAM(Adaptive(0.5))),

@@ -150,7 +150,7 @@ def test_a_loss_of_any_magnitude_has_the_same_displacements(name):
 
 # Effects of a step.
 
-ELSEWHERE = ("RSAM", "BSAM", "MomentumSAM", "MSAM", "Every-other")  # where running statistics move
+ELSEWHERE = ("RSAM", "BSAM", "MomentumSAM", "MSAM", "Every-other", "OptSAM", "SAMDB")  # where running statistics move
 
 
 @each_method
@@ -286,7 +286,8 @@ ENTRIES = (
     "ASAM ASAM-official ABiSAM MultiStepSAM-adaptive MomentumSAM-log Smoothed-friendly-adaptive SAMON-adaptive-log "
     "RandomMask-entry RandomMask-friendly ESAM-entry-tanh ZSharp ZSharp-log ZScore-adaptive FisherSAM "
     "FisherMask-friendly-log SSAMF SSAMF-log SSAMF-descent SSAMD DropGrow-settling-log During BSAM BSAM-log RSAM "
-    "RSAM-plain-adaptive KSAM-RSAM-EBiSAM Every-other-LookSAM RandomMask-only-adaptive Only-RandomMask-adaptive"
+    "RSAM-plain-adaptive KSAM-RSAM-EBiSAM Every-other-LookSAM RandomMask-only-adaptive Only-RandomMask-adaptive "
+    "SAMPa-asam SAMDB-log"
 )
 """Methods that treat single entries, of which a complex number is one; test_references.py has their formulas."""
 

@@ -1,4 +1,4 @@
-"""Lookahead: the previewed step is the step, and the wrapper is an optimizer like any other."""
+"""Lookahead is an optimizer like any other."""
 
 from __future__ import annotations
 
@@ -6,197 +6,17 @@ import copy
 import io
 import pickle
 from functools import partial
-from inspect import signature
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
-from torch.optim import SGD, Adam, AdamW
+from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
 
-from bisam import Lookahead, ModelOracle, Vector, cross_entropy, next_step
+from bisam import Lookahead, ProximalPoint, cross_entropy
 from tests.support import cases, references
 
-# The previewed step.
-
-SETTINGS = {
-    "sgd": partial(SGD, lr=0.1),
-    "momentum": partial(SGD, lr=0.1, momentum=0.9, weight_decay=5e-3),
-    "dampening": partial(SGD, lr=0.1, momentum=0.9, dampening=0.4, weight_decay=5e-3, maximize=True),
-    "nesterov": partial(SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-3, foreach=True),
-    "adam": partial(Adam, lr=1e-2, weight_decay=0.1),
-    "adam-maximize": partial(Adam, lr=1e-2, betas=(0.5, 0.9), eps=1e-3, weight_decay=0.1, maximize=True, foreach=True),
-    "adam-fused": partial(Adam, lr=1e-2, fused=True),
-    "adamw": partial(AdamW, lr=1e-2, weight_decay=0.1),
-    "adamw-no-decay": partial(AdamW, lr=1e-2, betas=(0.0, 0.9), weight_decay=0.0, maximize=True),
-    "amsgrad": partial(AdamW, lr=1e-2, betas=(0.9, 0.5), amsgrad=True, foreach=True),
-    "sgd-tensor": partial(SGD, lr=torch.tensor(0.1, dtype=torch.double), momentum=0.9),
-    "adamw-tensor": partial(AdamW, lr=torch.tensor(0.01, dtype=torch.double)),
-}
-
-
-def gradient(model: nn.Module, seed: int, missing: tuple[int, ...] = ()) -> Vector:
-    generator = torch.Generator().manual_seed(seed)
-    tensors = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in model.parameters()]
-    return Vector([torch.zeros_like(g) if i in missing else g for i, g in enumerate(tensors)], frozenset(missing))
-
-
-def step(optimizer: torch.optim.Optimizer, model: nn.Module, g: Vector) -> None:
-    for i, (p, part) in enumerate(zip(model.parameters(), g, strict=True)):
-        p.grad = None if i in g.holes else part.clone()
-    optimizer.step()
-
-
-def check_preview(optimizer: torch.optim.Optimizer, model: nn.Module, g: Vector, tolerance: float = 1e-12) -> Vector:
-    before, state = references.flat(model), copy.deepcopy(optimizer.state_dict())
-    e = next_step(optimizer)(g, ModelOracle(model, cross_entropy))
-    assert torch.equal(references.flat(model), before)
-    torch.testing.assert_close(optimizer.state_dict(), state, rtol=0, atol=0)
-    step(optimizer, model, g)
-    moved = torch.cat([part.reshape(-1) for part in e])
-    torch.testing.assert_close(before + moved, references.flat(model), rtol=0, atol=tolerance)
-    assert e.holes == g.holes
-    return e
-
-
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_the_preview_is_the_step(setting):
-    model = cases.mlp(nn.BatchNorm1d)
-    optimizer = SETTINGS[setting](model.parameters())
-    for i in range(4):  # the first without a state
-        assert check_preview(optimizer, model, gradient(model, i)).norm() > 1e-3
-
-
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_a_parameter_without_gradient_is_skipped_and_lags_behind(setting):
-    model = cases.mlp(nn.BatchNorm1d)
-    optimizer = SETTINGS[setting](model.parameters())
-    for i, missing in enumerate([(1, 2), (), (0, 2), (1, 2), (2,), ()]):
-        e = check_preview(optimizer, model, gradient(model, i, missing))
-        assert all(not e.tensors[j].any() for j in missing)
-
-
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_groups_have_settings_of_their_own_and_what_is_in_none_stays(setting):
-    model = cases.mlp(nn.BatchNorm1d)
-    first, second, _, *rest = model.parameters()
-    stranger = nn.Parameter(torch.zeros(3))
-    optimizer = SETTINGS[setting]([{"params": rest, "weight_decay": 0.3}, {"params": [stranger, second, first]}])
-    optimizer.param_groups[0]["lr"] = 0.03
-    for i in range(3):
-        e = check_preview(optimizer, model, gradient(model, i))
-        assert [bool(part.any()) for part in e] == [True, True, False, True, True, True]
-
-
-def test_the_preview_follows_schedules_and_loaded_states():
-    model = cases.mlp()
-    optimizer = SETTINGS["nesterov"](model.parameters())
-    preview, schedule = next_step(optimizer), StepLR(optimizer, 1, 0.1)
-    old = copy.deepcopy(optimizer.state_dict())
-    e = [preview(gradient(model, 0), ModelOracle(model, cross_entropy)).norm()]
-    step(optimizer, model, gradient(model, 1))
-    schedule.step()
-    e.append(preview(gradient(model, 0), ModelOracle(model, cross_entropy)).norm())
-    optimizer.load_state_dict(old)
-    check_preview(optimizer, model, gradient(model, 0))
-    assert e[1] < 0.5 * e[0]
-
-
-@pytest.mark.parametrize("setting", ["nesterov", "adam", "amsgrad"])
-def test_complex_parameters(setting):
-    model = nn.ParameterList([torch.randn(3, dtype=torch.cdouble), torch.randn(2, dtype=torch.double)])
-    optimizer = SETTINGS[setting](model.parameters())
-    for i in range(3):
-        before = [p.detach().clone() for p in model]
-        e = next_step(optimizer)(gradient(model, i), ModelOracle(model, cross_entropy))
-        step(optimizer, model, gradient(model, i))
-        torch.testing.assert_close([a + b for a, b in zip(before, e, strict=True)], list(model), rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("setting", ["nesterov", "amsgrad"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_lower_precision_keeps_its_type(setting, dtype):
-    model = nn.ParameterList([torch.randn(4, 3), torch.tensor(0.7)]).to(dtype)
-    optimizer = SETTINGS[setting](model.parameters())
-    for i in range(3):
-        e = check_preview(optimizer, model, gradient(model, i), {torch.float32: 1e-6, torch.bfloat16: 3e-2}[dtype])
-        assert {part.dtype for part in e} == {dtype}
-
-
-@pytest.mark.parametrize("flag", ["capturable", "fused"])
-@pytest.mark.parametrize("setting", ["nesterov", "amsgrad"])
-def test_nothing_waits_for_a_device(setting, flag):
-    model = nn.Linear(3, 2, device="meta")  # whose entries cannot be read
-    optimizer = SETTINGS[setting](model.parameters())
-    optimizer.param_groups[0].update({"lr": torch.empty(1, device="meta"), flag: True})
-    weight = next(model.parameters())  # the bias has no state yet
-    names = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-    optimizer.state[weight] = {name: torch.empty_like(weight) for name in names}
-    optimizer.state[weight]["step"] = torch.empty((), device="meta")
-    g = Vector([torch.empty_like(p) for p in model.parameters()])
-    assert [e.shape for e in next_step(optimizer)(g, ModelOracle(model, cross_entropy))] == [(2, 3), (2,)]
-
-
-@pytest.mark.skipif("decoupled_weight_decay" not in signature(Adam).parameters, reason="this torch has AdamW alone")
-def test_adam_with_decoupled_weight_decay():
-    model = cases.mlp()
-    optimizer = Adam(model.parameters(), lr=1e-2, weight_decay=0.3, decoupled_weight_decay=True)
-    for i in range(3):
-        check_preview(optimizer, model, gradient(model, i))
-
-
-def test_a_copy_previews_the_copied_model():
-    model = cases.mlp()
-    optimizer = SETTINGS["momentum"](model.parameters())
-    step(optimizer, model, gradient(model, 0))
-    expected = next_step(optimizer)(gradient(model, 1), ModelOracle(model, cross_entropy))
-    pair = model, next_step(optimizer)
-    copies = [copy.deepcopy(pair), pickle.loads(pickle.dumps(pair))]
-    step(optimizer, model, gradient(model, 2))
-    for twin, preview in copies:
-        e = preview(gradient(twin, 1), ModelOracle(twin, cross_entropy))
-        assert [cases.bits(a) for a in e] == [cases.bits(b) for b in expected]
-        assert repr(preview) == "next_step(SGD)"
-
-
-def test_what_lightning_and_accelerate_wrap_is_unwrapped():
-    fabric = pytest.importorskip("lightning_fabric").Fabric(accelerator="cpu", devices=1)
-    optimizer = SGD(cases.mlp().parameters(), lr=0.1)
-    AcceleratedOptimizer = type("AcceleratedOptimizer", (torch.optim.Optimizer,), {"__init__": lambda self: None})
-    accelerated = AcceleratedOptimizer()
-    accelerated.optimizer = fabric.setup_optimizers(optimizer)
-    assert next_step(accelerated) == next_step(optimizer)
-
-
-class Mine(SGD):
-    pass
-
-
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (lambda p: torch.optim.RMSprop(p), "not of RMSprop: train with one of these"),
-        (lambda p: Mine(p), "SGD, Adam and AdamW, not of Mine"),
-        (lambda p: Lookahead(SGD(p)), "not of Lookahead"),
-        (lambda p: SGD, "the optimizer of the training loop, got <class"),
-        (lambda p: None, "the optimizer of the training loop, got None"),
-        (lambda p: SimpleNamespace(optimizer=SGD(p)), "the optimizer of the training loop, got namespace"),
-    ],
-)
-def test_an_optimizer_whose_step_is_not_known_is_refused(make, words):
-    with pytest.raises(TypeError, match=words):
-        next_step(make([nn.Parameter(torch.zeros(2))]))
-
-
-def test_an_optimizer_of_another_model_is_refused():
-    model = cases.mlp()
-    preview = next_step(SGD(copy.deepcopy(model).parameters()))
-    with pytest.raises(ValueError, match="the SGD holds none of the model's parameters"):
-        preview(gradient(model, 0), ModelOracle(model, cross_entropy))
-
-
-# The optimizer.
+momentum = partial(SGD, lr=0.1, momentum=0.9, weight_decay=5e-3)
 
 
 def fit(optimizer: torch.optim.Optimizer, model: nn.Module, steps: range, schedule=None) -> None:
@@ -286,8 +106,10 @@ def nested(model: nn.Module, name: str = "sgd") -> Lookahead:
         lambda model: Lookahead(cases.OPTIMIZERS["sgd"](model.parameters()), 3),
         lambda model: Lookahead(cases.OPTIMIZERS["adamw"](model.parameters()), 3),
         nested,
+        lambda model: ProximalPoint(cases.OPTIMIZERS["adamw"](model.parameters()), 3, 0.9),
+        lambda model: Lookahead(ProximalPoint(Adam(model.parameters(), lr=1e-2, betas=(0.0, 0.9))), 4, 0.4),
     ],
-    ids=["sgd", "adamw", "nested"],
+    ids=["sgd", "adamw", "nested", "RAPP-Adam", "LA-ExtraAdam"],
 )
 def test_a_copy_goes_on_bit_for_bit(make, at, copied):
     model = cases.convnet()
@@ -315,9 +137,9 @@ def test_a_loaded_state_is_a_copy():
 
 def test_states_of_bare_optimizers_are_interchangeable():
     model = cases.mlp()
-    bare = SETTINGS["momentum"](model.parameters())
+    bare = momentum(model.parameters())
     fit(bare, model, range(4))
-    optimizer = Lookahead(SETTINGS["momentum"](model.parameters()), 3)
+    optimizer = Lookahead(momentum(model.parameters()), 3)
     fit(optimizer, model, range(2))
     optimizer.load_state_dict(bare.state_dict())
     assert optimizer.state_dict()["lookahead"] == [{"count": 0, "slow": {}}]
@@ -327,7 +149,7 @@ def test_states_of_bare_optimizers_are_interchangeable():
 
 def test_a_state_of_other_parameters_is_refused_and_changes_nothing():
     model = cases.mlp()
-    optimizer = Lookahead(SETTINGS["momentum"](model.parameters()), 3)
+    optimizer = Lookahead(momentum(model.parameters()), 3)
     fit(optimizer, model, range(2))
     before = copy.deepcopy(optimizer.state_dict())
     with pytest.raises(ValueError, match="size of optimizer's group"):
@@ -423,7 +245,7 @@ def test_weights_that_were_changed_between_rounds_are_what_the_next_starts_from(
 
 
 def test_the_settings_are_those_of_the_optimizer_inside():
-    inside = SETTINGS["momentum"](cases.mlp().parameters())
+    inside = momentum(cases.mlp().parameters())
     optimizer = Lookahead(inside)
     assert isinstance(optimizer, torch.optim.Optimizer)
     assert (optimizer.k, optimizer.alpha) == (5, 0.5)
@@ -439,9 +261,9 @@ def test_in_fabric():
     fabric = pytest.importorskip("lightning_fabric").Fabric(accelerator="cpu", devices=1)
     model = cases.mlp()
     plain = copy.deepcopy(model)
-    bare = Lookahead(SETTINGS["momentum"](plain.parameters()), 3)
+    bare = Lookahead(momentum(plain.parameters()), 3)
     fit(bare, plain, range(7))
-    model, optimizer = fabric.setup(model, Lookahead(SETTINGS["momentum"](model.parameters()), 3))
+    model, optimizer = fabric.setup(model, Lookahead(momentum(model.parameters()), 3))
     fit(optimizer, model, range(7))
     assert cases.bits(references.flat(model)) == cases.bits(references.flat(plain))
     torch.testing.assert_close(optimizer.state_dict(), bare.state_dict(), rtol=0, atol=0)

@@ -22,17 +22,22 @@ from bisam import (
     GSAM,
     KSAM,
     LESAM,
+    MESA,
     MSAM,
     RAPP,
     RSAM,
+    SAF,
     SAM,
+    SAMDB,
     SAMON,
     SSAMD,
     SSAMF,
     WSAM,
     XSAM,
     ABiSAM,
+    AsyncSAM,
     BiSAM,
+    CEGPlus,
     During,
     EBiSAM,
     Every,
@@ -45,9 +50,12 @@ from bisam import (
     MultiStepSAM,
     NegLog,
     Only,
+    OptSAM,
+    Oracle,
     SAMPa,
     Tanh,
     VaSSO,
+    Vector,
     ZSharp,
     next_step,
 )
@@ -168,6 +176,11 @@ LOG = partial(references.q, references.phi_log, 1.0)
 TANH = partial(references.q, references.phi_tanh(0.1), 10.0)
 
 
+def rows(batch: tuple[Tensor, Tensor]) -> Tensor:
+    """The numbers of the examples, where each batch has the same examples."""
+    return torch.arange(len(batch[1]))
+
+
 def is_norm(name: str, p: Tensor) -> bool:
     return p.dim() == 1 and (name.startswith(("1.", "2.", "5.")))  # of `convnet` and of `mlp(norm)`
 
@@ -190,6 +203,13 @@ PLAIN = ("SAM", "BiSAM", "BiSAM-tanh", "ASAM", "ASAM-official", "ABiSAM", "MSAM"
 """Rows of `FAMILY` that are compared with their references on all `MODELS`."""
 FAMILY_MODELS = {**MODELS, "mlp": A_MODEL}
 B = references.l2(0.1)
+
+
+def ridge(point: Vector, oracle: Oracle, gamma: float) -> Vector:
+    """The proximal operator of 0.35 ||w||^2; smooth, so that Adam does not divide by rounding errors."""
+    return point / (1 + 0.7 * gamma)
+
+
 FAMILY: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], references.Twin]] = {
     "ERM": (lambda o: ERM(), references.erm(CE)),
     "SAM": (lambda o: SAM(L2(0.1)), references.climbing(B, CE, CE)),
@@ -202,6 +222,10 @@ FAMILY: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], references.Twin]
         references.multi_step(references.adaptive(0.5), CE, CE, 2),
     ),
     # Masks and what else is done to a gradient or a displacement.
+    "RandomMask": (
+        lambda o: SAM(RandomMask(L2(0.1), beta=0.4)),
+        references.climbing(references.random_mask(B, 0.4, "tensor"), CE, CE),
+    ),
     "RandomMask-entry": (
         lambda o: SAM(RandomMask(L2(0.1), beta=0.3, per="entry"), ascent=NegLog()),
         references.climbing(references.random_mask(B, 0.3, "entry"), LOG, CE),
@@ -394,7 +418,9 @@ FAMILY: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], references.Twin]
         references.bsam(LOG, CE, 300, 0.1, prior=10, damping=0.3, b1=0.5, b2=0.8),
     ),
     "RAPP": (lambda o: RAPP(0.2), references.rapp(CE, 0.2, 3)),
+    "RAPP-ridge": (lambda o: RAPP(0.2, prox=ridge), references.rapp(CE, 0.2, 3, lambda z: z / 1.14)),
     "ExtraGradient": (lambda o: ExtraGradient(0.3), references.rapp(CE, 0.3, 2)),
+    "CEGPlus": (lambda o: CEGPlus(0.3, ridge), references.ceg_plus(CE, 0.3, lambda z: z / 1.21)),
     # Around any method.
     "RSAM": (lambda o: RSAM(0.05, SAM(L2(0.1))), references.rsam(0.05, references.climbing(B, CE, CE))),
     "RSAM-plain-adaptive": (
@@ -451,6 +477,58 @@ FAMILY: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], references.Twin]
         references.climbing(references.adaptive(0.5, 0.01), LOG, CE),
     ),
     "MSAM": (lambda o: MSAM(3, SAM(L2(0.1))), references.msam(3, references.climbing(B, CE, CE))),
+    # The combinations of SAMPa.
+    "SAMPa-bisam": (lambda o: SAMPa(L2(0.1), NegLog(), ahead=next_step(o)), references.sampa(B, LOG, CE, 0.2)),
+    "SAMPa-asam": (
+        lambda o: SAMPa(Adaptive(0.5), ahead=next_step(o)),
+        references.sampa(references.adaptive(0.5), CE, CE, 0.2),
+    ),
+    "SAMPa-on": (
+        lambda o: SAMPa(NormLayers(L2(0.1)), ahead=next_step(o)),
+        references.sampa(references.norm_layers(B, is_norm), CE, CE, 0.2),
+    ),
+    "SAMPa-vasso": (
+        lambda o: SAMPa(Smoothed(L2(0.1), theta=0.4), Tanh(), ahead=next_step(o), lam=0.1),
+        references.sampa(references.smoothed(B, 0.4), TANH, CE, 0.1),
+    ),
+    "MSAM-SAMPa": (
+        lambda o: MSAM(3, SAMPa(L2(0.1), ahead=next_step(o)), separate=True),
+        references.msam(3, references.sampa(B, CE, CE, 0.2)),
+    ),
+    # An ascent gradient of an earlier step or of another batch.
+    "OptSAM": (lambda o: OptSAM(L2(0.1)), references.opt_sam(B, CE, CE)),
+    "OptSAM-log": (
+        lambda o: OptSAM(Friendly(L2(0.1)), NegLog()),
+        references.opt_sam(references.friendly(B, 1.0, 0.9), LOG, CE),
+    ),
+    "AsyncSAM": (lambda o: AsyncSAM(L2(0.1)), references.async_sam(B, CE, CE)),
+    "AsyncSAM-log": (
+        lambda o: AsyncSAM(Smoothed(L2(0.1), theta=0.4), NegLog(), Tanh()),
+        references.async_sam(references.smoothed(B, 0.4), LOG, TANH),
+    ),
+    "SAMDB": (lambda o: SAMDB(L2(0.1)), references.sam_db(B, CE, CE)),
+    "SAMDB-log": (lambda o: SAMDB(Adaptive(0.5), NegLog()), references.sam_db(references.adaptive(0.5), LOG, CE)),
+    # A loss that remembers outputs.
+    "MESA": (
+        lambda o: MESA(lam=2.0, decay=0.7),
+        references.mesa(references.erm, CE, 2.0, 5.0, 0.7),
+    ),
+    "MESA-bisam": (
+        lambda o: MESA(BiSAM(0.1), temperature=2.0, decay=0.9, start=3),
+        references.mesa(lambda loss: references.climbing(B, LOG, loss), CE, 0.8, 2.0, 0.9, 3),
+    ),
+    "MESA-functional": (
+        lambda o: MESA(FunctionalSAM(L2(0.1), NegLog()), lam=3.0, decay=0.5),
+        references.mesa(lambda loss: references.functional(B, LOG, loss), CE, 3.0, 5.0, 0.5),
+    ),
+    "SAF": (
+        lambda o: SAF(epoch=1, examples=8, indices=rows, lam=2.0, ago=2, start=3),
+        references.saf(references.erm, CE, 2.0, 5.0, 1, 2, 3),
+    ),
+    "SAF-SAM": (
+        lambda o: SAF(SAM(L2(0.1)), epoch=3, examples=20, indices=rows, temperature=2.0, ago=1, start=0),
+        references.saf(lambda loss: references.climbing(B, loss, loss), CE, 0.3, 2.0, 3, 1, 0),
+    ),
 }
 
 

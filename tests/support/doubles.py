@@ -50,7 +50,10 @@ def shift(*values: float) -> Vector:
 
 
 class Counting(View):
-    """Counts queries that compute gradients and those that do not, in batches of `size` examples."""
+    """Counts queries that compute gradients, of a part of the weights or of all, and those that do not.
+
+    The unit is a batch of `size` examples.
+    """
 
     def __init__(self, oracle: Oracle, counts: dict[str, float], size: int) -> None:
         super().__init__(oracle)
@@ -58,7 +61,9 @@ class Counting(View):
 
     def ask(self, queries: Sequence[Query]) -> list[Evaluation]:
         for query in queries:
-            self.counts["gradients" if query.grad else "forwards"] += len(query.batch[0]) / self.size
+            share = len(query.batch[0]) / self.size
+            self.counts["gradients" if query.grad else "forwards"] += share
+            self.counts["partial"] += share if query.grad and query.wrt is not None else 0
         return super().ask(queries)
 
 

@@ -391,6 +391,32 @@ def sampa(climb: Climb, ascent: Loss, descent: Loss, lam: float) -> Twin:
     return twin
 
 
+def opt_sam(climb: Climb, ascent: Loss, descent: Loss) -> Twin:
+    def twin(w: Tensor, s: Step) -> Tensor:
+        there = w + climb(s.memory["g"], w, s.part("inner")) if "g" in s.memory else w
+        s.memory["g"] = s.grad(there, ascent)
+        return s.grad(there, descent)
+
+    return twin
+
+
+def async_sam(climb: Climb, ascent: Loss, descent: Loss) -> Twin:
+    def twin(w: Tensor, s: Step) -> Tensor:
+        now = s.grad(w, ascent)
+        stale, s.memory["g"] = s.memory.get("g", now), now
+        return s.grad(w + climb(stale, w, s.part("inner")), descent)
+
+    return twin
+
+
+def sam_db(climb: Climb, ascent: Loss, descent: Loss) -> Twin:
+    def twin(w: Tensor, s: Step) -> Tensor:
+        before, s.memory["batch"] = s.memory.get("batch", s.batch), s.batch
+        return s.grad(w + climb(s.grad(w, ascent, before), w, s.part("inner")), descent)
+
+    return twin
+
+
 def bsam(ascent: Loss, descent: Loss, n: float, rho: float, prior: float, damping: float, b1: float, b2: float) -> Twin:
     def twin(w: Tensor, s: Step) -> Tensor:
         m, v = s.memory.get("m", torch.zeros_like(w)), s.memory.get("s", torch.ones_like(w.abs()))
@@ -404,18 +430,70 @@ def bsam(ascent: Loss, descent: Loss, n: float, rho: float, prior: float, dampin
     return twin
 
 
-def rapp(loss: Loss, gamma: float, inner: int) -> Twin:
+def rapp(loss: Loss, gamma: float, inner: int, prox: Callable[[Tensor], Tensor] = lambda z: z) -> Twin:
     def twin(w: Tensor, s: Step) -> Tensor:
         z = w
         for _ in range(inner):
-            f = s.grad(z, loss)
-            z = w - gamma * f
-        return f
+            z = prox(w - gamma * s.grad(z, loss))
+        return (w - z) / gamma
+
+    return twin
+
+
+def ceg_plus(loss: Loss, gamma: float, prox: Callable[[Tensor], Tensor]) -> Twin:
+    def twin(w: Tensor, s: Step) -> Tensor:
+        hw = w - gamma * s.grad(w, loss)
+        z = prox(hw)
+        return (hw - (z - gamma * s.grad(z, loss))) / gamma
 
     return twin
 
 
 # Twins around twins.
+
+
+def with_term(loss: Loss, past: Tensor, lam: float, t: float) -> Loss:
+    """Du et al., 2022: L + lam T^2 KL(past || present), with the sum over the classes written out."""
+
+    def total(outputs: Tensor, labels: Tensor) -> Tensor:
+        p, q = (torch.exp(z / t) / torch.exp(z / t).sum(1, keepdim=True) for z in (past, outputs))
+        return loss(outputs, labels) + lam * t**2 * (p * (p / q).log()).sum(1)
+
+    return total
+
+
+def mesa(make: Callable[[Loss], Twin], loss: Loss, lam: float, t: float, decay: float, start: int = 0) -> Twin:
+    """The average model has averages of the weights and of the running statistics, and is in eval mode."""
+
+    def mixed(a: Tensor, b: Tensor) -> Tensor:
+        return decay * a + (1 - decay) * b if b.dtype.is_floating_point or b.is_complex() else b
+
+    def outer(w: Tensor, s: Step) -> Tensor:
+        names = [n for n, _ in s.model.named_parameters()]
+        buffers = s.memory.get("buffers", {n: b.clone() for n, b in s.model.named_buffers()})
+        v, averaged = s.memory.get("average", (w, buffers))
+        v, averaged = mixed(v, w), {n: mixed(averaged[n], b) for n, b in buffers.items()}
+        s.memory["average"] = v.clone(), {n: b.clone() for n, b in averaged.items()}
+        there = dict(zip(names, s.parts(v), strict=True)) | averaged
+        past = functional_call(copy.deepcopy(s.model).eval(), there, s.batch[0])
+        s.memory["buffers"] = {n: b.clone() for n, b in buffers.items()}
+        functional_call(s.model, dict(zip(names, s.parts(w), strict=True)) | s.memory["buffers"], s.batch[0])
+        return make(loss if s.number < start else with_term(loss, past, lam, t))(w, s.part("method"))
+
+    return outer
+
+
+def saf(make: Callable[[Loss], Twin], loss: Loss, lam: float, t: float, epoch: int, ago: int, start: int) -> Twin:
+    """All batches have the same examples."""
+
+    def outer(w: Tensor, s: Step) -> Tensor:
+        number, seen = s.number // epoch, s.memory.setdefault("seen", {})
+        known = s.number >= start and number - ago in seen
+        total = with_term(loss, seen[number - ago], lam, t) if known else loss
+        seen[number] = s.outputs(w).detach()
+        return make(total)(w, s.part("method"))
+
+    return outer
 
 
 def msam(m: int, twin: Twin) -> Twin:

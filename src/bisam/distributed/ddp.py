@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch.distributed as dist
 from torch import nn
@@ -63,6 +63,15 @@ def check_join(inside: Sequence[Any], together: bool) -> None:
         )
 
 
+def replicas_of(inside: Sequence[Any]) -> list[Any]:
+    """Returns the wrappers that average the gradients of this call: those inside the loss, else the one around it.
+
+    None in the contexts `no_sync()` and `join()`, where some replicas may make no call.
+    """
+    wrappers = list(inside) or [cast(Any, DistributedDataParallel._get_active_ddp_module())]
+    return [ddp for ddp in wrappers if ddp is not None and ddp.require_backward_grad_sync and not _joins(ddp)]
+
+
 def _joins(ddp: Any) -> bool:
     return ddp is not None and ddp._join_config.enable
 
@@ -86,6 +95,12 @@ class BufferBroadcasts:
             self._first = False
             yield
             return
+        with self.never():
+            yield
+
+    @contextmanager
+    def never(self) -> Generator[None]:
+        """A context for a forward pass that does not broadcast, for example one with other buffers."""
         before = [ddp.require_forward_param_sync for ddp in self._inside]
         try:
             for ddp in self._inside:

@@ -4,7 +4,7 @@ Where ranks exchange tensors within a step, a rank that catches its own error an
 step to ranks that expect those of the failed one. Some backends end the process then, without an error. So each failure
 is noted in the store of the process group, and before the next step the rank looks for the notes of the others:
 
-    failures.note(layout, step, error)     # the step failed on this rank
+    failures.note(peers, step, error)      # the step failed on this rank
     failures.check()                       # before the next step: raises unless it failed on the others too
 
 A step that succeeds costs nothing.
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from bisam.vector import Layout
+from bisam.distributed.peers import Peers
 
 LIMIT = 10.0
 """The time in seconds that ranks have to note the same failure."""
@@ -45,15 +45,14 @@ class _Notes:
 _notes = _Notes()
 
 
-def note(layout: Layout, step: int, error: BaseException) -> None:
+def note(peers: Peers | None, step: int, error: BaseException) -> None:
     """Notes that a step failed on this rank.
 
     Args:
-        layout: the layout of the weights; ranks that share it wait for each other within a step.
+        peers: the ranks that wait for each other within a step, if any do.
         step: the number of the step.
         error: the error.
     """
-    peers = getattr(layout, "peers", None)
     if peers is None or not dist.is_initialized():
         return
     _notes.follow()

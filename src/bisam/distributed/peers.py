@@ -101,6 +101,21 @@ class Peers:
             dist.broadcast(there, dist.get_global_rank(group, 0), group=group)
         return there.to(value.device)
 
+    def gathered(self, values: Tensor) -> Tensor:
+        """Returns values (n, ...) of all ranks, one rank after the other; n may differ. It waits for the device."""
+        there = values.to(self._device).contiguous()
+        for group in self._groups:
+            size = torch.tensor([len(there)], device=self._device)
+            sizes = [torch.empty_like(size) for _ in range(dist.get_world_size(group))]
+            dist.all_gather(sizes, size, group=group)
+            counts = [int(n) for n in torch.cat(sizes).tolist()]
+            padded = there.new_zeros((max(counts), *there.shape[1:]))
+            padded[: len(there)] = there
+            parts = [torch.empty_like(padded) for _ in counts]
+            dist.all_gather(parts, padded, group=group)
+            there = torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
+        return there.to(values.device)
+
     def agree(self, what: str, number: int) -> None:
         """Checks that all ranks have the same number; synchronises the ranks.
 

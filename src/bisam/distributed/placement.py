@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from bisam.distributed import failures
-from bisam.distributed.ddp import BufferBroadcasts, check_join, communicating
+from bisam.distributed.ddp import BufferBroadcasts, check_join, communicating, replicas_of
 from bisam.distributed.fsdp import FSDPModules, accumulation_hooks
 from bisam.distributed.layout import ReplicatedLayout, ShardedLayout, local
 from bisam.distributed.peers import Peers, position
@@ -36,11 +36,14 @@ class Local:
     Attributes:
         layout: the layout of Vectors of weights and gradients.
         is_local: whether an answer is for this rank's batch only.
+        replicas: the ranks that average their gradients for the same optimizer step, if they are known and each answers
+            for its own batch; else None.
         position: see `Oracle.position`.
     """
 
     layout: Layout = WHOLE
     is_local: bool = True
+    replicas: Peers | None = None
 
     @property
     def position(self) -> str:
@@ -90,6 +93,10 @@ class Local:
         """Returns value, count and gradient of this rank's answer, averaged over the ranks that share the batch."""
         return value, count, gradient
 
+    def gathered(self, values: Tensor) -> Tensor:
+        """Returns values (n, ...) of all ranks that share the batch, in the order of the ranks."""
+        return values
+
     def agree(self, what: str, number: int) -> None:
         """Checks that all ranks that share a batch have the same `number` of `what`.
 
@@ -100,8 +107,8 @@ class Local:
     def before_forward(self) -> None:
         """Frees copies of the weights that were gathered for an earlier pass, because the weights have changed."""
 
-    def forward_pass(self) -> AbstractContextManager[None]:
-        """Returns a context for each forward pass of a query."""
+    def forward_pass(self, *, evaluates: bool = False) -> AbstractContextManager[None]:
+        """Returns a context for each forward pass of a query; `evaluates` is True in eval mode."""
         return nullcontext()
 
     def recover(self, parameters: Sequence[Tensor]) -> None:
@@ -117,24 +124,25 @@ class Local:
 
 
 class Replica(Local):
-    """Whole parameters, and answers for this rank's batch only, in a model that communicates in its forward passes.
+    """Whole parameters, and answers for this rank's batch only, in data-parallel training.
 
     Args:
         broadcasts: the broadcasts of buffers in the forward passes.
         waiting: the ranks that wait for each other in every forward pass (SyncBatchNorm); None if no rank waits.
+        replicas: see `Local`.
     """
 
-    def __init__(self, broadcasts: BufferBroadcasts, waiting: Peers | None) -> None:
-        self._broadcasts, self._waiting = broadcasts, waiting
+    def __init__(self, broadcasts: BufferBroadcasts, waiting: Peers | None, replicas: Peers | None) -> None:
+        self._broadcasts, self._waiting, self.replicas = broadcasts, waiting, replicas
 
     def agree(self, what: str, number: int) -> None:
         """See `Local.agree`; checks the ranks that wait for each other in every forward pass."""
         if self._waiting is not None:
             self._waiting.agree(what, number)
 
-    def forward_pass(self) -> AbstractContextManager[None]:
+    def forward_pass(self, *, evaluates: bool = False) -> AbstractContextManager[None]:
         """See `Local.forward_pass`."""
-        return self._broadcasts.once()
+        return self._broadcasts.never() if evaluates else self._broadcasts.once()
 
 
 class Replicated(Local):
@@ -151,15 +159,19 @@ class Replicated(Local):
         self._peers, self._broadcasts = peers, broadcasts
         self.layout = ReplicatedLayout(peers)
 
-    def forward_pass(self) -> AbstractContextManager[None]:
+    def forward_pass(self, *, evaluates: bool = False) -> AbstractContextManager[None]:
         """See `Local.forward_pass`."""
-        return self._broadcasts.once()
+        return self._broadcasts.never() if evaluates else self._broadcasts.once()
 
     def averaged(
         self, value: Tensor, count: Count, gradient: Vector | None, wrt: Sequence[bool] | None = None
     ) -> tuple[Tensor, Count, Vector | None]:
         """See `Local.averaged`."""
         return self._peers.answer(value, count, gradient, reduced=False, wrt=wrt)
+
+    def gathered(self, values: Tensor) -> Tensor:
+        """See `Local.gathered`."""
+        return self._peers.gathered(values)
 
     def agree(self, what: str, number: int) -> None:
         """See `Local.agree`."""
@@ -225,6 +237,10 @@ class FullySharded(Local):
             return value, count, gradient
         return self._peers.answer(value, count, gradient, reduced=self._shards is not None, wrt=wrt)
 
+    def gathered(self, values: Tensor) -> Tensor:
+        """See `Local.gathered`."""
+        return values if self._peers is None else self._peers.gathered(values)
+
     def agree(self, what: str, number: int) -> None:
         """See `Local.agree`."""
         if self._peers is not None:
@@ -275,6 +291,8 @@ def place(model: nn.Module, parameters: Sequence[Tensor], fsdp_modules: Sequence
         return FullySharded(FSDPModules(fsdp_modules), None, peers)
     if peers is not None:
         return Replicated(peers, BufferBroadcasts(inside))
-    if not (inside or norms):
+    wrappers = replicas_of(inside)
+    if not (inside or norms or wrappers):
         return _LOCAL
-    return Replica(BufferBroadcasts(inside), Peers.of(norms, parameters) if norms else None)
+    waiting, replicas = (Peers.of(modules, parameters) if modules else None for modules in (norms, wrappers))
+    return Replica(BufferBroadcasts(inside), waiting, replicas)

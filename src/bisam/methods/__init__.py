@@ -30,7 +30,7 @@ from bisam.methods.efficient import (
     MomentumSAM as MomentumSAM,
     SAMPa as SAMPa,
 )
-from bisam.methods.games import RAPP as RAPP, ExtraGradient as ExtraGradient
+from bisam.methods.games import RAPP as RAPP, CEGPlus as CEGPlus, ExtraGradient as ExtraGradient
 from bisam.methods.method import Method as Method
 from bisam.methods.sam import (
     ASAM as ASAM,
@@ -47,4 +47,6 @@ from bisam.methods.sam import (
     VaSSO as VaSSO,
     ZSharp as ZSharp,
 )
+from bisam.methods.stale import SAMDB as SAMDB, AsyncSAM as AsyncSAM, OptSAM as OptSAM
+from bisam.methods.trajectory import MESA as MESA, SAF as SAF
 from bisam.methods.wrappers import KSAM as KSAM, MSAM as MSAM, RSAM as RSAM, During as During, Every as Every

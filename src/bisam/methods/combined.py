@@ -264,8 +264,9 @@ def _check_tangent(plain: Evaluation) -> None:
             f"FunctionalSAM needs outputs that are one tensor, got {type(plain.outputs).__name__}: give SharpnessAware "
             "a `forward` that returns (logits, targets)"
         )
-    if isinstance(plain.objective, nn.Module) and any(p.requires_grad for p in plain.objective.parameters()):
+    loss = getattr(plain.objective, "loss", plain.objective)  # that inside a loss with the term of SAF or MESA
+    if isinstance(loss, nn.Module) and any(p.requires_grad for p in loss.parameters()):
         raise ValueError(
-            f"FunctionalSAM cannot train the parameters of the loss {type(plain.objective).__name__}: put them into "
+            f"FunctionalSAM cannot train the parameters of the loss {type(loss).__name__}: put them into "
             "the model, or use another method"
         )

@@ -13,7 +13,7 @@ from torch import Tensor
 from bisam.batches import Batch, examples, largest, size, take
 from bisam.evaluation import Evaluation
 from bisam.masks import RandomMask, top
-from bisam.methods.sam import SAM
+from bisam.methods.sam import SAM, looks
 from bisam.objectives import Bound, NegLog, Objective
 from bisam.oracle import Oracle, Query
 from bisam.perturbations import L2, Perturbation, geometry, is_radius
@@ -357,17 +357,13 @@ class SAMPa(SAM):
         state, before = oracle.state, oracle.kept("batch")
         if before is None:
             _warn_of_lost_batch(state)
-            state["gradients"] = [s.gradient for s in oracle.ask(self._looks(batch, None, track=False))]
+            state["gradients"] = [s.gradient for s in oracle.ask(looks(self, batch, None, track=False))]
         g, e = state["gradients"][0], self.displacement(state["gradients"][-1], oracle)
         late = Query(before or batch, self.descent, e, track=False)
-        h, *seen = oracle.ask([late, *self._looks(batch, self.ahead(g, oracle), track=True)])
+        h, *seen = oracle.ask([late, *looks(self, batch, self.ahead(g, oracle), track=True)])
         oracle.keep("batch", batch)
         state["gradients"] = [s.gradient for s in seen]
         return replace(seen[0], grad=h.gradient * (1 - self.lam) + seen[0].gradient * self.lam)
-
-    def _looks(self, batch: Batch, at: Vector | None, track: bool) -> list[Query]:
-        look = Query(batch, self.descent, at, track=track)
-        return [look] if self.ascent == self.descent else [look, Query(batch, self.ascent, at, track=False)]
 
 
 def _warn_of_lost_batch(state: dict[str, Any]) -> None:

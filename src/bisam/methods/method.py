@@ -5,6 +5,7 @@ declared is False:
 
     stateful          it keeps state between steps, in `oracle.state`
     data_dependent    its number of forward passes depends on the data
+    indexed           it needs the numbers of the examples, the keyword argument `indices` of a call
     transparent       it wraps another method, its field `method`, and keeps no state of its own
 """
 
@@ -38,6 +39,11 @@ def stateful(value: Any) -> str | None:
 def data_dependent(value: Any) -> str | None:
     """Returns the name of the first class in a nest whose number of forward passes depends on the data, or None."""
     return _having("data_dependent", value)
+
+
+def indexed(value: Any) -> str | None:
+    """Returns the name of the first class in a nest that needs the keyword argument `indices` of a call, or None."""
+    return _having("indexed", unwrapped(value))
 
 
 def unwrapped(method: Any) -> Any:

@@ -21,7 +21,7 @@ from bisam.batches import Batch
 from bisam.evaluation import Evaluation
 from bisam.masks import DropGrow, FisherMask
 from bisam.objectives import Bound, NegLog, Objective
-from bisam.oracle import Oracle
+from bisam.oracle import Oracle, Query
 from bisam.perturbations import (
     L2,
     Adaptive,
@@ -124,6 +124,12 @@ class SAM:
             return g, oracle.query(batch, self.descent, at=self.displacement(g, oracle))
         g = oracle.query(batch, self.descent, track=False).gradient
         return g, oracle.query(batch, self.descent, at=self.climb(oracle, batch))
+
+
+def looks(method: SAM, batch: Batch, at: Vector | None, track: bool) -> list[Query]:
+    """Returns queries for the gradients of both objectives of a method at a point: one query if they are the same."""
+    look = Query(batch, method.descent, at, track=track)
+    return [look] if method.ascent == method.descent else [look, Query(batch, method.ascent, at, track=False)]
 
 
 def BiSAM(rho: Perturbation | Radius = 0.05, bound: Bound = NegLog(), descent: Objective | None = None) -> SAM:  # noqa: B008

@@ -202,6 +202,11 @@ class ModuleState:
         buffers = [b for place in self._places.values() if place.kind == "buffer" for _, b in place.held()]
         return [b for b in buffers if b is not None]
 
+    def write_buffers(self, contents: Sequence[Tensor]) -> None:
+        """Copies contents into the present buffers, in their order."""
+        if present := self.buffers:
+            _write(present, list(contents))
+
     @property
     def moved_parameters(self) -> list[str]:
         """The frozen parameters that passes change, by class and name."""
@@ -269,11 +274,14 @@ class ModuleState:
         if not track and self._saw is not None:
             self.restore(self._saw)
 
-    def leave(self, track: bool) -> None:
-        """Ends a pass: keeps its state if it tracks, else restores the present one."""
+    def leave(self, track: bool, *, evaluates: bool = False) -> None:
+        """Ends a pass: keeps its state if it tracks, else restores the present one.
+
+        A pass in eval mode (`evaluates`) changes less than the others: it does not decide what moves.
+        """
         if not self._places:
             return
-        changed = self.look()
+        changed = self.look(compare=not evaluates)
         start, self._start = self._start, None
         if start is None:
             return
@@ -301,8 +309,12 @@ class ModuleState:
             self.look()
             self.restore(self._before.only(self._known.moving.keys()))
 
-    def look(self) -> set[Key]:
-        """Finds the tensors that have moved since the step began, which are restored from now on, and returns them."""
+    def look(self, *, compare: bool = True) -> set[Key]:
+        """Finds the tensors that have moved since the step began, which are restored from now on, and returns them.
+
+        Args:
+            compare: whether to compare contents, if this is a step that does.
+        """
         before = self._before
         if before is None or not self._places:
             return set()
@@ -321,7 +333,7 @@ class ModuleState:
                     if key not in before.values:
                         before.values[key] = entries.get(name, _ABSENT)
                         new[key] = False
-        if self._thorough:
+        if self._thorough and compare:
             self._thorough = False
             for keys, tensors, contents in before.copies:
                 new |= {k: True for k, t, c in zip(keys, tensors, contents, strict=True) if not _equal(t, c)}

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from bisam import objectives
 from bisam.batches import Batch, Keywords, handed, is_empty, mapped, size, tensors
+from bisam.distributed.peers import Peers
 from bisam.distributed.placement import Scope, place
 from bisam.evaluation import Evaluation
 from bisam.model import passes
+from bisam.model.eval_mode import EvalMode
 from bisam.model.gradients import Hooks, LossScale, Scaler, Strangers, check_trainable, filled
 from bisam.model.inputs import Inputs
 from bisam.model.module_state import Known, ModuleState
@@ -90,7 +92,7 @@ class ModelOracle(Oracle):
         model: the module. The weights are its trainable parameters, and those of the loss if the loss is a module.
         loss: `(outputs, targets) -> losses`, one per example or a scalar.
         forward: `(model, *batch) -> (outputs, targets)`. Default: the last element of the batch is the targets and the
-            others are the inputs of the model.
+            others are the inputs of the model; a keyword argument `indices` is left out.
         scaler: the `torch.amp.GradScaler` that scales float16 losses, or a callable that returns its factor.
         same_noise: if True, restore the random state before each query, so that all queries on a batch use the same
             dropout masks.
@@ -150,6 +152,7 @@ class ModelOracle(Oracle):
         self._hooks = Hooks(hooks + self._placement.hooks(found.parameters))
         self._inputs = Inputs(thorough=not self._findings.initialised)
         self._origin: Vector | None = None  # the weights, while they are displaced
+        self._eval_mode = EvalMode([m for m in (model, loss) if isinstance(m, nn.Module)], self.module_state)
         self._scale = None if scaler is None else LossScale(scaler)
         self._noise = SameNoise(found.parameters) if same_noise else None
         self.is_local = self._placement.is_local  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -197,9 +200,25 @@ class ModelOracle(Oracle):
         """See `Oracle.averaged`."""
         return self._placement.averaged(value, count, None)[:2]
 
+    def gathered(self, values: Tensor) -> Tensor:
+        """See `Oracle.gathered`."""
+        return self._placement.gathered(values)
+
     def agree(self, what: str, number: int) -> None:
         """See `Oracle.agree`."""
         self._placement.agree(what, number)
+
+    @property
+    def replicas(self) -> Peers | None:
+        """The ranks that average their gradients for the same optimizer step, if each answers for its own batch."""
+        return self._placement.replicas
+
+    def of_all_replicas(self, flag: Tensor) -> Tensor:
+        """Returns NaN if `flag`, which is 0 or NaN, is NaN on one of `replicas`; they call it together.
+
+        It does not wait for a GPU.
+        """
+        return flag if self.replicas is None else self.replicas.mean([flag])[0]
 
     def random_state(self) -> RandomState:
         """Returns the present state of the random generators that a forward pass draws from."""
@@ -218,6 +237,7 @@ class ModelOracle(Oracle):
 
     def rollback(self) -> None:
         """Restores weights, hooks and module state; also after an interruption at any moment, and more than once."""
+        self._eval_mode.leave()
         self._hooks.restore()
         self._restore_weights()
         self.module_state.rollback()
@@ -297,13 +317,17 @@ class ModelOracle(Oracle):
                 self._drop_copies()  # copies of the previous weights, in lower precision or gathered
             if self._noise is not None:
                 noise = self._noise.begin(query.batch)
+            if query.buffers is not None:
+                self._eval_mode.enter(query.buffers)
             answer = self._evaluate(query, track)
+            self._eval_mode.leave()
             if sums is not None:
                 state.keep(self._initialised_modules(query, sums))
-            state.leave(track)
+            state.leave(track, evaluates=query.buffers is not None)
             self._findings.initialised = True
             return answer
         except BaseException:
+            self._eval_mode.leave()
             self.module_state.rollback()  # a step that fails must not change the model
             self._placement.recover(self.parameters)
             raise
@@ -325,25 +349,26 @@ class ModelOracle(Oracle):
         return True
 
     def _evaluate(self, query: Query, track: bool) -> Evaluation:
-        gradient = None
+        gradient, wrt = None, None if query.wrt is None or all(query.wrt) else query.wrt
         made = self._run_for(query)
         if query.differentiates:
             self._check_graph(query.batch, made.losses)
-            gradient = self._gradient(made.value, query.wrt)
+            gradient = self._gradient(made.value, wrt)
         elif query.grad:
             gradient = self.weights.confined([False] * len(self.parameters))
         answer = made.detached()
         del made
         if track:
             self.seen.append(answer)  # for this rank's batch only: reading it must not need another rank
-        value, count, gradient = self._placement.averaged(answer.value, answer.count, gradient, query.wrt)
+        value, count, gradient = self._placement.averaged(answer.value, answer.count, gradient, wrt)
         if gradient is not None:
             self.note_overflow(gradient)
         return replace(answer, grad=gradient, value=value.detach(), count=count)
 
     def _run_for(self, query: Query) -> ForwardPass:
         graph = query.differentiates or self._findings.differentiates
-        with torch.set_grad_enabled(graph), self._placement.forward_pass():
+        evaluates = query.buffers is not None
+        with torch.set_grad_enabled(graph), self._placement.forward_pass(evaluates=evaluates):
             try:
                 return self.run(query.batch, query.objective)
             except RuntimeError as error:
@@ -354,7 +379,7 @@ class ModelOracle(Oracle):
         self.module_state.again()
         if self._noise is not None:
             self._noise.begin(query.batch)
-        with torch.enable_grad(), self._placement.forward_pass():
+        with torch.enable_grad(), self._placement.forward_pass(evaluates=evaluates):
             return self.run(query.batch, query.objective)
 
     def _check_graph(self, batch: Batch, losses: Tensor) -> None:
@@ -375,7 +400,7 @@ class ModelOracle(Oracle):
             with self.random_state().kept(), passes.marked(additional=True):
                 state.enter(track=False)
                 with torch.no_grad():
-                    self._run_for(replace(query, at=None, grad=False, track=False))
+                    self._run_for(replace(query, at=None, grad=False, track=False, buffers=None))
                 modules = self._initialised_modules(query, sums)
                 state.keep(modules)
                 state.leave(track=False)
@@ -397,7 +422,7 @@ class ModelOracle(Oracle):
             return set()
         weights, again, before = self.weights.clone(), state.present(), self._sums()
         with self.random_state().kept(), passes.marked(additional=True), torch.no_grad():
-            self._run_for(replace(query, at=None, grad=False, track=False))
+            self._run_for(replace(query, at=None, grad=False, track=False, buffers=None))
         state.look()
         once = state.modules(state.once(state.read, again))
         twice = {id(p) for p, *_ in self._changed(before)}
@@ -466,6 +491,7 @@ Sums = list[tuple[nn.Parameter, int, Tensor]]
 
 
 def _inputs_then_targets(model: nn.Module, *batch: Any, **named: Any) -> tuple[Any, Any]:
+    named.pop("indices", None)  # the numbers of the examples, for methods that remember examples
     if named:
         raise TypeError(
             f"the batch has keyword arguments ({', '.join(named)}), and which one is the targets is not known: give "

@@ -1,4 +1,4 @@
-"""Optim: `next_step`, which computes the next step of an optimizer in advance, and the Lookahead optimizer."""
+"""Optim: `next_step`, which computes the next step of an optimizer in advance, Lookahead and ProximalPoint."""
 
-from bisam.optim.lookahead import Lookahead as Lookahead
+from bisam.optim.lookahead import Lookahead as Lookahead, ProximalPoint as ProximalPoint
 from bisam.optim.preview import next_step as next_step

@@ -10,18 +10,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from inspect import Parameter, signature
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer, SparseAdam
 
 from bisam.distributed.layout import local
+from bisam.optim.copies import copied, is_optimizer, take_step
+from bisam.optim.lookahead import Lookahead
 from bisam.oracle import Oracle
 from bisam.vector import Scalar, Tensors, Vector, as_real
 
 Group = Mapping[str, Any]
 """The settings of a parameter group, or the state of one parameter."""
+
+Step = Callable[[Group, Sequence[Group], Vector, Vector], Vector]
+"""From a group, the states of its parameters, their weights and their gradient to their displacement."""
 
 _WRAPPERS = frozenset({"AcceleratedOptimizer", "LightningOptimizer", "_FabricOptimizer"})  # their attribute `optimizer`
 
@@ -29,14 +35,17 @@ _WRAPPERS = frozenset({"AcceleratedOptimizer", "LightningOptimizer", "_FabricOpt
 def next_step(optimizer: Optimizer) -> Preview:
     """Returns a function `(gradient, oracle) -> displacement` that computes the next step of an optimizer.
 
-    The displacement is what `optimizer.step()` would add to the weights if `gradient` were in `.grad`. The optimizer is
-    not changed. See `Preview`.
+    The displacement is what `optimizer.step()` would add to the weights if `gradient` were in `.grad`. The optimizer,
+    its hooks and the random generators are not touched. See `Preview` for what it costs.
 
     Args:
-        optimizer: a `torch.optim.SGD`, `Adam` or `AdamW` with any settings, also as wrapped by Lightning or Accelerate.
+        optimizer: any optimizer whose step needs neither a closure nor sparse gradients: those of torch except LBFGS
+            and SparseAdam, subclasses of them, those of other packages, `Lookahead`; also as wrapped by Lightning or
+            Accelerate. If several optimizers train a model, add their displacements:
+            `lambda g, oracle: next_step(muon)(g, oracle) + next_step(adamw)(g, oracle)`.
 
     Raises:
-        TypeError: `optimizer` is not an optimizer, or its type is not supported.
+        TypeError: `optimizer` is not an optimizer, or its step needs a closure or sparse gradients.
 
     Example:
         >>> import torch
@@ -48,15 +57,8 @@ def next_step(optimizer: Optimizer) -> Preview:
         tensor([[-0.1000, -0.1000],
                 [-0.1000, -0.1000]])
     """
-    while {c.__name__ for c in type(optimizer).__mro__} & _WRAPPERS:
-        optimizer = cast(Any, optimizer).optimizer
-    if not isinstance(cast(Any, optimizer), Optimizer):
-        raise TypeError(f"next_step takes the optimizer of the training loop, got {optimizer!r}")
-    if type(optimizer) not in _STEPS:  # nor a subclass, whose step may differ
-        raise TypeError(
-            f"next_step knows the steps of torch.optim.SGD, Adam and AdamW, not of {type(optimizer).__name__}: train "
-            "with one of these, or write the displacement of its step as a function (gradient, oracle) -> Vector"
-        )
+    optimizer = _unwrapped(optimizer)
+    _check(optimizer)
     return Preview(optimizer)
 
 
@@ -64,7 +66,12 @@ def next_step(optimizer: Optimizer) -> Preview:
 class Preview:
     """A function that computes the next step of an optimizer from its settings and state at the time of the call.
 
-    Created by `next_step`. It does not include operations of the training loop on gradients, such as clipping.
+    Created by `next_step`. It does not include operations of the training loop on gradients, such as clipping, nor
+    hooks of the optimizer. For SGD, Adam and AdamW it is a formula. Other optimizers, also subclasses of these, take
+    the step on copies: during the call they take the memory of the weights, of the gradient and of the optimizer's
+    state once more, and what the step itself allocates; the copies of the weights become the result. A step that draws
+    random numbers, as for stochastic rounding, draws those that the generators would give now. Parameters of the
+    optimizer that are not in the model have no gradient in the previewed step.
 
     Args:
         optimizer: the optimizer, which is read and not changed.
@@ -76,25 +83,88 @@ class Preview:
         return f"next_step({type(self.optimizer).__name__})"
 
     def __call__(self, gradient: Vector, oracle: Oracle) -> Vector:
-        """Returns the displacement; zero for parameters that the optimizer does not hold, or that have no gradient.
+        """Returns the displacement; zero for parameters that the optimizer does not hold, or does not move.
 
         Raises:
+            TypeError: the optimizer cannot be copied.
             ValueError: the optimizer holds none of the parameters.
         """
-        position = {id(p): i for i, p in enumerate(oracle.parameters)}
-        held = [{position[id(p)]: p for p in g["params"] if id(p) in position} for g in self.optimizer.param_groups]
-        if not any(held):
+        position = {p: i for i, p in enumerate(oracle.parameters)}
+        if not any(p in position for group in self.optimizer.param_groups for p in group["params"]):
             raise ValueError(
                 f"the {type(self.optimizer).__name__} holds none of the model's parameters, so its next step does not "
                 "move them: give next_step the optimizer that trains this model"
             )
-        w, e, step = oracle.weights, dict[int, Tensor](), _STEPS[type(self.optimizer)]
-        for group, parameters in zip(self.optimizer.param_groups, held, strict=True):
-            if moving := [i for i in parameters if i not in gradient.holes]:
-                states = [self.optimizer.state.get(parameters[i], {}) for i in moving]  # state[p] would add an entry
-                parts = (Vector([v.tensors[i] for i in moving]) for v in (w, gradient))
-                e.update(zip(moving, step(group, states, *parts), strict=True))
-        return w.like([e[i] if i in e else torch.zeros_like(t) for i, t in enumerate(w)], gradient.holes)
+        w, e = oracle.weights, _displacements(self.optimizer, oracle.weights, gradient, position)
+        return w.like([e[i] if i in e else torch.zeros_like(t) for i, t in enumerate(w)], gradient.holes - e.keys())
+
+
+def _unwrapped(optimizer: Any) -> Any:
+    while {c.__name__ for c in type(optimizer).__mro__} & _WRAPPERS:
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _check(optimizer: Any) -> None:
+    if not is_optimizer(optimizer):
+        raise TypeError(f"next_step takes the optimizer of the training loop, got {optimizer!r}")
+    kind = type(optimizer)
+    if kind is Lookahead:
+        _check(_unwrapped(optimizer.optimizer))
+    remedy = "use another optimizer, or write the displacement of its step as a function (gradient, oracle) -> Vector"
+    if isinstance(optimizer, SparseAdam):
+        raise TypeError(f"next_step has no sparse gradients, and {kind.__name__} needs them: {remedy}")
+    optional = Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD
+    _, *others = signature(kind.step).parameters.values()
+    if needs := [p.name for p in others if p.default is Parameter.empty and p.kind not in optional]:
+        raise TypeError(
+            f"next_step asks for a step without arguments, and that of {kind.__name__} needs {', '.join(needs)}: "
+            f"{remedy}"
+        )
+
+
+def _displacements(optimizer: Any, w: Vector, g: Vector, position: Mapping[Tensor, int]) -> dict[int, Tensor]:
+    """Returns the displacements of the parameters that the next step may move, by their positions in the model."""
+    if type(optimizer) is Lookahead:
+        inside = _displacements(_unwrapped(optimizer.optimizer), w, g, position)
+        held = {position[p]: p for group in optimizer.param_groups for p in group["params"] if p in position}
+        fast = {i: w.tensors[i] + inside[i] if i in inside else w.tensors[i] for i in held}
+        after = {i: optimizer.after_step(p, w.tensors[i], fast[i]) for i, p in held.items()}
+        return {i: new - w.tensors[i] for i, new in after.items() if i in inside or new is not w.tensors[i]}
+    if type(optimizer) in _STEPS:  # not of a subclass, whose step may differ
+        return _by_formula(_STEPS[type(optimizer)], optimizer, w, g, position)
+    return _on_copies(optimizer, w, g, position)
+
+
+def _by_formula(
+    step: Step, optimizer: Optimizer, w: Vector, g: Vector, position: Mapping[Tensor, int]
+) -> dict[int, Tensor]:
+    e = dict[int, Tensor]()
+    for group in optimizer.param_groups:
+        held = {position[p]: p for p in group["params"] if p in position}
+        if moving := [i for i in held if i not in g.holes]:
+            states = [optimizer.state.get(held[i], {}) for i in moving]  # state[p] would add an entry
+            parts = (Vector([v.tensors[i] for i in moving]) for v in (w, g))
+            e.update(zip(moving, step(group, states, *parts), strict=True))
+    return e
+
+
+@torch.no_grad()
+def _on_copies(optimizer: Any, w: Vector, g: Vector, position: Mapping[Tensor, int]) -> dict[int, Tensor]:
+    held = {p: position[p] for group in optimizer.param_groups for p in group["params"] if p in position}
+    weights = {p: w.layout.wrapped(i, w.tensors[i].clone()) for p, i in held.items()}
+    # Clones, because a step may change a gradient in place, as those of the package schedulefree do.
+    gradients = {
+        p: w.layout.wrapped(i, g.tensors[i].resolve_conj().clone()) for p, i in held.items() if i not in g.holes
+    }
+    copies, twin = copied(optimizer, weights, gradients)
+    versions = {p: new._version for p, new in copies.items()}
+    del weights, gradients
+    take_step(twin)
+    moved = [p for p, new in copies.items() if held[p] not in g.holes or new._version != versions[p]]
+    new = [local(copies[p].detach()) for p in moved]
+    torch._foreach_sub_(new, [w.tensors[held[p]] for p in moved])
+    return {held[p]: part for p, part in zip(moved, new, strict=True)}
 
 
 def _sgd_step(group: Group, states: Sequence[Group], w: Vector, g: Vector) -> Vector:
@@ -126,7 +196,7 @@ def _adam_step(group: Group, states: Sequence[Group], w: Vector, g: Vector, *, d
     return e - w * (lr * decay) if decoupled and decay else e
 
 
-_STEPS: dict[type, Callable[[Group, Sequence[Group], Vector, Vector], Vector]] = {
+_STEPS: dict[type, Step] = {
     SGD: _sgd_step,
     Adam: _adam_step,
     AdamW: partial(_adam_step, decoupled=True),

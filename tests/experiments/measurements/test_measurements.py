@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from bisam.experiments.measurements.losses import row_by_row
 from bisam.experiments.runs.files import to_csv
 from bisam.experiments.runs.machine import Machine
 
-FIGURE_1, EXAMPLE, TABLE_11, TABLE_12 = MEASUREMENTS.values()
+FIGURE_1, EXAMPLE, TABLE_11, TABLE_12 = (MEASUREMENTS[name] for name in ("figure1", "example", "table11", "table12"))
 TINY = {"models": "resnet20", "iterations": "2", "batch_size": "4"}
 
 
@@ -42,7 +43,7 @@ def counted(parts, fails=None):
 
 
 def test_all_have_what_a_report_needs():
-    assert list(MEASUREMENTS) == ["figure1", "example", "table11", "table12"]
+    assert list(MEASUREMENTS) == ["figure1", "example", "table11", "table12", "rapp-figures", "gan"]
     for name, measurement in MEASUREMENTS.items():
         assert measurement.name == name
         assert measurement.drawn_only == (name == "figure1")
@@ -233,6 +234,7 @@ def test_rows_of_another_version_are_refused(tmp_path):
         (TABLE_11, {"classes": "1"}, "classes must be at least 2"),
         (TABLE_12, {"modes": "eagre"}, "unknown mode 'eagre', did you mean 'eager'"),
         (TABLE_12, {"classes": "10,1"}, "classes must be at least 2"),
+        (TABLE_12, {"frameworks": "torch,tensor"}, "unknown framework 'tensor', did you mean 'tensorflow'"),
         (EXAMPLE, {"deltas": "0.1,half"}, "deltas must be a number, got 'half'"),
         (EXAMPLE, {"deltas": "0.5"}, "deltas must be in"),
         (EXAMPLE, {"deltas": "nan"}, "deltas must be in"),
@@ -269,7 +271,8 @@ def test_table_11(tmp_path):
         assert 0 < row[f"{key}_low"] <= row[key] <= row[f"{key}_high"]
     assert row["sgd_seconds"] > 0
     (cells,) = shown.cells
-    assert cells[:2] == ("resnet20", "4")
+    assert cells[:2] == ("resnet20", "4 (paper: 128)")
+    assert TABLE_11.columns["batch"]({**row, "batch_size": 128}) == "128"
     assert cells[-1] == "–"
     assert f"| {' | '.join(cells)} |" in shown.markdown
     assert "Settings: models resnet20, iterations 2, batch_size 4, classes 10, threads 1." in shown.markdown
@@ -321,6 +324,50 @@ def test_without_a_compiler_it_says_what_to_give(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"\(no compiler here\): give --set modes=eager"):
         run(TABLE_12, {"rounds": "1", "batch_size": "4", "classes": "3"}, tmp_path)
     assert {row["mode"] for row in report(TABLE_12, tmp_path).rows} == {"eager"}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("classes", [10, 100])
+def test_the_losses_in_tensorflow_are_ours(classes, compiled):
+    pytest.importorskip("tensorflow")
+    from bisam.experiments.measurements.tensorflow_losses import gradients
+
+    random = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(128, classes, generator=random)).requires_grad_()
+    labels = torch.randint(classes, (128,), generator=random)
+    names = tuple(losses.LOSSES)[:4]
+    for name, call in gradients(logits, labels, names, compiled=compiled, threads=1).items():
+        (ours,) = torch.autograd.grad(losses.LOSSES[name](logits, labels), logits)
+        torch.testing.assert_close(torch.from_numpy(call().numpy()), ours, rtol=0, atol=1e-6, msg=name)
+
+
+def test_table_12_in_both_frameworks(tmp_path):
+    pytest.importorskip("tensorflow")
+    small = {"rounds": "2", "batch_size": "4", "classes": "3", "modes": "eager", "frameworks": "torch,tensorflow"}
+    shown = report(TABLE_12, run(TABLE_12, small, tmp_path))
+    assert [(row["framework"], row["loss"]) for row in shown.rows] == [
+        *(("torch", name) for name in losses.LOSSES),
+        *(("tensorflow", name) for name in tuple(losses.LOSSES)[:4]),
+    ]
+    assert {row["to_plain"] for row in shown.rows if row["loss"] == "cross-entropy"} == {1}
+    assert all(row["seconds"] > 0 for row in shown.rows)
+    assert [cells[2].partition(" ")[0] for cells in shown.cells] == [row["framework"] for row in shown.rows]
+    assert not any(
+        "m" in cells[-1] for cells, row in zip(shown.cells, shown.rows, strict=True) if row["framework"] != "torch"
+    )
+
+
+@pytest.mark.parametrize("frameworks", ["tensorflow", "torch,tensorflow"])
+def test_without_tensorflow_it_says_what_to_install(tmp_path, monkeypatch, frameworks):
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    small = {"rounds": "1", "batch_size": "4", "classes": "3", "modes": "eager", "frameworks": frameworks}
+    with pytest.raises(ValueError, match=r"pip install 'bisam\[experiments,tensorflow\]', or give --set fr") as error:
+        run(TABLE_12, small, tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_rows_without_a_framework_are_of_torch():
+    assert TABLE_12.columns["framework"]({"mode": "eager"}) == "torch"
 
 
 def test_the_timed_losses_are_what_their_names_say():

@@ -9,17 +9,16 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 import bisam
 from bisam import SharpnessAware, cross_entropy
 from bisam.experiments import cli
 from bisam.experiments.recipes import catalogue, entries
 from bisam.experiments.recipes.expressions import VOCABULARY, build
+from bisam.methods.method import indexed
 from tests.support.doubles import Counting
+from tests.support.memory import Weights
 
 N, WIDTH, STEPS = 64, 400, 120
 ENTRIES = {**catalogue.METHODS, **catalogue.GAMES}
@@ -27,25 +26,6 @@ each_entry = pytest.mark.parametrize("key", ENTRIES)
 each_counted = pytest.mark.parametrize(  # XSAM searches every 400 steps
     "key", [pytest.param(key, marks=pytest.mark.slow) if key in ("bsam", "xsam") else key for key in ENTRIES]
 )
-
-
-class Weights(TorchDispatchMode):
-    """Memory that was born under the mode in tensors as large as a mask of the weights, in weights of 4 bytes."""
-
-    def __init__(self, entries: int) -> None:
-        super().__init__()
-        self.entries, self.born = entries, dict[int, tuple[StorageWeakRef, int]]()
-
-    def held(self) -> float:
-        return sum(size for ref, size in self.born.values() if not ref.expired()) / (4 * self.entries)
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for t in tree_leaves(result):
-            if isinstance(t, Tensor) and (size := t.untyped_storage().nbytes()) >= self.entries:
-                ref = StorageWeakRef(t.untyped_storage())
-                self.born.setdefault(ref.cdata, (ref, size))
-        return result
 
 
 def settings(method: Any) -> dict[str, Any]:
@@ -62,27 +42,28 @@ def train(key: str, watch=lambda method: method) -> tuple[Any, list[float], floa
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False), nn.LayerNorm(WIDTH))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    method = build(ENTRIES[key].written(), optimizer=optimizer, steps=STEPS, epoch=4, examples=1000)
+    method = build(ENTRIES[key].written(), optimizer=optimizer, steps=STEPS, epoch=4, examples=N)
     sharp, held, memory = SharpnessAware(model, watch(method), cross_entropy), list[float](), Weights(WIDTH * WIDTH)
     model.register_forward_pre_hook(lambda *_: held.append(memory.held()))
     with memory:
         for _ in range(STEPS):
-            sharp(torch.randn(N, WIDTH), torch.randint(WIDTH, (N,))).backward()
+            named = {"indices": torch.arange(N)} if indexed(method) else {}
+            sharp(torch.randn(N, WIDTH), torch.randint(WIDTH, (N,)), **named).backward()
             optimizer.step()
             optimizer.zero_grad()
         return method, held, memory.held()
 
 
-def counted(key: str) -> tuple[float, float]:
-    """Gradients and forward passes per step."""
-    counts = {"gradients": 0.0, "forwards": 0.0}
+def counted(key: str) -> tuple[float, float, float]:
+    """Gradients, forward passes and gradients of a part of the weights per step."""
+    counts = {"gradients": 0.0, "forwards": 0.0, "partial": 0.0}
     train(key, lambda method: lambda oracle, batch: method(Counting(oracle, counts, N), batch))
-    return counts["gradients"] / STEPS, counts["forwards"] / STEPS
+    return counts["gradients"] / STEPS, counts["forwards"] / STEPS, counts["partial"] / STEPS
 
 
 def evaluated(formula: str, method: Any) -> tuple[float, float]:
     """The least and the most that a formula of the catalogue allows."""
-    names = {**settings(method), "n": N}
+    names = {"steps": STEPS, **settings(method), "n": N}
     bounds = [eval(part, {"__builtins__": {}}, names) for part in formula.split(" to ")]
     return bounds[0], bounds[-1]
 
@@ -90,13 +71,15 @@ def evaluated(formula: str, method: Any) -> tuple[float, float]:
 @each_counted
 def test_it_takes_the_gradients_and_forward_passes_that_it_claims(key):
     entry, method = ENTRIES[key], train(key)[0]
-    gradients, forwards = counted(key)
+    gradients, forwards, partial = counted(key)
     first = 1 / STEPS if key.startswith("sampa") else 0  # its docstring: one more at the first step
     least, most = evaluated(entry.gradients, method)
     assert least - 1e-9 <= gradients - first <= most + 1e-9
     if " to " in entry.gradients:
         assert least < gradients < most  # it does both
     assert evaluated(entry.forwards, method) == pytest.approx((forwards, forwards))
+    assert partial <= 1 + 1e-9
+    assert (partial > 0.5) == (partial > 0) == entry.partial  # a random part is sometimes all
 
 
 @each_counted

@@ -20,8 +20,9 @@ from bisam.experiments.cli.subjects import SUBJECTS
 from bisam.experiments.errors import RunError
 from bisam.experiments.recipes import recipe as recipes
 from bisam.experiments.recipes.catalogue import METHODS
+from bisam.experiments.recipes.expressions import VOCABULARY
 from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.reports.groups import grouped, names
+from bisam.experiments.reports.groups import arranged, grouped, names
 from bisam.experiments.runs.folder import Finished, Run, finished, read_recipe
 from bisam.experiments.studies import STUDIES
 from bisam.experiments.studies.study import Study
@@ -96,7 +97,8 @@ def test_a_nest_below_the_bound_is_a_recipe():
 
 
 WRONG = {
-    "epochs": [True, 2.0, "3", None, [3], 0, 10**6 + 1, 10**400, float("nan")],
+    "epochs": [True, 2.0, "3", [3], 0, 10**6 + 1, 10**400, float("nan")],
+    "steps": [True, 2.0, "3", [3], float("nan")],
     "batch_size": [True, 0, 10**7],
     "limit": [True, 0, 2.5, 10**400],
     "warmup": [-1, False, 10**400],
@@ -157,59 +159,106 @@ def test_a_study_whose_methods_cannot_take_its_batches_starts_no_run(tmp_path, b
 # Versions
 
 
-def test_the_first_version_is_in_the_text_and_not_in_the_fingerprint():
-    assert Recipe().to_dict()["version"] == 1
+OLD = replace(SHORT, method="esam", version=1)
+"""A recipe whose results version 2 changed."""
+NEW = replace(OLD, version=2)
+
+
+def test_changes_name_what_expressions_call():
+    assert max(recipes.CHANGES) == recipes.VERSION
+    for names_ in recipes.CHANGES.values():
+        assert names_ <= VOCABULARY.keys()
+
+
+@pytest.mark.parametrize(
+    ("method", "changed"),
+    [
+        ("sam", False),
+        ("esam", True),
+        ("ebisam", True),
+        ("KSAM(32, EBiSAM())", True),
+        ("SAM(RandomMask(0.1, 0.5))", True),
+        ("SAM(L2(0.1))", False),
+    ],
+)
+def test_a_version_concerns_the_recipes_whose_results_it_changed(method, changed):
+    """All others are read as recipes of the latest version, and their folders keep their names."""
+    old, new = Recipe.from_dict({"method": method, "version": 1}), Recipe(method=method)
+    assert (old == new, old.slug == new.slug) == (not changed, not changed)
+    assert (old.version, new.version) == (1 if changed else 2, 2)
+    assert Recipe.from_dict({"method": method}) == old
+    for one in (old, new):
+        assert Recipe.from_dict(one.to_dict()) == one
+
+
+def test_the_fingerprint_is_that_of_bisam_0_1():
     assert Recipe(method="sam").slug == "sam-noise-0-7b5796ee"
-    assert Recipe.from_dict({"method": "sam"}) == Recipe(method="sam", version=1)
+    assert Recipe.from_dict({"method": "sam"}).slug == "sam-noise-0-7b5796ee"
 
 
-@pytest.fixture
-def raised(monkeypatch):
-    """The next version of bisam, whose recipes have version 2."""
-    monkeypatch.setattr(recipes, "VERSION", 2)
-    return replace(SHORT, version=2)
+def test_a_third_version_leaves_the_fingerprints_of_the_second(monkeypatch):
+    slug = NEW.slug
+    monkeypatch.setattr(recipes, "VERSION", 3)
+    monkeypatch.setattr(recipes, "CHANGES", {**recipes.CHANGES, 3: frozenset({"MSAM"})})
+    assert Recipe.from_dict(NEW.to_dict()).version == 3
+    assert Recipe.from_dict(NEW.to_dict()).slug == slug
+    assert Recipe.from_dict(OLD.to_dict()) == OLD
+    assert replace(SHORT, method="MSAM(32, ESAM())", version=2).version == 2
+    assert replace(SHORT, method="MSAM(32, ESAM())", version=1).version == 1
 
 
-def test_a_later_version_has_another_fingerprint(raised):
-    assert raised != SHORT
-    assert raised.slug != SHORT.slug
-    assert Recipe.from_dict(raised.to_dict()) == raised
-    assert Recipe.from_dict(SHORT.to_dict()).version == 1
+def trained_by_the_first_version(monkeypatch, root) -> Run:
+    run = Run.under(root, OLD)
+    with monkeypatch.context() as first:
+        first.setattr(recipes, "VERSION", 1)
+        train(run)
+    return run
 
 
 def test_runs_of_an_earlier_version_are_read_and_not_mixed(tmp_path, monkeypatch):
-    result = train(Run.under(tmp_path, SHORT))
+    old = trained_by_the_first_version(monkeypatch, tmp_path)
     before = sorted(path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file())
-    monkeypatch.setattr(recipes, "VERSION", 2)
-    new = replace(SHORT, version=2)
-    assert Run.under(tmp_path, new).result is None
+    assert Run.under(tmp_path, NEW).result is None
     with pytest.raises(RunError, match=r"version=1 there, 2 here"):
-        Run(Run.under(tmp_path, SHORT).folder, new).check_recipe()
+        Run(old.folder, NEW).check_recipe()
     with pytest.raises(RunError, match="has version 1, and this bisam trains version 2"):
-        train(Run.under(tmp_path, SHORT))
+        train(old)
     assert sorted(path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()) == before
-    train(Run.under(tmp_path, new))
+    train(Run.under(tmp_path, NEW))
     runs = [run for run in finished(tmp_path) if isinstance(run, Finished)]
     assert {run.recipe.version for run in runs} == {1, 2}
-    assert next(run for run in runs if run.recipe == SHORT).result["test_last"] == result["test_last"]
-    assert list(names(grouped(runs)).values()) == ["SAM (version 1)", "SAM (version 2)"]
+    assert next(run for run in runs if run.recipe == OLD).result == old.result
+    assert list(names(grouped(arranged(runs))).values()) == ["ESAM (version 1)", "ESAM (version 2)"]
 
 
-def test_the_title_of_an_earlier_version_says_so(monkeypatch):
-    assert names([SHORT])[SHORT] == "SAM"
-    monkeypatch.setattr("bisam.experiments.reports.groups.VERSION", 2)
-    assert names([SHORT])[SHORT] == "SAM (version 1)"
+def test_a_study_reports_runs_of_an_earlier_version_beside_its_own(tmp_path, monkeypatch, bisam):
+    one = Study("one", "One", lambda _: [replace(SHORT, method="esam"), SHORT], seeds=1)
+    monkeypatch.setitem(SUBJECTS, "one", StudySubject(one))
+    trained_by_the_first_version(monkeypatch, tmp_path / "one")
+    assert bisam("report", "one", "--out", tmp_path)[::2] == (0, "")
+    text = (tmp_path / "one" / "report.csv").read_text()
+    assert text.count("ESAM") > 0
+    assert "SAM (version 1)" in text
+    assert bisam("run", "one", "--workers", 1, "--out", tmp_path)[::2] == (0, "")
+    text = (tmp_path / "one" / "report.csv").read_text()
+    assert [f"ESAM (version {version})" in text for version in (1, 2)] == [True, True]
+    assert len(text.splitlines()) == 4
+
+
+def test_the_title_of_an_earlier_version_says_so():
+    assert names([NEW])[NEW] == "ESAM"
+    assert names([OLD])[OLD] == "ESAM (version 1)"
 
 
 def test_a_recipe_of_a_later_version_is_refused(tmp_path):
-    values = {**SHORT.to_dict(), "version": 2, "field_of_later_versions": 1}
+    values = {**SHORT.to_dict(), "version": 3, "field_of_later_versions": 1}
     (folder := tmp_path / "a" / "seed-0").mkdir(parents=True)
     (folder / "recipe.json").write_text(json.dumps(values))
     (folder / "result.json").write_text("{}")
-    with pytest.raises(RunError, match=r"recipe.json: the recipe has version 2, and this bisam knows versions up to 1"):
+    with pytest.raises(RunError, match=r"recipe.json: the recipe has version 3, and this bisam knows versions up to 2"):
         read_recipe(folder)
     (error,) = finished(tmp_path)
-    assert "version 2" in str(error)
+    assert "version 3" in str(error)
     with pytest.raises(ValueError, match="version must be at least 1"):
         Recipe(version=0)
 
@@ -269,12 +318,6 @@ COMMANDS = [
     ("--preset imagenet --method sam", "imagenet-torchvision-resnet50-sam-noise-0-b020a056", 0),
     ("--preset imagenet --optim sgd", "imagenet-torchvision-resnet50-sgd-noise-0-78a5caa5", 0),
     ("--preset imagenet --method 'SAM(L2(0.1))'", "imagenet-torchvision-resnet50-SAM-L2-0.1-noise-0-58fbdc7c", 0),
-    ("--preset vit", "flowers-timm-vit_base_patch16_224-bisam_log-noise-0-a2326d66", 0),
-    ("--preset vit --method sam", "flowers-timm-vit_base_patch16_224-sam-noise-0-8c45abac", 0),
-    ("--preset vit --optim sgd", "flowers-timm-vit_base_patch16_224-sgd-noise-0-06c550dd", 0),
-    ("--preset vit --rho 0.2", "flowers-timm-vit_base_patch16_224-bisam_log-noise-0-5b5c6855", 0),
-    ("--preset vit --method 'SAM(L2(0.1))'", "flowers-timm-vit_base_patch16_224-SAM-L2-0.1-noise-0-6d276dea", 0),
-    ("--preset vit --mu 3", "flowers-timm-vit_base_patch16_224-bisam_log-noise-0-cef81074", 0),
     ("--preset bert", "glue-rte-hf-bert-base-uncased-bisam_log-noise-0-29b1890c", 0),
     ("--preset bert --method sam", "glue-rte-hf-bert-base-uncased-sam-noise-0-39d2de23", 0),
     ("--preset bert --optim sgd", "glue-rte-hf-bert-base-uncased-sgd-noise-0-e3c54c2a", 0),
@@ -299,8 +342,22 @@ COMMANDS = [
 ]
 """Flags of `bisam train`, the recipe's slug and its seed, as bisam 0.1 read them."""
 
+CHANGED = [
+    ("--preset vit", "flowers-timm-vit_base_patch16_224.orig_in21k-bisam_log-noise-0-96fbf438", 0),
+    ("--preset vit --method sam", "flowers-timm-vit_base_patch16_224.orig_in21k-sam-noise-0-b2fb2dcf", 0),
+    ("--preset vit --optim sgd", "flowers-timm-vit_base_patch16_224.orig_in21k-sgd-noise-0-0dc08214", 0),
+    ("--preset vit --rho 0.2", "flowers-timm-vit_base_patch16_224.orig_in21k-bisam_log-noise-0-a42dc2d4", 0),
+    (
+        "--preset vit --method 'SAM(L2(0.1))'",
+        "flowers-timm-vit_base_patch16_224.orig_in21k-SAM-L2-0.1-noise-0-19543a52",
+        0,
+    ),
+    ("--preset vit --mu 3", "flowers-timm-vit_base_patch16_224.orig_in21k-bisam_log-noise-0-2f226c39", 0),
+]
+"""The same for the preset that has other weights and steps in place of epochs since."""
 
-@pytest.mark.parametrize(("line", "slug", "seed"), COMMANDS, ids=[line for line, *_ in COMMANDS])
+
+@pytest.mark.parametrize(("line", "slug", "seed"), COMMANDS + CHANGED, ids=[line for line, *_ in COMMANDS + CHANGED])
 def test_a_command_line_is_the_same_recipe_as_in_0_1(tmp_path, bisam, monkeypatch, line, slug, seed):
     found: list[Recipe] = []
 

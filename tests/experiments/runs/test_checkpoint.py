@@ -214,6 +214,7 @@ CHANGES = {
     "memory with another name": put("memories", 0, "method", 7),
     "memory with broken tensors": put("memories", 0, "state", {"v": {"__vector__": "x", "holes": []}}),
     "memory with other tensors": put("memories", 0, "state", {"v": {"__vector__": [torch.zeros(1)], "holes": []}}),
+    "memory with a number for tensors": lambda state: state["memories"][0].update(step=7, state={"v": 5}),
     "sharp of another type": put("sharp", None),
     "sharp without a tensor": lambda state: state["sharp"].popitem(),
     "sharp with a number": put("sharp", "model.extra", 1),

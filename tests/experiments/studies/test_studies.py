@@ -14,18 +14,23 @@ import pytest
 import torch
 from torchvision.datasets import cifar
 
+from bisam import SAM, SAMPa
 from bisam.experiments.cli.study import show_failed
 from bisam.experiments.data.glue import TASKS
 from bisam.experiments.errors import RunError
 from bisam.experiments.launch import processes
 from bisam.experiments.launch.estimate import queries
 from bisam.experiments.launch.outcomes import Outcome
+from bisam.experiments.models.build import NETWORKS, statistics
+from bisam.experiments.recipes.expressions import build
 from bisam.experiments.recipes.presets import PRESETS
 from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.runs.folder import Run
+from bisam.experiments.reports import figures
+from bisam.experiments.runs.folder import Run, finished
 from bisam.experiments.runs.machine import Machine
 from bisam.experiments.studies import STUDIES
 from bisam.experiments.studies.paper import MODELS, PAPER
+from bisam.experiments.studies.sampa import SAMPA, VARIANTS
 from bisam.experiments.training.train import train
 from tests.experiments.data.test_glue import classic
 from tests.experiments.data.test_image_folders import classes, flower_root, pet_root  # noqa: F401 - fixtures
@@ -73,11 +78,14 @@ def checked(folder, root, runs: int, seeds: int = 1) -> list[dict]:
 
 
 IMAGES = ("table1", "table2", "table4", "table5", "table8", "table9", "table10", "figure2", "sampa", "grid")
+SAMPA_IMAGES = ("sampa-cifar10", "sampa-cifar100", "sampa-noise", "sampa-variants", "sampa-stale", "sampa-penalty")
 RUNS = {"table1": 4, "table2": 4, "table4": 2, "table5": 2, "table8": 20, "table9": 3, "table10": 3}
-RUNS |= {"figure2": 3, "sampa": 8, "grid": 25}
+RUNS |= {"figure2": 3, "sampa": 10, "grid": 43}
+RUNS |= {"sampa-cifar10": 5, "sampa-cifar100": 5, "sampa-noise": 20, "sampa-variants": 12}
+RUNS |= {"sampa-stale": 6, "sampa-penalty": 6}
 
 
-@pytest.mark.parametrize("name", IMAGES)
+@pytest.mark.parametrize("name", [*IMAGES, *[pytest.param(name, marks=pytest.mark.slow) for name in SAMPA_IMAGES]])
 def test_a_study_of_cifar_end_to_end(name, cifar_root, here, bisam):
     small = ("--set", "model=convnet", "--set", "limit=32", "--set", "batch_size=16", "--seeds", 1)
     code, out, _ = bisam(
@@ -88,7 +96,7 @@ def test_a_study_of_cifar_end_to_end(name, cifar_root, here, bisam):
     rows = checked(cifar_root / "out" / name, cifar_root / "out" / study.folder, RUNS[name])
     for figure in study.figures:
         assert (cifar_root / "out" / name / f"{figure}.png").exists()
-    assert {row["dataset"] for row in rows} == {"cifar100" if name == "table2" else "cifar10"}
+    assert {row["dataset"] for row in rows} == {"cifar100" if name in ("table2", "sampa-cifar100") else "cifar10"}
     first = next((cifar_root / "out" / study.folder).glob("*/seed-*/recipe.json"))
     recipe = Recipe.from_dict(json.loads(first.read_text()))
     assert (recipe.model, recipe.limit, recipe.cutout) == ("convnet", 32, True)
@@ -96,14 +104,91 @@ def test_a_study_of_cifar_end_to_end(name, cifar_root, here, bisam):
 
 
 def test_the_tables_take_the_papers_networks():
-    for name in ("table1", "table2", "table4", "table5", "table9", "table10"):
+    for name in ("table1", "table2", "table4", "table5", "table9", "table10", "sampa-cifar10", "sampa-cifar100"):
         assert tuple(dict.fromkeys(recipe.model for recipe in STUDIES[name].recipes(None))) == MODELS
     assert [study.name for study in PAPER] == [
         *(f"table{i}" for i in range(1, 11)),
         "figure2",
-        "sampa",
         "grid",
+        "grid-vit",
     ]
+    assert all(study.name.partition("-")[0] == "sampa" for study in SAMPA)
+
+
+def test_the_combinations_of_sampa_are_the_variants_with_sampa():
+    """Each is a variant whose perturbation, ascent and micro-batches are those of the method alone."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    for name, alone, together in VARIANTS:
+        one, two = (build(text, optimizer=optimizer) for text in (alone, together))
+        if name == "mSAM":
+            assert one.m == two.m
+            one, two = one.method, two.method
+        assert (type(two), two.lam) == (SAMPa, 0.2)
+        assert (one.perturb, one.ascent) == (two.perturb, two.ascent)
+    assert len({one.ascent for one in (build(alone) for _, alone, _ in VARIANTS) if isinstance(one, SAM)}) == 2
+
+
+def test_table8_has_the_networks_of_both_papers_with_clean_validation_labels():
+    recipes = STUDIES["table8"].recipes(None)
+    assert tuple(dict.fromkeys(recipe.model for recipe in recipes)) == ("resnet32", *MODELS)
+    for model in ("resnet32", *MODELS):
+        of_model = [recipe for recipe in recipes if recipe.model == model]
+        assert len(of_model) == 20
+        assert {recipe.rho for recipe in of_model if recipe.noise == 0.8} == {None, 0.01}
+        assert {recipe.rho for recipe in of_model if recipe.noise != 0.8} == {None, 0.05}
+    assert {recipe.validation_noise for recipe in recipes} == {False}
+    assert "validation labels" in STUDIES["table8"].note
+    noisy = STUDIES["table8"].changed(None, ["validation_noise=true", "model=resnet32"])
+    assert {(recipe.model, recipe.validation_noise) for recipe in noisy} == {("resnet32", True)}
+    assert len(noisy) == 20
+
+
+def test_the_grid_has_radii_of_the_adaptive_methods():
+    """Appendix A.1: the paper takes another radius than 0.5, here 0.1."""
+    recipes = STUDIES["grid"].recipes(None)
+    for method in ("asam", "abisam_log", "abisam_tanh"):
+        radii = {recipe.rho for recipe in recipes if recipe.method == method}
+        assert radii == {0.02, 0.05, 0.1, 0.2, 0.5, 1.0}
+    assert {recipe.model for recipe in recipes} == {"resnet56"}
+    assert {recipe.rho for recipe in STUDIES["table9"].recipes(None)} == {0.1}
+
+
+def test_the_vit_is_tuned_on_other_seeds_and_for_each_data_set():
+    tuned, table = STUDIES["grid-vit"], STUDIES["table6"]
+    seeds = [set(range(one.first_seed, one.first_seed + one.seeds)) for one in (tuned, table)]
+    assert not seeds[0] & seeds[1]
+    for dataset in ("flowers", "pets"):
+        recipes = [recipe for recipe in tuned.recipes(None) if recipe.dataset == dataset]
+        found = {(r.method, r.setting("mu"), r.setting("alpha")) for r in recipes}
+        decades = (0.1, 1.0, 10.0, 100.0)
+        log = {("bisam_log", mu, None) for mu in decades}
+        assert found == log | {("bisam_tanh", mu, alpha) for mu in decades for alpha in (0.01, 0.1, 1.0)}
+        assert len(recipes) == 16
+        # The settings of the table are among them, and all else is equal.
+        assert {r for r in table.recipes(None) if r.dataset == dataset and r.method.startswith("bisam")} < set(recipes)
+
+
+def test_table6_fine_tunes_the_papers_checkpoint_for_500_steps():
+    for study in ("table6", "grid-vit"):
+        for recipe in STUDIES[study].recipes(None):
+            assert (recipe.model, recipe.weights) == ("timm:vit_base_patch16_224.orig_in21k", "pretrained")
+            assert (recipe.steps, recipe.epochs, recipe.warmup, recipe.schedule) == (500, None, 100, "linear")
+    short = STUDIES["table6"].recipes(3)
+    assert {(recipe.steps, recipe.epochs, recipe.warmup) for recipe in short} == {(None, 3, 0)}
+    assert {recipe.warmup for recipe in STUDIES["table6"].recipes(20)} == {100}
+
+
+def test_the_checkpoint_of_table6_is_known_to_timm():
+    """Google's weights, which were trained on images of mean and standard deviation 0.5, and have no head."""
+    timm = pytest.importorskip("timm")
+    name = PRESETS["vit"].model.removeprefix("timm:")
+    assert name in timm.list_pretrained("vit_base_patch16_224.*")
+    assert statistics(f"timm:{name}") == ((0.5,) * 3, (0.5,) * 3)
+    config = timm.get_pretrained_cfg(name)
+    assert (config.hf_hub_id, config.num_classes, config.input_size) == (f"timm/{name}", 0, (3, 224, 224))
+    assert (
+        timm.get_pretrained_cfg("vit_base_patch16_224").tag == "augreg2_in21k_ft_in1k"
+    )  # the default, not the paper's
 
 
 def test_sgd_has_twice_the_epochs_where_gradients_are_to_be_equal():
@@ -127,18 +212,99 @@ def test_table3_on_image_folders(tmp_path, here, bisam):
     assert "top-5 accuracy" in (tmp_path / "o" / "table3" / "report.md").read_text()
 
 
+@pytest.mark.slow
+def test_sampas_imagenet_on_image_folders(tmp_path, here, bisam):
+    for part, count in (("train", 30), ("val", 4)):
+        classes(tmp_path / "imagenet" / part, n01=count, n02=count)
+    small = ("model=torchvision:squeezenet1_1", "image_size=32", "limit=16", "batch_size=8")
+    changes = [text for change in small for text in ("--set", change)]
+    out = tmp_path / "o"
+    code, _, err = bisam(
+        "run", "sampa-imagenet", "--epochs", 1, *changes, "--seeds", 1, "--data-dir", tmp_path, "--out", out
+    )
+    assert code == 0, err
+    checked(out / "sampa-imagenet", out / "sampa-imagenet", 2)
+
+
+@pytest.mark.slow
+def test_sampas_vit_on_enlarged_images(cifar_root, here, bisam):
+    pytest.importorskip("timm")
+    small = ("model=timm:test_vit", "weights=none", "dataset=cifar10:160", "limit=4", "batch_size=2")
+    changes = [text for change in small for text in ("--set", change)]
+    out = cifar_root / "o"
+    code, _, err = bisam(
+        "run", "sampa-vit", "--epochs", 1, *changes, "--seeds", 1, "--data-dir", cifar_root, "--out", out
+    )
+    assert code == 0, err
+    rows = checked(out / "sampa-vit", out / "sampa-vit", 2)
+    assert {row["dataset"] for row in rows} == {"cifar10:160"}
+
+
+@pytest.mark.slow
+def test_sampas_glue_on_every_task(tmp_path, bert, here, bisam):  # noqa: F811
+    pytest.importorskip("datasets")
+    for task in TASKS:
+        classic(tmp_path, task)
+    small = (f"model=hf:{bert}", "weights=none", "limit=8", "batch_size=4", "max_length=16")
+    changes = [text for change in small for text in ("--set", change)]
+    out = tmp_path / "o"
+    code, _, err = bisam(
+        "run", "sampa-glue", "--epochs", 1, *changes, "--seeds", 1, "--data-dir", tmp_path, "--out", out
+    )
+    assert code == 0, err
+    checked(out / "sampa-glue", out / "sampa-glue", 4 * len(TASKS))
+
+
 def test_table6_on_flowers_and_pets(flower_root, pet_root, here, bisam):  # noqa: F811
     pytest.importorskip("timm")
     assert flower_root == pet_root
     small = ("model=timm:test_vit", "weights=none", "image_size=160", "limit=4", "batch_size=2")
     changes = [text for change in small for text in ("--set", change)]
     out = flower_root / "o"
-    code, _, err = bisam(
-        "run", "table6", "--epochs", 1, *changes, "--seeds", 1, "--data-dir", flower_root, "--out", out
-    )
+    changes += ["--set", "steps=3", "--set", "warmup=1"]  # 2 steps are an epoch
+    code, _, err = bisam("run", "table6", *changes, "--seeds", 1, "--data-dir", flower_root, "--out", out)
     assert code == 0, err
     rows = checked(out / "table6", out / "table6", 8)
     assert {row["method"] for row in rows} == {"AdamW", "SAM", "BiSAM (-log)", "BiSAM (tanh)"}
+    assert {row["steps"] for row in rows} == {"3"}
+    for run in finished(out / "table6"):
+        assert [row["step"] for row in run.metrics] == [2, 3]
+
+
+@pytest.mark.slow
+def test_grid_vit_on_flowers_and_pets(flower_root, pet_root, here, bisam):  # noqa: F811
+    pytest.importorskip("timm")
+    assert flower_root == pet_root
+    small = ("model=timm:test_vit", "weights=none", "image_size=160", "limit=4", "batch_size=2", "steps=3", "warmup=1")
+    changes = [text for change in small for text in ("--set", change)]
+    out = flower_root / "o"
+    code, _, err = bisam("run", "grid-vit", *changes, "--seeds", 1, "--data-dir", flower_root, "--out", out)
+    assert code == 0, err
+    rows = checked(out / "grid-vit", out / "grid-vit", 32)
+    assert {(row["dataset"], row["method"]) for row in rows} == {
+        (dataset, method) for dataset in ("flowers", "pets") for method in ("BiSAM (-log)", "BiSAM (tanh)")
+    }
+    assert {run.recipe.seed for run in finished(out / "grid-vit")} == {100}
+    axes = figures.draw("grid", list(finished(out / "grid-vit"))).axes
+    assert [(ax.get_title(), ax.get_xlabel()) for ax in axes if ax.get_title()] == [
+        (dataset, name) for dataset in ("flowers", "pets") for name in ("mu", "alpha")
+    ]
+
+
+def test_table8_on_all_networks(cifar_root, here, bisam, monkeypatch):
+    """Each name builds the same small network."""
+    for name in ("resnet32", *MODELS):
+        monkeypatch.setitem(NETWORKS, name, NETWORKS["convnet"])
+    small = ("--epochs", 1, "--set", "limit=8", "--set", "batch_size=4", "--set", "noise=0.4", "--seeds", 1)
+    out = cifar_root / "out"
+    noisy = ("--set", "validation_noise=true")
+    code, _, err = bisam("run", "table8", *small, *noisy, "--data-dir", cifar_root, "--out", out)
+    assert code == 0, err
+    rows = checked(out / "table8", out / "table8", 6 * 7)  # SGD, and SAM and BiSAM with the radii of both noises
+    assert {row["model"] for row in rows} == {"resnet32", *MODELS}
+    text = (out / "table8" / "report.md").read_text()
+    assert "validation noise True" in text
+    assert "Side by side" in text
 
 
 def test_table7_on_every_task(tmp_path, bert, here, bisam):  # noqa: F811
@@ -402,8 +568,7 @@ def test_what_each_device_remembers_is_saved_for_each(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("run", "table12", "--seeds", 4), "table12 trains nothing: leave --seeds out"),
-        (("run", "figure1", "--set", "a=1", "--epochs", 3), "leave --epochs, --set out"),
+        (("run", "figure1", "--set", "a=1", "--epochs", 3), "figure1 has no settings: leave --set a=1 out"),
         (("run", "digits", "--gpus", 2), "without --ray there is no cluster: leave --gpus out"),
         (("run", "digits", "--nodes", 2), "each run of a study is on one machine; on many machines use --ray"),
         (("train", "--nodes", 2), "with torchrun or srun"),

@@ -31,10 +31,10 @@ def slow(monkeypatch):
     monkeypatch.setattr(time, "perf_counter", lambda: now)
 
     class Slow(Images):
-        def batches(self, *arguments, **options):
+        def indexed(self, *arguments, **options):
             nonlocal now
             now += BEGIN
-            for batch in super().batches(*arguments, **options):
+            for batch in super().indexed(*arguments, **options):
                 now += 1
                 yield batch
 

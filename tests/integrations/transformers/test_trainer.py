@@ -21,6 +21,7 @@ from bisam import (
     ESAM,
     KSAM,
     LESAM,
+    MESA,
     MSAM,
     SAM,
     Binary,
@@ -662,6 +663,7 @@ METHODS = {
     "sampa": {"method_of": lambda optimizer: SAMPa(ahead=next_step(optimizer))},
     "every": {"method": Every(2, BiSAM(0.3))},
     "bsam": {"method": BSAM(64, 0.01)},
+    "mesa": {"method": MESA(BiSAM(0.3), decay=0.9)},
 }
 SAVED = {"save_strategy": "steps", "save_steps": 3, "max_steps": 5, "accumulate": 2}
 

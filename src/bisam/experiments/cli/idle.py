@@ -41,6 +41,7 @@ _CIFAR = _with_dataset("dataset cifar10 or cifar100", "cifar10", "cifar100")
 _FILES = _with_dataset("dataset imagenet, flowers, pets or folder:PATH", "imagenet", "flowers", "pets", "folder")
 
 CONDITIONS: dict[str, Condition] = {
+    "validation_noise": Condition(lambda r, _: r.noise > 0, "noise above 0", lambda r, _: f"{r.noise:g}"),
     "augment": _CIFAR,
     "cutout": _CIFAR,
     "image_size": _FILES,

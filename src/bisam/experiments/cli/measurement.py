@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _CHANGE = "rounds=5"
-_DRAWN = frozenset({"out", "dry_run"})
-_MEASURED = _DRAWN | {"set", "device", "devices", "nodes"}
+_DRAWN = frozenset({"set", "out", "dry_run", "estimate"})
+_MEASURED = _DRAWN | {"device", "devices", "nodes"}
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,15 @@ class MeasurementSubject:
         return one.summary or one.title, "a drawing" if one.drawn_only else "a measurement", ""
 
     def check(self, launch: Launch, machine: Machine, given: frozenset[str]) -> None:
-        """Refuse flags that have no effect on this measurement.
+        """Say which flags have no effect on this measurement, so that one command line fits all studies.
 
         Raises:
-            ValueError: there are some; it names them.
+            ValueError: a change of a setting is wrong.
         """
+        self.measurement.changed(pairs(launch.changes, _CHANGE))
+        does = "is drawn from formulas" if self.measurement.drawn_only else "trains nothing"
         if idle := sorted(given - (_DRAWN if self.measurement.drawn_only else _MEASURED)):
-            raise ValueError(f"{self.name} trains nothing: leave {', '.join(map(flag, idle))} out")
+            errors.print(f"bisam: {self.name} {does}: without effect are {', '.join(map(flag, idle))}")
 
     def plan(self, launch: Launch, machine: Machine, out: Path) -> int:
         """Print the parts that `run` would measure."""

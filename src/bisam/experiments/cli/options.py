@@ -45,7 +45,9 @@ class Launch:
     retries: Whole = 3
     """How often a run is restarted on the cluster after its worker was lost."""
     dry_run: Annotated[bool, Parameter(negative="")] = False
-    """Show the runs and an estimate of their time from a few measured steps; run nothing."""
+    """Show the runs at once, then an estimate of their times from a few measured steps; run nothing."""
+    estimate: bool = True
+    """Whether --dry-run measures times, which loads the data."""
 
     def __post_init__(self) -> None:
         for name in ("seeds", "epochs", "workers"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -11,17 +12,18 @@ from bisam.experiments.recipes.recipe import Recipe
 
 
 class Display:
-    """A bar over all epochs with the latest result; one line per run if the output is not a terminal."""
+    """A bar over all epochs (or steps) with the latest result; one line per run if the output is not a terminal."""
 
-    def __init__(self, epochs: int, runs: int) -> None:
+    def __init__(self, recipes: Sequence[Recipe]) -> None:
         self.finished = 0
-        self._runs = runs
-        self._epochs: dict[Recipe, int] = {}
+        self._runs = len(recipes)
+        self._completed: dict[Recipe, int] = {}
+        units = dict.fromkeys(recipe.unit for recipe in recipes)
         self._bar = Progress(
             TextColumn("{task.fields[runs]}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("epochs"),
+            TextColumn(" and ".join(units)),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -29,7 +31,7 @@ class Display:
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task("", total=epochs, runs=self._count(), news="")
+        self._task = self._bar.add_task("", total=sum(recipe.length for recipe in recipes), runs=self._count(), news="")
 
     def __enter__(self) -> Display:
         self._bar.start()
@@ -42,24 +44,24 @@ class Display:
         """Stop updating the bar."""
         self._bar.stop()
 
-    def epoch(self, recipe: Recipe, epoch: int, validation: float) -> None:
-        """Show a completed epoch of a run."""
+    def epoch(self, recipe: Recipe, completed: int, validation: float) -> None:
+        """Show a completed epoch of a run, after which so many of its epochs or steps are completed."""
         news = f"{recipe.method} noise {recipe.noise:g} seed {recipe.seed}: {100 * validation:.1f} % valid."
-        self._advance(recipe, epoch, news)
+        self._advance(recipe, completed, news)
 
     def done(self, recipe: Recipe, error: str | None) -> None:
         """Show that a run finished or failed."""
         self.finished += error is None
-        self._advance(recipe, recipe.epochs, None)
+        self._advance(recipe, recipe.length, None)
         if not console.is_terminal:
             state = "done" if error is None else "failed"
             console.print(f"{self._count()}: {recipe.slug} seed {recipe.seed} {state}", soft_wrap=True, highlight=False)
 
-    def _advance(self, recipe: Recipe, epoch: int, news: str | None) -> None:
-        step = max(0, epoch - self._epochs.get(recipe, 0))
-        self._epochs[recipe] = max(epoch, self._epochs.get(recipe, 0))
+    def _advance(self, recipe: Recipe, completed: int, news: str | None) -> None:
+        before = self._completed.get(recipe, 0)
+        self._completed[recipe] = max(completed, before)
         fields: dict[str, Any] = {} if news is None else {"news": news}
-        self._bar.update(self._task, advance=step, runs=self._count(), **fields)
+        self._bar.update(self._task, advance=max(0, completed - before), runs=self._count(), **fields)
 
     def _count(self) -> str:
         return f"{self.finished}/{self._runs} runs"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,14 +14,15 @@ from rich.text import Text
 
 from bisam.experiments.cli.idle import refuse_idle
 from bisam.experiments.cli.options import Launch, flag
+from bisam.experiments.cli.plan import show_runs, show_times
 from bisam.experiments.cli.progress import Display, duration
 from bisam.experiments.cli.report_files import write_report
 from bisam.experiments.cli.terminal import console, errors
-from bisam.experiments.errors import DamagedError, RunError
+from bisam.experiments.errors import DamagedError
 from bisam.experiments.recipes.changes import pairs
-from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.recipes.recipe import VERSION, Recipe
 from bisam.experiments.runs.files import to_csv
-from bisam.experiments.runs.folder import Finished, Run, finished
+from bisam.experiments.runs.folder import Finished, finished
 from bisam.experiments.runs.machine import Machine, threads
 from bisam.experiments.studies.study import Study, expand
 
@@ -65,56 +66,40 @@ class StudySubject:
             _refuse("with --ray, --cpus and --gpus decide how many runs there are at a time", given & {"workers"})
         recipes = self.study.changed(launch.epochs, launch.changes)
         refuse_idle(recipes, machine, given, frozenset(pairs(launch.changes, "epochs=1")))
-        for recipe in recipes:
-            recipe.check_trainable()
         loggers.check(machine.log)
+        if launch.ray is None and machine.nodes > 1:
+            raise ValueError(
+                f"--nodes {machine.nodes}: each run of a study is on one machine; on many machines use --ray"
+            )
+        if launch.dry_run:  # it checks what takes time after it has printed the runs
+            return
+        _refuse("without --dry-run nothing is estimated", given & {"estimate"})
+        _check_methods(recipes)
         if launch.ray is None:
-            if machine.nodes > 1:
-                raise ValueError(
-                    f"--nodes {machine.nodes}: each run of a study is on one machine; on many machines use --ray"
-                )
             machine.fabric()  # fails here, before the first run, if the device is missing
 
     def plan(self, launch: Launch, machine: Machine, out: Path) -> int:
-        """Print the runs that are left, and an estimate of their time."""
-        from bisam.experiments.launch.estimate import estimate
-        from bisam.experiments.reports.groups import title
-
-        recipes, root, workers = self._recipes(launch), out / self.study.folder, launch.workers or machine.slots
+        """Print the runs, and an estimate of the time of those that are left."""
+        recipes, workers = self._recipes(launch), launch.workers or machine.slots
+        left = show_runs(recipes, out / self.study.folder)
+        _check_methods(left)
+        count = sum(left.values())
+        said = f"{count} of {len(recipes)} runs of {self.name} are left"
+        if not launch.estimate or not count:
+            console.print(said)
+            return 0
+        if launch.ray is None:
+            machine.fabric()
         threads(min(workers, len(recipes)))  # as in the processes of the runs
-        left = [recipe for recipe in recipes if not _is_finished(Run.under(root, recipe))]
-        table = Table("dataset", "model", "method", "noise", "epochs", "gradients", "runs left", "time", box=None)
-        total, problems = 0.0, dict[str, None]()
-        for recipe in dict.fromkeys(replace(recipe, seed=0) for recipe in recipes):
-            with console.status(f"a few steps of {recipe.model} on {recipe.dataset}"):
-                cost = estimate(recipe, machine)
-            runs = sum(replace(other, seed=0) == recipe for other in left)
-            total += runs * (cost.seconds or 0.0)
-            if cost.problem:
-                problems[cost.problem] = None
-            table.add_row(
-                recipe.dataset,
-                recipe.model,
-                title(recipe),
-                f"{100 * recipe.noise:g} %",
-                f"{recipe.epochs}",
-                f"{cost.gradients:.3g}",
-                f"{runs} of {sum(replace(other, seed=0) == recipe for other in recipes)}",
-                "?" if cost.seconds is None else duration(runs * cost.seconds),
-            )
-        console.print(table)
-        for problem in problems:
-            errors.print(f"bisam: no estimate: {problem}")
-        time = "?" if problems else duration(total / min(workers, max(1, len(left))))
-        console.print(
-            f"{len(left)} of {len(recipes)} runs of {self.name} are left, about {time} in {workers} processes"
-        )
+        seconds = show_times(left, machine)
+        time = "?" if seconds is None else duration(seconds / min(workers, count))
+        console.print(f"{said}, about {time} in {workers} processes")
         return 0
 
     def run(self, launch: Launch, machine: Machine, out: Path) -> int:
         """Run what is not finished yet, and report."""
         recipes, root = self._recipes(launch), out / self.study.folder
-        with Display(sum(recipe.epochs for recipe in recipes), len(recipes)) as display:
+        with Display(recipes) as display:
             try:
                 outcomes = _launched(recipes, root, launch, machine, display)
             except KeyboardInterrupt:
@@ -126,9 +111,10 @@ class StudySubject:
                 )
                 return 130
         if any(outcome.result for outcome in outcomes):
-            wanted = {replace(recipe, seed=0) for recipe in recipes}
+            wanted = dict.fromkeys(replace(recipe, seed=0) for recipe in recipes)
             runs, left_out = all_finished(root)
-            self._report([run for run in runs if without_seed(run) in wanted], left_out, out / self.name)
+            found = [run for run in runs if without_seed(run) in wanted]
+            self._report(self._arranged(found, list(wanted)), left_out, out / self.name)
         return show_failed(outcomes)
 
     def report(self, changes: tuple[str, ...], out: Path, to: Path | None) -> int:
@@ -153,7 +139,7 @@ class StudySubject:
     def _finished(self, changes: tuple[str, ...], out: Path) -> tuple[list[Finished], list[str]]:
         """Its finished runs, or else runs of its methods with other settings in its folder; and the damaged ones."""
         runs, left_out = all_finished(out / self.study.folder)
-        wanted = set(self.study.changed(None, changes))
+        wanted = dict.fromkeys(self.study.changed(None, changes))
         found = [run for run in runs if without_seed(run) in wanted]
         if not found and runs and not changes:
             methods = {recipe.method for recipe in wanted}
@@ -163,26 +149,42 @@ class StudySubject:
         if not found:
             again = " ".join(["bisam run", self.name, *(f"--set {change}" for change in changes)])
             raise ValueError(f"no finished run of {self.name} in {out}: run `{again}` first, or give its --out")
-        return found, left_out
+        return self._arranged(found, list(wanted)), left_out
+
+    def _arranged(self, runs: list[Finished], recipes: list[Recipe]) -> list[Finished]:
+        """Runs in the order of the report."""
+        from bisam.experiments.reports.groups import arranged
+
+        return arranged(runs, recipes, self.study.baselines)
 
     def _report(self, runs: list[Finished], left_out: list[str], to: Path) -> None:
         from bisam.experiments.reports import figures, tables
         from bisam.experiments.reports.drawing import rendered
+        from bisam.experiments.reports.groups import grouped
 
         study = self.study
         rows = tables.summary(runs, study.baselines)
         header = tables.header(rows, brief=console.width < 130)
         columns = (Column(name, no_wrap=name == "name", overflow="fold") for name in header)
         table = Table(*columns, title=study.title, caption=tables.CAPTION)
-        for row, following in zip(rows, [*rows[1:], None], strict=True):
+        marks, recipes = tables.marks_of(runs, study.assumptions), list(grouped(runs))
+        for recipe, row, following in zip(recipes, rows, [*rows[1:], None], strict=True):
             new = following is not None and any(following[key] != row[key] for key in ("dataset", "model", "noise"))
-            table.add_row(*(Text(cell) for cell in tables.cells(row, header)), end_section=new)
+            cells = marks.beside(recipe, header, tables.cells(row, header), told=marks.subjects)
+            table.add_row(*map(Text, cells), end_section=new)
         console.print(table)
+        for mark, value, kind, _ in marks.rows():
+            console.print(f"{mark} {value}: {kind}", markup=False, highlight=False)
         drawn = [name for name in study.figures if figures.usable(name, runs)]
         pictures = {f"{name}.png": rendered(figures.draw(name, runs)) for name in drawn}
         captions = {f"{name}.png": figures.CAPTIONS[name] for name in drawn}
-        text = tables.markdown(study.title, runs, captions, study.note, study.baselines, left_out)
+        text = tables.markdown(study.title, runs, captions, study.note, study.baselines, left_out, study.assumptions)
         write_report(to, text, to_csv(rows), pictures)
+
+
+def _check_methods(recipes: Iterable[Recipe]) -> None:
+    for recipe in recipes:
+        recipe.check_trainable()
 
 
 def _launched(
@@ -222,18 +224,9 @@ def all_finished(root: Path) -> tuple[list[Finished], list[str]]:
     return runs, left_out
 
 
-def _is_finished(run: Run) -> bool:
-    """Whether a run has a result; a damaged one has none, and is reported."""
-    try:
-        return run.result is not None
-    except RunError as error:
-        errors.print(f"bisam: {error}")
-        return False
-
-
 def without_seed(run: Finished) -> Recipe:
-    """The recipe of a run as studies list it, with seed 0."""
-    return replace(run.recipe, seed=0)
+    """The recipe of a run as studies list it, with seed 0 and the latest version."""
+    return replace(run.recipe, seed=0, version=VERSION)
 
 
 def show_failed(outcomes: Sequence[Outcome]) -> int:

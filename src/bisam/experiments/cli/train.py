@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
+from bisam.experiments.cli.authors import AuthorsFlags, notes, translated
 from bisam.experiments.cli.flags import RecipeFlags
-from bisam.experiments.cli.idle import refuse_idle
+from bisam.experiments.cli.idle import CONDITIONS, refuse_idle
 from bisam.experiments.cli.options import Given, MachineFlags, Out
 from bisam.experiments.cli.progress import Display
 from bisam.experiments.cli.terminal import console, errors
@@ -28,11 +30,12 @@ def train(
     *,
     flags: Annotated[RecipeFlags, Parameter(name="*")] = RecipeFlags(),  # noqa: B008
     preset: str | None = None,
+    authors: Annotated[AuthorsFlags, Parameter(name="*", group="The BiSAM authors' flags")] = AuthorsFlags(),  # noqa: B008
     machine: MachineFlags = Machine(),  # noqa: B008
     out: Out = Path("runs"),
     given: Given = frozenset(),
 ) -> int:
-    """Train one recipe; the flags are its fields, in the BiSAM authors' spelling too (--optim, --learning_rate).
+    """Train one recipe; the flags are its fields, and those of the BiSAM authors' script (--optim, --learning_rate).
 
     Args:
         preset: Settings to start from: paper, authors, imagenet, vit or bert; other flags change them.
@@ -41,14 +44,21 @@ def train(
     from bisam.experiments.training.metrics import TITLES
     from bisam.experiments.training.train import train as train_run
 
-    recipe = started(preset, flags.given)
+    recipe = started(preset, translated(preset, flags.given, authors))
     refuse_idle([recipe], machine, given)
+    in_files = CONDITIONS["loaders"].holds(recipe, machine)
+    for note in notes(recipe, authors, in_files):
+        errors.print(f"bisam: {note}")
+    if authors.threads is not None and in_files:
+        machine = replace(machine, loaders=authors.threads)
     recipe.check_trainable()
     loggers.check(machine.log)
     one = Run.under(out / "train", recipe)
-    with Display(recipe.epochs, 1) as display:
+    with Display([recipe]) as display:
         try:
-            result = train_run(one, machine, lambda row: display.epoch(recipe, int(row["epoch"]), row["validation"]))
+            result = train_run(
+                one, machine, lambda row: display.epoch(recipe, recipe.completed(row), row["validation"])
+            )
         except KeyboardInterrupt:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not end the message
             display.stop()

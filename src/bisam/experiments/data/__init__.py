@@ -1,4 +1,4 @@
-"""Data: data sets by name, in three splits, with seeded label noise on the training labels.
+"""Data: data sets by name, in three splits, with seeded label noise.
 
     data = load(Recipe(dataset="cifar10", noise=0.4), Machine(data_dir=Path("data")))
     for x, y in data.train.batches(128, generator):
@@ -29,6 +29,7 @@ NAMES = {
     "digits": "scikit-learn's 1,797 images of 8x8, no download",
     "cifar10": "50,000 + 10,000 images of 32x32, 10 classes",
     "cifar100": "50,000 + 10,000 images of 32x32, 100 classes",
+    "cifar10:SIDE": "the same, enlarged to SIDE pixels for pretrained networks (also cifar100:SIDE)",
     "imagenet": "ImageNet-1K in folders: imagenet/train/CLASS/*, imagenet/val/CLASS/*",
     "flowers": "Oxford Flowers-102",
     "pets": "Oxford-IIIT Pets, 37 classes",
@@ -54,19 +55,28 @@ def load(recipe: Recipe, machine: Machine) -> Data:
     if not recipe.noise:
         return data
     noisy = symmetric_noise(data.train.labels, recipe.noise, data.classes, recipe.seed)
-    return replace(data, train=data.train.relabelled(noisy))
+    data = replace(data, train=data.train.relabelled(noisy))
+    if not recipe.validation_noise:
+        return data
+    noisy = symmetric_noise(data.validation.labels, recipe.noise, data.classes, recipe.seed, stream=1)
+    return replace(data, validation=data.validation.relabelled(noisy))
 
 
 def _load(recipe: Recipe, machine: Machine) -> Data:
     kind, _, detail = recipe.dataset.partition(":")
     root, download, size = machine.data_dir, machine.download, recipe.image_size
-    if kind in ("digits", "cifar10", "cifar100") and not detail:
+    if (kind in ("digits", "cifar10", "cifar100") and not detail) or (
+        kind in ("cifar10", "cifar100") and detail.isdecimal()
+    ):
         from bisam.experiments.data.cifar import cifar
         from bisam.experiments.data.digits import digits
+        from bisam.experiments.data.image_tensors import larger
+        from bisam.experiments.models.build import statistics
 
         if kind == "digits":
             return digits()
-        return cifar(kind, root, download, recipe.augment, recipe.cutout)
+        data = cifar(kind, root, download, recipe.augment, recipe.cutout)
+        return larger(data, int(detail), statistics(recipe.model)) if detail else data
     if (kind in ("imagenet", "flowers", "pets") and not detail) or (kind == "folder" and detail):
         from bisam.experiments.data.image_folders import flowers, folder, imagenet, pets, standardised
         from bisam.experiments.models.build import statistics
@@ -95,9 +105,17 @@ def source(recipe: Recipe) -> tuple[object, ...]:
     return recipe.dataset, recipe.image_size, recipe.max_length, prepares
 
 
-def symmetric_noise(labels: Tensor, rate: float, classes: int, seed: int) -> Tensor:
-    """Return `labels` with exactly round(rate * N) of them replaced by another class, drawn uniformly."""
-    random = np.random.default_rng([seed, 0x5EED])
+def symmetric_noise(labels: Tensor, rate: float, classes: int, seed: int, stream: int | None = None) -> Tensor:
+    """Return `labels` with exactly round(rate * N) of them replaced by another class, drawn uniformly.
+
+    Args:
+        labels: classes (N,).
+        rate: in [0, 1).
+        classes: number of classes.
+        seed: of the random numbers.
+        stream: for other random numbers from the same seed.
+    """
+    random = np.random.default_rng([seed, 0x5EED] if stream is None else [seed, 0x5EED, stream])
     chosen = random.permutation(len(labels))[: round(rate * len(labels))]
     noisy = labels.clone()
     shift = torch.from_numpy(random.integers(1, classes, len(chosen)))

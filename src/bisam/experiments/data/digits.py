@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
 
 from bisam.experiments.data.image_tensors import Images
 from bisam.experiments.data.splits import Data
@@ -12,6 +11,8 @@ from bisam.experiments.data.splits import Data
 
 def digits() -> Data:
     """Load scikit-learn's digits: 1,797 images of 8x8, split 60/15/25 per cent, in the same way for every seed."""
+    from sklearn.datasets import load_digits  # not at the top: it takes seconds, and the plan of a study needs no data
+
     images, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(42).permutation(len(labels))
     x = torch.from_numpy(images[order]).float().view(-1, 1, 8, 8)

@@ -22,7 +22,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from bisam.experiments.data.splits import Data, shares
+from bisam.experiments.data.splits import Data, shares, without_index
 from bisam.experiments.errors import reason, unknown
 
 if TYPE_CHECKING:
@@ -68,15 +68,22 @@ class Texts:
     def batches(
         self, size: int, generator: torch.Generator | None = None, rank: int = 0, ranks: int = 1
     ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        """Yield the keyword arguments of a Hugging Face model, each (n, length), and labels (n,); see `Split.batches`.
+        """Return an iterator over keyword arguments of a Hugging Face model, each (n, length), and labels (n,).
 
-        The length is that of the longest text in the batch.
+        The length is that of the longest text in the batch. See `Split.batches`.
         """
+        return without_index(self.indexed(size, generator, rank, ranks))
+
+    def indexed(
+        self, size: int, generator: torch.Generator | None = None, rank: int = 0, ranks: int = 1
+    ) -> Iterator[tuple[Tensor, dict[str, Tensor], Tensor]]:
+        """Yield numbers (n,), and what `batches` yields; see `Split.indexed`."""
         for index in shares(len(self), size, generator, rank, ranks):
             texts = [slice(*self.ends[i : i + 2]) for i in index.tolist()]
             rows = {name: [flat[text].tolist() for text in texts] for name, flat in self.tokens.items()}
             padded = self.tokenizer.pad(rows, return_attention_mask=True, return_tensors="pt")
-            yield {name: tensor.to(self.device) for name, tensor in padded.items()}, self.labels[index].to(self.device)
+            inputs = {name: tensor.to(self.device) for name, tensor in padded.items()}
+            yield index, inputs, self.labels[index].to(self.device)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 
-from bisam.experiments.data.splits import shares
+from bisam.experiments.data.splits import shares, without_index
 from bisam.experiments.errors import reason
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -93,10 +93,16 @@ class Folder:
         self, size: int, generator: torch.Generator | None = None, rank: int = 0, ranks: int = 1
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Return an iterator over standardised images (n, 3, H, W) and labels (n,); see `Split.batches`."""
+        return without_index(self.indexed(size, generator, rank, ranks))
+
+    def indexed(
+        self, size: int, generator: torch.Generator | None = None, rank: int = 0, ranks: int = 1
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Return an iterator over numbers (n,), and what `batches` returns; see `Split.indexed`."""
         epoch = 0 if generator is None else int(torch.randint(2**62, (), generator=generator))
         return self._read(list(shares(len(self), size, generator, rank, ranks)), epoch)
 
-    def _read(self, parts: list[Tensor], epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _read(self, parts: list[Tensor], epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         keys = ([(self.paths[i], i, epoch) for i in part.tolist()] for part in parts)
         loader: DataLoader[Any] = DataLoader(
             _Decoder(self.image_size, self.training),
@@ -113,7 +119,7 @@ class Folder:
             if isinstance(images, str):
                 raise ValueError(images)
             x = images.to(self.device, non_blocking=True).float().div_(255).sub_(mean).div_(std)
-            yield x, self.labels[part].to(self.device)
+            yield part, x, self.labels[part].to(self.device)
 
 
 class _Decoder(Dataset[Any]):

@@ -5,15 +5,15 @@ A crop with padding and a flip are one gather of rows: a batch takes a dozen ope
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import interpolate, pad
 
-from bisam.experiments.data.splits import Split, shares
+from bisam.experiments.data.splits import Data, Split, shares, without_index
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class Images:
         labels: classes.
         mean, std: of each channel of uint8 images, as a share of 255, (C,).
         augmentation: for training.
+        side: of the images of a batch, in pixels, to which they are enlarged; None: as they are.
     """
 
     images: Tensor
@@ -72,6 +73,7 @@ class Images:
     mean: Tensor | None = None
     std: Tensor | None = None
     augmentation: Augmentation | None = None
+    side: int | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -96,11 +98,21 @@ class Images:
     def batches(
         self, size: int, generator: torch.Generator | None = None, rank: int = 0, ranks: int = 1
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield standardised images (n, C, H, W) and labels (n,); see `Split.batches`."""
+        """Return an iterator over standardised images (n, C, H, W) and labels (n,); see `Split.batches`."""
+        return without_index(self.indexed(size, generator, rank, ranks))
+
+    def indexed(
+        self, size: int, generator: torch.Generator | None = None, rank: int = 0, ranks: int = 1
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield numbers (n,), standardised images (n, C, H, W) and labels (n,); see `Split.indexed`."""
         random = generator or torch.Generator().manual_seed(0)
         for index in shares(len(self), size, generator, rank, ranks):
             here = index.to(self.labels.device)
-            yield self._prepared(self.images.index_select(0, here), random), self.labels[here]
+            yield index, self._prepared(self.images.index_select(0, here), random), self.labels[here]
+
+    def enlarged(self, images: Tensor) -> Tensor:
+        """Return float images (n, C, H, W), enlarged to `side` by bilinear interpolation."""
+        return images if self.side is None else interpolate(images, size=(self.side, self.side), mode="bilinear")
 
     def _prepared(self, images: Tensor, random: torch.Generator) -> Tensor:
         change = self.augmentation
@@ -114,7 +126,28 @@ class Images:
             x = torch.addcmul(shift, x.float(), scale)
         if change is not None and change.cutout:
             x = x * change.kept(len(x), *x.shape[2:], random).to(x.device)
-        return x
+        return self.enlarged(x)
+
+
+def larger(data: Data, side: int, statistics: tuple[Sequence[float], Sequence[float]] | None) -> Data:
+    """Return a data set of uint8 images whose batches are enlarged, for networks that take images of a given size.
+
+    Args:
+        data: the data set, whose splits are `Images`.
+        side: in pixels, from that of the images to 1,024.
+        statistics: mean and standard deviation of each channel to standardise with, as shares of 255; None: its own.
+
+    Raises:
+        ValueError: the side is out of range.
+    """
+    parts: dict[str, Images] = {}
+    for name in ("train", "validation", "test"):
+        split: Images = getattr(data, name)
+        if not split.images.shape[2] <= side <= 1024:
+            raise ValueError(f"images can be enlarged to {split.images.shape[2]} to 1024 pixels, got {side}")
+        known = {} if statistics is None else dict(zip(("mean", "std"), map(torch.tensor, statistics), strict=True))
+        parts[name] = replace(split, side=side, **known)
+    return replace(data, **parts)
 
 
 def channels(split: Split) -> int:

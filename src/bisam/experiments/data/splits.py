@@ -28,6 +28,12 @@ class Batches(Protocol):
         """
         ...
 
+    def indexed(
+        self, size: int, generator: torch.Generator | None = None, rank: int = 0, ranks: int = 1
+    ) -> Iterator[tuple[Tensor, Any, Tensor]]:
+        """Yield the same batches, and before each the numbers of its examples in the split (n,), on the CPU."""
+        ...
+
 
 class Split(Batches, Protocol):
     """Examples with labels, loaded in batches."""
@@ -74,6 +80,11 @@ class Data:
                 wrong = low if low < 0 else high
                 raise ValueError(f"label {wrong} in the {name} part is outside the {self.classes} classes 0 to "
                                  f"{self.classes - 1}: fix the labels")  # fmt: skip
+
+
+def without_index(batches: Iterator[tuple[Tensor, Any, Tensor]]) -> Iterator[tuple[Any, Tensor]]:
+    """Return an iterator over the inputs and labels of batches that `Batches.indexed` returned."""
+    return ((inputs, labels) for _, inputs, labels in batches)
 
 
 def batches_of(count: int, size: int, ranks: int = 1) -> int:

@@ -16,6 +16,7 @@ from bisam.experiments.models.build import build
 from bisam.experiments.recipes.catalogue import PLAIN
 from bisam.experiments.recipes.entries import SETTINGS
 from bisam.experiments.recipes.expressions import take_steps
+from bisam.experiments.recipes.length import run_length
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.machine import Machine
 from bisam.experiments.training.checks import check_model
@@ -47,9 +48,11 @@ class Estimate:
 def estimate(recipe: Recipe, machine: Machine) -> Estimate:
     """Estimate the cost of a run of `recipe` from steps of plain training on its own data."""
     step, forwards = queries(recipe.expression, recipe.batch_size)
-    like = replace(recipe, method=PLAIN, **dict.fromkeys(SETTINGS), noise=0.0, epochs=1, seed=0)
+    like = replace(recipe, method=PLAIN, **dict.fromkeys(SETTINGS), noise=0.0, epochs=1, steps=None, seed=0)
     try:
-        seconds, latency, training, validation = _measured(replace(like, weights=None, warmup=0), machine)
+        seconds, latency, training, validation = _measured(
+            replace(like, weights=None, warmup=0, validation_noise=False), machine
+        )
     except ValueError as error:
         return Estimate(step, None, str(error))
     except Exception as error:
@@ -60,10 +63,11 @@ def estimate(recipe: Recipe, machine: Machine) -> Estimate:
             None,
             f"{recipe.model} with batches of {recipe.batch_size} does not fit into the memory of this machine",
         )
-    losses = batches_of(training, recipe.batch_size, machine.devices * machine.nodes)
-    plain = min(losses, REFERENCE_STEPS)  # reference steps, which each epoch adds
-    epoch = losses * (step + _FORWARD * forwards) + plain + _FORWARD * validation / recipe.batch_size
-    return Estimate(step, recipe.epochs * (seconds * epoch + _READS * latency))
+    length = run_length(recipe, batches_of(training, recipe.batch_size, machine.devices * machine.nodes))
+    plain = min(length.losses_per_epoch, REFERENCE_STEPS)  # reference steps, which each epoch adds
+    work = length.losses * (step + _FORWARD * forwards)
+    work += length.epochs * (plain + _FORWARD * validation / recipe.batch_size)
+    return Estimate(step, seconds * work + length.epochs * _READS * latency)
 
 
 @cache

@@ -18,8 +18,8 @@ from bisam.experiments.training.train import train
 class Progress(Protocol):
     """Receives the progress of a study, to display it."""
 
-    def epoch(self, recipe: Recipe, epoch: int, validation: float) -> None:
-        """An epoch of a run is completed."""
+    def epoch(self, recipe: Recipe, completed: int, validation: float) -> None:
+        """An epoch of a run is completed; `completed` is the number of its epochs, or of its steps, until then."""
         ...
 
     def done(self, recipe: Recipe, error: str | None) -> None:

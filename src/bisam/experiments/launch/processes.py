@@ -188,10 +188,11 @@ def _serve(connection: Connection, share: int) -> None:
             return
         last = 0.0
 
-        def report(row: Row, epochs: int = recipe.epochs) -> None:
+        def report(row: Row, recipe: Recipe = recipe) -> None:
             nonlocal last
-            if time.monotonic() - last > 0.1 or row["epoch"] == epochs:
+            completed = recipe.completed(row)
+            if time.monotonic() - last > 0.1 or completed == recipe.length:
                 last = time.monotonic()
-                send((int(row["epoch"]), row["validation"]))
+                send((completed, row["validation"]))
 
         send(train_or_explain(recipe, root, machine, report))

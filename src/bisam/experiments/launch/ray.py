@@ -193,7 +193,7 @@ class EpochPoller:
                     continue
                 self._seen[recipe] = changed
                 for row in run.metrics()[-1:]:
-                    self._progress.epoch(recipe, int(row["epoch"]), row["validation"])
+                    self._progress.epoch(recipe, recipe.completed(row), row["validation"])
         self._next = time.monotonic() + 1
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from bisam import NegLog, Tanh
 from bisam.experiments.measurements.measurement import Measurement, Row
+from bisam.experiments.studies.papers import BISAM, Exhibit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,6 +49,7 @@ FIGURE_1 = Measurement(
     title="Figure 1",
     summary="Figure 1: the bounds of the 0-1 loss",
     note=f"{_SHOWN}.",
+    exhibit=Exhibit(BISAM, "Figure 1"),
     settings={},
     parts=lambda settings: [],
     measure=lambda part, settings, device: [],

@@ -15,8 +15,10 @@ from bisam.experiments.measurements.measurement import Measurement, Row, Setting
 from bisam.experiments.measurements.timing import interleaved, ratio, threads
 from bisam.experiments.models.build import NAMES, build
 from bisam.experiments.recipes.catalogue import PLAIN
+from bisam.experiments.recipes.presets import CIFAR
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.studies import published
+from bisam.experiments.studies.papers import BISAM, Exhibit
 
 if TYPE_CHECKING:
     pass
@@ -82,6 +84,12 @@ def _measure_epoch(part: str, settings: Settings, device: torch.device) -> list[
     return [{**row, "published_sam_seconds": sam, "published_bisam_seconds": bisam}]
 
 
+def _batch(row: Row) -> str:
+    """The batch size, with the paper's where it is another."""
+    own, paper = row["batch_size"], CIFAR.batch_size
+    return f"{own}" if own == paper else f"{own} (paper: {paper})"
+
+
 def _published(row: Row) -> str:
     sam, bisam = row["published_sam_seconds"], row["published_bisam_seconds"]
     return "–" if sam is None else f"{sam} → {bisam} s ({bisam / sam:.2f})"
@@ -98,6 +106,7 @@ TABLE_11 = Measurement(
         "seconds of SAM and BiSAM and their ratio (Xie et al., 2024, Appendix B, CIFAR-10, A100). A smaller batch "
         "increases the share of the loss in the step, if anything."
     ),
+    exhibit=Exhibit(BISAM, "Table 11"),
     settings={
         "models": tuple(PUBLISHED),
         "iterations": 24,
@@ -110,7 +119,7 @@ TABLE_11 = Measurement(
     measure=_measure_epoch,
     columns={
         "model": lambda row: row["model"],
-        "batch": lambda row: str(row["batch_size"]),
+        "batch": _batch,
         **{f"{title}, s": lambda row, name=name: f"{row[f'{name}_seconds']:.3g}" for name, title in _TRAINED.items()},
         "SAM / SGD": lambda row: with_quartiles(row, "sam_to_sgd", 2),
         **{

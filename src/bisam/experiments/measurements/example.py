@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bisam import NegLog, Tanh
 from bisam.experiments.measurements.measurement import Measurement, Row, Settings
+from bisam.experiments.studies.papers import BISAM, Exhibit
 from bisam.objectives import LowerBound
 
 if TYPE_CHECKING:
@@ -126,6 +127,7 @@ EXAMPLE = Measurement(
         "and in A all K classes are close to the label: the column for the paper's µ (10 for tanh, 1 for -log) shows "
         "its choice. The last column is the smallest power of ten as µ for which it picks B. Exact values in float64."
     ),
+    exhibit=Exhibit(BISAM, "Section 2.2"),
     settings={"classes": (10, 100, 1000, 10000), "deltas": (0.1, 0.01, 0.001)},
     parts=_example_parts,
     measure=_measure_example,

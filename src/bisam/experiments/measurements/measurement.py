@@ -28,6 +28,7 @@ from bisam.experiments.runs.environment import environment
 from bisam.experiments.runs.files import checksum, read_json, write
 from bisam.experiments.runs.machine import Machine
 from bisam.experiments.runs.provenance import MEASURED, line, where
+from bisam.experiments.studies.papers import Exhibit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,13 +52,18 @@ class Measurement:
     parts: Callable[[Settings], list[str]]
     """From settings to the names of the parts; raises ValueError if a setting is out of range."""
     measure: Callable[[str, Settings, torch.device], list[dict[str, Any]]]
-    """From a part, settings and device to its rows: dicts with equal keys and JSON values."""
+    """From a part, settings and device to its rows: dicts with equal keys and JSON values. Keys that begin with `_` are
+    for figures, such as images, and not in the CSV file of a report."""
     columns: Mapping[str, Callable[[Row], str]]
     """Columns of the table: from the heading to a function from a row to the cell."""
     figures: Mapping[str, tuple[str, Callable[[list[Row]], Figure]]] = field(default_factory=dict)
     """By file name: caption, and function that draws it."""
+    tabled: Callable[[list[Row]], list[Row]] | None = None
+    """From all rows to those of the table. Default: all of them."""
     summary: str = ""
     """One line for a list of measurements, where it differs from the title."""
+    exhibit: Exhibit | None = None
+    """The table or figure of a paper that it reproduces."""
 
     @property
     def drawn_only(self) -> bool:
@@ -70,7 +76,9 @@ class Measurement:
         Raises:
             ValueError: a name is unknown, or a value has the wrong type or is out of range.
         """
-        for name in texts:
+        for name, text in texts.items():
+            if not self.settings:
+                raise ValueError(f"{self.name} has no settings: leave --set {name}={text} out")
             if name not in self.settings:
                 raise unknown(f"setting of {self.name}", name, self.settings)
         values = {name: parsed(name, text, self.settings[name]) for name, text in texts.items()}
@@ -161,7 +169,8 @@ def report(measurement: Measurement, place: Path, changed: Mapping[str, str] | N
     rows: list[Row] = [row for content in parts for row in content["rows"]]
     header = tuple(measurement.columns)
     try:
-        cells = [tuple(cell(row) for cell in measurement.columns.values()) for row in rows]
+        tabled = rows if measurement.tabled is None else measurement.tabled(rows)
+        cells = [tuple(cell(row) for cell in measurement.columns.values()) for row in tabled]
         figures = {file: draw(rows) for file, (_, draw) in measurement.figures.items()}
         places = _provenance(content["environment"] for content in parts)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -180,7 +189,8 @@ def report(measurement: Measurement, place: Path, changed: Mapping[str, str] | N
         "\n".join(places),
     ]
     markdown = "\n\n".join(block for block in blocks if block) + "\n"
-    return Report(measurement.title, header, cells, rows, markdown, figures)
+    numbers: list[Row] = [{key: value for key, value in row.items() if not key.startswith("_")} for row in rows]
+    return Report(measurement.title, header, cells, numbers, markdown, figures)
 
 
 def parsed(name: str, text: str, default: Any) -> Any:

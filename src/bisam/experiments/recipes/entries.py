@@ -24,7 +24,8 @@ FAMILIES = {
 }
 
 CAPTION = (
-    "Gradients: batch gradients per step on average, with n the examples in a batch; f: additional forward passes. "
+    "Gradients: batch gradients per step on average, with n the examples in a batch; one of a part: the first of them "
+    "is computed for the displaced weights only; f: additional forward passes. "
     "Memory: tensors of the size of the weights that are held while the model runs, more than in plain training, on "
     "one device; state is the part of them that is kept between steps. A method with an ascent step takes "
     "ascent=NegLog() or Tanh(), and any perturbation."
@@ -47,6 +48,8 @@ class Entry:
     """Address of the reference."""
     gradients: str = "2"
     """Gradient evaluations of a batch in a step, on average; "1 to 2" where it depends on the run."""
+    partial: bool = False
+    """Whether the first gradient of a step is that of a part of the weights only."""
     forwards: str = "0"
     """Forward passes of a batch in a step besides, on average."""
     memory: float = 1
@@ -69,7 +72,8 @@ class Entry:
     @property
     def cost(self) -> str:
         """Gradients and forward passes of a step, as a formula."""
-        return self.gradients + (f" + {self.forwards} f" if self.forwards != "0" else "")
+        forwards = f" + {self.forwards} f" if self.forwards != "0" else ""
+        return self.gradients + forwards + (", one of a part" if self.partial else "")
 
     @property
     def settings(self) -> set[str]:

@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import ast
 import operator
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from functools import cache
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, cast
 
 import torch
 from torch import nn
 
 import bisam
-from bisam import SharpnessAware, masks, perturbations, schedules
+from bisam import SharpnessAware, masks, perturbations, proximal, schedules
 from bisam.experiments.errors import is_out_of_memory, unknown
 from bisam.methods import Method
+from bisam.methods.method import indexed
+from bisam.objectives import LowerBound
 
 _ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
@@ -29,7 +33,7 @@ _ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv,
 }
-_MODULES: tuple[ModuleType, ...] = (bisam, perturbations, masks, schedules)
+_MODULES: tuple[ModuleType, ...] = (bisam, perturbations, masks, schedules, proximal)
 _HIDDEN = {
     "Around",
     "Evaluation",
@@ -38,8 +42,12 @@ _HIDDEN = {
     "Method",
     "ModelOracle",
     "Only",  # takes a function, which an expression cannot contain
+    "Named",
     "Oracle",
+    "Prox",
+    "ProximalPoint",
     "Query",
+    "Separable",
     "SharpnessAware",
     "Vector",
 }
@@ -53,7 +61,7 @@ VOCABULARY: dict[str, Callable[..., Any]] = {
     and (name[0].isupper() or name in ("next_step", "cross_entropy"))
     and name not in _HIDDEN
 } | {"lookahead": bisam.next_step}  # the spelling of bisam 0.1, for its run folders
-"""Callables of expressions: methods, perturbations, masks, schedules, bounds, `next_step`."""
+"""Callables of expressions: methods, perturbations, masks, schedules, proximal operators, bounds, `next_step`."""
 
 
 def build(expression: str, **names: Any) -> Method:
@@ -93,8 +101,50 @@ def check(expression: str) -> None:
     Raises:
         ValueError: see `build`.
     """
-    weight = nn.Parameter(torch.empty(0))  # an optimizer needs one
-    build(expression, optimizer=torch.optim.SGD([weight], lr=0.1), **_run(_UNKNOWN_STEPS))
+    _built(expression)
+
+
+@cache
+def contained(expression: str) -> Mapping[str, float]:
+    """The values of rho, mu, alpha and eta that an expression contains; no gradient is computed.
+
+    mu and alpha are those of the lower bound of the 0-1 loss. A setting with several values, or with a schedule in
+    place of a number, is left out.
+
+    Raises:
+        ValueError: see `build`.
+    """
+    found: dict[str, set[float]] = defaultdict(set)
+    for part in _parts(_built(expression)):
+        names = {"rho"} | ({"eta"} if isinstance(part, perturbations.Adaptive) else set())
+        names |= {"mu", "alpha"} if isinstance(part, LowerBound) else set()
+        for name in names:
+            if isinstance(value := getattr(part, name, None), int | float):
+                found[name].add(float(value))
+    return MappingProxyType({name: values.pop() for name, values in found.items() if len(values) == 1})
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    """The methods, perturbations and objectives of a nest, from the outside to the inside."""
+    if is_dataclass(value) and not isinstance(value, type):
+        yield value
+        for field in fields(value):
+            yield from _parts(getattr(value, field.name))
+
+
+def _built(expression: str) -> Method:
+    optimizer = None
+    if "optimizer" in expression:  # the first optimizer imports torch's compiler, which takes seconds
+        optimizer = torch.optim.SGD([nn.Parameter(torch.empty(0))], lr=0.1)  # it needs a parameter
+    return build(expression, optimizer=optimizer, **_run(_UNKNOWN_STEPS))
+
+
+@cache
+def names_called(expression: str) -> frozenset[str]:
+    """The names that a valid expression calls."""
+    tree = ast.parse(expression.strip(), mode="eval")
+    calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return frozenset(name.id for name in calls if isinstance(name, ast.Name))
 
 
 @cache
@@ -148,11 +198,12 @@ def take_steps(
         method = build(expression, optimizer=optimizer, **_run(total))
         sharp = SharpnessAware(model, wrap(method), bisam.cross_entropy)
         for _ in range(steps):
-            sharp(torch.randn(batch_size, 2), torch.zeros(batch_size, dtype=torch.long)).backward()
+            named = {"indices": torch.arange(batch_size)} if indexed(method) else {}
+            sharp(torch.randn(batch_size, 2), torch.zeros(batch_size, dtype=torch.long), **named).backward()
 
 
 def _run(steps: int) -> dict[str, int]:
-    return {"steps": steps, "epoch": 10**6, "examples": 10**9}
+    return {"steps": steps, "epoch": 10**6, "examples": 10**6}  # SAF keeps outputs of each
 
 
 _LONGEST = 1000

@@ -1,7 +1,4 @@
-"""Presets: the papers' settings, as recipes to start from.
-
-Values that the papers do not give are marked [MEM] where they are recollected, and [OURS] where they were chosen here.
-"""
+"""Presets: the papers' settings, as recipes to start from, and which of their values no public source gives."""
 
 from __future__ import annotations
 
@@ -10,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from bisam.experiments.errors import unknown
+from bisam.experiments.recipes.assumptions import Assumption, Kind
 from bisam.experiments.recipes.entries import SETTINGS
 from bisam.experiments.recipes.recipe import Recipe
 
@@ -30,7 +28,7 @@ CIFAR = Recipe(
 AUTHORS = replace(CIFAR, cutout=True)
 """CIFAR as in the BiSAM authors' code: the paper's settings and Cutout."""
 
-IMAGENET = Recipe(  # epochs, learning rate, batch, micro-batch: [MEM]
+IMAGENET = Recipe(
     dataset="imagenet",
     model="torchvision:resnet50",
     method="MSAM(128, BiSAM(0.05, NegLog(5.0)))",
@@ -43,15 +41,13 @@ IMAGENET = Recipe(  # epochs, learning rate, batch, micro-batch: [MEM]
 )
 """ImageNet-1K as in Xie et al. (2024), table 3."""
 
-# Learning rate, batch and steps (500, of which 100 are warm-up): [MEM]. rho, the checkpoint (timm's, with the
-# statistics that it was trained with; the paper's is of Wu et al., 2020): [OURS].
 VIT = Recipe(
     dataset="flowers",
-    model="timm:vit_base_patch16_224",
+    model="timm:vit_base_patch16_224.orig_in21k",
     weights="pretrained",
     method="bisam_log",
     rho=0.05,
-    epochs=63,
+    steps=500,
     batch_size=128,
     optimizer="adamw",
     learning_rate=1e-4,
@@ -62,7 +58,7 @@ VIT = Recipe(
 )
 """Fine-tuning ViT-B/16 as in Xie et al. (2024), table 6."""
 
-BERT = Recipe(  # learning rate, batch, epochs and the radii: [MEM]; weight decay and no warm-up: [OURS]
+BERT = Recipe(
     dataset="glue:rte",
     model="hf:bert-base-uncased",
     weights="pretrained",
@@ -81,6 +77,40 @@ BERT = Recipe(  # learning rate, batch, epochs and the radii: [MEM]; weight deca
 PRESETS = {"paper": CIFAR, "authors": AUTHORS, "imagenet": IMAGENET, "vit": VIT, "bert": BERT}
 """Presets by their names on the command line."""
 
+_OF_CIFAR = "the value of the authors' code for CIFAR; the paper's for this table is not public"
+
+ASSUMED: dict[str, tuple[Assumption, ...]] = {
+    "imagenet": (
+        Assumption("epochs", 90, Kind.RECOLLECTED, "the authors' reply to reviewers has 90 too"),
+        Assumption("learning_rate", 0.2, Kind.RECOLLECTED, "the paper's value is not public"),
+        Assumption("batch_size", 512, Kind.RECOLLECTED, "the authors' reply to reviewers has 512 too"),
+        Assumption("micro-batch", 128, Kind.RECOLLECTED, "the paper's value is not public"),
+        Assumption("rho", 0.05, Kind.RECOLLECTED, "the paper's value for this table is not public"),
+        Assumption("mu", 5.0, Kind.RECOLLECTED, "the paper's value is not public"),
+        Assumption("mu", 20.0, Kind.RECOLLECTED, "the paper's value is not public"),
+        Assumption("alpha", 0.1, Kind.RECOLLECTED, "the paper's value is not public"),
+        Assumption("model", "torchvision:resnet50", Kind.CHOSEN, "the network of the authors' reply to reviewers"),
+        Assumption("validation part", "2 % of the training images", Kind.CHOSEN, "the paper's is not public"),
+    ),
+    "vit": (
+        Assumption("learning_rate", 1e-4, Kind.RECOLLECTED, "the paper's value is not public"),
+        Assumption("batch_size", 128, Kind.RECOLLECTED, "the paper's value is not public"),
+        Assumption("steps", 500, Kind.RECOLLECTED, "the paper's number of steps is not public"),
+        Assumption("warmup", 100, Kind.RECOLLECTED, "the paper's number of steps is not public"),
+        Assumption("rho", 0.05, Kind.CHOSEN, _OF_CIFAR),
+    ),
+    "bert": (
+        Assumption("learning_rate", 2e-5, Kind.RECOLLECTED, "the paper's value is not public"),
+        Assumption("batch_size", 32, Kind.RECOLLECTED, "the paper's value is not public"),
+        Assumption("epochs", 3, Kind.RECOLLECTED, "the paper's value is not public"),
+        Assumption("rho", 0.05, Kind.RECOLLECTED, "the paper's value for most tasks is not public"),
+        Assumption("weight_decay", 0.0, Kind.CHOSEN, "the paper's value is not public"),
+        Assumption("warmup", 0, Kind.CHOSEN, "the paper names no warm-up"),
+        Assumption("validation part", "a tenth of the training part", Kind.CHOSEN, "the paper's is not public"),
+    ),
+}
+"""For each preset its values that no public source of the paper gives."""
+
 
 def started(preset: str | None, given: Mapping[str, Any]) -> Recipe:
     """The recipe of a preset, or the default recipe, with other values of some fields.
@@ -88,7 +118,8 @@ def started(preset: str | None, given: Mapping[str, Any]) -> Recipe:
     Args:
         preset: key of `PRESETS`, or None.
         given: fields and their values. A method here comes with its own settings: where they have no values here, rho,
-            mu, alpha and eta are its defaults and not the preset's.
+            mu, alpha and eta are its defaults and not the preset's. Epochs here replace steps of the preset, and steps
+            its epochs.
 
     Raises:
         ValueError: the preset is unknown, or a value is refused.
@@ -98,4 +129,6 @@ def started(preset: str | None, given: Mapping[str, Any]) -> Recipe:
     if preset not in PRESETS:
         raise unknown("preset", preset, PRESETS)
     unset: dict[str, Any] = dict.fromkeys(SETTINGS) if "method" in given else {}
+    if given.keys() & {"epochs", "steps"}:
+        unset |= dict.fromkeys(("epochs", "steps"))
     return replace(PRESETS[preset], **{**unset, **given})

@@ -12,19 +12,28 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from typing import Any, get_args, get_type_hints
 
 from bisam.experiments.errors import RunError, unknown
 from bisam.experiments.recipes.catalogue import METHODS, PLAIN
 from bisam.experiments.recipes.entries import SETTINGS
-from bisam.experiments.recipes.expressions import VOCABULARY, build, check, check_step
+from bisam.experiments.recipes.expressions import VOCABULARY, build, check, check_step, contained, names_called
 from bisam.methods import Method
 from bisam.validation import LARGEST, non_negative, number, positive, shown, whole
 
-VERSION = 1
+VERSION = 2
 """Latest version of the meaning of the fields; see `Recipe.version`."""
+
+CHANGES: dict[int, frozenset[str]] = {
+    2: frozenset({"ESAM", "EBiSAM", "RandomMask"}),  # the mask is drawn before the first pass; selection is strict
+}
+"""By version, the names in expressions whose results it changed. Recipes without these names keep their results."""
+
+EPOCHS = 30
+"""Epochs of a recipe that is given neither epochs nor steps."""
 
 CHOICES = {
     "optimizer": ("sgd", "adamw"),
@@ -35,6 +44,7 @@ CHOICES = {
 
 _MOST = {
     "epochs": 10**6,
+    "steps": 10**9,
     "batch_size": 10**6,
     "accumulate": 10**6,
     "image_size": 10**5,
@@ -43,6 +53,7 @@ _MOST = {
     "warmup": LARGEST,
 }
 """Largest values of whole numbers, beyond any training run: a typing error would fill the memory without a message."""
+_COLUMNS = {"epochs": "epoch", "steps": "step"}
 _WORDS = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
 
 
@@ -57,7 +68,8 @@ class Recipe:
     """
 
     dataset: str = "digits"
-    """Data set: digits (no download), cifar10, cifar100, imagenet, flowers, pets, folder:PATH, glue:TASK."""
+    """Data set: digits (no download), cifar10, cifar100, imagenet, flowers, pets, folder:PATH, glue:TASK; cifar10:SIDE
+    enlarges the images."""
     model: str = "convnet"
     """Network: a name from `bisam list`, torchvision:NAME, timm:NAME or hf:NAME."""
     weights: str | None = None
@@ -66,6 +78,8 @@ class Recipe:
     """Method of the gradient: a name from `bisam methods`, or an expression such as "KSAM(32, BiSAM(0.1))"."""
     noise: float = 0.0
     """Share of the training labels that are replaced by another class, in [0, 1)."""
+    validation_noise: bool = False
+    """Replace the same share of the validation labels too; by default they are clean. Test labels are always clean."""
     limit: int | None = None
     """Largest number of training examples, of validation examples and of test examples."""
     augment: bool = True
@@ -84,8 +98,10 @@ class Recipe:
     """Slope of the tanh bound; for its default see `bisam methods`."""
     eta: float | None = None
     """Constant added to |w| in the adaptive methods; for its default see `bisam methods`."""
-    epochs: int = 30
-    """Passes over the training data (the digits study gives SGD twice as many)."""
+    epochs: int | None = None
+    """Passes over the training data, by default 30; steps can be given instead."""
+    steps: int | None = None
+    """Optimizer steps of the run, in place of epochs; the last epoch ends with the last step."""
     batch_size: int = 64
     """Examples per step."""
     accumulate: int = 1
@@ -95,7 +111,8 @@ class Recipe:
     learning_rate: float = 0.1
     """Highest learning rate."""
     schedule: str = "cosine"
-    """Schedule of the learning rate: cosine (to 0, per epoch), linear (to 0, per step) or constant."""
+    """Schedule of the learning rate: cosine (to 0, per epoch, or per step of a run of steps), linear (to 0, per step)
+    or constant."""
     warmup: int = 0
     """Optimizer steps of linear warm-up of the learning rate (linear and constant schedules)."""
     momentum: float = 0.9
@@ -119,8 +136,10 @@ class Recipe:
     version: int = VERSION
     """Version of the meaning of the fields; no flag sets it.
 
-    A change that alters the results of the same fields raises `VERSION`: new recipes then have another fingerprint.
-    Recipes of earlier versions can be read and reported, in groups of their own; they are not trained.
+    A change that alters the results of the same fields raises `VERSION`, and `CHANGES` names what it concerns. Recipes
+    of earlier versions whose results it changed keep their version and have another fingerprint: they can be read and
+    reported, in groups of their own, and are not trained. All others are recipes of the latest version, with the same
+    fingerprint as before.
     """
 
     def __post_init__(self) -> None:
@@ -131,6 +150,10 @@ class Recipe:
                 f"the recipe has version {self.version}, and this bisam knows versions up to {VERSION}: use the bisam "
                 "that wrote it, or a later one"
             )
+        if self.epochs is not None and self.steps is not None:
+            raise both_given(self.epochs, self.steps)
+        if self.epochs is None and self.steps is None:
+            object.__setattr__(self, "epochs", EPOCHS)
         for name, most in _MOST.items():
             if (value := getattr(self, name)) is not None:
                 whole(name, value, 0 if name == "warmup" else 1, most)
@@ -148,9 +171,15 @@ class Recipe:
                 raise unknown(name, str(getattr(self, name)), known)
         if self.warmup and self.schedule == "cosine":
             raise ValueError(f"warmup {self.warmup} needs the linear or constant schedule: the cosine has none")
+        if self.steps is not None and self.warmup >= self.steps:
+            raise ValueError(
+                f"warmup {self.warmup} does not end within the {self.steps} steps of the run: make it shorter"
+            )
         if self.cutout and not self.augment:
             raise ValueError("cutout is a part of the augmentation: leave --no-augment out, or --cutout")
         self._check_method()
+        if self._changed_in(VERSION) <= self.version:
+            object.__setattr__(self, "version", VERSION)
 
     def _check_types(self) -> None:
         """Check the type of each field, and convert whole numbers to floats where a field is one.
@@ -196,6 +225,31 @@ class Recipe:
         if self.method not in METHODS:
             check_step(self.method, self.batch_size)
 
+    def _changed_in(self, version: int) -> int:
+        """The latest version up to `version` that changed the results of these fields; 1 if none did."""
+        called = names_called(self.expression)
+        return max((each for each, names in CHANGES.items() if each <= version and names & called), default=1)
+
+    @property
+    def unit(self) -> str:
+        """The unit of its length: epochs or steps."""
+        return "epochs" if self.steps is None else "steps"
+
+    @property
+    def length(self) -> int:
+        """The number of its epochs or steps."""
+        length = self.epochs if self.steps is None else self.steps
+        assert length is not None
+        return length
+
+    def times(self, count: int) -> Recipe:
+        """The recipe with `count` times its length."""
+        return replace(self, **{self.unit: count * self.length})
+
+    def completed(self, row: Mapping[str, float]) -> int:
+        """The number of its epochs or steps that are completed after the epoch with this row of metrics."""
+        return int(row[_COLUMNS[self.unit]])
+
     @property
     def is_plain(self) -> bool:
         """Whether it is plain training, which perturbs nothing."""
@@ -207,11 +261,16 @@ class Recipe:
         return METHODS[self.method].settings if self.method in METHODS else set()
 
     def setting(self, name: str) -> Any:
-        """Value of a field; where rho, mu, alpha or eta is not given, the method's default, or None without one."""
+        """Value of a field; for rho, mu, alpha and eta that are not given the method's default, or None without one.
+
+        If the method is an expression, they are the values that it contains, see `expressions.contained`.
+        """
         value = getattr(self, name)
-        if value is not None or name not in self.settings:
+        if value is not None or name not in SETTINGS:
             return value
-        return METHODS[self.method].defaults[name]
+        if self.method not in METHODS:
+            return contained(self.method).get(name)
+        return METHODS[self.method].defaults.get(name)
 
     @property
     def own_fields(self) -> tuple[str, ...]:
@@ -240,10 +299,11 @@ class Recipe:
     @property
     def slug(self) -> str:
         """Name of the recipe's folder: its main fields, then a fingerprint of all fields but the seed."""
-        # Fields with their default are left out, so that a field that is added later changes no name. The first version
-        # stays left out when VERSION, the default, has become a later one.
-        defaults = {field.name: field.default for field in fields(self)} | {"version": 1}
-        changed = {name: value for name, default in defaults.items() if (value := getattr(self, name)) != default}
+        # Fields with their default are left out, so that a field that is added later changes no name. In place of the
+        # version is the one that changed the results last, for the same reason.
+        values = self.to_dict() | {"version": self._changed_in(self.version)}
+        defaults = {field.name: field.default for field in fields(self)} | {"epochs": EPOCHS, "version": 1}
+        changed = {name: value for name, value in values.items() if value != defaults[name]}
         text = json.dumps({**changed, "seed": 0}, sort_keys=True)
         parts = [self.dataset, self.model, self.method]
         if self.dataset == "digits" and self.model == "convnet":
@@ -259,7 +319,8 @@ class Recipe:
     def from_dict(cls, values: dict[str, Any]) -> Recipe:
         """The recipe whose `to_dict` is `values`; fields that were added since have their defaults.
 
-        The recipe keeps the version that it was made with; text without a version has version 1.
+        The recipe keeps the version that it was made with if its results have changed since; text without a version has
+        version 1.
 
         Raises:
             ValueError: a field is unknown, or there is no method.
@@ -273,6 +334,11 @@ class Recipe:
         if foreign := sorted(set(values) - {f.name for f in fields(cls)}):
             raise ValueError(f"unknown field {', '.join(foreign)}: not a recipe, or one of a later version")
         return cls(**values)
+
+
+def both_given(epochs: int, steps: int) -> ValueError:
+    """The error for a length that is given twice."""
+    return ValueError(f"epochs {epochs} and steps {steps} are both given: leave one out")
 
 
 @cache

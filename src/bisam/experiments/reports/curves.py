@@ -112,8 +112,13 @@ def _legend(figure: Figure, groups: Groups, axes: Sequence[Axes]) -> None:
 
 
 def _epochs(group: Sequence[Finished], column: str) -> np.ndarray:
-    """A column of the metrics (runs, epochs)."""
-    return np.array([[row.get(column, np.nan) for row in run.metrics] for run in group])
+    """A column of the metrics (runs, epochs); nan where a run has no such epoch."""
+    # Runs of steps on different numbers of devices can have different numbers of epochs.
+    epochs = max(len(run.metrics) for run in group)
+    values = np.full((len(group), epochs), np.nan)
+    for i, run in enumerate(group):
+        values[i, : len(run.metrics)] = [row.get(column, np.nan) for row in run.metrics]
+    return values
 
 
 def _band(ax: Axes, name: str, style: Style, values: np.ndarray, x: np.ndarray | None = None) -> None:

@@ -1,5 +1,6 @@
 """Figures of a study, drawn from run folders only.
 
+runs = arranged(run for run in finished(Path("runs/digits")) if isinstance(run, Finished))
 figures.save(figures.draw("accuracy", runs), Path("accuracy.svg"))
 """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from bisam.experiments.recipes.catalogue import METHODS
 from bisam.experiments.recipes.entries import SETTINGS
 from bisam.experiments.recipes.recipe import VERSION, Recipe
 from bisam.experiments.runs.folder import Finished
+from bisam.experiments.studies import LABELS
 
 Groups = Mapping[Recipe, Sequence[Finished]]
 """The runs of each recipe, by seed; as keys recipes have seed 0."""
@@ -41,12 +42,45 @@ def places(recipes: Iterable[Recipe]) -> dict[Place, str]:
     return {at: ", ".join(p for p, shown in zip(parts[at], several, strict=True) if shown) for at in found}
 
 
+def arranged(
+    runs: Iterable[Finished], recipes: Sequence[Recipe] = (), baselines: Collection[str] = ()
+) -> list[Finished]:
+    """Runs in the order of tables and figures: place by place, in each place the baseline first.
+
+    The others, and the places, are in the order of `recipes`. Runs of other recipes follow those of the same method.
+    Where that decides nothing, the order is that of the data sets, models and methods in `bisam list`.
+
+    Args:
+        runs: in any order.
+        recipes: of the study, in its own order, with seed 0.
+        baselines: methods that others are compared with, in order of preference: the first that a place has is its
+            baseline.
+    """
+    runs, last = list(runs), len(recipes)
+    at, methods, own = dict[Place, int](), dict[str, int](), dict[Recipe, int]()
+    for i, recipe in enumerate(recipes):
+        at.setdefault(place(recipe), i)
+        methods.setdefault(recipe.method, i)
+        own.setdefault(recipe, i)
+    present = {(place(run.recipe), run.recipe.method) for run in runs}
+    first = {here: next((one for one in baselines if (here, one) in present), None) for here, _ in present}
+
+    def key(run: Finished) -> tuple[Any, ...]:
+        recipe = replace(run.recipe, seed=0)
+        here, method = place(recipe), recipe.method
+        mine = own.get(recipe, methods.get(method, last))
+        here_first = (at.get(here, last), _natural_place(here), method != first[here])
+        return *here_first, mine, recipe not in own, *_order(recipe), run.recipe.seed
+
+    return sorted(runs, key=key)
+
+
 def grouped(runs: Iterable[Finished]) -> dict[Recipe, list[Finished]]:
-    """Runs by recipe, whatever their seed; by data set, model and noise, then in the catalogue's order of methods."""
+    """Runs by recipe, whatever their seed, in the order in which the recipes appear; see `arranged`."""
     groups: dict[Recipe, list[Finished]] = {}
     for run in runs:
         groups.setdefault(replace(run.recipe, seed=0), []).append(run)
-    return {key: sorted(groups[key], key=lambda run: run.recipe.seed) for key in sorted(groups, key=_order)}
+    return {recipe: sorted(group, key=lambda run: run.recipe.seed) for recipe, group in groups.items()}
 
 
 def perturbed(runs: Iterable[Finished]) -> list[Finished]:
@@ -55,34 +89,38 @@ def perturbed(runs: Iterable[Finished]) -> list[Finished]:
 
 
 def title(recipe: Recipe) -> str:
-    """The name of a method, or its expression."""
+    """The name of a method: of the catalogue, the label that a study gives to an expression, or the expression."""
     if recipe.is_plain and recipe.optimizer == "adamw":
         return "AdamW"
-    return METHODS[recipe.method].name if recipe.method in METHODS else recipe.method
+    return METHODS[recipe.method].name if recipe.method in METHODS else LABELS.get(recipe.method, recipe.method)
 
 
 def names(recipes: Iterable[Recipe]) -> dict[Recipe, str]:
     """Short names: the method, and the fields that distinguish a recipe from others of its kind in its place."""
     recipes = list(recipes)
     kin: dict[tuple[str, Place], list[Recipe]] = defaultdict(list)
-    epochs: dict[Place, Counter[int]] = defaultdict(Counter)
+    lengths: dict[Place, Counter[tuple[str, int]]] = defaultdict(Counter)
     for recipe in recipes:
         kin[title(recipe), place(recipe)].append(recipe)
-        epochs[place(recipe)][recipe.epochs] += not recipe.is_plain
+        lengths[place(recipe)][recipe.unit, recipe.length] += not recipe.is_plain
     telling: dict[str, set[str]] = defaultdict(set)
     for (kind, _), group in kin.items():
-        telling[kind] |= {name for name in _FIELDS if len({getattr(recipe, name) for recipe in group}) > 1}
+        telling[kind] |= {name for name in _FIELDS if len({recipe.setting(name) for recipe in group}) > 1}
 
     def words(recipe: Recipe) -> str:
-        others, told = epochs[place(recipe)], telling[title(recipe)]
-        times = recipe.epochs / others.most_common(1)[0][0] if recipe.is_plain and others.total() else None
+        others, told = lengths[place(recipe)], telling[title(recipe)]
+        unit, length = others.most_common(1)[0][0] if others.total() else ("", 0)
+        times = recipe.length / length if recipe.is_plain and recipe.unit == unit else None
         told = told | {"version"} if recipe.version != VERSION else told
-        shown = [name for name in _FIELDS if name in told and not (name == "epochs" and times)]
+        shown = [name for name in _FIELDS if name in told and not (name == recipe.unit and times)]
+        shown = [name for name in shown if name not in ("epochs", "steps") or name == recipe.unit]
         more = [f"{name.replace('_', ' ')} {recipe.setting(name)}" for name in shown]
-        more += [f"{times:g}× epochs"] if times not in (None, 1) else []
+        more += [f"{times:g}× {recipe.unit}"] if times not in (None, 1) else []
         return f"{title(recipe)} ({', '.join(more)})" if more else title(recipe)
 
-    return {recipe: words(recipe) for recipe in recipes}
+    called = {recipe: words(recipe) for recipe in recipes}
+    shared = Counter((name, place(recipe)) for recipe, name in called.items())  # by methods with the same title
+    return {r: f"{name}: {r.method}" if shared[name, place(r)] > 1 else name for r, name in called.items()}
 
 
 def varying(recipes: Iterable[Recipe]) -> list[str]:
@@ -98,12 +136,16 @@ def metric(run: Finished) -> str:
 
 
 def _order(recipe: Recipe) -> tuple[Any, ...]:
-    datasets, methods = list(NAMES), list(METHODS)
-    known = datasets.index(recipe.dataset) if recipe.dataset in NAMES else len(datasets)
+    methods = list(METHODS)
     method = methods.index(recipe.method) if recipe.method in METHODS else len(methods)
-    at = (known, _natural(recipe.dataset), _natural(recipe.model), recipe.noise)
     settings = [recipe.setting(name) or 0.0 for name in SETTINGS]
-    return (*at, method, _natural(recipe.method), recipe.epochs, *settings, recipe.version, recipe.slug)
+    return method, _natural(recipe.method), recipe.unit, recipe.length, *settings, recipe.version, recipe.slug
+
+
+def _natural_place(at: Place) -> tuple[Any, ...]:
+    datasets = list(NAMES)
+    known = datasets.index(at.dataset) if at.dataset in NAMES else len(datasets)
+    return known, _natural(at.dataset), _natural(at.model), at.noise
 
 
 def _natural(text: str) -> list[tuple[int, str]]:

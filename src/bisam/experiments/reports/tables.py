@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 from math import isnan, nan
 from statistics import mean, median, stdev
 from typing import Any
 
+from bisam.experiments.recipes.assumptions import Assumption
 from bisam.experiments.recipes.catalogue import BASELINE
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports.comparison import beside
@@ -25,8 +26,10 @@ from bisam.experiments.reports.groups import (
     title,
     varying,
 )
+from bisam.experiments.reports.marks import Marks
 from bisam.experiments.runs.folder import Finished
 from bisam.experiments.runs.provenance import RESULT, line, where
+from bisam.experiments.studies import LABELS
 from bisam.experiments.training.metrics import TITLES
 
 Row = dict[str, Any]
@@ -34,13 +37,15 @@ Row = dict[str, Any]
 CAPTION = (
     "Test scores times 100 (accuracies in per cent): mean ± standard deviation over n seeds, with the weights of the "
     "epoch with the best validation score (best val.) and with those of the last epoch. The test set was evaluated "
-    "once, at the end of each run. Only the training labels are noisy. Seeds vary the initial weights, the noise and "
-    "the order of the batches, not the split. Gradients: batch gradients per step, as counted, plus forward passes "
-    "(f). Time: duration of an epoch relative to plain training, which was measured between the epochs of the same "
-    "run. Runs that diverged, with a loss that is not finite, are part of all means."
+    "once, at the end of each run. Label noise is in the training labels, and in the validation labels of runs with "
+    "validation noise only. Seeds vary the initial weights, the noise and the order of the batches, not the split. "
+    "Gradients: batch gradients per step, as counted, plus forward passes (f). Time: duration of an epoch "
+    "relative to plain training, which was measured between the epochs of the same run. Runs that diverged, with a "
+    "loss that is not finite, are part of all means."
 )
 _FIELDS = {field.name: field.default for field in fields(Recipe) if field.name not in ("method", "seed")}
 _PLACE = ("dataset", "model", "noise")
+_LENGTH = ("epochs", "steps")
 _TESTED = {"test_best": "best val.", "test_last": "last", "test_ema": "average"}
 _LISTED = 12  # longer lists are given as counts only
 _NONE = Difference(nan, nan, nan, 0)
@@ -55,7 +60,8 @@ def summary(runs: Iterable[Finished], baselines: Baselines = (BASELINE,)) -> lis
     """
     groups = grouped(runs)
     called, against = names(groups), differences(groups, baselines)
-    told = [*_PLACE, "rho", "epochs", *(name for name in varying(groups) if name not in (*_PLACE, "rho", "epochs"))]
+    always = [*_PLACE, "rho", *(unit for unit in _LENGTH if any(recipe.unit == unit for recipe in groups))]
+    told = [*always, *(name for name in varying(groups) if name not in (*_PLACE, "rho", *_LENGTH))]
     everything = [run for group in groups.values() for run in group]
     keys = [key for key in (*_TESTED, "validation_best", "relative_time") if any(key in r.result for r in everything)]
     metrics = _metrics(everything)
@@ -110,6 +116,7 @@ def header(rows: Sequence[Row], brief: bool = False) -> tuple[str, ...]:
     tested = [words for key, words in _TESTED.items() if f"{key}_mean" in rows[0]]
     against = {row["baseline"] for row in rows} - {""}
     found = [*(name for name in several if name != "metric"), "name" if brief else "method"]
+    found += ["rho"] if brief and any(row["rho"] != "" for row in rows) else []
     found += [*settings, *(name for name in several if name == "metric"), *tested, "n"] if not brief else tested[:1]
     found += ["diverged"] * any(row["diverged"] for row in rows)
     found += ["baseline"] * (len(against) > 1 and not brief) + ["difference"] * bool(against)
@@ -136,25 +143,33 @@ def markdown(
     note: str = "",
     baselines: Baselines = (BASELINE,),
     left_out: Sequence[str] = (),
+    assumptions: Sequence[Assumption] = (),
 ) -> str:
     """The whole report as Markdown.
 
     Args:
         title: of the study.
-        runs: finished runs.
+        runs: finished runs, in the order of the table.
         pictures: files beside the report, with their captions.
         note: how to read it, in Markdown.
         baselines: methods to compare with, see `differences.baseline`.
         left_out: files of finished runs that cannot be used, each with the reason.
+        assumptions: values that no public source of the paper gives.
     """
     rows, groups = summary(runs, baselines), grouped(runs)
-    columns = header(rows)
+    columns, marks = header(rows), marks_of(runs, assumptions)
+    shared = _shared(groups, columns, marks)
+    lines = [
+        marks.beside(recipe, columns, cells(row, columns), shared) for recipe, row in zip(groups, rows, strict=True)
+    ]
     blocks = [
         f"# {title}",
         CAPTION,
         note,
-        _setting(groups),
-        _table(columns, (cells(row, columns) for row in rows)),
+        _setting(shared, marks),
+        _table(columns, lines),
+        _labels(groups),
+        _assumptions(marks),
         _diverged(groups),
         _left_out(left_out),
         _words(groups, baselines),
@@ -345,13 +360,36 @@ def _published(groups: Groups) -> str:
     )
 
 
-def _setting(groups: Groups) -> str:
-    """The settings that all recipes share: data, model, and those that differ from their defaults."""
+def _shared(groups: Groups, columns: Collection[str], marks: Marks) -> dict[str, Any]:
+    """The settings that all recipes share: data, model, those that differ from their defaults, and assumed ones."""
     common = {name: values.pop() for name in _FIELDS if len(values := {getattr(r, name) for r in groups}) == 1}
-    always = ("dataset", "model", "batch_size", "learning_rate")
-    told = {k: v for k, v in common.items() if k in always or (v != _FIELDS[k] and k not in ("rho", "epochs"))}
-    words = [escaped(f"{name.replace('_', ' ')} {value}") for name, value in told.items()]
+    told = {"dataset", "model", "batch_size", "learning_rate", *(marks.subjects - {*columns})}
+    told |= {name for name, value in common.items() if value != _FIELDS[name] and name not in ("rho", *_LENGTH)}
+    return {name: value for name, value in common.items() if name in told}
+
+
+def _setting(shared: Mapping[str, Any], marks: Marks) -> str:
+    said = {name: escaped(f"{name.replace('_', ' ')} {value}") for name, value in shared.items()}
+    words = [f"{text} {marks.shared(name)}".rstrip() for name, text in said.items()]
     return f"All runs: {', '.join(words)}." if words else ""
+
+
+def marks_of(runs: Iterable[Finished], assumptions: Iterable[Assumption]) -> Marks:
+    """The marks of a report: those of the assumptions that concern its runs."""
+    return Marks(assumptions, {recipe: len(group) for recipe, group in grouped(runs).items()})
+
+
+def _labels(groups: Groups) -> str:
+    """The paragraph on the expressions behind the labels of a study."""
+    found = dict.fromkeys((title(r), r.method) for r in groups if r.method in LABELS and title(r) != r.method)
+    return f"{'; '.join(f'{escaped(name)}: `{method}`' for name, method in found)}." if found else ""
+
+
+def _assumptions(marks: Marks) -> str:
+    """The section on the values that no public source gives."""
+    if not (rows := marks.rows()):
+        return ""
+    return f"## Assumed values\n\n{marks.words}\n\n" + _table(("mark", "value", "kind", "what is known"), rows)
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -100,7 +100,9 @@ def grid(runs: Sequence[Finished]) -> Figure:
     shown = [(panel, name, lines) for panel in panels(groups) for name in _TUNED if (lines := _lines(panel, name))]
     if not shown:
         raise ValueError("grid shows runs that differ in rho, mu or alpha, and there are none")
-    figure, axes = sheet(len(shown), (5.6, 3.6), sharey=len(places(groups)) == 1)
+    several, each = len(places(groups)), len({name for _, name, _ in shown})
+    columns = each if len(shown) == several * each else 3  # a row for each place, if all have the same settings
+    figure, axes = sheet(len(shown), (5.6, 3.6), columns=columns, sharey=several == 1)
     for (panel, name, lines), ax in zip(shown, axes, strict=True):
         for i, (label, points) in enumerate(lines.items()):
             xs, centres, widths = (np.array(column) for column in zip(*points, strict=True))

@@ -133,7 +133,7 @@ def _state_fault(state: dict[Any, Any], recipe: Recipe) -> str | None:
             return f"it has no {name}" if name not in state else f"its {name} is not a {kind.__name__}"
     if not isinstance(state.get("sharded", False), bool):
         return "its sharded is not a bool"
-    if (fault := rows_fault(state["history"], recipe.epochs, COLUMNS)) is not None:
+    if (fault := rows_fault(state["history"], recipe, COLUMNS)) is not None:
         return f"its history: {fault}"
     return _memories_fault(state["memories"]) or _best_fault(state["best"], len(state["history"]))
 

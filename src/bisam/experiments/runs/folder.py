@@ -2,7 +2,7 @@
 
 runs/digits/sam-noise-0.4-1f0c22e9/seed-0/
     recipe.json             the recipe; its fingerprint is in the name of the folder
-    metrics.csv             one row for each epoch
+    metrics.csv             one row for each epoch; the last one of a run of steps may be cut short
     checkpoint.pt           the state after the last completed epoch, see checkpoint.py
     checkpoint-previous.pt  the checkpoint before it, until the run is finished
     checkpoint-damaged.pt   a checkpoint.pt that was found damaged

@@ -2,53 +2,27 @@
 
 from __future__ import annotations
 
-import logging
 import multiprocessing as mp
 import os
 import signal
 import threading
 from collections.abc import Generator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from cyclopts import Parameter
-from lightning_fabric import Fabric
-from lightning_fabric.strategies import DDPStrategy
-from torch import nn
 
 from bisam.experiments.errors import unknown
 
-for _name in ("lightning_fabric", "torch.multiprocessing.spawn"):
-    logging.getLogger(_name).setLevel(logging.ERROR)  # else each process prints advice and advertisements
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 STRATEGIES = ("auto", "ddp", "fsdp")
 PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed", "64": "64-true"}
 """Names of precisions in recipes, and in Fabric."""
-
-
-class FullySharded(DDPStrategy):
-    """Fabric strategy for models that are sharded before `fabric.setup`: DDP's processes without its wrapper.
-
-    Fabric's own ModelParallelStrategy cannot spawn processes.
-    """
-
-    def __init__(self, start_method: Any) -> None:
-        super().__init__(start_method=start_method)
-        self._backward_sync_control = cast(Any, _NoSyncControl())
-
-    def setup_module(self, module: nn.Module) -> Any:
-        """Return the module unchanged."""
-        return module
-
-
-class _NoSyncControl:
-    """Ignores requests to skip the reduction of gradients: the loss needs each gradient reduced."""
-
-    def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[None]:
-        return nullcontext()
 
 
 @dataclass(frozen=True)
@@ -114,6 +88,10 @@ class Machine:
         Raises:
             ValueError: the device is unknown or not available, or does not support the precision.
         """
+        from lightning_fabric import Fabric  # not at the top: the commands that run nothing do without
+
+        from bisam.experiments.runs.strategies import FullySharded
+
         kind, _, index = self.device.partition(":")
         if self.nodes > 1 and not {"WORLD_SIZE", "SLURM_NTASKS"} & os.environ.keys():
             raise ValueError(f"--nodes {self.nodes}: start the command on each machine with torchrun or srun")

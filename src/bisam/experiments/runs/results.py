@@ -155,8 +155,8 @@ def _fault(values: Mapping[str, Any], recipe: Recipe) -> str | None:
         if not absent and (fault := entry.fault(values[name])) is not None:
             return f"{name} {fault}: {shown(values[name])}"
     for name in ("best_epoch", "diverged"):
-        if (values.get(name) or 0) > recipe.epochs:
-            return f"{name} is {values[name]}, and the recipe has {recipe.epochs} epochs"
+        if (values.get(name) or 0) > recipe.length:  # of a run of steps too: an epoch has at least one
+            return f"{name} is {values[name]}, and the recipe has {recipe.length} {recipe.unit}"
     if not _are_scores(values.get("scores", {})):
         return "scores are not numbers by weights and metric"
     if values.get("recipe", name_of(recipe)) != name_of(recipe):
@@ -183,10 +183,10 @@ def read_metrics(folder: Path, recipe: Recipe, result: Result | None = None) -> 
     """
     path = folder / "metrics.csv"
     rows = read_rows(path)
-    fault = rows_fault(rows, recipe.epochs)
+    fault = rows_fault(rows, recipe)
     if fault is None and result is not None:
-        if len(rows) != recipe.epochs:
-            fault = f"it does not have the {recipe.epochs} epochs of the recipe"
+        if recipe.completed(rows[-1]) != recipe.length:
+            fault = f"it does not have the {recipe.length} {recipe.unit} of the recipe"
         elif result.get("metrics", checksum_of_rows(rows)) != checksum_of_rows(rows):
             fault = "its checksum differs"
     if fault is not None:
@@ -194,18 +194,21 @@ def read_metrics(folder: Path, recipe: Recipe, result: Result | None = None) -> 
     return rows
 
 
-def rows_fault(rows: Any, epochs: int, columns: Sequence[str] = _COLUMNS) -> str | None:
+def rows_fault(rows: Any, recipe: Recipe, columns: Sequence[str] = _COLUMNS) -> str | None:
     """Return what is wrong with the metrics of the first epochs of a run, or None.
 
     Args:
         rows: the metrics.
-        epochs: of the recipe.
-        columns: names that each row must have.
+        recipe: of the run.
+        columns: names that each row must have; those of a run of steps have the number of the last step too.
     """
+    if recipe.steps is not None:
+        columns = (*columns, "step")
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in cast("list[Any]", rows)):
         return "it has no epoch"
-    if len(rows := cast("list[dict[Any, Any]]", rows)) > epochs:
-        return f"it has more than the {epochs} epochs of the recipe"
+    if len(rows := cast("list[dict[Any, Any]]", rows)) > recipe.length:
+        return f"it has more than the {recipe.length} {recipe.unit} of the recipe"
+    step = 0
     for epoch, row in enumerate(rows, 1):
         if missing := [name for name in columns if name not in row]:
             return f"epoch {epoch} has no {', '.join(missing)}"
@@ -218,6 +221,10 @@ def rows_fault(rows: Any, epochs: int, columns: Sequence[str] = _COLUMNS) -> str
                 return f"{shown(name)} of epoch {epoch} is out of range: {shown(value)}"
         if row["epoch"] != epoch:
             return f"epoch {shown(row['epoch'])} stands in the place of epoch {epoch}"
+        if recipe.steps is not None:
+            if row["step"] % 1 or not step < row["step"] <= recipe.steps:
+                return f"step of epoch {epoch} is not between {step + 1} and {recipe.steps}: {shown(row['step'])}"
+            step = int(row["step"])
     return None
 
 

@@ -28,7 +28,7 @@ def _digits(epochs: int | None) -> list[Recipe]:
 _GRID = (0.1, 0.2, 0.4, 0.8)
 _GRIDS: dict[str, tuple[float, ...]] = {
     **dict.fromkeys(("asam", "abisam_log", "abisam_tanh"), (1.0, 2.0, 4.0, 8.0)),
-    **dict.fromkeys(("fsam", "ssam_d", "sampa"), (0.2, 0.4, 0.8, 1.6)),
+    **dict.fromkeys(("fsam", "ssam_d", "sampa", "opt_sam", "async_sam", "sam_db"), (0.2, 0.4, 0.8, 1.6)),
     **dict.fromkeys(("zsharp", "every", "during"), (0.4, 0.8, 1.6, 3.2)),
     **dict.fromkeys(("sam_on", "fisher_sam", "ae_sam"), (0.8, 1.6, 3.2, 6.4)),
     "le_sam": (0.1, 0.2, 0.4, 0.8),
@@ -69,6 +69,9 @@ _RHOS: dict[str, float] = {
     "momentum_sam": 2.4,
     "sampa": 0.8,
     "sampa_0": 0.4,
+    "opt_sam": 0.8,
+    "async_sam": 0.8,
+    "sam_db": 0.8,
     "every": 1.6,
     "during": 1.6,
     "msam": 0.4,

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 from bisam.experiments.errors import unknown
+from bisam.experiments.recipes.assumptions import Assumption
 from bisam.experiments.recipes.catalogue import BASELINE
 from bisam.experiments.recipes.changes import pairs
 from bisam.experiments.recipes.entries import SETTINGS
-from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.recipes.recipe import Recipe, both_given
+from bisam.experiments.studies.papers import Exhibit
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,11 @@ class Study:
     name: str
     title: str
     recipes: Callable[[int | None], list[Recipe]]
-    """Maps a number of epochs (None: the study's own) to the recipes, in the order of the table."""
+    """Maps a number of epochs (None: the study's own epochs or steps) to the recipes, in the order of the table.
+
+    The recipes are in the same order for each number. For one epoch their epochs are the multiples of the length that
+    they have in the study, as the 2 of SGD.
+    """
     seeds: int
     figures: tuple[str, ...] = ("accuracy", "flips")
     """Names of functions in `figures`."""
@@ -32,6 +38,12 @@ class Study:
     """The methods that others are compared with."""
     shared: str = ""
     """Name of another study whose run folders this one uses, because they have runs in common."""
+    exhibit: Exhibit | None = None
+    """The table or figure of a paper that it reproduces; None if it is in no paper."""
+    labels: Mapping[str, str] = field(default_factory=dict[str, str], hash=False)
+    """Names of the methods that are expressions, for reports; an expression has the same name in all studies."""
+    assumptions: tuple[Assumption, ...] = ()
+    """The values that no public source of the paper gives; the report marks them."""
 
     @property
     def folder(self) -> str:
@@ -39,17 +51,18 @@ class Study:
         return self.shared or self.name
 
     def changed(self, epochs: int | None, changes: Sequence[str]) -> list[Recipe]:
-        """The recipes with another number of epochs, and with other values of fields.
+        """The recipes with another number of epochs or steps, and with other values of fields.
 
         Args:
             epochs: number of epochs of each run (of the other methods, where SGD has twice as many).
-            changes: texts "field=value"; settings of methods are changed in the recipes whose method has them.
+            changes: texts "field=value"; settings of methods are changed in the recipes whose method has them. SGD gets
+                twice as many epochs or steps where it has twice the length in the study.
 
         Raises:
             ValueError: a field or value is unknown, or no recipe can have it.
         """
         texts = pairs(changes, "epochs=1")
-        known = [field.name for field in fields(Recipe) if field.name != "version"]
+        known = [one.name for one in fields(Recipe) if one.name != "version"]
         for name in texts:
             if name not in known:
                 raise unknown("field", name, known)
@@ -59,11 +72,20 @@ class Study:
                 raise ValueError(f"--set {name}={values[name]} is refused: a study has its own ({_INSTEAD[name]})")
         if "epochs" in values:
             epochs = values.pop("epochs")
-        if epochs is not None and epochs < 1:
-            raise ValueError(f"epochs must be at least 1, got {epochs}")
-        recipes = self.recipes(epochs)
+        steps = values.pop("steps", None)
+        if epochs is not None and steps is not None:
+            raise both_given(epochs, steps)
+        for name, count in (("epochs", epochs), ("steps", steps)):
+            if count is not None and count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}")
         settings = {name: values.pop(name) for name in SETTINGS if name in values}
-        recipes = [replace(recipe, **values) for recipe in recipes]
+        if steps is None:
+            recipes = [replace(recipe, **values) for recipe in self.recipes(epochs)]
+        else:
+            recipes = [
+                replace(recipe, **values, epochs=None, steps=one.length * steps)
+                for recipe, one in zip(self.recipes(None), self.recipes(1), strict=True)
+            ]
         for name, value in settings.items():
             takes = [name in recipe.settings for recipe in recipes]
             if not any(takes):

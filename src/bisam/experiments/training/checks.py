@@ -41,7 +41,7 @@ def check_model(model: nn.Module, splits: Data, recipe: Recipe) -> None:
     if isinstance(splits.test, Texts):
         return
     if isinstance(splits.test, Images):
-        images = splits.test.images[:2].float()
+        images = splits.test.enlarged(splits.test.images[:2].float())
     else:
         images = torch.zeros(2, 3, recipe.image_size, recipe.image_size)
     try:

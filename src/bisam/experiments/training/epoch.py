@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from bisam.experiments.runs.folder import Row
 from bisam.experiments.training.counting import CountedMethod
 from bisam.experiments.training.metrics import TrainingSums, ranked
 from bisam.experiments.training.weight_average import WeightAverage
+from bisam.methods.method import indexed
 
 
 def train_epoch(
@@ -30,8 +32,9 @@ def train_epoch(
     random: torch.Generator,
     scheduler: LRScheduler | None = None,
     average: WeightAverage | None = None,
+    losses: int | None = None,
 ) -> Row:
-    """Train for one epoch and return its row of metrics.
+    """Train for one epoch, or for a part of it, and return its row of metrics.
 
     Args:
         fabric: devices and precision.
@@ -43,19 +46,25 @@ def train_epoch(
         random: draws the order and the augmentation of the examples.
         scheduler: learning rate schedule to advance after each optimizer step, if any.
         average: moving average of the weights to update after each optimizer step, if any.
+        losses: number of losses after which to stop, each over one batch; by default all batches of the split.
     """
     sharp.train()
     sums = TrainingSums(fabric.device)
     method.counts.clear()
-    losses = batches_of(len(split), recipe.batch_size, fabric.world_size)
-    batches = split.batches(recipe.batch_size, random, fabric.global_rank, fabric.world_size)
+    whole = batches_of(len(split), recipe.batch_size, fabric.world_size)
+    losses = whole if losses is None else losses
+    needs_indices = indexed(method) is not None
+    batches = split.indexed(recipe.batch_size, random, fabric.global_rank, fabric.world_size)
+    if losses < whole:
+        batches = itertools.islice(batches, losses)
     start = time.perf_counter()
-    for i, (inputs, labels) in enumerate(batches):
+    for i, (index, inputs, labels) in enumerate(batches):
         # The last group of an epoch may have fewer losses than `accumulate`.
         group = min(recipe.accumulate, losses - i // recipe.accumulate * recipe.accumulate)
         completes_group = i % recipe.accumulate == group - 1
         with fabric.no_backward_sync(sharp, enabled=not completes_group):
-            loss = sharp(prepared(inputs, recipe), labels)
+            named = {"indices": index} if needs_indices else {}
+            loss = sharp(prepared(inputs, recipe), labels, **named)
             fabric.backward(loss / group if group > 1 else loss)
         if completes_group:
             if recipe.clip is not None:

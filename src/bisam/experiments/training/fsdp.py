@@ -22,7 +22,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from bisam.distributed.layout import ShardedLayout, dtensor_type, local
-from bisam.experiments.runs.machine import FullySharded
+from bisam.experiments.runs.strategies import FullySharded
 
 Averaging = Callable[[Sequence[Tensor], Sequence[Tensor], Any], None]
 

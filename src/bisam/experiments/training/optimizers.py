@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from lightning_fabric import Fabric
 from torch import nn
@@ -25,29 +27,35 @@ def build_scheduler(optimizer: Optimizer, recipe: Recipe, steps: int) -> LRSched
 
     Args:
         optimizer: the base optimizer.
-        recipe: schedule, warm-up and epochs.
+        recipe: schedule, warm-up, and epochs or steps.
         steps: optimizer steps of the whole run.
 
     Raises:
         ValueError: the warm-up is longer than the run.
     """
     if advances_by_epoch(recipe):
-        return CosineAnnealingLR(optimizer, recipe.epochs)
+        return CosineAnnealingLR(optimizer, recipe.length)
     if recipe.warmup >= steps:
         raise ValueError(f"warmup {recipe.warmup} does not end within the {steps} steps of the run: make it shorter")
-    decays = recipe.schedule == "linear"
 
     def factor(step: int) -> float:
         if step < recipe.warmup:
             return (step + 1) / recipe.warmup
-        return max(0.0, (steps - step) / (steps - recipe.warmup)) if decays else 1.0
+        left = max(0.0, (steps - step) / (steps - recipe.warmup))
+        match recipe.schedule:
+            case "linear":
+                return left
+            case "cosine":
+                return 0.5 * (1 - math.cos(math.pi * left))
+            case _:
+                return 1.0
 
     return LambdaLR(optimizer, factor)
 
 
 def advances_by_epoch(recipe: Recipe) -> bool:
-    """Whether the schedule advances after each epoch (cosine) or after each optimizer step (linear, constant)."""
-    return recipe.schedule == "cosine"
+    """Whether the schedule advances after each epoch (cosine, in a run of epochs) or after each optimizer step."""
+    return recipe.schedule == "cosine" and recipe.steps is None
 
 
 def descent_loss(smoothing: float, classes: int) -> nn.Module:

@@ -17,7 +17,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from bisam import ERM, SharpnessAware
-from bisam.experiments.data.splits import Split
+from bisam.experiments.data.splits import Split, without_index
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.training.counting import CountedMethod
 from bisam.experiments.training.epoch import train_epoch
@@ -44,7 +44,13 @@ class PrefetchedSplit:
         self, size: int, generator: torch.Generator | None = None, rank: int = 0, ranks: int = 1
     ) -> Iterator[tuple[Any, Tensor]]:
         """Return the batches of the split; see `Split.batches`."""
-        batches = self._split.batches(size, generator, rank, ranks)
+        return without_index(self.indexed(size, generator, rank, ranks))
+
+    def indexed(
+        self, size: int, generator: torch.Generator | None = None, rank: int = 0, ranks: int = 1
+    ) -> Iterator[tuple[Tensor, Any, Tensor]]:
+        """Return the batches of the split with the numbers of their examples; see `Split.indexed`."""
+        batches = self._split.indexed(size, generator, rank, ranks)
         return itertools.chain([next(batches)], batches)
 
 

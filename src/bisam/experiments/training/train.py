@@ -20,6 +20,9 @@ from bisam.experiments import data
 from bisam.experiments.data.image_tensors import channels
 from bisam.experiments.data.splits import Data, Split, batches_of
 from bisam.experiments.models.build import build
+from bisam.experiments.recipes.length import run_length
+from bisam.experiments.runs.checkpoint import CHECKPOINT
+from bisam.experiments.runs.files import damaged
 from bisam.experiments.runs.folder import Result, Row, Run
 from bisam.experiments.runs.machine import Machine
 from bisam.experiments.runs.results import first_diverged
@@ -40,6 +43,7 @@ from bisam.experiments.training.optimizers import (
 from bisam.experiments.training.reference_speed import ReferenceSpeed
 from bisam.experiments.training.state import RunState
 from bisam.experiments.training.weight_average import WeightAverage
+from bisam.state import StateError
 
 
 def train(run: Run, machine: Machine = Machine(), on_epoch: OnEpoch | None = None) -> Result:  # noqa: B008
@@ -106,11 +110,11 @@ class Training:
         average = None if recipe.ema is None else WeightAverage(model, recipe.ema, fabric)
         shard(model, fabric)
         optimizer = build_optimizer(model, recipe)
-        losses = batches_of(len(splits.train), recipe.batch_size, fabric.world_size)
-        steps = -(-losses // recipe.accumulate)
-        scheduler = build_scheduler(optimizer, recipe, steps * recipe.epochs)
+        length = run_length(recipe, batches_of(len(splits.train), recipe.batch_size, fabric.world_size))
+        self._length = length
+        scheduler = build_scheduler(optimizer, recipe, length.steps)
         method = recipe.build_method(
-            optimizer=optimizer, steps=losses * recipe.epochs, epoch=losses, examples=len(splits.train)
+            optimizer=optimizer, steps=length.losses, epoch=length.losses_per_epoch, examples=len(splits.train)
         )
         self._method = CountedMethod(method)
         if recipe.compile:
@@ -130,10 +134,13 @@ class Training:
 
     def train(self, on_epoch: OnEpoch | None) -> Result:
         """Train the remaining epochs, test, and write the result."""
-        recipe, fabric, state, writer = self._recipe, self._fabric, self._state, self._writer
-        boards = [] if writer is None else loggers(self._machine.log, self._run.folder, recipe.to_dict())
-        for epoch in range(len(state.history) + 1, recipe.epochs + 1):
-            row = self.epoch(epoch)
+        fabric, state, writer = self._fabric, self._state, self._writer
+        boards = [] if writer is None else loggers(self._machine.log, self._run.folder, self._recipe.to_dict())
+        for epoch in range(len(state.history) + 1, self._length.epochs + 1):
+            try:
+                row = self.epoch(epoch)
+            except StateError as error:
+                raise damaged(self._run.folder / CHECKPOINT, error) from error
             state.history.append(row)
             if writer is not None:
                 writer.check()  # before the loggers, which create their folders
@@ -160,6 +167,8 @@ class Training:
         random = torch.Generator().manual_seed(seed)
         by_epoch = advances_by_epoch(recipe)
         row: Row = {"epoch": epoch, "learning_rate": float(state.scheduler.get_last_lr()[0])}
+        if recipe.steps is not None:
+            row["step"] = self._length.steps_until(epoch)
         row |= train_epoch(
             self._fabric,
             state.sharp,
@@ -170,6 +179,7 @@ class Training:
             random,
             None if by_epoch else state.scheduler,
             state.average,
+            self._length.losses_in(epoch),
         )
         row["relative_time"] = row["seconds"] / row["losses"] / self._reference_speed.seconds_per_loss()
         if by_epoch:
@@ -197,12 +207,14 @@ class Training:
         state, metrics = self._state, self._data.metrics
         tested = {"last": self._scores(self._model, test)}
         # A last step that makes the weights infinite has no loss after it, in which it would be seen.
-        diverged = first_diverged(state.history) or (None if _is_finite(self._model) else self._recipe.epochs)
+        diverged = first_diverged(state.history) or (None if _is_finite(self._model) else len(state.history))
         if state.average is not None:
             tested["ema"] = self._scores(state.average.model, test)
         self._model.load_state_dict(divided(state.best["weights"], self._model.state_dict()))
         tested["best"] = self._scores(self._model, test)
         history = state.history
+        # An epoch that the last step cuts short counts less.
+        weights = None if self._recipe.steps is None else [r["losses"] for r in history]
         return {
             **{f"test_{which}": values[0] for which, values in tested.items()},
             "validation_best": state.best["score"],
@@ -213,8 +225,8 @@ class Training:
             "examples": len(self._data.train),
             "seconds_per_epoch": median(r["seconds"] for r in history),
             "relative_time": median(r["relative_time"] for r in history),
-            "gradients_per_step": fmean(r["gradients"] for r in history),
-            "forwards_per_step": fmean(r["forwards"] for r in history),
+            "gradients_per_step": fmean([r["gradients"] for r in history], weights),
+            "forwards_per_step": fmean([r["forwards"] for r in history], weights),
             "device": _device_name(self._fabric.device),
             "processes": self._fabric.world_size,
         }

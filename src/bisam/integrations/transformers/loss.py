@@ -254,7 +254,8 @@ class _Queries(View):
         with self._costs.query((size(query.batch) or 1) / self._examples, query.grad):
             (answer,) = super().ask([query])
         # The mean is over items, of which an example may have several, so the weight among other parts is their number.
-        items = self._own.counted if answer.objective is self._own else None
+        objective = getattr(answer.objective, "loss", answer.objective)  # that inside the loss of SAF or MESA
+        items = self._own.counted if objective is self._own else None
         return answer if items is None else replace(answer, count=items)
 
 

@@ -1,0 +1,77 @@
+"""The plan of a study: its runs at once, and then the times that they will take, each as soon as it is measured."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rich.table import Table
+
+from bisam.experiments.cli.progress import duration
+from bisam.experiments.cli.terminal import console, errors
+from bisam.experiments.errors import RunError
+from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.reports.groups import names, place, places
+from bisam.experiments.runs.folder import Run
+from bisam.experiments.runs.machine import Machine
+
+
+def show_runs(recipes: Sequence[Recipe], root: Path) -> dict[Recipe, int]:
+    """Print a table of the runs; return how many are left of each recipe, which has seed 0.
+
+    Nothing is built, loaded or measured.
+
+    Args:
+        recipes: with all seeds.
+        root: folder of the run folders.
+    """
+    seeds = Counter(replace(recipe, seed=0) for recipe in recipes)
+    done = Counter(replace(recipe, seed=0) for recipe in recipes if _is_finished(Run.under(root, recipe)))
+    left, called = {recipe: count - done[recipe] for recipe, count in seeds.items()}, names(seeds)
+    table = Table("dataset", "model", "method", "rho", "noise", "epochs", "runs left", box=None)
+    for recipe, count in left.items():
+        rho = recipe.setting("rho")
+        length = f"{recipe.length}" if recipe.steps is None else f"{recipe.steps} steps"
+        cells = (recipe.dataset, recipe.model, called[recipe], "–" if rho is None else f"{rho:g}")
+        table.add_row(*cells, f"{100 * recipe.noise:g} %", length, f"{count} of {seeds[recipe]}")
+    console.print(table)
+    return left
+
+
+def show_times(left: Mapping[Recipe, int], machine: Machine) -> float | None:
+    """Measure and print the time of the runs that are left of each recipe.
+
+    Returns:
+        Seconds of all of them, one after the other; None if there is no estimate for some.
+    """
+    from bisam.experiments.launch.estimate import estimate
+
+    called, titles = names(left), places(left)
+    problems, seconds = dict[str, None](), 0.0
+    for recipe, count in left.items():
+        if not count:
+            continue
+        with console.status(f"a few steps of {recipe.model} on {recipe.dataset}"):
+            cost = estimate(recipe, machine)
+        if cost.problem and cost.problem not in problems:
+            problems[cost.problem] = None
+            errors.print(f"bisam: no estimate: {cost.problem}")
+        seconds += count * (cost.seconds or 0.0)
+        what = ", ".join(part for part in (titles[place(recipe)], called[recipe]) if part)
+        time = "?" if cost.seconds is None else duration(count * cost.seconds)
+        runs = "1 run" if count == 1 else f"{count} runs"
+        gradients = f"{cost.gradients:.3g} gradient{'s' if cost.gradients != 1 else ''} per step"
+        line = f"{what}: {gradients}, {runs}: {time}"
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    return None if problems else seconds
+
+
+def _is_finished(run: Run) -> bool:
+    """Whether a run has a result; a damaged one has none, and is reported."""
+    try:
+        return run.result is not None
+    except RunError as error:
+        errors.print(f"bisam: {error}")
+        return False
