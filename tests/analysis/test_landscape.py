@@ -106,7 +106,7 @@ def test_the_model_is_left_as_it_is():
         ({"along": 3}, TypeError, "a direction must be 'random', an objective"),
         ({"along": Vector([torch.zeros(2)])}, ValueError, "a direction has 1 tensors, and the model 4 trainable"),
     ],
-    ids=str,
+    ids=cases.named,
 )
 def test_bad_input_is_one_line(how, error, said):
     with pytest.raises(error, match=said) as raised:

@@ -68,7 +68,7 @@ def test_the_maximum_of_a_quadratic(rho):
     assert sharpness(oracle, [(ROWS,)], rho, mode=None).rise < exact
 
 
-@pytest.mark.parametrize("perturb", [L2(0.7), Adaptive(0.7), Adaptive(0.7, eta=0.1)], ids=str)
+@pytest.mark.parametrize("perturb", [L2(0.7), Adaptive(0.7), Adaptive(0.7, eta=0.1)], ids=cases.named)
 def test_the_maximum_of_logistic_regression(perturb):
     """With one example the loss is monotonic in w x, so that the first step is exact."""
     torch.manual_seed(0)
@@ -91,7 +91,9 @@ def test_the_mean_of_a_quadratic_over_the_sphere():
     assert abs(found.rise - exact) < 4 * found.std / math.sqrt(4000)
 
 
-@pytest.mark.parametrize("perturb", [L2(0.3), Adaptive(0.3, eta=0.1), Only(cases.is_weight, Adaptive(0.3))], ids=str)
+@pytest.mark.parametrize(
+    "perturb", [L2(0.3), Adaptive(0.3, eta=0.1), Only(cases.is_weight, Adaptive(0.3))], ids=cases.named
+)
 def test_one_step_is_that_of_the_method(perturb):
     """The rise under the displacement that training would use, from the public methods."""
     model = cases.mlp()
@@ -254,7 +256,7 @@ class Broken(nn.Module):
         ({"source": Bowl(1.0)}, ValueError, "mode='eval' needs a ModelOracle"),
         ({"source": ModelOracle(Broken(), cross_entropy)}, ValueError, "loss of batch 0 is nan at the weights"),
     ],
-    ids=str,
+    ids=cases.named,
 )
 def test_bad_input_is_one_line(arguments, error, said):
     given = {"source": ModelOracle(cases.mlp(), cross_entropy), "data": DATA, **arguments}

@@ -167,7 +167,7 @@ def regression(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         ({"perturb": SAM()}, TypeError, "perturb must be a ball"),
         ({"source": ModelOracle(cases.mlp(), nn.MSELoss(), regression)}, ValueError, r"the 0-1 loss compares logits"),
     ],
-    ids=str,
+    ids=cases.named,
 )
 def test_bad_input_is_one_line(measure, arguments, error, said):
     given = {"source": ModelOracle(cases.mlp(), cross_entropy), "data": DATA, **arguments}
