@@ -320,7 +320,7 @@ def _operator(
         if not fault and by != "differences":
             operator, fault = exact(sample, matrix)
             if operator is not None:
-                yield Counted(operator, "curvlinops", sample.passes), examples
+                yield Counted(operator, sample.oracle.weights, "curvlinops"), examples
                 return
         if by == "curvlinops":
             raise ValueError(f"curvlinops cannot compute exact products here ({fault}): pass by='differences'")
@@ -329,7 +329,7 @@ def _operator(
                 "central differences give the Hessian only, not the Gauss-Newton matrix"
                 + (f", and curvlinops cannot serve here ({fault})" if fault else "")
             )
-        yield Counted(Differences(sample), "differences", sample.passes), examples
+        yield Counted(Differences(sample), sample.oracle.weights, "differences"), examples
 
 
 def _fault(sample: Sample) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bisam import objectives
-from bisam.analysis.samples import Passes, Sample
+from bisam.analysis.samples import Sample
 from bisam.batches import size
 from bisam.model.oracle import ModelOracle
 from bisam.objectives import Objective
@@ -31,20 +31,21 @@ class Counted(PyTorchLinearOperator):
 
     Args:
         operator: the operator.
+        weights: the weights, whose shapes it has.
         by: how it computes products.
-        passes: is told of each product.
     """
 
     SELF_ADJOINT = True
 
-    def __init__(self, operator: Any, by: str, passes: Passes) -> None:
-        super().__init__(operator._in_shape, operator._out_shape)
+    def __init__(self, operator: Any, weights: Vector, by: str) -> None:
+        shapes = [tuple(t.shape) for t in weights]
+        super().__init__(shapes, shapes)
         self.by, self.products = by, 0
-        self._operator, self._passes = operator, passes
+        self._operator = operator
 
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
         self.products += X[0].shape[-1]
-        return self._operator._matmat(X)
+        return self._operator @ X
 
     @property
     def device(self) -> torch.device:

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean, stdev
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -223,7 +223,8 @@ def average_sharpness(
         )
 
 
-class _Group(NamedTuple):
+@dataclass(frozen=True)
+class _Group:
     """A part of the examples with a ball of its own: the loss at the weights, its number, and rises in the ball."""
 
     loss: float
