@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -28,9 +28,6 @@ from torch import Tensor
 from bisam.analysis.samples import Mode, Progress, Sample, Source, sampled
 from bisam.validation import positive, whole
 from bisam.vector import WHOLE
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 Matrix = Literal["hessian", "ggn"]
 """The Hessian, or the Gauss-Newton matrix, which is the Fisher information where the loss is cross-entropy."""
@@ -284,9 +281,8 @@ def _by_arpack(operator: Any, k: int, tolerance: float, seed: int, which: str = 
 
     first = torch.randn(operator.shape[0], generator=torch.Generator().manual_seed(seed)).double().numpy()
     try:
-        found: NDArray[Any] = eigsh(
-            operator.to_scipy(), k=k, which=which, v0=first, tol=tolerance, return_eigenvectors=False
-        )
+        how: dict[str, Any] = {"k": k, "which": which, "v0": first, "tol": tolerance}
+        found: Any = eigsh(operator.to_scipy(), return_eigenvectors=False, **how)
     except ArpackNoConvergence as error:
         raise RuntimeError(
             f"the Lanczos method did not converge to {k} eigenvalues with tolerance {tolerance:g}: ask for fewer, or "

@@ -134,7 +134,7 @@ def exact(sample: Sample, matrix: Literal["hessian", "ggn"]) -> tuple[Any, str]:
         )
         v = torch.ones(operator.shape[1], device=operator.device, dtype=operator.dtype)
         with oracle.fork(sample.seed), oracle.random_state().kept():
-            finite = bool((operator @ v).isfinite().all())
+            finite = bool(cast(Tensor, operator @ v).isfinite().all())
     except Exception as error:  # functorch refuses models and losses by errors of many types
         return None, f"{type(error).__name__}: {error}".split("\n")[0][:200]
     return (operator, "") if finite else (None, "a product is not finite")
