@@ -84,11 +84,11 @@ def _measure_gradients(part: str, settings: Settings, device: torch.device) -> l
         torch.manual_seed(seed)
         model = build(recipe.model, splits.classes, channels=channels(splits.test)).to(device)
         optimizer = torch.optim.SGD(model.parameters(), recipe.learning_rate, 0.9, weight_decay=recipe.weight_decay)
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.epochs)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.length)
         watched = Compared(SAMPa(settings["rho"], ahead=next_step(optimizer), lam=settings["lam"]))
         sharp = SharpnessAware(model, watched, nn.CrossEntropyLoss(reduction="none"))
         train, rows = splits.train.to(device), list[dict[str, Any]]()
-        for epoch in range(1, recipe.epochs + 1):
+        for epoch in range(1, recipe.length + 1):
             watched.cosines.clear()
             watched.distances.clear()
             for x, y in train.batches(recipe.batch_size, torch.Generator().manual_seed(1000 * seed + epoch)):
