@@ -237,6 +237,23 @@ class SharpnessAware(nn.Module):
                 raise
             raise method_state.StateError(error, self.method) from error
 
+    def oracle(self) -> ModelOracle:
+        """Returns the oracle of the model in its present state, with the settings of this loss: see `bisam.analysis`.
+
+        Its queries are independent of the method and its state.
+
+        Example:
+            >>> import torch
+            >>> from bisam import SAM, SharpnessAware, cross_entropy
+            >>> sharp = SharpnessAware(torch.nn.Linear(4, 3), SAM(), cross_entropy)
+            >>> batch = torch.randn(8, 4), torch.randint(3, (8,))
+            >>> sharp.oracle().query(batch).grad
+            Vector(2 tensors, 15 entries)
+        """
+        return ModelOracle(
+            self.model, self.loss, self._forward, scaler=None, same_noise=self._same_noise, scope=self._scope
+        )
+
     @property
     def clean(self) -> Evaluation:
         """Losses and outputs at the unperturbed weights in the last call, detached, for metrics without a forward pass.

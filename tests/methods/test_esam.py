@@ -143,7 +143,7 @@ def lengths(method: Any, steps: int = 30, make=cases.convnet) -> list[float]:
         GSAM(Only(cases.is_weight, RandomMask(L2(0.3), beta=0.6))),
         SAM(RandomMask(RandomMask(L2(0.18), beta=0.6), beta=0.6)),  # 0.18 / 0.6 / 0.6
     ],
-    ids=str,
+    ids=cases.named,
 )
 def test_the_displacement_is_always_of_length_rho_over_beta(method):
     found = lengths(method)
@@ -258,7 +258,7 @@ def in_head(name: str, parameter: Tensor) -> bool:
         (AESAM(NormLayers(0.1), steps=9), None),
         (ABiSAM(0.1), None),
     ],
-    ids=str,
+    ids=cases.named,
 )
 def test_the_first_query_asks_for_the_gradients_that_the_displacement_needs(method, names):
     method = SAM(FisherMask(NormLayers(0.1))) if method is FisherMask else method  # its mask is that of all
@@ -276,7 +276,7 @@ def test_between_updates_a_mask_needs_what_the_perturbation_inside_needs():
 
 
 @pytest.mark.parametrize(
-    "method", [AESAM(NormLayers(0.1), NegLog(), steps=9), CRSAM(NormLayers(0.1), NegLog())], ids=str
+    "method", [AESAM(NormLayers(0.1), NegLog(), steps=9), CRSAM(NormLayers(0.1), NegLog())], ids=cases.named
 )
 def test_a_second_gradient_for_the_displacement_is_that_of_a_part(method):
     method, seen = watched(method)
@@ -295,7 +295,7 @@ def test_a_choice_of_the_user_is_that_of_the_query():
         assert list(first["wrt"] or [True] * 8) == second["moved"]
 
 
-@pytest.mark.parametrize("perturb", [RandomMask(L2(0.1)), Only(in_head, 0.1), NormLayers(0.1)], ids=str)
+@pytest.mark.parametrize("perturb", [RandomMask(L2(0.1)), Only(in_head, 0.1), NormLayers(0.1)], ids=cases.named)
 def test_a_choice_is_not_kept_between_steps(perturb):
     sharp = SharpnessAware(cases.convnet(), SAM(perturb), cross_entropy)
     sharp(*cases.batch())
@@ -315,7 +315,7 @@ class Whole:
 @pytest.mark.parametrize(
     "perturb",
     [NormLayers(0.3), NormLayers(Adaptive(0.3, 0.01)), Only(in_head, Friendly(L2(0.3))), ZScore(Only(in_head, 0.3))],
-    ids=str,
+    ids=cases.named,
 )
 @pytest.mark.parametrize("make", [SAM, lambda p: BiSAM(p), lambda p: MultiStepSAM(p, steps=3)])
 def test_results_are_those_of_the_whole_gradient_to_the_bit(perturb, make):

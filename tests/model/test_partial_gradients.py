@@ -121,7 +121,7 @@ def test_the_first_pass_of_esam_computes_the_gradients_of_what_is_drawn():
         (SAM(Only(lambda name, p: name.startswith("norm"), 0.1)), {"shift"}),
         (SAM(Only(lambda name, p: name == "weights.1", 0.1)), {"weight 1", "input 2"}),
     ],
-    ids=str,
+    ids=cases.named,
 )
 def test_layers_below_the_displaced_ones_are_not_passed_through(method, computed):
     model, counts = layers()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from math import cos, pi
@@ -533,6 +534,11 @@ FAMILY: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], references.Twin]
 
 
 # The state that a call must leave behind.
+
+
+def named(value: Any) -> str:
+    """The text of a parameter of a test, the same in every process: without the addresses of functions and objects."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value))
 
 
 def bits(tensor: Tensor | None) -> list[int] | None:

@@ -159,6 +159,11 @@ class ModelOracle(Oracle):
         self.position = self._placement.position  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @property
+    def has_default_forward(self) -> bool:
+        """Whether the last element of a batch is the targets, and the others are the inputs of the model."""
+        return self._forward is _inputs_then_targets
+
+    @property
     def weights(self) -> Vector:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The trainable parameters; changing them changes the model."""
         # Not cached: a layer that constrains its weights may replace their memory in a forward pass.

@@ -94,12 +94,19 @@ def test_results_are_linked_and_told(tmp_path):
     text = made([mine], tmp_path)
     assert "[table12](reproduction/table12/report.md) |" in text
     assert "* [table 12](reproduction/table12/report.md) (`bisam run table12`): Fast." in text
-    assert rows(text)["`bisam run mine`"][-1] == "[mine](mine/report.md)"
+    assert rows(text)["Mine"][-1] == "[mine](mine/report.md)"
 
 
 def test_a_cost_that_is_not_known_is_a_question(tmp_path):
     study = Study("odd", "Odd", lambda epochs: [Recipe(method="asam")], seeds=1)
-    assert rows(made([study], tmp_path))["`bisam run odd`"][3:5] == ["?", "?"]
+    assert rows(made([study], tmp_path))["Odd"][4:6] == ["?", "?"]
+
+
+def test_numbered_tables_come_first(tmp_path):
+    names = ("Figure 2", "Table of 100 things", "Table 10", "Tables 2 and 3")
+    studies = [Study(n, f"RAPP's table: {n}!", lambda _: [], 1, exhibit=Exhibit(RAPP, n)) for n in names]
+    shown = [name for name in rows(made(studies, tmp_path)) if name.startswith("**") and name.endswith("!")]
+    assert shown == [f"**{n}**: {n}!" for n in ("Tables 2 and 3", "Table 10", "Figure 2", "Table of 100 things")]
 
 
 def test_throughput_of_published_epochs():

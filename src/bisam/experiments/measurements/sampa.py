@@ -78,17 +78,17 @@ def _seeds(settings: Settings) -> list[str]:
 
 def _measure_gradients(part: str, settings: Settings, device: torch.device) -> list[dict[str, Any]]:
     seed = int(part.removeprefix("seed-"))
-    recipe = _recipe(settings, seed)
+    recipe, epochs = _recipe(settings, seed), int(settings["epochs"])
     splits = data.load(recipe, Machine())
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         model = build(recipe.model, splits.classes, channels=channels(splits.test)).to(device)
         optimizer = torch.optim.SGD(model.parameters(), recipe.learning_rate, 0.9, weight_decay=recipe.weight_decay)
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.length)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
         watched = Compared(SAMPa(settings["rho"], ahead=next_step(optimizer), lam=settings["lam"]))
         sharp = SharpnessAware(model, watched, nn.CrossEntropyLoss(reduction="none"))
         train, rows = splits.train.to(device), list[dict[str, Any]]()
-        for epoch in range(1, recipe.length + 1):
+        for epoch in range(1, epochs + 1):
             watched.cosines.clear()
             watched.distances.clear()
             for x, y in train.batches(recipe.batch_size, torch.Generator().manual_seed(1000 * seed + epoch)):

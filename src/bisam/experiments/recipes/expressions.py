@@ -133,10 +133,17 @@ def _parts(value: Any) -> Iterator[Any]:
 
 
 def _built(expression: str) -> Method:
-    optimizer = None
-    if "optimizer" in expression:  # the first optimizer imports torch's compiler, which takes seconds
-        optimizer = torch.optim.SGD([nn.Parameter(torch.empty(0))], lr=0.1)  # it needs a parameter
-    return build(expression, optimizer=optimizer, **_run(_UNKNOWN_STEPS))
+    return build(expression, optimizer=_Unused(), **_run(_UNKNOWN_STEPS))
+
+
+class _Unused(torch.optim.SGD):
+    """Stands for the optimizer of a run where no step is taken: torch's first optimizer takes seconds to make.
+
+    Its constructor imports torch's compiler.
+    """
+
+    def __init__(self) -> None:
+        self.param_groups = [{"params": [], "lr": 0.1}]
 
 
 @cache

@@ -82,7 +82,7 @@ def page(
             ordered = [row for _, row in sorted(found, key=lambda entry: _order(entry[0]))]
             blocks += [f"## {paper.name}", f"[{paper.reference}]({paper.url}).", _table(ordered)]
     if others := rows.get(""):
-        blocks += ["## Studies in no paper", _table([("–", *row[1:]) for _, row in others], dropped=1)]
+        blocks += ["## Studies in no paper", _table([row for _, row in others], first="study")]
     if said := _reproduced(docs):
         blocks += ["## What has been run, with which result", said]
     return "\n\n".join(blocks) + "\n"
@@ -148,15 +148,17 @@ def _name(exhibit: Exhibit | None, title: str) -> str:
     if exhibit is None:
         return title
     shown = title.removeprefix(exhibit.name).lstrip(": ")
+    shown = re.sub(rf"^{exhibit.paper.name}'s (tables?|comparison): ", "", shown)
     return f"**{exhibit.name}**" + (f": {shown}" if shown else "")
 
 
-def _order(exhibit: Exhibit | None) -> tuple[str, int, str]:
-    """Tables before figures before the rest, by number."""
+def _order(exhibit: Exhibit | None) -> tuple[int, int, str]:
+    """Numbered tables, numbered figures, and the rest."""
     name = exhibit.name if exhibit else ""
-    number = re.search(r"\d+", name)
-    kind = {"Table": "0", "Figure": "1"}.get(name.split(" ")[0] if number else "", "2")
-    return kind, int(number[0]) if number else 0, name
+    numbered = re.match(r"(Table|Figure)s? (\d+)", name)
+    if numbered is None:
+        return 2, 0, name
+    return ("Table", "Figure").index(numbered[1]), int(numbered[2]), name
 
 
 def _results(name: str, docs: Path) -> str:
@@ -182,9 +184,9 @@ def _reproduced(docs: Path) -> str:
     return "\n".join(lines)
 
 
-def _table(rows: Iterable[tuple[str, ...]], dropped: int = 0) -> str:
-    header, lines = _HEADER[dropped:], [row[dropped:] for row in rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ("---",) * len(header), *lines))
+def _table(rows: Iterable[tuple[str, ...]], first: str = _HEADER[0]) -> str:
+    header = (first, *_HEADER[1:])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ("---",) * len(header), *rows))
 
 
 def _scientific(number: float) -> str:

@@ -63,7 +63,7 @@ def _networks(dataset: str, epochs: int | None) -> list[Recipe]:
     recipes: list[Recipe] = []
     for model in MODELS:
         one = replace(base, model=model)
-        twice = one.times(2)  # SAMPa-0.2 has both in the table
+        twice = replace(one, epochs=2 * one.length)  # SAMPa-0.2 has both in the table
         recipes += [_with(twice if method == PLAIN else one, method) for method in _FOUR] + [_with(twice, "sampa")]
     return recipes
 

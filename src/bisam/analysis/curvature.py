@@ -1,0 +1,348 @@
+"""Curvature: eigenvalues, trace and spectral density of the Hessian or the Gauss-Newton matrix of the training loss.
+
+    >>> import torch
+    >>> from bisam import ModelOracle, cross_entropy
+    >>> _ = torch.manual_seed(0)
+    >>> oracle = ModelOracle(torch.nn.Linear(4, 3).double(), cross_entropy)
+    >>> data = [(torch.randn(32, 4).double(), torch.randint(3, (32,)))]
+    >>> top = eigenvalues(oracle, data, k=2)
+    >>> top.by, top.values[0] > top.values[1] > 0            # linear logits: the loss is convex
+    ('curvlinops', True)
+
+Products with the matrix are exact where curvlinops (Dangel et al., 2025, https://arxiv.org/abs/2501.19183) serves:
+models of one input tensor that return logits, without a wrapper. For all other models, losses and precisions a product
+is the central difference of two gradients, (g(w + h v) - g(w - h v)) / 2 h, with a relative error of about 1e-9 in
+float64 and 1e-3 in float32. A result says which it is. It needs the extra `bisam[analysis]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from bisam.analysis.samples import Mode, Progress, Sample, Source, sampled
+from bisam.validation import positive, whole
+from bisam.vector import WHOLE
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Matrix = Literal["hessian", "ggn"]
+"""The Hessian, or the Gauss-Newton matrix, which is the Fisher information where the loss is cross-entropy."""
+
+By = Literal["curvlinops", "differences"]
+"""How products with the matrix are computed."""
+
+
+@dataclass(frozen=True)
+class Eigenvalues:
+    """The largest eigenvalues.
+
+    Attributes:
+        values: the eigenvalues, the largest first.
+        matrix: "hessian" or "ggn".
+        by: how products were computed, "curvlinops" or "differences".
+        products: number of products with the matrix; each costs two to three forward and backward passes.
+        mode: the mode of the model; None: as it was.
+        seed: the seed of the first vector, and of forward passes.
+        examples: number of losses that count.
+    """
+
+    values: tuple[float, ...]
+    matrix: str
+    by: str
+    products: int
+    mode: str | None
+    seed: int
+    examples: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns all attributes, for JSON."""
+        return {**asdict(self), "values": list(self.values)}
+
+    def plot(self, axes: Any = None) -> Any:
+        """Draws the eigenvalues into matplotlib axes, which are returned."""
+        from bisam.analysis.plots import points
+
+        return points(self.values, "number", "eigenvalue", axes)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """An estimate of the trace.
+
+    Attributes:
+        value: the estimate.
+        error: its standard error.
+        draws: number of random vectors.
+        matrix: see `Eigenvalues`.
+        by: see `Eigenvalues`.
+        products: see `Eigenvalues`.
+        mode: see `Eigenvalues`.
+        seed: the seed of the random vectors, and of forward passes.
+        examples: see `Eigenvalues`.
+    """
+
+    value: float
+    error: float
+    draws: int
+    matrix: str
+    by: str
+    products: int
+    mode: str | None
+    seed: int
+    examples: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns all attributes, for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class SpectralDensity:
+    """An estimate of the density of eigenvalues.
+
+    Attributes:
+        grid: eigenvalues.
+        density: the density at them, whose integral is 1.
+        matrix: see `Eigenvalues`.
+        by: see `Eigenvalues`.
+        products: see `Eigenvalues`.
+        mode: see `Eigenvalues`.
+        seed: see `Eigenvalues`.
+        examples: see `Eigenvalues`.
+    """
+
+    grid: tuple[float, ...]
+    density: tuple[float, ...]
+    matrix: str
+    by: str
+    products: int
+    mode: str | None
+    seed: int
+    examples: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns all attributes, for JSON."""
+        return {**asdict(self), "grid": list(self.grid), "density": list(self.density)}
+
+    def plot(self, axes: Any = None) -> Any:
+        """Draws the density on a logarithmic scale into matplotlib axes, which are returned."""
+        from bisam.analysis.plots import density
+
+        return density(self.grid, self.density, axes)
+
+
+def eigenvalues(
+    source: Source,
+    data: Iterable[Any],
+    k: int = 1,
+    *,
+    matrix: Matrix = "hessian",
+    by: By | None = None,
+    tolerance: float = 1e-4,
+    mode: Mode | None = "eval",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Eigenvalues:
+    """Returns the largest eigenvalues of the Hessian or the Gauss-Newton matrix, by the Lanczos method (ARPACK).
+
+    The largest eigenvalue of the Hessian is the sharpness of the literature on the edge of stability (Cohen et al.,
+    2021, https://arxiv.org/abs/2103.00065).
+
+    Args:
+        source: a `SharpnessAware` loss, or an oracle such as `ModelOracle(model, loss)`.
+        data: batches, read once and kept, for example a DataLoader without augmentation.
+        k: number of eigenvalues, >= 1 and at most the number of weights.
+        matrix: "hessian" or "ggn".
+        by: "curvlinops" for exact products, "differences" for central differences. Default: exact ones if they can be
+            computed.
+        tolerance: relative accuracy, > 0.
+        mode: see `sharpness`.
+        seed: seeds the first vector, and random numbers of forward passes.
+        progress: called as `progress(done, total)`, where the total grows with what is done.
+
+    Raises:
+        ImportError: the extra `analysis` is not installed.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is outside its range, the data is empty, a loss is not finite, or exact products are
+            asked for and cannot be computed.
+        RuntimeError: the method did not converge.
+    """
+    whole("k", k)
+    positive("tolerance", tolerance)
+    with _operator(source, data, matrix, by, mode, seed, progress) as (operator, examples):
+        n = operator.shape[0]
+        if k > n:
+            raise ValueError(f"k={k} eigenvalues are more than the {n} weights have")
+        values = _all(operator) if n <= max(2 * k, 32) else _by_arpack(operator, k, tolerance, seed)
+        found = sorted(values, reverse=True)[:k]
+        return Eigenvalues(tuple(found), matrix, operator.by, operator.products, mode, seed, examples)
+
+
+def trace(
+    source: Source,
+    data: Iterable[Any],
+    *,
+    draws: int = 50,
+    matrix: Matrix = "hessian",
+    by: By | None = None,
+    mode: Mode | None = "eval",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Trace:
+    """Returns an estimate of the trace with its standard error (Hutchinson, 1989).
+
+    Args:
+        source: see `eigenvalues`.
+        data: see `eigenvalues`.
+        draws: number of random vectors of +-1, >= 2; each takes one product.
+        matrix: see `eigenvalues`.
+        by: see `eigenvalues`.
+        mode: see `eigenvalues`.
+        seed: seeds the random vectors, and random numbers of forward passes.
+        progress: see `eigenvalues`.
+
+    Raises:
+        ImportError: see `eigenvalues`.
+        TypeError: see `eigenvalues`.
+        ValueError: see `eigenvalues`.
+    """
+    whole("draws", draws, least=2)
+    with _operator(source, data, matrix, by, mode, seed, progress) as (operator, examples):
+        random = torch.Generator().manual_seed(seed)
+        products: list[Tensor] = []
+        for _ in range(draws):
+            v = torch.randint(2, (operator.shape[0],), generator=random).to(operator.device, operator.dtype) * 2 - 1
+            products.append((v * (operator @ v)).sum())
+        each = torch.stack(products).double()
+        error = float(each.std() / draws**0.5)
+        return Trace(float(each.mean()), error, draws, matrix, operator.by, operator.products, mode, seed, examples)
+
+
+def spectral_density(
+    source: Source,
+    data: Iterable[Any],
+    *,
+    vectors: int = 64,
+    draws: int = 2,
+    points: int = 512,
+    matrix: Matrix = "hessian",
+    by: By | None = None,
+    mode: Mode | None = "eval",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> SpectralDensity:
+    """Returns the density of eigenvalues by Lanczos quadrature with Gaussian smoothing (Papyan, 2020).
+
+    Source: https://arxiv.org/abs/2008.11865, as curvlinops computes it.
+
+    Args:
+        source: see `eigenvalues`.
+        data: see `eigenvalues`.
+        vectors: number of Lanczos vectors of each draw, >= 2; at most the number of weights are used.
+        draws: number of random first vectors, >= 1.
+        points: number of points of the grid, >= 2.
+        matrix: see `eigenvalues`.
+        by: see `eigenvalues`.
+        mode: see `eigenvalues`.
+        seed: seeds the first vectors, and random numbers of forward passes.
+        progress: see `eigenvalues`.
+
+    Raises:
+        ImportError: see `eigenvalues`.
+        TypeError: see `eigenvalues`.
+        ValueError: see `eigenvalues`.
+    """
+    whole("vectors", vectors, least=2)
+    whole("draws", draws)
+    whole("points", points, least=2)
+    with _operator(source, data, matrix, by, mode, seed, progress) as (operator, examples):
+        from curvlinops.papyan2020traces.spectrum import LanczosApproximateSpectrumCached
+
+        ends = (_by_arpack(operator, 1, 1e-2, seed, "SA")[0], _by_arpack(operator, 1, 1e-2, seed)[0])
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            lanczos = LanczosApproximateSpectrumCached(operator, min(vectors, operator.shape[0]), boundaries=ends)
+            grid, density = lanczos.approximate_spectrum(num_repeats=draws, num_points=points)
+        values, heights = (tuple(cast("list[float]", t.tolist())) for t in (grid, density))
+        return SpectralDensity(values, heights, matrix, operator.by, operator.products, mode, seed, examples)
+
+
+def _all(operator: Any) -> list[float]:
+    dense = operator @ torch.eye(operator.shape[0], device=operator.device, dtype=operator.dtype)
+    return torch.linalg.eigvalsh((dense + dense.T) / 2).tolist()
+
+
+def _by_arpack(operator: Any, k: int, tolerance: float, seed: int, which: str = "LA") -> list[float]:
+    from scipy.sparse.linalg import ArpackNoConvergence, eigsh
+
+    first = torch.randn(operator.shape[0], generator=torch.Generator().manual_seed(seed)).double().numpy()
+    try:
+        found: NDArray[Any] = eigsh(
+            operator.to_scipy(), k=k, which=which, v0=first, tol=tolerance, return_eigenvectors=False
+        )
+    except ArpackNoConvergence as error:
+        raise RuntimeError(
+            f"the Lanczos method did not converge to {k} eigenvalues with tolerance {tolerance:g}: ask for fewer, or "
+            "for a larger tolerance"
+        ) from error
+    return found.tolist()
+
+
+@contextmanager
+def _operator(
+    source: Source,
+    data: Iterable[Any],
+    matrix: Matrix,
+    by: By | None,
+    mode: Mode | None,
+    seed: int,
+    progress: Progress | None,
+) -> Generator[tuple[Any, float]]:
+    """A context with the matrix as a linear operator of curvlinops, and the number of losses that count."""
+    if matrix not in ("hessian", "ggn"):
+        raise ValueError(f"matrix must be 'hessian' or 'ggn', got {matrix!r}")
+    if by not in ("curvlinops", "differences", None):
+        raise ValueError(f"by must be 'curvlinops', 'differences' or None, got {by!r}")
+    try:
+        from bisam.analysis.operators import Counted, Differences, exact
+    except ImportError as error:
+        raise ImportError('curvature needs curvlinops: pip install "bisam[analysis]"') from error
+    with sampled(source, data, seed=seed, mode=mode, progress=progress) as sample:
+        examples = sample.answers().count
+        fault = "" if by == "differences" else _fault(sample)
+        if not fault and by != "differences":
+            operator, fault = exact(sample, matrix)
+            if operator is not None:
+                yield Counted(operator, "curvlinops", sample.passes), examples
+                return
+        if by == "curvlinops":
+            raise ValueError(f"curvlinops cannot compute exact products here ({fault}): pass by='differences'")
+        if matrix == "ggn":
+            raise ValueError(
+                "central differences give the Hessian only, not the Gauss-Newton matrix"
+                + (f", and curvlinops cannot serve here ({fault})" if fault else "")
+            )
+        yield Counted(Differences(sample), "differences", sample.passes), examples
+
+
+def _fault(sample: Sample) -> str:
+    """Returns why curvlinops cannot serve, or an empty text."""
+    oracle = sample.model
+    if oracle is None:
+        return "the oracle is not that of a torch module"
+    if not oracle.has_default_forward:
+        return "the loss has a forward= of its own"
+    if oracle.layout is not WHOLE or not oracle.is_local:
+        return "the weights are shared by ranks"
+    if type(oracle.model).__module__.startswith("torch.nn.parallel"):
+        return "the model is in a wrapper"
+    if any(len(batch) != 2 or not all(isinstance(part, Tensor) for part in batch) for batch in sample.batches):
+        return "a batch is not a pair of tensors"
+    return ""

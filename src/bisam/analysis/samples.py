@@ -1,0 +1,232 @@
+"""Samples: the mean loss over fixed batches, as a function of a displacement of the weights.
+
+Every measure of `bisam.analysis` compares losses on the same examples, so the batches are read once and kept. Random
+numbers of the forward passes (dropout) are those of the seed in every pass, and no pass changes the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from bisam.batches import Batch, examples, mapped, size, split
+from bisam.evaluation import Evaluation
+from bisam.loss import SharpnessAware
+from bisam.model.oracle import ModelOracle
+from bisam.objectives import Objective
+from bisam.oracle import Oracle
+from bisam.validation import whole
+from bisam.vector import Vector
+
+Mode = Literal["eval", "train"]
+"""The mode of the model: "eval" uses running statistics and no dropout, "train" the statistics of each batch."""
+
+Progress = Callable[[int, int], None]
+"""A function `(done, total)` that is called after each forward pass of a batch, with numbers of examples."""
+
+Source = Oracle | SharpnessAware
+"""What is analysed: an oracle, or the loss of a training loop."""
+
+
+@dataclass
+class Passes:
+    """Counts passes over the examples of a sample, and reports them.
+
+    Attributes:
+        examples: number of examples of the sample.
+        expected: expected number of forward passes over all of them.
+        progress: is called after each forward pass of a batch.
+        forward: number of forward passes so far.
+        backward: number of backward passes so far.
+    """
+
+    examples: int
+    progress: Progress | None = None
+    expected: float = 0.0
+    forward: float = 0.0
+    backward: float = 0.0
+
+    def add(self, batch: Batch, grad: bool) -> None:
+        """Counts a pass of a batch."""
+        share = (size(batch) or 1) / self.examples
+        self.forward += share
+        self.backward += share * grad
+        if self.progress is not None:
+            done = round(self.forward * self.examples)
+            self.progress(done, max(done, round(self.expected * self.examples)))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The mean loss over batches.
+
+    Args:
+        oracle: the oracle of the model.
+        batches: the batches, as tuples of arguments.
+        seed: seeds the random numbers of the forward passes.
+        passes: counts the passes.
+        first: number of the first batch, which its random numbers depend on.
+        model: the oracle of a torch module below `oracle`, if there is one; its forward passes draw random numbers.
+    """
+
+    oracle: Oracle
+    batches: Sequence[Batch]
+    seed: int
+    passes: Passes
+    first: int = 0
+    model: ModelOracle | None = None
+
+    def parts(self, m: int | None) -> list[Sample]:
+        """Returns the groups of batches that have a ball of their own: all batches, or parts of `m` examples.
+
+        Raises:
+            ValueError: `m` is larger than the batches.
+        """
+        if m is None:
+            return [self]
+        whole("m", m)
+        if m > (most := max(examples(batch, "split") for batch in self.batches)):
+            raise ValueError(f"m={m} is more than the {most} examples of a batch: pass larger batches")
+        parts = [part for batch in self.batches for part in split(batch, m)]
+        return [replace(self, batches=[part], first=i) for i, part in enumerate(parts)]
+
+    def each(
+        self, at: Vector | None = None, objective: Objective | None = None, *, grad: bool, wrt: Any = None
+    ) -> Generator[Evaluation]:
+        """Yields the evaluation of each batch at a displacement.
+
+        Raises:
+            ValueError: a loss is not finite at the weights themselves.
+        """
+        for i, batch in enumerate(self.batches, self.first):
+            with self._forked(i):
+                answer = self.oracle.query(batch, objective, at=at, grad=grad, track=False, wrt=wrt)
+            self.passes.add(batch, grad)
+            if at is None and not bool(answer.value.isfinite()):
+                raise ValueError(
+                    f"the loss of batch {i} is {float(answer.value)} at the weights: the model has diverged, or the "
+                    "batch has entries that are not finite"
+                )
+            yield answer
+
+    def gradient(self, at: Vector | None, objective: Objective | None, wrt: Any = None) -> tuple[Vector, Answers]:
+        """Returns the gradient of the mean loss at a displacement, and the answers without gradients."""
+        total: Vector | None = None
+        answers = Answers([])
+        for answer in self.each(at, objective, grad=True, wrt=wrt):
+            weighted = answer.gradient * float(answer.count)
+            total = weighted if total is None else total + weighted
+            answers.parts.append(replace(answer, grad=None))
+        assert total is not None
+        return total * (1 / max(answers.count, 1)), answers
+
+    def answers(self, at: Vector | None = None, objective: Objective | None = None) -> Answers:
+        """Returns the answers at a displacement, without gradients."""
+        return Answers(list(self.each(at, objective, grad=False)))
+
+    @contextmanager
+    def _forked(self, number: int) -> Generator[None]:
+        with nullcontext() if self.model is None else self.model.fork(self.seed, number):
+            yield
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The evaluations of all batches of a sample at one displacement."""
+
+    parts: list[Evaluation]
+
+    @property
+    def count(self) -> float:
+        """Number of losses that count."""
+        return sum(float(part.count) for part in self.parts)
+
+    @property
+    def value(self) -> float:
+        """The mean loss."""
+        return sum(float(part.value) * float(part.count) for part in self.parts) / max(self.count, 1)
+
+    def under(self, objective: Objective | None) -> Answers:
+        """Evaluates another objective on the same outputs; None: the same one."""
+        return self if objective is None else Answers([part.under(objective) for part in self.parts])
+
+
+@contextmanager
+def sampled(
+    source: Source,
+    data: Iterable[Any],
+    *,
+    seed: int,
+    mode: Mode | None,
+    progress: Progress | None = None,
+) -> Generator[Sample]:
+    """A context with the sample of a model and its data, in which the model is in `mode`.
+
+    Args:
+        source: what is analysed.
+        data: batches: tuples or lists of arguments of the loss, or single arguments. They are moved to the device of
+            the model.
+        seed: see `Sample`.
+        mode: the mode of the model; None leaves it as it is.
+        progress: see `Progress`.
+
+    Raises:
+        TypeError: `source` is neither an oracle nor a `SharpnessAware`.
+        ValueError: `data` has no batches, or `mode` is unknown.
+    """
+    whole("seed", seed, least=0)
+    if mode not in ("eval", "train", None):
+        raise ValueError(f"mode must be 'eval', 'train' or None (as the model is), got {mode!r}")
+    if not isinstance(cast(Any, source), Oracle | SharpnessAware):
+        raise TypeError(
+            "what is analysed must be the loss SharpnessAware(model, ...) or an oracle such as "
+            f"ModelOracle(model, loss), got {type(source).__name__}"
+        )
+    oracle = source.oracle() if isinstance(source, SharpnessAware) else source
+    inner = oracle if isinstance(oracle, ModelOracle) else None
+    if inner is None and mode is not None:
+        raise ValueError(f"mode={mode!r} needs a ModelOracle; for another oracle pass mode=None")
+    device = oracle.weights.tensors[0].device
+    batches = [_arguments(batch, device) for batch in data]
+    if not batches:
+        raise ValueError(
+            "the data has no batches: a generator can be read once, so pass a list or a DataLoader to each measure"
+        )
+    with _in_mode(None if inner is None else inner.model, mode):
+        passes = Passes(sum(size(batch) or 1 for batch in batches), progress)
+        yield Sample(oracle.without_tracking(), batches, seed, passes, model=inner)
+
+
+def _arguments(batch: Any, device: torch.device) -> Batch:
+    arguments = tuple(cast("Sequence[Any]", batch)) if isinstance(batch, tuple | list) else (batch,)
+    return mapped(lambda t: t.to(device), arguments)
+
+
+@contextmanager
+def _in_mode(model: nn.Module | None, mode: Mode | None) -> Generator[None]:
+    if model is None or mode is None:
+        yield
+        return
+    before = {module: module.training for module in model.modules()}
+    try:
+        model.train(mode == "train")
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training
+
+
+def unit(vector: Vector) -> Vector:
+    """Returns a vector of length 1, or zero if it is zero."""
+    norm = vector.norm()
+    return vector * torch.where(norm > 0, 1 / norm, torch.zeros_like(norm))
+
+
+def cosine(a: Vector, b: Vector) -> Tensor:
+    """Returns the cosine of the angle between two vectors, 0 if one of them is zero."""
+    return unit(a).dot(unit(b))

@@ -1,0 +1,155 @@
+"""Curvature: against the dense Hessian and closed forms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("curvlinops")
+pytest.importorskip("bisam.analysis.operators")  # loads torch's forward mode, which warns when it is first used
+
+from bisam import SAM, ModelOracle, NegLog, SharpnessAware, cross_entropy
+from bisam.analysis import eigenvalues, spectral_density, trace
+from bisam.objectives import CrossEntropy
+from tests.analysis.test_sharpness import Bowl
+from tests.support import cases
+from tests.support.cases import everything
+from tests.support.doubles import ROWS
+
+DATA = [cases.batch(0, 16), cases.batch(1, 8)]
+
+
+def dense(model: nn.Module, loss: Any, gauss_newton: bool = False) -> Tensor:
+    """The Hessian of the mean loss over `DATA`, by torch.func on the flat weights."""
+    names, shapes = zip(*[(n, p.shape) for n, p in model.named_parameters()], strict=True)
+    flat = torch.cat([p.detach().flatten() for p in model.parameters()])
+    x, y = (torch.cat(parts) for parts in zip(*DATA, strict=True))
+
+    def outputs(w: Tensor) -> Tensor:
+        parts = w.split([s.numel() for s in shapes])
+        named = {n: p.view(s) for n, p, s in zip(names, parts, shapes, strict=True)}
+        return torch.func.functional_call(model, named, (x,))
+
+    if not gauss_newton:
+        return torch.func.hessian(lambda w: loss(outputs(w), y).mean())(flat)
+    jacobian = torch.func.jacrev(outputs)(flat).flatten(0, 1)
+    inner = torch.func.hessian(lambda z: loss(z.view(len(y), -1), y).mean())(outputs(flat).flatten())
+    return jacobian.T @ inner @ jacobian
+
+
+@pytest.mark.parametrize(("by", "tolerance"), [("curvlinops", 1e-9), ("differences", 1e-6)])
+def test_the_eigenvalues_are_those_of_the_dense_hessian(by, tolerance):
+    model = cases.mlp().eval()
+    exact = torch.linalg.eigvalsh(dense(model, cross_entropy)).flip(0)
+    found = eigenvalues(ModelOracle(model, cross_entropy), DATA, k=4, by=by, tolerance=1e-10)
+    torch.testing.assert_close(torch.tensor(found.values, dtype=torch.double), exact[:4], rtol=tolerance, atol=0)
+    assert found.by == by
+    assert found.products > 4
+    assert found.examples == 24
+
+
+def test_the_gauss_newton_matrix_is_the_dense_one():
+    model = cases.mlp().eval()
+    exact = torch.linalg.eigvalsh(dense(model, cross_entropy, gauss_newton=True)).flip(0)
+    found = eigenvalues(ModelOracle(model, cross_entropy), DATA, k=3, matrix="ggn", tolerance=1e-10)
+    torch.testing.assert_close(torch.tensor(found.values, dtype=torch.double), exact[:3], rtol=1e-9, atol=0)
+
+
+def test_a_quadratic_has_its_own_eigenvalues_and_trace():
+    oracle, a = Bowl(0.3, -1.2), ROWS.mean(0)
+    found = eigenvalues(oracle, [(ROWS,)], k=2, mode=None)
+    assert found.values == pytest.approx(sorted(a.tolist(), reverse=True), rel=1e-9)
+    assert found.by == "differences"
+    assert trace(oracle, [(ROWS,)], draws=2, mode=None).value == pytest.approx(float(a.sum()), rel=1e-9)
+
+
+@pytest.mark.parametrize("by", ["curvlinops", "differences"])
+def test_the_trace_is_within_its_error(by):
+    model = cases.mlp().eval()
+    found = trace(ModelOracle(model, cross_entropy), DATA, draws=200, by=by)
+    assert abs(found.value - float(dense(model, cross_entropy).trace())) < 4 * found.error
+    assert found.error < 0.2 * found.value
+    assert found.products == 200
+
+
+def test_the_density_is_that_of_the_dense_hessian():
+    """Its integral is 1 and its mean the mean of the eigenvalues."""
+    model = cases.mlp().eval()
+    values = torch.linalg.eigvalsh(dense(model, cross_entropy))
+    found = spectral_density(ModelOracle(model, cross_entropy), DATA, vectors=40, draws=40)
+    grid, density = torch.tensor(found.grid).double(), torch.tensor(found.density).double()
+    total = torch.trapezoid(density, grid)
+    assert float(total) == pytest.approx(1, abs=0.02)
+    spread = float(values.max() - values.min())
+    assert float(torch.trapezoid(density * grid, grid)) == pytest.approx(float(values.mean()), abs=0.02 * spread)
+    assert len(found.to_dict()["grid"]) == 512
+
+
+class Dictionary(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = cases.mlp()
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        return self.net(inputs["x"])
+
+
+def test_what_curvlinops_cannot_serve_is_computed_by_differences():
+    model = cases.mlp().eval()
+    expected = eigenvalues(ModelOracle(model, cross_entropy), DATA, k=2).values
+    wrapped = Dictionary()
+    wrapped.net.load_state_dict(model.state_dict())
+    named = [({"x": x}, y) for x, y in DATA]
+    own = ModelOracle(model, cross_entropy, forward=lambda m, x, y: (m(x), y))
+    ignoring = [(torch.cat([x, x[:2]]), torch.cat([y, torch.tensor([-100, -100])])) for x, y in DATA]
+    for oracle, data in (
+        (ModelOracle(wrapped, cross_entropy), named),
+        (own, DATA),
+        (ModelOracle(model, CrossEntropy()), ignoring),
+    ):
+        found = eigenvalues(oracle, data, k=2)
+        assert found.by == "differences"
+        assert found.values == pytest.approx(expected, rel=1e-4)
+    assert eigenvalues(ModelOracle(model, NegLog()), DATA).by == "differences"  # its gradient is written by hand
+
+
+@pytest.mark.parametrize("by", ["curvlinops", "differences"])
+def test_the_model_is_left_as_it_is(by):
+    model = cases.normed()
+    sharp = SharpnessAware(model, SAM(), cross_entropy)
+    before, random = everything(model), torch.get_rng_state()
+    eigenvalues(sharp, DATA, by=by)
+    trace(sharp, DATA, draws=2, by=by)
+    spectral_density(sharp, DATA, vectors=3, draws=1, by=by)
+    assert everything(model) == before
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"k": 0}, "k must be at least 1"),
+        ({"k": 10_000}, "k=10000 eigenvalues are more than the"),
+        ({"matrix": "fisher"}, "matrix must be 'hessian' or 'ggn'"),
+        ({"by": "magic"}, "by must be 'curvlinops', 'differences' or None"),
+        ({"tolerance": 0.0}, "tolerance"),
+        ({"matrix": "ggn", "by": "differences"}, "central differences give the Hessian only"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_one_line(how, said):
+    with pytest.raises(ValueError, match=said) as raised:
+        eigenvalues(ModelOracle(cases.mlp(), cross_entropy), DATA, **how)
+    assert "\n" not in str(raised.value)
+
+
+def test_exact_products_that_cannot_be_had_are_refused_by_name():
+    own = ModelOracle(cases.mlp(), cross_entropy, forward=lambda m, x, y: (m(x), y))
+    with pytest.raises(ValueError, match=r"exact products here \(the loss has a forward= of its own\): pass by="):
+        eigenvalues(own, DATA, by="curvlinops")
+    with pytest.raises(ValueError, match="Gauss-Newton matrix, and curvlinops cannot serve here"):
+        eigenvalues(own, DATA, matrix="ggn")

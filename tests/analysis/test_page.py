@@ -1,0 +1,49 @@
+"""The page on analysis: its code runs, and its table of costs is that of the results."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bisam import L2, analysis
+
+PAGE = Path(__file__).parents[2] / "docs" / "analysis.md"
+
+
+def test_the_code_of_the_page_runs():
+    pytest.importorskip("curvlinops")
+    pytest.importorskip("matplotlib").use("Agg")
+    import matplotlib.pyplot as plt
+
+    names: dict[str, Any] = {}
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    for block in blocks:
+        exec(block, names)
+    assert len(blocks) == 5
+    assert names["one"].rise <= names["many"].rise
+    assert names["axes"].get_xlabel() == "along a random direction"
+    results = [names[name] for name in ("one", "worst", "found", "top", "density", "line", "plane")]
+    for result in results:
+        assert result.plot().get_xlabel()
+        plt.close("all")
+    sharp, loader = names["sharp"], names["loader"]
+    assert names["many"].forward == pytest.approx(21 * 3 + 1)
+    assert names["many"].backward == pytest.approx(20 * 3)
+    assert (names["mean"].forward, names["mean"].backward) == (pytest.approx(21), 0)
+    objectives = sum(len(series) for series in names["worst"].adversaries.values())
+    assert names["worst"].forward == pytest.approx(objectives * 11 + 1)
+    assert (names["found"].forward, names["found"].backward) == (pytest.approx(9), pytest.approx(4))
+    seen: list[tuple[int, int]] = []
+    analysis.landscape(sharp, loader, "random", points=5, progress=lambda *now: seen.append(now))
+    assert seen[-1] == (6 * 256, 6 * 256)
+    assert analysis.sharpness(sharp, loader, L2(0.0)).rise == 0
+
+
+def test_the_page_has_each_function():
+    functions = {name for name in vars(analysis) if name[0].islower() and callable(getattr(analysis, name))}
+    named = set(re.findall(r"`?\b([a-z_]+)\(", PAGE.read_text()))
+    assert {"sharpness", "flips", "trace"} <= functions
+    assert functions <= named
