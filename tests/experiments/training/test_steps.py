@@ -284,8 +284,8 @@ def test_a_part_of_an_epoch_asks_for_no_batch_after_it(tmp_path, monkeypatch):
         def __len__(self):
             return len(self.split)
 
-        def batches(self, *arguments):
-            for batch in self.split.batches(*arguments):
+        def indexed(self, *arguments):
+            for batch in self.split.indexed(*arguments):
                 asked.append(batch)
                 yield batch
 
