@@ -1036,7 +1036,7 @@ def uneven() -> dict[str, str]:
 
 
 def test_ranks_with_uneven_batches_end_with_an_error():
-    assert ranks.run(2, uneven_sizes) == [{}, {}]
+    assert ranks.run(2, uneven) == [{}, {}]
 
 
 # A batch with NaN on one rank, in a loop that skips steps whose gradient is not finite.

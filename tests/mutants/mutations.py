@@ -978,8 +978,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "model",
         "eval_mode_stays",
         "The modules stay in eval mode.",
-        "            module.training = training\n",
-        "            module.training = False\n",
+        "in self._modes:\n            module.training = training\n",
+        "in self._modes:\n            module.training = False\n",
     ),
     Mutant(
         "methods",
