@@ -19,7 +19,13 @@ from bisam.perturbations import L2
 from tests.support import cases, ranks
 from tests.support.cases import buffers, parameters
 
-METHODS = {"SAM": SAM(), "BiSAM": BiSAM(), "GSAM": GSAM(), "LookSAM": LookSAM(L2(0.1), k=5), "EBiSAM": EBiSAM(gamma=0.9)}
+METHODS = {
+    "SAM": SAM(),
+    "BiSAM": BiSAM(),
+    "GSAM": GSAM(),
+    "LookSAM": LookSAM(L2(0.1), k=5),
+    "EBiSAM": EBiSAM(gamma=0.9),
+}
 EPOCHS, PARTS, NORM = 3, 2, 0.5  # micro-batches in a step; the norm that gradients are clipped to
 
 each_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
