@@ -537,8 +537,9 @@ FAMILY: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], references.Twin]
 
 
 def named(value: Any) -> str:
-    """The text of a parameter of a test, the same in every process: without the addresses of functions and objects."""
-    return re.sub(r" at 0x[0-9a-f]+", "", str(value))
+    """The text of a parameter of a test, the same in every process: no addresses, and sets in order."""
+    ordered = sorted(value) if isinstance(value, set | frozenset) else value
+    return re.sub(r" at 0x[0-9a-f]+", "", str(ordered))
 
 
 def bits(tensor: Tensor | None) -> list[int] | None:
