@@ -79,7 +79,7 @@ def test_the_density_is_that_of_the_dense_hessian():
     """Its integral is 1 and its mean the mean of the eigenvalues."""
     model = cases.mlp().eval()
     values = torch.linalg.eigvalsh(dense(model, cross_entropy))
-    found = spectral_density(ModelOracle(model, cross_entropy), DATA, vectors=40, draws=40)
+    found = spectral_density(ModelOracle(model, cross_entropy), DATA, vectors=40, draws=10)
     grid, density = torch.tensor(found.grid).double(), torch.tensor(found.density).double()
     total = torch.trapezoid(density, grid)
     assert float(total) == pytest.approx(1, abs=0.02)

@@ -94,6 +94,7 @@ def test_both_processes_must_pass():
     assert joined([failed, dead]) == dead, "one lost the other, which has died"
 
 
+@pytest.mark.slow
 def test_a_case_that_hangs_or_dies_costs_its_verdict_only():
     specs = {name: f"{__package__}.unruly:{name}" for name in ("hangs", "exits")}
     cases = [case for case in HERE if case.name in ("sam_with_sgd", "asam_with_sgd", "adamw")]
