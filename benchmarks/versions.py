@@ -90,6 +90,7 @@ class Tree:
         assert self._process.stdout is not None
         self._ask, self._answer = self._process.stdin, self._process.stdout
         if self._answer.readline().strip() != "ready":
+            self.close()
             raise RuntimeError(f"{folder} has no benchmarks that this one knows, or {case.name} ({case.of}) failed")
 
     def seconds(self) -> float:
@@ -101,6 +102,7 @@ class Tree:
     def close(self) -> None:
         self._ask.close()
         self._process.wait()
+        self._answer.close()
 
 
 def paired(before: Tree, after: Tree, pairs: int, warm_up: int) -> list[tuple[float, float]]:

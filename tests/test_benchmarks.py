@@ -12,7 +12,7 @@ pytest.importorskip("pytorch_optimizer")
 pytest.importorskip("rich")
 pytest.importorskip("torchvision")
 
-from benchmarks import docs, measure, models, objective, parallel, pipeline, scaling, step
+from benchmarks import docs, measure, models, objective, parallel, pipeline, scaling, step, versions
 from bisam import SharpnessAware, cross_entropy
 from bisam.experiments.measurements import timing
 from bisam.oracle import View
@@ -265,3 +265,46 @@ def test_the_page_refuses_what_no_benchmark_wrote(tmp_path, content):
     with pytest.raises(SystemExit, match=r"other\.json is"):
         docs.main([str(tmp_path / "other.json"), "--to", str(tmp_path / "page.md")])
     assert not (tmp_path / "page.md").exists()
+
+
+def test_the_interval_of_groups_is_that_of_a_bootstrap_of_the_groups():
+    """Values of a group are alike: the interval is as wide as if each group were one value."""
+    alike = [[value] * 50 for value in (0.9, 1.0, 1.1, 1.2)]
+    assert versions.interval(alike) == versions.interval([[value] for value in (0.9, 1.0, 1.1, 1.2)])
+    median, low, high = versions.interval(alike)
+    assert low < median < high
+    assert versions.interval([[1.0, 1.0]] * 3) == (1.0, 1.0, 1.0)
+
+
+def test_the_rows_of_versions_are_those_that_were_asked_for():
+    found = versions.cases(["mlp-32", "resnet56"], ["bisam SAM"], [(128, 10), (1024, 32000)])
+    assert [(case.of, case.name, case.calls) for case in found] == [
+        ("mlp-32", "bisam SAM", 5),
+        ("resnet56", "bisam SAM", 1),
+        ("128x10", "NegLog", 204),
+        ("128x10", "Tanh", 204),
+        ("1024x32000", "NegLog", 1),
+        ("1024x32000", "Tanh", 1),
+    ]
+    assert versions.cases([], versions.STEPS, []) == []
+
+
+@pytest.mark.slow
+def test_a_tree_is_compared_with_itself(tmp_path, capsys):
+    path = tmp_path / "versions.json"
+    versions.main(
+        [str(versions.HERE), "--models", "--sizes", "16x3", "--repeats", "4", "--processes", "2", "--json", str(path)]
+    )
+    rows = written(path)["rows"]
+    assert [(row["of"], row["name"], row["pairs"], row["processes"]) for row in rows] == [
+        ("16x3", "NegLog", 4, 2),
+        ("16x3", "Tanh", 4, 2),
+    ]
+    assert all(row["low"] <= row["median"] <= row["high"] for row in rows)
+
+
+def test_a_folder_without_benchmarks_is_refused_in_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        versions.main([str(tmp_path)])
+    assert ended.value.code == 2
+    assert "has no benchmarks/step.py: give the root of a checkout" in capsys.readouterr().err

@@ -190,10 +190,8 @@ class Oracle(ABC):
         wrt: Sequence[bool] | None = None,
     ) -> Evaluation:
         """Evaluates `objective` (default: the training loss) on `batch` at `weights + at`; arguments as `Query`."""
-        queries, at = (
-            (Query(batch, objective, at, grad, track, wrt),),
-            None,
-        )  # this frame must not keep the displacement
+        queries = (Query(batch, objective, at, grad, track, wrt),)
+        at = None  # this frame must not keep the displacement
         return self.ask(queries)[0]
 
     def averaged(self, value: Tensor, count: Count) -> tuple[Tensor, Count]:

@@ -151,6 +151,12 @@ def test_a_normalised_objective_by_its_formula():
     torch.testing.assert_close(Normalized(NegLog())(z, y), NegLog()(divided, y))
 
 
+@pytest.mark.parametrize("outputs", [torch.zeros(4, 1), torch.zeros(4), {"logits": torch.zeros(4, 2)}], ids=cases.named)
+def test_outputs_of_one_class_cannot_be_normalised(outputs):
+    with pytest.raises(ValueError, match="K >= 2 classes, got"):
+        Normalized(NegLog())(outputs, torch.zeros(4, dtype=torch.long))
+
+
 @pytest.mark.parametrize("mode", ["eval", "train", None])
 @pytest.mark.parametrize("measure", [sharpness, average_sharpness])
 def test_the_model_is_left_as_it_is(measure, mode):

@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path in arguments.to:
         content = {name: [vars(finding) for finding in findings] for name, findings in found.items()}
         text = json.dumps({"options": vars(options), "found": content}, indent=1) + "\n"
-        write(path, text if path.suffix == ".json" else page(found, options))
+        write(path, text if path.suffix == ".json" else page(found, options, arguments.names))
     return code
 
 

@@ -64,9 +64,9 @@ def summary(attack: Attack, findings: Sequence[Finding], seconds: float) -> str:
     return f"{attack.name}: {len(findings)} cases, {_wrong(findings)} wrong{_counts(findings)} ({seconds:.0f} s)"
 
 
-def page(found: Mapping[str, Sequence[Finding]], options: Options) -> str:
-    """The counts of attacks in Markdown, with the options, the versions, the hardware and the commit."""
-    given = " ".join(f"--{name} {value}" for name, value in vars(options).items())
+def page(found: Mapping[str, Sequence[Finding]], options: Options, names: Sequence[str] = ()) -> str:
+    """The counts of attacks in Markdown, with the command, the versions, the hardware and the commit."""
+    given = " ".join([*names, *[f"--{name} {value}" for name, value in vars(options).items()]])
     made = ", ".join(f"{name} {value}" for name, value in environment().items())
     rows = [
         f"| {name} | {len(findings)} | {_counts(findings).removeprefix(', ')} | {_wrong(findings)} |"

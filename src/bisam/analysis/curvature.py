@@ -19,13 +19,13 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
-from bisam.analysis.samples import Mode, Progress, Sample, Source, sampled
+from bisam.analysis.samples import Mode, Progress, Result, Sample, Source, sampled
 from bisam.validation import positive, whole
 from bisam.vector import WHOLE
 
@@ -37,30 +37,32 @@ By = Literal["curvlinops", "differences"]
 
 
 @dataclass(frozen=True)
-class Eigenvalues:
-    """The largest eigenvalues.
+class Curvature(Result):
+    """The base of results on curvature.
 
     Attributes:
-        values: the eigenvalues, the largest first.
         matrix: "hessian" or "ggn".
         by: how products were computed, "curvlinops" or "differences".
         products: number of products with the matrix; each costs two to three forward and backward passes.
-        mode: the mode of the model; None: as it was.
-        seed: the seed of the first vector, and of forward passes.
-        examples: number of losses that count.
+        mode: see `Result`.
+        seed: see `Result`.
+        examples: see `Result`.
     """
 
-    values: tuple[float, ...]
     matrix: str
     by: str
     products: int
-    mode: str | None
-    seed: int
-    examples: float
 
-    def to_dict(self) -> dict[str, Any]:
-        """Returns all attributes, for JSON."""
-        return {**asdict(self), "values": list(self.values)}
+
+@dataclass(frozen=True)
+class Eigenvalues(Curvature):
+    """The largest eigenvalues.
+
+    Attributes:
+        values: the eigenvalues, the largest first. The other attributes are those of `Curvature`.
+    """
+
+    values: tuple[float, ...]
 
     def plot(self, axes: Any = None) -> Any:
         """Draws the eigenvalues into matplotlib axes, which are returned."""
@@ -70,63 +72,31 @@ class Eigenvalues:
 
 
 @dataclass(frozen=True)
-class Trace:
+class Trace(Curvature):
     """An estimate of the trace.
 
     Attributes:
-        value: the estimate.
+        value: the estimate. The attributes that are not listed are those of `Curvature`.
         error: its standard error.
         draws: number of random vectors.
-        matrix: see `Eigenvalues`.
-        by: see `Eigenvalues`.
-        products: see `Eigenvalues`.
-        mode: see `Eigenvalues`.
-        seed: the seed of the random vectors, and of forward passes.
-        examples: see `Eigenvalues`.
     """
 
     value: float
     error: float
     draws: int
-    matrix: str
-    by: str
-    products: int
-    mode: str | None
-    seed: int
-    examples: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns all attributes, for JSON."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
-class SpectralDensity:
+class SpectralDensity(Curvature):
     """An estimate of the density of eigenvalues.
 
     Attributes:
-        grid: eigenvalues.
+        grid: eigenvalues. The attributes that are not listed are those of `Curvature`.
         density: the density at them, whose integral is 1.
-        matrix: see `Eigenvalues`.
-        by: see `Eigenvalues`.
-        products: see `Eigenvalues`.
-        mode: see `Eigenvalues`.
-        seed: see `Eigenvalues`.
-        examples: see `Eigenvalues`.
     """
 
     grid: tuple[float, ...]
     density: tuple[float, ...]
-    matrix: str
-    by: str
-    products: int
-    mode: str | None
-    seed: int
-    examples: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns all attributes, for JSON."""
-        return {**asdict(self), "grid": list(self.grid), "density": list(self.density)}
 
     def plot(self, axes: Any = None) -> Any:
         """Draws the density on a logarithmic scale into matplotlib axes, which are returned."""
@@ -179,7 +149,7 @@ def eigenvalues(
             raise ValueError(f"k={k} eigenvalues are more than the {n} weights have")
         values = _all(operator) if n <= max(2 * k, 32) else _by_arpack(operator, k, tolerance, seed)
         found = sorted(values, reverse=True)[:k]
-        return Eigenvalues(tuple(found), matrix, operator.by, operator.products, mode, seed, examples)
+        return Eigenvalues(mode, seed, examples, matrix, operator.by, operator.products, tuple(found))
 
 
 def trace(
@@ -219,7 +189,7 @@ def trace(
             products.append((v * (operator @ v)).sum())
         each = torch.stack(products).double()
         error = float(each.std() / draws**0.5)
-        return Trace(float(each.mean()), error, draws, matrix, operator.by, operator.products, mode, seed, examples)
+        return Trace(mode, seed, examples, matrix, operator.by, operator.products, float(each.mean()), error, draws)
 
 
 def spectral_density(
@@ -268,7 +238,7 @@ def spectral_density(
             lanczos = LanczosApproximateSpectrumCached(operator, min(vectors, operator.shape[0]), boundaries=ends)
             grid, density = lanczos.approximate_spectrum(num_repeats=draws, num_points=points)
         values, heights = (tuple(cast("list[float]", t.tolist())) for t in (grid, density))
-        return SpectralDensity(values, heights, matrix, operator.by, operator.products, mode, seed, examples)
+        return SpectralDensity(mode, seed, examples, matrix, operator.by, operator.products, values, heights)
 
 
 def _all(operator: Any) -> list[float]:

@@ -1,4 +1,4 @@
-"""Flips: what the adversaries of several methods change at equal radius, on the same weights and batches.
+"""Flips: the predictions that adversaries change at equal radius, on the same weights and batches.
 
 A flip is an example that is predicted correctly at the weights and wrongly at the displaced weights, as in figure 2 of
 Xie et al. (2024, https://arxiv.org/abs/2407.12993). The figure compares flips of models that were trained by different
@@ -17,12 +17,12 @@ methods; here all adversaries displace the same model:
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
 from bisam.analysis.balls import ball_of
-from bisam.analysis.samples import Mode, Progress, Source, cosine, sampled, unit
+from bisam.analysis.samples import Mode, Progress, Result, Source, cosine, sampled, unit
 from bisam.analysis.zero_one import ZeroOne
 from bisam.objectives import NegLog, Objective, Tanh, cross_entropy
 from bisam.perturbations import L2, Perturbation, geometry
@@ -40,8 +40,8 @@ ADVERSARIES: Mapping[str, Objective | None] = {
 
 
 @dataclass(frozen=True)
-class Flips:
-    """What adversaries change.
+class Flips(Result):
+    """The predictions that each adversary changes, at equal radius.
 
     Attributes:
         correct: number of examples that are predicted correctly at the weights.
@@ -68,16 +68,9 @@ class Flips:
     rho: float
     perturb: str
     adversaries: dict[str, str]
-    mode: str | None
-    seed: int
-    examples: float
     batches: int
     forward: float
     backward: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns all attributes, for JSON."""
-        return asdict(self)
 
     def plot(self, axes: Any = None) -> Any:
         """Draws the flips of each adversary into matplotlib axes, which are returned."""

@@ -16,14 +16,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import isfinite
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
-from bisam.analysis.samples import Mode, Progress, Sample, Source, sampled, unit
+from bisam.analysis.samples import Mode, Progress, Result, Sample, Source, sampled, unit
 from bisam.analysis.zero_one import ZeroOne
 from bisam.objectives import Objective
 from bisam.validation import positive, whole
@@ -34,7 +34,7 @@ Direction = Literal["random"] | Objective | Vector
 
 
 @dataclass(frozen=True)
-class Landscape:
+class Landscape(Result):
     """Loss and error on a line or a plane through the weights.
 
     Attributes:
@@ -53,17 +53,12 @@ class Landscape:
     loss: tuple[tuple[float, ...], ...]
     error: tuple[tuple[float, ...], ...]
     along: tuple[str, ...]
-    mode: str | None
-    seed: int
-    examples: float
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all attributes, for JSON; a loss that is not finite is None."""
-        rows = {
-            name: [[v if isfinite(v) else None for v in row] for row in getattr(self, name)]
-            for name in ("loss", "error")
-        }
-        return {**asdict(self), "xs": list(self.xs), "ys": list(self.ys), "along": list(self.along), **rows}
+        found = super().to_dict()
+        found["loss"] = [[v if isfinite(v) else None for v in row] for row in self.loss]
+        return found
 
     def plot(self, axes: Any = None) -> Any:
         """Draws the loss, as a line or as contours, into matplotlib axes, which are returned."""
@@ -133,9 +128,8 @@ def landscape(
             losses.append(tuple(loss for loss, _ in row))
             errors.append(tuple(wrong for _, wrong in row))
         names = tuple(_name(direction) for direction in directions)
-        return Landscape(
-            xs, ys, tuple(losses), tuple(errors) if error is not None else (), names, mode, seed, plain.count
-        )
+        shown = tuple(errors) if error is not None else ()
+        return Landscape(mode, seed, plain.count, xs, ys, tuple(losses), shown, names)
 
 
 def _vector(direction: Direction, sample: Sample, random: torch.Generator) -> Vector:

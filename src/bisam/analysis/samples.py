@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bisam.batches import Batch, examples, mapped, size, split
 from bisam.evaluation import Evaluation
 from bisam.loss import SharpnessAware
+from bisam.model.eval_mode import in_mode
 from bisam.model.oracle import ModelOracle
 from bisam.objectives import Objective
 from bisam.oracle import Oracle
@@ -30,7 +31,32 @@ Progress = Callable[[int, int], None]
 """A function `(done, total)` that is called after each forward pass of a batch, with numbers of examples."""
 
 Source = Oracle | SharpnessAware
-"""What is analysed: an oracle, or the loss of a training loop."""
+"""An oracle, or the loss of a training loop, whose model is analysed."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """The base of results.
+
+    Attributes:
+        mode: the mode of the model; None: as it was.
+        seed: the seed of random vectors and of forward passes.
+        examples: number of losses that count.
+    """
+
+    mode: str | None
+    seed: int
+    examples: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns all attributes, for JSON."""
+        return _lists(asdict(self))
+
+
+def _lists(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _lists(part) for key, part in cast("dict[str, Any]", value).items()}
+    return [_lists(part) for part in cast("Sequence[Any]", value)] if isinstance(value, tuple | list) else value
 
 
 @dataclass
@@ -197,7 +223,7 @@ def sampled(
         raise ValueError(
             "the data has no batches: a generator can be read once, so pass a list or a DataLoader to each measure"
         )
-    with _in_mode(None if inner is None else inner.model, mode):
+    with nullcontext() if inner is None or mode is None else in_mode(inner.model, mode == "train"):
         passes = Passes(sum(size(batch) or 1 for batch in batches), progress)
         yield Sample(oracle.without_tracking(), batches, seed, passes, model=inner)
 
@@ -205,20 +231,6 @@ def sampled(
 def _arguments(batch: Any, device: torch.device) -> Batch:
     arguments = tuple(cast("Sequence[Any]", batch)) if isinstance(batch, tuple | list) else (batch,)
     return mapped(lambda t: t.to(device), arguments)
-
-
-@contextmanager
-def _in_mode(model: nn.Module | None, mode: Mode | None) -> Generator[None]:
-    if model is None or mode is None:
-        yield
-        return
-    before = {module: module.training for module in model.modules()}
-    try:
-        model.train(mode == "train")
-        yield
-    finally:
-        for module, training in before.items():
-            module.training = training
 
 
 def unit(vector: Vector) -> Vector:

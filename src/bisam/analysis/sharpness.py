@@ -18,24 +18,24 @@ et al., 2023, https://arxiv.org/abs/2302.07011). Compare models that were traine
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from bisam.analysis.ascent import Found, climb
 from bisam.analysis.balls import ball_of
-from bisam.analysis.samples import Mode, Progress, Sample, Source, sampled
+from bisam.analysis.samples import Mode, Progress, Result, Sample, Source, sampled
 from bisam.objectives import Objective
 from bisam.perturbations import L2, Perturbation, geometry
 from bisam.schedules import Radius
-from bisam.validation import instance, whole
+from bisam.validation import describe, instance, whole
 
 
 @dataclass(frozen=True)
-class Sharpness:
+class Sharpness(Result):
     """The rise of the loss in a ball.
 
     Attributes:
@@ -68,15 +68,8 @@ class Sharpness:
     draws: int
     m: int | None
     normalized: bool
-    mode: str | None
-    seed: int
-    examples: float
     forward: float
     backward: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns all attributes, for JSON."""
-        return {**asdict(self), "trace": list(self.trace)}
 
     def plot(self, axes: Any = None) -> Any:
         """Draws the largest rise against the steps of ascent into matplotlib axes, which are returned."""
@@ -139,23 +132,20 @@ def sharpness(
             runs = [climb(group, inside, climbed, measure, steps, begin) for begin in starts]
             groups.append(_Group(plain.value, plain.count, [[v - plain.value for v in run.trace] for run in runs]))
         of_runs = [fmean(group.traces[i][-1] for group in groups) for i in range(restarts + 1)]
-        return Sharpness(
+        return _result(
+            sample,
+            ball,
+            groups,
+            mode=mode,
+            seed=seed,
+            m=m,
+            normalized=normalized,
             rise=fmean(max(trace[-1] for trace in group.traces) for group in groups),
-            loss=_mean(groups),
             std=_std(of_runs),
             trace=tuple(fmean(values) for values in zip(*[group.traces[0] for group in groups], strict=True)),
-            rho=ball_of(ball, sample.oracle).rho,
-            perturb=repr(ball),
             ascent=repr(ascent or sample.oracle.loss),
             steps=steps,
             draws=restarts + 1,
-            m=m,
-            normalized=normalized,
-            mode=mode,
-            seed=seed,
-            examples=sum(group.count for group in groups),
-            forward=sample.passes.forward,
-            backward=sample.passes.backward,
         )
 
 
@@ -203,23 +193,20 @@ def average_sharpness(
             rises = [group.answers(point, measure).value - plain.value for point in points]
             groups.append(_Group(plain.value, plain.count, [rises]))
         of_draws = [fmean(group.traces[0][i] for group in groups) for i in range(draws)]
-        return Sharpness(
+        return _result(
+            sample,
+            ball,
+            groups,
+            mode=mode,
+            seed=seed,
+            m=m,
+            normalized=normalized,
             rise=fmean(of_draws),
-            loss=_mean(groups),
             std=_std(of_draws),
             trace=(0.0,),
-            rho=ball_of(ball, sample.oracle).rho,
-            perturb=repr(ball),
             ascent="",
             steps=0,
             draws=draws,
-            m=m,
-            normalized=normalized,
-            mode=mode,
-            seed=seed,
-            examples=sum(group.count for group in groups),
-            forward=sample.passes.forward,
-            backward=sample.passes.backward,
         )
 
 
@@ -246,7 +233,13 @@ class Normalized:
     objective: Objective
 
     def __call__(self, outputs: Tensor, targets: Any) -> Tensor:
-        """Returns the losses of the normalised logits."""
+        """Returns the losses of the normalised logits.
+
+        Raises:
+            ValueError: the outputs are no logits (N, K, ...) of K >= 2 classes.
+        """
+        if not isinstance(cast(Any, outputs), Tensor) or outputs.dim() < 2 or outputs.shape[1] < 2:
+            raise ValueError(f"normalised logits (N, K, ...) have K >= 2 classes, got {describe(outputs)}")
         deviation = outputs.std(1, keepdim=True, correction=0)
         return self.objective(outputs / deviation.clamp_min(torch.finfo(outputs.dtype).tiny), targets)
 
@@ -256,16 +249,25 @@ class Normalized:
         return getattr(self.objective, "ignore_index", None)
 
 
+def _result(sample: Sample, ball: Perturbation, groups: Sequence[_Group], **settings: Any) -> Sharpness:
+    examples = sum(group.count for group in groups)
+    return Sharpness(
+        loss=sum(group.loss * group.count for group in groups) / max(examples, 1),
+        rho=ball_of(ball, sample.oracle).rho,
+        perturb=repr(ball),
+        examples=examples,
+        forward=sample.passes.forward,
+        backward=sample.passes.backward,
+        **settings,
+    )
+
+
 def _objectives(ascent: Objective | None, sample: Sample, normalized: bool) -> tuple[Objective, Objective]:
     """Returns what is climbed, and what is measured."""
     if ascent is not None:
         instance("ascent", ascent, "an objective such as NegLog()")
     climbed, measure = ascent or sample.oracle.loss, sample.oracle.loss
     return (Normalized(climbed), Normalized(measure)) if normalized else (climbed, measure)
-
-
-def _mean(groups: Sequence[_Group]) -> float:
-    return sum(group.loss * group.count for group in groups) / max(sum(group.count for group in groups), 1)
 
 
 def _std(values: Sequence[float]) -> float:

@@ -16,7 +16,7 @@ Equation 5 of Xie et al. (2024, https://arxiv.org/abs/2407.12993) is min over w 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor
 from bisam import targets as check
 from bisam.analysis.ascent import Found, climb
 from bisam.analysis.balls import ball_of
-from bisam.analysis.samples import Mode, Progress, Source, sampled
+from bisam.analysis.samples import Mode, Progress, Result, Source, sampled
 from bisam.objectives import NegLog, Objective, Tanh, cross_entropy
 from bisam.perturbations import L2, Perturbation, geometry
 from bisam.schedules import Radius
@@ -77,7 +77,7 @@ class ZeroOne:
 
 
 @dataclass(frozen=True)
-class ZeroOneSharpness:
+class ZeroOneSharpness(Result):
     """The largest error in a ball.
 
     Attributes:
@@ -104,9 +104,6 @@ class ZeroOneSharpness:
     perturb: str
     adversaries: dict[str, tuple[str, ...]]
     steps: int
-    mode: str | None
-    seed: int
-    examples: float
     forward: float
     backward: float
 
@@ -114,11 +111,6 @@ class ZeroOneSharpness:
     def rise(self) -> float:
         """The largest error minus the error at the weights."""
         return self.worst - self.error
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns all attributes, for JSON."""
-        lists = {name: {k: list(v) for k, v in getattr(self, name).items()} for name in ("traces", "adversaries")}
-        return {**asdict(self), **lists}
 
     def plot(self, axes: Any = None) -> Any:
         """Draws the largest error against the steps of each adversary into matplotlib axes, which are returned."""

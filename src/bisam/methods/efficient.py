@@ -346,6 +346,7 @@ class SAMPa(SAM):
     ahead: Callable[[Vector, Oracle], Vector] = field(kw_only=True)
     lam: float = 0.2
     stateful: ClassVar[bool] = True
+    concurrent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -5,6 +5,7 @@ declared is False:
 
     stateful          it keeps state between steps, in `oracle.state`
     data_dependent    its number of forward passes depends on the data
+    concurrent        the gradients of a step do not depend on each other: devices can compute them at once
     indexed           it needs the numbers of the examples, the keyword argument `indices` of a call
     transparent       it wraps another method, its field `method`, and keeps no state of its own
 """

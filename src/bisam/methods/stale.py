@@ -67,6 +67,7 @@ class AsyncSAM(SAM):
     """
 
     stateful: ClassVar[bool] = True
+    concurrent: ClassVar[bool] = True
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
         """Makes two queries, which are independent of each other except in the first step."""

@@ -206,7 +206,7 @@ def _mixed(average: Vector, weights: Vector, decay: float) -> Vector:
 
 
 class _Past(NamedTuple):
-    """What the loss remembers of the examples of a batch; part of the batch, so that it is divided with it.
+    """Earlier outputs of the examples of a batch. It is passed as a part of the batch, so that it is divided with it.
 
     Attributes:
         outputs: earlier outputs (n, K, ...); None: there is no term yet.

@@ -1,12 +1,25 @@
-"""Eval mode: runs a model in eval mode with other values of its buffers, and restores both."""
+"""Eval mode: runs a model in another mode, or in eval mode with other values of its buffers, and restores both."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 
 from bisam.model.module_state import ModuleState
+
+
+@contextmanager
+def in_mode(model: nn.Module, training: bool) -> Generator[None]:
+    """A context in which a model is in training or eval mode, as `model.train` sets it; each module's own returns."""
+    before = [(module, module.training) for module in model.modules()]
+    try:
+        model.train(training)
+        yield
+    finally:
+        for module, was in before:
+            module.training = was
 
 
 class EvalMode:

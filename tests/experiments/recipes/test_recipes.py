@@ -24,7 +24,7 @@ from bisam.experiments.recipes.expressions import VOCABULARY
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports.groups import arranged, grouped, names
 from bisam.experiments.runs.folder import Finished, Run, finished, read_recipe
-from bisam.experiments.studies import STUDIES
+from bisam.experiments.studies import STUDIES, published
 from bisam.experiments.studies.study import Study
 from bisam.experiments.training.train import train
 
@@ -403,3 +403,11 @@ def test_defaults_are_those_of_the_library(method):
     short = short.replace(", {eta}", "").format(rho=entry.rho)
     given = {"optimizer": optimizer, "steps": 100, "epoch": 10, "examples": 100}
     assert replace(Recipe(method=method)).build_method(**given) == recipes.build(short, **given)
+
+
+@pytest.mark.parametrize(
+    ("method", "gradients"),
+    [("sampa", 1.0), ("async_sam", 1.0), ("sam_db", 2.0), ("sam", 2.0), ("MSAM(4, SAM(L2(0.1)))", 2.0)],
+)
+def test_gradients_that_do_not_depend_on_each_other_are_not_in_sequence(method, gradients):
+    assert published.in_sequence(Recipe(method=method), 2.0) == gradients

@@ -98,7 +98,7 @@ def _adaptive(recipe: Recipe, given: Mapping[str, Any], text: str | None) -> dic
 
 
 def notes(recipe: Recipe, flags: AuthorsFlags, in_files: bool) -> list[str]:
-    """What a user should know of accepted flags, one line each.
+    """The notes on accepted flags that have no effect, one line each.
 
     Args:
         recipe: that is trained.

@@ -56,7 +56,7 @@ class Size(NamedTuple):
     test: int
     classes: int
     shape: tuple[int, ...] = ()
-    """Of an image; by default (3, side, side) for images from files, and the length for texts."""
+    """The shape of an image; by default (3, side, side) for images from files, and the length for texts."""
 
 
 _GLUE = {  # examples of the official training and development sets, a tenth of the former held out; classes
@@ -88,9 +88,9 @@ class Count(NamedTuple):
     """Operations for one example."""
 
     step: int
-    """Of a training step, on average over the examples of a batch and over steps."""
+    """Operations of a training step, a mean over the examples of a batch and over steps."""
     forward: int
-    """Of a forward pass."""
+    """Operations of a forward pass."""
 
 
 @dataclass(frozen=True)

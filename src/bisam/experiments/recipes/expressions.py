@@ -124,6 +124,16 @@ def contained(expression: str) -> Mapping[str, float]:
     return MappingProxyType({name: values.pop() for name, values in found.items() if len(values) == 1})
 
 
+@cache
+def is_concurrent(expression: str) -> bool:
+    """Whether the gradients of a step of a method do not depend on each other (its trait `concurrent`).
+
+    Raises:
+        ValueError: see `build`.
+    """
+    return getattr(_built(expression), "concurrent", False)
+
+
 def _parts(value: Any) -> Iterator[Any]:
     """The methods, perturbations and objectives of a nest, from the outside to the inside."""
     if is_dataclass(value) and not isinstance(value, type):

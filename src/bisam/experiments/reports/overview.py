@@ -84,7 +84,7 @@ def page(
     if others := rows.get(""):
         blocks += ["## Studies in no paper", _table([row for _, row in others], first="study")]
     if said := _reproduced(docs):
-        blocks += ["## What has been run, with which result", said]
+        blocks += ["## Results so far", said]
     return "\n\n".join(blocks) + "\n"
 
 

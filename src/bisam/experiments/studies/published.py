@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from math import nan
 from typing import Any
 
+from bisam.experiments.recipes.expressions import is_concurrent
 from bisam.experiments.recipes.presets import CIFAR
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Finished
@@ -37,8 +38,8 @@ def _sequence(run: Finished) -> float:
 
 
 def in_sequence(recipe: Recipe, gradients: float) -> float:
-    """Gradients of a step that must be computed one after another; those of SAMPa and AsyncSAM are independent."""
-    return min(gradients, 1.0) if recipe.expression.startswith(("SAMPa(", "AsyncSAM(")) else gradients
+    """Gradients of a step that must be computed one after another."""
+    return min(gradients, 1.0) if is_concurrent(recipe.expression) else gradients
 
 
 def _top5(run: Finished) -> float:
