@@ -34,7 +34,8 @@ def test_the_code_of_the_page_runs():
     assert names["many"].backward == pytest.approx(20 * 3)
     assert (names["mean"].forward, names["mean"].backward) == (pytest.approx(21), 0)
     objectives = sum(len(series) for series in names["worst"].adversaries.values())
-    assert names["worst"].forward == pytest.approx(objectives * 11 + 1)
+    assert names["worst"].forward == pytest.approx(3 * 30 + objectives + 1)
+    assert names["worst"].backward == pytest.approx(3 * 30)
     assert (names["found"].forward, names["found"].backward) == (pytest.approx(9), pytest.approx(4))
     seen: list[tuple[int, int]] = []
     analysis.landscape(sharp, loader, "random", points=5, progress=lambda *now: seen.append(now))

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -166,4 +166,6 @@ def _has_classes(outputs: Any, targets: Any) -> bool:
 def _name(direction: Direction) -> str:
     if isinstance(direction, Vector):
         return "a given displacement"
-    return "a random direction" if direction == "random" else f"the gradient of {cast(Any, direction)!r}"
+    if direction == "random":
+        return "a random direction"
+    return f"the gradient of {getattr(direction, '__name__', type(direction).__name__)}"

@@ -88,7 +88,7 @@ class ZeroOneSharpness(Result):
         rho: the radius.
         perturb: the ball, as text.
         adversaries: the objectives of each adversary, as texts.
-        steps: number of steps for each objective.
+        steps: number of steps of each adversary.
         mode: the mode of the model; None: as it was.
         seed: the seed of forward passes.
         examples: number of examples that count.
@@ -125,7 +125,7 @@ def zero_one_sharpness(
     perturb: Perturbation | Radius = L2(0.05),  # noqa: B008
     adversaries: Mapping[str, Objective | Sequence[Objective]] = ADVERSARIES,
     *,
-    steps: int = 10,
+    steps: int = 30,
     mode: Mode | None = "eval",
     seed: int = 0,
     progress: Progress | None = None,
@@ -133,15 +133,16 @@ def zero_one_sharpness(
     """Returns the largest error that projected ascent finds in a ball around the weights.
 
     The first step of each adversary is that of SAM or BiSAM. The objectives of an adversary are climbed one after
-    another, each from the point with the largest error so far. With n objectives in all it takes n (steps + 1) + 1
-    forward and n steps backward passes over the data. The model is not changed.
+    another, each from the point with the largest error so far, and share its steps equally, so that all adversaries
+    have the same number of gradients. With A adversaries and n objectives in all it takes A steps + n + 1 forward and
+    A steps backward passes over the data. The model is not changed.
 
     Args:
         source: a `SharpnessAware` loss, or an oracle such as `ModelOracle(model, loss)`.
         data: batches, read once and kept, for example a DataLoader without augmentation.
         perturb: the ball: a radius, `L2`, `Adaptive`, or one of them in `NormLayers` or `Only`.
         adversaries: objectives by names, one or several for each name.
-        steps: number of steps for each objective, >= 1.
+        steps: number of steps of each adversary, at least as many as it has objectives.
         mode: see `sharpness`.
         seed: seeds the random numbers of forward passes.
         progress: see `sharpness`.
@@ -155,16 +156,19 @@ def zero_one_sharpness(
     if not adversaries:
         raise ValueError("adversaries is empty: name at least one objective, such as {'-log': NegLog()}")
     series = {name: _series(name, objectives) for name, objectives in adversaries.items()}
+    if steps < (most := max(map(len, series.values()))):
+        raise ValueError(f"steps={steps} are fewer than the {most} objectives of an adversary, which share them")
     ball = geometry(perturb)
     with sampled(source, data, seed=seed, mode=mode, progress=progress) as sample:
         error = ZeroOne.like(sample.oracle.loss)
-        sample.passes.expected = 1 + (steps + 1) * sum(len(objectives) for objectives in series.values())
+        sample.passes.expected = 1 + sum(steps + len(objectives) for objectives in series.values())
         inside, plain = ball_of(ball, sample.oracle), sample.answers(objective=error)
         found: dict[str, Found] = {}
         for name, objectives in series.items():
             found[name] = Found(plain.value, None, (plain.value,))
-            for objective in objectives:
-                found[name] = climb(sample, inside, objective, error, steps, found[name])
+            for i, objective in enumerate(objectives):
+                own = steps // len(objectives) + (i < steps % len(objectives))
+                found[name] = climb(sample, inside, objective, error, own, found[name])
         return ZeroOneSharpness(
             error=plain.value,
             worst=max(best.measure for best in found.values()),
