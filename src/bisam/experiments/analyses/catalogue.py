@@ -241,20 +241,25 @@ _FLIPS = Analysis(
 )
 
 _HESSIAN = Analysis(
-    "eigenvalues of the Hessian",
+    "largest eigenvalues and trace of the Hessian",
     {
         "eigenvalues": Measure("largest eigenvalues", Eigenvalues, _of(eigenvalues, k=3)),
         "trace": Measure("trace", Trace, _of(trace, draws=20)),
-        "density": Measure("spectral density", SpectralDensity, _of(spectral_density, vectors=32)),
     },
     columns=(
         Column("largest eigenvalue", lambda found: found["eigenvalues"]["values"][0], brief=True),
         Column("trace", lambda found: found["trace"]["value"], brief=True),
     ),
-    draw=figures.of_hessian,
     packages=("curvlinops", "scipy"),
 )
 
+_SPECTRUM = Analysis(
+    "density of the eigenvalues of the Hessian",
+    {"density": Measure("spectral density", SpectralDensity, _of(spectral_density, vectors=32))},
+    draw=figures.of_spectrum,
+    packages=("curvlinops", "scipy"),
+    default=False,  # it takes longer than all others together
+)
 
 _LANDSCAPE = Analysis(
     "loss and error along directions",
@@ -277,6 +282,7 @@ ANALYSES: dict[str, Analysis] = {
     "zero-one": _ZERO_ONE,
     "flips": _FLIPS,
     "hessian": _HESSIAN,
+    "spectrum": _SPECTRUM,
     "landscape": _LANDSCAPE,
 }
 """By name, in the order in which they are computed."""

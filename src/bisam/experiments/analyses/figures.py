@@ -58,21 +58,9 @@ def of_flips(found: Mapping[str, Any]) -> Figure:
     return _stack(found["flips"].plot)
 
 
-def of_hessian(found: Mapping[str, Any]) -> Figure:
-    """The density of the eigenvalues, with the largest ones marked."""
-
-    def density(axes: Any) -> None:
-        from bisam.analysis.plots import COLOURS
-
-        found["density"].plot(axes)
-        for i, value in enumerate(found["eigenvalues"].values):
-            label = "largest eigenvalues" if i == 0 else None
-            axes.plot(
-                value, 0, "|", transform=axes.get_xaxis_transform(), color=COLOURS[1], ms=10, mew=1.2, label=label
-            )
-        axes.legend(frameon=False)
-
-    return _stack(density)
+def of_spectrum(found: Mapping[str, Any]) -> Figure:
+    """The density of the eigenvalues."""
+    return _stack(found["density"].plot)
 
 
 def of_landscape(found: Mapping[str, Any]) -> Figure:
