@@ -9,7 +9,7 @@
      "checksum": "9a81..."}
 
 An entry is used as long as it is of the same weights, which `of` identifies, and of the same version of its analysis.
-Numbers that are not finite are null.
+Entries of analyses that this version of bisam does not know are kept. Numbers that are not finite are null.
 """
 
 from __future__ import annotations
@@ -85,9 +85,16 @@ def new_entry(
 
 
 def is_of(entry: Entry, of: str) -> bool:
-    """Whether an entry is of these weights, and its analysis is known and of the same version."""
-    known = ANALYSES.get(entry["analysis"])
-    return entry["of"] == of and known is not None and known.version == entry["version"]
+    """Whether an entry is of these weights, and its results are what this version of bisam computes."""
+    analysis = ANALYSES.get(entry["analysis"])
+    if entry["of"] != of or analysis is None or analysis.version != entry["version"]:
+        return False
+    try:
+        analysis.restored(entry["results"])
+        analysis.numbers(entry["results"])
+    except (AttributeError, LookupError, TypeError, ValueError):  # of another version
+        return False
+    return True
 
 
 def content(entries: Iterable[Entry]) -> dict[str, Any]:
@@ -158,14 +165,6 @@ def _fault_of(entry: Any) -> str | None:
         return f"has no setting {missing[0]}"
     if settings["split"] not in SPLITS or settings["weights"] not in (*WEIGHTS, FILE):
         return "has settings of another form"
-    analysis = ANALYSES.get(values["analysis"])
-    if analysis is None or analysis.version != values["version"]:
-        return None  # of another version of bisam: it is kept and not used
-    try:
-        analysis.restored(values["results"])
-        analysis.numbers(values["results"])
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        return f"has results of another form ({error})"
     return None
 
 
