@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import json
 import time
+from calendar import timegm
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Required, TypedDict, cast
 
 from bisam.experiments.analyses.catalogue import ANALYSES
-from bisam.experiments.analyses.settings import FILE, SHARED, SPLITS, WEIGHTS
+from bisam.experiments.analyses.settings import FILE, SHARED, SPLITS, WEIGHTS, Settings
 from bisam.experiments.errors import RunError
 from bisam.experiments.runs.environment import environment
 from bisam.experiments.runs.files import checksum, damaged, read_json
@@ -166,6 +167,19 @@ def _fault_of(entry: Any) -> str | None:
     if settings["split"] not in SPLITS or settings["weights"] not in (*WEIGHTS, FILE):
         return "has settings of another form"
     return None
+
+
+def stem(entry: Entry) -> str:
+    """Return the name of the figure of an entry, without suffix; other settings give another name."""
+    values, defaults = entry["settings"], Settings()
+    told = [f"{k}-{values[k]}" for k in SHARED if values[k] != getattr(defaults, k) and values[k] != FILE]
+    own = [f"{k}-{v:g}" for k, v in values.items() if k not in SHARED and (k == "rho" or v != getattr(defaults, k))]
+    return "-".join([entry["analysis"], *own, *told]).replace("_", "-")
+
+
+def seconds_of(entry: Entry) -> float:
+    """Return the time of an entry in seconds since 1970."""
+    return float(timegm(time.strptime(entry["date"], "%Y-%m-%dT%H:%M:%SZ")))
 
 
 def with_entry(entries: Sequence[Entry], entry: Entry) -> list[Entry]:

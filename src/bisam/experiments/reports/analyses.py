@@ -233,7 +233,7 @@ def cell(values: Sequence[float], percent: bool, n: int) -> str:
         percent: whether they are shares of 1 to show in per cent.
         n: number of seeds of the row; another number of values is added.
     """
-    if not values:
+    if not values or isnan(values[0]):
         return "–"
     values = [100 * value for value in values] if percent else values
     centre = mean(values)
