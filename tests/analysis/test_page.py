@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ def test_the_code_of_the_page_runs():
     results = [names[name] for name in ("one", "worst", "found", "top", "density", "line", "plane")]
     for result in results:
         assert result.plot().get_xlabel()
+        assert type(result).from_dict(json.loads(json.dumps(result.to_dict()))) == result
         plt.close("all")
     sharp, loader = names["sharp"], names["loader"]
     assert names["many"].forward == pytest.approx(21 * 3 + 1)
