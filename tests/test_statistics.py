@@ -49,6 +49,7 @@ from bisam import (
     cross_entropy,
     next_step,
     statistics,
+    vector,
 )
 from bisam.masks import RandomMask
 from bisam.statistics import NAMES, StatsMean, StepStats
@@ -531,7 +532,8 @@ def test_the_cosine_needs_memory_for_a_few_tensors_at_a_time(monkeypatch):
 
 
 @pytest.mark.parametrize("method", [SAM(), BiSAM(), ASAM(0.5), SAM(Only(cases.is_weight, 0.1))], ids=cases.named)
-def test_it_adds_the_same_number_of_operations_at_any_depth(method):
+def test_it_adds_the_same_number_of_operations_at_any_depth(method, monkeypatch):
+    monkeypatch.setattr(vector, "_is_small_on_cpu", lambda tensors: False)  # where zeros of holes are copied
     added = []
     for depth in (5, 40):
         model, counts = nn.Sequential(*[nn.Linear(6, 6) for _ in range(depth)]), []

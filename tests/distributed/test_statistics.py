@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from bisam import CRSAM, GSAM, SAM, BiSAM, LookSAM, NegLog, SAMPa, SharpnessAware, Tanh, cross_entropy, next_step
@@ -62,9 +61,17 @@ def far(ours: Found, theirs: Found) -> Any:
     return [(a, b) for a, b in zip(ours, theirs, strict=True) if a != pytest.approx(b, rel=1e-11, abs=1e-13)]
 
 
-def of_all_placements() -> dict[str, Any]:
+PAIRED: dict[str, Make] = {
+    "SAM": METHODS["SAM"],
+    "SAMPa": METHODS["SAMPa"],
+    "CRSAM": lambda o: CRSAM(L2(0.1), NegLog()),
+}
+
+
+def of_all_placements(methods: list[str], paired: list[str]) -> dict[str, Any]:
     wrong: dict[str, Any] = {}
-    for name, make in METHODS.items():
+    for name in methods:
+        make = METHODS[name]
         expected = found(network(), make, whole)
         wrong[f"{name}, global"] = far(found(DDP(network()), make, part, scope="global"), expected)
         wrong[f"{name}, FSDP2"] = far(found(sharded(network()), make, part), expected)
@@ -72,18 +79,16 @@ def of_all_placements() -> dict[str, Any]:
         own = found(network(), make, part)[:1]
         wrong[f"{name}, inside"] = far(found(DDP(network()), make, part)[:1], own)
         wrong[f"{name}, outside"] = far(found(network(), make, part, around=DDP)[:1], own)
-    for name in ("SAMPa", "SAM"):
-        make = METHODS[name]
-        wrong[f"{name}, pair"] = far(
-            found(network(), lambda o, m=make: InPairs(m(o)), whole), found(network(), make, whole)
-        )
-    crsam: Make = lambda o: CRSAM(L2(0.1), NegLog())  # noqa: E731
-    wrong["CRSAM, pair"] = far(found(network(), lambda o: InPairs(crsam(o)), whole), found(network(), crsam, whole))
+    for name in paired:
+        make = PAIRED[name]
+        expected = found(network(), make, whole)
+        wrong[f"{name}, pair"] = far(found(network(), lambda o, make=make: InPairs(make(o)), whole), expected)
     return {name: values for name, values in wrong.items() if values}
 
 
+@pytest.mark.slow
 def test_they_are_those_of_the_whole_batch_or_of_the_own_part():
-    assert ranks.run(2, of_all_placements) == [{}, {}]
+    assert ranks.run(2, of_all_placements, list(METHODS), list(PAIRED)) == [{}, {}]
 
 
 class Sometimes(nn.Module):
@@ -100,22 +105,13 @@ class Sometimes(nn.Module):
         return x + self.second(x) if (self.passes + dist.get_rank()) % 2 else x
 
 
-def of_different_holes() -> list[Any]:
-    each = []
-    for around, options in ((lambda m: m, {"scope": "global"}), (fully_shard, {})):
-        torch.manual_seed(0)
-        each.append(found(around(Sometimes()), lambda o: SAM(L2(0.1)), part, **options))
-    return each
-
-
-def test_ranks_that_use_different_parameters_have_the_same_statistics():
-    ours, theirs = ranks.run(2, of_different_holes)
-    assert ours == theirs
-    assert all(step.keys() >= {"cosine", "rise"} for each in ours for step in each)
+def of_different_holes() -> Found:
+    torch.manual_seed(0)
+    return found(Sometimes(), lambda o: SAM(L2(0.1)), part, scope="global")
 
 
 def that_fail() -> list[str]:
-    """A rank whose descent pass fails leaves the others with an error, not waiting."""
+    """A rank whose loss fails in the second step keeps the statistics of the first."""
     sharp = SharpnessAware(DDP(network()), SAM(L2(0.1)), cross_entropy, stats=True)
     sharp(*part(0)).backward()
     before = sharp.stats
@@ -128,5 +124,14 @@ def that_fail() -> list[str]:
         return ["error", str(sharp.stats is before)]
 
 
-def test_a_rank_that_fails_keeps_its_statistics():
-    assert ranks.run(2, that_fail) == [[], ["error", "True"]]
+def of_two_ranks() -> tuple[dict[str, Any], Found, list[str]]:
+    return of_all_placements(["BiSAM"], ["SAMPa"]), of_different_holes(), that_fail()
+
+
+def test_on_two_ranks():
+    """Those of the whole batch or of the own part; with different parameters on the ranks; and after a failure."""
+    (wrong, ours, none), (wrong_too, theirs, failed) = ranks.run(2, of_two_ranks)
+    assert (wrong, wrong_too) == ({}, {})
+    assert ours == theirs
+    assert all(step.keys() >= {"cosine", "rise"} for step in ours)
+    assert (none, failed) == ([], ["error", "True"])
