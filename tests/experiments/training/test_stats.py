@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 
 import pytest
 import torch
@@ -12,12 +13,12 @@ from bisam.experiments.errors import RunError
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Run
 from bisam.experiments.runs.machine import Machine
-from bisam.experiments.training import epoch as epochs, loggers
+from bisam.experiments.training import epoch as epochs
 from bisam.experiments.training.train import train
 from bisam.statistics import NAMES, StepStats
 from tests.experiments.training.test_loggers import tensorboard
 
-SHORT = Recipe(method="bisam_log", noise=0.4, rho=0.4, epochs=3, batch_size=256)
+SHORT = Recipe(method="bisam_log", noise=0.4, rho=0.4, epochs=3, batch_size=256, limit=512)
 QUIET, STATS = Machine(log=()), Machine(log=(), stats=True)
 TIMES = {"seconds", "relative_time"}
 
@@ -77,39 +78,39 @@ def test_a_statistic_that_the_method_does_not_know_is_an_empty_cell(tmp_path):
     assert run.stats()[0].keys() == {"epoch", "descent_norm"}
 
 
-@pytest.mark.parametrize("first", [True, False])
-def test_a_run_is_resumed_with_or_without_them(tmp_path, first):
-    run, whole = Run.under(tmp_path / "a", SHORT), Run.under(tmp_path / "b", SHORT)
+def test_a_run_is_resumed_with_or_without_them(tmp_path):
+    whole, first, last = (Run.under(tmp_path / name, SHORT) for name in ("whole", "first", "last"))
     train(whole, STATS)
-    with pytest.raises(KeyboardInterrupt):
-        train(run, STATS if first else QUIET, stop_after(2))
-    train(run, QUIET if first else STATS)
-    assert metrics(run) == metrics(whole)
-    assert rows(run) == (rows(whole)[:2] if first else rows(whole)[2:])
-
-
-def test_an_epoch_after_the_checkpoint_is_replaced(tmp_path):
-    run, whole = Run.under(tmp_path / "a", SHORT), Run.under(tmp_path / "b", SHORT)
-    train(whole, STATS)
-    with pytest.raises(KeyboardInterrupt):
-        train(run, STATS, stop_after(2))
     text = (whole.folder / "stats.csv").read_text()
-    (run.folder / "stats.csv").write_text(text.replace("\n3,", "\n3,9"))  # as after a kill between the two files
-    train(run, STATS)
-    assert (run.folder / "stats.csv").read_text() == text
+    for run, machine, other in ((first, STATS, QUIET), (last, QUIET, STATS)):
+        with pytest.raises(KeyboardInterrupt):
+            train(run, machine, stop_after(2))
+        if run is first:  # as after a kill between this file and the checkpoint
+            (run.folder / "stats.csv").write_text(text.replace("\n3,", "\n3,9"))
+            shutil.copytree(run.folder, tmp_path / "killed" / run.folder.parent.name / run.folder.name)
+        train(run, other)
+        assert metrics(run) == metrics(whole)
+    assert rows(first)[:2] == rows(whole)[:2]
+    assert rows(last) == rows(whole)[2:]
+    killed = Run.under(tmp_path / "killed", SHORT)
+    train(killed, STATS)
+    assert (killed.folder / "stats.csv").read_text() == text
 
 
-@pytest.mark.parametrize(
-    "text", ["epoch,ascent_norm\n1,oops\n", "epoch,other\n1,2\n", "ascent_norm\n1\n", "epoch\n1.5\n"]
-)
-def test_a_damaged_file_is_named_with_the_remedy(tmp_path, text):
+DAMAGED = ["epoch,ascent_norm\n1,oops\n", "epoch,other\n1,2\n", "ascent_norm\n1\n", "epoch\n1.5\n", "\x00\n"]
+
+
+def test_a_damaged_file_is_named_with_the_remedy_and_stops_no_run_without_it(tmp_path):
     run = Run.under(tmp_path, SHORT)
     with pytest.raises(KeyboardInterrupt):
         train(run, STATS, stop_after(1))
-    (run.folder / "stats.csv").write_text(text)
-    with pytest.raises(RunError, match=r"stats\.csv is damaged.*delete this file; the run is not affected"):
-        train(run, STATS)
-    train(run, QUIET)
+    for text in DAMAGED:
+        (run.folder / "stats.csv").write_text(text)
+        with pytest.raises(RunError, match=r"stats\.csv is damaged.*delete this file; the run is not affected"):
+            train(run, STATS)
+    pytest.importorskip("tensorboard")
+    train(run, Machine(log=("tensorboard",)))
+    assert [step for step, _ in tensorboard(run)["validation"]] == [1, 2, 3]
 
 
 def test_loggers_get_them_and_the_epochs_that_they_have_missed(tmp_path):
@@ -124,17 +125,6 @@ def test_loggers_get_them_and_the_epochs_that_they_have_missed(tmp_path):
             (int(row["epoch"]), row[name]) for row in run.stats()
         ]
     assert len(found["validation"]) == 3
-
-
-def test_a_logger_drops_nothing_else_if_the_file_is_damaged(tmp_path):
-    pytest.importorskip("tensorboard")
-    run = Run.under(tmp_path, SHORT)
-    with pytest.raises(KeyboardInterrupt):
-        train(run, STATS, stop_after(1))
-    (run.folder / "stats.csv").write_text("epoch\noops\n")
-    board = loggers.FaultTolerantLogger("tensorboard", run.folder, SHORT.to_dict())
-    with pytest.warns(UserWarning, match="--log tensorboard failed and is disabled"):
-        board.log({"validation": 0.5}, 2)
 
 
 def test_the_command_records_them(bisam, tmp_path):

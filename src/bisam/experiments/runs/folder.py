@@ -164,9 +164,9 @@ class Run:
         if not path.exists():
             return []
         rows = read_rows(path, blanks=True)
-        if any(row.keys() - {"epoch", *NAMES} or row.get("epoch", 0.0) % 1 or row["epoch"] < 1 for row in rows):
+        if not rows or any(row.keys() - {"epoch", *NAMES} or row.get("epoch", 0.5) % 1 for row in rows):
             raise damaged(path, ValueError("it does not have the columns of statistics, or numbers of epochs"))
-        return rows
+        return [{**row, "epoch": int(row["epoch"])} for row in rows]
 
     def writer(self) -> Writer:
         """Return what writes the files of this run into the folder as it is now, which `open` has locked."""

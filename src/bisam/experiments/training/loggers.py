@@ -22,10 +22,10 @@ from typing import Any, Protocol
 
 from filelock import FileLock
 
-from bisam.experiments.errors import RunWarning, unknown
+from bisam.experiments.errors import RunError, RunWarning, unknown
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.files import write
-from bisam.experiments.runs.folder import Run
+from bisam.experiments.runs.folder import Row, Run
 
 
 class Logger(Protocol):
@@ -238,7 +238,7 @@ class FaultTolerantLogger:
             return
         try:
             if self._last is not None and self._last < step - 1:
-                stats = {row["epoch"]: row for row in self._run.stats()}
+                stats = self._stats()
                 for row in self._run.metrics():
                     if self._last < row["epoch"] < step:
                         complete = {**row, **stats.get(row["epoch"], {})}
@@ -248,6 +248,13 @@ class FaultTolerantLogger:
             self._last = step
         except Exception as error:
             self._drop(error)
+
+    def _stats(self) -> dict[float, Row]:
+        """Return the statistics by epoch; none if the file is damaged, which only a run that records them needs."""
+        try:
+            return {row["epoch"]: row for row in self._run.stats()}
+        except RunError:
+            return {}
 
     def close(self) -> None:
         """Finish the log; no metrics follow."""
