@@ -30,8 +30,8 @@ class StepStats:
     They describe the last point that the step displaced the weights to and computed a gradient at (of several that it
     asked for at once, the first): the displacement e and the descent gradient h, which is the gradient there. The
     ascent gradient g is the last gradient that the step computed before, from which e was made. A statistic is None if
-    the step did not compute what it consists of. An entry that is not finite stays as it is, in a step whose scaled
-    gradients overflow too.
+    the step did not compute what it consists of. A value that is not finite is reported as it is, also in a step whose
+    scaled gradients overflow.
 
     Attributes:
         ascent_norm: norm of g, of the part that the method computes (`SAMON`, `RandomMask`). g may be the gradient of
@@ -272,7 +272,7 @@ def _cosine(g: Vector, ascent: Tensor, h: Vector, descent: Tensor, part: Sequenc
 def _products(g: Vector, h: Vector, size: Tensor) -> Tensor:
     """Returns the inner products (n,) of the tensors of `g` / `size` and `h`.
 
-    They are computed in up to 17 groups, because `Vector.dots` needs memory for products of all entries.
+    They are computed for a group of tensors at a time, because `Vector.dots` needs memory for each product of entries.
     """
     parts = [size.new_zeros(())] * len(g)
     kept = [i for i in range(len(g)) if i not in g.holes | h.holes]
@@ -284,7 +284,7 @@ def _products(g: Vector, h: Vector, size: Tensor) -> Tensor:
 
 
 def _groups(indices: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
-    """Divides tensors of these numbers of entries into groups, each of a large tensor or of several small ones."""
+    """Divides tensors of these numbers of entries into at most 33 groups: one large tensor, or several small ones."""
     limit = max(_SMALL, sum(sizes) // 16)
     groups, filled = list[list[int]](), limit
     for i, size in zip(indices, sizes, strict=True):

@@ -139,19 +139,19 @@ class Training:
         # Of an epoch after the checkpoint there is a row if the process was killed between the two files.
         earlier = run.stats() if machine.stats and self._writer is not None else []
         self._stats = [row for row in earlier if row["epoch"] <= len(self._state.history)]
+        self._mean: StatsMean | None = None  # of the steps of the last epoch
 
     def train(self, on_epoch: OnEpoch | None) -> Result:
         """Train the remaining epochs, test, and write the result."""
         fabric, state, writer = self._fabric, self._state, self._writer
         boards = [] if writer is None else loggers(self._machine.log, self._run.folder, self._recipe.to_dict())
         for epoch in range(len(state.history) + 1, self._length.epochs + 1):
-            mean = StatsMean() if self._machine.stats else None
             try:
-                row = self.epoch(epoch, mean)
+                row = self.epoch(epoch)
             except StateError as error:
                 raise damaged(self._run.folder / CHECKPOINT, error) from error
             state.history.append(row)
-            stats = {} if mean is None else stats_row(mean, fabric)
+            stats = {} if self._mean is None else stats_row(self._mean, fabric)
             if writer is not None:
                 writer.check()  # before the loggers, which create their folders
             for board in boards:
@@ -171,14 +171,10 @@ class Training:
             result = writer.finish(result, state.history)
         return cast(Result, fabric.broadcast(result))  # no process ends before the result is written
 
-    def epoch(self, epoch: int, stats: StatsMean | None = None) -> Row:
-        """Train and validate one epoch, numbered from 1, and return its row of metrics.
-
-        Args:
-            epoch: its number.
-            stats: what to add the statistics of its steps to.
-        """
+    def epoch(self, epoch: int) -> Row:
+        """Train and validate one epoch, numbered from 1, and return its row of metrics."""
         recipe, state = self._recipe, self._state
+        self._mean = StatsMean() if self._machine.stats else None
         # The seed depends on the epoch alone: a resumed run draws the same, and all methods get the same batches.
         seed = recipe.seed * 1_000_003 + epoch
         torch.manual_seed(seed + 15_485_863 * self._fabric.global_rank)
@@ -198,7 +194,7 @@ class Training:
             None if by_epoch else state.scheduler,
             state.average,
             self._length.losses_in(epoch),
-            stats,
+            self._mean,
         )
         row["relative_time"] = row["seconds"] / row["losses"] / self._reference_speed.seconds_per_loss()
         if by_epoch:
