@@ -715,3 +715,11 @@ def test_a_mean_is_over_the_steps_that_have_the_statistic():
     }
     assert mean.to_dict() == pytest.approx({name: sum(v) / len(v) for name, v in expected.items()}, rel=1e-12)
     assert StatsMean().to_dict() == StepStats().to_dict() == {}
+
+
+def test_a_mean_leaves_out_what_is_not_finite():
+    mean = StatsMean()
+    for norm, cosine in ((1.0, float("nan")), (float("inf"), float("nan")), (float("nan"), float("nan")), (4.0, None)):
+        mean.add(StepStats(descent_norm=torch.tensor(norm), cosine=None if cosine is None else torch.tensor(cosine)))
+    assert mean.to_dict() == pytest.approx({"descent_norm": 2.5, "cosine": float("nan")}, nan_ok=True)
+    assert mean.steps == {"descent_norm": 4, "cosine": 3}

@@ -89,7 +89,13 @@ NAMES = tuple(field.name for field in fields(StepStats))
 class StatsMean:
     """Means of the statistics of several steps, summed on the device.
 
-    The mean of a statistic is over the steps that have it.
+    The mean of a statistic is over the steps in which it is known and finite, so that one step whose float16 gradients
+    overflow does not hide all others. It is NaN if it is finite in none of those that know it.
+
+    Attributes:
+        steps: for each statistic that a step knew, the number of these steps.
+        finite: the number of steps in which it was finite too, 0-dimensional.
+        sums: the sum of its finite values, 0-dimensional.
 
     Example:
         >>> import torch
@@ -101,21 +107,23 @@ class StatsMean:
     """
 
     def __init__(self) -> None:
+        self.steps: dict[str, int] = {}
+        self.finite: dict[str, Tensor] = {}
         self.sums: dict[str, Tensor] = {}
-        """The sum of each statistic that a step had, 0-dimensional."""
-        self.counts: dict[str, int] = {}
-        """The number of steps that had it."""
 
     def add(self, stats: StepStats) -> None:
         """Adds those of a step; nothing waits for the device."""
         for name, value in stats.known().items():
-            value = widened(value)
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-            self.counts[name] = self.counts.get(name, 0) + 1
+            value, finite = widened(value), value.isfinite()
+            value, finite = torch.where(finite, value, 0.0), finite.to(value.dtype)
+            if name in self.steps:
+                value, finite = self.sums[name] + value, self.finite[name] + finite
+            self.sums[name], self.finite[name] = value, finite
+            self.steps[name] = self.steps.get(name, 0) + 1
 
     def to_dict(self) -> dict[str, float]:
         """Returns the means as numbers, in the order of `NAMES`; this waits for the device, once."""
-        return numbers({name: self.sums[name] / self.counts[name] for name in NAMES if name in self.sums})
+        return numbers({name: self.sums[name] / self.finite[name] for name in NAMES if name in self.steps})
 
 
 def numbers(values: dict[str, Tensor]) -> dict[str, float]:

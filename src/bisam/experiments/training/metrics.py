@@ -19,6 +19,7 @@ from torch import Tensor
 from bisam import Evaluation
 from bisam.experiments.runs.folder import Row
 from bisam.statistics import NAMES, StatsMean
+from bisam.vector import widened
 
 TITLES = {"accuracy": "accuracy", "top5": "top-5 accuracy", "f1": "F1", "matthews": "Matthews correlation"}
 """The metrics, as they are written in reports."""
@@ -60,13 +61,14 @@ def _score(metric: str, ranks: Tensor, labels: Tensor) -> float:
 
 
 def stats_row(mean: StatsMean, fabric: Fabric) -> Row:
-    """Return the means of statistics over all steps of all processes, without those that no step had."""
-    zero = torch.zeros((), device=fabric.device)
-    sums = [mean.sums.get(name, zero).to(fabric.device) for name in NAMES]
-    counts = [torch.tensor(float(mean.counts.get(name, 0)), device=fabric.device) for name in NAMES]
-    both = cast(Tensor, fabric.all_reduce(torch.stack([*sums, *counts]), reduce_op="sum")).view(2, len(NAMES))
-    count = both[1].tolist()
-    return {name: value for name, value, n in zip(NAMES, (both[0] / both[1]).tolist(), count, strict=True) if n}
+    """Return the means of statistics over all steps of all processes, without those that no step knew."""
+    zero = widened(torch.zeros((), device=fabric.device))
+    steps = [zero + mean.steps.get(name, 0) for name in NAMES]
+    rows = [[of.get(name, zero).to(zero) for name in NAMES] for of in (mean.sums, mean.finite)]
+    sums, finite, known = cast(
+        Tensor, fabric.all_reduce(torch.stack([*rows[0], *rows[1], *steps]), reduce_op="sum")
+    ).view(3, len(NAMES))
+    return {name: value for name, value, n in zip(NAMES, (sums / finite).tolist(), known.tolist(), strict=True) if n}
 
 
 class TrainingSums:
