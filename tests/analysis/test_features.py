@@ -166,7 +166,7 @@ def test_the_noise_scale_is_given_only_where_it_can_be_estimated():
 def test_the_gradient_of_a_quadratic_and_of_batches_without_labels():
     oracle = Bowl(0.3, -1.2)
     found = gradient_norm(oracle, [(ROWS[:1],), (ROWS[1:],)], mode=None)
-    exact = (ROWS.mean(0) * (torch.tensor([0.3, -1.2]).double() - 1)).norm()
+    exact = (ROWS.mean(0) * (torch.tensor([0.3, -1.2], dtype=torch.double) - 1)).norm()
     assert found.norm == pytest.approx(float(exact), rel=1e-12)
     x, y = DATA[0]
     loss, model = CrossEntropy(ignore_index=3), cases.mlp().eval()

@@ -108,19 +108,28 @@ def elastic(images: Tensor, severity: int) -> Tensor:
 
 def pixelate(images: Tensor, severity: int) -> Tensor:
     """Averages pixels in boxes; the strength is the number of boxes along a side as a share of the pixels."""
-    from torch.nn.functional import interpolate
+    from torchvision.transforms.v2 import InterpolationMode, functional
 
-    share = _PIXELATE(images, severity)
-    boxes = [max(1, int(side * share)) for side in images.shape[2:]]
-    return interpolate(interpolate(images, boxes, mode="area"), images.shape[2:], mode="nearest-exact")
+    share, box = _PIXELATE(images, severity), InterpolationMode.BOX
+    sides = list(images.shape[2:])
+    boxes = [max(1, int(side * share)) for side in sides]
+    return _by_pillow(images, lambda x: functional.resize(functional.resize(x, boxes, box), sides, box))
 
 
 def jpeg(images: Tensor, severity: int) -> Tensor:
     """Compresses images; the strength is the quality."""
     from torchvision.transforms.v2 import functional
 
-    whole_numbers = (images * 255).round().to(torch.uint8)
-    return functional.jpeg(whole_numbers, int(_JPEG(images, severity))).to(images.dtype) / 255
+    quality = int(_JPEG(images, severity))
+    return _by_pillow(images, lambda x: functional.jpeg(x, quality))
+
+
+def _by_pillow(images: Tensor, change: Callable[[Any], Any]) -> Tensor:
+    """Applies a function to images of Pillow: torchvision's own JPEG coder is deprecated, and it has no box filter."""
+    from torchvision.transforms.v2 import functional
+
+    pictures = [functional.to_pil_image(x) for x in (images * 255).round().to(torch.uint8)]
+    return torch.stack([functional.pil_to_tensor(change(x)) for x in pictures]).to(images.dtype) / 255
 
 
 def _blurred(images: Tensor, sigma: float) -> Tensor:
