@@ -135,20 +135,23 @@ def reliability(
     xs, means, heights = (list(values) for values in zip(*known, strict=True))
     axes.bar(xs, heights, width, align="edge", color=COLOURS[0], edgecolor="white", linewidth=0.4, label="accuracy")
     gaps = [mean - height for mean, height in zip(means, heights, strict=True)]
-    axes.bar(xs, gaps, width * 0.5, heights, align="edge", color=COLOURS[1], alpha=0.7, label="gap to confidence")
+    hatched: dict[str, Any] = {"facecolor": "none", "edgecolor": COLOURS[1], "hatch": "//////", "linewidth": 0.8}
+    axes.bar(xs, gaps, width, heights, align="edge", label="gap to confidence", **hatched)
     axes.plot([0, 1], [0, 1], color="#555555", linewidth=0.8, linestyle="--")
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1)
     axes.set_xlabel("confidence")
     axes.set_ylabel("accuracy")
-    axes.legend(frameon=False, loc="upper left", fontsize="small")
-    above = axes.inset_axes((0, 1.04, 1, 0.22), sharex=axes)
-    above.bar(lefts, [count / total for count in counts], width, align="edge", color="#999999", linewidth=0)
-    above.tick_params(labelbottom=False, labelsize="small")
-    above.set_ylabel("share", fontsize="small")
-    above.set_ylim(bottom=0)
+    above = axes.inset_axes((0, 1.05, 1, 0.2), sharex=axes)
+    shares = [count / total for count in counts]
+    above.bar(lefts, shares, width, align="edge", color="#999999", linewidth=0)
+    above.set_ylim(0, max(shares))
+    above.set_yticks([max(shares)], [f"{max(shares):.0%}"])
+    above.text(0.02, 0.5, "share of examples", fontsize="x-small", va="center", transform=above.transAxes)
+    above.tick_params(labelbottom=False, bottom=False, labelsize="small")
     for side in ("top", "right"):
         above.spines[side].set_visible(False)
+    axes.legend(frameon=False, fontsize="small", loc="lower left", bbox_to_anchor=(0, 1.24), ncols=2, borderpad=0)
     return axes
 
 
@@ -190,7 +193,8 @@ def severities(
     axes.set_ylim(bottom=0)
     axes.set_xlabel("severity")
     axes.set_ylabel(label)
-    axes.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    place: dict[str, Any] = {"loc": "lower center", "bbox_to_anchor": (0.45, 1.0), "ncols": 3}
+    axes.legend(frameon=False, fontsize="x-small", columnspacing=1.0, handlelength=1.6, borderpad=0, **place)
     return axes
 
 
