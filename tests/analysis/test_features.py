@@ -122,7 +122,11 @@ def test_the_norms_are_those_of_per_example_gradients():
     norms = [float(g.norm()) for g in each]
     assert found.norms == pytest.approx(norms, rel=1e-12)
     assert found.norm == pytest.approx(float(whole.norm()), rel=1e-12)
-    assert (found.mean, found.std) == (pytest.approx(np.mean(norms)), pytest.approx(np.std(norms, ddof=1)))
+    sizes = [len(y) for _, y in DATA]
+    assert found.mean == pytest.approx(np.average(norms, weights=sizes), rel=1e-12)
+    assert found.std == pytest.approx(math.sqrt(1.5 * np.cov(norms, aweights=sizes, ddof=0)), rel=1e-10)
+    equal = gradient_norm(ModelOracle(model, cross_entropy), [DATA[0], DATA[2]])
+    assert (equal.mean, equal.std) == (pytest.approx(np.mean(equal.norms)), pytest.approx(np.std(equal.norms, ddof=1)))
     between = sum(len(y) * float((g - whole).square().sum()) for g, (_, y) in zip(each, DATA, strict=True)) / 2
     assert found.noise == pytest.approx(between, rel=1e-10)
     assert found.noise_scale == pytest.approx(between / (float(whole.square().sum()) - between / 53), rel=1e-9)

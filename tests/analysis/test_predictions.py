@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bisam import SAM, BiSAM, ModelOracle, SharpnessAware, cross_entropy
-from bisam.analysis import calibration, margins, zero_one_sharpness
+from bisam.analysis import Calibration, calibration, margins, zero_one_sharpness
 from bisam.analysis.samples import Result
 from bisam.objectives import CrossEntropy
 from tests.analysis.test_sharpness import Broken
@@ -126,6 +126,7 @@ def test_margins_by_features_are_refused_where_logits_come_from_elsewhere():
 
 def test_calibration_is_that_of_a_loop_and_of_torchmetrics():
     functional = pytest.importorskip("torchmetrics.functional.classification")
+    pytest.importorskip("matplotlib").use("Agg")
     model = cases.mlp()
     for p in model.parameters():
         p.data *= 3  # confidences in all bins
@@ -138,10 +139,9 @@ def test_calibration_is_that_of_a_loop_and_of_torchmetrics():
             confidence = float(row.max())
             members[int(confidence * bins)].append((confidence, bool(row.argmax() == label)))
         assert found.counts == tuple(map(len, members))
-        means = [[np.mean([float(m[i]) for m in each]) if each else None for each in members] for i in (0, 1)]
+        means = [[np.mean([float(m[i]) for m in each]) if each else math.nan for each in members] for i in (0, 1)]
         for mine, exact in zip((found.confidences, found.accuracies), means, strict=True):
-            assert [m is None for m in mine] == [e is None for e in exact]
-            assert [m for m in mine if m is not None] == pytest.approx([e for e in exact if e is not None], rel=1e-12)
+            assert mine == pytest.approx(exact, rel=1e-12, nan_ok=True)
         gaps = [(n, abs(c - a)) for n, c, a in zip(found.counts, *means, strict=True) if n]
         assert found.ece == pytest.approx(sum(n * gap for n, gap in gaps) / 65, abs=1e-6)
         assert found.mce == pytest.approx(max(gap for _, gap in gaps), abs=1e-6)
@@ -154,7 +154,10 @@ def test_calibration_is_that_of_a_loop_and_of_torchmetrics():
     assert found.confidence == pytest.approx(float(p.max(1).values.mean()), rel=1e-12)
     assert len([n for n in found.counts if n]) > 5
     assert found.forward == pytest.approx(1)
-    assert "NaN" not in json.dumps(found.to_dict())
+    assert 0 in found.counts
+    again = Calibration.from_dict(json.loads(json.dumps(found.to_dict())))
+    assert again.confidences == pytest.approx(found.confidences, rel=0, nan_ok=True)
+    assert again.plot().get_xlabel() == "confidence"
 
 
 def test_a_confidence_of_one_is_in_the_last_bin():
@@ -182,7 +185,7 @@ def numbers(value: Any) -> list[float]:
         return [number for part in value.to_dict().values() for number in numbers(part)]
     if isinstance(value, list):
         return [number for part in value for number in numbers(part)]
-    return [value] if isinstance(value, int | float) else []
+    return [value] if isinstance(value, int | float) else []  # not None, as the means of empty bins are
 
 
 def test_ignored_labels_and_positions():

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import nan
 from typing import Any
 
 import torch
@@ -42,8 +43,8 @@ class Calibration(Result):
         error: the error, in [0, 1].
         confidence: the mean probability of the predicted class. It is above 1 - `error` for overconfident models.
         counts: number of examples of each bin of equal width, [0, 1/bins), [1/bins, 2/bins), ..., [1 - 1/bins, 1].
-        confidences: the mean confidence of each bin; None for an empty one.
-        accuracies: the accuracy of each bin; None for an empty one.
+        confidences: the mean confidence of each bin; nan for an empty one.
+        accuracies: the accuracy of each bin; nan for an empty one.
         mode: see `Result`.
         seed: see `Result`.
         examples: number of labels that count.
@@ -57,8 +58,8 @@ class Calibration(Result):
     error: float
     confidence: float
     counts: tuple[int, ...]
-    confidences: tuple[float | None, ...]
-    accuracies: tuple[float | None, ...]
+    confidences: tuple[float, ...]
+    accuracies: tuple[float, ...]
     forward: float
 
     def plot(self, axes: Any = None) -> Any:
@@ -140,5 +141,5 @@ def calibration(
         )
 
 
-def _means(sums: list[float], counts: list[int]) -> tuple[float | None, ...]:
-    return tuple([total / count if count else None for total, count in zip(sums, counts, strict=True)])
+def _means(sums: list[float], counts: list[int]) -> tuple[float, ...]:
+    return tuple([total / count if count else nan for total, count in zip(sums, counts, strict=True)])

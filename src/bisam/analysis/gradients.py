@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import isfinite
-from statistics import fmean, stdev
+from math import isfinite, sqrt
+from statistics import fmean
 from typing import Any
 
 from bisam.analysis.samples import Mode, Progress, Result, Source, sampled
@@ -28,8 +28,8 @@ class GradientNorm(Result):
 
     Attributes:
         norm: the norm of the gradient of the mean loss over all examples.
-        mean: the mean of the norms of the batches' gradients.
-        std: their standard deviation; 0 for one batch.
+        mean: the mean of the norms of the batches' gradients, weighted by the numbers of losses that count.
+        std: their standard deviation with the same weights; 0 for one batch.
         norms: the norm of the gradient of each batch with losses that count.
         noise: an estimate of the trace of the covariance of the gradients of single examples, from the differences of
             the batches; None for one batch and in train mode.
@@ -113,14 +113,20 @@ def gradient_norm(
             seed=seed,
             examples=n,
             norm=norm,
-            mean=fmean(norms),
-            std=stdev(norms) if len(norms) > 1 else 0.0,
+            mean=fmean(norms, counts),
+            std=_std(norms, counts),
             norms=tuple(norms),
             noise=noise,
             noise_scale=None if noise is None else _scale(noise, norm, n),
             forward=sample.passes.forward,
             backward=sample.passes.backward,
         )
+
+
+def _std(norms: list[float], counts: list[float]) -> float:
+    """Returns the weighted standard deviation, which is that of a sample if all counts are equal."""
+    centre, k = fmean(norms, counts), len(norms)
+    return sqrt(fmean([(each - centre) ** 2 for each in norms], counts) * k / (k - 1)) if k > 1 else 0.0
 
 
 def _noise(norms: list[float], counts: list[float], norm: float) -> float | None:

@@ -115,24 +115,24 @@ def distribution(quantiles: Sequence[float], across: str, axes: Any = None) -> A
 
 
 def reliability(
-    confidences: Sequence[float | None],
-    accuracies: Sequence[float | None],
+    confidences: Sequence[float],
+    accuracies: Sequence[float],
     counts: Sequence[int],
     axes: Any = None,
 ) -> Any:
     """Draws a reliability diagram: accuracies of bins, their gaps to the confidences, and shares of examples above.
 
     Args:
-        confidences: mean confidence of each bin of equal width; None for an empty one.
-        accuracies: accuracy of each bin; None for an empty one.
+        confidences: mean confidence of each bin of equal width; of an empty one it is not used.
+        accuracies: accuracy of each bin.
         counts: number of examples of each bin.
         axes: matplotlib axes. Default: those of a new figure.
     """
     axes = _axes() if axes is None else axes
     width, total = 1 / len(counts), sum(counts)
     lefts = [i * width for i in range(len(counts))]
-    known = [(x, c, a) for x, c, a in zip(lefts, confidences, accuracies, strict=True) if c is not None]
-    xs, means, heights = (list(values) for values in zip(*known, strict=True))
+    bins = [(x, c, a) for x, c, a, n in zip(lefts, confidences, accuracies, counts, strict=True) if n]
+    xs, means, heights = (list(values) for values in zip(*bins, strict=True))
     axes.bar(xs, heights, width, align="edge", color=COLOURS[0], edgecolor="white", linewidth=0.4, label="accuracy")
     gaps = [mean - height for mean, height in zip(means, heights, strict=True)]
     hatched: dict[str, Any] = {"facecolor": "none", "edgecolor": COLOURS[1], "hatch": "//////", "linewidth": 0.8}
@@ -164,7 +164,7 @@ def explained(shares: Sequence[float], components: int, share: float, axes: Any 
         axes.legend(frameon=False, loc="lower right")
     axes.set_xlabel("principal components")
     axes.set_ylabel("explained variance")
-    axes.set_ylim(top=1.03)
+    axes.set_ylim(0, 1.03)
     return axes
 
 
@@ -172,7 +172,7 @@ def around(values: Sequence[float], centre: float, across: str, label: str, axes
     """Draws values by their numbers, from 1, and a line at the value of all together."""
     axes = points(values, across, label, axes)
     axes.axhline(centre, color=COLOURS[1], linewidth=1.2, linestyle="--", label="all examples")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.08 * max(*values, centre) or 1)
     axes.legend(frameon=False)
     return axes
 
@@ -190,7 +190,7 @@ def severities(
         )
     axes.axhline(plain, color="#999999", linewidth=0.6)
     axes.set_xticks([0, *sorted(xs)])
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.08 * max(plain, *(value for values in lines.values() for value in values)) or 1)
     axes.set_xlabel("severity")
     axes.set_ylabel(label)
     place: dict[str, Any] = {"loc": "lower center", "bbox_to_anchor": (0.45, 1.0), "ncols": 3}

@@ -14,17 +14,27 @@ from typing import TYPE_CHECKING, Any
 
 from bisam import L2, Adaptive
 from bisam.analysis import (
+    Calibration,
+    Corruptions,
     Eigenvalues,
+    FeatureRank,
     Flips,
+    GradientNorm,
     Landscape,
+    Margins,
     Sharpness,
     SpectralDensity,
     Trace,
     ZeroOneSharpness,
     average_sharpness,
+    calibration,
+    corruptions,
     eigenvalues,
+    feature_rank,
     flips,
+    gradient_norm,
     landscape,
+    margins,
     sharpness,
     spectral_density,
     trace,
@@ -277,6 +287,96 @@ _LANDSCAPE = Analysis(
     draw=figures.of_landscape,
 )
 
+_MARGINS = Analysis(
+    "margins between the label and the largest other logit",
+    {
+        "plain": Measure("margins", Margins, _of(margins)),
+        "normalized": Measure("margins of normalised logits", Margins, _of(margins, normalized="logits")),
+    },
+    columns=(
+        Column("median margin", lambda found: found["plain"]["quantiles"][50], brief=True),
+        Column("10th percentile of margins", lambda found: found["plain"]["quantiles"][10]),
+        Column("median margin, normalised", lambda found: found["normalized"]["quantiles"][50]),
+        Column("10th percentile of margins, normalised", lambda found: found["normalized"]["quantiles"][10]),
+    ),
+    draw=figures.of_margins,
+)
+
+_FEATURE_MARGINS = Analysis(
+    "distances to the decision boundary at the last layer",
+    {"features": Measure("margins of features", Margins, _of(margins, normalized="features"))},
+    columns=(Column("median margin, features", lambda found: found["features"]["quantiles"][50], brief=True),),
+    draw=figures.of_margins,
+    default=False,  # not of every model: the last layer must be linear
+)
+
+_CALIBRATION = Analysis(
+    "calibration (on test data: --split test)",
+    {"calibration": Measure("calibration", Calibration, _of(calibration))},
+    columns=(
+        Column("ECE", lambda found: found["calibration"]["ece"], percent=True, brief=True),
+        Column("MCE", lambda found: found["calibration"]["mce"], percent=True),
+        Column("Brier score", lambda found: found["calibration"]["brier"]),
+        Column("NLL", lambda found: found["calibration"]["nll"]),
+        Column("confidence", lambda found: found["calibration"]["confidence"], percent=True),
+    ),
+    draw=figures.of_one,
+    packages=("torchmetrics",),
+)
+
+_RANK = Analysis(
+    "rank of the features of the last layer",
+    {"rank": Measure("feature rank", FeatureRank, _of(feature_rank))},
+    columns=(
+        Column("feature rank, 99 %", lambda found: found["rank"]["components"], brief=True),
+        Column("stable rank", lambda found: found["rank"]["stable"]),
+        Column("effective rank", lambda found: found["rank"]["effective"]),
+    ),
+    draw=figures.of_one,
+)
+
+_GRADIENT = Analysis(
+    "norms of gradients, and the noise scale",
+    {
+        "gradient": Measure(
+            "gradients",
+            GradientNorm,
+            lambda subject, settings, progress: gradient_norm(
+                subject.oracle,
+                subject.shuffled(settings.batch_size, settings.seed),
+                seed=settings.seed,
+                progress=progress,
+            ),
+        )
+    },
+    columns=(
+        Column("gradient norm", lambda found: found["gradient"]["norm"], brief=True),
+        Column("gradient norm of batches", lambda found: found["gradient"]["mean"]),
+        Column("noise scale", lambda found: found["gradient"]["noise_scale"]),
+    ),
+    draw=figures.of_one,
+)
+
+
+def _corrupted(subject: Subject, settings: Settings, progress: Progress) -> Result:
+    statistics = subject.split.statistics
+    if statistics is None:
+        raise ValueError(f"corruptions are those of images, and {subject.recipe.dataset!r} has none: leave them out")
+    mean, std = statistics
+    return corruptions(subject.oracle, subject.batches, mean=mean, std=std, seed=settings.seed, progress=progress)
+
+
+_CORRUPTIONS = Analysis(
+    "error under corruptions of images (on test data: --split test)",
+    {"corruptions": Measure("corruptions of images", Corruptions, _corrupted)},
+    columns=(
+        Column("mean error, corrupted", lambda found: found["corruptions"]["mean_error"], percent=True, brief=True),
+    ),
+    draw=figures.of_one,
+    packages=("torchvision",),
+    default=False,  # of images only, in 36 forward passes
+)
+
 ANALYSES: dict[str, Analysis] = {
     "sharpness": _SHARPNESS,
     "zero-one": _ZERO_ONE,
@@ -284,6 +384,12 @@ ANALYSES: dict[str, Analysis] = {
     "hessian": _HESSIAN,
     "spectrum": _SPECTRUM,
     "landscape": _LANDSCAPE,
+    "margins": _MARGINS,
+    "feature-margins": _FEATURE_MARGINS,
+    "calibration": _CALIBRATION,
+    "rank": _RANK,
+    "gradient": _GRADIENT,
+    "corruptions": _CORRUPTIONS,
 }
 """By name, in the order in which they are computed."""
 

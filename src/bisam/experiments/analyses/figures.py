@@ -68,6 +68,17 @@ def of_landscape(found: Mapping[str, Any]) -> Figure:
     return _stack(found["random"].plot, found["ascent"].plot, found["plane"].plot)
 
 
+def of_margins(found: Mapping[str, Any]) -> Figure:
+    """The distributions of the margins."""
+    return _stack(*(margins.plot for margins in found.values()))
+
+
+def of_one(found: Mapping[str, Any]) -> Figure:
+    """The plot of the only result."""
+    (result,) = found.values()
+    return _stack(result.plot)
+
+
 def _stack(*panels: Any, height: float = 2.2) -> Figure:
     """A figure with panels below one another; each is drawn by a function of its axes."""
     import matplotlib
