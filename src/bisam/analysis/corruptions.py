@@ -213,8 +213,8 @@ def corruptions(
         std: see `mean`.
         kinds: corruptions by name. Those of `CORRUPTIONS` take images of 1 or 3 channels.
         mode: see `sharpness`.
-        seed: seeds the corruptions and the random numbers of forward passes. It does not depend on other corruptions or
-            severities that are asked for.
+        seed: seeds the corruptions and the random numbers of forward passes. The random numbers of a corruption depend
+            on its name, the severity and the number of the batch, and not on what else is asked for.
         progress: see `sharpness`.
 
     Raises:

@@ -330,89 +330,148 @@ _LANDSCAPE = Analysis(
 _MARGINS = Analysis(
     "margins between the label and the largest other logit",
     {
-        "plain": Measure("margins", Margins, _of(margins)),
-        "normalized": Measure("margins of normalised logits", Margins, _of(margins, normalized="logits")),
+        "plain": _measure("margins", Margins, margins),
+        "normalized": _measure("margins of normalised logits", Margins, margins, normalized=_always("logits")),
     },
     columns=(
-        Column("median margin", lambda found: found["plain"]["quantiles"][50], brief=True),
-        Column("10th percentile of margins", lambda found: found["plain"]["quantiles"][10]),
-        Column("median margin, normalised", lambda found: found["normalized"]["quantiles"][50]),
-        Column("10th percentile of margins, normalised", lambda found: found["normalized"]["quantiles"][10]),
+        Column(
+            "median margin",
+            _at("plain", "quantiles", 50),
+            "the median of the logit of the label minus the largest other logit",
+            brief=True,
+        ),
+        Column(
+            "10th percentile of margins", _at("plain", "quantiles", 10), "a tenth of the examples have a smaller margin"
+        ),
+        Column(
+            "median margin, normalised",
+            _at("normalized", "quantiles", 50),
+            "the same as median margin, of logits that are divided by their standard deviation",
+        ),
+        Column(
+            "10th percentile of margins, normalised", _at("normalized", "quantiles", 10), "the same for these logits"
+        ),
     ),
-    draw=figures.of_margins,
+    draw=figures.of_all,
 )
 
 _FEATURE_MARGINS = Analysis(
-    "distances to the decision boundary at the last layer",
-    {"features": Measure("margins of features", Margins, _of(margins, normalized="features"))},
-    columns=(Column("median margin, features", lambda found: found["features"]["quantiles"][50], brief=True),),
-    draw=figures.of_margins,
-    default=False,  # not of every model: the last layer must be linear
+    "distances to the decision boundary among the features of the last layer",
+    {"features": _measure("margins of features", Margins, margins, normalized=_always("features"))},
+    columns=(
+        Column(
+            "median margin, features",
+            _at("features", "quantiles", 50),
+            "the median distance to the decision boundary among the inputs of the last layer, divided by their spread",
+            brief=True,
+        ),
+    ),
+    draw=figures.of_all,
+    default=False,  # the last layer must be linear
 )
 
 _CALIBRATION = Analysis(
-    "calibration (on test data: --split test)",
-    {"calibration": Measure("calibration", Calibration, _of(calibration))},
+    "calibration of the confidence",
+    {"calibration": _measure("calibration", Calibration, calibration)},
     columns=(
-        Column("ECE", lambda found: found["calibration"]["ece"], percent=True, brief=True),
-        Column("MCE", lambda found: found["calibration"]["mce"], percent=True),
-        Column("Brier score", lambda found: found["calibration"]["brier"]),
-        Column("NLL", lambda found: found["calibration"]["nll"]),
-        Column("confidence", lambda found: found["calibration"]["confidence"], percent=True),
+        Column(
+            "ECE",
+            _at("calibration", "ece"),
+            "the expected calibration error, in 15 bins of the confidence",
+            percent=True,
+            brief=True,
+        ),
+        Column("MCE", _at("calibration", "mce"), "the largest calibration error of a bin", percent=True),
+        Column(
+            "Brier score",
+            _at("calibration", "brier"),
+            "the mean of the sum over the classes of squared errors of the probabilities, in [0, 2]",
+        ),
+        Column("NLL", _at("calibration", "nll"), "the mean negative log-likelihood of the labels, in nats"),
+        Column(
+            "confidence", _at("calibration", "confidence"), "the mean probability of the predicted class", percent=True
+        ),
     ),
-    draw=figures.of_one,
+    draw=figures.of_all,
     packages=("torchmetrics",),
 )
 
 _RANK = Analysis(
     "rank of the features of the last layer",
-    {"rank": Measure("feature rank", FeatureRank, _of(feature_rank))},
+    {"rank": _measure("feature rank", FeatureRank, feature_rank)},
     columns=(
-        Column("feature rank, 99 %", lambda found: found["rank"]["components"], brief=True),
-        Column("stable rank", lambda found: found["rank"]["stable"]),
-        Column("effective rank", lambda found: found["rank"]["effective"]),
+        Column(
+            "feature rank",
+            _at("rank", "components"),
+            "the number of principal components that explain 99 % of the variance of the inputs of the last layer",
+            brief=True,
+        ),
+        Column(
+            "stable rank",
+            _at("rank", "stable"),
+            "the sum of the squared singular values of these inputs divided by the largest one",
+        ),
+        Column("effective rank", _at("rank", "effective"), "the exponential of the entropy of these singular values"),
     ),
-    draw=figures.of_one,
+    draw=figures.of_all,
 )
+
+
+def _gradients(subject: Subject, settings: Settings, progress: Progress) -> Result:
+    batches = subject.shuffled(settings.batch_size, settings.seed)  # the noise scale takes them as random samples
+    return gradient_norm(subject.oracle, batches, seed=settings.seed, progress=progress)
+
 
 _GRADIENT = Analysis(
     "norms of gradients, and the noise scale",
-    {
-        "gradient": Measure(
-            "gradients",
-            GradientNorm,
-            lambda subject, settings, progress: gradient_norm(
-                subject.oracle,
-                subject.shuffled(settings.batch_size, settings.seed),
-                seed=settings.seed,
-                progress=progress,
-            ),
-        )
-    },
+    {"gradient": Measure("gradients", GradientNorm, _gradients)},
     columns=(
-        Column("gradient norm", lambda found: found["gradient"]["norm"], brief=True),
-        Column("gradient norm of batches", lambda found: found["gradient"]["mean"]),
-        Column("noise scale", lambda found: found["gradient"]["noise_scale"]),
+        Column(
+            "gradient norm",
+            _at("gradient", "norm"),
+            "the norm of the gradient of the mean loss of all examples",
+            brief=True,
+        ),
+        Column(
+            "gradient norm of batches", _at("gradient", "mean"), "the mean of the norms of the gradients of batches"
+        ),
+        Column(
+            "noise scale",
+            _at("gradient", "noise_scale"),
+            "the batch size beyond which larger batches save few steps; not given above the number of examples",
+        ),
     ),
-    draw=figures.of_one,
+    draw=figures.of_all,
 )
 
 
-def _corrupted(subject: Subject, settings: Settings, progress: Progress) -> Result:
-    statistics = subject.split.statistics
-    if statistics is None:
+def _statistics(subject: Subject) -> tuple[Sequence[float], Sequence[float]]:
+    if (statistics := subject.split.statistics) is None:
         raise ValueError(f"corruptions are those of images, and {subject.recipe.dataset!r} has none: leave them out")
-    mean, std = statistics
-    return corruptions(subject.oracle, subject.batches, mean=mean, std=std, seed=settings.seed, progress=progress)
+    return statistics
 
 
 _CORRUPTIONS = Analysis(
-    "error under corruptions of images (on test data: --split test)",
-    {"corruptions": Measure("corruptions of images", Corruptions, _corrupted)},
+    "error under corruptions of images",
+    {
+        "corruptions": _measure(
+            "corruptions of images",
+            Corruptions,
+            corruptions,
+            mean=lambda subject, settings: _statistics(subject)[0],
+            std=lambda subject, settings: _statistics(subject)[1],
+        )
+    },
     columns=(
-        Column("mean error, corrupted", lambda found: found["corruptions"]["mean_error"], percent=True, brief=True),
+        Column(
+            "mean error, corrupted",
+            _at("corruptions", "mean_error"),
+            "the mean error under seven corruptions at five severities; it is no result on CIFAR-10-C",
+            percent=True,
+            brief=True,
+        ),
     ),
-    draw=figures.of_one,
+    draw=figures.of_all,
     packages=("torchvision",),
     default=False,  # of images only, in 36 forward passes
 )

@@ -68,15 +68,9 @@ def of_landscape(found: Mapping[str, Any]) -> Figure:
     return _stack(found["random"].plot, found["ascent"].plot, found["plane"].plot)
 
 
-def of_margins(found: Mapping[str, Any]) -> Figure:
-    """The distributions of the margins."""
-    return _stack(*(margins.plot for margins in found.values()))
-
-
-def of_one(found: Mapping[str, Any]) -> Figure:
-    """The plot of the only result."""
-    (result,) = found.values()
-    return _stack(result.plot)
+def of_all(found: Mapping[str, Any]) -> Figure:
+    """The plots of all results."""
+    return _stack(*(result.plot for result in found.values()))
 
 
 def _stack(*panels: Any, height: float = 2.2) -> Figure:
