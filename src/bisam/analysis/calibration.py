@@ -118,7 +118,7 @@ def calibration(
             index = torch.bucketize(clamped.gather(1, predicted[:, None])[:, 0].float(), edges, right=True) - 1
             in_bins.index_add_(1, index, torch.stack([torch.ones_like(right), confidence, right]))
             if not metrics:  # no synchronisation: ranks that share a batch have the examples of all of them already
-                settings = {"num_classes": p.shape[1], "n_bins": bins, "sync_on_compute": False}
+                settings: dict[str, Any] = {"num_classes": p.shape[1], "n_bins": bins, "sync_on_compute": False}
                 metrics = {norm: MulticlassCalibrationError(norm=norm, **settings) for norm in ("l1", "max")}
             for metric in metrics.values():
                 metric.update(clamped, batch.labels)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from statistics import fmean
 from typing import Any, cast
 
@@ -228,11 +229,8 @@ def corruptions(
         raise ValueError("kinds is empty: name at least one corruption, such as {'jpeg': CORRUPTIONS['jpeg']}")
     for name, corruption in kinds.items():
         instance(f"corruption {name!r}", corruption, "a function (images, severity) -> images")
-    if any(kind in CORRUPTIONS.values() for kind in kinds.values()):
-        try:
-            import torchvision  # noqa: F401
-        except ImportError as error:
-            raise ImportError('corruptions need torchvision: pip install "bisam[analysis]"') from error
+    if find_spec("torchvision") is None and any(kind in CORRUPTIONS.values() for kind in kinds.values()):
+        raise ImportError('corruptions need torchvision: pip install "bisam[analysis]"')
     with sampled(source, data, seed=seed, mode=mode, progress=progress) as sample:
         scale = _Normalization(mean, std)
         sample.passes.expected = 1 + len(kinds) * len(chosen)
@@ -328,7 +326,7 @@ class _Corrupted(Sequence[Batch]):
             TypeError: the corruption does not return a tensor.
             ValueError: it returns another shape, or values that are not finite.
         """
-        batch = self._sample.batches[number]
+        batch = cast(Batch, self._sample.batches[number])
         images, name = self._scale.images(batch, number), self._name
         with RandomState([]).forked(self._sample.seed, self._severity, number, *name.encode()), torch.no_grad():
             new = cast(Any, self._corruption(images, self._severity))

@@ -100,11 +100,12 @@ def feature_rank(
     """
     share("explained", explained)
     with sampled(source, data, seed=seed, mode=mode, progress=progress) as sample:
-        sample.passes.expected, matrix, count = 1, Centred(), 0.0
+        sample.passes.expected, matrix, count, name = 1, Centred(), 0.0, ""
         with captured(sample, at) as capture:
             for answer in sample.each(grad=False):
                 count += float(answer.count)
                 call = capture.last()
+                name = call.name
                 matrix.add(sample.oracle.gathered(call.features).cpu())
         values = matrix.singular_values()
         squares, shares = values.square(), values / values.sum()
@@ -113,7 +114,7 @@ def feature_rank(
             mode=mode,
             seed=seed,
             examples=count,
-            at=call.name,
+            at=name,
             rows=matrix.rows,
             dimensions=matrix.columns,
             components=0 if flat else int((squares.cumsum(0) < explained * squares.sum()).sum()) + 1,
