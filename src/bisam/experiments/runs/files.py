@@ -159,6 +159,8 @@ def damaged(path: Path, error: Exception) -> DamagedError:
             remedy = f"delete {result}, and the same command writes it again from the checkpoint"
         case "stats.csv":
             remedy = "delete this file; the run is not affected, but has no statistics of the epochs so far"
+        case "analysis.json":
+            remedy = "delete this file, and `bisam analyse` computes it again"
         case _:
             remedy = f"delete {path.parent} to run it again"
     return DamagedError(path, _reason(error), f"{remedy}; other runs are not affected")
