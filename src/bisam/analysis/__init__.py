@@ -7,6 +7,7 @@
     eigenvalues(sharp, loader, k=5)                     # of the Hessian or the Gauss-Newton matrix
     trace(sharp, loader), spectral_density(sharp, loader)
     landscape(sharp, loader, "random")                  # loss and error along a line or on a plane
+    Monitor(sharp, loader, every=100)                   # records measures during training
 
 Each function takes a `SharpnessAware` loss or an oracle, and batches; it leaves the model as it is, and returns a
 frozen value with `to_dict()` and `plot()`.
@@ -22,6 +23,7 @@ from bisam.analysis.curvature import (
 )
 from bisam.analysis.flips import Flips as Flips, flips as flips
 from bisam.analysis.landscape import Landscape as Landscape, landscape as landscape
+from bisam.analysis.monitor import Cost as Cost, Monitor as Monitor, standard as standard
 from bisam.analysis.sharpness import (
     Normalized as Normalized,
     Sharpness as Sharpness,
