@@ -41,7 +41,7 @@ from bisam.analysis import (
 from bisam.schedules import Linear
 from tests.support import cases, ranks
 from tests.support.cases import buffers, parameters
-from tests.support.replicas import network, sharded, whole_weights
+from tests.support.replicas import sharded, whole_weights
 
 np = pytest.importorskip("numpy")
 
@@ -538,7 +538,8 @@ def test_the_plot_has_a_panel_for_each_quantity():
 
 
 def watched(make: Callable[[], tuple[nn.Module, SharpnessAware]], measures: Any, data: Any) -> tuple[list[Tensor], Any]:
-    """Weights and buffers of a training, and the history of its monitor."""
+    """Weights and buffers of a training after each step, and the history of its monitor."""
+    seen: list[Tensor] = []
     model, sharp = make()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     monitor = None if measures is None else Monitor(sharp, data, every=2, measures=measures)
@@ -551,7 +552,13 @@ def watched(make: Callable[[], tuple[nn.Module, SharpnessAware]], measures: Any,
         optimizer.step()
         if monitor is not None:
             monitor.step()
-    return [*whole_weights(model), *[b.clone() for b in model.buffers()]], [] if monitor is None else monitor.history
+        seen += [t.clone() for t in (*whole_weights(model), *model.buffers())]
+    return seen, [] if monitor is None else monitor.history
+
+
+def plain_net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 4)).double()
 
 
 def normed_and_noisy() -> nn.Module:
@@ -570,12 +577,12 @@ def replicas_outside() -> tuple[nn.Module, SharpnessAware]:
 
 
 def fully_sharded() -> tuple[nn.Module, SharpnessAware]:
-    model = sharded(network())
+    model = sharded(plain_net())
     return model, SharpnessAware(model, SAM(0.1), cross_entropy)
 
 
 def replicated() -> tuple[nn.Module, SharpnessAware]:
-    model = network()
+    model = plain_net()
     return model, SharpnessAware(model, SAM(0.1), cross_entropy, scope="global")
 
 
@@ -597,7 +604,7 @@ def on_two_ranks() -> dict[str, Any]:
         Monitor(sharp, part, measures={"fails": lambda *_: [][0]}).record()
     except IndexError:
         found["raised"] = True
-    found["counts"] = flips(sharp, part, 0.7, {"SAM": None}).to_dict()
+    found["counts"] = flips(sharp, part, 3.0, {"SAM": None}).to_dict()
     return found
 
 
@@ -611,9 +618,9 @@ def test_two_ranks():
     for name in ("replicas_inside", "replicas_outside"):  # each rank has its own batches
         assert [record["rank"] for record in (first[name][1][0], second[name][1][0])] == [0, 1]
         assert first[name][1][0]["sharpness"] != second[name][1][0]["sharpness"]
-    model = network()
+    model = plain_net()
     sharp = SharpnessAware(model, SAM(0.1), cross_entropy)
-    counts = flips(sharp, DATA, 0.7, {"SAM": None})
+    counts = flips(sharp, DATA, 3.0, {"SAM": None})
     for name in ("examples", "correct", "flipped", "repaired"):
         assert first["counts"][name] == second["counts"][name] == getattr(counts, name)
     assert counts.flipped["SAM"] > 0

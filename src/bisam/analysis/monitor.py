@@ -156,6 +156,7 @@ class Monitor:
     Attributes:
         sharp: the argument `sharp`.
         every: the argument `every`.
+        batches: the batches that were read.
         steps: number of steps so far.
         history: the records, oldest first.
 
@@ -213,7 +214,7 @@ class Monitor:
         self.sharp, self.every = sharp, every
         self.steps = 0
         self.history: list[Record] = []
-        self._batches = _read(data, batches, sharp)
+        self.batches = _read(data, batches, sharp)
         self._names: dict[str, list[str]] = {}  # of the entries of each measure
         self._warned = False
 
@@ -224,7 +225,7 @@ class Monitor:
         return Cost(
             sum(forward for forward, _ in known),
             sum(backward for _, backward in known),
-            sum(size(batch) or 1 for batch in self._batches),
+            sum(size(batch) or 1 for batch in self.batches),
             self.every,
             tuple(name for name, cost in self._costs.items() if cost is None),
         )
@@ -308,7 +309,7 @@ class Monitor:
     def _measured(self, name: str, *, alone: bool) -> Record:
         """Returns the entries of a measure; `alone`: no other rank waits for this one in the passes."""
         try:
-            result = self._measures[name](self.sharp, list(self._batches))
+            result = self._measures[name](self.sharp, list(self.batches))
             entries = _entries(name, result)
         except NonFiniteLossError as error:
             self._warn(str(error))
