@@ -69,7 +69,9 @@ class AnalysisCallback(TrainerCallback):
         """See `TrainerCallback.on_step_end`."""
         assert self.monitor is not None
         if record := self.monitor.step(state.global_step):
+            due = control.should_log  # which a log resets: the line of the training loss is still to come
             self._trainer.log({f"{self._prefix}{name}": v for name, v in record.items() if name != "step"})
+            self._trainer.control.should_log = control.should_log = due
 
     def _own(self, line: dict[str, float]) -> Record:
         """Returns the entries of a line of the log that are those of a record."""
