@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -604,7 +605,26 @@ def on_two_ranks() -> dict[str, Any]:
         Monitor(sharp, part, measures={"fails": lambda *_: [][0]}).record()
     except IndexError:
         found["raised"] = True
-    found["counts"] = flips(sharp, part, 3.0, {"SAM": None}).to_dict()
+
+    # What all ranks cannot compute is left out. What one rank cannot compute is an error on all of them.
+    def on_rank(failing: set[int]) -> float:
+        if rank in failing:
+            raise ValueError("no classes")
+        return 1.0
+
+    for make in (replicas_inside, fully_sharded):
+        _, sharp = make()
+        both = Monitor(sharp, part, measures={"fails": lambda *_: on_rank({0, 1}), "one": lambda *_: 1})
+        with pytest.warns(UserWarning, match="the measure 'fails' is left out .*: no classes"):
+            assert both.record() == {"step": 0, "one": 1}
+        with pytest.raises(RuntimeError, match="the measure 'fails' failed on 50% of the ranks"):
+            Monitor(sharp, part, measures={"fails": lambda *_: on_rank({1})}).record()
+    bad = [(x * math.nan, y) if rank else (x, y) for x, y in part]
+    _, sharp = replicas_inside()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found["bad"] = Monitor(sharp, bad).record()
+    found["counts"] = flips(fully_sharded()[1], part, 3.0, {"SAM": None}).to_dict()
     return found
 
 
@@ -615,6 +635,8 @@ def test_two_ranks():
         assert second[name][0], name
         assert [record["step"] for record in first[name][1]] == [2, 4]
     assert first["raised"]
+    assert all(map(math.isfinite, first["bad"].values()))
+    assert math.isnan(second["bad"]["flips"])
     for name in ("replicas_inside", "replicas_outside"):  # each rank has its own batches
         assert [record["rank"] for record in (first[name][1][0], second[name][1][0])] == [0, 1]
         assert first[name][1][0]["sharpness"] != second[name][1][0]["sharpness"]

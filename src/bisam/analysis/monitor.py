@@ -140,8 +140,10 @@ class Monitor:
     such as flips of a model without classes, is left out of all further records. Each is warned of once.
 
     In distributed training each rank calls `step`. With FSDP2 or `scope="global"` the records are those of the batches
-    of all ranks. Otherwise they are those of the rank's own batches. If an error on one rank would leave others waiting
-    (in these cases, and with DistributedDataParallel inside the loss), it is raised.
+    of all ranks. Otherwise they are those of the rank's own batches. In these cases, and with DistributedDataParallel
+    inside the loss, an error is raised if it would leave other ranks waiting: one in the middle of a pass, such as
+    missing memory, or one that only some ranks have. With DistributedDataParallel around the loss, rank 0 may record
+    alone.
 
     Args:
         sharp: the loss of the training loop.
@@ -254,7 +256,7 @@ class Monitor:
         record: Record = {"step": self.steps}
         with oracle.random_state().kept(), torch.enable_grad():
             for name in list(self._measures):
-                record |= self._measured(name, alone=oracle.is_local and oracle.replicas is None)
+                record |= self._measured(name, oracle)
             record |= _of_all_ranks({name: value for name, value in record.items() if name != "step"}, oracle)
         if bad := [name for name, value in record.items() if not math.isfinite(value)]:
             self._warn(f"{bad[0]} is {record[bad[0]]}")
@@ -271,7 +273,7 @@ class Monitor:
         Raises:
             ValueError: the state is not one of a monitor.
         """
-        if not isinstance(cast(Any, state), Mapping) or state.keys() != {"steps", "history"}:
+        if not isinstance(cast(Any, state), Mapping) or set(state) != {"steps", "history"}:
             raise ValueError(f"the state of a monitor has the entries 'steps' and 'history', got {shown(state)}")
         self.steps, self.history = int(state["steps"]), copy.deepcopy(list(state["history"]))
 
@@ -306,26 +308,33 @@ class Monitor:
         """Returns the cost, in words."""
         return str(self.cost)
 
-    def _measured(self, name: str, *, alone: bool) -> Record:
-        """Returns the entries of a measure; `alone`: no other rank waits for this one in the passes."""
+    def _measured(self, name: str, oracle: ModelOracle) -> Record:
+        """Returns the entries of a measure, none if it cannot be computed."""
+        alone = oracle.is_local and oracle.replicas is None  # no other rank waits for this one in the passes
+        failure: Exception | None = None
+        entries: Record = {}
         try:
             result = self._measures[name](self.sharp, list(self.batches))
             entries = _entries(name, result)
+            self._costs[name] = self._costs[name] or _counted(result)
+            self._names[name] = list(entries)
         except NonFiniteLossError as error:
             self._warn(str(error))
-            return dict.fromkeys(self._names.get(name, [name]), math.nan)
+            entries = dict.fromkeys(self._names.get(name, [name]), math.nan)
         except Exception as error:
-            if not alone:  # the ranks would make different passes
-                raise
+            if not (alone or isinstance(error, TypeError | ValueError | ImportError)):
+                raise  # in the middle of a pass, where other ranks wait
+            failure = error
+        if not alone and 0 < (share := _share_of_ranks(failure is not None, oracle)) < 1:
+            raise RuntimeError(
+                f"the measure {name!r} failed on {share:.0%} of the ranks, and the others would wait for these"
+            ) from failure
+        if failure is not None:
             del self._measures[name], self._costs[name]
             warnings.warn(
-                f"the measure {name!r} is left out of the records, and training goes on: {_one_line(error)}",
+                f"the measure {name!r} is left out of the records, and training goes on: {_one_line(failure)}",
                 stacklevel=4,
             )
-            return {}
-        if self._costs[name] is None:
-            self._costs[name] = _counted(result)
-        self._names[name] = list(entries)
         return entries
 
     def _warn(self, what: str) -> None:
@@ -352,6 +361,14 @@ def _read(data: Iterable[Any], most: int | None, sharp: SharpnessAware) -> list[
     if not batches:
         raise ValueError("the data has no batches; a generator that was read before has none left")
     return batches
+
+
+def _share_of_ranks(flag: bool, oracle: ModelOracle) -> float:
+    """Returns the share of the ranks whose flag is True, of those that wait for each other in the passes."""
+    value = torch.tensor(float(flag), device=oracle.weights.tensors[0].device)
+    if oracle.replicas is not None:
+        return float(oracle.replicas.mean([value])[0])
+    return float(oracle.averaged(value, 1)[0])
 
 
 def _of_all_ranks(entries: Record, oracle: ModelOracle) -> Record:

@@ -80,7 +80,7 @@ class AnalysisCallback(Callback):
             self.monitor.load_state_dict(self._state)
             self._state = {}
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """See `Callback.on_train_batch_end`."""
         assert self.monitor is not None
         if (record := self.monitor.step(trainer.global_step)) is None:
