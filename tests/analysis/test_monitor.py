@@ -468,6 +468,8 @@ def test_no_measure_left():
         ),
         ({"sharp": ModelOracle(cases.mlp(), cross_entropy)}, TypeError, "got ModelOracle"),
         ({"data": []}, ValueError, "the data has no batches"),
+        ({"data": 5}, TypeError, "data must be batches, such as a list or a DataLoader, got int"),
+        ({"measures": [sharpness]}, TypeError, "measures must be functions by names"),
         ({"every": 0}, ValueError, "every must be at least 1, got 0"),
         ({"every": 2.5}, TypeError, "every must be an int, got 2.5"),
         ({"batches": 0}, ValueError, "batches must be at least 1, got 0"),

@@ -351,6 +351,8 @@ def _read(data: Iterable[Any], most: int | None, sharp: SharpnessAware) -> list[
     """Returns copies of the first batches; random numbers that reading them takes are given back."""
     if most is not None:
         whole("batches", most)
+    if not isinstance(cast(Any, data), Iterable):
+        raise TypeError(f"data must be batches, such as a list or a DataLoader, got {describe(data)}")
     places = [data, getattr(data, "sampler", None)] if isinstance(data, DataLoader) else []
     own = [g for place in places if isinstance(g := getattr(place, "generator", None), torch.Generator)]
     states = [generator.get_state() for generator in own]
@@ -448,9 +450,12 @@ def _stated(measures: Mapping[str, Measure]) -> dict[str, tuple[float, float] | 
     """Returns the forward and backward passes of each measure, None where they are not known in advance.
 
     Raises:
-        TypeError: a measure is no function, or is a partial one with keywords that its function does not have.
+        TypeError: there is no mapping of measures; a measure is no function, or is a partial one with keywords that its
+            function does not have.
         ValueError: there is no measure, or "step" is one's name.
     """
+    if not isinstance(cast(Any, measures), Mapping):
+        raise TypeError(f"measures must be functions by names, such as {{'top': eigenvalues}}, got {shown(measures)}")
     if not measures:
         raise ValueError("measures is empty: name at least one, such as {'sharpness': sharpness}")
     for name, measure in measures.items():
