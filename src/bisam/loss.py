@@ -274,7 +274,12 @@ class SharpnessAware(nn.Module):
             Vector(2 tensors, 15 entries)
         """
         return ModelOracle(
-            self.model, self.loss, self._forward, scaler=None, same_noise=self._same_noise, scope=self._scope
+            self.model,
+            self.loss,
+            self._forward,
+            same_noise=self._same_noise,
+            scope=self._scope,
+            step=self._memory.step,
         )
 
     @property

@@ -35,7 +35,7 @@ from bisam.deprecated import renamed
 from bisam.distributed.placement import Scope
 from bisam.integrations.transformers.loss import Costs, Inputs, TrainerLoss, Watched
 from bisam.loss import SharpnessAware
-from bisam.methods import Method
+from bisam.methods import ERM, Method
 from bisam.state import kind
 from bisam.statistics import StatsMean
 from bisam.validation import instance
@@ -124,6 +124,17 @@ class SharpnessAwareTrainer(Trainer):
             )
             self._sharp_of = self.model
         return self._sharp
+
+    def plain_loss(self) -> SharpnessAware:
+        """Returns the loss of the Trainer without a method, for `bisam.analysis`; it shares no state with training.
+
+        It takes batches of the collator, and is the mean over the items that count in a batch.
+
+            trainer.train()
+            sharpness(trainer.plain_loss(), trainer.get_eval_dataloader(), L2(0.05))
+        """
+        own = TrainerLoss(self, super().compute_loss)
+        return SharpnessAware(cast(nn.Module, self.model_wrapped), ERM(), own, own.forward, scope=self._scope)
 
     def compute_loss(
         self,
