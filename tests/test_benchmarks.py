@@ -91,15 +91,16 @@ def test_step(tmp_path, capsys, monkeypatch):
     assert [r["contestant"] for r in content["rows"]] == list(step.CASES["mlp-32"].contestants)
     assert [r["contestant"] for r in content["rows"] if r["ratio_to_sam"]] == [
         "bisam BiSAM (-log)",
+        "bisam SAM, stats",
         "bisam SAM, half of the tensors",
         "bisam ESAM",
         "bisam SAM, last layer",
     ]
     assert all(r.keys() >= RATIO | {"model", "batch", "ratio_to_sam"} for r in content["rows"])
     ours = [r for r in content["footprint"] if r["contestant"].startswith("bisam")]
-    assert len(ours) == 3
+    assert len(ours) == 4
     for row in ours:
-        assert (row["at_second_loss"], row["between_steps"]) == (2, 1)
+        assert (row["at_second_loss"], row["between_steps"]) == (3 if "stats" in row["contestant"] else 2, 1)
         assert row["checkpoint_ratio"] < 1.01
     shown = capsys.readouterr().out
     assert "time / SAM's" in shown
@@ -265,6 +266,13 @@ def test_the_page_refuses_what_no_benchmark_wrote(tmp_path, content):
     with pytest.raises(SystemExit, match=r"other\.json is"):
         docs.main([str(tmp_path / "other.json"), "--to", str(tmp_path / "page.md")])
     assert not (tmp_path / "page.md").exists()
+
+
+def test_calls_that_differ_in_cost_are_compared_turn_by_turn():
+    times = {"looks": [5.0, 1.0, 3.0, 7.0, 9.0], "plain": [2.0, 2.0, 2.0, 2.0, 1.0]}
+    assert timing.turns(times, 2) == {"looks": [3.0, 5.0], "plain": [2.0, 2.0]}
+    assert timing.turns(times, 9) == {"looks": [5.0], "plain": [1.8]}
+    assert timing.turns(times, 1) == times
 
 
 def test_the_interval_of_groups_is_that_of_a_bootstrap_of_the_groups():

@@ -17,7 +17,6 @@ RANKS-FAULT-NESTING-METHOD:
 
 from __future__ import annotations
 
-import multiprocessing as mp
 import os
 import re
 import signal
@@ -104,7 +103,8 @@ def built(nesting: str, model: nn.Sequential, make: Callable[[torch.optim.Optimi
         sharded(model)
     optimizer = sgd(model)  # of the shards
     inside = DDP(model) if order == "inside" else model
-    sharp = SharpnessAware(inside, make(optimizer), cross_entropy, scope="global" if scope else None)
+    stats = dist.get_world_size() == 4  # which communicate: four ranks record them, two do not
+    sharp = SharpnessAware(inside, make(optimizer), cross_entropy, scope="global" if scope else None, stats=stats)
     outer = DDP(sharp) if order == "outside" else sharp
     return Built(outer, outer if order == "outside" else inside, optimizer)
 
@@ -427,7 +427,6 @@ CASES = {case.name: case for case in _cases()}
 
 def run(names: Sequence[str], options: Options) -> Iterator[Finding]:
     """Runs cases, several of them in one launch of ranks where that is possible."""
-    mp.get_context("forkserver").set_forkserver_preload([__name__])  # one import of torch for all ranks
     launches: dict[tuple[Any, ...], list[Case]] = {}
     for name in names:
         launches.setdefault(CASES[name].launch, []).append(CASES[name])
@@ -440,7 +439,7 @@ def _launched(together: Sequence[Case], folder: Path) -> Iterator[Finding]:
     case, methods = together[0], [case.method for case in together]
 
     def ends(world: int, function: Any, *arguments: Any, seconds: float) -> list[ranks.End]:
-        return ranks.ends(world, function, *arguments, seconds=seconds, patience=PATIENCE, start="forkserver")
+        return ranks.ends(world, function, *arguments, seconds=seconds, patience=PATIENCE)
 
     if case.fault in ENDING:
         mark = folder / "fault"
