@@ -86,6 +86,31 @@ def contours(
     return axes
 
 
+def panels(series: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], across: str) -> list[Any]:
+    """Draws several quantities below each other in a new figure, and returns the axes.
+
+    Args:
+        series: for each quantity the points of its lines by names; an empty name has no entry in the legend.
+        across: label of the common horizontal axis.
+    """
+    plt = _pyplot()
+    figure, grid = plt.subplots(
+        len(series), 1, sharex=True, squeeze=False, layout="constrained", figsize=(3.4, 0.5 + 1.2 * len(series))
+    )
+    axes = list(grid[:, 0])
+    for one, (label, lines) in zip(axes, series.items(), strict=True):
+        _open(one)
+        for (name, found), colour in zip(lines.items(), _colours(len(lines)), strict=True):
+            xs, ys = zip(*found, strict=True)
+            one.plot(xs, ys, ".-", color=colour, label=name or None, linewidth=1.2, markersize=4)
+        one.set_ylabel(label)
+        if any(lines):
+            one.legend(frameon=False, fontsize="small")
+    axes[-1].set_xlabel(across)
+    figure.align_ylabels(axes)
+    return axes
+
+
 def density(grid: Sequence[float], values: Sequence[float], axes: Any = None) -> Any:
     """Draws a density of eigenvalues on a logarithmic scale, down to a millionth of its maximum."""
     axes = _axes() if axes is None else axes
@@ -207,11 +232,19 @@ def _colours(n: int) -> list[str]:
 
 
 def _axes() -> Any:
+    _, axes = _pyplot().subplots(figsize=(3.4, 2.4), layout="constrained")  # the width of a column
+    return _open(axes)
+
+
+def _open(axes: Any) -> Any:
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    return axes
+
+
+def _pyplot() -> Any:
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
         raise ImportError('plots need matplotlib: pip install "bisam[analysis]"') from error
-    _, axes = plt.subplots(figsize=(3.4, 2.4), layout="constrained")  # the width of a column
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    return axes
+    return plt
