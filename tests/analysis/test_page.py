@@ -22,10 +22,10 @@ def test_the_code_of_the_page_runs():
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     for block in blocks:
         exec(block, names)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     assert names["one"].rise <= names["many"].rise
     assert names["axes"].get_xlabel() == "along a random direction"
-    results = [names[name] for name in ("one", "worst", "found", "top", "density", "line", "plane")]
+    results = [names[name] for name in ("one", "worst", "found", "top", "density", "line", "plane", "path")]
     for result in results:
         assert result.plot().get_xlabel()
         plt.close("all")

@@ -7,11 +7,13 @@
     eigenvalues(sharp, loader, k=5)                     # of the Hessian or the Gauss-Newton matrix
     trace(sharp, loader), spectral_density(sharp, loader)
     landscape(sharp, loader, "random")                  # loss and error along a line or on a plane
+    connectivity(sharp, loader, checkpoint)             # loss and error on the line to another checkpoint
 
 Each function takes a `SharpnessAware` loss or an oracle, and batches; it leaves the model as it is, and returns a
 frozen value with `to_dict()` and `plot()`.
 """
 
+from bisam.analysis.connectivity import Connectivity as Connectivity, connectivity as connectivity
 from bisam.analysis.curvature import (
     Eigenvalues as Eigenvalues,
     SpectralDensity as SpectralDensity,

@@ -34,6 +34,10 @@ Source = Oracle | SharpnessAware
 """An oracle, or the loss of a training loop, whose model is analysed."""
 
 
+class NotFiniteError(ValueError):
+    """A loss at the weights themselves is not finite."""
+
+
 @dataclass(frozen=True)
 class Result:
     """The base of results.
@@ -127,14 +131,14 @@ class Sample:
         """Yields the evaluation of each batch at a displacement.
 
         Raises:
-            ValueError: a loss is not finite at the weights themselves.
+            NotFiniteError: a loss is not finite at the weights themselves.
         """
         for i, batch in enumerate(self.batches, self.first):
             with self._forked(i):
                 answer = self.oracle.query(batch, objective, at=at, grad=grad, track=False, wrt=wrt)
             self.passes.add(batch, grad)
             if at is None and not bool(answer.value.isfinite()):
-                raise ValueError(
+                raise NotFiniteError(
                     f"the loss of batch {i} is {float(answer.value)} at the weights: the model has diverged, or the "
                     "batch has entries that are not finite"
                 )
@@ -217,15 +221,25 @@ def sampled(
     inner = oracle if isinstance(oracle, ModelOracle) else None
     if inner is None and mode is not None:
         raise ValueError(f"mode={mode!r} needs a ModelOracle; for another oracle pass mode=None")
+    batches = read(data, oracle)
+    with nullcontext() if inner is None or mode is None else in_mode(inner.model, mode == "train"):
+        passes = Passes(sum(size(batch) or 1 for batch in batches), progress)
+        yield Sample(oracle.without_tracking(), batches, seed, passes, model=inner)
+
+
+def read(data: Iterable[Any], oracle: Oracle) -> list[Batch]:
+    """Returns the batches of `data` as tuples of arguments, on the device of the weights.
+
+    Raises:
+        ValueError: there are none.
+    """
     device = oracle.weights.tensors[0].device
     batches = [_arguments(batch, device) for batch in data]
     if not batches:
         raise ValueError(
             "the data has no batches: a generator can be read once, so pass a list or a DataLoader to each measure"
         )
-    with nullcontext() if inner is None or mode is None else in_mode(inner.model, mode == "train"):
-        passes = Passes(sum(size(batch) or 1 for batch in batches), progress)
-        yield Sample(oracle.without_tracking(), batches, seed, passes, model=inner)
+    return batches
 
 
 def _arguments(batch: Any, device: torch.device) -> Batch:
