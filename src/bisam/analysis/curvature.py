@@ -1,4 +1,4 @@
-"""Curvature: eigenvalues, trace and spectral density of the Hessian or the Gauss-Newton matrix of the training loss.
+"""Curvature: eigenvalues, trace and spectral density of the Hessian, Gauss-Newton or Fisher matrix of a training loss.
 
     >>> import torch
     >>> from bisam import ModelOracle, cross_entropy
@@ -29,8 +29,22 @@ from bisam.analysis.samples import Mode, Progress, Result, Sample, Source, sampl
 from bisam.validation import positive, whole
 from bisam.vector import WHOLE
 
-Matrix = Literal["hessian", "ggn"]
-"""The Hessian, or the Gauss-Newton matrix, which is the Fisher information where the loss is cross-entropy."""
+Matrix = Literal["hessian", "ggn", "fisher", "empirical-fisher"]
+"""A matrix of the mean loss.
+
+"hessian": its second derivatives. "ggn": the Gauss-Newton matrix. "fisher": the Fisher matrix, which is the mean of the
+outer product of the gradient with itself, over examples and over labels that are distributed as the model predicts. For
+cross-entropy of logits, also with label smoothing, it is the Gauss-Newton matrix; for other losses it is refused.
+"empirical-fisher": the same with the labels of the data, which does not approximate the curvature in general (Kunstner
+et al., 2019, https://arxiv.org/abs/1905.12558).
+"""
+
+_TITLES = {
+    "hessian": "Hessian",
+    "ggn": "Gauss-Newton matrix",
+    "fisher": "Fisher matrix",
+    "empirical-fisher": "empirical Fisher matrix",
+}
 
 By = Literal["curvlinops", "differences"]
 """How products with the matrix are computed."""
@@ -41,7 +55,7 @@ class Curvature(Result):
     """The base of results on curvature.
 
     Attributes:
-        matrix: "hessian" or "ggn".
+        matrix: the matrix, see `Matrix`.
         by: how products were computed, "curvlinops" or "differences".
         products: number of products with the matrix; each costs two to three forward and backward passes.
         mode: see `Result`.
@@ -117,7 +131,7 @@ def eigenvalues(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Eigenvalues:
-    """Returns the largest eigenvalues of the Hessian or the Gauss-Newton matrix, by the Lanczos method (ARPACK).
+    """Returns the largest eigenvalues of the Hessian or another matrix, by the Lanczos method (ARPACK).
 
     The largest eigenvalue of the Hessian is the sharpness of the literature on the edge of stability (Cohen et al.,
     2021, https://arxiv.org/abs/2103.00065).
@@ -126,7 +140,8 @@ def eigenvalues(
         source: a `SharpnessAware` loss, or an oracle such as `ModelOracle(model, loss)`.
         data: batches, read once and kept, for example a DataLoader without augmentation.
         k: number of eigenvalues, >= 1 and at most the number of weights.
-        matrix: "hessian" or "ggn".
+        matrix: "hessian", "ggn", "fisher" or "empirical-fisher", see `Matrix`. Central differences give the Hessian
+            only.
         by: "curvlinops" for exact products, "differences" for central differences. Default: exact ones if they can be
             computed.
         tolerance: relative accuracy, > 0.
@@ -272,8 +287,8 @@ def _operator(
     progress: Progress | None,
 ) -> Generator[tuple[Any, float]]:
     """A context with the matrix as a linear operator of curvlinops, and the number of losses that count."""
-    if matrix not in ("hessian", "ggn"):
-        raise ValueError(f"matrix must be 'hessian' or 'ggn', got {matrix!r}")
+    if matrix not in _TITLES:
+        raise ValueError(f"matrix must be {', '.join(map(repr, _TITLES))}, got {matrix!r}")
     if by not in ("curvlinops", "differences", None):
         raise ValueError(f"by must be 'curvlinops', 'differences' or None, got {by!r}")
     try:
@@ -288,11 +303,11 @@ def _operator(
             if operator is not None:
                 yield Counted(operator, sample.oracle.weights, "curvlinops"), examples
                 return
-        if by == "curvlinops":
+        if by == "curvlinops" and matrix == "hessian":
             raise ValueError(f"curvlinops cannot compute exact products here ({fault}): pass by='differences'")
-        if matrix == "ggn":
+        if matrix != "hessian":
             raise ValueError(
-                "central differences give the Hessian only, not the Gauss-Newton matrix"
+                f"central differences give the Hessian only, not the {_TITLES[matrix]}"
                 + (f", and curvlinops cannot serve here ({fault})" if fault else "")
             )
         yield Counted(Differences(sample), sample.oracle.weights, "differences"), examples
