@@ -65,6 +65,10 @@ class Texts:
         """Return the split with other labels (N,)."""
         return replace(self, labels=labels)
 
+    def unaugmented(self) -> Texts:
+        """Return the split itself: texts are not augmented."""
+        return self
+
     def batches(
         self, size: int, generator: torch.Generator | None = None, rank: int = 0, ranks: int = 1
     ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:

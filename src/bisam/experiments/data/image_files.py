@@ -84,6 +84,10 @@ class Folder:
         """Return the split with other labels (N,)."""
         return replace(self, labels=labels)
 
+    def unaugmented(self) -> Folder:
+        """Return the split without augmentation."""
+        return replace(self, training=False)
+
     def where(self, chosen: Tensor) -> Folder:
         """Return the examples for which `chosen` (N,) is true."""
         paths = [self.paths[i] for i in chosen.nonzero()[:, 0].tolist()]

@@ -95,6 +95,10 @@ class Images:
         """Return the split with other labels (N,)."""
         return replace(self, labels=labels)
 
+    def unaugmented(self) -> Images:
+        """Return the split without augmentation."""
+        return replace(self, augmentation=None)
+
     def batches(
         self, size: int, generator: torch.Generator | None = None, rank: int = 0, ranks: int = 1
     ) -> Iterator[tuple[Tensor, Tensor]]:

@@ -55,6 +55,10 @@ class Split(Batches, Protocol):
         """Return the split with other labels (N,)."""
         ...
 
+    def unaugmented(self) -> Self:
+        """Return the split without augmentation."""
+        ...
+
 
 @dataclass(frozen=True)
 class Data:
