@@ -173,6 +173,17 @@ def test_the_model_is_left_as_it_is():
     assert torch.equal(torch.get_rng_state(), random)
 
 
+def test_a_graph_that_is_held_meanwhile_stays_valid():
+    model = cases.convnet()
+    twin = copy.deepcopy(model)
+    x, y = DATA[0]
+    losses = [cross_entropy(one(x), y).mean() for one in (model, twin)]
+    connectivity(ModelOracle(model, cross_entropy), DATA, checkpoint(cases.convnet), recalibrate=TRAINING, points=3)
+    for loss in losses:
+        loss.backward()
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+
+
 class Failing(nn.Module):
     """Fails in one of its passes."""
 

@@ -130,7 +130,7 @@ def connectivity(
             of a checkpoint is not finite.
     """
     whole("points", points, least=3)
-    others = tuple(cast("Sequence[Checkpoint]", other)) if isinstance(other, list | tuple) else (other,)
+    others = cast("tuple[Checkpoint, ...]", tuple(other) if isinstance(other, list | tuple) else (other,))
     if not 1 <= len(others) <= 2 or not all(isinstance(cast(Any, one), Mapping) for one in others):
         kinds = ", ".join(type(one).__name__ for one in others) or "none"
         raise TypeError(f"other must be a state dict such as model.state_dict(), or two of them, got {kinds}")
@@ -323,7 +323,8 @@ class _Statistics:
         oracle, momenta = self._oracle, [layer.momentum for layer in self._layers]
         try:
             for layer in self._layers:
-                layer.reset_running_stats()
+                for buffer, value in ((layer.running_mean, 0), (layer.running_var, 1), (layer.num_batches_tracked, 0)):
+                    buffer.data.fill_(value)  # as reset_running_stats(), which the graph of another loss would detect
                 layer.momentum = None  # the cumulative average
             with in_mode(oracle.model, True):
                 for i, batch in enumerate(self._batches):
@@ -346,7 +347,7 @@ def _matched(other: Checkpoint, oracle: ModelOracle) -> dict[str, Tensor]:
     Raises:
         ValueError: they differ in names, or in frozen parameters.
     """
-    found = {name: cast(Tensor, value) for name, value in other.items() if isinstance(value, Tensor)}
+    found = {name: value for name, value in other.items() if isinstance(value, Tensor)}
     own = {name for name, value in oracle.model.state_dict().items() if isinstance(value, Tensor)} | {*oracle.names}
     if own != found.keys():
         plain = {_unwrapped(name): name for name in own}
