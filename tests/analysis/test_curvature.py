@@ -176,6 +176,24 @@ def test_the_density_is_that_of_the_dense_hessian():
     assert len(found.to_dict()["grid"]) == 512
 
 
+def test_the_density_of_a_singular_matrix_is_cheap():
+    """Most eigenvalues of a Gauss-Newton matrix are 0, where a relative tolerance is never reached."""
+    model = cases.mlp().eval()
+    values = torch.linalg.eigvalsh(dense(model, cross_entropy, gauss_newton=True))
+    found = spectral_density(ModelOracle(model, cross_entropy), DATA, vectors=20, draws=2, matrix="ggn")
+    assert found.products < 20 * 2 + 60
+    assert found.grid[0] < 0 < float(values.max()) < found.grid[-1]
+    assert float(torch.trapezoid(torch.tensor(found.density), torch.tensor(found.grid))) == pytest.approx(1, abs=0.05)
+
+
+def test_the_density_of_a_concave_loss_has_both_ends():
+    model = cases.mlp().eval()
+    values = torch.linalg.eigvalsh(dense(model, lambda z, y: -cross_entropy(z, y)))
+    oracle = ModelOracle(model, lambda z, y: -cross_entropy(z, y))
+    found = spectral_density(oracle, DATA, vectors=20, draws=1)
+    assert found.grid[0] < float(values.min()) < float(values.max()) < found.grid[-1]
+
+
 class Dictionary(nn.Module):
     def __init__(self) -> None:
         super().__init__()

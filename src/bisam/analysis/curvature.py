@@ -39,6 +39,8 @@ cross-entropy of logits, also with label smoothing, it is the Gauss-Newton matri
 et al., 2019, https://arxiv.org/abs/1905.12558).
 """
 
+_DENSE = 32  # weights up to which the matrix is computed
+_ROUGH = 1e-2
 _TITLES = {
     "hessian": "Hessian",
     "ggn": "Gauss-Newton matrix",
@@ -162,7 +164,7 @@ def eigenvalues(
         n = operator.shape[0]
         if k > n:
             raise ValueError(f"k={k} eigenvalues are more than the {n} weights have")
-        values = _all(operator) if n <= max(2 * k, 32) else _by_arpack(operator, k, tolerance, seed)
+        values = _all(operator) if n <= max(2 * k, _DENSE) else _by_arpack(operator.to_scipy(), k, tolerance, seed)
         found = sorted(values, reverse=True)[:k]
         return Eigenvalues(mode, seed, examples, matrix, operator.by, operator.products, tuple(found))
 
@@ -247,7 +249,7 @@ def spectral_density(
     with _operator(source, data, matrix, by, mode, seed, progress) as (operator, examples):
         from curvlinops.papyan2020traces.spectrum import LanczosApproximateSpectrumCached
 
-        ends = (_by_arpack(operator, 1, 1e-2, seed, "SA")[0], _by_arpack(operator, 1, 1e-2, seed)[0])
+        ends = _ends(operator, seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             lanczos = LanczosApproximateSpectrumCached(operator, min(vectors, operator.shape[0]), boundaries=ends)
@@ -261,13 +263,30 @@ def _all(operator: Any) -> list[float]:
     return torch.linalg.eigvalsh((dense + dense.T) / 2).tolist()
 
 
-def _by_arpack(operator: Any, k: int, tolerance: float, seed: int, which: str = "LA") -> list[float]:
+def _ends(operator: Any, seed: int) -> tuple[float, float]:
+    """Returns the smallest and the largest eigenvalue, to a hundredth of the larger one in magnitude."""
+    if operator.shape[0] <= _DENSE:
+        values = _all(operator)
+        return min(values), max(values)
+    from scipy.sparse.linalg import LinearOperator
+
+    products = operator.to_scipy()
+    far = _by_arpack(products, 1, _ROUGH, seed, "LM")[0]
+    sign = 1.0 if far >= 0 else -1.0
+    # The tolerance is relative to the eigenvalue: at an end near 0, as that of a singular Gauss-Newton matrix, nothing
+    # converges. The distance from the other end is large.
+    distances = LinearOperator(products.shape, matvec=lambda v: sign * (far * v - products @ v), dtype=products.dtype)
+    near = far - sign * _by_arpack(distances, 1, _ROUGH, seed)[0]
+    return min(far, near), max(far, near)
+
+
+def _by_arpack(products: Any, k: int, tolerance: float, seed: int, which: str = "LA") -> list[float]:
     from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 
-    first = torch.randn(operator.shape[0], generator=torch.Generator().manual_seed(seed)).double().numpy()
+    first = torch.randn(products.shape[0], generator=torch.Generator().manual_seed(seed)).double().numpy()
     try:
         how: dict[str, Any] = {"k": k, "which": which, "v0": first, "tol": tolerance}
-        found: Any = eigsh(operator.to_scipy(), return_eigenvectors=False, **how)
+        found: Any = eigsh(products, return_eigenvectors=False, **how)
     except ArpackNoConvergence as error:
         raise RuntimeError(
             f"the Lanczos method did not converge to {k} eigenvalues with tolerance {tolerance:g}: ask for fewer, or "
