@@ -6,15 +6,17 @@ numbers of the forward passes (dropout) are those of the seed in every pass, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, cast
+from math import isfinite, nan
+from typing import Any, Literal, Self, cast, get_type_hints
 
 import torch
 from torch import Tensor
 
 from bisam.batches import Batch, examples, mapped, size, split
+from bisam.distributed.ddp import synchronising_as_before
 from bisam.evaluation import Evaluation
 from bisam.loss import SharpnessAware
 from bisam.model.eval_mode import in_mode
@@ -34,8 +36,8 @@ Source = Oracle | SharpnessAware
 """An oracle, or the loss of a training loop, whose model is analysed."""
 
 
-class NotFiniteError(ValueError):
-    """A loss at the weights themselves is not finite."""
+class NonFiniteLossError(ValueError):
+    """A loss at the weights is not finite."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +55,37 @@ class Result:
     examples: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns all attributes, for JSON."""
+        """Returns all attributes, for JSON; a number that is not finite is None."""
         return _lists(asdict(self))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Returns the result whose `to_dict` gave these values; a number that was not finite is nan.
+
+        Raises:
+            ValueError: they are not the attributes of this kind of result.
+        """
+        hints = get_type_hints(cls)
+        if values.keys() != hints.keys():
+            raise ValueError(f"{cls.__name__} has {', '.join(hints)}, got {', '.join(values)}")
+        return cls(**{name: nan if v is None and hints[name] is float else _tuples(v) for name, v in values.items()})
 
 
 def _lists(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _lists(part) for key, part in cast("dict[str, Any]", value).items()}
-    return [_lists(part) for part in cast("Sequence[Any]", value)] if isinstance(value, tuple | list) else value
+    if isinstance(value, tuple | list):
+        return [_lists(part) for part in cast("Sequence[Any]", value)]
+    return None if isinstance(value, float) and not isfinite(value) else value
+
+
+def _tuples(value: Any) -> Any:
+    """Restores what `_lists` changed; inside of containers None was a number."""
+    if isinstance(value, dict):
+        return {key: _tuples(nan if part is None else part) for key, part in cast("dict[str, Any]", value).items()}
+    if isinstance(value, list):
+        return tuple(_tuples(nan if part is None else part) for part in cast("list[Any]", value))
+    return value
 
 
 @dataclass
@@ -111,6 +136,11 @@ class Sample:
     first: int = 0
     model: ModelOracle | None = None
 
+    @property
+    def ranks(self) -> int:
+        """Number of ranks that share a batch; the count of an answer is their mean. All of them call it together."""
+        return len(self.oracle.gathered(self.oracle.weights.tensors[0].new_zeros(1)))
+
     def parts(self, m: int | None) -> list[Sample]:
         """Returns the groups of batches that have a ball of their own: all batches, or parts of `m` examples.
 
@@ -131,14 +161,14 @@ class Sample:
         """Yields the evaluation of each batch at a displacement.
 
         Raises:
-            NotFiniteError: a loss is not finite at the weights themselves.
+            NonFiniteLossError: a loss is not finite at the weights themselves.
         """
         for i, batch in enumerate(self.batches, self.first):
             with self._forked(i):
                 answer = self.oracle.query(batch, objective, at=at, grad=grad, track=False, wrt=wrt)
             self.passes.add(batch, grad)
             if at is None and not bool(answer.value.isfinite()):
-                raise NotFiniteError(
+                raise NonFiniteLossError(
                     f"the loss of batch {i} is {float(answer.value)} at the weights: the model has diverged, or the "
                     "batch has entries that are not finite"
                 )
@@ -222,7 +252,11 @@ def sampled(
     if inner is None and mode is not None:
         raise ValueError(f"mode={mode!r} needs a ModelOracle; for another oracle pass mode=None")
     batches = read(data, oracle)
-    with nullcontext() if inner is None or mode is None else in_mode(inner.model, mode == "train"):
+    with ExitStack() as contexts:
+        if inner is not None:
+            contexts.enter_context(synchronising_as_before(inner.model))
+            if mode is not None:
+                contexts.enter_context(in_mode(inner.model, mode == "train"))
         passes = Passes(sum(size(batch) or 1 for batch in batches), progress)
         yield Sample(oracle.without_tracking(), batches, seed, passes, model=inner)
 

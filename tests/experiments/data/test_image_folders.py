@@ -75,6 +75,9 @@ def test_an_image_for_evaluation_is_what_torchvision_makes_of_it(tmp_path):
         ]
     )
     torch.testing.assert_close(x[0], reference(Image.open(path)).as_subclass(torch.Tensor), atol=1e-6, rtol=0)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in Folder([str(path)], torch.tensor([3])).statistics)
+    pixels = v2.Compose(reference.transforms[:4])(Image.open(path)).as_subclass(torch.Tensor)
+    torch.testing.assert_close(x[0] * std + mean, pixels, atol=1e-6, rtol=0)
     assert x.shape == (1, 3, 224, 224)
     assert y.tolist() == [3]
     assert y.dtype == torch.int64
@@ -145,6 +148,11 @@ def test_first_relabelled_and_to(split):
     assert len(split.first(3)) == 3
     assert torch.equal(images(split.first(3).batches(2)), images(split.batches(2))[:3])
     assert len(split.first(100)) == 7
+    some = split.chosen(torch.tensor([4, 0]))
+    assert (names(some), some.labels.tolist()) == (["4.jpg", "0.jpg"], [1, 0])
+    whole = replace(split, training=False)
+    assert torch.equal(images(split.unaugmented().batches(4)), images(whole.batches(4)))
+    assert not torch.equal(images(split.batches(4)), images(whole.batches(4)))
     noisy = split.relabelled(split.labels + 5)
     assert torch.cat([y for _, y in noisy.batches(4)]).tolist() == (split.labels + 5).tolist()
     x, y = next(split.to(torch.device("meta")).batches(4))

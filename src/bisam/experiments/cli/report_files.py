@@ -9,22 +9,24 @@ from bisam.experiments.cli.terminal import console
 from bisam.experiments.runs.files import write
 
 
-def write_report(to: Path, markdown: str, csv: str, figures: Mapping[str, bytes]) -> None:
-    """Write report.md, report.html, the figures and, if there are rows, report.csv, and print their names.
+def write_report(to: Path, markdown: str, csv: str, figures: Mapping[str, bytes], analyses: str = "") -> None:
+    """Write report.md, report.html, the figures and, if there are rows, CSV files, and print their names.
 
     Args:
         to: folder.
         markdown: the report, which names the figures by their files.
         csv: its rows, or "" if there are none.
         figures: content by file name.
+        analyses: rows of what was analysed, for analysis.csv, or "" if there are none.
     """
     from bisam.experiments.reports import pages
 
     write(to / "report.md", markdown)
-    if csv:
-        write(to / "report.csv", csv)
+    tables = {name: rows for name, rows in (("report.csv", csv), ("analysis.csv", analyses)) if rows.strip()}
+    for name, rows in tables.items():
+        write(to / name, rows)
     write(to / "report.html", pages.html(markdown, figures))
     for file, content in figures.items():
         write(to / file, content)
-    names = ["report.md", *(["report.csv"] if csv else []), "report.html", *figures]
+    names = ["report.md", *tables, "report.html", *figures]
     console.print(f"{to}/: {', '.join(names)}", soft_wrap=True)

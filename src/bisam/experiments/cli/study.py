@@ -114,12 +114,12 @@ class StudySubject:
             wanted = dict.fromkeys(replace(recipe, seed=0) for recipe in recipes)
             runs, left_out = all_finished(root)
             found = [run for run in runs if without_seed(run) in wanted]
-            self._report(self._arranged(found, list(wanted)), left_out, out / self.name)
+            self._report(self._arranged(found, list(wanted)), left_out, out, out / self.name)
         return show_failed(outcomes)
 
     def report(self, changes: tuple[str, ...], out: Path, to: Path | None) -> int:
         """Print the table, and write the report."""
-        self._report(*self._finished(changes, out), to or out / self.name)
+        self._report(*self._finished(changes, out), out, to or out / self.name)
         return 0
 
     def figure(self, name: str | None, changes: tuple[str, ...], out: Path) -> Figure:
@@ -157,8 +157,8 @@ class StudySubject:
 
         return arranged(runs, recipes, self.study.baselines)
 
-    def _report(self, runs: list[Finished], left_out: list[str], to: Path) -> None:
-        from bisam.experiments.reports import figures, tables
+    def _report(self, runs: list[Finished], left_out: list[str], out: Path, to: Path) -> None:
+        from bisam.experiments.reports import analyses, figures, tables
         from bisam.experiments.reports.drawing import rendered
         from bisam.experiments.reports.groups import grouped
 
@@ -178,8 +178,14 @@ class StudySubject:
         drawn = [name for name in study.figures if figures.usable(name, runs)]
         pictures = {f"{name}.png": rendered(figures.draw(name, runs)) for name in drawn}
         captions = {f"{name}.png": figures.CAPTIONS[name] for name in drawn}
-        text = tables.markdown(study.title, runs, captions, study.note, study.baselines, left_out, study.assumptions)
-        write_report(to, text, to_csv(rows), pictures)
+        entries, faults = analyses.read(runs)
+        for fault in faults:
+            errors.print(f"bisam: skipped: {fault}")
+        more = [analyses.section(runs, entries, faults, f"{out / study.folder}")]
+        text = tables.markdown(
+            study.title, runs, captions, study.note, study.baselines, left_out, study.assumptions, more
+        )
+        write_report(to, text, to_csv(rows), pictures, analyses=to_csv(analyses.rows(runs, entries)))
 
 
 def _check_methods(recipes: Iterable[Recipe]) -> None:

@@ -53,6 +53,11 @@ class Texts:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def statistics(self) -> None:
+        """None: texts are no images."""
+        return None
+
     def to(self, device: torch.device) -> Texts:
         """Return the split with its batches on `device`."""
         return replace(self, device=device)
@@ -60,6 +65,13 @@ class Texts:
     def first(self, count: int) -> Texts:
         """Return the first `count` examples."""
         return replace(self, ends=self.ends[: count + 1], labels=self.labels[:count])
+
+    def chosen(self, index: Tensor) -> Texts:
+        """Return the examples with these numbers (n,), in this order."""
+        texts = [slice(*self.ends[i : i + 2]) for i in index.tolist()]
+        tokens = {name: np.concatenate([flat[text] for text in texts]) for name, flat in self.tokens.items()}
+        ends = np.cumsum([0, *(text.stop - text.start for text in texts)])
+        return replace(self, tokens=tokens, ends=ends, labels=self.labels[index])
 
     def relabelled(self, labels: Tensor) -> Texts:
         """Return the split with other labels (N,)."""

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 
-from bisam.experiments.data.splits import shares, without_index
+from bisam.experiments.data.splits import Statistics, shares, without_index
 from bisam.experiments.errors import reason
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -72,6 +72,11 @@ class Folder:
     def __len__(self) -> int:
         return len(self.paths)
 
+    @property
+    def statistics(self) -> Statistics:
+        """What the images are standardised with."""
+        return self.mean, self.std
+
     def to(self, device: torch.device) -> Folder:
         """Return the split with its batches on `device`."""
         return replace(self, device=device)
@@ -79,6 +84,10 @@ class Folder:
     def first(self, count: int) -> Folder:
         """Return the first `count` examples."""
         return replace(self, paths=self.paths[:count], labels=self.labels[:count])
+
+    def chosen(self, index: Tensor) -> Folder:
+        """Return the examples with these numbers (n,), in this order."""
+        return replace(self, paths=[self.paths[i] for i in index.tolist()], labels=self.labels[index])
 
     def relabelled(self, labels: Tensor) -> Folder:
         """Return the split with other labels (N,)."""
@@ -90,8 +99,7 @@ class Folder:
 
     def where(self, chosen: Tensor) -> Folder:
         """Return the examples for which `chosen` (N,) is true."""
-        paths = [self.paths[i] for i in chosen.nonzero()[:, 0].tolist()]
-        return replace(self, paths=paths, labels=self.labels[chosen])
+        return self.chosen(chosen.nonzero()[:, 0])
 
     def batches(
         self, size: int, generator: torch.Generator | None = None, rank: int = 0, ranks: int = 1

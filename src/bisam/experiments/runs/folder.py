@@ -3,10 +3,12 @@
 runs/digits/sam-noise-0.4-1f0c22e9/seed-0/
     recipe.json             the recipe; its fingerprint is in the name of the folder
     metrics.csv             one row for each epoch; the last one of a run of steps may be cut short
+    stats.csv               with --stats, mean statistics of the steps of each epoch that was trained with it
     checkpoint.pt           the state after the last completed epoch, see checkpoint.py
     checkpoint-previous.pt  the checkpoint before it, until the run is finished
     checkpoint-damaged.pt   a checkpoint.pt that was found damaged
     result.json             written once, at the end, see results.py
+    analysis.json           what `bisam analyse` measured afterwards, with its figures in analysis/
 
 Each file is replaced atomically and is on the disk before the next one is written. The command that started a run also
 resumes it: after the last completed epoch, or after the one before if checkpoint.pt is damaged.
@@ -19,7 +21,7 @@ import time
 import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,7 +31,7 @@ from bisam.experiments.errors import RunError, RunWarning
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.checkpoint import CHECKPOINT, DAMAGED, PREVIOUS, file_fault, read_checkpoint, serialized
 from bisam.experiments.runs.environment import environment
-from bisam.experiments.runs.files import damaged, make_folders, read_bytes, read_json, to_csv, write
+from bisam.experiments.runs.files import damaged, make_folders, read_bytes, read_json, read_rows, to_csv, write
 from bisam.experiments.runs.results import (
     Result as Result,
     Row as Row,
@@ -38,6 +40,7 @@ from bisam.experiments.runs.results import (
     read_result,
     with_checksums,
 )
+from bisam.statistics import NAMES
 
 
 @dataclass(frozen=True)
@@ -152,6 +155,20 @@ class Run:
         """
         return read_metrics(self.folder, self.recipe) if (self.folder / "metrics.csv").exists() else []
 
+    def stats(self) -> list[Row]:
+        """Return the statistics of the epochs that were trained with `Machine.stats`, without those that have none.
+
+        Raises:
+            RunError: the file is damaged.
+        """
+        path = self.folder / "stats.csv"
+        if not path.exists():
+            return []
+        rows = read_rows(path, blanks=True)
+        if not rows or any(row.keys() - {"epoch", *NAMES} or row.get("epoch", 0.5) % 1 for row in rows):
+            raise damaged(path, ValueError("it does not have the columns of statistics, or numbers of epochs"))
+        return [{**row, "epoch": int(row["epoch"])} for row in rows]
+
     def writer(self) -> Writer:
         """Return what writes the files of this run into the folder as it is now, which `open` has locked."""
         return Writer(self)
@@ -200,7 +217,16 @@ class Writer:
         """
         self.check()
         if read_bytes(self._run.folder / "metrics.csv") != (content := to_csv(history).encode()):
-            self._write("metrics.csv", content)
+            self.write("metrics.csv", content)
+
+    def stats(self, rows: Sequence[Row]) -> None:
+        """Replace the statistics of the epochs that have any.
+
+        Raises:
+            RunError: the folder was deleted or replaced.
+            OSError: the disk is full or read-only.
+        """
+        self._write("stats.csv", to_csv([{name: row.get(name) for name in ("epoch", *NAMES)} for row in rows]))
 
     def save(self, state: Mapping[str, Any], history: Sequence[Row]) -> None:
         """Replace the metrics and then the checkpoint, and keep the one before.
@@ -213,7 +239,7 @@ class Writer:
         """
         checkpoint = serialized(state, self._run.recipe)
         self.metrics(history)
-        self._write(CHECKPOINT, checkpoint, keep=self._run.folder / PREVIOUS)
+        self.write(CHECKPOINT, checkpoint, keep=self._run.folder / PREVIOUS)
 
     def finish(self, result: Mapping[str, Any], history: Sequence[Row]) -> Result:
         """Write the result with its environment and time, and return it; the run is finished then.
@@ -225,11 +251,17 @@ class Writer:
         values = {**result, **environment(), "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
         complete = with_checksums(values, self._run.recipe, history)
         self.metrics(history)
-        self._write("result.json", json.dumps(complete, indent=2) + "\n")
+        self.write("result.json", json.dumps(complete, indent=2) + "\n")
         (self._run.folder / PREVIOUS).unlink(missing_ok=True)
         return cast(Result, complete)
 
-    def _write(self, name: str, content: str | bytes, keep: Path | None = None) -> None:
+    def write(self, name: str, content: str | bytes, keep: Path | None = None) -> None:
+        """Replace a file of the folder atomically; see `files.write`.
+
+        Raises:
+            RunError: the folder was deleted or replaced.
+            OSError: the disk is full or read-only.
+        """
         self.check()
         try:
             write(self._run.folder / name, content, keep=keep, make_folder=False)
@@ -244,6 +276,8 @@ class Finished:
     recipe: Recipe
     result: Result
     metrics: list[Row]
+    folder: Path | None = field(default=None, compare=False)
+    """Where it was read from."""
 
     @property
     def diverged(self) -> int | None:
@@ -258,7 +292,7 @@ def finished(root: Path) -> Iterator[Finished | RunError]:
             recipe = read_recipe(path.parent)
             if (result := read_result(path.parent, recipe)) is None:  # deleted since
                 continue
-            yield Finished(recipe, result, read_metrics(path.parent, recipe, result))
+            yield Finished(recipe, result, read_metrics(path.parent, recipe, result), path.parent)
         except RunError as error:
             yield error
 

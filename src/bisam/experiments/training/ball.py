@@ -24,7 +24,7 @@ from torch import nn
 from bisam import L2, ModelOracle
 from bisam.analysis import flips, zero_one_sharpness
 from bisam.analysis.flips import ADVERSARIES as FLIPPING
-from bisam.analysis.samples import NotFiniteError
+from bisam.analysis.samples import NonFiniteLossError
 from bisam.analysis.zero_one import ADVERSARIES as CLIMBING
 from bisam.experiments.data.splits import Split, batches_of
 from bisam.experiments.recipes.recipe import Recipe
@@ -82,7 +82,7 @@ class Ball:
             with self._fabric.autocast():
                 largest = zero_one_sharpness(oracle, pairs, L2(RADIUS), steps=STEPS)
                 found = flips(oracle, pairs, L2(RADIUS))
-        except NotFiniteError:  # the run has diverged, and goes on to its end
+        except NonFiniteLossError:  # the run has diverged, and goes on to its end
             return dict.fromkeys(BALL, nan)
         row: Row = {"ball_error": largest.error, "ball_worst": largest.worst}
         row |= {f"flips_{_SHORT[name]}": count / found.examples for name, count in found.flipped.items()}

@@ -33,7 +33,7 @@ from bisam.experiments.training.devices import OnEpoch, train_in_processes
 from bisam.experiments.training.epoch import predict, train_epoch
 from bisam.experiments.training.fsdp import divided, shard, share_buffers, whole
 from bisam.experiments.training.loggers import loggers
-from bisam.experiments.training.metrics import scores
+from bisam.experiments.training.metrics import scores, stats_row
 from bisam.experiments.training.optimizers import (
     advances_by_epoch,
     build_optimizer,
@@ -45,6 +45,7 @@ from bisam.experiments.training.reference_speed import ReferenceSpeed
 from bisam.experiments.training.state import RunState
 from bisam.experiments.training.weight_average import WeightAverage
 from bisam.state import StateError
+from bisam.statistics import StatsMean
 
 
 def train(run: Run, machine: Machine = Machine(), on_epoch: OnEpoch | None = None) -> Result:  # noqa: B008
@@ -124,7 +125,7 @@ class Training:
             model.compile(dynamic=False)
         descent = descent_loss(recipe.label_smoothing, splits.classes)
         self._ball = Ball(fabric, model, descent, self._train, recipe) if recipe.measured_epochs else None
-        loss = SharpnessAware(model, self._method, descent, scaler=grad_scaler(fabric))
+        loss = SharpnessAware(model, self._method, descent, scaler=grad_scaler(fabric), stats=machine.stats)
         sharp, optimizer = fabric.setup(loss, optimizer)
         self._state = RunState(fabric, sharp, optimizer, scheduler, average)
         self._writer = run.writer() if fabric.is_global_zero else None
@@ -132,6 +133,10 @@ class Training:
             self._state.restore(checkpoint, run.folder)
             if self._writer is not None:
                 self._writer.metrics(self._state.history)
+        # Of an epoch after the checkpoint there is a row if the process was killed between the two files.
+        earlier = run.stats() if machine.stats and self._writer is not None else []
+        self._stats = [row for row in earlier if row["epoch"] <= len(self._state.history)]
+        self._mean: StatsMean | None = None  # of the steps of the last epoch
 
     def train(self, on_epoch: OnEpoch | None) -> Result:
         """Train the remaining epochs, test, and write the result."""
@@ -143,12 +148,16 @@ class Training:
             except StateError as error:
                 raise damaged(self._run.folder / CHECKPOINT, error) from error
             state.history.append(row)
+            stats = {} if self._mean is None else stats_row(self._mean, fabric)
             if writer is not None:
                 writer.check()  # before the loggers, which create their folders
             for board in boards:
-                board.log(row, epoch)
+                board.log({**row, **stats}, epoch)
             checkpoint = state.gather()  # in all processes, because tensors may be sharded
             if writer is not None:
+                if stats:
+                    self._stats.append({"epoch": epoch, **stats})
+                    writer.stats(self._stats)
                 writer.save(checkpoint, state.history)
             if on_epoch is not None:
                 on_epoch(row)
@@ -162,6 +171,7 @@ class Training:
     def epoch(self, epoch: int) -> Row:
         """Train and validate one epoch, numbered from 1, and return its row of metrics."""
         recipe, state = self._recipe, self._state
+        self._mean = StatsMean() if self._machine.stats else None
         # The seed depends on the epoch alone: a resumed run draws the same, and all methods get the same batches.
         seed = recipe.seed * 1_000_003 + epoch
         torch.manual_seed(seed + 15_485_863 * self._fabric.global_rank)
@@ -181,6 +191,7 @@ class Training:
             None if by_epoch else state.scheduler,
             state.average,
             self._length.losses_in(epoch),
+            self._mean,
         )
         row["relative_time"] = row["seconds"] / row["losses"] / self._reference_speed.seconds_per_loss()
         if by_epoch:
