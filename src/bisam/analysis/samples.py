@@ -254,12 +254,7 @@ def sampled(
     inner = oracle if isinstance(oracle, ModelOracle) else None
     if inner is None and mode is not None:
         raise ValueError(f"mode={mode!r} needs a ModelOracle; for another oracle pass mode=None")
-    device = oracle.weights.tensors[0].device
-    batches = [_arguments(batch, device) for batch in data]
-    if not batches:
-        raise ValueError(
-            "the data has no batches: a generator can be read once, so pass a list or a DataLoader to each measure"
-        )
+    batches = read(data, oracle)
     with ExitStack() as contexts:
         if inner is not None:
             contexts.enter_context(synchronising_as_before(inner.model))
@@ -267,6 +262,21 @@ def sampled(
                 contexts.enter_context(in_mode(inner.model, mode == "train"))
         passes = Passes(sum(size(batch) or 1 for batch in batches), progress)
         yield Sample(oracle.without_tracking(), batches, seed, passes, model=inner)
+
+
+def read(data: Iterable[Any], oracle: Oracle) -> list[Batch]:
+    """Returns the batches of `data` as tuples of arguments, on the device of the weights.
+
+    Raises:
+        ValueError: there are none.
+    """
+    device = oracle.weights.tensors[0].device
+    batches = [_arguments(batch, device) for batch in data]
+    if not batches:
+        raise ValueError(
+            "the data has no batches: a generator can be read once, so pass a list or a DataLoader to each measure"
+        )
+    return batches
 
 
 def _arguments(batch: Any, device: torch.device) -> Batch:
