@@ -25,7 +25,7 @@ CONFIGURATIONS = [
 
 
 def measured(seeds: int = 4, noises=(0.0, 0.4), recipes=tuple(CONFIGURATIONS)) -> list[Measured]:
-    """Runs whose error grows from configuration to configuration: "good" follows it, "bad" is random, "flat" constant."""
+    """Runs whose error grows by configuration: "good" follows it, "bad" is random, and "flat" is constant."""
     random, found = np.random.default_rng(0), []
     for noise in noises:
         for seed in range(seeds):

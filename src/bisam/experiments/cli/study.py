@@ -24,7 +24,7 @@ from bisam.experiments.recipes.recipe import VERSION, Recipe
 from bisam.experiments.runs.files import to_csv
 from bisam.experiments.runs.folder import Finished, finished
 from bisam.experiments.runs.machine import Machine, threads
-from bisam.experiments.studies.study import Study, expand
+from bisam.experiments.studies.study import Analyses, Study, expand
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -81,10 +81,12 @@ class StudySubject:
     def plan(self, launch: Launch, machine: Machine, out: Path) -> int:
         """Print the runs, and an estimate of the time of those that are left."""
         recipes, workers = self._recipes(launch), launch.workers or machine.slots
-        left = show_runs(recipes, out / self.study.folder)
+        left, unmeasured = show_runs(recipes, out / self.study.folder, self.study.analyses)
         _check_methods(left)
         count = sum(left.values())
         said = f"{count} of {len(recipes)} runs of {self.name} are left"
+        if self.study.analyses is not None:
+            said += f", and the analyses of {unmeasured}"
         if not launch.estimate or not count:
             console.print(said)
             return 0
@@ -93,15 +95,17 @@ class StudySubject:
         threads(min(workers, len(recipes)))  # as in the processes of the runs
         seconds = show_times(left, machine)
         time = "?" if seconds is None else duration(seconds / min(workers, count))
-        console.print(f"{said}, about {time} in {workers} processes")
+        more = "" if self.study.analyses is None else ", without the time of the analyses"
+        console.print(f"{said}, about {time} in {workers} processes{more}")
         return 0
 
     def run(self, launch: Launch, machine: Machine, out: Path) -> int:
         """Run what is not finished yet, and report."""
         recipes, root = self._recipes(launch), out / self.study.folder
-        with Display(recipes) as display:
+        analyses = self.study.analyses
+        with Display(recipes, 0 if analyses is None else len(analyses.what)) as display:
             try:
-                outcomes = _launched(recipes, root, launch, machine, display)
+                outcomes = _launched(recipes, root, launch, machine, display, analyses)
             except KeyboardInterrupt:
                 signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not end the message
                 display.stop()
@@ -188,13 +192,18 @@ def _check_methods(recipes: Iterable[Recipe]) -> None:
 
 
 def _launched(
-    recipes: Sequence[Recipe], root: Path, launch: Launch, machine: Machine, display: Display
+    recipes: Sequence[Recipe],
+    root: Path,
+    launch: Launch,
+    machine: Machine,
+    display: Display,
+    analyses: Analyses | None,
 ) -> Sequence[Outcome]:
-    """Outcomes of the runs, in processes of this machine or on a cluster."""
+    """Outcomes of the runs and their analyses, in processes of this machine or on a cluster."""
     if launch.ray is None:
         from bisam.experiments.launch.processes import run_all
 
-        return run_all(recipes, root, launch.workers or machine.slots, machine, display)
+        return run_all(recipes, root, launch.workers or machine.slots, machine, display, analyses)
     from bisam.experiments.launch.ray import run_all as run_on_ray
 
     return run_on_ray(
@@ -206,6 +215,7 @@ def _launched(
         gpus=launch.gpus,
         cpus=launch.cpus,
         retries=launch.retries,
+        analyses=analyses,
     )
 
 

@@ -99,6 +99,19 @@ def _methods_rho(epochs: int | None) -> list[Recipe]:
     return [_one(method, rho, epochs or 30) for method, grid in grids.items() for rho in grid]
 
 
+def _sharpness(epochs: int | None) -> list[Recipe]:
+    """Each method with three settings: half, once and twice the radius of the study digits, learning rates for SGD."""
+    each = epochs or 30
+    radii = {"sam": 0.4, "bisam_log": 0.4, "bisam_tanh": 0.4, "asam": 4.0}
+    plain = [Recipe(method=PLAIN, learning_rate=rate, epochs=2 * each) for rate in (0.03, 0.1, 0.3)]
+    others = [
+        Recipe(method=method, rho=factor * rho, epochs=each)
+        for method, rho in radii.items()
+        for factor in (0.5, 1.0, 2.0)
+    ]
+    return [replace(recipe, noise=noise) for noise in (0.0, 0.4) for recipe in (*plain, *others)]
+
+
 def _cifar10_small(epochs: int | None) -> list[Recipe]:
     """The authors' recipe on a fifth of CIFAR-10 for 15 epochs, which takes hours on two cores."""
     each = epochs or 15

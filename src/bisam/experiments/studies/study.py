@@ -17,6 +17,26 @@ from bisam.experiments.studies.papers import Exhibit
 
 
 @dataclass(frozen=True)
+class Analyses:
+    """What is measured of each finished run of a study, as `bisam analyse` does, and how it is compared.
+
+    Attributes:
+        what: names of analyses.
+        settings: values of their settings that differ from the defaults.
+        primary: the measure whose correlation with the test error is the study's primary comparison; fixed before the
+            first run.
+        control: the measure that the others must beat.
+        shown: the measures of the figure.
+    """
+
+    what: tuple[str, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict[str, Any], hash=False)
+    primary: str = ""
+    control: str = ""
+    shown: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Study:
     """A named comparison."""
 
@@ -44,6 +64,8 @@ class Study:
     """Names of the methods that are expressions, for reports; an expression has the same name in all studies."""
     assumptions: tuple[Assumption, ...] = ()
     """The values that no public source of the paper gives; the report marks them."""
+    analyses: Analyses | None = None
+    """What is measured of its finished runs, and correlated with their test error; None: nothing."""
 
     @property
     def folder(self) -> str:
