@@ -37,6 +37,7 @@ FLOORS = [
     {"experiments.data"},
     {"experiments.studies"},
     {"experiments.training", "experiments.measurements"},
+    {"experiments.analyses"},
     {"experiments.launch", "experiments.reports"},
     {"experiments.cli"},
     {"experiments"},  # its entry point

@@ -6,10 +6,11 @@ numbers of the forward passes (dropout) are those of the seed in every pass, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, cast
+from math import isfinite, nan
+from typing import Any, Literal, Self, cast, get_type_hints
 
 import torch
 from torch import Tensor
@@ -49,14 +50,37 @@ class Result:
     examples: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns all attributes, for JSON."""
+        """Returns all attributes, for JSON; a number that is not finite is None."""
         return _lists(asdict(self))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Returns the result whose `to_dict` gave these values; a number that was not finite is nan.
+
+        Raises:
+            ValueError: they are not the attributes of this kind of result.
+        """
+        hints = get_type_hints(cls)
+        if values.keys() != hints.keys():
+            raise ValueError(f"{cls.__name__} has {', '.join(hints)}, got {', '.join(values)}")
+        return cls(**{name: nan if v is None and hints[name] is float else _tuples(v) for name, v in values.items()})
 
 
 def _lists(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _lists(part) for key, part in cast("dict[str, Any]", value).items()}
-    return [_lists(part) for part in cast("Sequence[Any]", value)] if isinstance(value, tuple | list) else value
+    if isinstance(value, tuple | list):
+        return [_lists(part) for part in cast("Sequence[Any]", value)]
+    return None if isinstance(value, float) and not isfinite(value) else value
+
+
+def _tuples(value: Any) -> Any:
+    """Restores what `_lists` changed; inside of containers None was a number."""
+    if isinstance(value, dict):
+        return {key: _tuples(nan if part is None else part) for key, part in cast("dict[str, Any]", value).items()}
+    if isinstance(value, list):
+        return tuple(_tuples(nan if part is None else part) for part in cast("list[Any]", value))
+    return value
 
 
 @dataclass

@@ -61,9 +61,20 @@ class Texts:
         """Return the first `count` examples."""
         return replace(self, ends=self.ends[: count + 1], labels=self.labels[:count])
 
+    def chosen(self, index: Tensor) -> Texts:
+        """Return the examples with these numbers (n,), in this order."""
+        texts = [slice(*self.ends[i : i + 2]) for i in index.tolist()]
+        tokens = {name: np.concatenate([flat[text] for text in texts]) for name, flat in self.tokens.items()}
+        ends = np.cumsum([0, *(text.stop - text.start for text in texts)])
+        return replace(self, tokens=tokens, ends=ends, labels=self.labels[index])
+
     def relabelled(self, labels: Tensor) -> Texts:
         """Return the split with other labels (N,)."""
         return replace(self, labels=labels)
+
+    def unaugmented(self) -> Texts:
+        """Return the split itself: texts are not augmented."""
+        return self
 
     def batches(
         self, size: int, generator: torch.Generator | None = None, rank: int = 0, ranks: int = 1

@@ -80,14 +80,21 @@ class Folder:
         """Return the first `count` examples."""
         return replace(self, paths=self.paths[:count], labels=self.labels[:count])
 
+    def chosen(self, index: Tensor) -> Folder:
+        """Return the examples with these numbers (n,), in this order."""
+        return replace(self, paths=[self.paths[i] for i in index.tolist()], labels=self.labels[index])
+
     def relabelled(self, labels: Tensor) -> Folder:
         """Return the split with other labels (N,)."""
         return replace(self, labels=labels)
 
+    def unaugmented(self) -> Folder:
+        """Return the split without augmentation."""
+        return replace(self, training=False)
+
     def where(self, chosen: Tensor) -> Folder:
         """Return the examples for which `chosen` (N,) is true."""
-        paths = [self.paths[i] for i in chosen.nonzero()[:, 0].tolist()]
-        return replace(self, paths=paths, labels=self.labels[chosen])
+        return self.chosen(chosen.nonzero()[:, 0])
 
     def batches(
         self, size: int, generator: torch.Generator | None = None, rank: int = 0, ranks: int = 1

@@ -91,9 +91,18 @@ class Images:
         """Return the first `count` examples."""
         return replace(self, images=self.images[:count], labels=self.labels[:count])
 
+    def chosen(self, index: Tensor) -> Images:
+        """Return the examples with these numbers (n,), in this order."""
+        here = index.to(self.labels.device)
+        return replace(self, images=self.images[here], labels=self.labels[here])
+
     def relabelled(self, labels: Tensor) -> Images:
         """Return the split with other labels (N,)."""
         return replace(self, labels=labels)
+
+    def unaugmented(self) -> Images:
+        """Return the split without augmentation."""
+        return replace(self, augmentation=None)
 
     def batches(
         self, size: int, generator: torch.Generator | None = None, rank: int = 0, ranks: int = 1

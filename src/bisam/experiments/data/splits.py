@@ -51,8 +51,16 @@ class Split(Batches, Protocol):
         """Return the first `count` examples."""
         ...
 
+    def chosen(self, index: Tensor) -> Self:
+        """Return the examples with these numbers (n,), in this order."""
+        ...
+
     def relabelled(self, labels: Tensor) -> Self:
         """Return the split with other labels (N,)."""
+        ...
+
+    def unaugmented(self) -> Self:
+        """Return the split without augmentation."""
         ...
 
 

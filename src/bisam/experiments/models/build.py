@@ -51,7 +51,9 @@ NAMES: dict[str, str] = {name: line for name, (_, line) in NETWORKS.items()} | {
 }
 
 
-def build(name: str, classes: int, *, channels: int = 3, weights: str | None = None) -> nn.Module:
+def build(
+    name: str, classes: int, *, channels: int = 3, weights: str | None = None, new_head: bool = True
+) -> nn.Module:
     """Build the network `name` for `classes` classes, in float32 and in training mode.
 
     Its input is images (N, channels, H, W), or for Hugging Face the dict of tensors that the tokenizer returns. Its
@@ -63,6 +65,7 @@ def build(name: str, classes: int, *, channels: int = 3, weights: str | None = N
         channels: of the images; torchvision's networks accept 3 only.
         weights: None for random ones, "pretrained" for the source's own, or the path of a state dict that torch.save
             or safetensors wrote. A head for another number of classes is replaced by a new one.
+        new_head: whether the head may be replaced so, if the weights are those of a file; else it does not fit.
 
     Raises:
         ValueError: the name is unknown, a package is missing, or the weights cannot be loaded or do not fit.
@@ -81,7 +84,7 @@ def build(name: str, classes: int, *, channels: int = 3, weights: str | None = N
         raise unknown("source of models", source, ["torchvision", "timm", "hf"])
     if weights is not None and not pretrained:
         network = model.network if isinstance(model, Logits) else model
-        _fit(network, _read(weights), classes, f"weights {weights!r} do not fit {name!r}")
+        _fit(network, _read(weights), classes if new_head else None, f"weights {weights!r} do not fit {name!r}")
     return model
 
 
@@ -325,8 +328,8 @@ def _read(path: str) -> dict[str, Tensor]:
     return state
 
 
-def _fit(model: nn.Module, state: dict[str, Tensor], classes: int, complaint: str) -> None:
-    """Load `state` into `model`, except a head that differs in the number of classes only."""
+def _fit(model: nn.Module, state: dict[str, Tensor], classes: int | None, complaint: str) -> None:
+    """Load `state` into `model`, except a head that differs from `classes` classes in their number only."""
     own = {name: tensor.shape for name, tensor in model.state_dict().items()}
     reshaped = {
         name: (tensor.shape, own[name]) for name, tensor in state.items() if tensor.shape != own.get(name, tensor.shape)

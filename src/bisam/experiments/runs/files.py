@@ -153,6 +153,8 @@ def damaged(path: Path, error: Exception) -> DamagedError:
         case "result.json" | "metrics.csv" if path.with_name("checkpoint.pt").is_file():
             result = path.with_name("result.json")
             remedy = f"delete {result}, and the same command writes it again from the checkpoint"
+        case "analysis.json":
+            remedy = "delete this file, and `bisam analyse` computes it again"
         case _:
             remedy = f"delete {path.parent} to run it again"
     return DamagedError(path, _reason(error), f"{remedy}; other runs are not affected")

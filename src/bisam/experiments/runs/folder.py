@@ -7,6 +7,7 @@ runs/digits/sam-noise-0.4-1f0c22e9/seed-0/
     checkpoint-previous.pt  the checkpoint before it, until the run is finished
     checkpoint-damaged.pt   a checkpoint.pt that was found damaged
     result.json             written once, at the end, see results.py
+    analysis.json           what `bisam analyse` measured afterwards, with its figures in analysis/
 
 Each file is replaced atomically and is on the disk before the next one is written. The command that started a run also
 resumes it: after the last completed epoch, or after the one before if checkpoint.pt is damaged.
@@ -200,7 +201,7 @@ class Writer:
         """
         self.check()
         if read_bytes(self._run.folder / "metrics.csv") != (content := to_csv(history).encode()):
-            self._write("metrics.csv", content)
+            self.write("metrics.csv", content)
 
     def save(self, state: Mapping[str, Any], history: Sequence[Row]) -> None:
         """Replace the metrics and then the checkpoint, and keep the one before.
@@ -213,7 +214,7 @@ class Writer:
         """
         checkpoint = serialized(state, self._run.recipe)
         self.metrics(history)
-        self._write(CHECKPOINT, checkpoint, keep=self._run.folder / PREVIOUS)
+        self.write(CHECKPOINT, checkpoint, keep=self._run.folder / PREVIOUS)
 
     def finish(self, result: Mapping[str, Any], history: Sequence[Row]) -> Result:
         """Write the result with its environment and time, and return it; the run is finished then.
@@ -225,11 +226,17 @@ class Writer:
         values = {**result, **environment(), "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
         complete = with_checksums(values, self._run.recipe, history)
         self.metrics(history)
-        self._write("result.json", json.dumps(complete, indent=2) + "\n")
+        self.write("result.json", json.dumps(complete, indent=2) + "\n")
         (self._run.folder / PREVIOUS).unlink(missing_ok=True)
         return cast(Result, complete)
 
-    def _write(self, name: str, content: str | bytes, keep: Path | None = None) -> None:
+    def write(self, name: str, content: str | bytes, keep: Path | None = None) -> None:
+        """Replace a file of the folder atomically; see `files.write`.
+
+        Raises:
+            RunError: the folder was deleted or replaced.
+            OSError: the disk is full or read-only.
+        """
         self.check()
         try:
             write(self._run.folder / name, content, keep=keep, make_folder=False)

@@ -1,0 +1,206 @@
+"""Run: computes what is not there yet of the analyses of a run, and writes it into the folder of the run.
+
+content = analyse(Path("runs/digits/sam-noise-0-1f0c22e9/seed-0"), ["sharpness", "flips"])
+numbers(content, ["sharpness"])          # {"loss": 0.01, "rise": 0.05, ...}
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from bisam.experiments.analyses.catalogue import ANALYSES, DEFAULT, known
+from bisam.experiments.analyses.file import (
+    ANALYSIS,
+    Entry,
+    as_text,
+    content,
+    find,
+    new_entry,
+    read_entries,
+    with_entry,
+)
+from bisam.experiments.analyses.settings import FILE, Settings
+from bisam.experiments.analyses.subject import Subject, of_file, of_run
+from bisam.experiments.errors import RunError
+from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.runs.files import checksum, make_folders, write
+from bisam.experiments.runs.folder import Result, Run, read_recipe
+from bisam.experiments.runs.machine import Machine
+from bisam.experiments.runs.results import first_diverged
+
+OnProgress = Callable[[str, int, int], None]
+"""Called as `(measure, done, total)`, with the numbers of examples of its forward passes."""
+
+
+def analyse(
+    folder: Path,
+    what: Sequence[str] = DEFAULT,
+    settings: Settings = Settings(),  # noqa: B008
+    machine: Machine = Machine(),  # noqa: B008
+    progress: OnProgress | None = None,
+) -> dict[str, Any]:
+    """Compute what is not there yet of the analyses of a finished run, and return the content of its `analysis.json`.
+
+    The file is written after each analysis, and after each radius of one: an interruption loses that one alone. An
+    analysis is computed again with other settings, and if the run was trained again.
+
+    Args:
+        folder: of the run, with recipe.json, result.json and checkpoint.pt.
+        what: names of analyses, see `ANALYSES`.
+        settings: of the analyses.
+        machine: device and folder of the data.
+        progress: called after each forward pass of a batch.
+
+    Raises:
+        ValueError: an analysis or the device is unknown, a package is missing, a setting does not fit, or the data or
+            the model cannot be loaded.
+        RunError: the folder is no run, or its run is unfinished, has diverged, has no such weights, is damaged or in
+            use.
+        OSError: the disk is full or read-only.
+    """
+    names = known(what)
+    if settings.weights == FILE:
+        raise ValueError(f"weights {FILE!r} are not those of a run: use analyse_weights")
+    if not (folder / "recipe.json").is_file():
+        raise RunError(f"{folder} is no run folder: it has no recipe.json")
+    run = Run(folder, read_recipe(folder))
+    _result_of(run)  # before the lock file is made
+    with run.open():
+        result, writer = _result_of(run), run.writer()
+
+        def save(entries: Iterable[Entry]) -> None:
+            writer.write(ANALYSIS, as_text(entries))
+
+        make = partial(of_run, run, result, settings, machine)
+        return _completed(folder, checksum(result), names, settings, make, save, progress)
+
+
+def analyse_weights(
+    path: Path,
+    recipe: Recipe,
+    folder: Path,
+    what: Sequence[str] = DEFAULT,
+    settings: Settings = Settings(),  # noqa: B008
+    machine: Machine = Machine(),  # noqa: B008
+    progress: OnProgress | None = None,
+) -> dict[str, Any]:
+    """Do what `analyse` does for the weights in a file, and write into another folder.
+
+    Args:
+        path: a state dict that torch.save or safetensors wrote.
+        recipe: model, data set, and what else decides what the examples and the loss are.
+        folder: for `analysis.json`.
+        what: names of analyses, see `ANALYSES`.
+        settings: of the analyses; `weights` is replaced.
+        machine: device and folder of the data.
+        progress: see `analyse`.
+
+    Raises:
+        ValueError: see `analyse`; or the weights cannot be read or do not fit.
+        RunError: the folder is that of a run, in use, or damaged.
+        OSError: the disk is full or read-only.
+    """
+    names, settings = known(what), replace(settings, weights=FILE)
+    if (folder / "recipe.json").exists():
+        raise RunError(
+            f"{folder} is the folder of a run, which has an analysis of its own weights: give another folder"
+        )
+    try:
+        bytes_of_file = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"weights {str(path)!r} cannot be read ({error.strerror}): give a file of weights") from error
+    about = {k: v for k, v in recipe.to_dict().items() if k != "weights"}
+    of = checksum([blake2b(bytes_of_file, digest_size=16).hexdigest(), about])
+    with _locked(folder):
+
+        def save(entries: Iterable[Entry]) -> None:
+            write(folder / ANALYSIS, as_text(entries), make_folder=False)
+
+        return _completed(
+            folder, of, names, settings, partial(of_file, path, recipe, settings, machine), save, progress
+        )
+
+
+def numbers(found: Mapping[str, Any], what: Iterable[str], settings: Settings = Settings()) -> dict[str, float]:  # noqa: B008
+    """Return the numbers of analyses in the content of an `analysis.json`, by the titles of their columns.
+
+    Args:
+        found: what `analyse` returned.
+        what: names of analyses.
+        settings: as for `analyse`, with one radius.
+
+    Raises:
+        KeyError: an analysis with these settings is not there.
+    """
+    values: dict[str, float] = {}
+    for name in known(what):
+        own = ANALYSES[name].settings
+        (one,) = settings.each(own)
+        entries = [e for e in found["entries"] if e["analysis"] == name and e["settings"] == one.told(own)]
+        if not entries:
+            raise KeyError(f"{name} with {one.told(own)}")
+        values |= ANALYSES[name].numbers(entries[-1]["results"])
+    return values
+
+
+def _result_of(run: Run) -> Result:
+    """The result of a run whose weights can be analysed."""
+    if (result := run.result) is None:
+        raise RunError(f"{run.folder} is not finished: the command that started the run resumes it")
+    diverged = result["diverged"] if "diverged" in result else first_diverged(run.metrics())
+    if diverged is not None:
+        raise RunError(f"{run.folder} diverged: its loss is not finite from epoch {diverged} on, and is not analysed")
+    return result
+
+
+def _completed(
+    folder: Path,
+    of: str,
+    names: Sequence[str],
+    settings: Settings,
+    make: Callable[[], Subject],
+    save: Callable[[Iterable[Entry]], None],
+    progress: OnProgress | None,
+) -> dict[str, Any]:
+    """Compute and write what is missing; the subject is made only if something is."""
+    entries, subject = read_entries(folder), None
+    for name in names:
+        analysis = ANALYSES[name]
+        for one in settings.each(analysis.settings):
+            told = one.told(analysis.settings)
+            if find(entries, name, told, of) is not None:
+                continue
+            subject = make() if subject is None else subject
+            start, results = time.perf_counter(), dict[str, Any]()
+            for key, measure in analysis.measures.items():
+                title = f"{name}: {measure.title}"
+                results[key] = measure.call(subject, one, partial(_report, progress, title)).to_dict()
+            seconds = time.perf_counter() - start
+            entries = with_entry(entries, new_entry(name, told, of, results, seconds, subject.device))
+            save(entries)
+    return content(entries)
+
+
+def _report(progress: OnProgress | None, title: str, done: int, total: int) -> None:
+    if progress is not None:
+        progress(title, done, total)
+
+
+@contextmanager
+def _locked(folder: Path) -> Generator[None]:
+    """Lock a folder that is not that of a run for this process."""
+    make_folders(folder)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise RunError(f"{folder} is in use by another process: let it finish, or give another folder") from None

@@ -1,0 +1,148 @@
+"""Subject: a trained model with the examples on which it is analysed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from bisam import ModelOracle
+from bisam.experiments import data
+from bisam.experiments.analyses.settings import Settings
+from bisam.experiments.data.image_tensors import channels
+from bisam.experiments.data.splits import Data, Split
+from bisam.experiments.errors import RunError, is_out_of_memory
+from bisam.experiments.models.build import PRETRAINED, build
+from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.runs.checkpoint import CHECKPOINT
+from bisam.experiments.runs.files import damaged
+from bisam.experiments.runs.folder import Result, Run
+from bisam.experiments.runs.machine import Machine
+from bisam.experiments.runs.results import checksum_of_rows
+from bisam.experiments.training.checks import check_data, check_model
+from bisam.experiments.training.epoch import prepared
+from bisam.experiments.training.optimizers import descent_loss
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A trained model with the examples on which it is analysed.
+
+    Attributes:
+        recipe: what the model was trained with.
+        oracle: the model with the descent loss of the recipe, in the precision of its weights: without autocast, whose
+            rounding would exceed the differences that are measured.
+        batches: inputs and labels of the chosen examples, on the device of the model.
+        split: the chosen examples, for measures that need more than their batches.
+        classes: number of classes.
+        device: the device, as text.
+    """
+
+    recipe: Recipe
+    oracle: ModelOracle
+    batches: list[tuple[Any, Tensor]]
+    split: Split
+    classes: int
+    device: str
+
+
+def of_run(run: Run, result: Result, settings: Settings, machine: Machine) -> Subject:
+    """Return the model of a finished run with examples of its own data: with its label noise, without augmentation.
+
+    Raises:
+        RunError: the run has no checkpoint or no such weights, or its checkpoint is damaged or that of another run.
+        ValueError: the data or the model cannot be loaded.
+    """
+    weights = _weights(run, result, settings.weights)
+    recipe = run.recipe
+
+    def make(classes: int, channels: int) -> nn.Module:
+        # The values in a file are not needed; pretrained models of torchvision can differ from others by more.
+        source = PRETRAINED if recipe.weights == PRETRAINED else None
+        model = build(recipe.model, classes, channels=channels, weights=source)
+        model = model.double() if recipe.precision == "64" else model
+        try:
+            model.load_state_dict(weights)
+        except Exception as error:  # torch raises errors of several types for a state of another form
+            if is_out_of_memory(error):
+                raise
+            raise damaged(run.folder / CHECKPOINT, error) from error
+        return model
+
+    return _subject(recipe, make, settings, machine)
+
+
+def of_file(path: Path, recipe: Recipe, settings: Settings, machine: Machine) -> Subject:
+    """Return a model with the weights of a file.
+
+    Args:
+        path: a state dict that torch.save or safetensors wrote.
+        recipe: model and data.
+        settings: which examples.
+        machine: device and data folder.
+
+    Raises:
+        ValueError: the weights, the data or the model cannot be loaded, or they do not fit.
+    """
+
+    def make(classes: int, channels: int) -> nn.Module:
+        return build(recipe.model, classes, channels=channels, weights=str(path), new_head=False)
+
+    return _subject(recipe, make, settings, machine)
+
+
+def _subject(recipe: Recipe, make: Callable[[int, int], nn.Module], settings: Settings, machine: Machine) -> Subject:
+    device = machine.fabric().device
+    splits = data.load(recipe, machine)
+    check_data(recipe, splits, machine)
+    with torch.random.fork_rng(devices=[]):  # initial weights are drawn
+        model = make(splits.classes, channels(splits.test))
+    if recipe.precision != "64":
+        check_model(model, splits, recipe)
+    model = model.to(device).eval()
+    if recipe.channels_last:
+        model = cast(Any, model).to(memory_format=torch.channels_last)
+    split = _chosen(splits, settings).to(device)
+    batches = [(prepared(inputs, recipe), labels) for inputs, labels in split.batches(settings.batch_size)]
+    oracle = ModelOracle(model, descent_loss(recipe.label_smoothing, splits.classes))
+    return Subject(recipe, oracle, batches, split, splits.classes, str(device))
+
+
+def _chosen(splits: Data, settings: Settings) -> Split:
+    """The examples, in their own order: the same ones for all runs on the same data."""
+    split: Split = getattr(splits, settings.split).unaugmented()
+    if len(split) <= settings.examples:
+        return split
+    random = torch.Generator().manual_seed(settings.seed)
+    return split.chosen(torch.randperm(len(split), generator=random)[: settings.examples].sort().values)
+
+
+def _weights(run: Run, result: Result, which: str) -> dict[str, Tensor]:
+    """The weights of a finished run, from its checkpoint."""
+    if (state := run.checkpoint()) is None:
+        raise RunError(
+            f"{run.folder} has no {CHECKPOINT}, as copies of results without weights: train the run again to analyse it"
+        )
+    rows = state["history"]
+    if run.recipe.completed(rows[-1]) != run.recipe.length or (
+        result.get("metrics", checksum_of_rows(rows)) != checksum_of_rows(rows)
+    ):
+        raise RunError(
+            f"{run.folder}: {CHECKPOINT} is not that of the end of the run in result.json: delete result.json, and the "
+            "command that started the run finishes it"
+        )
+    if which == "best":
+        return state["best"]["weights"]
+    if which == "last":
+        return _below("model.", state["sharp"])
+    if run.recipe.ema is None:
+        raise RunError(f"{run.folder} has no average of the weights (--ema): its weights are best or last")
+    return _below("module.", state["average"])
+
+
+def _below(prefix: str, state: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
