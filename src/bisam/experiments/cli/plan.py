@@ -19,9 +19,7 @@ from bisam.experiments.runs.machine import Machine
 from bisam.experiments.studies.study import Analyses
 
 
-def show_runs(
-    recipes: Sequence[Recipe], root: Path, analyses: Analyses | None = None
-) -> tuple[dict[Recipe, int], int]:
+def show_runs(recipes: Sequence[Recipe], root: Path, analyses: Analyses | None = None) -> tuple[dict[Recipe, int], int]:
     """Print a table of the runs.
 
     Nothing is built, loaded or measured.

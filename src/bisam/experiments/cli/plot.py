@@ -26,19 +26,20 @@ def plot(
         to: File to write; its suffix gives the format. By default FIGURE.png.
     """
     from bisam.experiments.cli.subjects import SUBJECTS, subject
-    from bisam.experiments.reports import figures
+    from bisam.experiments.reports import figures, predictor_plot
     from bisam.experiments.reports.drawing import save
 
+    of_studies = [*figures.CAPTIONS, predictor_plot.NAME]
     if study is None and figure in SUBJECTS:
         drawing = SUBJECTS[figure].figure(None, changes, out)
-    elif figure in figures.CAPTIONS:
+    elif figure in of_studies:
         if study is None:
             raise ValueError(f"{figure} shows runs of a study. Name the study too: bisam plot {figure} digits")
         drawing = subject(study).figure(figure, changes, out)
     elif figure in SUBJECTS:
         raise ValueError(f"{figure} shows its own runs: leave {study} out, or name a figure: bisam plot flips {study}")
     else:
-        raise unknown("figure", figure, [*figures.CAPTIONS, *SUBJECTS])
+        raise unknown("figure", figure, [*of_studies, *SUBJECTS])
     file = to or Path(f"{figure}.png")
     save(drawing, file)
     console.print(f"{file}", soft_wrap=True)

@@ -9,7 +9,13 @@ from bisam.experiments.cli.terminal import console
 from bisam.experiments.runs.files import write
 
 
-def write_report(to: Path, markdown: str, csv: str, figures: Mapping[str, bytes]) -> None:
+def write_report(
+    to: Path,
+    markdown: str,
+    csv: str,
+    figures: Mapping[str, bytes],
+    tables: Mapping[str, str] = {},
+) -> None:
     """Write report.md, report.html, the figures and, if there are rows, report.csv, and print their names.
 
     Args:
@@ -17,6 +23,7 @@ def write_report(to: Path, markdown: str, csv: str, figures: Mapping[str, bytes]
         markdown: the report, which names the figures by their files.
         csv: its rows, or "" if there are none.
         figures: content by file name.
+        tables: further CSV files, by file name.
     """
     from bisam.experiments.reports import pages
 
@@ -24,7 +31,7 @@ def write_report(to: Path, markdown: str, csv: str, figures: Mapping[str, bytes]
     if csv:
         write(to / "report.csv", csv)
     write(to / "report.html", pages.html(markdown, figures))
-    for file, content in figures.items():
+    for file, content in {**tables, **figures}.items():
         write(to / file, content)
-    names = ["report.md", *(["report.csv"] if csv else []), "report.html", *figures]
+    names = ["report.md", *(["report.csv"] if csv else []), *tables, "report.html", *figures]
     console.print(f"{to}/: {', '.join(names)}", soft_wrap=True)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from bisam.experiments.launch.outcomes import Outcome
+    from bisam.experiments.reports.predictors import Comparison, Measured
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,10 @@ class StudySubject:
             return
         _refuse("without --dry-run nothing is estimated", given & {"estimate"})
         _check_methods(recipes)
+        if self.study.analyses is not None:
+            from bisam.experiments.analyses.catalogue import known
+
+            known(self.study.analyses.what)  # fails here, before the first run, if a package is missing
         if launch.ray is None:
             machine.fabric()  # fails here, before the first run, if the device is missing
 
@@ -118,12 +123,12 @@ class StudySubject:
             wanted = dict.fromkeys(replace(recipe, seed=0) for recipe in recipes)
             runs, left_out = all_finished(root)
             found = [run for run in runs if without_seed(run) in wanted]
-            self._report(self._arranged(found, list(wanted)), left_out, out / self.name)
+            self._report(self._arranged(found, list(wanted)), left_out, root, out / self.name)
         return show_failed(outcomes)
 
     def report(self, changes: tuple[str, ...], out: Path, to: Path | None) -> int:
         """Print the table, and write the report."""
-        self._report(*self._finished(changes, out), to or out / self.name)
+        self._report(*self._finished(changes, out), out / self.study.folder, to or out / self.name)
         return 0
 
     def figure(self, name: str | None, changes: tuple[str, ...], out: Path) -> Figure:
@@ -132,9 +137,15 @@ class StudySubject:
         Raises:
             ValueError: the name is unknown, or no finished run is in that figure.
         """
-        from bisam.experiments.reports import figures
+        from bisam.experiments.reports import figures, predictor_plot
 
-        return figures.draw(name or self.study.figures[0], self._finished(changes, out)[0])
+        runs, _ = self._finished(changes, out)
+        if name != predictor_plot.NAME:
+            return figures.draw(name or self.study.figures[0], runs)
+        if (analyses := self.study.analyses) is None:
+            raise ValueError(f"{name} shows the analyses of a study, and {self.name} has none: try bisam list")
+        comparisons, _, _ = _compared(runs, out / self.study.folder, analyses)
+        return predictor_plot.predictors(comparisons, analyses.shown)
 
     def _recipes(self, launch: Launch) -> list[Recipe]:
         changed = self.study.changed(launch.epochs, launch.changes)
@@ -161,8 +172,8 @@ class StudySubject:
 
         return arranged(runs, recipes, self.study.baselines)
 
-    def _report(self, runs: list[Finished], left_out: list[str], to: Path) -> None:
-        from bisam.experiments.reports import figures, tables
+    def _report(self, runs: list[Finished], left_out: list[str], root: Path, to: Path) -> None:
+        from bisam.experiments.reports import figures, predictor_plot, tables
         from bisam.experiments.reports.drawing import rendered
         from bisam.experiments.reports.groups import grouped
 
@@ -182,8 +193,47 @@ class StudySubject:
         drawn = [name for name in study.figures if figures.usable(name, runs)]
         pictures = {f"{name}.png": rendered(figures.draw(name, runs)) for name in drawn}
         captions = {f"{name}.png": figures.CAPTIONS[name] for name in drawn}
-        text = tables.markdown(study.title, runs, captions, study.note, study.baselines, left_out, study.assumptions)
-        write_report(to, text, to_csv(rows), pictures)
+        sections, more = list[str](), dict[str, str]()
+        if study.analyses is not None:
+            sections, more, drawing = _predictors(runs, root, study.analyses)
+            if drawing is not None:
+                pictures[f"{predictor_plot.NAME}.png"] = rendered(drawing)
+                captions[f"{predictor_plot.NAME}.png"] = predictor_plot.CAPTION
+        text = tables.markdown(
+            study.title, runs, captions, study.note, study.baselines, left_out, study.assumptions, sections
+        )
+        write_report(to, text, to_csv(rows), pictures, more)
+
+
+def _compared(
+    runs: Sequence[Finished], root: Path, analyses: Analyses
+) -> tuple[list[Comparison], list[Measured], list[str]]:
+    """The comparisons of measures with the test error, the measured runs, and the reasons why others are not."""
+    from bisam.experiments.reports import predictors
+
+    found, unmeasured = predictors.measured(runs, root, analyses)
+    return predictors.compare(predictors.levels(found), analyses.primary, analyses.control), found, unmeasured
+
+
+def _predictors(
+    runs: Sequence[Finished], root: Path, analyses: Analyses
+) -> tuple[list[str], dict[str, str], Figure | None]:
+    """Print the comparisons of measures with the test error; return them as Markdown, CSV files and a figure."""
+    from bisam.experiments.reports import predictor_plot, predictors
+
+    comparisons, found, unmeasured = _compared(runs, root, analyses)
+    table = Table(*predictors.BRIEF, title=predictors.TITLE)
+    for one, following in zip(comparisons, [*comparisons[1:], None], strict=True):
+        end = following is not None and following.level is not one.level
+        table.add_row(*map(Text, predictors.brief(one)), end_section=end)
+    if comparisons:
+        console.print(table)
+    sections = [predictors.section(comparisons, unmeasured)]
+    files = {"measures.csv": to_csv(predictors.run_rows(found))} if found else {}
+    if not comparisons:
+        return sections, files, None
+    files["correlations.csv"] = to_csv(predictors.rows(comparisons))
+    return sections, files, predictor_plot.predictors(comparisons, analyses.shown)
 
 
 def _check_methods(recipes: Iterable[Recipe]) -> None:

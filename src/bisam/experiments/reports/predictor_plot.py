@@ -15,6 +15,9 @@ from bisam.experiments.reports.drawing import Style, plain, styles
 from bisam.experiments.reports.groups import title
 from bisam.experiments.reports.predictors import Comparison, Level, written
 
+NAME = "predictors"
+"""Name of the figure."""
+CAPTION = "Test error against measures of the trained network"
 _WIDTH, _ROW = 6.9, 1.75  # inches: the width of the text of a paper
 _SMALL = 7
 _DECADES = 8.0  # a measure whose values differ by more than this factor has a logarithmic axis

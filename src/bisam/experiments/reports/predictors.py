@@ -13,14 +13,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite, isnan
+from pathlib import Path
 
 import numpy as np
 
+from bisam.experiments.analyses.run import measured as numbers_of
+from bisam.experiments.analyses.settings import Settings
+from bisam.experiments.errors import RunError
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports.correlations import Correlation, Estimate, correlate, holm, stronger
 from bisam.experiments.reports.groups import grouped, names, place, places, title
 from bisam.experiments.reports.tables import escaped
-from bisam.experiments.runs.folder import Finished
+from bisam.experiments.runs.folder import Finished, Run
+from bisam.experiments.studies.study import Analyses
 
 ALPHA = 0.05
 """Level of the tests."""
@@ -98,6 +103,30 @@ class Comparison:
         within = self.found.within
         same_sign = within.mean * self.found.spearman.mean > 0
         return self.decided and within.excludes_zero and same_sign and self.stronger.low > 0
+
+
+def measured(runs: Iterable[Finished], root: Path, analyses: Analyses) -> tuple[list[Measured], list[str]]:
+    """Return the runs with the measures of a study, and the reasons why others have none.
+
+    Args:
+        runs: finished runs.
+        root: folder of their run folders.
+        analyses: of the study.
+    """
+    settings, found, faults = Settings(**analyses.settings), list[Measured](), list[str]()
+    for run in runs:
+        folder = Run.under(root, run.recipe).folder
+        try:
+            values = numbers_of(folder, run.result, analyses.what, settings)
+        except RunError as error:
+            faults.append(str(error).replace(f"{root}/", ""))
+            continue
+        named = {name: values[column] for column, name in analyses.measures.items() if column in values}
+        if len(named) == len(analyses.measures) or run.diverged is not None:
+            found.append(Measured(run, named))
+        else:
+            faults.append(f"{run.recipe.slug}, seed {run.recipe.seed} (its analyses are not finished)")
+    return found, faults
 
 
 def levels(measured: Iterable[Measured]) -> list[Level]:
@@ -210,6 +239,7 @@ def run_rows(measured: Iterable[Measured]) -> list[dict[str, object]]:
     ]
 
 
+_LISTED = 12  # longer lists are given as counts only
 HEADER = (
     "measure",
     "Spearman",
@@ -222,23 +252,35 @@ HEADER = (
 )
 
 
-def section(comparisons: Sequence[Comparison]) -> str:
-    """Return the table and the sentences of a report, in Markdown."""
+def brief(one: Comparison) -> tuple[str, ...]:
+    """Return the cells of a comparison for a terminal."""
+    cells = dict(zip(HEADER, _cells(one), strict=True))
+    return one.level.title, *(cells[name] for name in BRIEF[1:])
+
+
+def section(comparisons: Sequence[Comparison], unmeasured: Sequence[str] = ()) -> str:
+    """Return the table and the sentences of a report, in Markdown.
+
+    Args:
+        comparisons: as `compare` returns them.
+        unmeasured: runs that have no measures, with the reasons.
+    """
     if not comparisons:
-        return (
-            f"## {_TITLE}\n\nNo seed has a finished and measured run of every configuration yet, so there is nothing "
-            "to correlate."
-        )
+        nothing = "No seed has a finished and measured run of every configuration, so there is nothing to correlate."
+        return "\n\n".join(block for block in (f"## {TITLE}", nothing, _unmeasured(unmeasured)) if block)
     several = len({one.level.title for one in comparisons}) > 1
     lines = [("", *HEADER) if several else HEADER]
     lines.append(("---",) * len(lines[0]))
     lines += [(one.level.title, *_cells(one)) if several else _cells(one) for one in comparisons]
     table = "\n".join(f"| {' | '.join(escaped(cell) for cell in line)} |" for line in lines)
-    blocks = [f"## {_TITLE}", _EXPLANATION, table, _left_out(comparisons), *_sentences(comparisons)]
+    out = [_left_out(comparisons), _unmeasured(unmeasured)]
+    blocks = [f"## {TITLE}", _EXPLANATION, table, *_sentences(comparisons), *out]
     return "\n\n".join(block for block in blocks if block)
 
 
-_TITLE = "Which measures rank the runs as their test error does"
+TITLE = "Which measures rank the runs as their test error does"
+BRIEF = ("", "measure", "Spearman", "p (Holm)", "within methods")
+"""Columns for a terminal."""
 _EXPLANATION = (
     "Rank correlations of a measure of the last weights with the test error of the same weights, over the "
     "configurations (method and setting) of a seed, averaged over the seeds. In brackets: 95 % intervals by a BCa "
@@ -286,6 +328,13 @@ def _left_out(comparisons: Sequence[Comparison]) -> str:
     of = dict.fromkeys((one.level.title, reason) for one in comparisons for reason in one.level.left_out)
     said = [escaped(f"{level}: {reason}" if level else reason) for level, reason in of]
     return f"Left out: {'; '.join(said)}." if said else ""
+
+
+def _unmeasured(reasons: Sequence[str]) -> str:
+    if not reasons:
+        return ""
+    more = f"; and {len(reasons) - _LISTED} more" if len(reasons) > _LISTED else ""
+    return f"Not measured: {'; '.join(map(escaped, reasons[:_LISTED]))}{more}."
 
 
 def _sentences(comparisons: Sequence[Comparison]) -> list[str]:

@@ -144,6 +144,7 @@ def markdown(
     baselines: Baselines = (BASELINE,),
     left_out: Sequence[str] = (),
     assumptions: Sequence[Assumption] = (),
+    sections: Sequence[str] = (),
 ) -> str:
     """The whole report as Markdown.
 
@@ -155,6 +156,7 @@ def markdown(
         baselines: methods to compare with, see `differences.baseline`.
         left_out: files of finished runs that cannot be used, each with the reason.
         assumptions: values that no public source of the paper gives.
+        sections: further sections, in Markdown.
     """
     rows, groups = summary(runs, baselines), grouped(runs)
     columns, marks = header(rows), marks_of(runs, assumptions)
@@ -175,6 +177,7 @@ def markdown(
         _words(groups, baselines),
         _crossed(groups),
         _flips(groups, baselines) if "flips.png" in pictures else "",
+        *sections,
         _published(groups),
         *(f"![{what}]({file})" for file, what in pictures.items()),
         "\n".join(provenance(runs)),

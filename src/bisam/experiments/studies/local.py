@@ -7,7 +7,7 @@ from dataclasses import replace
 from bisam.experiments.recipes.catalogue import METHODS, PLAIN
 from bisam.experiments.recipes.presets import CIFAR
 from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.studies.study import Study
+from bisam.experiments.studies.study import Analyses, Study
 
 
 def _digits(epochs: int | None) -> list[Recipe]:
@@ -124,6 +124,29 @@ def _cifar10_small(epochs: int | None) -> list[Recipe]:
     ]
 
 
+_LOSS, _RISE, _ADAPTIVE, _ZERO_ONE = "training loss", "sharpness, 20 steps", "adaptive sharpness", "0-1 sharpness"
+_MEASURES = Analyses(
+    what=("sharpness", "zero-one", "flips", "hessian"),
+    # 0.05 is SAM's usual radius. At 0.1 the error in the ball of networks that have fitted noise is that of chance.
+    settings={"rho": (0.05,), "steps": 20, "batch_size": 64, "weights": "last"},
+    measures={
+        "rise": _RISE,
+        "loss": _LOSS,
+        "rise, 1 step": "sharpness, 1 step",
+        "rise, adaptive": _ADAPTIVE,
+        "mean rise": "average sharpness",
+        "rise, m": "m-sharpness (m = 64)",
+        "rise, normalised": "sharpness of normalised logits",
+        "0-1 rise": _ZERO_ONE,
+        "flips, -log": "flips of -log",
+        "largest eigenvalue": "largest eigenvalue of the Hessian",
+        "trace": "trace of the Hessian",
+    },
+    primary=_RISE,
+    control=_LOSS,
+    shown=(_RISE, _ADAPTIVE, _ZERO_ONE, _LOSS),
+)
+
 LOCAL = (
     Study("digits", "scikit-learn's digits, with and without label noise", _digits, seeds=5),
     Study(
@@ -154,6 +177,26 @@ LOCAL = (
         3,
         ("radius",),
         first_seed=100,
+    ),
+    Study(
+        "sharpness",
+        "Which measures of sharpness predict the test error, on digits",
+        _sharpness,
+        seeds=10,
+        figures=("accuracy",),
+        first_seed=200,
+        note="Question: does a measure of a trained network rank configurations (method and radius, or method and "
+        "learning rate) as their test error does? The *primary comparison* was fixed before the first run: the rise "
+        "of the training loss (cross-entropy, with the labels that were trained on) in an L2 ball of radius 0.05, the "
+        "same for all networks, as 20 steps of projected ascent on all training examples find it in eval mode; "
+        "Spearman's rank correlation with the test error within a level of label noise, over 15 configurations, mean "
+        "over 10 seeds, with a bootstrap interval over the seeds and a permutation test over the configurations, "
+        "adjusted for the two levels (Holm). All other measures are exploratory and adjusted together. The *control* "
+        "is the training loss itself: a measure that ranks no better says nothing about flatness. Measures and test "
+        "error are those of the last weights: they are what training converges to, whereas the weights of the best "
+        "validation epoch are chosen by clean labels. The radii are half, once and twice those of the study digits; "
+        "SGD has three learning rates and twice the epochs.",
+        analyses=_MEASURES,
     ),
 )
 """In the order of `bisam list`."""

@@ -18,22 +18,24 @@ from bisam.experiments.studies.papers import Exhibit
 
 @dataclass(frozen=True)
 class Analyses:
-    """What is measured of each finished run of a study, as `bisam analyse` does, and how it is compared.
+    """What `bisam analyse` measures of each finished run of a study, and how it is compared with the test error.
 
     Attributes:
         what: names of analyses.
-        settings: values of their settings that differ from the defaults.
-        primary: the measure whose correlation with the test error is the study's primary comparison; fixed before the
-            first run.
-        control: the measure that the others must beat.
-        shown: the measures of the figure.
+        settings: their settings that differ from the defaults, with one radius.
+        measures: the measures that are compared: from the title of a column of these analyses to a name for the report.
+        primary: name of the measure whose correlation with the test error was fixed as the primary comparison before
+            the first run.
+        control: name of the measure that others must beat.
+        shown: names of the measures in the figure.
     """
 
     what: tuple[str, ...]
-    settings: Mapping[str, Any] = field(default_factory=dict[str, Any], hash=False)
-    primary: str = ""
-    control: str = ""
-    shown: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(hash=False)
+    measures: Mapping[str, str] = field(hash=False)
+    primary: str
+    control: str
+    shown: tuple[str, ...]
 
 
 @dataclass(frozen=True)
