@@ -35,9 +35,13 @@ from bisam.experiments.analyses import figures
 from bisam.experiments.analyses.settings import Settings
 from bisam.experiments.analyses.subject import Subject
 from bisam.experiments.errors import unknown
+from bisam.objectives import Objective
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+DRAWS = 20
+"""Random directions and random vectors of an average."""
 
 ADAPTIVE = 10
 """Radius of ASAM's ball in units of rho: the ratio of the defaults of Kwon et al. (2021), 0.5 for SAM's 0.05."""
@@ -68,12 +72,14 @@ class Column:
     Attributes:
         title: head of the column; unique among all analyses.
         read: takes it from the results.
+        about: what it is, for the report.
         percent: whether it is a share of 1, which is shown in per cent.
         brief: whether it is shown in the table of a terminal.
     """
 
     title: str
     read: Callable[[Results], float | None]
+    about: str = ""
     percent: bool = False
     brief: bool = False
 
@@ -122,67 +128,94 @@ class Analysis:
         return {column.title: column.value(results) for column in self.columns}
 
 
-def _sharpness(title: str, perturb: Callable[[Settings], Any], **how: Callable[[Settings], Any]) -> Measure:
-    def call(subject: Subject, settings: Settings, progress: Progress) -> Result:
-        values = {name: value(settings) for name, value in how.items()}
-        return sharpness(
-            subject.oracle, subject.batches, perturb(settings), seed=settings.seed, progress=progress, **values
-        )
-
-    return Measure(title, Sharpness, call)
+_Value = Callable[[Subject, Settings], Any]
 
 
-def _ball(settings: Settings) -> Any:
+def _measure(title: str, kind: type[Result], call: Callable[..., Any], **how: _Value) -> Measure:
+    """A measure by a function of `bisam.analysis`, with arguments that depend on the subject and the settings."""
+
+    def measured(subject: Subject, settings: Settings, progress: Progress) -> Result:
+        values = {name: value(subject, settings) for name, value in how.items()}
+        return call(subject.oracle, subject.batches, seed=settings.seed, progress=progress, **values)
+
+    return Measure(title, kind, measured)
+
+
+def _always(value: Any) -> _Value:
+    return lambda subject, settings: value
+
+
+def _ball(subject: Subject, settings: Settings) -> L2:
     return L2(settings.radius)
 
 
-def _steps(settings: Settings) -> int:
+def _asam(subject: Subject, settings: Settings) -> Adaptive:
+    return Adaptive(ADAPTIVE * settings.radius)
+
+
+def _steps(subject: Subject, settings: Settings) -> int:
     return settings.steps
 
 
-def _of(call: Callable[..., Result], **how: Any) -> Callable[[Subject, Settings, Progress], Result]:
-    """A measure without radius."""
-    return lambda subject, settings, progress: call(
-        subject.oracle, subject.batches, seed=settings.seed, progress=progress, **how
-    )
+def _batch(subject: Subject, settings: Settings) -> int:
+    return min(settings.batch_size, len(subject.split))
+
+
+def _loss(subject: Subject, settings: Settings) -> Objective:
+    return subject.oracle.loss
+
+
+def _at(*keys: str | int) -> Callable[[Results], float | None]:
+    """The number at a place in the results."""
+
+    def read(found: Results) -> float | None:
+        value: Any = found
+        for key in keys:
+            value = value[key]
+        return value
+
+    return read
 
 
 _SHARPNESS = Analysis(
     "rise of the loss in balls",
     {
-        "one": _sharpness("1 step", _ball),
-        "many": _sharpness("many steps", _ball, steps=_steps),
-        "average": Measure(
-            "random directions",
-            Sharpness,
-            lambda subject, settings, progress: average_sharpness(
-                subject.oracle, subject.batches, _ball(settings), seed=settings.seed, progress=progress
-            ),
+        "one": _measure("1 step", Sharpness, sharpness, perturb=_ball),
+        "many": _measure("many steps", Sharpness, sharpness, perturb=_ball, steps=_steps),
+        "average": _measure("random directions", Sharpness, average_sharpness, perturb=_ball, draws=_always(DRAWS)),
+        "adaptive": _measure("ASAM's ball", Sharpness, sharpness, perturb=_asam, steps=_steps),
+        "m": _measure("m-sharpness", Sharpness, sharpness, perturb=_ball, m=_batch),
+        "normalized": _measure(
+            "normalised logits", Sharpness, sharpness, perturb=_ball, steps=_steps, normalized=_always(True)
         ),
-        "adaptive": _sharpness("ASAM's ball", lambda settings: Adaptive(ADAPTIVE * settings.radius), steps=_steps),
-        # The batches may be smaller than the batch size, if there are fewer examples.
-        "m": Measure(
-            "m-sharpness",
-            Sharpness,
-            lambda subject, settings, progress: sharpness(
-                subject.oracle,
-                subject.batches,
-                _ball(settings),
-                m=min(settings.batch_size, len(subject.split)),
-                seed=settings.seed,
-                progress=progress,
-            ),
-        ),
-        "normalized": _sharpness("normalised logits", _ball, steps=_steps, normalized=lambda _: True),
     },
     columns=(
-        Column("loss", lambda found: found["one"]["loss"]),
-        Column("rise, 1 step", lambda found: found["one"]["rise"]),
-        Column("rise", lambda found: found["many"]["rise"], brief=True),
-        Column("mean rise", lambda found: found["average"]["rise"]),
-        Column("rise, adaptive", lambda found: found["adaptive"]["rise"]),
-        Column("rise, m", lambda found: found["m"]["rise"]),
-        Column("rise, normalised", lambda found: found["normalized"]["rise"]),
+        Column("loss", _at("one", "loss"), "the descent loss at the weights"),
+        Column("rise, 1 step", _at("one", "rise"), "the rise of the loss after one step of SAM to the radius"),
+        Column(
+            "rise",
+            _at("many", "rise"),
+            "the largest rise of the loss in the ball that projected ascent finds",
+            brief=True,
+        ),
+        Column(
+            "mean rise", _at("average", "rise"), f"the mean rise of the loss in {DRAWS} random directions at the radius"
+        ),
+        Column(
+            "rise, adaptive",
+            _at("adaptive", "rise"),
+            f"the same as rise, in ASAM's ball of {ADAPTIVE} times the radius",
+        ),
+        Column(
+            "rise, m",
+            _at("m", "rise"),
+            "the rise after one step, where each batch has a ball of its own: the mean over the batches",
+        ),
+        Column(
+            "rise, normalised",
+            _at("normalized", "rise"),
+            "the same as rise, for the loss of logits that are divided by their standard deviation",
+        ),
     ),
     draw=figures.of_sharpness,
     settings=("rho", "steps"),
@@ -190,24 +223,22 @@ _SHARPNESS = Analysis(
 
 _ZERO_ONE = Analysis(
     "largest error in a ball",
-    {
-        "worst": Measure(
-            "three adversaries",
-            ZeroOneSharpness,
-            lambda subject, settings, progress: zero_one_sharpness(
-                subject.oracle,
-                subject.batches,
-                _ball(settings),
-                steps=settings.steps,
-                seed=settings.seed,
-                progress=progress,
-            ),
-        )
-    },
+    {"worst": _measure("three adversaries", ZeroOneSharpness, zero_one_sharpness, perturb=_ball, steps=_steps)},
     columns=(
-        Column("error", lambda found: found["worst"]["error"], percent=True),
-        Column("largest error", lambda found: found["worst"]["worst"], percent=True),
-        Column("0-1 rise", lambda found: found["worst"]["worst"] - found["worst"]["error"], percent=True, brief=True),
+        Column("error", _at("worst", "error"), "the share of the examples that are classified wrongly", percent=True),
+        Column(
+            "largest error",
+            _at("worst", "worst"),
+            "the largest error in the ball that three adversaries find, a lower bound of the largest one",
+            percent=True,
+        ),
+        Column(
+            "0-1 rise",
+            lambda found: found["worst"]["worst"] - found["worst"]["error"],
+            "the largest error minus the error",
+            percent=True,
+            brief=True,
+        ),
     ),
     draw=figures.of_zero_one,
     settings=("rho", "steps"),
@@ -220,21 +251,29 @@ def _flipped(name: str) -> Callable[[Results], float]:
 
 _FLIPS = Analysis(
     "predictions that one step of each adversary changes",
-    {
-        "flips": Measure(
-            "four adversaries",
-            Flips,
-            lambda subject, settings, progress: flips(
-                subject.oracle, subject.batches, _ball(settings), seed=settings.seed, progress=progress
-            ),
-        )
-    },
+    {"flips": _measure("four adversaries", Flips, flips, perturb=_ball)},
     columns=(
-        Column("flips, SAM", _flipped("loss"), percent=True, brief=True),
-        Column("flips, cross-entropy", _flipped("cross-entropy"), percent=True),
-        Column("flips, -log", _flipped("-log"), percent=True, brief=True),
-        Column("flips, tanh", _flipped("tanh"), percent=True),
-        Column("cosine, SAM and -log", lambda found: found["flips"]["cosines"]["loss"]["-log"]),
+        Column(
+            "flips, SAM",
+            _flipped("loss"),
+            "the share of the examples that are correct, and wrong after one step to the radius along the gradient of "
+            "the descent loss; each batch has a step of its own",
+            percent=True,
+            brief=True,
+        ),
+        Column(
+            "flips, cross-entropy",
+            _flipped("cross-entropy"),
+            "the same along the gradient of cross-entropy without label smoothing",
+            percent=True,
+        ),
+        Column("flips, -log", _flipped("-log"), "the same along that of BiSAM (-log)", percent=True, brief=True),
+        Column("flips, tanh", _flipped("tanh"), "the same along that of BiSAM (tanh)", percent=True),
+        Column(
+            "cosine, SAM and -log",
+            _at("flips", "cosines", "loss", "-log"),
+            "the cosine of the angle between the steps of both",
+        ),
     ),
     draw=figures.of_flips,
     settings=("rho",),
@@ -243,19 +282,24 @@ _FLIPS = Analysis(
 _HESSIAN = Analysis(
     "largest eigenvalues and trace of the Hessian",
     {
-        "eigenvalues": Measure("largest eigenvalues", Eigenvalues, _of(eigenvalues, k=3)),
-        "trace": Measure("trace", Trace, _of(trace, draws=20)),
+        "eigenvalues": _measure("largest eigenvalues", Eigenvalues, eigenvalues, k=_always(3)),
+        "trace": _measure("trace", Trace, trace, draws=_always(DRAWS)),
     },
     columns=(
-        Column("largest eigenvalue", lambda found: found["eigenvalues"]["values"][0], brief=True),
-        Column("trace", lambda found: found["trace"]["value"], brief=True),
+        Column("largest eigenvalue", _at("eigenvalues", "values", 0), "of the Hessian of the descent loss", brief=True),
+        Column(
+            "trace",
+            _at("trace", "value"),
+            f"of the Hessian of the descent loss, estimated with {DRAWS} random vectors",
+            brief=True,
+        ),
     ),
     packages=("curvlinops", "scipy"),
 )
 
 _SPECTRUM = Analysis(
     "density of the eigenvalues of the Hessian",
-    {"density": Measure("spectral density", SpectralDensity, _of(spectral_density, vectors=32))},
+    {"density": _measure("spectral density", SpectralDensity, spectral_density, vectors=_always(32))},
     draw=figures.of_spectrum,
     packages=("curvlinops", "scipy"),
     default=False,  # it takes longer than all others together
@@ -264,15 +308,11 @@ _SPECTRUM = Analysis(
 _LANDSCAPE = Analysis(
     "loss and error along directions",
     {
-        "random": Measure("a random direction", Landscape, _of(landscape)),
-        "ascent": Measure(
-            "the direction of SAM's adversary",
-            Landscape,
-            lambda subject, settings, progress: landscape(
-                subject.oracle, subject.batches, subject.oracle.loss, seed=settings.seed, progress=progress
-            ),
+        "random": _measure("a random direction", Landscape, landscape),
+        "ascent": _measure("the direction of SAM's adversary", Landscape, landscape, along=_loss),
+        "plane": _measure(
+            "two random directions", Landscape, landscape, along=_always(("random", "random")), points=_always(15)
         ),
-        "plane": Measure("two random directions", Landscape, _of(landscape, along=("random", "random"), points=15)),
     },
     draw=figures.of_landscape,
 )

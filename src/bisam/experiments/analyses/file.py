@@ -9,19 +9,20 @@
      "checksum": "9a81..."}
 
 An entry is used as long as it is of the same weights, which `of` identifies, and of the same version of its analysis.
-Numbers that are not finite are null.
+Entries of analyses that this version of bisam does not know are kept. Numbers that are not finite are null.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from calendar import timegm
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Required, TypedDict, cast
 
 from bisam.experiments.analyses.catalogue import ANALYSES
-from bisam.experiments.analyses.settings import FILE, SHARED, SPLITS, WEIGHTS
+from bisam.experiments.analyses.settings import FILE, SHARED, SPLITS, WEIGHTS, Settings
 from bisam.experiments.errors import RunError
 from bisam.experiments.runs.environment import environment
 from bisam.experiments.runs.files import checksum, damaged, read_json
@@ -85,9 +86,16 @@ def new_entry(
 
 
 def is_of(entry: Entry, of: str) -> bool:
-    """Whether an entry is of these weights, and its analysis is known and of the same version."""
-    known = ANALYSES.get(entry["analysis"])
-    return entry["of"] == of and known is not None and known.version == entry["version"]
+    """Whether an entry is of these weights, and its results are what this version of bisam computes."""
+    analysis = ANALYSES.get(entry["analysis"])
+    if entry["of"] != of or analysis is None or analysis.version != entry["version"]:
+        return False
+    try:
+        analysis.restored(entry["results"])
+        analysis.numbers(entry["results"])
+    except (AttributeError, LookupError, TypeError, ValueError):  # of another version
+        return False
+    return True
 
 
 def content(entries: Iterable[Entry]) -> dict[str, Any]:
@@ -158,15 +166,20 @@ def _fault_of(entry: Any) -> str | None:
         return f"has no setting {missing[0]}"
     if settings["split"] not in SPLITS or settings["weights"] not in (*WEIGHTS, FILE):
         return "has settings of another form"
-    analysis = ANALYSES.get(values["analysis"])
-    if analysis is None or analysis.version != values["version"]:
-        return None  # of another version of bisam: it is kept and not used
-    try:
-        analysis.restored(values["results"])
-        analysis.numbers(values["results"])
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        return f"has results of another form ({error})"
     return None
+
+
+def stem(entry: Entry) -> str:
+    """Return the name of the figure of an entry, without suffix; other settings give another name."""
+    values, defaults = entry["settings"], Settings()
+    told = [f"{k}-{values[k]}" for k in SHARED if values[k] != getattr(defaults, k) and values[k] != FILE]
+    own = [f"{k}-{v:g}" for k, v in values.items() if k not in SHARED and (k == "rho" or v != getattr(defaults, k))]
+    return "-".join([entry["analysis"], *own, *told]).replace("_", "-")
+
+
+def seconds_of(entry: Entry) -> float:
+    """Return the time of an entry in seconds since 1970."""
+    return float(timegm(time.strptime(entry["date"], "%Y-%m-%dT%H:%M:%SZ")))
 
 
 def with_entry(entries: Sequence[Entry], entry: Entry) -> list[Entry]:

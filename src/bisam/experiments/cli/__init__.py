@@ -1,7 +1,8 @@
-"""The command line, one file a command: `bisam run`, `train`, `list`, `methods`, `tables`, `report`, `plot`.
+"""The command line, one file a command: `bisam run`, `train`, `analyse`, `list`, `methods`, `tables`, `report`, `plot`.
 
 run, report, plot, list   work on a subject of `subjects.py`: a study (`study.py`) or a measurement (`measurement.py`)
 train                     trains one recipe
+analyse                   measures finished runs, or the weights in a file
 methods                   shows the catalogue of methods
 tables                    writes the page of the tables and figures of the papers
 options.py, flags.py      flags that commands share, and those that are fields of a recipe
@@ -17,7 +18,7 @@ from typing import Any
 from cyclopts import App, CycloptsError
 
 from bisam import __version__
-from bisam.experiments.cli import list as listing, methods, plot, report, run, tables, train
+from bisam.experiments.cli import analyse, list as listing, methods, plot, report, run, tables, train
 from bisam.experiments.cli.terminal import errors
 from bisam.experiments.errors import RunError, is_out_of_memory, reason, show_warnings_in_one_line
 
@@ -29,6 +30,7 @@ app = App(
 )
 app.command(run.run, help_epilogue=run.EXAMPLES)
 app.command(train.train, help_epilogue=train.EXAMPLES)
+app.command(analyse.analyse, help_epilogue=analyse.EXAMPLES)
 app.command(listing.list_all, name="list", help_epilogue=listing.EXAMPLES)
 app.command(methods.methods, help_epilogue=methods.EXAMPLES)
 app.command(tables.tables, help_epilogue=tables.EXAMPLES)

@@ -87,3 +87,48 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds:.3g} s"
+
+
+class MeasuringDisplay:
+    """A bar over the examples of the current measure; nothing if the output is not a terminal."""
+
+    def __init__(self, runs: int) -> None:
+        self._runs, self._number = runs, 0
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=None)
+        self._title = ""
+
+    def __enter__(self) -> MeasuringDisplay:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Stop updating the bar."""
+        self._bar.stop()
+
+    def run(self) -> None:
+        """Go on to the next run."""
+        self._number, self._title = self._number + 1, ""
+        self._bar.reset(self._task, description=self._described("loading"), total=None)
+
+    def measure(self, title: str, done: int, total: int) -> None:
+        """Show how many examples of a measure have passed, of an expected number."""
+        if title != self._title:
+            self._title = title
+            self._bar.reset(self._task, description=self._described(title))
+        self._bar.update(self._task, completed=done, total=total)
+
+    def _described(self, title: str) -> str:
+        return f"{self._number}/{self._runs} runs, {title}" if self._runs > 1 else title

@@ -123,12 +123,12 @@ class StudySubject:
             wanted = dict.fromkeys(replace(recipe, seed=0) for recipe in recipes)
             runs, left_out = all_finished(root)
             found = [run for run in runs if without_seed(run) in wanted]
-            self._report(self._arranged(found, list(wanted)), left_out, root, out / self.name)
+            self._report(self._arranged(found, list(wanted)), left_out, out / self.name)
         return show_failed(outcomes)
 
     def report(self, changes: tuple[str, ...], out: Path, to: Path | None) -> int:
         """Print the table, and write the report."""
-        self._report(*self._finished(changes, out), out / self.study.folder, to or out / self.name)
+        self._report(*self._finished(changes, out), to or out / self.name)
         return 0
 
     def figure(self, name: str | None, changes: tuple[str, ...], out: Path) -> Figure:
@@ -144,7 +144,7 @@ class StudySubject:
             return figures.draw(name or self.study.figures[0], runs)
         if (analyses := self.study.analyses) is None:
             raise ValueError(f"{name} shows the analyses of a study, and {self.name} has none: try bisam list")
-        comparisons, _, _ = _compared(runs, out / self.study.folder, analyses)
+        comparisons, _, _ = _compared(runs, analyses)
         return predictor_plot.predictors(comparisons, analyses.shown)
 
     def _recipes(self, launch: Launch) -> list[Recipe]:
@@ -172,7 +172,7 @@ class StudySubject:
 
         return arranged(runs, recipes, self.study.baselines)
 
-    def _report(self, runs: list[Finished], left_out: list[str], root: Path, to: Path) -> None:
+    def _report(self, runs: list[Finished], left_out: list[str], to: Path) -> None:
         from bisam.experiments.reports import figures, predictor_plot, tables
         from bisam.experiments.reports.drawing import rendered
         from bisam.experiments.reports.groups import grouped
@@ -195,7 +195,7 @@ class StudySubject:
         captions = {f"{name}.png": figures.CAPTIONS[name] for name in drawn}
         sections, more = list[str](), dict[str, str]()
         if study.analyses is not None:
-            sections, more, drawing = _predictors(runs, root, study.analyses)
+            sections, more, drawing = _predictors(runs, study.analyses)
             if drawing is not None:
                 pictures[f"{predictor_plot.NAME}.png"] = rendered(drawing)
                 captions[f"{predictor_plot.NAME}.png"] = predictor_plot.CAPTION
@@ -205,23 +205,19 @@ class StudySubject:
         write_report(to, text, to_csv(rows), pictures, more)
 
 
-def _compared(
-    runs: Sequence[Finished], root: Path, analyses: Analyses
-) -> tuple[list[Comparison], list[Measured], list[str]]:
+def _compared(runs: Sequence[Finished], analyses: Analyses) -> tuple[list[Comparison], list[Measured], list[str]]:
     """The comparisons of measures with the test error, the measured runs, and the reasons why others are not."""
     from bisam.experiments.reports import predictors
 
-    found, unmeasured = predictors.measured(runs, root, analyses)
+    found, unmeasured = predictors.measured(runs, analyses)
     return predictors.compare(predictors.levels(found), analyses.primary, analyses.control), found, unmeasured
 
 
-def _predictors(
-    runs: Sequence[Finished], root: Path, analyses: Analyses
-) -> tuple[list[str], dict[str, str], Figure | None]:
+def _predictors(runs: Sequence[Finished], analyses: Analyses) -> tuple[list[str], dict[str, str], Figure | None]:
     """Print the comparisons of measures with the test error; return them as Markdown, CSV files and a figure."""
     from bisam.experiments.reports import predictor_plot, predictors
 
-    comparisons, found, unmeasured = _compared(runs, root, analyses)
+    comparisons, found, unmeasured = _compared(runs, analyses)
     table = Table(*predictors.BRIEF, title=predictors.TITLE)
     for one, following in zip(comparisons, [*comparisons[1:], None], strict=True):
         end = following is not None and following.level is not one.level

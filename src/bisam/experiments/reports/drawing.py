@@ -183,7 +183,7 @@ def spread(values: Sequence[float]) -> float | None:
     return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
-def rendered(figure: Figure, format: str = "png") -> bytes:
+def rendered(figure: Figure, format: str = "png", dpi: int = 150) -> bytes:
     """A figure as the content of a file; equal figures give equal bytes.
 
     Raises:
@@ -194,7 +194,7 @@ def rendered(figure: Figure, format: str = "png") -> bytes:
     undated: dict[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}[format]
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "bisam"}):
-        figure.savefig(buffer, format=format, dpi=150, metadata=undated)
+        figure.savefig(buffer, format=format, dpi=dpi, metadata=undated)
     return buffer.getvalue()
 
 

@@ -13,18 +13,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite, isnan
-from pathlib import Path
 
 import numpy as np
 
 from bisam.experiments.analyses.run import measured as numbers_of
 from bisam.experiments.analyses.settings import Settings
-from bisam.experiments.errors import RunError
+from bisam.experiments.errors import DamagedError, RunError
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports.correlations import Correlation, Estimate, correlate, holm, stronger
 from bisam.experiments.reports.groups import grouped, names, place, places, title
-from bisam.experiments.reports.tables import escaped
-from bisam.experiments.runs.folder import Finished, Run
+from bisam.experiments.reports.markdown import escaped, table
+from bisam.experiments.runs.folder import Finished
 from bisam.experiments.studies.study import Analyses
 
 ALPHA = 0.05
@@ -105,27 +104,27 @@ class Comparison:
         return self.decided and within.excludes_zero and same_sign and self.stronger.low > 0
 
 
-def measured(runs: Iterable[Finished], root: Path, analyses: Analyses) -> tuple[list[Measured], list[str]]:
+def measured(runs: Iterable[Finished], analyses: Analyses) -> tuple[list[Measured], list[str]]:
     """Return the runs with the measures of a study, and the reasons why others have none.
 
     Args:
-        runs: finished runs.
-        root: folder of their run folders.
+        runs: finished runs, read from their folders.
         analyses: of the study.
     """
     settings, found, faults = Settings(**analyses.settings), list[Measured](), list[str]()
     for run in runs:
-        folder = Run.under(root, run.recipe).folder
+        name = f"{run.recipe.slug}, seed {run.recipe.seed}"
         try:
-            values = numbers_of(folder, run.result, analyses.what, settings)
+            values = {} if run.folder is None else numbers_of(run.folder, run.result, analyses.what, settings)
         except RunError as error:
-            faults.append(str(error).replace(f"{root}/", ""))
+            reason = error.reason if isinstance(error, DamagedError) else str(error)
+            faults.append(f"{name} ({reason})")
             continue
         named = {name: values[column] for column, name in analyses.measures.items() if column in values}
         if len(named) == len(analyses.measures) or run.diverged is not None:
             found.append(Measured(run, named))
         else:
-            faults.append(f"{run.recipe.slug}, seed {run.recipe.seed} (its analyses are not finished)")
+            faults.append(f"{name} (its analyses are not finished)")
     return found, faults
 
 
@@ -201,7 +200,7 @@ def compare(found: Sequence[Level], primary: str, control: str) -> list[Comparis
 
 def rows(comparisons: Sequence[Comparison]) -> list[dict[str, object]]:
     """Return the comparisons as rows of numbers, nan where one is undefined."""
-    table: list[dict[str, object]] = []
+    found: list[dict[str, object]] = []
     for one in comparisons:
         row: dict[str, object] = {
             "level": one.level.title,
@@ -214,8 +213,8 @@ def rows(comparisons: Sequence[Comparison]) -> list[dict[str, object]]:
             row |= {f"{name}_{part}": getattr(estimate, part) for part in ("mean", "low", "high")}
         row |= {f"stronger_{part}": getattr(one.stronger, part) for part in ("mean", "low", "high")}
         row |= {"p": one.found.p, "p_holm": one.adjusted, "seeds": one.found.spearman.seeds}
-        table.append(row | {"configurations": len(one.level.recipes)})
-    return table
+        found.append(row | {"configurations": len(one.level.recipes)})
+    return found
 
 
 def run_rows(measured: Iterable[Measured]) -> list[dict[str, object]]:
@@ -269,12 +268,10 @@ def section(comparisons: Sequence[Comparison], unmeasured: Sequence[str] = ()) -
         nothing = "No seed has a finished and measured run of every configuration, so there is nothing to correlate."
         return "\n\n".join(block for block in (f"## {TITLE}", nothing, _unmeasured(unmeasured)) if block)
     several = len({one.level.title for one in comparisons}) > 1
-    lines = [("", *HEADER) if several else HEADER]
-    lines.append(("---",) * len(lines[0]))
-    lines += [(one.level.title, *_cells(one)) if several else _cells(one) for one in comparisons]
-    table = "\n".join(f"| {' | '.join(escaped(cell) for cell in line)} |" for line in lines)
+    lines = [(one.level.title, *_cells(one)) if several else _cells(one) for one in comparisons]
+    written_table = table(("", *HEADER) if several else HEADER, lines)
     out = [_left_out(comparisons), _unmeasured(unmeasured)]
-    blocks = [f"## {TITLE}", _EXPLANATION, table, *_sentences(comparisons), *out]
+    blocks = [f"## {TITLE}", _EXPLANATION, written_table, *_sentences(comparisons), *out]
     return "\n\n".join(block for block in blocks if block)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
@@ -26,6 +25,7 @@ from bisam.experiments.reports.groups import (
     title,
     varying,
 )
+from bisam.experiments.reports.markdown import escaped as escaped, table as _table
 from bisam.experiments.reports.marks import Marks
 from bisam.experiments.runs.folder import Finished
 from bisam.experiments.runs.provenance import RESULT, line, where
@@ -144,7 +144,7 @@ def markdown(
     baselines: Baselines = (BASELINE,),
     left_out: Sequence[str] = (),
     assumptions: Sequence[Assumption] = (),
-    sections: Sequence[str] = (),
+    more: Sequence[str] = (),
 ) -> str:
     """The whole report as Markdown.
 
@@ -156,7 +156,7 @@ def markdown(
         baselines: methods to compare with, see `differences.baseline`.
         left_out: files of finished runs that cannot be used, each with the reason.
         assumptions: values that no public source of the paper gives.
-        sections: further sections, in Markdown.
+        more: further sections, before the published numbers.
     """
     rows, groups = summary(runs, baselines), grouped(runs)
     columns, marks = header(rows), marks_of(runs, assumptions)
@@ -177,7 +177,7 @@ def markdown(
         _words(groups, baselines),
         _crossed(groups),
         _flips(groups, baselines) if "flips.png" in pictures else "",
-        *sections,
+        *more,
         _published(groups),
         *(f"![{what}]({file})" for file, what in pictures.items()),
         "\n".join(provenance(runs)),
@@ -218,12 +218,6 @@ def provenance(runs: Sequence[Finished]) -> list[str]:
     keys, dates = RESULT, [run.result["finished"] for run in runs]
     made = sorted({tuple(str(run.result.get(key, "unknown")) for key in keys) for run in runs})
     return [escaped(line(where(dict(zip(keys, values, strict=True)), keys), dates)) for values in made]
-
-
-def escaped(text: str) -> str:
-    """Text escaped for Markdown, on one line, also inside a table."""
-    text = re.sub(r"\s+", " ", text)
-    return re.sub(r"[\\`*<>|~&$]|(?<=\])\(|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\\g<0>", text)
 
 
 def crossed(groups: Groups) -> tuple[list[str], dict[str, list[list[float]]]]:
@@ -393,11 +387,6 @@ def _assumptions(marks: Marks) -> str:
     if not (rows := marks.rows()):
         return ""
     return f"## Assumed values\n\n{marks.words}\n\n" + _table(("mark", "value", "kind", "what is known"), rows)
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(escaped(cell) for cell in line)} |" for line in lines)
 
 
 def _scores(run: Finished) -> Mapping[str, float]:

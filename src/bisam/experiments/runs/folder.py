@@ -20,7 +20,7 @@ import time
 import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -251,6 +251,8 @@ class Finished:
     recipe: Recipe
     result: Result
     metrics: list[Row]
+    folder: Path | None = field(default=None, compare=False)
+    """Where it was read from."""
 
     @property
     def diverged(self) -> int | None:
@@ -265,7 +267,7 @@ def finished(root: Path) -> Iterator[Finished | RunError]:
             recipe = read_recipe(path.parent)
             if (result := read_result(path.parent, recipe)) is None:  # deleted since
                 continue
-            yield Finished(recipe, result, read_metrics(path.parent, recipe, result))
+            yield Finished(recipe, result, read_metrics(path.parent, recipe, result), path.parent)
         except RunError as error:
             yield error
 

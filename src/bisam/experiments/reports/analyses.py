@@ -1,0 +1,264 @@
+"""Analyses in reports: tables of what `bisam analyse` measured, as mean ± standard deviation over the seeds.
+
+Numbers of different settings are never averaged: runs that were analysed on other examples or weights are in a table of
+their own, and another radius or number of steps has columns of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import floor, isnan, log10, nan
+from statistics import mean, stdev
+from typing import Any
+
+from bisam.experiments.analyses.catalogue import ANALYSES, Column
+from bisam.experiments.analyses.file import Entry, is_of, read_entries
+from bisam.experiments.analyses.settings import FILE, SHARED
+from bisam.experiments.errors import DamagedError, RunError
+from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.reports.groups import Groups, grouped, names, place, places
+from bisam.experiments.reports.markdown import escaped, table
+from bisam.experiments.runs.files import checksum
+from bisam.experiments.runs.folder import Finished
+from bisam.experiments.runs.provenance import RESULT, line, where
+
+Row = dict[str, Any]
+
+SPLITS = {
+    "train": "training examples, with the label noise of the run and without augmentation",
+    "validation": "validation examples",
+    "test": "test examples",
+}
+WEIGHTS = {
+    "best": "with the weights of the best validation epoch",
+    "last": "with the weights of the last epoch",
+    "ema": "with the average of the weights",
+    FILE: "with the weights of a file",
+}
+_OWN = {"rho": "rho {:g}", "steps": "{} steps"}
+
+
+@dataclass(frozen=True)
+class Head:
+    """A column of a table of analyses.
+
+    Attributes:
+        title: its name, with the settings that other columns of the same number do not share.
+        column: which number.
+        analysis: of which analysis.
+        settings: with which settings.
+    """
+
+    title: str
+    column: Column
+    analysis: str
+    settings: Mapping[str, Any]
+
+    def value(self, entries: Iterable[Entry]) -> float:
+        """The number in the entries of a run; nan if it is not there or not finite."""
+        for entry in entries:
+            if entry["analysis"] == self.analysis and entry["settings"] == self.settings:
+                return self.column.value(entry["results"])
+        return nan
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """Entries on the same examples and weights, and the columns of their table.
+
+    Attributes:
+        settings: the shared settings.
+        entries: those of each run, by any key of a run.
+        heads: the columns.
+        own: the other settings, where all columns that have them agree.
+    """
+
+    settings: Mapping[str, Any]
+    entries: Mapping[Any, Sequence[Entry]]
+    heads: tuple[Head, ...]
+    own: Mapping[str, Any]
+
+    @property
+    def said(self) -> str:
+        """The settings in words."""
+        s = self.settings
+        own = [_OWN[name].format(value) for name, value in self.own.items()]
+        parts = (
+            f"on at most {s['examples']:,} {SPLITS[s['split']]}, in batches of {s['batch_size']}",
+            WEIGHTS[s["weights"]],
+            *own,
+            f"seed {s['seed']}",
+        )
+        return ", ".join(parts)
+
+
+def sheets(entries: Mapping[Any, Sequence[Entry]]) -> list[Sheet]:
+    """The tables for the entries of some runs: one for each combination of shared settings.
+
+    Args:
+        entries: those of each run, by any key of a run.
+    """
+    found: dict[tuple[Any, ...], dict[Any, list[Entry]]] = {}
+    for run, some in entries.items():
+        for entry in some:
+            shared = tuple(entry["settings"][name] for name in SHARED)
+            found.setdefault(shared, {}).setdefault(run, []).append(entry)
+    return [_sheet(dict(zip(SHARED, shared, strict=True)), some) for shared, some in found.items()]
+
+
+def _sheet(settings: Mapping[str, Any], entries: Mapping[Any, Sequence[Entry]]) -> Sheet:
+    every = [entry for some in entries.values() for entry in some]
+    heads: list[Head] = []
+    values: dict[str, list[Any]] = {}
+    for name, analysis in ANALYSES.items():
+        variants = list({str(e["settings"]): e["settings"] for e in every if e["analysis"] == name}.values())
+        variants.sort(key=lambda one: [one[own] for own in analysis.settings])
+        differ = [own for own in analysis.settings if len({one[own] for one in variants}) > 1]
+        for one in variants if analysis.columns else ():
+            more = ", ".join(_OWN[own].format(one[own]) for own in differ)
+            heads += [Head(f"{c.title} ({more})" if more else c.title, c, name, one) for c in analysis.columns]
+            for own in analysis.settings:
+                values.setdefault(own, []).append(one[own])
+    agreed = {own: some[0] for own, some in values.items() if len(set(some)) == 1}
+    return Sheet(settings, entries, tuple(heads), agreed)
+
+
+def read(runs: Iterable[Finished]) -> tuple[dict[Recipe, list[Entry]], list[RunError]]:
+    """The entries of the runs that have some of their present weights, by recipe and seed; and files that are damaged.
+
+    Args:
+        runs: read from folders.
+    """
+    found, faults = dict[Recipe, list[Entry]](), list[RunError]()
+    for run in runs:
+        if run.folder is None:
+            continue
+        try:
+            entries = [one for one in read_entries(run.folder) if is_of(one, checksum(run.result))]
+        except RunError as error:
+            faults.append(error)
+            continue
+        if entries:
+            found[run.recipe] = entries
+    return found, faults
+
+
+def rows(runs: Sequence[Finished], entries: Mapping[Recipe, Sequence[Entry]]) -> list[Row]:
+    """One row for each recipe, setting and number, for a CSV file.
+
+    Args:
+        runs: finished runs, in the order of the report.
+        entries: see `read`.
+    """
+    groups = grouped(runs)
+    called, found = names(groups), list[Row]()
+    for sheet in sheets(entries):
+        for recipe, group in groups.items():
+            for head in sheet.heads:
+                values = _values(head, sheet, group)
+                if not values:
+                    continue
+                own = {name: head.settings.get(name, "") for name in _OWN}
+                about = {
+                    "name": called[recipe],
+                    "dataset": recipe.dataset,
+                    "model": recipe.model,
+                    "noise": recipe.noise,
+                }
+                row: Row = {**about, **sheet.settings, **own, "analysis": head.analysis, "measure": head.column.title}
+                spread = stdev(values) if len(values) > 1 else nan
+                found.append({**row, "mean": mean(values), "std": spread, "n": len(values), "recipe": recipe.slug})
+    return found
+
+
+def section(
+    runs: Sequence[Finished], entries: Mapping[Recipe, Sequence[Entry]], faults: Sequence[RunError], root: str
+) -> str:
+    """The section of a report in Markdown; empty if no run was analysed.
+
+    Args:
+        runs: finished runs, in the order of the report.
+        entries: see `read`.
+        faults: see `read`.
+        root: folder of the runs, for the command that analyses the others.
+    """
+    if not entries and not faults:
+        return ""
+    groups, lacking = grouped(runs), len(runs) - len(entries)
+    blocks = ["## Analysis"]
+    blocks += [
+        f"Measured after training by `bisam analyse`, for {len(entries)} of {len(runs)} finished runs: mean ± standard "
+        "deviation over n seeds; a cell of fewer seeds has their number in parentheses. Numbers of different settings "
+        "are never averaged." + (f" `bisam analyse {root}` measures the other {lacking}." if lacking else "")
+    ]
+    explained: dict[str, str] = {}
+    for sheet in sheets(entries):
+        if not sheet.heads:
+            continue
+        blocks += [_sentence(sheet.said), _table(groups, sheet)]
+        explained |= {head.column.title: head.column.about for head in sheet.heads}
+    blocks += ["\n".join(f"* {escaped(name)}: {escaped(about)}." for name, about in explained.items() if about)]
+    if faults:
+        said = [
+            f"{e.path.parent.name}/{e.path.name} ({e.reason})" if isinstance(e, DamagedError) else f"{e}"
+            for e in faults
+        ]
+        blocks += [f"Left out, because they cannot be used: {'; '.join(map(escaped, said))}."]
+    return "\n\n".join([*blocks, *provenance(entries)])
+
+
+def _table(groups: Groups, sheet: Sheet) -> str:
+    called, titles = names(groups), places(groups)
+    several = len(titles) > 1
+    lines: list[tuple[str, ...]] = []
+    for recipe, group in groups.items():
+        if not (n := sum(run.recipe in sheet.entries for run in group)):
+            continue
+        cells = [cell(_values(head, sheet, group), head.column.percent, n) for head in sheet.heads]
+        lines.append((*([titles[place(recipe)]] if several else []), called[recipe], *cells, f"{n}"))
+    return table((*([""] if several else []), "method", *map(written, sheet.heads), "n"), lines)
+
+
+def written(head: Head) -> str:
+    """The title of a column with its unit."""
+    return f"{head.title} (%)" if head.column.percent else head.title
+
+
+def cell(values: Sequence[float], percent: bool, n: int) -> str:
+    """Mean ± standard deviation with three significant digits of the mean; a dash if there is no value.
+
+    Args:
+        values: of some seeds.
+        percent: whether they are shares of 1 to show in per cent.
+        n: number of seeds of the row; another number of values is added.
+    """
+    if not values or isnan(values[0]):
+        return "–"
+    values = [100 * value for value in values] if percent else values
+    centre = mean(values)
+    fewer = f" ({len(values)})" if len(values) != n else ""
+    if centre and abs(centre) < 1e-3 and not percent:
+        spread = f" ± {stdev(values):.1e}" if len(values) > 1 else ""
+        return f"{centre:.2e}{spread}{fewer}".replace("-", "−")
+    digits = 2 if percent else max(0, 2 - floor(log10(abs(centre)))) if centre else 2
+    spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{centre:.{digits}f}{spread}{fewer}".replace("-", "−")
+
+
+def _values(head: Head, sheet: Sheet, group: Sequence[Finished]) -> list[float]:
+    found = [head.value(sheet.entries.get(run.recipe, ())) for run in group]
+    return [value for value in found if not isnan(value)]
+
+
+def provenance(entries: Mapping[Any, Sequence[Entry]]) -> list[str]:
+    """Where and when the numbers were made: one line of Markdown for each environment."""
+    every = [entry for some in entries.values() for entry in some]
+    dates: dict[str, list[str]] = {}
+    for entry in every:
+        dates.setdefault(where(entry, RESULT), []).append(entry["date"])
+    return [escaped(f"Analysis: {line(place, some)}") for place, some in sorted(dates.items())]
+
+
+def _sentence(text: str) -> str:
+    return escaped(f"{text[0].upper()}{text[1:]}.")
