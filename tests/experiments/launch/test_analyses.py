@@ -20,7 +20,14 @@ from tests.support.doubles import Silent
 SAM = Recipe(method="sam", rho=0.4, epochs=1, limit=32, batch_size=32)
 SGD = replace(SAM, method="sgd", rho=None)
 SETTINGS = {"steps": 2, "batch_size": 16, "weights": "last"}
-BOTH = Analyses(("sharpness", "flips"), SETTINGS, {"rise": "rise", "flips, -log": "flips"}, "rise", "rise", ("rise",))
+BOTH = Analyses(
+    what={"sharpness": {}, "flips": {"examples": 16}},
+    settings=SETTINGS,
+    measures={"rise": "rise", "flips, -log": "flips"},
+    primary="rise",
+    control="flips",
+    shown=("rise",),
+)
 QUIET = Machine(log=())
 
 
@@ -28,6 +35,7 @@ def written(root, recipe: Recipe) -> list[str]:
     return [entry["analysis"] for entry in read_entries(Run.under(root, recipe).folder)]
 
 
+@pytest.mark.slow
 def test_runs_are_analysed_in_their_process_and_only_once(tmp_path):
     train(Run.under(tmp_path, SAM), QUIET)  # before the study had analyses
     progress = Silent()
@@ -36,6 +44,7 @@ def test_runs_are_analysed_in_their_process_and_only_once(tmp_path):
     assert progress.ended == {SAM: None, SGD: None}
     assert [recipe for recipe, _ in progress.epochs] == [SGD]
     assert written(tmp_path, SAM) == written(tmp_path, SGD) == ["sharpness", "flips"]
+    assert [entry["settings"]["examples"] for entry in read_entries(Run.under(tmp_path, SAM).folder)] == [2000, 16]
     of_sam = [(measure, completed) for recipe, measure, completed in progress.measures if recipe == SAM]
     assert of_sam[0] == ("sharpness: 1 step", 0)
     assert of_sam[-1] == ("flips: four adversaries", 1)
@@ -65,9 +74,9 @@ def test_an_interruption_costs_one_analysis(tmp_path):
 
 
 def test_other_settings_and_weights_are_lacking(tmp_path):
-    train_or_explain(SAM, tmp_path, QUIET, None, replace(BOTH, what=("flips",)))
+    train_or_explain(SAM, tmp_path, QUIET, None, replace(BOTH, what={"flips": {}}))
     run = Run.under(tmp_path, SAM)
-    only = replace(BOTH, what=("flips",))
+    only = replace(BOTH, what={"flips": {}})
     assert lacking(run, run.result, only) == []
     assert lacking(run, run.result, None) == []
     assert lacking(run, run.result, replace(only, settings={**SETTINGS, "rho": (0.1,)})) == ["flips"]

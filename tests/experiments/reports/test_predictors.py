@@ -105,13 +105,15 @@ def test_the_words_follow_from_the_numbers():
     assert "nan" not in text
     assert "Primary comparison, good: label noise 0 %: +" in text
     assert "(decided: the larger it is, the larger the test error)" in text
-    assert "Of the 4 exploratory comparisons none is decided after Holm." in text
-    assert (
-        "the test error is predicted by: label noise 0 %, good: the larger it is, the larger the test error; " in text
-    )
+    assert "adjusted together: none of 4 is decided. Undecided: label noise 0 %: bad, flat; label noise 40 %: b" in text
+    listed = r"excludes 0\): label noise 0 %: good \(\+[\d.]+\); label noise 40 %: good \(\+[\d.]+\)\."
+    assert re.search(listed, text)
+    assert re.search(r"good: label noise 0 %: \+[\d.]+ \[\+[\d.]+, \+[\d.]+\], p \\< 0.001, adjusted p \\< 0.0", text)
     random = section(compare(levels(measured()), primary="bad", control="flat"))
     assert random.count("(undecided)") == 2
-    assert "Of the 4 exploratory comparisons 2 are decided after Holm: label noise 0 %, good (+" in random
+    assert "adjusted together: 2 of 4 are decided (label noise 0 %: good (+" in random
+    assert "Undecided: label noise 0 %: flat; label noise 40 %: flat." in random
+    assert ", p = 0." in random
     assert "No measure predicts the test error by all three criteria" in random  # a constant control cannot be beaten
 
 
@@ -124,10 +126,8 @@ def test_the_words_say_where_methods_alone_differ():
     found = compare(levels(runs), primary="good", control="bad")
     assert all(one.decided and not one.predicts for one in found if one.primary)
     text = section(found)
-    assert (
-        "A decided correlation has the opposite sign within methods: label noise 0 %, good; label noise 40 %, good."
-        in text
-    )
+    where = "label noise 0 %: good; label noise 40 %: good"
+    assert f"Decided correlations that have the opposite sign within methods: {where}." in text
     assert "No measure predicts the test error" in text
 
 

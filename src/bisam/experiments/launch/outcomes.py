@@ -101,7 +101,12 @@ def lacking(run: Run, result: Result, analyses: Analyses | None) -> list[str]:
     """
     if analyses is None or result.get("diverged") is not None:
         return []
-    return missing(run.folder, result, analyses.what, Settings(**analyses.settings))
+    return [name for name, settings in _settings(analyses).items() if missing(run.folder, result, [name], settings)]
+
+
+def _settings(analyses: Analyses) -> dict[str, Settings]:
+    """The settings of each analysis, in the order in which they are computed."""
+    return {name: Settings(**{**analyses.settings, **analyses.what[name]}) for name in known(analyses.what)}
 
 
 def train_or_explain(
@@ -116,8 +121,8 @@ def train_or_explain(
     run, result = Run.under(root, recipe), None
     try:
         result = train(run, machine, on_epoch)  # returns at once if it is finished
-        if analyses is not None and lacking(run, result, analyses):
-            _analyse(run, analyses, machine, on_measure)
+        if analyses is not None:
+            _analyse(run, result, analyses, machine, on_measure)
         return Outcome(recipe, result)
     except DataError as error:
         return Outcome(recipe, None, " ".join(str(error).split()), started=False)
@@ -133,13 +138,15 @@ def train_or_explain(
     return Outcome(recipe, result, ("" if result is None else "its analysis: ") + " ".join(message.split()))
 
 
-def _analyse(run: Run, analyses: Analyses, machine: Machine, on_measure: OnMeasure | None) -> None:
-    names, last = known(analyses.what), ""
+def _analyse(run: Run, result: Result, analyses: Analyses, machine: Machine, on_measure: OnMeasure | None) -> None:
+    settings, left, last = _settings(analyses), lacking(run, result, analyses), ""
+    for completed, name in enumerate(settings):
 
-    def report(measure: str, _done: int, _total: int) -> None:
-        nonlocal last
-        if on_measure is not None and measure != last:
-            on_measure(measure, names.index(measure.partition(":")[0]))
-        last = measure
+        def report(measure: str, _done: int, _total: int, completed: int = completed) -> None:
+            nonlocal last
+            if on_measure is not None and measure != last:
+                on_measure(measure, completed)
+            last = measure
 
-    analyse(run.folder, names, Settings(**analyses.settings), machine, report)
+        if name in left:
+            analyse(run.folder, [name], settings[name], machine, report)

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports.drawing import Style, plain, styles
@@ -17,10 +18,13 @@ from bisam.experiments.reports.predictors import Comparison, Level, written
 
 NAME = "predictors"
 """Name of the figure."""
-CAPTION = "Test error against measures of the trained network"
+CAPTION = (
+    "Test error against measures of the trained network: runs (small) and means of a configuration (large), with "
+    "Spearman's correlation and its 95 % interval"
+)
 _WIDTH, _ROW = 6.9, 1.75  # inches: the width of the text of a paper
 _SMALL = 7
-_DECADES = 8.0  # a measure whose values differ by more than this factor has a logarithmic axis
+_RATIO = 4.0  # values that differ by more than this factor have a logarithmic axis
 
 
 def predictors(comparisons: Sequence[Comparison], shown: Sequence[str]) -> Figure:
@@ -65,15 +69,25 @@ def _panel(ax: Axes, level: Level, key: str, styled: dict[str, Style]) -> None:
         ax.plot(x[:, own].ravel(), y[:, own].ravel(), ".", color=style.colour, ms=2.5, mew=0, alpha=0.45, zorder=1)
         line: dict[str, Any] = {**style.line, "markersize": 4, "linewidth": 0.9, "mec": "white", "mew": 0.4}
         ax.plot(x[:, own].mean(0), y[:, own].mean(0), label=plain(name), zorder=2, **line)
-    if x.min() > 0 and x.max() > _DECADES * x.min():
+    if _is_wide(x):
         ax.set_xscale("log")
         ax.xaxis.set_major_locator(LogLocator(numticks=4))
         ax.xaxis.set_minor_formatter(NullFormatter())
     else:
         ax.xaxis.set_major_locator(MaxNLocator(4))
-    ax.yaxis.set_major_locator(MaxNLocator(5))
+    if _is_wide(y):
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        ax.yaxis.set_major_formatter(ScalarFormatter())
+        ax.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        ax.yaxis.set_major_locator(MaxNLocator(5))
     ax.tick_params(labelsize=_SMALL - 0.5, length=2)
     ax.grid(alpha=0.3, linewidth=0.5)
+
+
+def _is_wide(values: np.ndarray) -> bool:
+    return bool(values.min() > 0 and values.max() > _RATIO * values.min())
 
 
 def _styles(recipes: Sequence[Recipe]) -> dict[str, Style]:

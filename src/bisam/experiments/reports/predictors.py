@@ -1,6 +1,6 @@
 """Predictors: which measures of a trained network rank configurations as their test error does.
 
-    found = compare(levels(measured), primary="sharpness, 20 steps", control="training loss")
+    found = compare(levels(measured), primary="20-step sharpness", control="training loss")
     print(section(found))                       # table and sentences, in Markdown
 
 A level is a setting, such as a share of label noise, in which runs are compared. The statistics are those of
@@ -111,11 +111,11 @@ def measured(runs: Iterable[Finished], analyses: Analyses) -> tuple[list[Measure
         runs: finished runs, read from their folders.
         analyses: of the study.
     """
-    settings, found, faults = Settings(**analyses.settings), list[Measured](), list[str]()
+    found, faults = list[Measured](), list[str]()
     for run in runs:
         name = f"{run.recipe.slug}, seed {run.recipe.seed}"
         try:
-            values = {} if run.folder is None else numbers_of(run.folder, run.result, analyses.what, settings)
+            values = _numbers(run, analyses)
         except RunError as error:
             reason = error.reason if isinstance(error, DamagedError) else str(error)
             faults.append(f"{name} ({reason})")
@@ -126,6 +126,13 @@ def measured(runs: Iterable[Finished], analyses: Analyses) -> tuple[list[Measure
         else:
             faults.append(f"{name} (its analyses are not finished)")
     return found, faults
+
+
+def _numbers(run: Finished, analyses: Analyses) -> dict[str, float]:
+    values = dict[str, float]()
+    for name, own in analyses.what.items() if run.folder is not None else ():
+        values |= numbers_of(run.folder, run.result, [name], Settings(**{**analyses.settings, **own}))
+    return values
 
 
 def levels(measured: Iterable[Measured]) -> list[Level]:
@@ -321,6 +328,10 @@ def _probability(p: float) -> str:
     return "–" if isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
+def _equation(p: float) -> str:
+    return _probability(p) if p < 0.001 else f"= {_probability(p)}"
+
+
 def _left_out(comparisons: Sequence[Comparison]) -> str:
     of = dict.fromkeys((one.level.title, reason) for one in comparisons for reason in one.level.left_out)
     said = [escaped(f"{level}: {reason}" if level else reason) for level, reason in of]
@@ -346,37 +357,34 @@ def _sentences(comparisons: Sequence[Comparison]) -> list[str]:
 def _primary(main: Sequence[Comparison]) -> str:
     parts: list[str] = []
     for one in main:
+        where = f"{escaped(one.level.title)}: " if one.level.title else ""
         if isnan(one.found.p):
-            parts.append(f"{_where(one)}it is undefined")
+            parts.append(f"{where}undefined")
             continue
         verdict = f"decided: {_direction(one)}" if one.decided else "undecided"
-        parts.append(
-            f"{_where(one)}{written(one.found.spearman)}, p {_probability(one.found.p)}, adjusted "
-            f"{_probability(one.adjusted)} ({verdict})"
-        )
+        p, adjusted = (escaped(_equation(value)) for value in (one.found.p, one.adjusted))
+        parts.append(f"{where}{written(one.found.spearman)}, p {p}, adjusted p {adjusted} ({verdict})")
     return f"Primary comparison, {escaped(main[0].measure)}: {'; '.join(parts)}."
 
 
 def _exploratory(others: Sequence[Comparison]) -> str:
     decided = [one for one in others if one.decided]
-    said = f"Of the {len(others)} exploratory comparisons {len(decided) or 'none'} "
-    said += "is decided after Holm" if len(decided) < 2 else "are decided after Holm"
-    listed = "; ".join(f"{_called(one)} ({_signed(one.found.spearman.mean)})" for one in decided)
-    return f"{said}: {listed}." if listed else f"{said}."
+    undecided = [one for one in others if not one.decided]
+    count = f"{len(decided) or 'none'} of {len(others)}"
+    said = f"Exploratory comparisons, adjusted together: {count} {'is' if len(decided) < 2 else 'are'} decided"
+    said += f" ({_listed(decided, signs=True)})." if decided else "."
+    return f"{said} Undecided: {_listed(undecided)}." if undecided else said
 
 
 def _simpson(comparisons: Sequence[Comparison]) -> str:
     known = [one for one in comparisons if one.decided and not isnan(one.found.within.mean)]
-    reversed_ = [
-        one for one in known if one.found.within.excludes_zero and one.found.within.mean * one.found.spearman.mean < 0
-    ]
+    clear = [one for one in known if one.found.within.excludes_zero]
+    opposite = [one for one in clear if one.found.within.mean * one.found.spearman.mean < 0]
     unclear = [one for one in known if not one.found.within.excludes_zero]
-    parts: list[str] = []
-    if reversed_:
-        parts.append(f"has the opposite sign within methods: {'; '.join(map(_called, reversed_))}")
+    parts = [f"have the opposite sign within methods: {_listed(opposite)}"] if opposite else []
     if unclear:
-        parts.append(f"is undecided within methods (the interval contains 0): {'; '.join(map(_called, unclear))}")
-    return f"A decided correlation {'; it '.join(parts)}." if parts else ""
+        parts.append(f"are undecided within methods, where the interval contains 0: {_listed(unclear)}")
+    return f"Decided correlations that {'. Decided correlations that '.join(parts)}." if parts else ""
 
 
 def _verdict(comparisons: Sequence[Comparison]) -> str:
@@ -387,16 +395,17 @@ def _verdict(comparisons: Sequence[Comparison]) -> str:
     found = [one for one in comparisons if one.predicts]
     if not found:
         return f"No measure predicts the test error by all three criteria ({rule})."
-    listed = "; ".join(f"{_called(one)}: {_direction(one)}" for one in found)
-    return f"By all three criteria ({rule}) the test error is predicted by: {listed}."
+    return f"Measures that predict the test error by all three criteria ({rule}): {_listed(found, signs=True)}."
 
 
-def _where(one: Comparison) -> str:
-    return f"{escaped(one.level.title)}: " if one.level.title else ""
-
-
-def _called(one: Comparison) -> str:
-    return f"{escaped(one.level.title)}, {escaped(one.measure)}" if one.level.title else escaped(one.measure)
+def _listed(some: Sequence[Comparison], signs: bool = False) -> str:
+    """The measures by level, with their correlations if `signs`."""
+    parts: list[str] = []
+    for level in dict.fromkeys(one.level.title for one in some):
+        here = [one for one in some if one.level.title == level]
+        said = [escaped(one.measure) + (f" ({_signed(one.found.spearman.mean)})" if signs else "") for one in here]
+        parts.append(f"{escaped(level)}: {', '.join(said)}" if level else ", ".join(said))
+    return "; ".join(parts)
 
 
 def _direction(one: Comparison) -> str:

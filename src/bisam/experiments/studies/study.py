@@ -21,8 +21,8 @@ class Analyses:
     """What `bisam analyse` measures of each finished run of a study, and how it is compared with the test error.
 
     Attributes:
-        what: names of analyses.
-        settings: their settings that differ from the defaults, with one radius.
+        what: names of analyses, each with the settings in which it differs from `settings`.
+        settings: the settings of all analyses that differ from the defaults, with one radius.
         measures: the measures that are compared: from the title of a column of these analyses to a name for the report.
         primary: name of the measure whose correlation with the test error was fixed as the primary comparison before
             the first run.
@@ -30,7 +30,7 @@ class Analyses:
         shown: names of the measures in the figure.
     """
 
-    what: tuple[str, ...]
+    what: Mapping[str, Mapping[str, Any]] = field(hash=False)
     settings: Mapping[str, Any] = field(hash=False)
     measures: Mapping[str, str] = field(hash=False)
     primary: str
