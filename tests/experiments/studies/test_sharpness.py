@@ -16,6 +16,7 @@ from bisam.experiments.analyses.file import ANALYSIS, read_entries
 from bisam.experiments.analyses.settings import Settings
 from bisam.experiments.launch.outcomes import train_or_explain
 from bisam.experiments.reports import predictors
+from bisam.experiments.reports.analyses import read
 from bisam.experiments.runs.folder import finished
 from bisam.experiments.runs.machine import Machine
 from bisam.experiments.studies import STUDIES
@@ -75,22 +76,34 @@ def test_runs_are_measured_from_their_folders(tmp_path):
     for recipe, analyses in ((small[0], few), (small[1], few), (replace(small[0], seed=1), None)):
         assert train_or_explain(recipe, tmp_path, machine, None, analyses).error is None
     runs = list(finished(tmp_path))
-    found, reasons = predictors.measured(runs, few)
+
+    def measured(analyses):
+        return predictors.measured(runs, read(runs)[0], analyses)
+
+    found, lacking = measured(few)
     assert {one.run.recipe for one in found} == set(small)
     assert all(0 <= one.values["flips"] <= 1 for one in found)
-    assert reasons == [f"{small[0].slug}, seed 1 (its analyses are not finished)"]
+    assert lacking == [f"{small[0].slug}, seed 1"]
+    other = replace(few, settings={**few.settings, "rho": (0.1,)})
+    assert measured(other)[0] == []
     path = next(one for one in runs if one.recipe == small[1]).folder / ANALYSIS
     path.write_text("{")
-    found, reasons = predictors.measured(runs, few)
+    found, lacking = measured(few)
     assert [one.run.recipe for one in found] == [small[0]]
-    assert any(reason.startswith(f"{small[1].slug}, seed 0 (") for reason in reasons)
-    other = replace(few, settings={**few.settings, "rho": (0.1,)})
-    assert predictors.measured(runs, other)[0] == []
+    assert set(lacking) == {f"{small[0].slug}, seed 1", f"{small[1].slug}, seed 0"}
+
+
+def test_a_diverged_run_is_there_without_measures(tmp_path):
+    diverging = replace(STUDY.recipes(None)[0], learning_rate=1e30, epochs=2, limit=16)
+    assert train_or_explain(diverging, tmp_path, Machine(log=()), None, MEASURED).error is None
+    found, lacking = predictors.measured(list(finished(tmp_path)), {}, MEASURED)
+    assert [(one.run.diverged is not None, one.values, lacking) for one in found] == [(True, {}, [])]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_study_in_small_from_training_to_the_report(bisam, tmp_path):
-    small = ("--set", "noise=0.4", "--set", "limit=64", "--epochs", 2, "--seeds", 2, "--workers", 2, "--out", tmp_path)
+    small = ("--set", "noise=0.4", "--set", "limit=32", "--epochs", 1, "--seeds", 2, "--workers", 2, "--out", tmp_path)
     code, out, err = bisam("run", "sharpness", *small, "--dry-run", "--no-estimate")
     assert (code, err) == (0, "")
     assert "30 of 30 runs of sharpness are left, and the analyses of 30" in out
@@ -120,7 +133,7 @@ def test_the_study_in_small_from_training_to_the_report(bisam, tmp_path):
     assert "0 of 30 runs of sharpness are left, and the analyses of 1" in out
     assert bisam("run", "sharpness", *small)[0] == 0  # that one only
     assert {folder for folder in folders if (folder / ANALYSIS).read_bytes() != before[folder]} == {folders[0]}
-    changes = ("--set", "noise=0.4", "--set", "limit=64", "--set", "epochs=2", "--out", tmp_path)
+    changes = ("--set", "noise=0.4", "--set", "limit=32", "--set", "epochs=1", "--out", tmp_path)
     code, _, err = bisam("plot", "predictors", "sharpness", *changes, "--to", tmp_path / "p.pdf")
     assert (code, err) == (0, "")
     assert (tmp_path / "p.pdf").read_bytes().startswith(b"%PDF")

@@ -30,7 +30,7 @@ from bisam.experiments.analyses.file import (
 )
 from bisam.experiments.analyses.settings import FILE, Settings
 from bisam.experiments.analyses.subject import Subject, of_file, of_run
-from bisam.experiments.errors import RunError, unknown
+from bisam.experiments.errors import RunError
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.files import checksum, make_folders, write
 from bisam.experiments.runs.folder import Result, Run, read_recipe
@@ -171,31 +171,6 @@ def missing(folder: Path, result: Result, what: Iterable[str], settings: Setting
         if any(find(entries, name, one.told(own), of) is None for one in settings.each(own)):
             left.append(name)
     return left
-
-
-def measured(folder: Path, result: Result, what: Iterable[str], settings: Settings) -> dict[str, float]:
-    """Return the numbers of analyses in the folder of a finished run, by the titles of their columns.
-
-    Those of other weights or settings, or of another version of an analysis, do not count.
-
-    Args:
-        folder: of the run.
-        result: of the run.
-        what: names of analyses.
-        settings: as for `analyse`, with one radius.
-
-    Raises:
-        ValueError: an analysis is unknown.
-        RunError: the file is damaged.
-    """
-    entries, of, values = read_entries(folder), checksum(result), dict[str, float]()
-    for name in what:
-        if name not in ANALYSES:
-            raise unknown("analysis", name, ANALYSES)
-        (one,) = settings.each(ANALYSES[name].settings)
-        if (entry := find(entries, name, one.told(ANALYSES[name].settings), of)) is not None:
-            values |= ANALYSES[name].numbers(entry["results"])
-    return values
 
 
 def _result_of(run: Run) -> Result:

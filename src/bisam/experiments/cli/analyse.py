@@ -268,7 +268,9 @@ def _show(jobs: Sequence[_Job]) -> None:
         if not heads:
             continue
         if len(jobs) == 1:
-            table = Table("measure", Column("value", justify="right"), title=f"Analysis of {top}", caption=sheet.said)
+            table = Table(
+                "measure", Column("value", justify="right"), title="Analysis", caption=sheet.said, min_width=60
+            )
             for head in heads:
                 table.add_row(Text(written(head)), cell([head.value(sheet.entries[top])], head.column.percent, 1))
             console.print(table)

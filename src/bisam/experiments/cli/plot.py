@@ -1,4 +1,4 @@
-"""`bisam plot`: one figure of a study or a measurement."""
+"""`bisam plot`: one figure of a study, of a measurement, or of an analysis of a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bisam.experiments.errors import unknown
 
 EXAMPLES = (
     "Examples:  bisam plot figure1   |   bisam plot figure2 --to figure2.pdf   |   "
-    "bisam plot flips digits --to flips.svg"
+    "bisam plot flips digits --to flips.svg   |   bisam plot landscape RUN --to landscape.pdf"
 )
 
 
@@ -20,17 +20,21 @@ def plot(
     """Draw one figure, from run folders: PNG, PDF or SVG.
 
     Args:
-        figure: A study or measurement (its first figure), or the name of a figure: accuracy, curves, flips, ...
-        study: Study whose runs the figure shows.
+        figure: A study or measurement (its first figure), or the name of a figure: accuracy, curves, flips, ... or an
+            analysis of a run: landscape, sharpness, zero-one, flips, spectrum.
+        study: Study whose runs the figure shows, or the folder of the analysed run.
         changes: The same values as for `bisam run`.
         to: File to write; its suffix gives the format. By default FIGURE.png.
     """
     from bisam.experiments.cli.subjects import SUBJECTS, subject
-    from bisam.experiments.reports import figures, predictor_plot
+    from bisam.experiments.reports import analyses, figures, predictor_plot
     from bisam.experiments.reports.drawing import save
 
     of_studies = [*figures.CAPTIONS, predictor_plot.NAME]
-    if study is None and figure in SUBJECTS:
+    run = None if study is None or study in SUBJECTS else Path(study)
+    if run is not None and figure in analyses.DRAWN and (run.exists() or figure not in figures.CAPTIONS):
+        drawing = analyses.draw(figure, run)
+    elif study is None and figure in SUBJECTS:
         drawing = SUBJECTS[figure].figure(None, changes, out)
     elif figure in of_studies:
         if study is None:
@@ -38,8 +42,10 @@ def plot(
         drawing = subject(study).figure(figure, changes, out)
     elif figure in SUBJECTS:
         raise ValueError(f"{figure} shows its own runs: leave {study} out, or name a figure: bisam plot flips {study}")
+    elif figure in analyses.DRAWN:
+        raise ValueError(f"{figure} shows an analysis of a run. Give its folder too: bisam plot {figure} RUN")
     else:
-        raise unknown("figure", figure, [*of_studies, *SUBJECTS])
+        raise unknown("figure", figure, [*of_studies, *SUBJECTS, *analyses.DRAWN])
     file = to or Path(f"{figure}.png")
     save(drawing, file)
     console.print(f"{file}", soft_wrap=True)

@@ -14,6 +14,8 @@ EXAMPLES = (
 def report(study: str, *, changes: Changes = (), out: Out = Path("runs"), to: Path | None = None) -> int:
     """Write report.md, report.csv, report.html and the figures from the run folders of a study, and print the table.
 
+    Where runs were analysed (`bisam analyse`), the report has their numbers, which are in analysis.csv too.
+
     Args:
         study: Name of the study or measurement, see `bisam list`.
         changes: The same values as for `bisam run`.

@@ -16,22 +16,21 @@ def write_report(
     figures: Mapping[str, bytes],
     tables: Mapping[str, str] = {},
 ) -> None:
-    """Write report.md, report.html, the figures and, if there are rows, report.csv, and print their names.
+    """Write report.md, report.html, the figures and, if there are rows, CSV files, and print their names.
 
     Args:
         to: folder.
         markdown: the report, which names the figures by their files.
         csv: its rows, or "" if there are none.
         figures: content by file name.
-        tables: further CSV files, by file name.
+        tables: rows of further CSV files by file name, or "" if there are none.
     """
     from bisam.experiments.reports import pages
 
     write(to / "report.md", markdown)
-    if csv:
-        write(to / "report.csv", csv)
+    tables = {name: rows for name, rows in {"report.csv": csv, **tables}.items() if rows.strip()}
     write(to / "report.html", pages.html(markdown, figures))
     for file, content in {**tables, **figures}.items():
         write(to / file, content)
-    names = ["report.md", *(["report.csv"] if csv else []), *tables, "report.html", *figures]
+    names = ["report.md", *tables, "report.html", *figures]
     console.print(f"{to}/: {', '.join(names)}", soft_wrap=True)

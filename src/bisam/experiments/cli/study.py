@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import signal
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +29,7 @@ from bisam.experiments.studies.study import Analyses, Study, expand
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from bisam.experiments.analyses.file import Entry
     from bisam.experiments.launch.outcomes import Outcome
     from bisam.experiments.reports.predictors import Comparison, Measured
 
@@ -123,12 +124,12 @@ class StudySubject:
             wanted = dict.fromkeys(replace(recipe, seed=0) for recipe in recipes)
             runs, left_out = all_finished(root)
             found = [run for run in runs if without_seed(run) in wanted]
-            self._report(self._arranged(found, list(wanted)), left_out, out / self.name)
+            self._report(self._arranged(found, list(wanted)), left_out, out, out / self.name)
         return show_failed(outcomes)
 
     def report(self, changes: tuple[str, ...], out: Path, to: Path | None) -> int:
         """Print the table, and write the report."""
-        self._report(*self._finished(changes, out), to or out / self.name)
+        self._report(*self._finished(changes, out), out, to or out / self.name)
         return 0
 
     def figure(self, name: str | None, changes: tuple[str, ...], out: Path) -> Figure:
@@ -137,15 +138,15 @@ class StudySubject:
         Raises:
             ValueError: the name is unknown, or no finished run is in that figure.
         """
-        from bisam.experiments.reports import figures, predictor_plot
+        from bisam.experiments.reports import analyses, figures, predictor_plot
 
         runs, _ = self._finished(changes, out)
         if name != predictor_plot.NAME:
             return figures.draw(name or self.study.figures[0], runs)
-        if (analyses := self.study.analyses) is None:
+        if (compared := self.study.analyses) is None:
             raise ValueError(f"{name} shows the analyses of a study, and {self.name} has none: try bisam list")
-        comparisons, _, _ = _compared(runs, analyses)
-        return predictor_plot.predictors(comparisons, analyses.shown)
+        comparisons, _, _ = _compared(runs, analyses.read(runs)[0], compared)
+        return predictor_plot.predictors(comparisons, compared.shown)
 
     def _recipes(self, launch: Launch) -> list[Recipe]:
         changed = self.study.changed(launch.epochs, launch.changes)
@@ -172,8 +173,8 @@ class StudySubject:
 
         return arranged(runs, recipes, self.study.baselines)
 
-    def _report(self, runs: list[Finished], left_out: list[str], to: Path) -> None:
-        from bisam.experiments.reports import figures, predictor_plot, tables
+    def _report(self, runs: list[Finished], left_out: list[str], out: Path, to: Path) -> None:
+        from bisam.experiments.reports import analyses, figures, predictor_plot, tables
         from bisam.experiments.reports.drawing import rendered
         from bisam.experiments.reports.groups import grouped
 
@@ -193,43 +194,51 @@ class StudySubject:
         drawn = [name for name in study.figures if figures.usable(name, runs)]
         pictures = {f"{name}.png": rendered(figures.draw(name, runs)) for name in drawn}
         captions = {f"{name}.png": figures.CAPTIONS[name] for name in drawn}
-        sections, more = list[str](), dict[str, str]()
+        entries, faults = analyses.read(runs)
+        for fault in faults:
+            errors.print(f"bisam: skipped: {fault}")
+        more = [analyses.section(runs, entries, faults, f"{out / study.folder}")]
+        files = {"analysis.csv": to_csv(analyses.rows(runs, entries))}
         if study.analyses is not None:
-            sections, more, drawing = _predictors(runs, study.analyses)
-            if drawing is not None:
-                pictures[f"{predictor_plot.NAME}.png"] = rendered(drawing)
+            section, own, figure = _predictors(runs, entries, study.analyses)
+            more, files = [section, *more], files | own
+            if figure is not None:
+                pictures[f"{predictor_plot.NAME}.png"] = rendered(figure)
                 captions[f"{predictor_plot.NAME}.png"] = predictor_plot.CAPTION
         text = tables.markdown(
-            study.title, runs, captions, study.note, study.baselines, left_out, study.assumptions, sections
+            study.title, runs, captions, study.note, study.baselines, left_out, study.assumptions, more
         )
-        write_report(to, text, to_csv(rows), pictures, more)
+        write_report(to, text, to_csv(rows), pictures, files)
 
 
-def _compared(runs: Sequence[Finished], analyses: Analyses) -> tuple[list[Comparison], list[Measured], list[str]]:
-    """The comparisons of measures with the test error, the measured runs, and the reasons why others are not."""
+def _compared(
+    runs: Sequence[Finished], entries: Mapping[Recipe, Sequence[Entry]], analyses: Analyses
+) -> tuple[list[Comparison], list[Measured], list[str]]:
+    """The comparisons of measures with the test error, the measured runs, and those that are not measured."""
     from bisam.experiments.reports import predictors
 
-    found, unmeasured = predictors.measured(runs, analyses)
+    found, unmeasured = predictors.measured(runs, entries, analyses)
     return predictors.compare(predictors.levels(found), analyses.primary, analyses.control), found, unmeasured
 
 
-def _predictors(runs: Sequence[Finished], analyses: Analyses) -> tuple[list[str], dict[str, str], Figure | None]:
+def _predictors(
+    runs: Sequence[Finished], entries: Mapping[Recipe, Sequence[Entry]], analyses: Analyses
+) -> tuple[str, dict[str, str], Figure | None]:
     """Print the comparisons of measures with the test error; return them as Markdown, CSV files and a figure."""
     from bisam.experiments.reports import predictor_plot, predictors
 
-    comparisons, found, unmeasured = _compared(runs, analyses)
+    comparisons, found, unmeasured = _compared(runs, entries, analyses)
+    section = predictors.section(comparisons, unmeasured)
+    files = {"measures.csv": to_csv(predictors.run_rows(found))}
+    if not comparisons:
+        return section, files, None
     table = Table(*predictors.BRIEF, title=predictors.TITLE)
     for one, following in zip(comparisons, [*comparisons[1:], None], strict=True):
         end = following is not None and following.level is not one.level
         table.add_row(*map(Text, predictors.brief(one)), end_section=end)
-    if comparisons:
-        console.print(table)
-    sections = [predictors.section(comparisons, unmeasured)]
-    files = {"measures.csv": to_csv(predictors.run_rows(found))} if found else {}
-    if not comparisons:
-        return sections, files, None
+    console.print(table)
     files["correlations.csv"] = to_csv(predictors.rows(comparisons))
-    return sections, files, predictor_plot.predictors(comparisons, analyses.shown)
+    return section, files, predictor_plot.predictors(comparisons, analyses.shown)
 
 
 def _check_methods(recipes: Iterable[Recipe]) -> None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import floor, isnan, log10, nan
+from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bisam.experiments.analyses.catalogue import ANALYSES, Column
 from bisam.experiments.analyses.file import Entry, is_of, read_entries
@@ -20,8 +21,11 @@ from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports.groups import Groups, grouped, names, place, places
 from bisam.experiments.reports.markdown import escaped, table
 from bisam.experiments.runs.files import checksum
-from bisam.experiments.runs.folder import Finished
+from bisam.experiments.runs.folder import Finished, Run, read_recipe
 from bisam.experiments.runs.provenance import RESULT, line, where
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Row = dict[str, Any]
 
@@ -54,6 +58,10 @@ class Head:
     column: Column
     analysis: str
     settings: Mapping[str, Any]
+
+    def is_in(self, entries: Iterable[Entry]) -> bool:
+        """Whether the analysis was made with these settings, among the entries of a run."""
+        return any(entry["analysis"] == self.analysis and entry["settings"] == self.settings for entry in entries)
 
     def value(self, entries: Iterable[Entry]) -> float:
         """The number in the entries of a run; nan if it is not there or not finite."""
@@ -144,6 +152,33 @@ def read(runs: Iterable[Finished]) -> tuple[dict[Recipe, list[Entry]], list[RunE
     return found, faults
 
 
+DRAWN = tuple(name for name, analysis in ANALYSES.items() if analysis.draw is not None)
+"""The analyses that have a figure."""
+
+
+def draw(name: str, folder: Path) -> Figure:
+    """The figure of the latest entry of an analysis.
+
+    Args:
+        name: one of `DRAWN`.
+        folder: of a run, or of what was found of the weights in a file.
+
+    Raises:
+        ValueError: there is no such entry.
+        RunError: a file is damaged.
+    """
+    of, entries = None, read_entries(folder)
+    if (folder / "recipe.json").exists():
+        result = Run(folder, read_recipe(folder)).result
+        of = "" if result is None else checksum(result)
+    usable = [e for e in entries if e["analysis"] == name and is_of(e, e["of"] if of is None else of)]
+    if not usable:
+        raise ValueError(f"{folder} has no {name}: measure it with `bisam analyse {folder} --what {name}`")
+    analysis = ANALYSES[name]
+    assert analysis.draw is not None
+    return analysis.draw(analysis.restored(usable[-1]["results"]))
+
+
 def rows(runs: Sequence[Finished], entries: Mapping[Recipe, Sequence[Entry]]) -> list[Row]:
     """One row for each recipe, setting and number, for a CSV file.
 
@@ -192,13 +227,10 @@ def section(
         "deviation over n seeds; a cell of fewer seeds has their number in parentheses. Numbers of different settings "
         "are never averaged." + (f" `bisam analyse {root}` measures the other {lacking}." if lacking else "")
     ]
-    explained: dict[str, str] = {}
+    explained = set[str]()
     for sheet in sheets(entries):
-        if not sheet.heads:
-            continue
-        blocks += [_sentence(sheet.said), _table(groups, sheet)]
-        explained |= {head.column.title: head.column.about for head in sheet.heads}
-    blocks += ["\n".join(f"* {escaped(name)}: {escaped(about)}." for name, about in explained.items() if about)]
+        if sheet.heads:
+            blocks += [_sentence(sheet.said), *_tables(groups, sheet, explained)]
     if faults:
         said = [
             f"{e.path.parent.name}/{e.path.name} ({e.reason})" if isinstance(e, DamagedError) else f"{e}"
@@ -208,16 +240,35 @@ def section(
     return "\n\n".join([*blocks, *provenance(entries)])
 
 
-def _table(groups: Groups, sheet: Sheet) -> str:
-    called, titles = names(groups), places(groups)
-    several = len(titles) > 1
-    lines: list[tuple[str, ...]] = []
-    for recipe, group in groups.items():
-        if not (n := sum(run.recipe in sheet.entries for run in group)):
-            continue
-        cells = [cell(_values(head, sheet, group), head.column.percent, n) for head in sheet.heads]
-        lines.append((*([titles[place(recipe)]] if several else []), called[recipe], *cells, f"{n}"))
-    return table((*([""] if several else []), "method", *map(written, sheet.heads), "n"), lines)
+def _tables(groups: Groups, sheet: Sheet, explained: set[str]) -> list[str]:
+    """A table for each analysis; rows of the same settings are together.
+
+    Args:
+        groups: runs by recipe.
+        sheet: what is shown.
+        explained: analyses whose columns were explained before; those of this sheet are added.
+    """
+    called, titles, found = names(groups), places(groups), list[str]()
+    for name in dict.fromkeys(head.analysis for head in sheet.heads):
+        heads = [head for head in sheet.heads if head.analysis == name]
+        told = [own for own in ANALYSES[name].settings if own not in sheet.own]
+        lines: list[tuple[str, ...]] = []
+        for settings in {str(head.settings): head.settings for head in heads}.values():
+            row = [head for head in heads if head.settings == settings]
+            for recipe, group in groups.items():
+                if n := sum(row[0].is_in(sheet.entries.get(run.recipe, ())) for run in group):
+                    first = [*(f"{settings[own]:g}" for own in told), titles[place(recipe)]]
+                    cells = (cell(_values(head, sheet, group), head.column.percent, n) for head in row)
+                    lines.append((*first[: None if len(titles) > 1 else -1], called[recipe], *cells, f"{n}"))
+        columns = [f"{head.column.title} (%)" if head.column.percent else head.column.title for head in row]
+        title = ANALYSES[name].title
+        found.append(f"**{title[0].upper()}{title[1:]}**")
+        found.append(table((*told, *([""] if len(titles) > 1 else []), "method", *columns, "n"), lines))
+        if name not in explained:
+            about = [f"{head.column.title}: {head.column.about}" for head in row if head.column.about]
+            found.append(_sentence("; ".join(about)))
+            explained.add(name)
+    return found
 
 
 def written(head: Head) -> str:
@@ -226,7 +277,9 @@ def written(head: Head) -> str:
 
 
 def cell(values: Sequence[float], percent: bool, n: int) -> str:
-    """Mean ± standard deviation with three significant digits of the mean; a dash if there is no value.
+    """Mean ± standard deviation: three significant digits of the mean, or more for one of the standard deviation.
+
+    Without values it is a dash.
 
     Args:
         values: of some seeds.
@@ -236,14 +289,18 @@ def cell(values: Sequence[float], percent: bool, n: int) -> str:
     if not values or isnan(values[0]):
         return "–"
     values = [100 * value for value in values] if percent else values
-    centre = mean(values)
-    fewer = f" ({len(values)})" if len(values) != n else ""
+    centre, spread = mean(values), stdev(values) if len(values) > 1 else 0.0
     if centre and abs(centre) < 1e-3 and not percent:
-        spread = f" ± {stdev(values):.1e}" if len(values) > 1 else ""
-        return f"{centre:.2e}{spread}{fewer}".replace("-", "−")
-    digits = 2 if percent else max(0, 2 - floor(log10(abs(centre)))) if centre else 2
-    spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{centre:.{digits}f}{spread}{fewer}".replace("-", "−")
+        texts = [f"{centre:.2e}", f"{spread:.1e}"]
+    else:
+        digits = 2 if percent else max(2 - _exponent(centre), -_exponent(spread) if spread else 0, 0)
+        texts = [f"{number:.{min(digits, 6)}f}" for number in (centre, spread)]
+    fewer = f" ({len(values)})" if len(values) != n else ""
+    return (" ± ".join(texts[: len(values)]) + fewer).replace("-", "−")
+
+
+def _exponent(value: float) -> int:
+    return floor(log10(abs(value))) if value else 0
 
 
 def _values(head: Head, sheet: Sheet, group: Sequence[Finished]) -> list[float]:

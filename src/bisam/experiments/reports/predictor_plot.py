@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import Locator, LogLocator, MaxNLocator, NullFormatter
 
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports.drawing import Style, plain, styles
@@ -24,7 +24,7 @@ CAPTION = (
 )
 _WIDTH, _ROW = 6.9, 1.75  # inches: the width of the text of a paper
 _SMALL = 7
-_RATIO = 4.0  # values that differ by more than this factor have a logarithmic axis
+_RATIO, _DECADES = 4.0, 50.0  # factors from which an axis is logarithmic, and from which its ticks are powers of 10
 
 
 def predictors(comparisons: Sequence[Comparison], shown: Sequence[str]) -> Figure:
@@ -69,25 +69,25 @@ def _panel(ax: Axes, level: Level, key: str, styled: dict[str, Style]) -> None:
         ax.plot(x[:, own].ravel(), y[:, own].ravel(), ".", color=style.colour, ms=2.5, mew=0, alpha=0.45, zorder=1)
         line: dict[str, Any] = {**style.line, "markersize": 4, "linewidth": 0.9, "mec": "white", "mew": 0.4}
         ax.plot(x[:, own].mean(0), y[:, own].mean(0), label=plain(name), zorder=2, **line)
-    if _is_wide(x):
-        ax.set_xscale("log")
-        ax.xaxis.set_major_locator(LogLocator(numticks=4))
-        ax.xaxis.set_minor_formatter(NullFormatter())
-    else:
-        ax.xaxis.set_major_locator(MaxNLocator(4))
-    if _is_wide(y):
-        ax.set_yscale("log")
-        ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        ax.yaxis.set_major_formatter(ScalarFormatter())
-        ax.yaxis.set_minor_formatter(NullFormatter())
-    else:
-        ax.yaxis.set_major_locator(MaxNLocator(5))
+    _scale(ax, "x", x, MaxNLocator(4))
+    _scale(ax, "y", y, MaxNLocator(5))
     ax.tick_params(labelsize=_SMALL - 0.5, length=2)
     ax.grid(alpha=0.3, linewidth=0.5)
 
 
-def _is_wide(values: np.ndarray) -> bool:
-    return bool(values.min() > 0 and values.max() > _RATIO * values.min())
+def _scale(ax: Axes, which: Literal["x", "y"], values: np.ndarray, linear: Locator) -> None:
+    """Make an axis logarithmic if the means of the configurations differ by a large factor."""
+    axis, means = (ax.xaxis if which == "x" else ax.yaxis), values.mean(0)
+    if values.min() <= 0 or means.max() < _RATIO * means.min():
+        axis.set_major_locator(linear)
+        return
+    ax.set(**{f"{which}scale": "log"})
+    if means.max() < _DECADES * means.min():
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_formatter(lambda value, _: f"{value:g}")
+    else:
+        axis.set_major_locator(LogLocator(numticks=4))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _styles(recipes: Sequence[Recipe]) -> dict[str, Style]:

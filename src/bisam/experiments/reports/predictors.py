@@ -16,9 +16,9 @@ from math import isfinite, isnan
 
 import numpy as np
 
-from bisam.experiments.analyses.run import measured as numbers_of
+from bisam.experiments.analyses.catalogue import ANALYSES
+from bisam.experiments.analyses.file import Entry
 from bisam.experiments.analyses.settings import Settings
-from bisam.experiments.errors import DamagedError, RunError
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports.correlations import Correlation, Estimate, correlate, holm, stronger
 from bisam.experiments.reports.groups import grouped, names, place, places, title
@@ -104,34 +104,37 @@ class Comparison:
         return self.decided and within.excludes_zero and same_sign and self.stronger.low > 0
 
 
-def measured(runs: Iterable[Finished], analyses: Analyses) -> tuple[list[Measured], list[str]]:
-    """Return the runs with the measures of a study, and the reasons why others have none.
+def measured(
+    runs: Iterable[Finished], entries: Mapping[Recipe, Sequence[Entry]], analyses: Analyses
+) -> tuple[list[Measured], list[str]]:
+    """Return the runs with the measures of a study, and the names of those that have not all of them.
+
+    A diverged run, whose weights are not analysed, is returned without measures.
 
     Args:
-        runs: finished runs, read from their folders.
+        runs: finished runs.
+        entries: what `bisam analyse` found, by recipe and seed.
         analyses: of the study.
     """
-    found, faults = list[Measured](), list[str]()
+    found, lacking = list[Measured](), list[str]()
     for run in runs:
-        name = f"{run.recipe.slug}, seed {run.recipe.seed}"
-        try:
-            values = _numbers(run, analyses)
-        except RunError as error:
-            reason = error.reason if isinstance(error, DamagedError) else str(error)
-            faults.append(f"{name} ({reason})")
-            continue
+        values = _numbers(entries.get(run.recipe, ()), analyses)
         named = {name: values[column] for column, name in analyses.measures.items() if column in values}
         if len(named) == len(analyses.measures) or run.diverged is not None:
             found.append(Measured(run, named))
         else:
-            faults.append(f"{name} (its analyses are not finished)")
-    return found, faults
+            lacking.append(f"{run.recipe.slug}, seed {run.recipe.seed}")
+    return found, lacking
 
 
-def _numbers(run: Finished, analyses: Analyses) -> dict[str, float]:
+def _numbers(entries: Sequence[Entry], analyses: Analyses) -> dict[str, float]:
+    """The numbers of the study's analyses, with the study's settings, by the titles of their columns."""
     values = dict[str, float]()
-    for name, own in analyses.what.items() if run.folder is not None else ():
-        values |= numbers_of(run.folder, run.result, [name], Settings(**{**analyses.settings, **own}))
+    for name, own in analyses.what.items():
+        settings = Settings(**{**analyses.settings, **own}).told(ANALYSES[name].settings)
+        for entry in entries:
+            if entry["analysis"] == name and entry["settings"] == settings:
+                values |= ANALYSES[name].numbers(entry["results"])
     return values
 
 
@@ -269,7 +272,7 @@ def section(comparisons: Sequence[Comparison], unmeasured: Sequence[str] = ()) -
 
     Args:
         comparisons: as `compare` returns them.
-        unmeasured: runs that have no measures, with the reasons.
+        unmeasured: names of runs without measures.
     """
     if not comparisons:
         nothing = "No seed has a finished and measured run of every configuration, so there is nothing to correlate."
@@ -338,11 +341,11 @@ def _left_out(comparisons: Sequence[Comparison]) -> str:
     return f"Left out: {'; '.join(said)}." if said else ""
 
 
-def _unmeasured(reasons: Sequence[str]) -> str:
-    if not reasons:
+def _unmeasured(names: Sequence[str]) -> str:
+    if not names:
         return ""
-    more = f"; and {len(reasons) - _LISTED} more" if len(reasons) > _LISTED else ""
-    return f"Not measured: {'; '.join(map(escaped, reasons[:_LISTED]))}{more}."
+    more = f"; and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return f"Not measured, or not completely: {'; '.join(map(escaped, names[:_LISTED]))}{more}."
 
 
 def _sentences(comparisons: Sequence[Comparison]) -> list[str]:
