@@ -54,7 +54,7 @@ def _objective(content: Mapping[str, Any]) -> list[str]:
 
 def _step(content: Mapping[str, Any]) -> list[str]:
     rows = [
-        (f"{r['model']}, batch {r['batch']}", r["contestant"], *_ratio(r))
+        (f"{r['model']}, batch {r['batch']}", r["contestant"], *_ratio(r), _to_sam(r))
         for r in content["rows"]
         if r["contestant"] != LIMIT
     ]
@@ -67,7 +67,7 @@ def _step(content: Mapping[str, Any]) -> list[str]:
     return [
         f"{title}{_threads(content)}{allocator}",
         "",
-        *_table(("model", "implementation", "ratio", "quartiles", "bar"), rows),
+        *_table(("model", "implementation", "ratio", "quartiles", "bar", "time / SAM's"), rows),
         "",
         "Live weight-sized storages (bars: 2 at the second loss, 1 between steps; momentum is not counted) and "
         "checkpoint size relative to the base optimizer's. The limit is two forward-backward passes and one optimizer "
@@ -133,6 +133,11 @@ def _ratio(row: Mapping[str, Any]) -> tuple[str, str, str]:
         return f"not run: one call takes about {row['expected_seconds']:.0f} s", "", ""
     bar = "" if row["passed"] is None else f"{row['bar']:g}: {'met' if row['passed'] else 'missed'}"
     return f"{row['median']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}", bar
+
+
+def _to_sam(row: Mapping[str, Any]) -> str:
+    ratio = row.get("ratio_to_sam")  # not in older results
+    return "" if ratio is None else f"{ratio:.3f}"
 
 
 def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -267,6 +267,13 @@ def test_the_page_refuses_what_no_benchmark_wrote(tmp_path, content):
     assert not (tmp_path / "page.md").exists()
 
 
+def test_calls_that_differ_in_cost_are_compared_turn_by_turn():
+    times = {"looks": [5.0, 1.0, 3.0, 7.0, 9.0], "plain": [2.0, 2.0, 2.0, 2.0, 1.0]}
+    assert timing.turns(times, 2) == {"looks": [3.0, 5.0], "plain": [2.0, 2.0]}
+    assert timing.turns(times, 9) == {"looks": [5.0], "plain": [1.8]}
+    assert timing.turns(times, 1) == times
+
+
 def test_the_interval_of_groups_is_that_of_a_bootstrap_of_the_groups():
     """Values of a group are alike: the interval is as wide as if each group were one value."""
     alike = [[value] * 50 for value in (0.9, 1.0, 1.1, 1.2)]

@@ -14,7 +14,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "analysis.md"
 
 
 def test_the_code_of_the_page_runs():
-    pytest.importorskip("curvlinops")
+    for package in ("curvlinops", "torchmetrics", "torchvision"):
+        pytest.importorskip(package)
     pytest.importorskip("matplotlib").use("Agg")
     import matplotlib.pyplot as plt
 
@@ -22,10 +23,12 @@ def test_the_code_of_the_page_runs():
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     for block in blocks:
         exec(block, names)
-    assert len(blocks) == 5
+    assert len(blocks) == 7
     assert names["one"].rise <= names["many"].rise
     assert names["axes"].get_xlabel() == "along a random direction"
-    results = [names[name] for name in ("one", "worst", "found", "top", "density", "line", "plane")]
+    plotted = ("one", "worst", "flipped", "top", "density", "line", "plane")
+    plotted += ("found", "scaled", "calibrated", "rank", "slope", "errors")
+    results = [names[name] for name in plotted]
     for result in results:
         assert result.plot().get_xlabel()
         plt.close("all")
@@ -36,7 +39,10 @@ def test_the_code_of_the_page_runs():
     objectives = sum(len(series) for series in names["worst"].adversaries.values())
     assert names["worst"].forward == pytest.approx(3 * 30 + objectives + 1)
     assert names["worst"].backward == pytest.approx(3 * 30)
-    assert (names["found"].forward, names["found"].backward) == (pytest.approx(9), pytest.approx(4))
+    assert (names["flipped"].forward, names["flipped"].backward) == (pytest.approx(9), pytest.approx(4))
+    assert all(names[name].forward == pytest.approx(1) for name in ("found", "scaled", "calibrated", "rank", "slope"))
+    assert names["slope"].backward == pytest.approx(1)
+    assert names["errors"].forward == pytest.approx(7 * 5 + 1)
     seen: list[tuple[int, int]] = []
     analysis.landscape(sharp, loader, "random", points=5, progress=lambda *now: seen.append(now))
     assert seen[-1] == (6 * 256, 6 * 256)

@@ -17,7 +17,6 @@ RANKS-FAULT-NESTING-METHOD:
 
 from __future__ import annotations
 
-import multiprocessing as mp
 import os
 import re
 import signal
@@ -427,7 +426,6 @@ CASES = {case.name: case for case in _cases()}
 
 def run(names: Sequence[str], options: Options) -> Iterator[Finding]:
     """Runs cases, several of them in one launch of ranks where that is possible."""
-    mp.get_context("forkserver").set_forkserver_preload([__name__])  # one import of torch for all ranks
     launches: dict[tuple[Any, ...], list[Case]] = {}
     for name in names:
         launches.setdefault(CASES[name].launch, []).append(CASES[name])
@@ -440,7 +438,7 @@ def _launched(together: Sequence[Case], folder: Path) -> Iterator[Finding]:
     case, methods = together[0], [case.method for case in together]
 
     def ends(world: int, function: Any, *arguments: Any, seconds: float) -> list[ranks.End]:
-        return ranks.ends(world, function, *arguments, seconds=seconds, patience=PATIENCE, start="forkserver")
+        return ranks.ends(world, function, *arguments, seconds=seconds, patience=PATIENCE)
 
     if case.fault in ENDING:
         mark = folder / "fault"

@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 
 PATIENCE = timedelta(seconds=60)
+PRELOADED = ["bisam", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch.nn.parallel", __name__]
+"""What the server of the ranks imports."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,8 @@ def ends(
     seconds: float = 240,
     with_group: bool = True,
     patience: timedelta = PATIENCE,
-    start: str = "spawn",
 ) -> list[End]:
-    """Returns how each of `world` ranks ended; arguments as those of `run`, and two more.
+    """Returns how each of `world` ranks ended; arguments as those of `run`, and one more.
 
     Args:
         world: see `run`.
@@ -70,13 +71,14 @@ def ends(
         seconds: see `run`.
         with_group: see `run`.
         patience: how long a rank waits in a collective, and at its end for the others.
-        start: how processes are started, "spawn" or "forkserver". A server imports the modules once for many launches.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # outlives all ranks
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        context = mp.get_context(start)  # fork is unsafe once torch has threads
-        task = (store.port, folder, function, arguments, with_group, patience)
+        # Fork is unsafe once torch has threads. A server imports the modules once for all launches.
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+        task = (store.port, folder, function, arguments, with_group, patience, dict(os.environ))
         processes = [context.Process(target=_rank, args=(rank, world, *task), daemon=True) for rank in range(world)]
         for process in processes:
             process.start()
@@ -115,7 +117,10 @@ def _rank(
     arguments: tuple[Any, ...],
     with_group: bool,
     patience: timedelta,
+    environment: dict[str, str],
 ) -> None:
+    os.environ.clear()  # that of the server, which is of the first launch
+    os.environ |= environment
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -96,6 +96,112 @@ def density(grid: Sequence[float], values: Sequence[float], axes: Any = None) ->
     return axes
 
 
+def distribution(quantiles: Sequence[float], across: str, axes: Any = None) -> Any:
+    """Draws a cumulative distribution, with 0 marked.
+
+    Args:
+        quantiles: values at equally spaced shares from 0 to 1.
+        across: label of the values.
+        axes: matplotlib axes. Default: those of a new figure.
+    """
+    axes = _axes() if axes is None else axes
+    shares = [i / (len(quantiles) - 1) for i in range(len(quantiles))]
+    axes.plot(quantiles, shares, color=COLOURS[0], linewidth=1.5)
+    axes.axvline(0, color="#999999", linewidth=0.6)
+    axes.set_ylim(0, 1)
+    axes.set_xlabel(across)
+    axes.set_ylabel("share of examples below")
+    return axes
+
+
+def reliability(
+    confidences: Sequence[float],
+    accuracies: Sequence[float],
+    counts: Sequence[int],
+    axes: Any = None,
+) -> Any:
+    """Draws a reliability diagram: accuracies of bins, their gaps to the confidences, and shares of examples above.
+
+    Args:
+        confidences: mean confidence of each bin of equal width; of an empty one it is not used.
+        accuracies: accuracy of each bin.
+        counts: number of examples of each bin.
+        axes: matplotlib axes. Default: those of a new figure.
+    """
+    axes = _axes() if axes is None else axes
+    width, total = 1 / len(counts), sum(counts)
+    lefts = [i * width for i in range(len(counts))]
+    bins = [(x, c, a) for x, c, a, n in zip(lefts, confidences, accuracies, counts, strict=True) if n]
+    xs, means, heights = (list(values) for values in zip(*bins, strict=True))
+    axes.bar(xs, heights, width, align="edge", color=COLOURS[0], edgecolor="white", linewidth=0.4, label="accuracy")
+    gaps = [mean - height for mean, height in zip(means, heights, strict=True)]
+    hatched: dict[str, Any] = {"facecolor": "none", "edgecolor": COLOURS[1], "hatch": "//////", "linewidth": 0.8}
+    axes.bar(xs, gaps, width, heights, align="edge", label="gap to confidence", **hatched)
+    axes.plot([0, 1], [0, 1], color="#555555", linewidth=0.8, linestyle="--")
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1)
+    axes.set_xlabel("confidence")
+    axes.set_ylabel("accuracy")
+    above = axes.inset_axes((0, 1.05, 1, 0.2), sharex=axes)
+    shares = [count / total for count in counts]
+    above.bar(lefts, shares, width, align="edge", color="#999999", linewidth=0)
+    above.set_ylim(0, max(shares))
+    above.set_yticks([max(shares)], [f"{max(shares):.0%}"])
+    above.text(0.02, 0.5, "share of examples", fontsize="x-small", va="center", transform=above.transAxes)
+    above.tick_params(labelbottom=False, bottom=False, labelsize="small")
+    for side in ("top", "right"):
+        above.spines[side].set_visible(False)
+    axes.legend(frameon=False, fontsize="small", loc="lower left", bbox_to_anchor=(0, 1.24), ncols=2, borderpad=0)
+    return axes
+
+
+def explained(shares: Sequence[float], components: int, share: float, axes: Any = None) -> Any:
+    """Draws the explained variance against the number of components, with the number that explains `share` marked."""
+    axes = _axes() if axes is None else axes
+    axes.plot(range(1, len(shares) + 1), shares, ".-", color=COLOURS[0], linewidth=1.5, markersize=4)
+    if components:
+        axes.axvline(components, color=COLOURS[1], linewidth=1, linestyle="--", label=f"{share:g} at {components}")
+        axes.legend(frameon=False, loc="lower right")
+    axes.set_xlabel("principal components")
+    axes.set_ylabel("explained variance")
+    axes.set_ylim(0, 1.03)
+    return axes
+
+
+def around(values: Sequence[float], centre: float, across: str, label: str, axes: Any = None) -> Any:
+    """Draws values by their numbers, from 1, and a line at the value of all together."""
+    axes = points(values, across, label, axes)
+    axes.axhline(centre, color=COLOURS[1], linewidth=1.2, linestyle="--", label="all examples")
+    axes.set_ylim(0, 1.08 * max(*values, centre) or 1)
+    axes.legend(frameon=False)
+    return axes
+
+
+def severities(
+    xs: Sequence[int], lines: Mapping[str, Sequence[float]], plain: float, label: str, axes: Any = None
+) -> Any:
+    """Draws a line for each corruption against the severity, and the value without corruption at severity 0."""
+    axes = _axes() if axes is None else axes
+    order = sorted(range(len(xs)), key=lambda i: xs[i])
+    for (name, values), colour, marker in zip(lines.items(), _colours(len(lines)), _markers(len(lines)), strict=True):
+        ys = [plain, *(values[i] for i in order)]
+        axes.plot(
+            [0, *(xs[i] for i in order)], ys, color=colour, label=name, linewidth=1.2, marker=marker, markersize=3.5
+        )
+    axes.axhline(plain, color="#999999", linewidth=0.6)
+    axes.set_xticks([0, *sorted(xs)])
+    axes.set_ylim(0, 1.08 * max(plain, *(value for values in lines.values() for value in values)) or 1)
+    axes.set_xlabel("severity")
+    axes.set_ylabel(label)
+    place: dict[str, Any] = {"loc": "lower center", "bbox_to_anchor": (0.45, 1.0), "ncols": 3}
+    axes.legend(frameon=False, fontsize="x-small", columnspacing=1.0, handlelength=1.6, borderpad=0, **place)
+    return axes
+
+
+def _markers(n: int) -> list[str]:
+    return ["osD^vPX"[i % 7] for i in range(n)]
+
+
 def _colours(n: int) -> list[str]:
     return [COLOURS[i % len(COLOURS)] for i in range(n)]
 

@@ -189,6 +189,7 @@ def test_ranks_share_batches(tmp_path, tokenizer, ranks, size, lost):
 def test_first_relabelled_and_to(tmp_path, tokenizer):
     classic(tmp_path, "rte")
     test = glue("rte", tmp_path, tokenizer).test
+    assert test.statistics is None
     assert len(test.first(7)) == 7
     assert whole(test.first(7).batches(4)) == whole(test.batches(7))[:7]
     assert len(test.first(100)) == N

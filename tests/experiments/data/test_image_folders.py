@@ -75,6 +75,9 @@ def test_an_image_for_evaluation_is_what_torchvision_makes_of_it(tmp_path):
         ]
     )
     torch.testing.assert_close(x[0], reference(Image.open(path)).as_subclass(torch.Tensor), atol=1e-6, rtol=0)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in Folder([str(path)], torch.tensor([3])).statistics)
+    pixels = v2.Compose(reference.transforms[:4])(Image.open(path)).as_subclass(torch.Tensor)
+    torch.testing.assert_close(x[0] * std + mean, pixels, atol=1e-6, rtol=0)
     assert x.shape == (1, 3, 224, 224)
     assert y.tolist() == [3]
     assert y.dtype == torch.int64

@@ -12,9 +12,12 @@ pytest.importorskip("torchvision")
 
 from PIL import Image
 from scipy.stats import chisquare
+from torch.nn.functional import interpolate
 from torchvision import transforms
 
-from bisam.experiments.data.image_tensors import Augmentation, Images
+from bisam.experiments.data.digits import digits
+from bisam.experiments.data.image_tensors import Augmentation, Images, larger
+from bisam.experiments.data.splits import Data
 
 H, W, PADDING = 7, 6, 4  # more than the padding, so that every crop has pixels in it and is like no other
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -133,6 +136,21 @@ def test_standardised_as_torchvision_does_it():
     )  # fmt: skip
     ((ours, _),) = split.batches(1)
     torch.testing.assert_close(ours[0], theirs, rtol=0, atol=1e-6)
+
+
+def test_the_statistics_undo_the_standardisation():
+    pixels = torch.from_numpy(picture()).permute(2, 0, 1)[None]
+    split = Images(pixels, torch.zeros(1, dtype=torch.int64), torch.tensor(MEAN), torch.tensor(STD))
+    for part in (split, larger(Data(split, split, split, 1), 12, (MEAN[::-1], STD[::-1])).test):
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in part.statistics)
+        ((x, _),) = part.batches(1)
+        expected = interpolate(pixels.float(), size=x.shape[2:], mode="bilinear") / 255
+        torch.testing.assert_close(x * std + mean, expected, rtol=0, atol=1e-6)
+    assert Images(pixels.float(), torch.zeros(1, dtype=torch.int64)).statistics is None
+    mean, std = digits().test.statistics
+    images = torch.cat([x for x, _ in digits().test.batches(100)]) * std[0] + mean[0]
+    torch.testing.assert_close(images * 16, (images * 16).round(), rtol=0, atol=1e-4)
+    assert (round(float(images.min() * 16)), round(float(images.max() * 16))) == (0, 16)
 
 
 def test_the_images_of_the_data_set_stay_as_they_are():

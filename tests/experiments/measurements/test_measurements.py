@@ -20,6 +20,7 @@ from bisam.experiments.errors import RunError
 from bisam.experiments.measurements import MEASUREMENTS, Measurement, epochs, losses, report, run
 from bisam.experiments.measurements.example import option_a, option_b
 from bisam.experiments.measurements.losses import row_by_row
+from bisam.experiments.measurements.measurement import values_for
 from bisam.experiments.runs.files import to_csv
 from bisam.experiments.runs.machine import Machine
 
@@ -280,11 +281,31 @@ def test_table_11(tmp_path):
     assert to_csv(shown.rows).startswith("model,batch_size,classes,iterations,sgd_seconds")
 
 
-def test_the_batch_of_a_model():
-    sizes = TABLE_11.settings["batch_size"]
-    assert [epochs.batch_size_of(sizes, model) for model in ("resnet56", "wrn28_10")] == [128, 8]
-    assert epochs.batch_size_of(("4",), "wrn28_10") == 4
-    assert epochs.batch_size_of(("wrn28_2=4",), "resnet56") == 128
+def test_a_setting_may_have_a_value_for_each_key():
+    known = ("resnet56", "wrn28_10")
+    assert values_for("batch_size", TABLE_11.settings["batch_size"], (*known, "densenet121"), 1) == {
+        "resnet56": 128,
+        "wrn28_10": 8,
+        "densenet121": 32,
+    }
+    assert values_for("batch_size", ("4",), known, 1) == dict.fromkeys(known, 4)
+    assert values_for("scale", ("wrn28_10=0.5",), known, 1.0) == {"resnet56": 1.0, "wrn28_10": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("measurement", "name", "text", "message"),
+    [
+        ("table11", "batch_size", "128,wrn28=8", "key of setting batch_size"),
+        ("table11", "batch_size", "wrn28_10=many", "must be a whole number, got 'many'"),
+        ("gan", "scale", "EGG=2", "EG"),
+        ("gan", "scale", "EG=0", "scale must be positive, got 0.0 for EG"),
+        ("gan", "first_seed", "-1", "first_seed must be at least 0, got -1"),
+    ],
+)
+def test_a_value_for_a_wrong_key_is_refused(measurement, name, text, message):
+    one = MEASUREMENTS[measurement]
+    with pytest.raises(ValueError, match=message):
+        one.parts({**one.settings, **one.changed({name: text})})
 
 
 def test_what_was_published_is_beside_the_ratios():

@@ -14,17 +14,27 @@ from typing import TYPE_CHECKING, Any
 
 from bisam import L2, Adaptive
 from bisam.analysis import (
+    Calibration,
+    Corruptions,
     Eigenvalues,
+    FeatureRank,
     Flips,
+    GradientNorm,
     Landscape,
+    Margins,
     Sharpness,
     SpectralDensity,
     Trace,
     ZeroOneSharpness,
     average_sharpness,
+    calibration,
+    corruptions,
     eigenvalues,
+    feature_rank,
     flips,
+    gradient_norm,
     landscape,
+    margins,
     sharpness,
     spectral_density,
     trace,
@@ -317,6 +327,155 @@ _LANDSCAPE = Analysis(
     draw=figures.of_landscape,
 )
 
+_MARGINS = Analysis(
+    "margins between the label and the largest other logit",
+    {
+        "plain": _measure("margins", Margins, margins),
+        "normalized": _measure("margins of normalised logits", Margins, margins, normalized=_always("logits")),
+    },
+    columns=(
+        Column(
+            "median margin",
+            _at("plain", "quantiles", 50),
+            "the median of the logit of the label minus the largest other logit",
+            brief=True,
+        ),
+        Column(
+            "10th percentile of margins", _at("plain", "quantiles", 10), "a tenth of the examples have a smaller margin"
+        ),
+        Column(
+            "median margin, normalised",
+            _at("normalized", "quantiles", 50),
+            "the same as median margin, of logits that are divided by their standard deviation",
+        ),
+        Column(
+            "10th percentile of margins, normalised", _at("normalized", "quantiles", 10), "the same for these logits"
+        ),
+    ),
+    draw=figures.of_all,
+)
+
+_FEATURE_MARGINS = Analysis(
+    "distances to the decision boundary among the features of the last layer",
+    {"features": _measure("margins of features", Margins, margins, normalized=_always("features"))},
+    columns=(
+        Column(
+            "median margin, features",
+            _at("features", "quantiles", 50),
+            "the median distance to the decision boundary among the inputs of the last layer, divided by their spread",
+            brief=True,
+        ),
+    ),
+    draw=figures.of_all,
+    default=False,  # the last layer must be linear
+)
+
+_CALIBRATION = Analysis(
+    "calibration of the confidence",
+    {"calibration": _measure("calibration", Calibration, calibration)},
+    columns=(
+        Column(
+            "ECE",
+            _at("calibration", "ece"),
+            "the expected calibration error, in 15 bins of the confidence",
+            percent=True,
+            brief=True,
+        ),
+        Column("MCE", _at("calibration", "mce"), "the largest calibration error of a bin", percent=True),
+        Column(
+            "Brier score",
+            _at("calibration", "brier"),
+            "the mean of the sum over the classes of squared errors of the probabilities, in [0, 2]",
+        ),
+        Column("NLL", _at("calibration", "nll"), "the mean negative log-likelihood of the labels, in nats"),
+        Column(
+            "confidence", _at("calibration", "confidence"), "the mean probability of the predicted class", percent=True
+        ),
+    ),
+    draw=figures.of_all,
+    packages=("torchmetrics",),
+)
+
+_RANK = Analysis(
+    "rank of the features of the last layer",
+    {"rank": _measure("feature rank", FeatureRank, feature_rank)},
+    columns=(
+        Column(
+            "feature rank",
+            _at("rank", "components"),
+            "the number of principal components that explain 99 % of the variance of the inputs of the last layer",
+            brief=True,
+        ),
+        Column(
+            "stable rank",
+            _at("rank", "stable"),
+            "the sum of the squared singular values of these inputs divided by the largest one",
+        ),
+        Column("effective rank", _at("rank", "effective"), "the exponential of the entropy of these singular values"),
+    ),
+    draw=figures.of_all,
+)
+
+
+def _gradients(subject: Subject, settings: Settings, progress: Progress) -> Result:
+    batches = subject.shuffled(settings.batch_size, settings.seed)  # the noise scale takes them as random samples
+    return gradient_norm(subject.oracle, batches, seed=settings.seed, progress=progress)
+
+
+_GRADIENT = Analysis(
+    "norms of gradients, and the noise scale",
+    {"gradient": Measure("gradients", GradientNorm, _gradients)},
+    columns=(
+        Column(
+            "gradient norm",
+            _at("gradient", "norm"),
+            "the norm of the gradient of the mean loss of all examples",
+            brief=True,
+        ),
+        Column(
+            "gradient norm of batches", _at("gradient", "mean"), "the mean of the norms of the gradients of batches"
+        ),
+        Column(
+            "noise scale",
+            _at("gradient", "noise_scale"),
+            "the batch size beyond which larger batches save few steps; not given above the number of examples",
+        ),
+    ),
+    draw=figures.of_all,
+)
+
+
+def _statistics(subject: Subject) -> tuple[Sequence[float], Sequence[float]]:
+    if (statistics := subject.split.statistics) is None:
+        raise ValueError(f"corruptions are those of images, and {subject.recipe.dataset!r} has none: leave them out")
+    return statistics
+
+
+_CORRUPTIONS = Analysis(
+    "error under corruptions of images",
+    {
+        "corruptions": _measure(
+            "corruptions of images",
+            Corruptions,
+            corruptions,
+            mean=lambda subject, settings: _statistics(subject)[0],
+            std=lambda subject, settings: _statistics(subject)[1],
+        )
+    },
+    columns=(
+        Column(
+            "mean error, corrupted",
+            _at("corruptions", "mean_error"),
+            "the mean error under seven corruptions at five severities; it is no result on CIFAR-10-C",
+            percent=True,
+            brief=True,
+        ),
+    ),
+    draw=figures.of_all,
+    packages=("torchvision",),
+    default=False,  # of images only, in 36 forward passes
+)
+
 ANALYSES: dict[str, Analysis] = {
     "sharpness": _SHARPNESS,
     "zero-one": _ZERO_ONE,
@@ -324,6 +483,12 @@ ANALYSES: dict[str, Analysis] = {
     "hessian": _HESSIAN,
     "spectrum": _SPECTRUM,
     "landscape": _LANDSCAPE,
+    "margins": _MARGINS,
+    "feature-margins": _FEATURE_MARGINS,
+    "calibration": _CALIBRATION,
+    "rank": _RANK,
+    "gradient": _GRADIENT,
+    "corruptions": _CORRUPTIONS,
 }
 """By name, in the order in which they are computed."""
 

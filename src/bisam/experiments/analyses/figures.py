@@ -68,6 +68,11 @@ def of_landscape(found: Mapping[str, Any]) -> Figure:
     return _stack(found["random"].plot, found["ascent"].plot, found["plane"].plot)
 
 
+def of_all(found: Mapping[str, Any]) -> Figure:
+    """The plots of all results."""
+    return _stack(*(result.plot for result in found.values()))
+
+
 def _stack(*panels: Any, height: float = 2.2) -> Figure:
     """A figure with panels below one another; each is drawn by a function of its axes."""
     import matplotlib

@@ -49,6 +49,11 @@ class Subject:
     classes: int
     device: str
 
+    def shuffled(self, batch_size: int, seed: int) -> list[tuple[Any, Tensor]]:
+        """Return batches of the same examples in random order, as samples of them; files are sorted by classes."""
+        random = torch.Generator().manual_seed(seed)
+        return [(prepared(x, self.recipe), labels) for x, labels in self.split.batches(batch_size, random)]
+
 
 def of_run(run: Run, result: Result, settings: Settings, machine: Machine) -> Subject:
     """Return the model of a finished run with examples of its own data: with its label noise, without augmentation.

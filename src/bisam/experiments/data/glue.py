@@ -53,6 +53,11 @@ class Texts:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def statistics(self) -> None:
+        """None: texts are no images."""
+        return None
+
     def to(self, device: torch.device) -> Texts:
         """Return the split with its batches on `device`."""
         return replace(self, device=device)

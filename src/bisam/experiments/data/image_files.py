@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 
-from bisam.experiments.data.splits import shares, without_index
+from bisam.experiments.data.splits import Statistics, shares, without_index
 from bisam.experiments.errors import reason
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -71,6 +71,11 @@ class Folder:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    @property
+    def statistics(self) -> Statistics:
+        """What the images are standardised with."""
+        return self.mean, self.std
 
     def to(self, device: torch.device) -> Folder:
         """Return the split with its batches on `device`."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
-from bisam.experiments.data.splits import Data, Split, shares, without_index
+from bisam.experiments.data.splits import Data, Split, Statistics, shares, without_index
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ class Images:
         mean, std: of each channel of uint8 images, as a share of 255, (C,).
         augmentation: for training.
         side: of the images of a batch, in pixels, to which they are enlarged; None: as they are.
+        standardised: what floats were standardised with, see `Split.statistics`; None: not known.
     """
 
     images: Tensor
@@ -74,9 +75,17 @@ class Images:
     std: Tensor | None = None
     augmentation: Augmentation | None = None
     side: int | None = None
+    standardised: Statistics | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def statistics(self) -> Statistics | None:
+        """What the images are standardised with."""
+        if self.mean is None or self.std is None:
+            return self.standardised
+        return tuple(self.mean.tolist()), tuple(self.std.tolist())
 
     def to(self, device: torch.device) -> Images:
         """Return the split on `device`."""

@@ -9,6 +9,9 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and standard deviation, one for each channel or one for all, as shares of the largest value of a pixel."""
+
 
 class Batches(Protocol):
     """Examples that are loaded in batches."""
@@ -41,6 +44,11 @@ class Split(Batches, Protocol):
     @property
     def labels(self) -> Tensor:
         """Classes (N,), int64."""
+        ...
+
+    @property
+    def statistics(self) -> Statistics | None:
+        """What images are standardised with; None if the inputs are no images, or it is not known."""
         ...
 
     def to(self, device: torch.device) -> Self:

@@ -11,7 +11,7 @@ from torch import nn
 
 from bisam import SharpnessAware
 from bisam.experiments.errors import unknown
-from bisam.experiments.measurements.measurement import Measurement, Row, Settings, flat, met, parsed, with_quartiles
+from bisam.experiments.measurements.measurement import Measurement, Row, Settings, flat, met, values_for, with_quartiles
 from bisam.experiments.measurements.timing import interleaved, ratio, threads
 from bisam.experiments.models.build import NAMES, build
 from bisam.experiments.recipes.catalogue import PLAIN
@@ -41,22 +41,18 @@ def _epoch_parts(settings: Settings) -> list[str]:
         known = [name for name in NAMES if not name.startswith("hf:")]  # they read text
         if (f"{source}:NAME" if colon else model) not in known:
             raise unknown("model of images", model, known)
-        batch_size_of(settings["batch_size"], model)
+    _batch_sizes(settings)
     return list(settings["models"])
 
 
-def batch_size_of(entries: tuple[str, ...], model: str) -> int:
-    """Batch size of `model`: the entry "128" is for all models, "wrn28_10=8" for one."""
-    sizes: dict[str, int] = {}
-    for entry in entries:
-        name, _, text = entry.rpartition("=")
-        sizes[name] = parsed("batch_size", text, 128)
-    return sizes.get(model, sizes.get("", 128))
+def _batch_sizes(settings: Settings) -> dict[str, int]:
+    known = dict.fromkeys([*settings["models"], *PUBLISHED])
+    return values_for("batch_size", settings["batch_size"], known, 128)
 
 
 def _measure_epoch(part: str, settings: Settings, device: torch.device) -> list[dict[str, Any]]:
     """All methods train one model in turn: the weights and their place in memory are the same for each."""
-    n, classes = batch_size_of(settings["batch_size"], part), settings["classes"]
+    n, classes = _batch_sizes(settings)[part], settings["classes"]
     with threads(settings["threads"]), torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         model = build(part, classes).to(device)

@@ -25,7 +25,7 @@ from bisam.experiments.data.digits import digits
 from bisam.experiments.data.image_tensors import Images
 from bisam.experiments.errors import unknown
 from bisam.experiments.measurements.frechet import NAMES, Features, distance, enlarged, features
-from bisam.experiments.measurements.measurement import Measurement, Row, Settings
+from bisam.experiments.measurements.measurement import Measurement, Row, Settings, values_for
 from bisam.experiments.measurements.timing import threads
 from bisam.experiments.models.gan import Discriminator, Generator
 from bisam.experiments.studies import papers
@@ -110,6 +110,9 @@ def _parts(settings: Settings) -> list[str]:
     for method in settings["methods"]:
         if method not in TRAINERS:
             raise unknown("method", method, TRAINERS)
+    for method, scale in _scales(settings).items():
+        if not 0 < scale < math.inf:
+            raise ValueError(f"setting scale must be positive, got {scale} for {method}")
     for name, most in (("lr_g", math.inf), ("lr_d", math.inf), ("lr_adam", math.inf), ("lam", 1.0), ("alpha", 1.0)):
         if not 0 < settings[name] <= most or settings[name] == math.inf:
             raise ValueError(f"setting {name} must be in (0, {most:g}], got {settings[name]}")
@@ -117,7 +120,12 @@ def _parts(settings: Settings) -> list[str]:
         raise ValueError(f"setting k must be even for LA-ExtraAdam, got {settings['k']}")
     if settings["samples"] < _SHOWN:
         raise ValueError(f"setting samples must be at least {_SHOWN}, got {settings['samples']}")
-    return [REAL, *(f"{method}, seed {s}" for s in range(settings["seeds"]) for method in settings["methods"])]
+    seeds = range(settings["first_seed"], settings["first_seed"] + settings["seeds"])
+    return [REAL, *(f"{method}, seed {s}" for s in seeds for method in settings["methods"])]
+
+
+def _scales(settings: Settings) -> dict[str, float]:
+    return values_for("scale", settings["scale"], TRAINERS, 1.0)
 
 
 @cache
@@ -163,7 +171,8 @@ def _measure(part: str, settings: Settings, device: torch.device) -> list[dict[s
             return [row(REAL, 0, 0, held[:size])]
         method, _, seed = part.rpartition(", seed ")
         rows: list[dict[str, Any]] = []
-        for gradients, images, loss_d, loss_g in train(TRAINERS[method], real, int(seed), size, settings):
+        scale = _scales(settings)[method]
+        for gradients, images, loss_d, loss_g in train(TRAINERS[method], real, int(seed), size, settings, scale):
             rows.append(row(method, int(seed), gradients, images, loss_d=loss_d, loss_g=loss_g))
             if rows[-1]["distance"] is None:  # it has diverged
                 break
@@ -173,7 +182,7 @@ def _measure(part: str, settings: Settings, device: torch.device) -> list[dict[s
 
 
 def train(
-    trainer: Trainer, real: Tensor, seed: int, samples: int, settings: Settings
+    trainer: Trainer, real: Tensor, seed: int, samples: int, settings: Settings, scale: float = 1.0
 ) -> Iterator[tuple[int, Tensor, float | None, float | None]]:
     """Train a generator and a discriminator that take turns.
 
@@ -183,6 +192,7 @@ def train(
         seed: of first weights, batches and noise.
         samples: images that are generated at each evaluation.
         settings: of the study.
+        scale: factor of the learning rates.
 
     Yields:
         Gradient evaluations of each player so far, generated images, and the last losses of discriminator and
@@ -195,6 +205,7 @@ def train(
         generator = Generator(noise, settings["width"], real.shape[1]).to(device)
         discriminator = Discriminator(settings["width"], real.shape[1]).to(device)
     rates = (settings["lr_adam"],) * 2 if trainer.adaptive else (settings["lr_d"], settings["lr_g"])
+    rates = tuple(rate * scale for rate in rates)
     players: list[nn.Module] = [discriminator, generator]
     optimizers = [
         trainer.optimizer(player.parameters(), lr, settings) for player, lr in zip(players, rates, strict=True)
@@ -335,6 +346,7 @@ GAN = Measurement(
         "features": "convnet",
         "methods": ("GDA", "EG", "RAPP", "LA-GDA", "Adam", "ExtraAdam", "LA-ExtraAdam"),
         "seeds": 3,
+        "first_seed": 0,
         "gradients": 600,
         "every": 60,
         "samples": 1000,
@@ -344,6 +356,7 @@ GAN = Measurement(
         "lr_g": 0.02,
         "lr_d": 0.1,
         "lr_adam": 5e-4,
+        "scale": ("1",),
         "inner": 3,
         "lam": 0.9,
         "k": 10,

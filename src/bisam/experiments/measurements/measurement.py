@@ -13,11 +13,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from filelock import FileLock, Timeout
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Settings = Mapping[str, Any]
+Number = TypeVar("Number", int, float)
 Row = Mapping[str, Any]
 Progress = Callable[[str, int, int], None]
 """`(part, done, total)`, called before each part, and at the end with "" as the part."""
@@ -48,7 +49,7 @@ class Measurement:
     note: str
     """How to read the table: Markdown."""
     settings: Settings
-    """Settings and their defaults: numbers, whole numbers from 1, words, or tuples of these."""
+    """Settings and their defaults: numbers, words or tuples of these; whole numbers are at least 1, or 0 by default."""
     parts: Callable[[Settings], list[str]]
     """From settings to the names of the parts; raises ValueError if a setting is out of range."""
     measure: Callable[[str, Settings, torch.device], list[dict[str, Any]]]
@@ -206,9 +207,30 @@ def parsed(name: str, text: str, default: Any) -> Any:
     except ValueError:
         what = "a whole number" if kind is int else "a number"
         raise ValueError(f"setting {name} must be {what}, got {text!r}") from None
-    if kind is int and value < 1:
-        raise ValueError(f"setting {name} must be at least 1, got {value}")
+    if kind is int and value < (least := min(default, 1)):
+        raise ValueError(f"setting {name} must be at least {least}, got {value}")
     return value
+
+
+def values_for(name: str, entries: Sequence[str], known: Iterable[str], default: Number) -> dict[str, Number]:
+    """The value of a setting for each key: the entry "128" is for all keys, "wrn28_10=8" for one.
+
+    Args:
+        name: of the setting, for messages.
+        entries: its entries.
+        known: the keys.
+        default: the value without an entry for all keys; its type is that of the values.
+
+    Raises:
+        ValueError: an entry has another key, or no value.
+    """
+    keys, values = list(known), dict[str, Number]()
+    for entry in entries:
+        key, _, text = entry.rpartition("=")
+        if key and key not in keys:
+            raise unknown(f"key of setting {name}", key, keys)
+        values[key] = parsed(name, text, default)
+    return {key: values.get(key, values.get("", default)) for key in keys}
 
 
 def _shown(value: Any) -> str:

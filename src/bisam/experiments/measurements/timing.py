@@ -89,6 +89,17 @@ def ratio(times: Times, name: str, reference: str) -> Ratio:
     return Ratio(median, low, high, len(ratios), statistics.median(times[name]))
 
 
+def turns(times: Times, length: int) -> Times:
+    """The mean times of `length` calls after one another, for contestants whose calls differ in cost by turns.
+
+    Rounds that do not fill a turn are left out, unless there is none that does.
+    """
+    return {
+        name: [statistics.fmean(found[i : i + length]) for i in range(0, max(len(found) - length, 0) + 1, length)]
+        for name, found in times.items()
+    }
+
+
 def conditions() -> dict[str, Any]:
     """Conditions that affect a time besides hardware and versions: threads, load and date."""
     return {
