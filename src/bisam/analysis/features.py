@@ -113,7 +113,7 @@ def feature_rank(
         return FeatureRank(
             mode=mode,
             seed=seed,
-            examples=count,
+            examples=count * sample.ranks,
             at=name,
             rows=matrix.rows,
             dimensions=matrix.columns,

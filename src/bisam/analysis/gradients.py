@@ -19,7 +19,6 @@ from statistics import fmean
 from typing import Any
 
 from bisam.analysis.samples import Mode, Progress, Result, Source, sampled
-from bisam.vector import Vector
 
 
 @dataclass(frozen=True)
@@ -91,11 +90,11 @@ def gradient_norm(
     """
     with sampled(source, data, seed=seed, mode=mode, progress=progress) as sample:
         sample.passes.expected = 1
-        total: Vector | None = None
+        total, ranks = None, sample.ranks
         counts: list[float] = []
         norms: list[float] = []
         for i, answer in enumerate(sample.each(grad=True)):
-            if not (count := float(answer.count)):
+            if not (count := float(answer.count) * ranks):
                 continue
             gradient = answer.gradient * count
             total = gradient if total is None else total + gradient

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from bisam.analysis.features import Capture, Centred, captured
 from bisam.analysis.logits import Rows, rows
 from bisam.analysis.samples import Mode, Progress, Result, Sample, Source, sampled
-from bisam.vector import WHOLE
 
 Normalization = Literal["logits", "features"]
 """What margins are divided by: the spread of the logits, or of the features of the last layer."""
@@ -189,7 +188,7 @@ class _LastLayer:
 
 @contextmanager
 def _last_layer(sample: Sample) -> Generator[_LastLayer]:
-    if sample.model is not None and sample.model.layout is not WHOLE:
+    if sample.model is not None and sample.model.layout.sharded:
         raise ValueError("normalized='features' needs the whole last layer, and the weights are sharded over ranks")
     with captured(sample, None) as capture:
         yield _LastLayer(sample, capture)

@@ -131,6 +131,11 @@ class Sample:
     first: int = 0
     model: ModelOracle | None = None
 
+    @property
+    def ranks(self) -> int:
+        """Number of ranks that share a batch; the count of an answer is their mean. All of them call it together."""
+        return len(self.oracle.gathered(self.oracle.weights.tensors[0].new_zeros(1)))
+
     def parts(self, m: int | None) -> list[Sample]:
         """Returns the groups of batches that have a ball of their own: all batches, or parts of `m` examples.
 

@@ -193,6 +193,10 @@ def test_first_relabelled_and_to(tmp_path, tokenizer):
     assert len(test.first(7)) == 7
     assert whole(test.first(7).batches(4)) == whole(test.batches(7))[:7]
     assert len(test.first(100)) == N
+    some = test.chosen(torch.tensor([3, 17, 8]))
+    assert len(some) == 3
+    assert whole(some.batches(2)) == [whole(test.batches(7))[i] for i in (3, 17, 8)]
+    assert test.unaugmented() is test
     noisy = test.relabelled(1 - test.labels)
     assert torch.cat([y for _, y in noisy.batches(4)]).tolist() == (1 - test.labels).tolist()
     x, y = next(test.to(torch.device("meta")).batches(4))

@@ -148,6 +148,11 @@ def test_first_relabelled_and_to(split):
     assert len(split.first(3)) == 3
     assert torch.equal(images(split.first(3).batches(2)), images(split.batches(2))[:3])
     assert len(split.first(100)) == 7
+    some = split.chosen(torch.tensor([4, 0]))
+    assert (names(some), some.labels.tolist()) == (["4.jpg", "0.jpg"], [1, 0])
+    whole = replace(split, training=False)
+    assert torch.equal(images(split.unaugmented().batches(4)), images(whole.batches(4)))
+    assert not torch.equal(images(split.batches(4)), images(whole.batches(4)))
     noisy = split.relabelled(split.labels + 5)
     assert torch.cat([y for _, y in noisy.batches(4)]).tolist() == (split.labels + 5).tolist()
     x, y = next(split.to(torch.device("meta")).batches(4))

@@ -162,3 +162,13 @@ def test_the_images_of_the_data_set_stay_as_they_are():
         for batch, _ in split.batches(2, torch.Generator().manual_seed(0)):
             batch.zero_()
         assert torch.equal(images, before)
+
+
+def test_chosen_images_without_augmentation():
+    images, labels = torch.arange(5 * 12, dtype=torch.uint8).view(5, 3, 2, 2), torch.arange(5)
+    split = Images(images, labels, torch.tensor(MEAN), torch.tensor(STD), Augmentation())
+    plain = Images(images, labels, torch.tensor(MEAN), torch.tensor(STD))
+    x, y = next(split.unaugmented().chosen(torch.tensor([3, 1])).batches(8))
+    (all_of_them, _) = next(plain.batches(8))
+    assert y.tolist() == [3, 1]
+    assert torch.equal(x, all_of_them[[3, 1]])

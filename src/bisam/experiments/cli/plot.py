@@ -21,7 +21,8 @@ def plot(
 
     Args:
         figure: A study or measurement (its first figure), or the name of a figure: accuracy, curves, flips, ... or an
-            analysis of a run: landscape, sharpness, zero-one, flips, spectrum.
+            analysis of a run: landscape, sharpness, zero-one, flips, spectrum, margins, feature-margins, calibration,
+            rank, gradient, corruptions.
         study: Study whose runs the figure shows, or the folder of the analysed run.
         changes: The same values as for `bisam run`.
         to: File to write; its suffix gives the format. By default FIGURE.png.
