@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from bisam.experiments.analyses.file import ANALYSIS, read_entries
-from bisam.experiments.launch import processes
+from bisam.experiments.launch import outcomes, processes
 from bisam.experiments.launch.outcomes import collect_outcomes, lacking, train_or_explain
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Run
@@ -39,8 +39,8 @@ def written(root, recipe: Recipe) -> list[str]:
 def test_runs_are_analysed_in_their_process_and_only_once(tmp_path):
     train(Run.under(tmp_path, SAM), QUIET)  # before the study had analyses
     progress = Silent()
-    outcomes = processes.run_all([SAM, SGD], tmp_path, 2, QUIET, progress, BOTH)
-    assert [(outcome.recipe, outcome.error) for outcome in outcomes] == [(SAM, None), (SGD, None)]
+    ended = processes.run_all([SAM, SGD], tmp_path, 2, QUIET, progress, BOTH)
+    assert [(outcome.recipe, outcome.error) for outcome in ended] == [(SAM, None), (SGD, None)]
     assert progress.ended == {SAM: None, SGD: None}
     assert [recipe for recipe, _ in progress.epochs] == [SGD]
     assert written(tmp_path, SAM) == written(tmp_path, SGD) == ["sharpness", "flips"]
@@ -93,6 +93,20 @@ def test_a_diverged_run_has_no_analyses_and_is_no_failure(tmp_path):
     assert known[0].error is None
 
 
+@pytest.mark.parametrize(
+    ("device", "devices", "strategy", "first"),
+    [("cpu", 1, "auto", "cpu"), ("cpu", 2, "fsdp", "cpu"), ("cuda:2,3", 2, "ddp", "cuda:2")],
+)
+def test_a_run_on_several_devices_is_analysed_on_the_first_one(tmp_path, monkeypatch, device, devices, strategy, first):
+    train(Run.under(tmp_path, SAM), QUIET)
+    used: list[Machine] = []
+    monkeypatch.setattr(outcomes, "train", lambda run, *_: run.result)
+    monkeypatch.setattr(outcomes, "analyse", lambda folder, names, settings, machine, report: used.append(machine))
+    machine = Machine(device=device, devices=devices, strategy=strategy, log=())
+    assert train_or_explain(SAM, tmp_path, machine, None, BOTH).error is None
+    assert [(one.device, one.devices, one.strategy) for one in used] == [(first, 1, "auto")] * 2
+
+
 def test_a_failed_analysis_is_one_line_and_the_run_is_kept(tmp_path):
     too_wide = replace(BOTH, settings={**SETTINGS, "weights": "ema"})
     outcome = train_or_explain(SAM, tmp_path, QUIET, None, too_wide)
@@ -113,7 +127,7 @@ def test_a_damaged_file_is_said_and_the_others_go_on(tmp_path):
         for recipe in left:
             done(train_or_explain(recipe, tmp_path, QUIET, None, BOTH))
 
-    outcomes = collect_outcomes([SAM, SGD], tmp_path, Silent(), run, BOTH)
+    ended = collect_outcomes([SAM, SGD], tmp_path, Silent(), run, BOTH)
     assert ran == [SGD]
-    assert f"{path} is damaged (its checksum differs)" in outcomes[0].error
-    assert outcomes[1].error is None
+    assert f"{path} is damaged (its checksum differs)" in ended[0].error
+    assert ended[1].error is None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -140,6 +140,7 @@ def train_or_explain(
 
 def _analyse(run: Run, result: Result, analyses: Analyses, machine: Machine, on_measure: OnMeasure | None) -> None:
     settings, left, last = _settings(analyses), lacking(run, result, analyses), ""
+    first = replace(machine, device=machine.device.partition(",")[0], devices=1, nodes=1, strategy="auto")
     for completed, name in enumerate(settings):
 
         def report(measure: str, _done: int, _total: int, completed: int = completed) -> None:
@@ -149,4 +150,4 @@ def _analyse(run: Run, result: Result, analyses: Analyses, machine: Machine, on_
             last = measure
 
         if name in left:
-            analyse(run.folder, [name], settings[name], machine, report)
+            analyse(run.folder, [name], settings[name], first, report)

@@ -127,7 +127,10 @@ def _cifar10_small(epochs: int | None) -> list[Recipe]:
 _LOSS, _RISE, _ADAPTIVE, _ZERO_ONE = "training loss", "20-step sharpness", "adaptive sharpness", "0-1 sharpness"
 _MEASURES = Analyses(
     # The Hessian of fewer examples: its products take longer than everything else.
-    what={"sharpness": {}, "zero-one": {}, "flips": {}, "hessian": {"examples": 256}},
+    what={
+        **{name: {} for name in ("sharpness", "zero-one", "flips", "margins", "rank", "gradient")},
+        "hessian": {"examples": 256},
+    },
     # 0.05 is SAM's usual radius. At 0.1 the error in the ball of networks that have fitted noise is that of chance.
     settings={"rho": (0.05,), "steps": 20, "batch_size": 128, "weights": "last"},
     measures={
@@ -142,6 +145,9 @@ _MEASURES = Analyses(
         "flips, -log": "flips of -log",
         "largest eigenvalue": "largest eigenvalue of the Hessian",
         "trace": "trace of the Hessian",
+        "gradient norm": "norm of the gradient",
+        "median margin": "median margin",
+        "feature rank": "feature rank",
     },
     primary=_RISE,
     control=_LOSS,
