@@ -225,7 +225,9 @@ class Answers:
 
         Ranks that share the batches call it together: values and counts are means over them.
         """
-        return self if objective is None else Answers([self._under(part, objective) for part in self.parts], self.oracle)
+        return (
+            self if objective is None else Answers([self._under(part, objective) for part in self.parts], self.oracle)
+        )
 
     def _under(self, part: Evaluation, objective: Objective) -> Evaluation:
         own = part.under(objective)
