@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from functools import partial
 from pathlib import Path
@@ -42,6 +43,7 @@ def test_the_code_of_the_page_runs():
     results = [names[name] for name in plotted]
     for result in results:
         assert result.plot().get_xlabel()
+        assert type(result).from_dict(json.loads(json.dumps(result.to_dict()))) == result
         plt.close("all")
     sharp, loader = names["sharp"], names["loader"]
     assert names["many"].forward == pytest.approx(21 * 3 + 1)

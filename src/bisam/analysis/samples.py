@@ -68,7 +68,10 @@ class Result:
         hints = get_type_hints(cls)
         if values.keys() != hints.keys():
             raise ValueError(f"{cls.__name__} has {', '.join(hints)}, got {', '.join(values)}")
-        return cls(**{name: nan if v is None and hints[name] is float else _tuples(v) for name, v in values.items()})
+        arguments: dict[str, Any] = {
+            name: nan if value is None and hints[name] is float else _tuples(value) for name, value in values.items()
+        }
+        return cls(**arguments)
 
 
 def _lists(value: Any) -> Any:

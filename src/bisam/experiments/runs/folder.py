@@ -226,7 +226,7 @@ class Writer:
             RunError: the folder was deleted or replaced.
             OSError: the disk is full or read-only.
         """
-        self._write("stats.csv", to_csv([{name: row.get(name) for name in ("epoch", *NAMES)} for row in rows]))
+        self.write("stats.csv", to_csv([{name: row.get(name) for name in ("epoch", *NAMES)} for row in rows]))
 
     def save(self, state: Mapping[str, Any], history: Sequence[Row]) -> None:
         """Replace the metrics and then the checkpoint, and keep the one before.
