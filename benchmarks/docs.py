@@ -69,9 +69,9 @@ def _step(content: Mapping[str, Any]) -> list[str]:
         "",
         *_table(("model", "implementation", "ratio", "quartiles", "bar", "time / SAM's"), rows),
         "",
-        "Live weight-sized storages (bars: 2 at the second loss, 1 between steps; momentum is not counted) and "
-        "checkpoint size relative to the base optimizer's. The limit is two forward-backward passes and one optimizer "
-        "step:",
+        "Live weight-sized storages (bars: 2 at the second loss, 3 with statistics, 1 between steps; momentum is not "
+        "counted) and checkpoint size relative to the base optimizer's. The limit is two forward-backward passes and "
+        "one optimizer step:",
         "",
         *_table(("implementation", "at the second loss", "between steps", "checkpoint"), kept),
     ]

@@ -91,15 +91,16 @@ def test_step(tmp_path, capsys, monkeypatch):
     assert [r["contestant"] for r in content["rows"]] == list(step.CASES["mlp-32"].contestants)
     assert [r["contestant"] for r in content["rows"] if r["ratio_to_sam"]] == [
         "bisam BiSAM (-log)",
+        "bisam SAM, stats",
         "bisam SAM, half of the tensors",
         "bisam ESAM",
         "bisam SAM, last layer",
     ]
     assert all(r.keys() >= RATIO | {"model", "batch", "ratio_to_sam"} for r in content["rows"])
     ours = [r for r in content["footprint"] if r["contestant"].startswith("bisam")]
-    assert len(ours) == 3
+    assert len(ours) == 4
     for row in ours:
-        assert (row["at_second_loss"], row["between_steps"]) == (2, 1)
+        assert (row["at_second_loss"], row["between_steps"]) == (3 if "stats" in row["contestant"] else 2, 1)
         assert row["checkpoint_ratio"] < 1.01
     shown = capsys.readouterr().out
     assert "time / SAM's" in shown

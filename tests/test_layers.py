@@ -23,7 +23,7 @@ FLOORS = [
     {"distributed"},
     {"evaluation"},
     {"oracle"},
-    {"perturbations", "proximal", "optim"},
+    {"perturbations", "proximal", "optim", "statistics"},
     {"masks"},
     {"methods"},
     {"state", "model"},

@@ -798,13 +798,22 @@ class Interrupt(KeyboardInterrupt):
 
 @pytest.mark.parametrize("method", [SAM(L2(0.5)), BiSAM(0.5), LookSAM(), MSAM(4), RSAM(0.1)], ids=str)
 def test_a_call_that_is_interrupted_anywhere_leaves_all_as_it_was(method):
+    interrupted(method)
+
+
+def test_a_call_that_records_statistics_is_interrupted_anywhere():
+    interrupted(BiSAM(0.5), stats=True)
+
+
+def interrupted(method, stats=False):
     """At each line of bisam in turn."""
     model = normed()
     for p in model.parameters():
         p.grad = torch.ones_like(p)
         p.register_hook(lambda g: g)
-    sharp = SharpnessAware(model, method, cross_entropy)
+    sharp = SharpnessAware(model, method, cross_entropy, stats=stats)
     sharp(*cases.batch(1)).backward()
+    found = sharp.stats if stats else None
     inside = str(Path(bisam.__file__).parent)
 
     def state():
@@ -834,4 +843,5 @@ def test_a_call_that_is_interrupted_anywhere_leaves_all_as_it_was(method):
             sys.settrace(None)
         if not done:
             assert state() == before, f"at line event {at}"
+            assert found is None or sharp.stats is found
     assert at > 300

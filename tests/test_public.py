@@ -126,6 +126,7 @@ CORE = [
     "proximal",
     "schedules",
     "state",
+    "statistics",
     "targets",
     "validation",
     "vector",
@@ -147,7 +148,8 @@ SAM = "SAM(perturb=L2(rho=0.05), ascent=None, descent=None)"
     [
         (
             bisam.SharpnessAware,
-            "(model, method, loss, forward=None, *, scaler=None, same_noise=False, scope=None, in_eval_mode=False)",
+            "(model, method, loss, forward=None, *, scaler=None, same_noise=False, scope=None, in_eval_mode=False, "
+            "stats=False)",
         ),
         (bisam.ERM, "()"),
         (bisam.SAM, "(perturb=L2(rho=0.05), ascent=None, descent=None)"),

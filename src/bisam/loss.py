@@ -34,6 +34,7 @@ from bisam.model import compatibility
 from bisam.model.gradients import Scaler
 from bisam.model.oracle import Findings, Forward, ModelOracle, WeightsInitialised
 from bisam.objectives import Objective
+from bisam.statistics import Observed, Recorder, StepStats
 from bisam.validation import instance
 from bisam.vector import WHOLE, Layout, Tensors
 
@@ -66,6 +67,9 @@ class SharpnessAware(nn.Module):
             training mode, as after `sharp.train()` and `model.eval()`: for fine-tuning with frozen running statistics
             and without dropout. Then `sharp.eval()` gives the plain loss. Default: the plain loss, with a warning if a
             call looks like training.
+        stats: whether each training step records its statistics, see `stats`. They do not change the step, and need no
+            pass of the model: three norms and an inner product, and one more tensor of the size of each weight during
+            the descent pass. Default: nothing is computed.
 
     Raises:
         TypeError: an argument has the wrong type (for example a class in place of an instance).
@@ -98,7 +102,8 @@ class SharpnessAware(nn.Module):
         torch.Size([8, 3])
     """
 
-    _in_eval_mode: bool = False  # of pickles of earlier versions
+    _in_eval_mode: bool = False  # of pickles of earlier versions, as the next
+    _records: bool = False
 
     def __init__(
         self,
@@ -111,6 +116,7 @@ class SharpnessAware(nn.Module):
         same_noise: bool = False,
         scope: Scope | None = None,
         in_eval_mode: bool = False,
+        stats: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(cast(Any, model), nn.Module):
@@ -133,6 +139,7 @@ class SharpnessAware(nn.Module):
         self._same_noise = same_noise
         self._scope: Scope | None = scope
         self._in_eval_mode = in_eval_mode
+        self._records = stats
         self._memory = _Memory()
 
     def forward(self, *batch: Any, **named: Any) -> Tensor:
@@ -210,8 +217,10 @@ class SharpnessAware(nn.Module):
         if layout is not WHOLE:
             before = method_state.laid_out(before, layout)
         together = oracle.replicas is not None and bool(stateful(self.method))  # they share the decision below
+        recorder = Recorder(oracle.training_value) if self._records else None
         try:
-            answer = self._asked(oracle, before, batch)
+            answer = self._asked(oracle, before, batch, recorder)
+            stats = None if recorder is None else recorder.finish(answer)
             value = _differentiable(oracle, answer)
         except BaseException as error:
             failures.note(oracle.replicas if together else _peers(layout), memory.step, error)
@@ -221,17 +230,31 @@ class SharpnessAware(nn.Module):
         after = after if layout is WHOLE else method_state.laid_out(after)
         # One assignment: an interruption leaves all of it as before, or all as after the step.
         self._memory = replace(
-            memory, step=memory.step + 1, state=after, seen=oracle.seen, trained=trained, checked=True, loaded=False
+            memory,
+            step=memory.step + 1,
+            state=after,
+            seen=oracle.seen,
+            stats=stats,
+            trained=trained,
+            checked=True,
+            loaded=False,
         )
         return value
 
-    def _asked(self, oracle: ModelOracle, before: dict[str, Any], batch: Batch) -> Evaluation:
+    def _asked(
+        self, oracle: ModelOracle, before: dict[str, Any], batch: Batch, recorder: Recorder | None
+    ) -> Evaluation:
         """Returns the answer of the method, which begins again if the first pass of training initialises weights."""
         oracle.state = dict(before)
         try:
-            return self.method(oracle, batch)
-        except WeightsInitialised:  # once at most
-            return self._asked(oracle, before, batch)
+            if recorder is None:
+                return self.method(oracle, batch)
+            observed = Observed(oracle, recorder)
+            answer = self.method(observed, batch)
+            oracle.state = observed.state  # which a method of the user may have assigned
+            return answer
+        except WeightsInitialised:  # once at most, in the first query
+            return self._asked(oracle, before, batch, recorder)
         except (AttributeError, LookupError, TypeError) as error:
             if not (before and self._memory.loaded):
                 raise
@@ -251,7 +274,12 @@ class SharpnessAware(nn.Module):
             Vector(2 tensors, 15 entries)
         """
         return ModelOracle(
-            self.model, self.loss, self._forward, scaler=None, same_noise=self._same_noise, scope=self._scope
+            self.model,
+            self.loss,
+            self._forward,
+            same_noise=self._same_noise,
+            scope=self._scope,
+            step=self._memory.step,
         )
 
     @property
@@ -271,6 +299,35 @@ class SharpnessAware(nn.Module):
         if self._memory.clean is None:
             self._memory.clean = join([evaluation.under(self.loss) for evaluation in self._memory.seen])
         return self._memory.clean
+
+    @property
+    def stats(self) -> StepStats:
+        """Statistics of the last training step of a loss with `stats=True`: norms, rise of the loss, cosine.
+
+        They are computed on the device and nothing waits for them, until `stats.to_dict()`. An evaluation does not
+        change them. With gradient accumulation they are those of the last micro-batch. In data-parallel training each
+        rank has those of its own part of the batch; with `scope="global"` and under FSDP2 they are those of the whole
+        batch, the same on all ranks. They are not saved in checkpoints, copies and pickles.
+
+        Raises:
+            RuntimeError: the loss was made without `stats=True`, or has made no training step yet.
+
+        Example:
+            >>> import torch
+            >>> from bisam import L2, SAM, SharpnessAware, cross_entropy
+            >>> _ = torch.manual_seed(0)
+            >>> sharp = SharpnessAware(torch.nn.Linear(4, 3), SAM(L2(0.05)), cross_entropy, stats=True)
+            >>> sharp(torch.randn(8, 4), torch.randint(3, (8,))).backward()
+            >>> sharp.stats.displacement_norm
+            tensor(0.0500)
+            >>> sorted(sharp.stats.to_dict())
+            ['ascent_norm', 'cosine', 'descent_norm', 'displacement_norm', 'rise']
+        """
+        if not self._records:
+            raise RuntimeError("no statistics are recorded: make the loss with SharpnessAware(..., stats=True)")
+        if self._memory.stats is None:
+            raise RuntimeError("there are no statistics yet: a training step, sharp(x, y) in train mode, records them")
+        return self._memory.stats
 
     def extra_repr(self) -> str:
         """Returns the method, for `print(sharp)`."""
@@ -304,6 +361,7 @@ class _Memory:
     state: dict[str, Any] = field(default_factory=dict[str, Any])
     seen: list[Evaluation] = field(default_factory=list[Evaluation])
     clean: Evaluation | None = None
+    stats: StepStats | None = None
     trained: list[int] = field(default_factory=list[int])
     checked: bool = False
     loaded: bool = False  # that the state is from a file, and no step has used it
@@ -311,8 +369,9 @@ class _Memory:
     findings: Findings = field(default_factory=Findings)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Returns what copies and pickles contain: neither outputs of the last batch nor findings about this model."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("seen", "clean", "findings")}
+        """Returns what copies and pickles contain: nothing of the last batch, and no findings about this model."""
+        left_out = "seen", "clean", "stats", "findings"
+        return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update({**_Memory().__dict__, **state})

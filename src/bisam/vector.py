@@ -220,9 +220,13 @@ class Vector:
         return norm.to(dtype or reduce(torch.promote_types, {t.dtype for t in tensors}))
 
     def dot(self, other: Vector) -> Tensor:
-        """Returns the inner product with `other` (its real part for complex entries), a 0-dimensional tensor.
+        """Returns the inner product with `other` (its real part for complex entries), a 0-dimensional tensor."""
+        return self.layout.total(self.dots(other))
 
-        The sum is computed as the 1-norm of the positive entries minus that of the negative ones, because torch has a
+    def dots(self, other: Vector) -> Tensor:
+        """Returns the inner product of each tensor with that of `other` (n,), over the local entries.
+
+        The sums are computed as the 1-norm of the positive entries minus that of the negative ones, because torch has a
         `_foreach` norm and no `_foreach` sum.
         """
         either = self.holes | other.holes
@@ -230,8 +234,7 @@ class Vector:
         products = torch._foreach_mul(_single(a), _single(b))
         gain = torch._foreach_norm(torch._foreach_clamp_min(products, 0.0), 1)
         loss = torch._foreach_norm(torch._foreach_clamp_max(products, 0.0), 1)
-        parts = _spread(torch.stack(gain) - torch.stack(loss), len(self), either)
-        return self.layout.total(parts)
+        return _spread(torch.stack(gain) - torch.stack(loss), len(self), either)
 
     def onto(self, other: Vector) -> Vector:
         """Returns the projection of this vector onto `other`, or 0 if `other` is 0."""

@@ -184,3 +184,39 @@ def test_an_adversary_with_fewer_steps_than_objectives_is_refused():
 def test_an_adversary_without_objectives_is_refused():
     with pytest.raises(ValueError, match="adversary 'it' has no objective"):
         zero_one_sharpness(ModelOracle(cases.mlp(), cross_entropy), DATA, adversaries={"it": ()})
+
+
+def test_flips_count_labels_where_the_loss_is_a_scalar():
+    """As in a language model: each position with a label counts, and the loss is the mean over a batch."""
+    torch.manual_seed(0)
+    model = nn.Linear(6, 4).double()
+
+    def positions(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return model(x).movedim(-1, 1), y
+
+    x, y = torch.randn(8, 5, 6).double(), torch.randint(4, (8, 5))
+    y[0, 1:] = y[3, 2] = -100
+    found = flips(ModelOracle(model, nn.CrossEntropyLoss(), positions), [(x, y)], 1.0, {"SAM": None})
+    before, after = moved(model, x, y, 1.0)
+    assert found.examples == int((y != -100).sum()) == 35
+    assert found.correct == int(before.sum())
+    assert found.flipped["SAM"] == int((before & ~after).sum()) > 0
+    assert found.repaired["SAM"] == int((~before & after & (y != -100)).sum())
+
+
+def moved(model: nn.Module, x: Tensor, y: Tensor, rho: float) -> tuple[Tensor, Tensor]:
+    """Where the prediction is that of the label, at the weights and after a step of SAM's adversary."""
+    copied = copy.deepcopy(model)
+    loss = F.cross_entropy(copied(x).movedim(-1, 1), y)
+    grads = torch.autograd.grad(loss, list(copied.parameters()))
+    before = copied(x).argmax(-1) == y
+    norm = torch.cat([g.flatten() for g in grads]).norm()
+    with torch.no_grad():
+        for p, g in zip(copied.parameters(), grads, strict=True):
+            p += rho * g / norm
+    return before, copied(x).argmax(-1) == y
+
+
+def test_an_error_without_labels_is_refused():
+    with pytest.raises(ValueError, match="there are no labels of classes here, as in a regression"):
+        ZeroOne()(torch.randn(4, 3), None)

@@ -103,7 +103,8 @@ def built(nesting: str, model: nn.Sequential, make: Callable[[torch.optim.Optimi
         sharded(model)
     optimizer = sgd(model)  # of the shards
     inside = DDP(model) if order == "inside" else model
-    sharp = SharpnessAware(inside, make(optimizer), cross_entropy, scope="global" if scope else None)
+    stats = dist.get_world_size() == 4  # which communicate: four ranks record them, two do not
+    sharp = SharpnessAware(inside, make(optimizer), cross_entropy, scope="global" if scope else None, stats=stats)
     outer = DDP(sharp) if order == "outside" else sharp
     return Built(outer, outer if order == "outside" else inside, optimizer)
 

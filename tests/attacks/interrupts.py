@@ -113,7 +113,7 @@ class Victim:
         )
         self.model[4].bias.requires_grad_(False)
         self.optimizer = torch.optim.SGD([p for p in self.model.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
-        self.sharp = SharpnessAware(self.model, make(self.optimizer), cross_entropy)
+        self.sharp = SharpnessAware(self.model, make(self.optimizer), cross_entropy, stats=True)
         for p in self.optimizer.param_groups[0]["params"]:
             p.register_hook(lambda grad: grad * 1.0)
             p.register_post_accumulate_grad_hook(lambda p: None)

@@ -21,6 +21,8 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
+import torch
+
 from bisam.analysis.balls import ball_of
 from bisam.analysis.samples import Mode, Progress, Result, Source, cosine, sampled, unit
 from bisam.analysis.zero_one import ZeroOne
@@ -54,7 +56,7 @@ class Flips(Result):
         adversaries: the objective of each adversary, as text.
         mode: the mode of the model; None: as it was.
         seed: the seed of forward passes.
-        examples: number of examples that count.
+        examples: number of labels that count, for example of the tokens of a language model.
         batches: number of batches, each with a displacement of its own.
         forward: number of forward passes over all examples.
         backward: number of backward passes over all examples.
@@ -117,45 +119,46 @@ def flips(
     with sampled(source, data, seed=seed, mode=mode, progress=progress) as sample:
         loss, error = sample.oracle.loss, ZeroOne.like(sample.oracle.loss)
         sample.passes.expected = 1 + 2 * len(names)
-        flipped, repaired = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
         rises: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
         cosines: dict[str, dict[str, list[float]]] = {a: {b: [] for b in names} for a in names}
-        correct, examples = 0, 0.0
+        counted = torch.zeros(2 + 2 * len(names), dtype=torch.int64)  # labels, correct, each flipped and repaired
+        weights = 0.0
         for i, batch in enumerate(sample.batches):
             one = replace(sample, batches=[batch], first=i)
             inside = ball_of(ball, one.oracle)
             (plain,) = one.answers(objective=loss).parts
             wrong, labels = plain.under(error).losses.bool(), plain.targets
             counts = labels != error.ignore_index
-            correct += int((~wrong & counts).sum())
-            examples += float(plain.count)
+            weights += float(plain.count)
+            changes = [counts, ~wrong & counts]
             directions: dict[str, Vector] = {}
             for name, objective in adversaries.items():
                 gradient, _ = one.gradient(None, objective, inside.wrt)
                 e = inside.displacement(unit(inside.ascent(gradient)) * inside.rho)
                 (there,) = one.answers(e, loss).parts
                 now = there.under(error).losses.bool()
-                flipped[name] += int((now & ~wrong & counts).sum())
-                repaired[name] += int((~now & wrong & counts).sum())
+                changes += [now & ~wrong & counts, ~now & wrong & counts]
                 rises[name].append((float(there.value - plain.value), float(plain.count)))
                 for other, direction in directions.items():
                     cosines[name][other].append(float(cosine(e, direction)))
                 directions[name] = e
+            counted += torch.stack([change.sum() for change in changes]).cpu()
+        examples, correct, *changed = sample.oracle.gathered(counted[None]).sum(0).tolist()  # of all ranks
         for a in names:
             for b in names:
                 cosines[b][a] = cosines[b][a] or cosines[a][b]
         return Flips(
             correct=correct,
-            flipped=flipped,
-            repaired=repaired,
-            rise={name: sum(r * n for r, n in of) / max(examples, 1) for name, of in rises.items()},
+            flipped=dict(zip(names, changed[::2], strict=True)),
+            repaired=dict(zip(names, changed[1::2], strict=True)),
+            rise={name: sum(r * n for r, n in of) / max(weights, 1) for name, of in rises.items()},
             cosines={a: {b: 1.0 if a == b else fmean(cosines[a][b]) for b in names} for a in names},
             rho=ball_of(ball, sample.oracle).rho,
             perturb=repr(ball),
             adversaries={name: repr(objective or loss) for name, objective in adversaries.items()},
             mode=mode,
             seed=seed,
-            examples=examples,
+            examples=float(examples),
             batches=len(sample.batches),
             forward=sample.passes.forward,
             backward=sample.passes.backward,

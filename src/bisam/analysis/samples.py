@@ -7,7 +7,7 @@ numbers of the forward passes (dropout) are those of the seed in every pass, and
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from math import isfinite, nan
 from typing import Any, Literal, Self, cast, get_type_hints
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bisam.batches import Batch, examples, mapped, size, split
+from bisam.distributed.ddp import synchronising_as_before
 from bisam.evaluation import Evaluation
 from bisam.loss import SharpnessAware
 from bisam.model.eval_mode import in_mode
@@ -33,6 +34,10 @@ Progress = Callable[[int, int], None]
 
 Source = Oracle | SharpnessAware
 """An oracle, or the loss of a training loop, whose model is analysed."""
+
+
+class NonFiniteLossError(ValueError):
+    """A loss at the weights is not finite."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,10 @@ class Result:
         hints = get_type_hints(cls)
         if values.keys() != hints.keys():
             raise ValueError(f"{cls.__name__} has {', '.join(hints)}, got {', '.join(values)}")
-        return cls(**{name: nan if v is None and hints[name] is float else _tuples(v) for name, v in values.items()})
+        arguments: dict[str, Any] = {
+            name: nan if value is None and hints[name] is float else _tuples(value) for name, value in values.items()
+        }
+        return cls(**arguments)
 
 
 def _lists(value: Any) -> Any:
@@ -156,14 +164,14 @@ class Sample:
         """Yields the evaluation of each batch at a displacement.
 
         Raises:
-            ValueError: a loss is not finite at the weights themselves.
+            NonFiniteLossError: a loss is not finite at the weights themselves.
         """
         for i, batch in enumerate(self.batches, self.first):
             with self._forked(i):
                 answer = self.oracle.query(batch, objective, at=at, grad=grad, track=False, wrt=wrt)
             self.passes.add(batch, grad)
             if at is None and not bool(answer.value.isfinite()):
-                raise ValueError(
+                raise NonFiniteLossError(
                     f"the loss of batch {i} is {float(answer.value)} at the weights: the model has diverged, or the "
                     "batch has entries that are not finite"
                 )
@@ -246,15 +254,29 @@ def sampled(
     inner = oracle if isinstance(oracle, ModelOracle) else None
     if inner is None and mode is not None:
         raise ValueError(f"mode={mode!r} needs a ModelOracle; for another oracle pass mode=None")
+    batches = read(data, oracle)
+    with ExitStack() as contexts:
+        if inner is not None:
+            contexts.enter_context(synchronising_as_before(inner.model))
+            if mode is not None:
+                contexts.enter_context(in_mode(inner.model, mode == "train"))
+        passes = Passes(sum(size(batch) or 1 for batch in batches), progress)
+        yield Sample(oracle.without_tracking(), batches, seed, passes, model=inner)
+
+
+def read(data: Iterable[Any], oracle: Oracle) -> list[Batch]:
+    """Returns the batches of `data` as tuples of arguments, on the device of the weights.
+
+    Raises:
+        ValueError: there are none.
+    """
     device = oracle.weights.tensors[0].device
     batches = [_arguments(batch, device) for batch in data]
     if not batches:
         raise ValueError(
             "the data has no batches: a generator can be read once, so pass a list or a DataLoader to each measure"
         )
-    with nullcontext() if inner is None or mode is None else in_mode(inner.model, mode == "train"):
-        passes = Passes(sum(size(batch) or 1 for batch in batches), progress)
-        yield Sample(oracle.without_tracking(), batches, seed, passes, model=inner)
+    return batches
 
 
 def _arguments(batch: Any, device: torch.device) -> Batch:

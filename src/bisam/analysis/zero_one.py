@@ -55,7 +55,7 @@ class ZeroOne:
         ignored = getattr(loss, "ignore_index", None)
         return cls() if ignored is None else cls(ignored)
 
-    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def __call__(self, outputs: Tensor, targets: Tensor | None) -> Tensor:
         """Returns one loss per example, of the shape of `targets`.
 
         Args:
@@ -64,8 +64,13 @@ class ZeroOne:
 
         Raises:
             TypeError: `outputs` or `targets` have the wrong type.
-            ValueError: their shapes do not match, or K < 2.
+            ValueError: their shapes do not match, K < 2, or there are no targets.
         """
+        if targets is None:
+            raise ValueError(
+                "the 0-1 loss compares logits with labels, and there are no labels of classes here, as in a regression "
+                "or with several labels at once: measure sharpness instead"
+            )
         classes = check.types(outputs, targets)
         if classes < 2 or targets.is_floating_point() or not check.fits(outputs, targets):
             raise ValueError(
@@ -116,7 +121,8 @@ class ZeroOneSharpness(Result):
         """Draws the largest error against the steps of each adversary into matplotlib axes, which are returned."""
         from bisam.analysis.plots import traces
 
-        return traces(self.traces, "largest error", axes)
+        percent = {name: [100 * value for value in trace] for name, trace in self.traces.items()}
+        return traces(percent, "largest error (%)", axes)
 
 
 def zero_one_sharpness(

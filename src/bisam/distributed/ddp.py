@@ -76,6 +76,20 @@ def _joins(ddp: Any) -> bool:
     return ddp is not None and ddp._join_config.enable
 
 
+@contextmanager
+def synchronising_as_before(model: nn.Module) -> Generator[None]:
+    """A context for evaluations between two steps, after which wrappers in a model broadcast buffers as before it.
+
+    A forward pass without gradients tells a wrapper not to broadcast in the next one, which is that of training.
+    """
+    before = [(ddp, ddp.require_forward_param_sync) for ddp in communicating(model).wrappers]
+    try:
+        yield
+    finally:
+        for ddp, was in before:
+            ddp.require_forward_param_sync = was
+
+
 class BufferBroadcasts:
     """The broadcasts of buffers by wrappers inside a loss: in the first forward pass of a step, as in a plain loop.
 

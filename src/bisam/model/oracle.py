@@ -294,6 +294,25 @@ class ModelOracle(Oracle):
             count = next((n for part in (batch, targets, outputs) if (n := size(part))), 1)
         return ForwardPass(outputs, targets, losses, count, objectives.mean(losses, count), objective)
 
+    def training_value(self, answer: Evaluation) -> Tensor:
+        """Returns the value of the training loss for the outputs of an answer to a query with another objective.
+
+        It needs no forward pass. The state of a loss that is a module, and the random generators, are as before. If not
+        `is_local` it is the mean over the ranks, which make the call together.
+        """
+        own = inventory(self.loss, None).places if isinstance(self.loss, nn.Module) else []
+        # Not that of the step, which copies only what passes were seen to change: the loss may be called here first.
+        state = ModuleState(own, Known(budget=sum([p.nbytes for p in self.parameters])))
+        with self.random_state().kept(), passes.marked(additional=True):
+            try:
+                state.enter(track=False)
+                plain = answer.under(self.loss)
+                state.leave(track=False)
+            except BaseException:
+                state.rollback()
+                raise
+        return self.averaged(plain.value, plain.count)[0]
+
     def _answer(self, query: Query) -> Evaluation:
         if query.wrt is not None and len(query.wrt) != len(self.parameters):
             raise ValueError(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from math import isnan
+from pathlib import Path
 
 import pytest
 import torch
@@ -337,6 +339,13 @@ def test_a_missing_package_is_named_before_anything_is_computed(monkeypatch):
 def test_titles_of_columns_are_unique():
     titles = [column.title for analysis in catalogue.ANALYSES.values() for column in analysis.columns]
     assert len(titles) == len(set(titles))
+
+
+def test_the_code_of_the_page_runs(run, capsys):
+    page = Path(__file__).parents[3] / "docs" / "analysis.md"
+    (block,) = re.findall(r"```py\n(.*?)```", page.read_text(), re.DOTALL)
+    exec(block.replace("weights=", "examples=40, steps=3, batch_size=16, weights="), {"folder": run.folder})
+    assert float(capsys.readouterr().out) > 0
 
 
 @pytest.mark.slow

@@ -128,7 +128,7 @@ MODELS = {"sequence": bert, "token": partial(bert, "Token"), "causal": llama, "g
 def made(cls, folder, model, task, *, accumulate=1, **options):
     keywords = {
         name: options.pop(name)
-        for name in ("method", "method_of", "scope", "compute_loss_func", "eval_dataset")
+        for name in ("method", "method_of", "scope", "stats", "compute_loss_func", "eval_dataset")
         if name in options
     }
     rows = options.pop("rows", None) or examples(task)
@@ -634,6 +634,33 @@ def test_the_log_says_what_steps_cost(tmp_path, method, gradients, forwards):
     others = [line for line in trainer.state.log_history if "loss" not in line]
     assert len(others) == 3
     assert not any("gradients_per_step" in line for line in others)
+
+
+@pytest.mark.parametrize("task", ["sequence", "causal"])
+def test_the_log_has_the_statistics_of_the_steps_since_its_last_line(tmp_path, task, monkeypatch):
+    each, statistics = [], importlib.import_module("bisam.statistics")
+
+    class Mean(statistics.StatsMean):
+        def add(self, stats):
+            each.append(stats.to_dict())
+            super().add(stats)
+
+    monkeypatch.setattr(integration, "StatsMean", Mean)
+    options = {"accumulate": 2, "max_steps": 4, "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    options |= {"method": BiSAM(0.1), "eval_dataset": examples(task)}
+    trainers = [
+        trained(SharpnessAwareTrainer, tmp_path / str(stats), MODELS[task](), task, stats=stats, **options)
+        for stats in (True, False)
+    ]
+    assert torch.equal(*[weights(trainer.model) for trainer in trainers])
+    lines, plain = ([line for line in t.state.log_history if "loss" in line] for t in trainers)
+    assert len(each) == 8
+    for line, steps in zip(lines, (each[:4], each[4:]), strict=True):
+        for name in statistics.NAMES:
+            assert line[name] == pytest.approx(sum(step[name] for step in steps) / 4, rel=1e-5)
+        assert line["displacement_norm"] == pytest.approx(0.1, rel=1e-4)
+    assert not any(set(statistics.NAMES) & set(line) for line in plain)
+    assert not any(set(statistics.NAMES) & set(line) for line in trainers[0].state.log_history if "loss" not in line)
 
 
 def test_a_loss_of_ones_own_is_inside(tmp_path):

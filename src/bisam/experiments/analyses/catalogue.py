@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from math import nan
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from bisam import L2, Adaptive
 from bisam.analysis import (
@@ -81,22 +81,29 @@ class Column:
 
     Attributes:
         title: head of the column; unique among all analyses.
-        read: takes it from the results.
+        read: takes it from the results, in which numbers that are not finite are nan.
         about: what it is, for the report.
         percent: whether it is a share of 1, which is shown in per cent.
         brief: whether it is shown in the table of a terminal.
     """
 
     title: str
-    read: Callable[[Results], float | None]
+    read: Callable[[Results], float]
     about: str = ""
     percent: bool = False
     brief: bool = False
 
     def value(self, results: Results) -> float:
         """Return the number; nan if it is not finite."""
-        found = self.read(results)
-        return nan if found is None else float(found)
+        return float(self.read(_with_nan(results)))
+
+
+def _with_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _with_nan(part) for key, part in cast("Mapping[str, Any]", value).items()}
+    if isinstance(value, list):
+        return [_with_nan(part) for part in cast("list[Any]", value)]
+    return nan if value is None else value
 
 
 @dataclass(frozen=True)
@@ -175,10 +182,10 @@ def _loss(subject: Subject, settings: Settings) -> Objective:
     return subject.oracle.loss
 
 
-def _at(*keys: str | int) -> Callable[[Results], float | None]:
+def _at(*keys: str | int) -> Callable[[Results], float]:
     """The number at a place in the results."""
 
-    def read(found: Results) -> float | None:
+    def read(found: Results) -> float:
         value: Any = found
         for key in keys:
             value = value[key]

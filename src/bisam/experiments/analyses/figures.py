@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 WIDTH = 3.4
 """In inches, of a column."""
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.labelsize": 8,
     "axes.titlesize": 8,

@@ -260,12 +260,13 @@ def _tables(groups: Groups, sheet: Sheet, explained: set[str]) -> list[str]:
                     first = [*(f"{settings[own]:g}" for own in told), titles[place(recipe)]]
                     cells = (cell(_values(head, sheet, group), head.column.percent, n) for head in row)
                     lines.append((*first[: None if len(titles) > 1 else -1], called[recipe], *cells, f"{n}"))
-        columns = [f"{head.column.title} (%)" if head.column.percent else head.column.title for head in row]
+        shown = ANALYSES[name].columns
+        columns = [f"{column.title} (%)" if column.percent else column.title for column in shown]
         title = ANALYSES[name].title
         found.append(f"**{title[0].upper()}{title[1:]}**")
         found.append(table((*told, *([""] if len(titles) > 1 else []), "method", *columns, "n"), lines))
         if name not in explained:
-            about = [f"{head.column.title}: {head.column.about}" for head in row if head.column.about]
+            about = [f"{column.title}: {column.about}" for column in shown if column.about]
             found.append(_sentence("; ".join(about)))
             explained.add(name)
     return found

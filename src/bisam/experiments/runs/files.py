@@ -130,8 +130,12 @@ def _finite(text: str) -> float:
     return value
 
 
-def read_rows(path: Path) -> list[dict[str, float]]:
+def read_rows(path: Path, *, blanks: bool = False) -> list[dict[str, float]]:
     """Return the rows of a CSV file of numbers.
+
+    Args:
+        path: the file.
+        blanks: whether a cell may be empty; its row has no entry for it.
 
     Raises:
         RunError: the file is missing, damaged or cannot be read.
@@ -140,7 +144,7 @@ def read_rows(path: Path) -> list[dict[str, float]]:
         if (content := read_bytes(path)) is None:
             raise ValueError("it is missing")
         rows = csv.DictReader(io.StringIO(content.decode(), newline=""), strict=True)
-        return [{k: float(v) for k, v in row.items()} for row in rows]
+        return [{k: float(v) for k, v in row.items() if v or not blanks} for row in rows]
     except (ValueError, TypeError, csv.Error) as error:
         raise damaged(path, error) from error
 
@@ -153,6 +157,8 @@ def damaged(path: Path, error: Exception) -> DamagedError:
         case "result.json" | "metrics.csv" if path.with_name("checkpoint.pt").is_file():
             result = path.with_name("result.json")
             remedy = f"delete {result}, and the same command writes it again from the checkpoint"
+        case "stats.csv":
+            remedy = "delete this file; the run is not affected, but has no statistics of the epochs so far"
         case "analysis.json":
             remedy = "delete this file, and `bisam analyse` computes it again"
         case _:

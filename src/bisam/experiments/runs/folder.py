@@ -3,6 +3,7 @@
 runs/digits/sam-noise-0.4-1f0c22e9/seed-0/
     recipe.json             the recipe; its fingerprint is in the name of the folder
     metrics.csv             one row for each epoch; the last one of a run of steps may be cut short
+    stats.csv               with --stats, mean statistics of the steps of each epoch that was trained with it
     checkpoint.pt           the state after the last completed epoch, see checkpoint.py
     checkpoint-previous.pt  the checkpoint before it, until the run is finished
     checkpoint-damaged.pt   a checkpoint.pt that was found damaged
@@ -30,7 +31,7 @@ from bisam.experiments.errors import RunError, RunWarning
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.checkpoint import CHECKPOINT, DAMAGED, PREVIOUS, file_fault, read_checkpoint, serialized
 from bisam.experiments.runs.environment import environment
-from bisam.experiments.runs.files import damaged, make_folders, read_bytes, read_json, to_csv, write
+from bisam.experiments.runs.files import damaged, make_folders, read_bytes, read_json, read_rows, to_csv, write
 from bisam.experiments.runs.results import (
     Result as Result,
     Row as Row,
@@ -39,6 +40,7 @@ from bisam.experiments.runs.results import (
     read_result,
     with_checksums,
 )
+from bisam.statistics import NAMES
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,20 @@ class Run:
         """
         return read_metrics(self.folder, self.recipe) if (self.folder / "metrics.csv").exists() else []
 
+    def stats(self) -> list[Row]:
+        """Return the statistics of the epochs that were trained with `Machine.stats`, without those that have none.
+
+        Raises:
+            RunError: the file is damaged.
+        """
+        path = self.folder / "stats.csv"
+        if not path.exists():
+            return []
+        rows = read_rows(path, blanks=True)
+        if not rows or any(row.keys() - {"epoch", *NAMES} or row.get("epoch", 0.5) % 1 for row in rows):
+            raise damaged(path, ValueError("it does not have the columns of statistics, or numbers of epochs"))
+        return [{**row, "epoch": int(row["epoch"])} for row in rows]
+
     def writer(self) -> Writer:
         """Return what writes the files of this run into the folder as it is now, which `open` has locked."""
         return Writer(self)
@@ -202,6 +218,15 @@ class Writer:
         self.check()
         if read_bytes(self._run.folder / "metrics.csv") != (content := to_csv(history).encode()):
             self.write("metrics.csv", content)
+
+    def stats(self, rows: Sequence[Row]) -> None:
+        """Replace the statistics of the epochs that have any.
+
+        Raises:
+            RunError: the folder was deleted or replaced.
+            OSError: the disk is full or read-only.
+        """
+        self.write("stats.csv", to_csv([{name: row.get(name) for name in ("epoch", *NAMES)} for row in rows]))
 
     def save(self, state: Mapping[str, Any], history: Sequence[Row]) -> None:
         """Replace the metrics and then the checkpoint, and keep the one before.

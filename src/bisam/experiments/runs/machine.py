@@ -49,6 +49,8 @@ class Machine:
     """Processes that read and decode image files."""
     log: Annotated[tuple[str, ...], Parameter(negative="")] = ("tensorboard",)
     """Loggers of the metrics, besides metrics.csv: tensorboard, wandb, mlflow."""
+    stats: bool = False
+    """Record statistics of the training steps, their means over an epoch in stats.csv and in the loggers."""
 
     def __post_init__(self) -> None:
         for name, least in (("devices", 1), ("nodes", 1), ("loaders", 0)):

@@ -20,6 +20,7 @@ from bisam.experiments.training.counting import CountedMethod
 from bisam.experiments.training.metrics import TrainingSums, ranked
 from bisam.experiments.training.weight_average import WeightAverage
 from bisam.methods.method import indexed
+from bisam.statistics import StatsMean
 
 
 def train_epoch(
@@ -33,6 +34,7 @@ def train_epoch(
     scheduler: LRScheduler | None = None,
     average: WeightAverage | None = None,
     losses: int | None = None,
+    stats: StatsMean | None = None,
 ) -> Row:
     """Train for one epoch, or for a part of it, and return its row of metrics.
 
@@ -47,6 +49,7 @@ def train_epoch(
         scheduler: learning rate schedule to advance after each optimizer step, if any.
         average: moving average of the weights to update after each optimizer step, if any.
         losses: number of losses after which to stop, each over one batch; by default all batches of the split.
+        stats: what to add the statistics of each step to, which `sharp` records.
     """
     sharp.train()
     sums = TrainingSums(fabric.device)
@@ -76,6 +79,8 @@ def train_epoch(
             if average is not None:
                 average.update()
         sums.add(sharp.clean, method.outputs, labels)
+        if stats is not None:
+            stats.add(sharp.stats)
     return {
         **sums.row(fabric, gradients=method.counts[True], forwards=method.counts[False]),
         "losses": losses,

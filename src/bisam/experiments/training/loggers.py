@@ -1,7 +1,7 @@
 """Loggers: TensorBoard, Weights & Biases and MLflow, which get the metrics of a run besides its metrics.csv.
 
-A resumed run logs epochs that are missing there from metrics.csv. So a service that was down or a process that was
-killed leaves no gap, and a logger that is added later gets the run from its first epoch.
+A resumed run logs epochs that are missing there from metrics.csv and stats.csv. So a service that was down or a process
+that was killed leaves no gap, and a logger that is added later gets the run from its first epoch.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from importlib.util import find_spec
+from math import isnan
 from pathlib import Path
 from typing import Any, Protocol
 
 from filelock import FileLock
 
-from bisam.experiments.errors import RunWarning, unknown
+from bisam.experiments.errors import RunError, RunWarning, unknown
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.files import write
-from bisam.experiments.runs.folder import Run
+from bisam.experiments.runs.folder import Row, Run
+from bisam.experiments.runs.results import BALL
 
 
 class Logger(Protocol):
@@ -213,6 +215,11 @@ _KINDS: Mapping[str, Any] = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow
 NAMES = tuple(_KINDS)
 
 
+def _told(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return a row without the number of its epoch, and without the columns that are measured at some epochs only."""
+    return {k: v for k, v in metrics.items() if k != "epoch" and not (k in BALL and isnan(v))}
+
+
 class FaultTolerantLogger:
     """The logger `name`, whose failure does not stop training: it is disabled with one warning.
 
@@ -238,14 +245,23 @@ class FaultTolerantLogger:
             return
         try:
             if self._last is not None and self._last < step - 1:
+                stats = self._stats()
                 for row in self._run.metrics():
                     if self._last < row["epoch"] < step:
-                        self._logger.log({k: v for k, v in row.items() if k != "epoch"}, int(row["epoch"]))
+                        complete = {**row, **stats.get(row["epoch"], {})}
+                        self._logger.log(_told(complete), int(row["epoch"]))
             if self._last is None or self._last < step:
-                self._logger.log(metrics, step)
+                self._logger.log(_told(metrics), step)
             self._last = step
         except Exception as error:
             self._drop(error)
+
+    def _stats(self) -> dict[float, Row]:
+        """Return the statistics by epoch; none if the file is damaged, which only a run that records them needs."""
+        try:
+            return {row["epoch"]: row for row in self._run.stats()}
+        except RunError:
+            return {}
 
     def close(self) -> None:
         """Finish the log; no metrics follow."""

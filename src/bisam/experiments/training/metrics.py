@@ -18,6 +18,8 @@ from torch import Tensor
 
 from bisam import Evaluation
 from bisam.experiments.runs.folder import Row
+from bisam.statistics import NAMES, StatsMean
+from bisam.vector import widened
 
 TITLES = {"accuracy": "accuracy", "top5": "top-5 accuracy", "f1": "F1", "matthews": "Matthews correlation"}
 """The metrics, as they are written in reports."""
@@ -56,6 +58,17 @@ def _score(metric: str, ranks: Tensor, labels: Tensor) -> float:
                 return float(matthews_corrcoef(labels.numpy(), predicted.numpy()))
         case _:
             raise AssertionError(metric)
+
+
+def stats_row(mean: StatsMean, fabric: Fabric) -> Row:
+    """Return the means of statistics over all steps of all processes, without those that no step knew."""
+    zero = widened(torch.zeros((), device=fabric.device))
+    steps = [zero + mean.steps.get(name, 0) for name in NAMES]
+    rows = [[of.get(name, zero).to(zero) for name in NAMES] for of in (mean.sums, mean.finite)]
+    sums, finite, known = cast(
+        Tensor, fabric.all_reduce(torch.stack([*rows[0], *rows[1], *steps]), reduce_op="sum")
+    ).view(3, len(NAMES))
+    return {name: value for name, value, n in zip(NAMES, (sums / finite).tolist(), known.tolist(), strict=True) if n}
 
 
 class TrainingSums:

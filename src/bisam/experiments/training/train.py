@@ -26,13 +26,14 @@ from bisam.experiments.runs.files import damaged
 from bisam.experiments.runs.folder import Result, Row, Run
 from bisam.experiments.runs.machine import Machine
 from bisam.experiments.runs.results import first_diverged
+from bisam.experiments.training.ball import Ball, unmeasured
 from bisam.experiments.training.checks import check_data, check_model
 from bisam.experiments.training.counting import CountedMethod
 from bisam.experiments.training.devices import OnEpoch, train_in_processes
 from bisam.experiments.training.epoch import predict, train_epoch
 from bisam.experiments.training.fsdp import divided, shard, share_buffers, whole
 from bisam.experiments.training.loggers import loggers
-from bisam.experiments.training.metrics import scores
+from bisam.experiments.training.metrics import scores, stats_row
 from bisam.experiments.training.optimizers import (
     advances_by_epoch,
     build_optimizer,
@@ -44,6 +45,7 @@ from bisam.experiments.training.reference_speed import ReferenceSpeed
 from bisam.experiments.training.state import RunState
 from bisam.experiments.training.weight_average import WeightAverage
 from bisam.state import StateError
+from bisam.statistics import StatsMean
 
 
 def train(run: Run, machine: Machine = Machine(), on_epoch: OnEpoch | None = None) -> Result:  # noqa: B008
@@ -121,9 +123,9 @@ class Training:
             # One graph for each batch size. A dynamic graph is made when the second size comes, and rounds differently
             # from a static one; a resumed run meets the sizes in another order.
             model.compile(dynamic=False)
-        loss = SharpnessAware(
-            model, self._method, descent_loss(recipe.label_smoothing, splits.classes), scaler=grad_scaler(fabric)
-        )
+        descent = descent_loss(recipe.label_smoothing, splits.classes)
+        self._ball = Ball(fabric, model, descent, self._train, recipe) if recipe.measured_epochs else None
+        loss = SharpnessAware(model, self._method, descent, scaler=grad_scaler(fabric), stats=machine.stats)
         sharp, optimizer = fabric.setup(loss, optimizer)
         self._state = RunState(fabric, sharp, optimizer, scheduler, average)
         self._writer = run.writer() if fabric.is_global_zero else None
@@ -131,6 +133,10 @@ class Training:
             self._state.restore(checkpoint, run.folder)
             if self._writer is not None:
                 self._writer.metrics(self._state.history)
+        # Of an epoch after the checkpoint there is a row if the process was killed between the two files.
+        earlier = run.stats() if machine.stats and self._writer is not None else []
+        self._stats = [row for row in earlier if row["epoch"] <= len(self._state.history)]
+        self._mean: StatsMean | None = None  # of the steps of the last epoch
 
     def train(self, on_epoch: OnEpoch | None) -> Result:
         """Train the remaining epochs, test, and write the result."""
@@ -142,12 +148,16 @@ class Training:
             except StateError as error:
                 raise damaged(self._run.folder / CHECKPOINT, error) from error
             state.history.append(row)
+            stats = {} if self._mean is None else stats_row(self._mean, fabric)
             if writer is not None:
                 writer.check()  # before the loggers, which create their folders
             for board in boards:
-                board.log({k: v for k, v in row.items() if k != "epoch"}, epoch)
+                board.log({**row, **stats}, epoch)
             checkpoint = state.gather()  # in all processes, because tensors may be sharded
             if writer is not None:
+                if stats:
+                    self._stats.append({"epoch": epoch, **stats})
+                    writer.stats(self._stats)
                 writer.save(checkpoint, state.history)
             if on_epoch is not None:
                 on_epoch(row)
@@ -161,6 +171,7 @@ class Training:
     def epoch(self, epoch: int) -> Row:
         """Train and validate one epoch, numbered from 1, and return its row of metrics."""
         recipe, state = self._recipe, self._state
+        self._mean = StatsMean() if self._machine.stats else None
         # The seed depends on the epoch alone: a resumed run draws the same, and all methods get the same batches.
         seed = recipe.seed * 1_000_003 + epoch
         torch.manual_seed(seed + 15_485_863 * self._fabric.global_rank)
@@ -180,6 +191,7 @@ class Training:
             None if by_epoch else state.scheduler,
             state.average,
             self._length.losses_in(epoch),
+            self._mean,
         )
         row["relative_time"] = row["seconds"] / row["losses"] / self._reference_speed.seconds_per_loss()
         if by_epoch:
@@ -190,6 +202,8 @@ class Training:
             row["validation_ema"] = self._scores(state.average.model, self._validation)[0]
         if row["validation"] > state.best["score"]:
             state.best = {"score": row["validation"], "epoch": epoch, "weights": _weights_on_cpu(self._model)}
+        if self._ball is not None:
+            row |= self._ball.row() if recipe.is_measured(epoch, self._length.epochs) else unmeasured()
         return row
 
     def _scores(self, model: nn.Module, split: Split) -> list[float]:

@@ -38,6 +38,7 @@ from bisam.methods import Method
 from bisam.model.oracle import ModelOracle
 from bisam.objectives import Objective
 from bisam.oracle import Oracle, Query, View
+from bisam.statistics import observed_above
 from bisam.validation import instance
 
 
@@ -89,7 +90,8 @@ class InPairs:
         if not below.parameters:
             return self.method(oracle, batch)  # which raises the error
         pair.begin(below, oracle, batch)
-        return self.method(_Shared(oracle, below, pair), batch)
+        # Both ranks record all queries, not their own ones only.
+        return self.method(observed_above(_Shared(oracle, below, pair)), batch)
 
 
 def replicas() -> int:

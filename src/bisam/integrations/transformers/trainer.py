@@ -35,8 +35,9 @@ from bisam.deprecated import renamed
 from bisam.distributed.placement import Scope
 from bisam.integrations.transformers.loss import Costs, Inputs, TrainerLoss, Watched
 from bisam.loss import SharpnessAware
-from bisam.methods import Method
+from bisam.methods import ERM, Method
 from bisam.state import kind
+from bisam.statistics import StatsMean
 from bisam.validation import instance
 
 
@@ -59,6 +60,8 @@ class SharpnessAwareTrainer(Trainer):
         method: `SAM()`, `BiSAM()` or another callable `(oracle, batch) -> Evaluation`.
         method_of: a function from the optimizer, which the Trainer creates, to the method; replaces `method`.
         scope: see `SharpnessAware`.
+        stats: whether the log also has the statistics of the steps (`SharpnessAware.stats`), averaged since its
+            previous line: those of the process that logs, with the names of `bisam.statistics.StepStats`.
         **kwargs: the keyword arguments of `Trainer`.
 
     Raises:
@@ -79,6 +82,7 @@ class SharpnessAwareTrainer(Trainer):
         method: Method | None = None,
         method_of: Callable[[Optimizer], Method] | None = None,
         scope: Scope | None = None,
+        stats: bool = False,
         **kwargs: Any,
     ) -> None:
         if (method is None) == (method_of is None):
@@ -94,6 +98,7 @@ class SharpnessAwareTrainer(Trainer):
                 raise TypeError(f"method_of is the method {method_of!r}, and no function that makes one: use method=")
         self._method, self._method_of = method, method_of
         self._scope: Scope | None = scope
+        self._stats = StatsMean() if stats else None
         self._sharp: SharpnessAware | None = None
         self._sharp_of: nn.Module | None = None
         self._losses = 0
@@ -115,9 +120,21 @@ class SharpnessAwareTrainer(Trainer):
                 self._own.forward,
                 scaler=getattr(self.accelerator, "scaler", None),
                 scope=self._scope,
+                stats=self._stats is not None,
             )
             self._sharp_of = self.model
         return self._sharp
+
+    def plain_loss(self) -> SharpnessAware:
+        """Returns the loss of the Trainer without a method, for `bisam.analysis`; it shares no state with training.
+
+        It takes batches of the collator, and is the mean over the items that count in a batch.
+
+            trainer.train()
+            sharpness(trainer.plain_loss(), trainer.get_eval_dataloader(), L2(0.05))
+        """
+        own = TrainerLoss(self, super().compute_loss)
+        return SharpnessAware(cast(nn.Module, self.model_wrapped), ERM(), own, own.forward, scope=self._scope)
 
     def compute_loss(
         self,
@@ -141,6 +158,8 @@ class SharpnessAwareTrainer(Trainer):
         self._losses += 1
         self._own.whole = num_items_in_batch
         loss = sharp(batch)
+        if self._stats is not None:
+            self._stats.add(sharp.stats)
         share = self._own.share(batch, loss.dtype)
         loss = loss if share is None else loss * share
         return (loss, self._outputs(loss)) if return_outputs else loss
@@ -160,6 +179,9 @@ class SharpnessAwareTrainer(Trainer):
         """See `Trainer.log`."""
         if "loss" in logs:
             logs.update(self._costs.since_last())
+            if self._stats is not None:
+                logs.update(self._stats.to_dict())
+                self._stats = StatsMean()
         super().log(logs, *args, **kwargs)
 
     def _made(self) -> Method:
