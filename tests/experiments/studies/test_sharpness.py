@@ -103,7 +103,7 @@ def test_a_diverged_run_is_there_without_measures(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_study_in_small_from_training_to_the_report(bisam, tmp_path):
-    small = ("--set", "noise=0.4", "--set", "limit=32", "--epochs", 1, "--seeds", 2, "--workers", 2, "--out", tmp_path)
+    small = ("--set", "noise=0.4", "--set", "limit=64", "--epochs", 2, "--seeds", 2, "--workers", 2, "--out", tmp_path)
     code, out, err = bisam("run", "sharpness", *small, "--dry-run", "--no-estimate")
     assert (code, err) == (0, "")
     assert "30 of 30 runs of sharpness are left, and the analyses of 30" in out
@@ -133,7 +133,7 @@ def test_the_study_in_small_from_training_to_the_report(bisam, tmp_path):
     assert "0 of 30 runs of sharpness are left, and the analyses of 1" in out
     assert bisam("run", "sharpness", *small)[0] == 0  # that one only
     assert {folder for folder in folders if (folder / ANALYSIS).read_bytes() != before[folder]} == {folders[0]}
-    changes = ("--set", "noise=0.4", "--set", "limit=32", "--set", "epochs=1", "--out", tmp_path)
+    changes = ("--set", "noise=0.4", "--set", "limit=64", "--set", "epochs=2", "--out", tmp_path)
     code, _, err = bisam("plot", "predictors", "sharpness", *changes, "--to", tmp_path / "p.pdf")
     assert (code, err) == (0, "")
     assert (tmp_path / "p.pdf").read_bytes().startswith(b"%PDF")
