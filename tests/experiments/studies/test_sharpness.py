@@ -61,7 +61,7 @@ def test_its_measures_are_numbers_of_its_analyses():
 
 @pytest.mark.parametrize("name", MEASURED.what)
 def test_its_measures_are_of_the_last_weights_and_of_one_radius_as_the_note_says(name):
-    settings = Settings(**{**MEASURED.settings, **MEASURED.what[name]})
+    settings = Settings(**MEASURED.settings_of(name))
     assert (settings.rho, settings.steps, settings.weights, settings.split) == ((0.05,), 20, "last", "train")
     assert settings.examples >= 1078 or name == "hessian"  # all training examples
     assert "L2 ball of radius 0.05" in STUDY.note

@@ -152,21 +152,19 @@ def numbers(found: Mapping[str, Any], what: Iterable[str], settings: Settings = 
     return values
 
 
-def missing(folder: Path, result: Result, what: Iterable[str], settings: Settings) -> list[str]:
+def missing(folder: Path, result: Result, wanted: Mapping[str, Settings]) -> list[str]:
     """Return the names of the analyses of a finished run that `analyse` would compute.
 
     Args:
         folder: of the run.
         result: of the run.
-        what: names of analyses.
-        settings: of the analyses.
+        wanted: names of analyses, with their settings.
 
     Raises:
-        ValueError: an analysis is unknown, or a package is missing.
         RunError: the file is damaged.
     """
     entries, of, left = read_entries(folder), checksum(result), list[str]()
-    for name in known(what):
+    for name, settings in wanted.items():
         own = ANALYSES[name].settings
         if any(find(entries, name, one.told(own), of) is None for one in settings.each(own)):
             left.append(name)

@@ -101,12 +101,12 @@ def lacking(run: Run, result: Result, analyses: Analyses | None) -> list[str]:
     """
     if analyses is None or result.get("diverged") is not None:
         return []
-    return [name for name, settings in _settings(analyses).items() if missing(run.folder, result, [name], settings)]
+    return missing(run.folder, result, _settings(analyses))
 
 
 def _settings(analyses: Analyses) -> dict[str, Settings]:
     """The settings of each analysis, in the order in which they are computed."""
-    return {name: Settings(**{**analyses.settings, **analyses.what[name]}) for name in known(analyses.what)}
+    return {name: Settings(**analyses.settings_of(name)) for name in known(analyses.what)}
 
 
 def train_or_explain(

@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isnan, nan
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -95,12 +96,12 @@ def correlate(measure: np.ndarray, error: np.ndarray, groups: Sequence[str], see
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
     """Return Spearman's rank correlation of two samples (n,), in which ties have their mean rank; nan if undefined."""
-    return float(stats.spearmanr(x, y).statistic) if _varies(x) and _varies(y) else nan
+    return _of_varying(stats.spearmanr, x, y)
 
 
 def kendall(x: np.ndarray, y: np.ndarray) -> float:
     """Return Kendall's tau-b of two samples (n,), which corrects for ties; nan if undefined."""
-    return float(stats.kendalltau(x, y).statistic) if _varies(x) and _varies(y) else nan
+    return _of_varying(stats.kendalltau, x, y)
 
 
 def by_seed(statistic: Callable[[np.ndarray, np.ndarray], float], measure: np.ndarray, error: np.ndarray) -> np.ndarray:
@@ -221,6 +222,11 @@ def _check(measure: np.ndarray, error: np.ndarray, groups: Sequence[str]) -> Non
     for name, values in (("measure", measure), ("error", error)):
         if not np.isfinite(values).all():
             raise ValueError(f"{name} must be finite, got {values[~np.isfinite(values)][0]}: leave such runs out")
+
+
+def _of_varying(statistic: Callable[..., Any], x: np.ndarray, y: np.ndarray) -> float:
+    """A statistic of scipy, which warns of a constant sample."""
+    return float(statistic(x, y).statistic) if _varies(x) and _varies(y) else nan
 
 
 def _varies(values: np.ndarray) -> bool:

@@ -130,8 +130,8 @@ def measured(
 def _numbers(entries: Sequence[Entry], analyses: Analyses) -> dict[str, float]:
     """The numbers of the study's analyses, with the study's settings, by the titles of their columns."""
     values = dict[str, float]()
-    for name, own in analyses.what.items():
-        settings = Settings(**{**analyses.settings, **own}).told(ANALYSES[name].settings)
+    for name in analyses.what:
+        settings = Settings(**analyses.settings_of(name)).told(ANALYSES[name].settings)
         for entry in entries:
             if entry["analysis"] == name and entry["settings"] == settings:
                 values |= ANALYSES[name].numbers(entry["results"])

@@ -37,6 +37,10 @@ class Analyses:
     control: str
     shown: tuple[str, ...]
 
+    def settings_of(self, name: str) -> dict[str, Any]:
+        """The settings of one of the analyses that differ from the defaults."""
+        return {**self.settings, **self.what[name]}
+
 
 @dataclass(frozen=True)
 class Study:
