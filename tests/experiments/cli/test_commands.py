@@ -1,0 +1,87 @@
+"""The command line: help, mistakes, and a study from end to end."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from bisam import experiments
+
+AUTHORS = ("train", "--optim", "bisam_log", "--rho", "0.05", "--epochs", "200", "--learning_rate", "0.1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("run", "digit"), "did you mean 'digits'"),
+        (("run",), "requires an argument"),
+        (("run", "digits", "--seeds", "0"), "--seeds must be at least 1, got 0"),
+        (("run", "digits", "--seeds", "many"), "--seeds: 'many' is not a whole number"),
+        (("run", "digits", "--seeds", "1.5"), "--seeds: '1.5' is not a whole number"),
+        (("train", "--epochs", "1.5"), "--epochs: '1.5' is not a whole number"),
+        (("run", "digits", "--seed", "3"), "Did you mean --seeds?"),
+        (("run", "digits", "--device", "tpu9"), "--device takes"),
+        (("report", "digits", "--out", "nowhere"), "no finished run of digits in nowhere"),
+        (("train", "--optim", "samm"), "did you mean 'sam'?"),
+        (("train", "--method", "SAM(L2(0.1)"), "is no expression"),
+        (("train", "--rho", "-1"), "rho must be non-negative"),
+        (("train", "extra"), "extra"),
+        (("bogus",), "Available commands"),
+        (
+            (*AUTHORS, "--model", "resnet56", "--dataset", "cifar10", "--data-dir", "nowhere"),
+            "cifar10 is missing",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(bisam, arguments, message):
+    code, out, err = bisam(*arguments)
+    assert code == 2
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
+    assert out == ""
+
+
+def test_without_the_extra_the_command_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "bisam.experiments.cli", raising=False)
+    monkeypatch.setitem(sys.modules, "cyclopts", None)
+    with pytest.raises(SystemExit) as stop:
+        experiments.main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "bisam: the command needs cyclopts: pip install 'bisam[experiments]'\n"
+
+
+def test_a_place_that_cannot_be_written_is_one_line(bisam, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, _, err = bisam("train", "--epochs", 1, "--out", tmp_path / "file")
+    assert code == 2
+    assert "cannot write" in err
+    assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", ["run", "train", "list", "report"])
+def test_every_command_has_help_with_an_example(bisam, command):
+    code, out, _ = bisam(command, "--help")
+    assert code == 0
+    assert f"bisam {command}" in out.split("xample", 1)[1]
+
+
+def test_train_and_list_run(bisam, tmp_path):
+    code, out, _ = bisam(
+        "train", "--optim", "bisam_log", "--rho", "0.05", "--learning_rate", "0.1", "--epochs", "1", "--out", tmp_path
+    )
+    assert code == 0
+    assert "test accuracy" in out
+    assert len(list(tmp_path.glob("train/bisam_log-noise-0-*/seed-0/result.json"))) == 1
+    code, out, _ = bisam("list")
+    assert code == 0
+    assert "digits" in out
+
+
+def test_a_short_digits_study_end_to_end(bisam, tmp_path):
+    code, out, err = bisam("run", "digits", "--seeds", "1", "--epochs", "1", "--workers", "2", "--out", tmp_path)
+    assert (code, err) == (0, "")
+    assert "10/10 runs" in out
+    assert len(list(tmp_path.glob("digits/*/seed-0/result.json"))) == 10
+    assert (tmp_path / "digits" / "accuracy.png").stat().st_size > 10_000
+    assert (tmp_path / "digits" / "flips.png").stat().st_size > 10_000
