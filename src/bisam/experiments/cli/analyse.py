@@ -207,7 +207,7 @@ def _all(jobs: Sequence[_Job], names: Sequence[str], settings: Settings) -> int:
             display.stop()
             errors.print("interrupted: finished analyses are saved; the same command goes on after them")
             return 130
-    done = [job for job in jobs if not job.error]
+    done = [job for job in jobs if job.found]
     if done:
         _show(done)
     failed = sorted((job for job in jobs if job.error), key=lambda job: job.error)
@@ -219,8 +219,12 @@ def _all(jobs: Sequence[_Job], names: Sequence[str], settings: Settings) -> int:
 
 
 def _one(job: _Job, names: Sequence[str], settings: Settings, display: MeasuringDisplay) -> None:
+    from bisam.experiments.analyses.run import AnalysisError
+
     try:
         content = job.call(display.measure)
+    except AnalysisError as error:
+        job.error, content = " ".join(str(error).split()), error.content
     except (RunError, ValueError) as error:
         job.error = " ".join(str(error).split())
         return
@@ -230,6 +234,8 @@ def _one(job: _Job, names: Sequence[str], settings: Settings, display: Measuring
         job.error = f"out of memory: fewer --examples and a smaller --batch-size need less ({reason(error)})"
         return
     job.found = _wanted(content["entries"], names, settings)
+    if not job.found:
+        return
     files = ["analysis.json", *_drawn(job.folder, job.found)]
     console.print(f"{job.folder}/: {', '.join(files)}", soft_wrap=True, highlight=False)
 
