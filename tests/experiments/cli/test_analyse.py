@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -114,6 +115,28 @@ def test_an_interruption_is_one_line_and_what_is_measured_stays(bisam, out, monk
     assert (code, err) == (130, "interrupted: finished analyses are saved; the same command goes on after them\n")
     assert [e["analysis"] for e in json.loads((of(out, 0) / "analysis.json").read_text())["entries"]] == ["zero-one"]
     assert not (of(out, 1) / "analysis.json").exists()
+
+
+@pytest.mark.parametrize("swallowed", ["as another error", "whole"])
+def test_ctrl_c_is_noticed_where_torch_makes_another_error_of_it(bisam, out, monkeypatch, swallowed):
+    flips = catalogue.ANALYSES["flips"]
+
+    def interrupted(subject, settings, progress):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            if swallowed != "whole":
+                raise RuntimeError("The following operation failed in the TorchScript interpreter") from None
+        progress(1, 2)
+        pytest.fail("not interrupted")
+
+    stops = replace(flips, measures={"flips": replace(flips.measures["flips"], call=interrupted)})
+    monkeypatch.setitem(catalogue.ANALYSES, "flips", stops)
+    before = signal.getsignal(signal.SIGINT)
+    code, _, err = bisam("analyse", out, *QUICK)
+    signal.signal(signal.SIGINT, before)
+    assert (code, err.count("\n")) == (130, 1)
+    assert not (of(out, 0) / "analysis.json").exists()
 
 
 @pytest.mark.parametrize(

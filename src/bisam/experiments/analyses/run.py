@@ -17,6 +17,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from bisam.analysis.curvature import ConvergenceError
 from bisam.experiments.analyses.catalogue import ANALYSES, DEFAULT, known
 from bisam.experiments.analyses.file import (
     ANALYSIS,
@@ -30,7 +31,7 @@ from bisam.experiments.analyses.file import (
 )
 from bisam.experiments.analyses.settings import FILE, Settings
 from bisam.experiments.analyses.subject import Subject, of_file, of_run
-from bisam.experiments.errors import RunError, is_out_of_memory, reason
+from bisam.experiments.errors import RunError, reason
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.files import checksum, make_folders, write
 from bisam.experiments.runs.folder import Result, Run, read_recipe
@@ -201,9 +202,7 @@ def _completed(
                 for key, measure in analysis.measures.items():
                     title = f"{name}: {measure.title}"
                     results[key] = measure.call(subject, one, partial(_report, progress, title)).to_dict()
-            except (ValueError, RuntimeError) as error:  # RuntimeError: eigenvalues that did not converge
-                if is_out_of_memory(error):
-                    raise
+            except (ValueError, ConvergenceError) as error:
                 failed.setdefault(reason(error), []).append(name)
                 continue
             seconds = time.perf_counter() - start
