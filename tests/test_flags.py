@@ -60,7 +60,7 @@ def test_given_flags_are_those_on_the_command_line_in_one_spelling():
 
 ALWAYS = {"dataset", "model", "weights", "method", "noise", "limit", "epochs", "steps", "batch_size", "accumulate"}
 ALWAYS |= {"optimizer", "learning_rate", "schedule", "weight_decay", "label_smoothing", "clip", "ema", "precision"}
-ALWAYS |= {"compile", "seed", "device", "devices", "nodes", "log", "stats"}
+ALWAYS |= {"compile", "measured_epochs", "seed", "device", "devices", "nodes", "log", "stats"}
 REFUSED_BY_RECIPE = {"rho", "mu", "alpha", "eta", "warmup"}
 
 

@@ -195,6 +195,7 @@ def test_the_model_is_left_as_it_is():
     [
         ({"data": iter(())}, ValueError, "no batches"),
         ({"severities": ()}, ValueError, "severities must be different numbers from 1 to 5, at least one"),
+        ({"severities": 3}, TypeError, r"severities must be several numbers, such as \(1, 3, 5\), got 3"),
         ({"severities": (1, 1)}, ValueError, "severities must be different numbers"),
         ({"severities": (0,)}, ValueError, "a severity must be at least 1, got 0"),
         ({"severities": (6,)}, ValueError, "a severity must be at most 5, got 6"),

@@ -58,6 +58,94 @@ def test_the_gauss_newton_matrix_is_the_dense_one():
     torch.testing.assert_close(torch.tensor(found.values, dtype=torch.double), exact[:3], rtol=1e-9, atol=0)
 
 
+def fisher(model: nn.Module, empirical: bool, loss: Any = cross_entropy) -> Tensor:
+    """The mean of outer products of per-example gradients, with the labels of the data or those of the model."""
+    weights, total = list(model.parameters()), 0.0
+    for x, y in zip(*(torch.cat(parts) for parts in zip(*DATA, strict=True)), strict=True):
+        z = model(x[None])
+        for label, p in [(y, 1.0)] if empirical else list(enumerate(z.softmax(1)[0].tolist())):
+            grads = torch.autograd.grad(loss(z, torch.as_tensor(label)[None]).sum(), weights, retain_graph=True)
+            g = torch.cat([one.flatten() for one in grads])
+            total = total + p * torch.outer(g, g)
+    return total / 24
+
+
+SMOOTH = nn.CrossEntropyLoss(label_smoothing=0.2, reduction="none")
+
+
+@pytest.mark.parametrize(
+    ("matrix", "loss", "dense_loss"),
+    [
+        ("fisher", cross_entropy, cross_entropy),
+        ("fisher", SMOOTH, cross_entropy),  # the labels of a Fisher matrix are the model's own
+        ("fisher", nn.CrossEntropyLoss(), cross_entropy),
+        ("empirical-fisher", cross_entropy, cross_entropy),
+        ("empirical-fisher", SMOOTH, SMOOTH),
+        ("empirical-fisher", nn.CrossEntropyLoss(label_smoothing=0.2), SMOOTH),
+    ],
+    ids=cases.named,
+)
+def test_a_fisher_matrix_is_that_of_gradients_of_single_examples(matrix, loss, dense_loss):
+    model = cases.mlp().eval()
+    exact = fisher(model, matrix != "fisher", dense_loss)
+    found = eigenvalues(ModelOracle(model, loss), DATA, k=3, matrix=matrix, tolerance=1e-10)
+    values = torch.linalg.eigvalsh(exact).flip(0)[:3]
+    torch.testing.assert_close(torch.tensor(found.values, dtype=torch.double), values, rtol=1e-8, atol=0)
+    assert (found.matrix, found.by) == (matrix, "curvlinops")
+    estimate = trace(ModelOracle(model, loss), DATA, matrix=matrix, draws=50)
+    assert abs(estimate.value - float(exact.trace())) < 4 * estimate.error
+
+
+@pytest.mark.parametrize(
+    ("loss", "matrix", "said"),
+    [
+        (
+            nn.CrossEntropyLoss(weight=torch.ones(4).double()),
+            "fisher",
+            "CrossEntropyLoss is not the cross-entropy of lo",
+        ),
+        (
+            nn.MultiMarginLoss(),
+            "fisher",
+            "MultiMarginLoss is not the cross-entropy of logits without weights: matrix='ggn' can serve",
+        ),
+        (
+            nn.CrossEntropyLoss(weight=torch.ones(4).double()),
+            "empirical-fisher",
+            "TypeError: the loss is not one number",
+        ),
+        (NegLog(), "empirical-fisher", "not the empirical Fisher matrix, and curvlinops cannot serve here"),
+    ],
+    ids=cases.named,
+)
+def test_a_fisher_matrix_that_cannot_be_had_is_refused_by_name(loss, matrix, said):
+    with pytest.raises(ValueError, match=said) as raised:
+        trace(ModelOracle(cases.mlp(), loss), DATA, matrix=matrix)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("by", ["curvlinops", "differences"])
+@pytest.mark.parametrize("loss", [cross_entropy, SMOOTH], ids=["plain", "smoothed"])
+def test_the_eigenvalues_of_a_convnet_with_normalisation_are_those_of_the_dense_hessian(loss, by):
+    model = cases.convnet()
+    for x, _ in DATA:
+        model(3 * x + 1)
+    model.eval()
+    exact = torch.linalg.eigvalsh(dense(model, loss)).flip(0)
+    oracle = ModelOracle(model.train(), loss)  # eval mode is the default of the measure
+    found = eigenvalues(oracle, DATA, k=3, by=by, tolerance=1e-10)
+    torch.testing.assert_close(torch.tensor(found.values, dtype=torch.double), exact[:3], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("by", "tolerance"), [("curvlinops", 1e-4), ("differences", 1e-2)])
+def test_the_eigenvalues_in_float32(by, tolerance):
+    model = cases.convnet().eval()
+    exact = torch.linalg.eigvalsh(dense(model, cross_entropy)).flip(0)
+    single = [(x.float(), y) for x, y in DATA]
+    found = eigenvalues(ModelOracle(model.float(), cross_entropy), single, k=3, by=by)
+    assert list(found.values) == pytest.approx(exact[:3].tolist(), rel=tolerance)
+
+
 def test_a_quadratic_has_its_own_eigenvalues_and_trace():
     oracle, a = Bowl(0.3, -1.2), ROWS.mean(0)
     found = eigenvalues(oracle, [(ROWS,)], k=2, mode=None)
@@ -86,6 +174,24 @@ def test_the_density_is_that_of_the_dense_hessian():
     spread = float(values.max() - values.min())
     assert float(torch.trapezoid(density * grid, grid)) == pytest.approx(float(values.mean()), abs=0.02 * spread)
     assert len(found.to_dict()["grid"]) == 512
+
+
+def test_the_density_of_a_singular_matrix_is_cheap():
+    """Most eigenvalues of a Gauss-Newton matrix are 0, where a relative tolerance is never reached."""
+    model = cases.mlp().eval()
+    values = torch.linalg.eigvalsh(dense(model, cross_entropy, gauss_newton=True))
+    found = spectral_density(ModelOracle(model, cross_entropy), DATA, vectors=20, draws=2, matrix="ggn")
+    assert found.products < 20 * 2 + 60
+    assert found.grid[0] < 0 < float(values.max()) < found.grid[-1]
+    assert float(torch.trapezoid(torch.tensor(found.density), torch.tensor(found.grid))) == pytest.approx(1, abs=0.05)
+
+
+def test_the_density_of_a_concave_loss_has_both_ends():
+    model = cases.mlp().eval()
+    values = torch.linalg.eigvalsh(dense(model, lambda z, y: -cross_entropy(z, y)))
+    oracle = ModelOracle(model, lambda z, y: -cross_entropy(z, y))
+    found = spectral_density(oracle, DATA, vectors=20, draws=1)
+    assert found.grid[0] < float(values.min()) < float(values.max()) < found.grid[-1]
 
 
 class Dictionary(nn.Module):
@@ -134,10 +240,11 @@ def test_the_model_is_left_as_it_is(by):
     [
         ({"k": 0}, "k must be at least 1"),
         ({"k": 10_000}, "k=10000 eigenvalues are more than the"),
-        ({"matrix": "fisher"}, "matrix must be 'hessian' or 'ggn'"),
+        ({"matrix": "kfac"}, "matrix must be 'hessian', 'ggn', 'fisher', 'empirical-fisher', got 'kfac'"),
         ({"by": "magic"}, "by must be 'curvlinops', 'differences' or None"),
         ({"tolerance": 0.0}, "tolerance"),
-        ({"matrix": "ggn", "by": "differences"}, "central differences give the Hessian only"),
+        ({"matrix": "ggn", "by": "differences"}, "the Hessian only, not the Gauss-Newton matrix"),
+        ({"matrix": "fisher", "by": "differences"}, "the Hessian only, not the Fisher matrix"),
     ],
     ids=str,
 )

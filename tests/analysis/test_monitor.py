@@ -32,14 +32,20 @@ from bisam import (
 from bisam.analysis import (
     Monitor,
     average_sharpness,
+    calibration,
+    corruptions,
     eigenvalues,
+    feature_rank,
     flips,
+    gradient_norm,
+    margins,
     sharpness,
     standard,
     trace,
     zero_one_sharpness,
 )
 from bisam.schedules import Linear
+from bisam.statistics import NAMES as NAMES_OF_STATS
 from tests.support import cases, ranks
 from tests.support.cases import buffers, parameters
 from tests.support.replicas import sharded, whole_weights
@@ -150,6 +156,16 @@ def test_entries_of_any_result_are_its_numbers_without_settings():
     assert record == {"step": 0, "mine_value": 0.5, "mine_parts/a": 2.0}
 
 
+def test_the_statistics_of_the_last_step_are_recorded_where_the_loss_has_them():
+    sharp = SharpnessAware(cases.mlp(), SAM(0.1), cross_entropy, stats=True)
+    monitor = Monitor(sharp, DATA, measures={"one": lambda *_: 1})
+    assert monitor.record() == {"step": 0, "one": 1}  # before the first step
+    sharp(*DATA[0])
+    expected = {f"stats_{name}": value for name, value in sharp.stats.to_dict().items()}
+    assert monitor.record() == {"step": 0, **expected, "one": 1}
+    assert expected.keys() == {f"stats_{name}" for name in NAMES_OF_STATS}
+
+
 def test_the_data_is_read_once_and_copied():
     x, y = cases.batch(3, 16)
     sharp, read = plain_sharp(), []
@@ -200,6 +216,7 @@ def counted(monitor: Monitor) -> tuple[float, float]:
         {"s": sharpness},
         {"s": partial(sharpness, steps=4, restarts=2)},
         {"s": partial(sharpness, steps=2, m=8)},
+        {"m": margins, "r": feature_rank, "g": gradient_norm},
         {"a": partial(average_sharpness, draws=3)},
         {"f": flips},
         {"z": partial(zero_one_sharpness, steps=4)},
@@ -213,6 +230,18 @@ def test_the_stated_cost_is_that_of_a_record(measures):
     assert counted(monitor) == (stated.forward, stated.backward)
     assert monitor.cost == stated
     assert stated.unknown == ()
+
+
+def test_the_stated_cost_of_predictions():
+    pytest.importorskip("torchmetrics")
+    pytest.importorskip("torchvision")
+    sharp = SharpnessAware(nn.Sequential(nn.Flatten(), nn.Linear(6, 4)).double(), SAM(0.1), cross_entropy)
+    images = [(x.sigmoid().view(-1, 1, 2, 3), y) for x, y in DATA]
+    darker = partial(corruptions, severities=(2, 5), kinds={"darker": lambda x, severity: x * (1 - severity / 5)})
+    for measures, passes in (({"c": calibration}, (1, 0)), ({"d": darker}, (3, 0))):
+        monitor = Monitor(sharp, images, measures=measures)
+        assert (monitor.cost.forward, monitor.cost.backward) == passes
+        assert counted(monitor) == passes
 
 
 def test_the_cost_of_the_standard_measures():
@@ -275,7 +304,7 @@ def trained(
     np.random.seed(0)
     model = Noisy()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    sharp = SharpnessAware(model, make(optimizer), cross_entropy)
+    sharp = SharpnessAware(model, make(optimizer), cross_entropy, stats=True)
     model.train()
     model.frozen.eval()
     monitor = None if watch is None else watch(sharp)
@@ -291,6 +320,7 @@ def trained(
                     assert monitor.step() is not None
             seen += [loss.detach(), sharp.clean.value, sharp.clean.outputs, torch.get_rng_state(), random.random()]
             seen += [np.random.rand(), *[p.grad.clone() for p in model.parameters() if p.grad is not None], model.mean]
+            seen += [sharp.stats.to_dict()]
             seen += [[m.training for m in model.modules()], parameters(model), buffers(model), sharp.get_extra_state()]
             optimizer.zero_grad()
     return seen

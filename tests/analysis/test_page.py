@@ -38,7 +38,7 @@ def test_the_code_of_the_page_runs():
     assert [record["step"] for record in names["monitor"].history] == [2, 4]
     assert names["one"].rise <= names["many"].rise
     assert names["axes"].get_xlabel() == "along a random direction"
-    plotted = ("one", "worst", "flipped", "top", "density", "line", "plane")
+    plotted = ("one", "worst", "flipped", "top", "density", "line", "plane", "path")
     plotted += ("found", "scaled", "calibrated", "rank", "slope", "errors")
     results = [names[name] for name in plotted]
     for result in results:

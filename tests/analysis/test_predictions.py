@@ -68,6 +68,8 @@ def test_ties_are_counted():
     found = margins(ModelOracle(Table(), cross_entropy), [(logits, labels)])
     assert (found.error, found.ties, found.quantiles[0], found.quantiles[100]) == (0.75, 0.5, -1.0, 2.0)
     assert (logits.argmax(1) != labels).double().mean() == 0.5  # between error - ties and error
+    equal = [(torch.full((2, 3), 5.0), labels[:2])]
+    assert margins(ModelOracle(Table(), cross_entropy), equal, normalized="logits").quantiles == (0.0,) * 101
 
 
 def test_margins_of_normalised_logits_do_not_depend_on_their_scale():

@@ -106,14 +106,18 @@ def failing(objective: Callable[..., Tensor], check: Callable[[], Any]) -> Calla
 
 
 class Silent:
-    """The progress of several runs: keeps each epoch and each end."""
+    """The progress of several runs: keeps each epoch, each measure and each end."""
 
     def __init__(self) -> None:
         self.epochs: list[tuple[Any, int]] = []
+        self.measures: list[tuple[Any, str, int]] = []
         self.ended: dict[Any, str | None] = {}
 
     def epoch(self, recipe: Any, epoch: int, validation: Any) -> None:
         self.epochs.append((recipe, epoch))
+
+    def measuring(self, recipe: Any, measure: str, completed: int) -> None:
+        self.measures.append((recipe, measure, completed))
 
     def done(self, recipe: Any, error: str | None) -> None:
         self.ended[recipe] = error

@@ -7,6 +7,7 @@
     eigenvalues(sharp, loader, k=5)                     # of the Hessian or the Gauss-Newton matrix
     trace(sharp, loader), spectral_density(sharp, loader)
     landscape(sharp, loader, "random")                  # loss and error along a line or on a plane
+    connectivity(sharp, loader, checkpoint)             # loss and error on the line to another checkpoint
     margins(sharp, loader), calibration(sharp, loader)  # of the predictions
     corruptions(sharp, loader, mean=..., std=...)       # the error under corruptions of images
     feature_rank(sharp, loader)                         # of the inputs of the last layer
@@ -18,6 +19,7 @@ frozen value with `to_dict()` and `plot()`.
 """
 
 from bisam.analysis.calibration import Calibration as Calibration, calibration as calibration
+from bisam.analysis.connectivity import Connectivity as Connectivity, connectivity as connectivity
 from bisam.analysis.corruptions import (
     CORRUPTIONS as CORRUPTIONS,
     Corruptions as Corruptions,

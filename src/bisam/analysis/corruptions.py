@@ -3,14 +3,14 @@
     errors = corruptions(sharp, loader, mean=(0.49, 0.48, 0.45), std=(0.25, 0.24, 0.26))
     errors.mean_error, errors.errors["jpeg"]            # over all; at severities 1 to 5
 
-The corruptions are those of Hendrycks and Dietterich (2019, https://arxiv.org/abs/1903.12261) for which torchvision or
-torch has a function, with their strengths where these have the same meaning. They are computed from the images given:
-this is neither CIFAR-10-C nor ImageNet-C, whose files hold 15 other or differently computed corruptions, and the mean
-error is not divided by that of AlexNet as in their mCE. Pass functions of your own for other corruptions.
+The corruptions are those of Hendrycks and Dietterich (2019, https://arxiv.org/abs/1903.12261) for which torchvision has
+a function, with the strengths of the paper where these have the same meaning. They are computed from the images given:
+this is neither CIFAR-10-C nor ImageNet-C, whose files hold 15 corruptions, some of them computed in another way, and
+the mean error is not divided by that of AlexNet, as the paper's mCE is. Pass functions of your own for other
+corruptions.
 
 torchvision is released with torch. The packages that compute all corruptions of the paper are not kept
-(`imagecorruptions`, last release in 2020, fails with current scikit-image) or bring OpenCV, scikit-image and numba;
-kornia has no more of the paper's list than torchvision but for motion blur and weather, of its own definitions.
+(`imagecorruptions`, whose last release of 2020 fails with current scikit-image), or bring OpenCV and scikit-image.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from bisam.analysis.logits import rows
 from bisam.analysis.samples import Mode, Progress, Result, Sample, Source, sampled
 from bisam.batches import Batch
 from bisam.model.rng import RandomState
-from bisam.validation import describe, finite, instance, positive, whole
+from bisam.validation import describe, finite, instance, positive, shown, whole
 
 Corruption = Callable[[Tensor, int], Tensor]
 """A function `(images, severity) -> images` of float32 images (N, C, H, W) in [0, 1] on the CPU; severity 1 to 5."""
@@ -354,6 +354,8 @@ def _channels(name: str, value: Channels) -> Tensor:
 
 
 def _severities(severities: Sequence[int]) -> tuple[int, ...]:
+    if not isinstance(cast(Any, severities), Iterable):
+        raise TypeError(f"severities must be several numbers, such as (1, 3, 5), got {shown(severities)}")
     chosen = tuple(severities)
     for severity in chosen:
         whole("a severity", severity, most=5)

@@ -1,4 +1,4 @@
-"""Curvature: eigenvalues, trace and spectral density of the Hessian or the Gauss-Newton matrix of the training loss.
+"""Curvature: eigenvalues, trace and spectral density of the Hessian, Gauss-Newton or Fisher matrix of a training loss.
 
     >>> import torch
     >>> from bisam import ModelOracle, cross_entropy
@@ -29,8 +29,24 @@ from bisam.analysis.samples import Mode, Progress, Result, Sample, Source, sampl
 from bisam.validation import positive, whole
 from bisam.vector import WHOLE
 
-Matrix = Literal["hessian", "ggn"]
-"""The Hessian, or the Gauss-Newton matrix, which is the Fisher information where the loss is cross-entropy."""
+Matrix = Literal["hessian", "ggn", "fisher", "empirical-fisher"]
+"""A matrix of the mean loss.
+
+"hessian": its second derivatives. "ggn": the Gauss-Newton matrix. "fisher": the Fisher matrix, which is the mean of the
+outer product of the gradient with itself, over examples and over labels that are distributed as the model predicts. For
+cross-entropy of logits, also with label smoothing, it is the Gauss-Newton matrix; for other losses it is refused.
+"empirical-fisher": the same with the labels of the data, which does not approximate the curvature in general (Kunstner
+et al., 2019, https://arxiv.org/abs/1905.12558).
+"""
+
+_DENSE = 32  # weights up to which the matrix is computed
+_ROUGH = 1e-2
+_TITLES = {
+    "hessian": "Hessian",
+    "ggn": "Gauss-Newton matrix",
+    "fisher": "Fisher matrix",
+    "empirical-fisher": "empirical Fisher matrix",
+}
 
 By = Literal["curvlinops", "differences"]
 """How products with the matrix are computed."""
@@ -45,7 +61,7 @@ class Curvature(Result):
     """The base of results on curvature.
 
     Attributes:
-        matrix: "hessian" or "ggn".
+        matrix: the matrix, see `Matrix`.
         by: how products were computed, "curvlinops" or "differences".
         products: number of products with the matrix; each costs two to three forward and backward passes.
         mode: see `Result`.
@@ -121,7 +137,7 @@ def eigenvalues(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Eigenvalues:
-    """Returns the largest eigenvalues of the Hessian or the Gauss-Newton matrix, by the Lanczos method (ARPACK).
+    """Returns the largest eigenvalues of the Hessian or another matrix, by the Lanczos method (ARPACK).
 
     The largest eigenvalue of the Hessian is the sharpness of the literature on the edge of stability (Cohen et al.,
     2021, https://arxiv.org/abs/2103.00065).
@@ -130,7 +146,8 @@ def eigenvalues(
         source: a `SharpnessAware` loss, or an oracle such as `ModelOracle(model, loss)`.
         data: batches, read once and kept, for example a DataLoader without augmentation.
         k: number of eigenvalues, >= 1 and at most the number of weights.
-        matrix: "hessian" or "ggn".
+        matrix: "hessian", "ggn", "fisher" or "empirical-fisher", see `Matrix`. Central differences give the Hessian
+            only.
         by: "curvlinops" for exact products, "differences" for central differences. Default: exact ones if they can be
             computed.
         tolerance: relative accuracy, > 0.
@@ -151,7 +168,7 @@ def eigenvalues(
         n = operator.shape[0]
         if k > n:
             raise ValueError(f"k={k} eigenvalues are more than the {n} weights have")
-        values = _all(operator) if n <= max(2 * k, 32) else _by_arpack(operator, k, tolerance, seed)
+        values = _all(operator) if n <= max(2 * k, _DENSE) else _by_arpack(operator.to_scipy(), k, tolerance, seed)
         found = sorted(values, reverse=True)[:k]
         return Eigenvalues(mode, seed, examples, matrix, operator.by, operator.products, tuple(found))
 
@@ -236,7 +253,7 @@ def spectral_density(
     with _operator(source, data, matrix, by, mode, seed, progress) as (operator, examples):
         from curvlinops.papyan2020traces.spectrum import LanczosApproximateSpectrumCached
 
-        ends = (_by_arpack(operator, 1, 1e-2, seed, "SA")[0], _by_arpack(operator, 1, 1e-2, seed)[0])
+        ends = _ends(operator, seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             lanczos = LanczosApproximateSpectrumCached(operator, min(vectors, operator.shape[0]), boundaries=ends)
@@ -250,13 +267,31 @@ def _all(operator: Any) -> list[float]:
     return torch.linalg.eigvalsh((dense + dense.T) / 2).tolist()
 
 
-def _by_arpack(operator: Any, k: int, tolerance: float, seed: int, which: str = "LA") -> list[float]:
+def _ends(operator: Any, seed: int) -> tuple[float, float]:
+    """Returns the smallest and the largest eigenvalue, to a hundredth of the larger one in magnitude."""
+    if operator.shape[0] <= _DENSE:
+        values = _all(operator)
+        return min(values), max(values)
+    from scipy.sparse.linalg import LinearOperator
+
+    products: Any = operator.to_scipy()
+    far = _by_arpack(products, 1, _ROUGH, seed, "LM")[0]
+    sign = 1.0 if far >= 0 else -1.0
+    # The tolerance is relative to the eigenvalue: at an end near 0, as that of a singular Gauss-Newton matrix, nothing
+    # converges. The distance from the other end is large.
+    how: Any = {"matvec": lambda v: sign * (far * v - products @ v), "dtype": products.dtype}
+    distances = LinearOperator(products.shape, **how)
+    near = far - sign * _by_arpack(distances, 1, _ROUGH, seed)[0]
+    return min(far, near), max(far, near)
+
+
+def _by_arpack(products: Any, k: int, tolerance: float, seed: int, which: str = "LA") -> list[float]:
     from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 
-    first = torch.randn(operator.shape[0], generator=torch.Generator().manual_seed(seed)).double().numpy()
+    first = torch.randn(products.shape[0], generator=torch.Generator().manual_seed(seed)).double().numpy()
     try:
         how: dict[str, Any] = {"k": k, "which": which, "v0": first, "tol": tolerance}
-        found: Any = eigsh(operator.to_scipy(), return_eigenvectors=False, **how)
+        found: Any = eigsh(products, return_eigenvectors=False, **how)
     except ArpackNoConvergence as error:
         raise ConvergenceError(
             f"the Lanczos method did not converge to {k} eigenvalues with tolerance {tolerance:g}: ask for fewer, or "
@@ -276,8 +311,8 @@ def _operator(
     progress: Progress | None,
 ) -> Generator[tuple[Any, float]]:
     """A context with the matrix as a linear operator of curvlinops, and the number of losses that count."""
-    if matrix not in ("hessian", "ggn"):
-        raise ValueError(f"matrix must be 'hessian' or 'ggn', got {matrix!r}")
+    if matrix not in _TITLES:
+        raise ValueError(f"matrix must be {', '.join(map(repr, _TITLES))}, got {matrix!r}")
     if by not in ("curvlinops", "differences", None):
         raise ValueError(f"by must be 'curvlinops', 'differences' or None, got {by!r}")
     try:
@@ -292,11 +327,11 @@ def _operator(
             if operator is not None:
                 yield Counted(operator, sample.oracle.weights, "curvlinops"), examples
                 return
-        if by == "curvlinops":
+        if by == "curvlinops" and matrix == "hessian":
             raise ValueError(f"curvlinops cannot compute exact products here ({fault}): pass by='differences'")
-        if matrix == "ggn":
+        if matrix != "hessian":
             raise ValueError(
-                "central differences give the Hessian only, not the Gauss-Newton matrix"
+                f"central differences give the Hessian only, not the {_TITLES[matrix]}"
                 + (f", and curvlinops cannot serve here ({fault})" if fault else "")
             )
         yield Counted(Differences(sample), sample.oracle.weights, "differences"), examples

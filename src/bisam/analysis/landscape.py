@@ -15,7 +15,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bisam.analysis.samples import Mode, Progress, Result, Sample, Source, sampled, unit
+from bisam.analysis.samples import Answers, Mode, Progress, Result, Sample, Source, sampled, unit
 from bisam.analysis.zero_one import ZeroOne
 from bisam.objectives import Objective
 from bisam.validation import positive, whole
@@ -61,13 +62,13 @@ class Landscape(Result):
         return found
 
     def plot(self, axes: Any = None) -> Any:
-        """Draws the loss, as a line or as contours, into matplotlib axes, which are returned."""
-        from bisam.analysis.plots import contours, line
+        """Draws loss and error as lines, or the loss as contours, into matplotlib axes, which are returned."""
+        from bisam.analysis.plots import contours, profile
 
         labels = tuple(f"along {name}" for name in self.along)
         if len(self.ys) == 1:
-            return line(self.xs, self.loss[0], labels[0], "loss", axes)
-        return contours(self.xs, self.ys, self.loss, labels, axes)
+            return profile(self.xs, self.loss[0], self.error[0] if self.error else (), labels[0], (0.0,), axes)
+        return contours(self.xs, self.ys, self.loss, labels, {"": (0.0, 0.0)}, axes)
 
 
 def landscape(
@@ -114,22 +115,49 @@ def landscape(
         xs = tuple(torch.linspace(-extent, extent, points, dtype=torch.double).tolist())
         ys = xs if len(vectors) == 2 else (0.0,)
         sample.passes.expected = len(xs) * len(ys) + 1
-        error = (
-            ZeroOne.like(sample.oracle.loss) if _has_classes(plain.parts[0].outputs, plain.parts[0].targets) else None
-        )
-        losses: list[tuple[float, ...]] = []
-        errors: list[tuple[float, ...]] = []
-        for y in ys:
-            row: list[tuple[float, float]] = []
-            for x in xs:
-                at = vectors[0] * x + vectors[1] * y if len(vectors) == 2 else vectors[0] * x
-                answers = sample.answers(at)
-                row.append((answers.value, answers.under(error).value if error is not None else 0.0))
-            losses.append(tuple(loss for loss, _ in row))
-            errors.append(tuple(wrong for _, wrong in row))
-        names = tuple(_name(direction) for direction in directions)
-        shown = tuple(errors) if error is not None else ()
-        return Landscape(mode, seed, plain.count, xs, ys, tuple(losses), shown, names)
+
+        def at(x: float, y: float) -> Vector:
+            return vectors[0] * x + vectors[1] * y if len(vectors) == 2 else vectors[0] * x
+
+        loss, error = surface(sample, plain, at, xs, ys)
+        return Landscape(mode, seed, plain.count * sample.ranks, xs, ys, loss, error, tuple(map(_name, directions)))
+
+
+Rows = tuple[tuple[float, ...], ...]
+"""Values on a plane, a row for each vertical coordinate."""
+
+
+def surface(
+    sample: Sample,
+    plain: Answers,
+    at: Callable[[float, float], Vector],
+    xs: Sequence[float],
+    ys: Sequence[float],
+    around: Callable[[float, float], AbstractContextManager[None]] = lambda x, y: nullcontext(),
+) -> tuple[Rows, Rows]:
+    """Returns loss and error at all coordinates; the error is empty if the outputs are no logits of several classes.
+
+    Args:
+        sample: the loss and its data.
+        plain: the answers at the weights.
+        at: the displacement at two coordinates.
+        xs: first coordinates.
+        ys: second coordinates.
+        around: a context in which the loss at two coordinates is computed.
+    """
+    first = plain.parts[0]
+    error = ZeroOne.like(sample.oracle.loss) if _has_classes(first.outputs, first.targets) else None
+    losses: list[tuple[float, ...]] = []
+    errors: list[tuple[float, ...]] = []
+    for y in ys:
+        row: list[tuple[float, float]] = []
+        for x in xs:
+            with around(x, y):
+                answers = sample.answers(at(x, y))
+            row.append((answers.value, 0.0 if error is None else answers.under(error).value))
+        losses.append(tuple(loss for loss, _ in row))
+        errors.append(tuple(wrong for _, wrong in row))
+    return tuple(losses), tuple(errors) if error is not None else ()
 
 
 def _vector(direction: Direction, sample: Sample, random: torch.Generator) -> Vector:

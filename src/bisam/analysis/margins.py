@@ -115,10 +115,12 @@ def margins(
         parts: list[Tensor] = []
         with _last_layer(sample) if normalized == "features" else nullcontext() as last:
             for batch in rows(sample):
-                deviation = batch.logits.std(1, keepdim=True, correction=0).clamp_min(_TINY)
-                logits = batch.logits / deviation if normalized == "logits" else batch.logits
-                margin, other = _against_the_largest(logits, batch.labels)
-                parts.append(margin if last is None else margin / last.slopes(batch, other))
+                margin, other = _against_the_largest(batch.logits, batch.labels)
+                if last is not None:
+                    margin = margin / last.slopes(batch, other)
+                elif normalized == "logits":
+                    margin = margin / batch.logits.std(1, correction=0).clamp_min(_TINY)  # both are 0 for equal logits
+                parts.append(margin)
         values = torch.cat(parts).sort().values
         if last is not None:
             values = values / max(last.features.variance**0.5, _TINY)

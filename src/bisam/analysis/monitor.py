@@ -29,8 +29,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from bisam.analysis.calibration import calibration
+from bisam.analysis.corruptions import corruptions
 from bisam.analysis.curvature import Eigenvalues, Trace
+from bisam.analysis.features import feature_rank
 from bisam.analysis.flips import Flips, flips
+from bisam.analysis.gradients import gradient_norm
+from bisam.analysis.margins import margins
 from bisam.analysis.samples import Mode, NonFiniteLossError, Result
 from bisam.analysis.sharpness import Sharpness, average_sharpness, sharpness
 from bisam.analysis.zero_one import ZeroOneSharpness, zero_one_sharpness
@@ -135,6 +140,9 @@ class Monitor:
     Training is bit-identical to training without the monitor: weights, gradients, buffers, modes, random numbers, the
     state of the method and `sharp.clean` are as before a record. Passes run as in the surrounding context, so outside
     of `torch.autocast` they are in the precision of the weights.
+
+    If the loss records the statistics of its steps (`SharpnessAware(..., stats=True)`), those of the last step are in
+    the records, as `stats_rise`, `stats_cosine` and so on.
 
     A record never ends the training. If the loss is not finite, its entries are NaN. A measure that cannot be computed,
     such as flips of a model without classes, is left out of all further records. Each is warned of once.
@@ -257,6 +265,7 @@ class Monitor:
         with oracle.random_state().kept(), torch.enable_grad():
             for name in list(self._measures):
                 record |= self._measured(name, oracle)
+            record |= _of_the_step(self.sharp)
             record |= _of_all_ranks({name: value for name, value in record.items() if name != "step"}, oracle)
         if bad := [name for name, value in record.items() if not math.isfinite(value)]:
             self._warn(f"{bad[0]} is {record[bad[0]]}")
@@ -365,6 +374,14 @@ def _read(data: Iterable[Any], most: int | None, sharp: SharpnessAware) -> list[
     return batches
 
 
+def _of_the_step(sharp: SharpnessAware) -> Record:
+    """Returns the statistics of the last step, if the loss records them and has made one."""
+    try:
+        return {f"stats_{name}": value for name, value in sharp.stats.to_dict().items()}
+    except RuntimeError:
+        return {}
+
+
 def _share_of_ranks(flag: bool, oracle: ModelOracle) -> float:
     """Returns the share of the ranks whose flag is True, of those that wait for each other in the passes."""
     value = torch.tensor(float(flag), device=oracle.weights.tensors[0].device)
@@ -435,7 +452,7 @@ def _measured_values(result: Result) -> dict[str, Any]:
 def _numbers_of(result: Result) -> dict[str, Any]:
     """Returns the numbers among the attributes of any result, and those in mappings, without settings."""
     found: dict[str, Any] = {}
-    for key, value in result.to_dict().items():
+    for key, value in vars(result).items():
         inside = cast("dict[str, Any]", value).items() if isinstance(value, dict) else ()
         for part, number in [("", value), *[(f"/{part}", number) for part, number in inside]]:
             if key not in _SETTINGS and isinstance(number, int | float) and not isinstance(number, bool):
@@ -493,14 +510,19 @@ _PASSES: dict[Any, Callable[[dict[str, Any]], tuple[float, float]]] = {
     average_sharpness: lambda given: (given["draws"] + 1, 0),
     flips: lambda given: (2 * len(given["adversaries"]) + 1, len(given["adversaries"])),
     zero_one_sharpness: _of_zero_one,
+    margins: lambda _: (1, 0),
+    calibration: lambda _: (1, 0),
+    feature_rank: lambda _: (1, 0),
+    gradient_norm: lambda _: (1, 1),
+    corruptions: lambda given: (len(given["kinds"]) * len(given["severities"]) + 1, 0),
 }
 """The forward and backward passes of functions with these arguments."""
 
 
 def _counted(result: Any) -> tuple[float, float] | None:
     """Returns the passes that a result has counted."""
-    forward, backward = (getattr(result, name, None) for name in ("forward", "backward"))
-    return (forward, backward) if isinstance(forward, float) and isinstance(backward, float) else None
+    forward = getattr(result, "forward", None)
+    return (forward, getattr(result, "backward", 0.0)) if isinstance(forward, float) else None
 
 
 def _one_line(error: Exception) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from bisam import objectives
+from bisam.analysis.curvature import Matrix
 from bisam.analysis.samples import Sample
 from bisam.batches import size
 from bisam.model.oracle import ModelOracle
@@ -18,12 +20,19 @@ from bisam.vector import Vector
 with warnings.catch_warnings():
     # torch's own warnings: of a dependency that scripts functions, and of the first use of forward mode.
     warnings.simplefilter("ignore", FutureWarning)
-    from curvlinops import GGNLinearOperator, HessianLinearOperator
+    from curvlinops import EFLinearOperator, GGNLinearOperator, HessianLinearOperator
     from curvlinops._torch_base import PyTorchLinearOperator
 
     torch.func.jvp(torch.sin, (torch.zeros(()),), (torch.ones(()),))
 
-_OPERATORS = {"hessian": HessianLinearOperator, "ggn": GGNLinearOperator}
+# The Hessian of cross-entropy with respect to the logits does not depend on the labels, so that the Gauss-Newton matrix
+# is the Fisher matrix itself: nothing is sampled. curvlinops' own Fisher draws labels.
+_OPERATORS: dict[str, Any] = {
+    "hessian": HessianLinearOperator,
+    "ggn": GGNLinearOperator,
+    "fisher": GGNLinearOperator,
+    "empirical-fisher": EFLinearOperator,
+}
 
 
 class Counted(PyTorchLinearOperator):
@@ -114,10 +123,46 @@ class _Mean(nn.Module):
         return losses.mean() if losses.dim() else losses
 
 
-def exact(sample: Sample, matrix: Literal["hessian", "ggn"]) -> tuple[Any, str]:
+class _MeanOfEach(nn.CrossEntropyLoss):
+    """The mean of the losses, for the empirical Fisher matrix: each loss is that of one row of the outputs.
+
+    curvlinops takes the classes that it knows only. Of cross-entropy it uses how outputs (N, K, ...) are flattened, and
+    that the mean is over N; so any loss of one row of logits can be in its place.
+    """
+
+    def __init__(self, loss: Objective) -> None:
+        super().__init__()
+        self._loss = (loss,)
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """Returns the mean loss."""
+        (loss,) = self._loss
+        losses = loss(input, target)
+        if losses.shape == target.shape:
+            return losses.mean()
+        if _is_plain_mean(loss):
+            return losses
+        raise TypeError("the loss is not one number for each label: pass one with reduction='none'")
+
+
+def _is_plain_mean(loss: Objective) -> bool:
+    return isinstance(loss, nn.CrossEntropyLoss) and loss.weight is None and loss.reduction == "mean"
+
+
+def _is_likelihood(loss: Objective) -> bool:
+    """Whether the loss is the cross-entropy of the distribution that the logits are."""
+    if isinstance(loss, nn.CrossEntropyLoss | nn.BCEWithLogitsLoss):
+        return loss.weight is None and getattr(loss, "pos_weight", None) is None and loss.reduction != "sum"
+    return isinstance(loss, objectives.CrossEntropy) or loss is functional.cross_entropy
+
+
+def exact(sample: Sample, matrix: Matrix) -> tuple[Any, str]:
     """Returns the operator with exact products, or None and the reason why it cannot be had."""
     oracle = cast(ModelOracle, sample.model)
     loss = oracle.loss
+    if matrix == "fisher" and not _is_likelihood(loss):
+        name = getattr(loss, "__name__", type(loss).__name__)
+        return None, f"{name} is not the cross-entropy of logits without weights: matrix='ggn' can serve"
     for batch in sample.batches:
         if (n := size(batch)) is None or float(objectives.count(torch.empty(n), batch[1], loss)) != n:
             return None, "some labels are ignored, or the numbers of examples differ"
@@ -127,7 +172,7 @@ def exact(sample: Sample, matrix: Literal["hessian", "ggn"]) -> tuple[Any, str]:
     try:
         operator = _OPERATORS[matrix](
             oracle.model,
-            _Mean(loss),
+            _MeanOfEach(loss) if matrix == "empirical-fisher" else _Mean(loss),
             oracle.parameters,
             sample.batches,
             check_deterministic=False,

@@ -72,10 +72,21 @@ class Sharpness(Result):
     backward: float
 
     def plot(self, axes: Any = None) -> Any:
-        """Draws the largest rise against the steps of ascent into matplotlib axes, which are returned."""
-        from bisam.analysis.plots import trace
+        """Draws the largest rise against the steps of ascent into matplotlib axes, which are returned.
 
-        return trace(self.trace, "rise of the loss", axes)
+        The mean over random directions is a point with its standard deviation, as is the largest rise of several
+        ascents.
+        """
+        from bisam.analysis.plots import interval, trace
+
+        if not self.steps:
+            return interval(self.rise, self.std, "rise of the loss", f"{self.draws} random\ndirections", axes)
+        last = (
+            (self.rise, self.std, f"largest of {self.draws} ascents,\n± their standard deviation")
+            if self.draws > 1
+            else None
+        )
+        return trace(self.trace, "rise of the loss", axes, last)
 
 
 def sharpness(
@@ -255,7 +266,7 @@ def _result(sample: Sample, ball: Perturbation, groups: Sequence[_Group], **sett
         loss=sum(group.loss * group.count for group in groups) / max(examples, 1),
         rho=ball_of(ball, sample.oracle).rho,
         perturb=repr(ball),
-        examples=examples,
+        examples=examples * sample.ranks,
         forward=sample.passes.forward,
         backward=sample.passes.backward,
         **settings,

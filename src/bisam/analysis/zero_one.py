@@ -121,7 +121,8 @@ class ZeroOneSharpness(Result):
         """Draws the largest error against the steps of each adversary into matplotlib axes, which are returned."""
         from bisam.analysis.plots import traces
 
-        return traces(self.traces, "largest error", axes)
+        percent = {name: [100 * value for value in trace] for name, trace in self.traces.items()}
+        return traces(percent, "largest error (%)", axes)
 
 
 def zero_one_sharpness(
@@ -185,7 +186,7 @@ def zero_one_sharpness(
             steps=steps,
             mode=mode,
             seed=seed,
-            examples=plain.count,
+            examples=plain.count * sample.ranks,
             forward=sample.passes.forward,
             backward=sample.passes.backward,
         )

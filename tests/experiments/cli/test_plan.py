@@ -110,14 +110,15 @@ def test_the_plan_of_every_study_needs_no_data_and_builds_nothing(bisam, tmp_pat
 
     monkeypatch.setattr(estimates, "estimate", built)
     code, out, err = bisam("run", name, "--dry-run", "--no-estimate", "--data-dir", tmp_path, "--out", tmp_path / "o")
-    if name in ("digits", "methods", "methods-rho"):
+    if name in ("digits", "methods", "methods-rho", "sharpness"):
         assert (code, out) == (2, "")
         assert "--data-dir (needs a dataset in that folder, got digits)" in err
         code, out, err = bisam("run", name, "--dry-run", "--no-estimate", "--out", tmp_path / "o")
     study = STUDIES[name]
     runs = len(study.recipes(None)) * study.seeds
     assert (code, err) == (0, "")
-    assert out.endswith(f"{runs} of {runs} runs of {name} are left\n")
+    analyses = "" if study.analyses is None else f", and the analyses of {runs}"
+    assert out.endswith(f"{runs} of {runs} runs of {name} are left{analyses}\n")
     assert not list(tmp_path.iterdir())
 
 
@@ -165,10 +166,10 @@ def test_a_damaged_run_is_left_and_named(tmp_path, capsys):
     run = Run.under(tmp_path, SAM)
     run.folder.mkdir(parents=True)
     (run.folder / "result.json").write_text("{")
-    assert show_runs([SAM], tmp_path) == {SAM: 1}
+    assert show_runs([SAM], tmp_path) == ({SAM: 1}, 0)
     assert "result.json is damaged" in capsys.readouterr().err
     with FileLock(run.folder / ".lock"):  # another process trains: it is left
-        assert show_runs([LOG], tmp_path) == {LOG: 1}
+        assert show_runs([LOG], tmp_path) == ({LOG: 1}, 0)
 
 
 @pytest.mark.parametrize(

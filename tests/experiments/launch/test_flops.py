@@ -101,6 +101,11 @@ def test_operations_of_a_run():
     assert operations(replace(DIGITS, epochs=3, limit=50), counts) == 3 * (100 * 50 + 7 * 50) + 7 * 50
     steps = replace(DIGITS, epochs=None, steps=20)  # 17 steps are an epoch, the other 3 have 64 examples
     assert operations(steps, counts) == 100 * (1078 + 3 * 64) + 2 * 7 * 270 + 7 * 449
+    measured = replace(DIGITS, epochs=3, measured_epochs=2)  # 16 batches of 64; a backward pass counts as two forward
+    passes = 3 * (3 * 30 + 4) + 7 + 1 + 4 + 1
+    assert operations(measured, counts) == operations(replace(DIGITS, epochs=3), counts) + 2 * 1024 * passes * 7
+    few = replace(measured, limit=50, epochs=1, measured_epochs=20)
+    assert operations(few, counts) == operations(replace(few, measured_epochs=0), counts) + 50 * passes * 7
     with pytest.raises(KeyError):
         operations(replace(DIGITS, method="sam"), counts)
 

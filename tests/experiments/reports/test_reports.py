@@ -24,6 +24,7 @@ from bisam.experiments.reports.differences import baseline, differences, student
 from bisam.experiments.reports.groups import arranged, grouped, names, places
 from bisam.experiments.runs.files import to_csv
 from bisam.experiments.runs.folder import Finished, Run, finished as finished_runs
+from bisam.experiments.runs.results import BALL
 from bisam.experiments.studies import STUDIES, published
 
 SAM = Recipe(method="sam", noise=0.4, rho=0.4, epochs=3)
@@ -458,6 +459,40 @@ def test_late_flips_are_compared_with_the_baselines():
     assert "## Samples flipped by" not in report.markdown("T", runs, {})
 
 
+def in_the_ball(recipe: Recipe, *seeds: int, worst: float = 0.5, epochs: int = 4) -> list[Finished]:
+    """Runs with two measured epochs."""
+    made = [run(replace(recipe, seed=seed, epochs=epochs, measured_epochs=2)) for seed in seeds]
+    found = []
+    for one in made:
+        rows = [dict(row) for row in one.metrics]
+        for row in rows:
+            at = row["epoch"] % 2 == 0
+            row |= dict.fromkeys(BALL, 0.25 if at else math.nan)
+            row["ball_worst"] = worst + 0.01 * one.recipe.seed + 0.001 * row["epoch"] if at else math.nan
+        found.append(replace(one, metrics=rows))
+    return found
+
+
+def test_the_largest_errors_in_the_ball_are_compared_with_the_baselines():
+    runs = in_the_ball(SAM, 0, 1, 2) + in_the_ball(LOG, 0, 1, 2, worst=0.4) + seeded(SGD, 0.5)
+    text = report.markdown("T", runs, {"ball.png": "ball"})
+    _, _, section = text.partition("## The largest error in the ball, after the last epoch")
+    assert "L2 ball of radius 0.05" in section
+    assert "on at least 1,000 training examples" in section
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("|")]
+    assert rows[0][:5] == ["method", "error at w", "largest error", "n", "difference"]
+    assert rows[0][5:] == [
+        *("flips: sam", "flips: cross-entropy", "flips: log", "flips: tanh"),
+        *("cosine: cross-entropy", "cosine: log", "cosine: tanh"),
+    ]
+    assert rows[2][:6] == ["SAM", "25.00 ± 0.00", "51.40 ± 1.00", "3", "–", "25.00 ± 0.00"]
+    assert rows[3][:3] == ["BiSAM (-log)", "25.00 ± 0.00", "41.40 ± 1.00"]
+    assert rows[3][4].startswith("−10.00 [−10.00, −10.00] (3)")
+    assert rows[3][9:] == ["0.25 ± 0.00"] * 3
+    assert len([row for row in rows if row[0].startswith("SGD")]) == 0
+    assert "The largest error in the ball" not in report.markdown("T", runs, {})
+
+
 # Published
 
 
@@ -601,7 +636,7 @@ def test_a_page_shows_html_and_leaves_out_pictures_that_are_not_there():
 # Figures
 
 
-FIGURES = [name for name in figures.CAPTIONS if name != "grid"]
+FIGURES = [name for name in figures.CAPTIONS if name not in ("ball", "grid")]
 VARIED = [run(replace(LOG, mu=mu, rho=rho)) for mu in (0.1, 1.0) for rho in (0.0, 0.1, 0.2)]
 
 
@@ -640,6 +675,16 @@ def test_the_registry_names_each_figure():
         figures.draw("flip", SMALL)
 
 
+def test_the_figure_of_the_ball_has_the_measured_epochs_of_each_method():
+    runs = in_the_ball(SAM, 0, 1) + in_the_ball(LOG, 0, 1, worst=0.4) + seeded(SGD, 0.5)
+    axes = figures.draw("ball", runs).axes
+    assert [ax.get_ylabel() for ax in axes] == ["largest error in the ball (%)", "error at the weights (%)"]
+    lines = {line.get_label(): line for line in axes[0].get_lines()}
+    assert lines.keys() == {"SAM", "BiSAM (-log)"}
+    assert lines["SAM"].get_xdata().tolist() == [2, 4]
+    assert lines["SAM"].get_ydata() == pytest.approx([50.7, 50.9])
+
+
 @pytest.mark.parametrize("path", ["figure.jpg", "figure", "figure.png.gz"])
 def test_other_formats_are_refused(tmp_path, path):
     with pytest.raises(ValueError, match=r"give a file that ends in \.png, \.pdf or \.svg"):
@@ -648,7 +693,7 @@ def test_other_formats_are_refused(tmp_path, path):
     figures.save(figures.draw("accuracy", SMALL), tmp_path / "figure.PNG")
 
 
-@pytest.mark.parametrize("name", ["flips", "figure2", "radius", "grid"])
+@pytest.mark.parametrize("name", ["flips", "figure2", "radius", "grid", "ball"])
 def test_a_figure_without_its_runs_says_so(name):
     plain = seeded(SGD, 0.5)
     assert figures.usable(name, plain) == []

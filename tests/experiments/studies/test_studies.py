@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from bisam.experiments.runs.machine import Machine
 from bisam.experiments.studies import STUDIES
 from bisam.experiments.studies.paper import MODELS, PAPER
 from bisam.experiments.studies.sampa import SAMPA, VARIANTS
+from bisam.experiments.training import ball
 from bisam.experiments.training.train import train
 from tests.experiments.data.test_glue import classic
 from tests.experiments.data.test_image_folders import classes, flower_root, pet_root  # noqa: F401 - fixtures
@@ -57,7 +59,7 @@ def cifar_root(tmp_path, monkeypatch):
 def here(monkeypatch):
     """Runs of a study one after the other in this process."""
 
-    def run_all(recipes, root, workers, machine, progress):
+    def run_all(recipes, root, workers, machine, progress, analyses=None):
         outcomes = []
         for recipe in recipes:
             outcomes.append(Outcome(recipe, train(Run.under(root, recipe), machine)))
@@ -86,7 +88,8 @@ RUNS |= {"sampa-stale": 6, "sampa-penalty": 6}
 
 
 @pytest.mark.parametrize("name", [*IMAGES, *[pytest.param(name, marks=pytest.mark.slow) for name in SAMPA_IMAGES]])
-def test_a_study_of_cifar_end_to_end(name, cifar_root, here, bisam):
+def test_a_study_of_cifar_end_to_end(name, cifar_root, here, bisam, monkeypatch):
+    monkeypatch.setattr(ball, "STEPS", 3)  # of figure 2, for time
     small = ("--set", "model=convnet", "--set", "limit=32", "--set", "batch_size=16", "--seeds", 1)
     code, out, _ = bisam(
         "run", name, "--epochs", 1, *small, "--data-dir", cifar_root, "--out", cifar_root / "out", "--set", "cutout=yes"
@@ -101,6 +104,28 @@ def test_a_study_of_cifar_end_to_end(name, cifar_root, here, bisam):
     recipe = Recipe.from_dict(json.loads(first.read_text()))
     assert (recipe.model, recipe.limit, recipe.cutout) == ("convnet", 32, True)
     assert name in out
+
+
+@pytest.mark.slow
+def test_figure2_reports_the_largest_error_in_the_ball(data, here, bisam, tmp_path, monkeypatch):
+    monkeypatch.setattr(ball, "STEPS", 6)  # for time
+    small = [f"--set={change}" for change in ("model=convnet", "limit=64", "batch_size=16", "measured_epochs=2")]
+    code, _, _ = bisam("run", "figure2", "--epochs", 2, "--seeds", 1, *small, "--data-dir", data, "--out", tmp_path)
+    assert code == 0
+    checked(tmp_path / "figure2", tmp_path / "figure2", 3)
+    text = (tmp_path / "figure2" / "report.md").read_text()
+    assert "![Error at the weights, and the largest error in a ball around them](ball.png)" in text
+    _, _, section = text.partition("## The largest error in the ball, after the last epoch")
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("|")]
+    for line in lines[2:5]:
+        error, worst = (float(cell.split()[0]) for cell in line[1:3])
+        assert 0 < error <= worst <= 100
+
+
+def test_figure2_has_runs_of_its_own_that_are_those_of_table1_with_measurements():
+    mine, shared = STUDIES["figure2"], STUDIES["table1"]
+    assert (mine.folder, {recipe.measured_epochs for recipe in mine.recipes(None)}) == ("figure2", {20})
+    assert {replace(recipe, measured_epochs=0) for recipe in mine.recipes(None)} < set(shared.recipes(None))
 
 
 def test_the_tables_take_the_papers_networks():

@@ -57,6 +57,7 @@ RECIPES = [
         accumulate=2,
         clip=0.5,
         channels_last=True,
+        measured_epochs=3,
     ),
 ]
 

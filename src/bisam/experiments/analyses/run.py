@@ -169,6 +169,25 @@ def numbers(found: Mapping[str, Any], what: Iterable[str], settings: Settings = 
     return values
 
 
+def missing(folder: Path, result: Result, wanted: Mapping[str, Settings]) -> list[str]:
+    """Return the names of the analyses of a finished run that `analyse` would compute.
+
+    Args:
+        folder: of the run.
+        result: of the run.
+        wanted: names of analyses, with their settings.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    entries, of, left = read_entries(folder), checksum(result), list[str]()
+    for name, settings in wanted.items():
+        own = ANALYSES[name].settings
+        if any(find(entries, name, one.told(own), of) is None for one in settings.each(own)):
+            left.append(name)
+    return left
+
+
 def _result_of(run: Run) -> Result:
     """The result of a run whose weights can be analysed."""
     if (result := run.result) is None:

@@ -14,30 +14,47 @@ from bisam.experiments.cli.terminal import console, errors
 from bisam.experiments.errors import RunError
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports.groups import names, place, places
-from bisam.experiments.runs.folder import Run
+from bisam.experiments.runs.folder import Result, Run
 from bisam.experiments.runs.machine import Machine
+from bisam.experiments.studies.study import Analyses
 
 
-def show_runs(recipes: Sequence[Recipe], root: Path) -> dict[Recipe, int]:
-    """Print a table of the runs; return how many are left of each recipe, which has seed 0.
+def show_runs(recipes: Sequence[Recipe], root: Path, analyses: Analyses | None = None) -> tuple[dict[Recipe, int], int]:
+    """Print a table of the runs.
 
     Nothing is built, loaded or measured.
 
     Args:
         recipes: with all seeds.
         root: folder of the run folders.
+        analyses: of each run.
+
+    Returns:
+        How many runs are left of each recipe, which has seed 0; and the number of runs whose analyses are left, those
+        that are not finished included.
     """
     seeds = Counter(replace(recipe, seed=0) for recipe in recipes)
-    done = Counter(replace(recipe, seed=0) for recipe in recipes if _is_finished(Run.under(root, recipe)))
+    results = {recipe: _result(Run.under(root, recipe)) for recipe in recipes}
+    done = Counter(replace(recipe, seed=0) for recipe, result in results.items() if result is not None)
+    measured = Counter[Recipe]()
+    if analyses is not None:
+        measured = Counter(
+            replace(recipe, seed=0)
+            for recipe, result in results.items()
+            if result is not None and _is_analysed(Run.under(root, recipe), result, analyses)
+        )
     left, called = {recipe: count - done[recipe] for recipe, count in seeds.items()}, names(seeds)
-    table = Table("dataset", "model", "method", "rho", "noise", "epochs", "runs left", box=None)
+    head = ("dataset", "model", "method", "rho", "noise", "epochs", "runs left")
+    table = Table(*head, *(["analyses left"] if analyses is not None else []), box=None)
     for recipe, count in left.items():
         rho = recipe.setting("rho")
         length = f"{recipe.length}" if recipe.steps is None else f"{recipe.steps} steps"
         cells = (recipe.dataset, recipe.model, called[recipe], "–" if rho is None else f"{rho:g}")
-        table.add_row(*cells, f"{100 * recipe.noise:g} %", length, f"{count} of {seeds[recipe]}")
+        counts = [f"{count} of {seeds[recipe]}"]
+        counts += [f"{seeds[recipe] - measured[recipe]} of {seeds[recipe]}"] if analyses is not None else []
+        table.add_row(*cells, f"{100 * recipe.noise:g} %", length, *counts)
     console.print(table)
-    return left
+    return left, 0 if analyses is None else len(recipes) - measured.total()
 
 
 def show_times(left: Mapping[Recipe, int], machine: Machine) -> float | None:
@@ -68,10 +85,21 @@ def show_times(left: Mapping[Recipe, int], machine: Machine) -> float | None:
     return None if problems else seconds
 
 
-def _is_finished(run: Run) -> bool:
-    """Whether a run has a result; a damaged one has none, and is reported."""
+def _result(run: Run) -> Result | None:
+    """The result of a run; a damaged one has none, and is reported."""
     try:
-        return run.result is not None
+        return run.result
+    except RunError as error:
+        errors.print(f"bisam: {error}")
+        return None
+
+
+def _is_analysed(run: Run, result: Result, analyses: Analyses) -> bool:
+    """Whether nothing is left to measure of a finished run; a damaged file is reported."""
+    from bisam.experiments.launch.outcomes import lacking  # not at the top: it imports what trains
+
+    try:
+        return not lacking(run, result, analyses)
     except RunError as error:
         errors.print(f"bisam: {error}")
         return False

@@ -28,15 +28,16 @@ def plot(
         to: File to write; its suffix gives the format. By default FIGURE.png.
     """
     from bisam.experiments.cli.subjects import SUBJECTS, subject
-    from bisam.experiments.reports import analyses, figures
+    from bisam.experiments.reports import analyses, figures, predictor_plot
     from bisam.experiments.reports.drawing import save
 
+    of_studies = [*figures.CAPTIONS, predictor_plot.NAME]
     run = None if study is None or study in SUBJECTS else Path(study)
     if run is not None and figure in analyses.DRAWN and (run.exists() or figure not in figures.CAPTIONS):
         drawing = analyses.draw(figure, run)
     elif study is None and figure in SUBJECTS:
         drawing = SUBJECTS[figure].figure(None, changes, out)
-    elif figure in figures.CAPTIONS:
+    elif figure in of_studies:
         if study is None:
             raise ValueError(f"{figure} shows runs of a study. Name the study too: bisam plot {figure} digits")
         drawing = subject(study).figure(figure, changes, out)
@@ -45,7 +46,7 @@ def plot(
     elif figure in analyses.DRAWN:
         raise ValueError(f"{figure} shows an analysis of a run. Give its folder too: bisam plot {figure} RUN")
     else:
-        raise unknown("figure", figure, [*figures.CAPTIONS, *SUBJECTS, *analyses.DRAWN])
+        raise unknown("figure", figure, [*of_studies, *SUBJECTS, *analyses.DRAWN])
     file = to or Path(f"{figure}.png")
     save(drawing, file)
     console.print(f"{file}", soft_wrap=True)

@@ -12,13 +12,19 @@ from bisam.experiments.recipes.recipe import Recipe
 
 
 class Display:
-    """A bar over all epochs (or steps) with the latest result; one line per run if the output is not a terminal."""
+    """A bar over all epochs (or steps) with the latest result; one line per run if the output is not a terminal.
 
-    def __init__(self, recipes: Sequence[Recipe]) -> None:
+    Args:
+        recipes: the runs.
+        analyses: number of analyses of each run, which count as epochs.
+    """
+
+    def __init__(self, recipes: Sequence[Recipe], analyses: int = 0) -> None:
         self.finished = 0
+        self._analyses = analyses
         self._runs = len(recipes)
         self._completed: dict[Recipe, int] = {}
-        units = dict.fromkeys(recipe.unit for recipe in recipes)
+        units = [*dict.fromkeys(recipe.unit for recipe in recipes), *(["analyses"] if analyses else [])]
         self._bar = Progress(
             TextColumn("{task.fields[runs]}"),
             BarColumn(),
@@ -31,7 +37,8 @@ class Display:
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task("", total=sum(recipe.length for recipe in recipes), runs=self._count(), news="")
+        total = sum(recipe.length + analyses for recipe in recipes)
+        self._task = self._bar.add_task("", total=total, runs=self._count(), news="")
 
     def __enter__(self) -> Display:
         self._bar.start()
@@ -46,13 +53,16 @@ class Display:
 
     def epoch(self, recipe: Recipe, completed: int, validation: float) -> None:
         """Show a completed epoch of a run, after which so many of its epochs or steps are completed."""
-        news = f"{recipe.method} noise {recipe.noise:g} seed {recipe.seed}: {100 * validation:.1f} % valid."
-        self._advance(recipe, completed, news)
+        self._advance(recipe, completed, f"{_called(recipe)}: {100 * validation:.1f} % valid.")
+
+    def measuring(self, recipe: Recipe, measure: str, completed: int) -> None:
+        """Show a measure of a finished run that is being computed, after so many completed analyses."""
+        self._advance(recipe, recipe.length + completed, f"{_called(recipe)}: {measure}")
 
     def done(self, recipe: Recipe, error: str | None) -> None:
         """Show that a run finished or failed."""
         self.finished += error is None
-        self._advance(recipe, recipe.length, None)
+        self._advance(recipe, recipe.length + self._analyses, None)
         if not console.is_terminal:
             state = "done" if error is None else "failed"
             console.print(f"{self._count()}: {recipe.slug} seed {recipe.seed} {state}", soft_wrap=True, highlight=False)
@@ -65,6 +75,10 @@ class Display:
 
     def _count(self) -> str:
         return f"{self.finished}/{self._runs} runs"
+
+
+def _called(recipe: Recipe) -> str:
+    return f"{recipe.method} noise {recipe.noise:g} seed {recipe.seed}"
 
 
 def duration(seconds: float) -> str:

@@ -9,7 +9,13 @@ from bisam.experiments.cli.terminal import console
 from bisam.experiments.runs.files import write
 
 
-def write_report(to: Path, markdown: str, csv: str, figures: Mapping[str, bytes], analyses: str = "") -> None:
+def write_report(
+    to: Path,
+    markdown: str,
+    csv: str,
+    figures: Mapping[str, bytes],
+    tables: Mapping[str, str] = {},
+) -> None:
     """Write report.md, report.html, the figures and, if there are rows, CSV files, and print their names.
 
     Args:
@@ -17,16 +23,14 @@ def write_report(to: Path, markdown: str, csv: str, figures: Mapping[str, bytes]
         markdown: the report, which names the figures by their files.
         csv: its rows, or "" if there are none.
         figures: content by file name.
-        analyses: rows of what was analysed, for analysis.csv, or "" if there are none.
+        tables: rows of further CSV files by file name, or "" if there are none.
     """
     from bisam.experiments.reports import pages
 
     write(to / "report.md", markdown)
-    tables = {name: rows for name, rows in (("report.csv", csv), ("analysis.csv", analyses)) if rows.strip()}
-    for name, rows in tables.items():
-        write(to / name, rows)
+    tables = {name: rows for name, rows in {"report.csv": csv, **tables}.items() if rows.strip()}
     write(to / "report.html", pages.html(markdown, figures))
-    for file, content in figures.items():
+    for file, content in {**tables, **figures}.items():
         write(to / file, content)
     names = ["report.md", *tables, "report.html", *figures]
     console.print(f"{to}/: {', '.join(names)}", soft_wrap=True)

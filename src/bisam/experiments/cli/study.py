@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import signal
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,12 +24,14 @@ from bisam.experiments.recipes.recipe import VERSION, Recipe
 from bisam.experiments.runs.files import to_csv
 from bisam.experiments.runs.folder import Finished, finished
 from bisam.experiments.runs.machine import Machine, threads
-from bisam.experiments.studies.study import Study, expand
+from bisam.experiments.studies.study import Analyses, Study, expand
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from bisam.experiments.analyses.file import Entry
     from bisam.experiments.launch.outcomes import Outcome
+    from bisam.experiments.reports.predictors import Comparison, Measured
 
 
 @dataclass(frozen=True)
@@ -75,16 +77,22 @@ class StudySubject:
             return
         _refuse("without --dry-run nothing is estimated", given & {"estimate"})
         _check_methods(recipes)
+        if self.study.analyses is not None:
+            from bisam.experiments.analyses.catalogue import known
+
+            known(self.study.analyses.what)  # fails here, before the first run, if a package is missing
         if launch.ray is None:
             machine.fabric()  # fails here, before the first run, if the device is missing
 
     def plan(self, launch: Launch, machine: Machine, out: Path) -> int:
         """Print the runs, and an estimate of the time of those that are left."""
         recipes, workers = self._recipes(launch), launch.workers or machine.slots
-        left = show_runs(recipes, out / self.study.folder)
+        left, unmeasured = show_runs(recipes, out / self.study.folder, self.study.analyses)
         _check_methods(left)
         count = sum(left.values())
         said = f"{count} of {len(recipes)} runs of {self.name} are left"
+        if self.study.analyses is not None:
+            said += f", and the analyses of {unmeasured}"
         if not launch.estimate or not count:
             console.print(said)
             return 0
@@ -93,15 +101,17 @@ class StudySubject:
         threads(min(workers, len(recipes)))  # as in the processes of the runs
         seconds = show_times(left, machine)
         time = "?" if seconds is None else duration(seconds / min(workers, count))
-        console.print(f"{said}, about {time} in {workers} processes")
+        more = "" if self.study.analyses is None else ", without the time of the analyses"
+        console.print(f"{said}, about {time} in {workers} processes{more}")
         return 0
 
     def run(self, launch: Launch, machine: Machine, out: Path) -> int:
         """Run what is not finished yet, and report."""
         recipes, root = self._recipes(launch), out / self.study.folder
-        with Display(recipes) as display:
+        analyses = self.study.analyses
+        with Display(recipes, 0 if analyses is None else len(analyses.what)) as display:
             try:
-                outcomes = _launched(recipes, root, launch, machine, display)
+                outcomes = _launched(recipes, root, launch, machine, display, analyses)
             except KeyboardInterrupt:
                 signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not end the message
                 display.stop()
@@ -128,9 +138,15 @@ class StudySubject:
         Raises:
             ValueError: the name is unknown, or no finished run is in that figure.
         """
-        from bisam.experiments.reports import figures
+        from bisam.experiments.reports import analyses, figures, predictor_plot
 
-        return figures.draw(name or self.study.figures[0], self._finished(changes, out)[0])
+        runs, _ = self._finished(changes, out)
+        if name != predictor_plot.NAME:
+            return figures.draw(name or self.study.figures[0], runs)
+        if (compared := self.study.analyses) is None:
+            raise ValueError(f"{name} shows the analyses of a study, and {self.name} has none: try bisam list")
+        comparisons, _, _ = _compared(runs, analyses.read(runs)[0], compared)
+        return predictor_plot.predictors(comparisons, compared.shown)
 
     def _recipes(self, launch: Launch) -> list[Recipe]:
         changed = self.study.changed(launch.epochs, launch.changes)
@@ -158,7 +174,7 @@ class StudySubject:
         return arranged(runs, recipes, self.study.baselines)
 
     def _report(self, runs: list[Finished], left_out: list[str], out: Path, to: Path) -> None:
-        from bisam.experiments.reports import analyses, figures, tables
+        from bisam.experiments.reports import analyses, figures, predictor_plot, tables
         from bisam.experiments.reports.drawing import rendered
         from bisam.experiments.reports.groups import grouped
 
@@ -182,10 +198,47 @@ class StudySubject:
         for fault in faults:
             errors.print(f"bisam: skipped: {fault}")
         more = [analyses.section(runs, entries, faults, f"{out / study.folder}")]
+        files = {"analysis.csv": to_csv(analyses.rows(runs, entries))}
+        if study.analyses is not None:
+            section, own, figure = _predictors(runs, entries, study.analyses)
+            more, files = [section, *more], files | own
+            if figure is not None:
+                pictures[f"{predictor_plot.NAME}.png"] = rendered(figure)
+                captions[f"{predictor_plot.NAME}.png"] = predictor_plot.CAPTION
         text = tables.markdown(
             study.title, runs, captions, study.note, study.baselines, left_out, study.assumptions, more
         )
-        write_report(to, text, to_csv(rows), pictures, analyses=to_csv(analyses.rows(runs, entries)))
+        write_report(to, text, to_csv(rows), pictures, files)
+
+
+def _compared(
+    runs: Sequence[Finished], entries: Mapping[Recipe, Sequence[Entry]], analyses: Analyses
+) -> tuple[list[Comparison], list[Measured], list[str]]:
+    """The comparisons of measures with the test error, the measured runs, and those that are not measured."""
+    from bisam.experiments.reports import predictors
+
+    found, unmeasured = predictors.measured(runs, entries, analyses)
+    return predictors.compare(predictors.levels(found), analyses.primary, analyses.control), found, unmeasured
+
+
+def _predictors(
+    runs: Sequence[Finished], entries: Mapping[Recipe, Sequence[Entry]], analyses: Analyses
+) -> tuple[str, dict[str, str], Figure | None]:
+    """Print the comparisons of measures with the test error; return them as Markdown, CSV files and a figure."""
+    from bisam.experiments.reports import predictor_plot, predictors
+
+    comparisons, found, unmeasured = _compared(runs, entries, analyses)
+    section = predictors.section(comparisons, unmeasured)
+    files = {"measures.csv": to_csv(predictors.run_rows(found))}
+    if not comparisons:
+        return section, files, None
+    table = Table(*predictors.BRIEF, title=predictors.TITLE)
+    for one, following in zip(comparisons, [*comparisons[1:], None], strict=True):
+        end = following is not None and following.level is not one.level
+        table.add_row(*map(Text, predictors.brief(one)), end_section=end)
+    console.print(table)
+    files["correlations.csv"] = to_csv(predictors.rows(comparisons))
+    return section, files, predictor_plot.predictors(comparisons, analyses.shown)
 
 
 def _check_methods(recipes: Iterable[Recipe]) -> None:
@@ -194,13 +247,18 @@ def _check_methods(recipes: Iterable[Recipe]) -> None:
 
 
 def _launched(
-    recipes: Sequence[Recipe], root: Path, launch: Launch, machine: Machine, display: Display
+    recipes: Sequence[Recipe],
+    root: Path,
+    launch: Launch,
+    machine: Machine,
+    display: Display,
+    analyses: Analyses | None,
 ) -> Sequence[Outcome]:
-    """Outcomes of the runs, in processes of this machine or on a cluster."""
+    """Outcomes of the runs and their analyses, in processes of this machine or on a cluster."""
     if launch.ray is None:
         from bisam.experiments.launch.processes import run_all
 
-        return run_all(recipes, root, launch.workers or machine.slots, machine, display)
+        return run_all(recipes, root, launch.workers or machine.slots, machine, display, analyses)
     from bisam.experiments.launch.ray import run_all as run_on_ray
 
     return run_on_ray(
@@ -212,6 +270,7 @@ def _launched(
         gpus=launch.gpus,
         cpus=launch.cpus,
         retries=launch.retries,
+        analyses=analyses,
     )
 
 

@@ -19,6 +19,7 @@ from bisam.experiments.recipes.expressions import take_steps
 from bisam.experiments.recipes.length import run_length
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.machine import Machine
+from bisam.experiments.training.ball import FORWARDS, GRADIENTS, measured_batches
 from bisam.experiments.training.checks import check_model
 from bisam.experiments.training.counting import CountedMethod
 from bisam.experiments.training.reference_speed import REFERENCE_STEPS, ReferenceSpeed
@@ -48,7 +49,9 @@ class Estimate:
 def estimate(recipe: Recipe, machine: Machine) -> Estimate:
     """Estimate the cost of a run of `recipe` from steps of plain training on its own data."""
     step, forwards = queries(recipe.expression, recipe.batch_size)
-    like = replace(recipe, method=PLAIN, **dict.fromkeys(SETTINGS), noise=0.0, epochs=1, steps=None, seed=0)
+    like = replace(
+        recipe, method=PLAIN, **dict.fromkeys(SETTINGS), noise=0.0, epochs=1, steps=None, seed=0, measured_epochs=0
+    )
     try:
         seconds, latency, training, validation = _measured(
             replace(like, weights=None, warmup=0, validation_noise=False), machine
@@ -67,6 +70,8 @@ def estimate(recipe: Recipe, machine: Machine) -> Estimate:
     plain = min(length.losses_per_epoch, REFERENCE_STEPS)  # reference steps, which each epoch adds
     work = length.losses * (step + _FORWARD * forwards)
     work += length.epochs * (plain + _FORWARD * validation / recipe.batch_size)
+    measured = min(recipe.measured_epochs, length.epochs) * measured_batches(recipe, training)
+    work += measured * (GRADIENTS + _FORWARD * FORWARDS)
     return Estimate(step, seconds * work + length.epochs * _READS * latency)
 
 

@@ -36,6 +36,7 @@ from bisam.experiments.recipes.expressions import take_steps
 from bisam.experiments.recipes.length import run_length
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.files import read_json, write
+from bisam.experiments.training.ball import FORWARDS, GRADIENTS, measured_batches
 from bisam.experiments.training.counting import CountedMethod
 from bisam.methods import Method
 from bisam.methods.method import indexed
@@ -174,7 +175,8 @@ def missing(recipes: Iterable[Recipe], counts: Counts) -> list[Recipe]:
 def operations(recipe: Recipe, counts: Counts) -> float:
     """Return the operations of a run: its training steps, and a forward pass of the other examples.
 
-    The validation set is evaluated in each epoch, the test set once.
+    The validation set is evaluated in each epoch, the test set once; a backward pass of a measured epoch counts as
+    two forward passes.
 
     Raises:
         KeyError: the network and method were not counted.
@@ -183,7 +185,9 @@ def operations(recipe: Recipe, counts: Counts) -> float:
     train, validation, test = (min(n, recipe.limit or n) for n in size[:3])
     length = run_length(recipe, batches_of(train, recipe.batch_size))
     trained = (length.epochs - 1) * train + min(train, length.losses_in(length.epochs) * recipe.batch_size)
-    return one.step * trained + one.forward * (length.epochs * validation + test)
+    measured = min(measured_batches(recipe, train) * recipe.batch_size, train)
+    passes = min(recipe.measured_epochs, length.epochs) * measured * (3 * GRADIENTS + FORWARDS)
+    return one.step * trained + one.forward * (length.epochs * validation + test + passes)
 
 
 def count(recipe: Recipe) -> Count:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+from bisam.experiments.analyses.catalogue import known
+from bisam.experiments.analyses.run import analyse, missing
+from bisam.experiments.analyses.settings import Settings
 from bisam.experiments.errors import DataError, RunError, is_out_of_memory, reason
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Result, Run
 from bisam.experiments.runs.machine import Machine
+from bisam.experiments.studies.study import Analyses
 from bisam.experiments.training.devices import OnEpoch
 from bisam.experiments.training.train import train
 
@@ -22,8 +26,12 @@ class Progress(Protocol):
         """An epoch of a run is completed; `completed` is the number of its epochs, or of its steps, until then."""
         ...
 
+    def measuring(self, recipe: Recipe, measure: str, completed: int) -> None:
+        """A measure of a finished run is being computed; `completed` is the number of analyses until then."""
+        ...
+
     def done(self, recipe: Recipe, error: str | None) -> None:
-        """A run is finished, or failed with `error`."""
+        """A run is finished and analysed, or failed with `error`."""
         ...
 
 
@@ -39,12 +47,21 @@ class Outcome:
 
 
 Done = Callable[[Outcome], None]
+OnMeasure = Callable[[str, int], None]
+"""Called with a measure that is being computed, and the number of completed analyses."""
 
 
 def collect_outcomes(
-    recipes: Sequence[Recipe], root: Path, progress: Progress, run: Callable[[Sequence[Recipe], Done], None]
+    recipes: Sequence[Recipe],
+    root: Path,
+    progress: Progress,
+    run: Callable[[Sequence[Recipe], Done], None],
+    analyses: Analyses | None = None,
 ) -> list[Outcome]:
-    """Return the outcomes in the order of `recipes`: of finished runs as they are, of the rest from `run`."""
+    """Return the outcomes in the order of `recipes`: of finished runs as they are, of the rest from `run`.
+
+    With `analyses`, a run is finished if they are.
+    """
     outcomes: dict[Recipe, Outcome] = {}
 
     def done(outcome: Outcome) -> None:
@@ -54,7 +71,7 @@ def collect_outcomes(
 
     left: list[Recipe] = []
     for recipe in dict.fromkeys(recipes):
-        if (outcome := _known_outcome(recipe, root)) is None:
+        if (outcome := _known_outcome(recipe, root, analyses)) is None:
             left.append(recipe)
         else:
             done(outcome)
@@ -63,21 +80,50 @@ def collect_outcomes(
     return [outcomes[recipe] for recipe in recipes]
 
 
-def _known_outcome(recipe: Recipe, root: Path) -> Outcome | None:
+def _known_outcome(recipe: Recipe, root: Path, analyses: Analyses | None) -> Outcome | None:
     run = Run.under(root, recipe)
     try:
         if not (run.folder / "result.json").exists():
             return None
         run.check_recipe()  # first: the result of another recipe is no damage
-        return None if (result := run.result) is None else Outcome(recipe, result)
+        if (result := run.result) is None or lacking(run, result, analyses):
+            return None
+        return Outcome(recipe, result)
     except RunError as error:
         return Outcome(recipe, None, str(error))
 
 
-def train_or_explain(recipe: Recipe, root: Path, machine: Machine, on_epoch: OnEpoch | None = None) -> Outcome:
-    """Train in this process; a failure becomes a message of one line, because the study continues."""
+def lacking(run: Run, result: Result, analyses: Analyses | None) -> list[str]:
+    """Return the names of the analyses that are missing in the folder of a finished run; a diverged run needs none.
+
+    Raises:
+        RunError: the file of the analyses is damaged.
+    """
+    if analyses is None or result.get("diverged") is not None:
+        return []
+    return missing(run.folder, result, _settings(analyses))
+
+
+def _settings(analyses: Analyses) -> dict[str, Settings]:
+    """The settings of each analysis, in the order in which they are computed."""
+    return {name: Settings(**analyses.settings_of(name)) for name in known(analyses.what)}
+
+
+def train_or_explain(
+    recipe: Recipe,
+    root: Path,
+    machine: Machine,
+    on_epoch: OnEpoch | None = None,
+    analyses: Analyses | None = None,
+    on_measure: OnMeasure | None = None,
+) -> Outcome:
+    """Train and analyse in this process; a failure becomes a message of one line, because the study continues."""
+    run, result = Run.under(root, recipe), None
     try:
-        return Outcome(recipe, train(Run.under(root, recipe), machine, on_epoch))
+        result = train(run, machine, on_epoch)  # returns at once if it is finished
+        if analyses is not None:
+            _analyse(run, result, analyses, machine, on_measure)
+        return Outcome(recipe, result)
     except DataError as error:
         return Outcome(recipe, None, " ".join(str(error).split()), started=False)
     except (RunError, ValueError) as error:
@@ -89,4 +135,19 @@ def train_or_explain(recipe: Recipe, root: Path, machine: Machine, on_epoch: OnE
             message = f"cannot write under {error.filename or 'its folder'}: {error.strerror or error}"
         else:  # with its type, for a bug report
             message = f"{type(error).__name__}: {str(error)[:300]}"
-    return Outcome(recipe, None, " ".join(message.split()))
+    return Outcome(recipe, result, ("" if result is None else "its analysis: ") + " ".join(message.split()))
+
+
+def _analyse(run: Run, result: Result, analyses: Analyses, machine: Machine, on_measure: OnMeasure | None) -> None:
+    settings, left, last = _settings(analyses), lacking(run, result, analyses), ""
+    first = replace(machine, device=machine.device.partition(",")[0], devices=1, nodes=1, strategy="auto")
+    for completed, name in enumerate(settings):
+
+        def report(measure: str, _done: int, _total: int, completed: int = completed) -> None:
+            nonlocal last
+            if on_measure is not None and measure != last:
+                on_measure(measure, completed)
+            last = measure
+
+        if name in left:
+            analyse(run.folder, [name], settings[name], first, report)

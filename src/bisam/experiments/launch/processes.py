@@ -12,7 +12,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import compress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -24,10 +24,20 @@ from bisam.experiments.launch.outcomes import Done, Outcome, Progress, collect_o
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Row
 from bisam.experiments.runs.machine import Machine, end_with_parent, ignore_interrupts, threads
+from bisam.experiments.studies.study import Analyses
 
 
-def run_all(recipes: Sequence[Recipe], root: Path, workers: int, machine: Machine, progress: Progress) -> list[Outcome]:
+def run_all(
+    recipes: Sequence[Recipe],
+    root: Path,
+    workers: int,
+    machine: Machine,
+    progress: Progress,
+    analyses: Analyses | None = None,
+) -> list[Outcome]:
     """Run what is not finished yet in `workers` processes; return the outcomes in the order of `recipes`.
+
+    With `analyses`, each run is analysed in the same process after it is trained, and runs that lack them are too.
 
     If a process is killed, its run is resumed once in a new process; other runs are not affected.
 
@@ -39,14 +49,22 @@ def run_all(recipes: Sequence[Recipe], root: Path, workers: int, machine: Machin
     )  # of all recipes, not of the remaining ones: results depend on the number of threads
 
     def run(left: Sequence[Recipe], done: Done) -> None:
-        _in_processes(left, root, share, machine, progress, done)
+        _in_processes(left, root, share, machine, progress, done, analyses)
 
-    return collect_outcomes(recipes, root, progress, run)
+    return collect_outcomes(recipes, root, progress, run, analyses)
 
 
 _SPAWN = mp.get_context("spawn")  # fork is unsafe once torch has threads
 _MAX_DEATHS = 2
 """A run is given up after its process was killed so often: the run is the likely cause."""
+
+
+@dataclass(frozen=True)
+class _Measuring:
+    """A message of a worker: what it computes of a finished run, and the number of completed analyses."""
+
+    measure: str
+    completed: int
 
 
 class _Worker:
@@ -62,10 +80,10 @@ class _Worker:
             self.process.start()
         theirs.close()
 
-    def give(self, recipe: Recipe, root: Path, machine: Machine) -> None:
+    def give(self, recipe: Recipe, root: Path, machine: Machine, analyses: Analyses | None) -> None:
         self.recipe = recipe
         with suppress(ConnectionError):  # it was killed, which is noticed when no answer comes
-            self.connection.send((recipe, root, machine.at(self.place)))
+            self.connection.send((recipe, root, machine.at(self.place), analyses))
 
     def gone(self) -> bool:
         """Whether it was killed; its children may hold the connection open for a few seconds more."""
@@ -100,17 +118,23 @@ def _workers() -> Generator[list[_Worker]]:
 
 
 def _in_processes(
-    recipes: Sequence[Recipe], root: Path, workers: int, machine: Machine, progress: Progress, done: Done
+    recipes: Sequence[Recipe],
+    root: Path,
+    workers: int,
+    machine: Machine,
+    progress: Progress,
+    done: Done,
+    analyses: Analyses | None,
 ) -> None:
     left, killed = deque(recipes), Counter[Recipe]()
     with _workers() as pool:
         while True:
             for worker in pool:
                 if worker.recipe is None and left:
-                    worker.give(left.popleft(), root, machine)
+                    worker.give(left.popleft(), root, machine, analyses)
             while left and len(pool) < workers:
                 pool.append(_Worker(workers, min(set(range(workers)) - {worker.place for worker in pool})))
-                pool[-1].give(left.popleft(), root, machine)
+                pool[-1].give(left.popleft(), root, machine, analyses)
             busy = {worker.connection: worker for worker in pool if worker.recipe is not None}
             if not busy:
                 return
@@ -139,6 +163,8 @@ def _in_processes(
                     done(message)
                     if not message.started:
                         left = _without(left, message, done)
+                elif isinstance(message, _Measuring):
+                    progress.measuring(recipe, message.measure, message.completed)
                 else:
                     progress.epoch(recipe, *message)
 
@@ -171,7 +197,7 @@ def _signal(number: int) -> str:
 
 
 def _serve(connection: Connection, share: int) -> None:
-    """Run the loop of a worker process: receive a recipe, train it, send the outcome."""
+    """Run the loop of a worker process: receive a recipe, train and analyse it, send the outcome."""
     end_with_parent()
     show_warnings_in_one_line()
     threads(share)
@@ -183,7 +209,7 @@ def _serve(connection: Connection, share: int) -> None:
 
     while True:
         try:
-            recipe, root, machine = connection.recv()
+            recipe, root, machine, analyses = connection.recv()
         except EOFError:
             return
         last = 0.0
@@ -195,4 +221,7 @@ def _serve(connection: Connection, share: int) -> None:
                 last = time.monotonic()
                 send((completed, row["validation"]))
 
-        send(train_or_explain(recipe, root, machine, report))
+        def measuring(measure: str, completed: int) -> None:
+            send(_Measuring(measure, completed))
+
+        send(train_or_explain(recipe, root, machine, report, analyses, measuring))

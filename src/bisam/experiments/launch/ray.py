@@ -31,6 +31,7 @@ from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.files import write
 from bisam.experiments.runs.folder import Run
 from bisam.experiments.runs.machine import Machine, ignore_interrupts
+from bisam.experiments.studies.study import Analyses
 
 
 def run_all(
@@ -43,6 +44,7 @@ def run_all(
     gpus: float = 0,
     cpus: int = 1,
     retries: int = 3,
+    analyses: Analyses | None = None,
 ) -> list[Outcome]:
     """Run what is not finished yet, each run as a task; return the outcomes in the order of `recipes`.
 
@@ -57,6 +59,7 @@ def run_all(
         gpus: GPUs of each run; a fraction such as 0.25 lets several runs share one.
         cpus: CPUs, and threads, of each run.
         retries: how often a run is restarted after its machine or process was lost.
+        analyses: of each run, in its task after it is trained.
 
     Raises:
         ValueError: ray is not installed, the cluster is not reachable, or the settings contradict each other.
@@ -75,13 +78,13 @@ def run_all(
             task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(work)
 
             def start(recipe: Recipe, again: bool = False) -> Any:
-                return task.remote(recipe, root, machine, mark, __version__, cpus, os.getcwd(), again)
+                return task.remote(recipe, root, machine, mark, __version__, cpus, os.getcwd(), again, analyses)
 
             run_as_tasks(
                 ray, {start(recipe): recipe for recipe in left}, start, retries, EpochPoller(root, progress), done
             )
 
-    return collect_outcomes(recipes, root, progress, run)
+    return collect_outcomes(recipes, root, progress, run, analyses)
 
 
 def _imported() -> Any:
@@ -245,9 +248,17 @@ def _last_line(error: Exception) -> str:
 
 
 def work(
-    recipe: Recipe, root: Path, machine: Machine, mark: Path, version: str, cpus: int, folder: str, again: bool
+    recipe: Recipe,
+    root: Path,
+    machine: Machine,
+    mark: Path,
+    version: str,
+    cpus: int,
+    folder: str,
+    again: bool,
+    analyses: Analyses | None = None,
 ) -> Outcome:
-    """Train one run in a Ray worker."""
+    """Train and analyse one run in a Ray worker."""
     here = socket.gethostname()
     if version != __version__:
         return Outcome(
@@ -262,7 +273,7 @@ def work(
         # A file server needs a minute or two to release the lock of a lost machine.
         with suppress(Timeout), FileLock(Run.under(root, recipe).folder / ".lock", timeout=LEASE):
             pass
-    return train_or_explain(recipe, root, machine)
+    return train_or_explain(recipe, root, machine, analyses=analyses)
 
 
 LEASE = 150.0

@@ -51,6 +51,7 @@ _MOST = {
     "max_length": 10**6,
     "limit": LARGEST,
     "warmup": LARGEST,
+    "measured_epochs": 10**6,
 }
 """Largest values of whole numbers, beyond any training run: a typing error would fill the memory without a message."""
 _COLUMNS = {"epochs": "epoch", "steps": "step"}
@@ -131,6 +132,9 @@ class Recipe:
     """Store images in the channels-last memory format, which is faster for convolutions on most devices."""
     compile: bool = False
     """Compile the model."""
+    measured_epochs: int = 0
+    """Number of evenly spaced epochs, the last included, after which the run measures the largest error in a ball
+    around the weights, and what adversaries flip at the same radius."""
     seed: int = 0
     """Seed of the initial weights, the label noise and the order of the batches."""
     version: int = VERSION
@@ -156,7 +160,7 @@ class Recipe:
             object.__setattr__(self, "epochs", EPOCHS)
         for name, most in _MOST.items():
             if (value := getattr(self, name)) is not None:
-                whole(name, value, 0 if name == "warmup" else 1, most)
+                whole(name, value, 0 if name in ("warmup", "measured_epochs") else 1, most)
         _require(0 <= self.seed < 2**32, "seed", self.seed, "in [0, 2^32)")
         for name in ("noise", "momentum", "label_smoothing"):
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
@@ -249,6 +253,10 @@ class Recipe:
     def completed(self, row: Mapping[str, float]) -> int:
         """The number of its epochs or steps that are completed after the epoch with this row of metrics."""
         return int(row[_COLUMNS[self.unit]])
+
+    def is_measured(self, epoch: int, epochs: int) -> bool:
+        """Whether an epoch, numbered from 1, of the `epochs` of a run is one of its `measured_epochs`."""
+        return epoch * self.measured_epochs // epochs > (epoch - 1) * self.measured_epochs // epochs
 
     @property
     def is_plain(self) -> bool:

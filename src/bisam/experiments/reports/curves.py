@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from bisam.experiments.reports.drawing import MANY, Panel, Style, heading, legend, panels, plain, sheet, styles
-from bisam.experiments.reports.groups import Groups, grouped, names, perturbed
+from bisam.experiments.reports.groups import Groups, grouped, measured, names, perturbed
 from bisam.experiments.runs.folder import Finished
 from bisam.experiments.studies.published import in_sequence
 
@@ -59,6 +59,33 @@ def flips(runs: Sequence[Finished]) -> Figure:
     left = plain(f"without {', '.join(sorted(unknown))}: part of their batch is left out", 80) if unknown else ""
     heading(figure, "\n".join(["Training samples that the perturbation flips", *left.splitlines()]), groups)
     _legend(figure, groups, axes)
+    return figure
+
+
+def ball(runs: Sequence[Finished]) -> Figure:
+    """Error at the weights and largest error in a ball, after the measured epochs (equation 5 of Xie et al., 2024).
+
+    Raises:
+        ValueError: no run has measured epochs.
+    """
+    groups = grouped(measured(runs))
+    if not groups:
+        raise ValueError("ball shows runs with measured epochs, and there is none")
+    shown = panels(groups, MANY)
+    figure, axes = sheet(2 * len(shown), (5.0, 3.4), columns=_columns(groups, shown))
+    for panel, styled, largest, error in zip(shown, _styled(groups, shown), axes[::2], axes[1::2], strict=True):
+        for recipe, name, group in panel.shown:
+            epochs = max(len(run.metrics) for run in group)
+            at = np.array([epoch for epoch in range(1, epochs + 1) if recipe.is_measured(epoch, epochs)])
+            for ax, column in ((largest, "ball_worst"), (error, "ball_error")):
+                _band(ax, name, styled[name], 100 * _epochs(group, column)[:, at - 1], at)
+        for ax, label in ((largest, "largest error in the ball (%)"), (error, "error at the weights (%)")):
+            ax.set_title(plain(panel.title, 60), fontsize=10)
+            ax.set_ylabel(label)
+            ax.set_ylim(bottom=0)
+            _by_epoch(ax)
+    heading(figure, "Largest error that ascent finds in one ball for all methods, on training examples", groups)
+    _legend(figure, groups, axes[::2])
     return figure
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from bisam.experiments.errors import unknown
-from bisam.experiments.reports.curves import curves as curves, flips as flips, gradients as gradients
+from bisam.experiments.reports.curves import ball as ball, curves as curves, flips as flips, gradients as gradients
 from bisam.experiments.reports.drawing import (
     BLACK,
     MANY,
@@ -30,7 +30,7 @@ from bisam.experiments.reports.drawing import (
     styles,
     tested,
 )
-from bisam.experiments.reports.groups import grouped, names, perturbed
+from bisam.experiments.reports.groups import grouped, measured, names, perturbed
 from bisam.experiments.reports.scatter import time as time
 from bisam.experiments.reports.tuning import grid as grid, radius as radius, varied, with_radius
 from bisam.experiments.runs.folder import Finished
@@ -76,6 +76,7 @@ _FIGURES: dict[
     str, tuple[str, Callable[[Sequence[Finished]], Figure], Callable[[Sequence[Finished]], list[Finished]]]
 ] = {
     "accuracy": ("Test score by method", accuracy, list),
+    "ball": ("Error at the weights, and the largest error in a ball around them", ball, measured),
     "curves": ("Validation score and training loss by epoch", curves, list),
     "figure2": ("Training samples that the perturbation flips", flips, perturbed),
     "flips": ("Training samples that the perturbation flips", flips, perturbed),

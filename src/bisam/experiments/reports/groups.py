@@ -88,6 +88,11 @@ def perturbed(runs: Iterable[Finished]) -> list[Finished]:
     return [run for run in runs if not run.recipe.is_plain]
 
 
+def measured(runs: Iterable[Finished]) -> list[Finished]:
+    """The runs that measured the largest error in a ball."""
+    return [run for run in runs if run.recipe.measured_epochs]
+
+
 def title(recipe: Recipe) -> str:
     """The name of a method: of the catalogue, the label that a study gives to an expression, or the expression."""
     if recipe.is_plain and recipe.optimizer == "adamw":

@@ -29,7 +29,9 @@ from bisam.experiments.reports.markdown import escaped as escaped, table as _tab
 from bisam.experiments.reports.marks import Marks
 from bisam.experiments.runs.folder import Finished
 from bisam.experiments.runs.provenance import RESULT, line, where
+from bisam.experiments.runs.results import BALL
 from bisam.experiments.studies import LABELS
+from bisam.experiments.training.ball import EXAMPLES, RADIUS, STEPS
 from bisam.experiments.training.metrics import TITLES
 
 Row = dict[str, Any]
@@ -48,6 +50,7 @@ _PLACE = ("dataset", "model", "noise")
 _LENGTH = ("epochs", "steps")
 _TESTED = {"test_best": "best val.", "test_last": "last", "test_ema": "average"}
 _LISTED = 12  # longer lists are given as counts only
+_WORST = "ball_worst"
 _NONE = Difference(nan, nan, nan, 0)
 
 
@@ -177,6 +180,7 @@ def markdown(
         _words(groups, baselines),
         _crossed(groups),
         _flips(groups, baselines) if "flips.png" in pictures else "",
+        _ball(groups, baselines) if "ball.png" in pictures else "",
         *more,
         _published(groups),
         *(f"![{what}]({file})" for file, what in pictures.items()),
@@ -324,6 +328,43 @@ def _flips(groups: Groups, baselines: Baselines) -> str:
         "over n seeds; difference from the baseline, paired by seed, with its 95 % Student interval and the number of "
         "pairs.\n\n" + _table(("", *columns) if len(titles) > 1 else columns, rows)
     )
+
+
+def _ball(groups: Groups, baselines: Baselines) -> str:
+    """The section on the largest error in a ball after the last epoch, with differences from the baseline."""
+    found = {recipe: group for recipe, group in groups.items() if recipe.measured_epochs}
+    called, titles = names(groups), places(groups)
+    rows: list[tuple[str, ...]] = []
+    for recipe, group in found.items():
+        other = baseline(recipe, found, baselines)
+        pairs = paired(group, groups[other], lambda a, b: _last(a, _WORST) - _last(b, _WORST)) if other else []
+        one = student(pairs) if pairs else _NONE
+        values = {name: [_last(run, name) for run in group] for name in BALL}
+        written = {name: _written(of, 1 if name.startswith("cosine") else 100) for name, of in values.items()}
+        cells = called[recipe], written.pop("ball_error"), written.pop(_WORST), f"{len(group)}", _interval(one, 100)
+        cells = *cells, *written.values()
+        rows.append((titles[place(recipe)], *cells) if len(titles) > 1 else cells)
+    if not rows:
+        return ""
+    columns = ("method", "error at w", "largest error", "n", "difference")
+    columns += tuple(name.replace("_", ": ", 1).replace("_", "-") for name in BALL if not name.startswith("ball"))
+    said = (
+        f"Equation 5 of the paper: the largest 0-1 loss in the L2 ball of radius {RADIUS:g} around the weights w, the "
+        f"same for all methods. It is measured on at least {EXAMPLES:,} training examples in whole batches (or on all, "
+        "if they are fewer), without augmentation, in eval mode, as the largest error on the ways of three adversaries "
+        f"of {STEPS} steps each, and so it is a lower bound. Flips: examples that are correct at w and wrong after one "
+        "step of an adversary to that radius, on the same weights and batches for all adversaries. Cosine: of the "
+        "displacement of an adversary with that of SAM, which climbs the training loss. Errors and flips are in per "
+        "cent of the examples: mean ± standard deviation over n seeds; the difference is that of the largest error "
+        "from the baseline, paired by seed, with its 95 % Student interval and the number of pairs."
+    )
+    table = _table(("", *columns) if len(titles) > 1 else columns, rows)
+    return f"## The largest error in the ball, after the last epoch\n\n{said}\n\n{table}"
+
+
+def _last(run: Finished, name: str) -> float:
+    """A metric of the last epoch."""
+    return run.metrics[-1].get(name, nan)
 
 
 def _late(run: Finished) -> float:

@@ -107,7 +107,13 @@ _COLUMNS = ("epoch", "validation", "flipped")  # of the oldest metrics that are 
 COLUMNS = (*_COLUMNS, "train_loss", "gradients", "forwards", "losses", "seconds", "relative_time")
 """Columns that the metrics of a run have if it is resumed."""
 _ANY = ("learning_rate",)  # the user's
-_NOT_ALWAYS_FINITE = ("train_loss", "flipped")  # after a divergence; where a method leaves examples out
+BALL = (
+    *("ball_error", "ball_worst"),
+    *("flips_sam", "flips_cross_entropy", "flips_log", "flips_tanh"),
+    *("cosine_cross_entropy", "cosine_log", "cosine_tanh"),
+)
+"""Columns of a run with measured epochs, see `bisam.experiments.training.ball`; nan in all epochs but those."""
+_NOT_ALWAYS_FINITE = ("train_loss", "flipped", *BALL)  # after a divergence; where a method leaves examples out
 
 
 def name_of(recipe: Recipe) -> str:

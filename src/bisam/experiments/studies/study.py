@@ -17,6 +17,32 @@ from bisam.experiments.studies.papers import Exhibit
 
 
 @dataclass(frozen=True)
+class Analyses:
+    """What `bisam analyse` measures of each finished run of a study, and how it is compared with the test error.
+
+    Attributes:
+        what: names of analyses, each with the settings in which it differs from `settings`.
+        settings: the settings of all analyses that differ from the defaults, with one radius.
+        measures: the measures that are compared: from the title of a column of these analyses to a name for the report.
+        primary: name of the measure whose correlation with the test error was fixed as the primary comparison before
+            the first run.
+        control: name of the measure that others must beat.
+        shown: names of the measures in the figure.
+    """
+
+    what: Mapping[str, Mapping[str, Any]] = field(hash=False)
+    settings: Mapping[str, Any] = field(hash=False)
+    measures: Mapping[str, str] = field(hash=False)
+    primary: str
+    control: str
+    shown: tuple[str, ...]
+
+    def settings_of(self, name: str) -> dict[str, Any]:
+        """The settings of one of the analyses that differ from the defaults."""
+        return {**self.settings, **self.what[name]}
+
+
+@dataclass(frozen=True)
 class Study:
     """A named comparison."""
 
@@ -44,6 +70,8 @@ class Study:
     """Names of the methods that are expressions, for reports; an expression has the same name in all studies."""
     assumptions: tuple[Assumption, ...] = ()
     """The values that no public source of the paper gives; the report marks them."""
+    analyses: Analyses | None = None
+    """What is measured of its finished runs, and correlated with their test error; None: nothing."""
 
     @property
     def folder(self) -> str:

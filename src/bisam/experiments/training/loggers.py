@@ -17,6 +17,7 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from importlib.util import find_spec
+from math import isnan
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +27,7 @@ from bisam.experiments.errors import RunError, RunWarning, unknown
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.files import write
 from bisam.experiments.runs.folder import Row, Run
+from bisam.experiments.runs.results import BALL
 
 
 class Logger(Protocol):
@@ -213,6 +215,11 @@ _KINDS: Mapping[str, Any] = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow
 NAMES = tuple(_KINDS)
 
 
+def _told(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return a row without the number of its epoch, and without the columns that are measured at some epochs only."""
+    return {k: v for k, v in metrics.items() if k != "epoch" and not (k in BALL and isnan(v))}
+
+
 class FaultTolerantLogger:
     """The logger `name`, whose failure does not stop training: it is disabled with one warning.
 
@@ -242,9 +249,9 @@ class FaultTolerantLogger:
                 for row in self._run.metrics():
                     if self._last < row["epoch"] < step:
                         complete = {**row, **stats.get(row["epoch"], {})}
-                        self._logger.log({k: v for k, v in complete.items() if k != "epoch"}, int(row["epoch"]))
+                        self._logger.log(_told(complete), int(row["epoch"]))
             if self._last is None or self._last < step:
-                self._logger.log(metrics, step)
+                self._logger.log(_told(metrics), step)
             self._last = step
         except Exception as error:
             self._drop(error)

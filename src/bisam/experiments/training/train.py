@@ -26,6 +26,7 @@ from bisam.experiments.runs.files import damaged
 from bisam.experiments.runs.folder import Result, Row, Run
 from bisam.experiments.runs.machine import Machine
 from bisam.experiments.runs.results import first_diverged
+from bisam.experiments.training.ball import Ball, unmeasured
 from bisam.experiments.training.checks import check_data, check_model
 from bisam.experiments.training.counting import CountedMethod
 from bisam.experiments.training.devices import OnEpoch, train_in_processes
@@ -122,13 +123,9 @@ class Training:
             # One graph for each batch size. A dynamic graph is made when the second size comes, and rounds differently
             # from a static one; a resumed run meets the sizes in another order.
             model.compile(dynamic=False)
-        loss = SharpnessAware(
-            model,
-            self._method,
-            descent_loss(recipe.label_smoothing, splits.classes),
-            scaler=grad_scaler(fabric),
-            stats=machine.stats,
-        )
+        descent = descent_loss(recipe.label_smoothing, splits.classes)
+        self._ball = Ball(fabric, model, descent, self._train, recipe) if recipe.measured_epochs else None
+        loss = SharpnessAware(model, self._method, descent, scaler=grad_scaler(fabric), stats=machine.stats)
         sharp, optimizer = fabric.setup(loss, optimizer)
         self._state = RunState(fabric, sharp, optimizer, scheduler, average)
         self._writer = run.writer() if fabric.is_global_zero else None
@@ -155,7 +152,7 @@ class Training:
             if writer is not None:
                 writer.check()  # before the loggers, which create their folders
             for board in boards:
-                board.log({**{k: v for k, v in row.items() if k != "epoch"}, **stats}, epoch)
+                board.log({**row, **stats}, epoch)
             checkpoint = state.gather()  # in all processes, because tensors may be sharded
             if writer is not None:
                 if stats:
@@ -205,6 +202,8 @@ class Training:
             row["validation_ema"] = self._scores(state.average.model, self._validation)[0]
         if row["validation"] > state.best["score"]:
             state.best = {"score": row["validation"], "epoch": epoch, "weights": _weights_on_cpu(self._model)}
+        if self._ball is not None:
+            row |= self._ball.row() if recipe.is_measured(epoch, self._length.epochs) else unmeasured()
         return row
 
     def _scores(self, model: nn.Module, split: Split) -> list[float]:
