@@ -66,7 +66,7 @@ def analyse(
     Args:
         runs: Folders of finished runs, or folders above several: runs/digits.
         what: Analyses, with commas: sharpness, zero-one, flips, hessian, spectrum, landscape, margins,
-            feature-margins, calibration, rank, gradient, corruptions. By default all but spectrum, feature-margins,
+            feature-margins, calibration, rank, gradient, corruptions. By default all but spectrum, feature-margins and
             corruptions.
         rho: Radii of the balls, with commas. They are the same for all runs, whatever the runs were trained with.
         steps: Steps of each ascent.
