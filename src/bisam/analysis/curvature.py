@@ -52,6 +52,10 @@ By = Literal["curvlinops", "differences"]
 """How products with the matrix are computed."""
 
 
+class ConvergenceError(RuntimeError):
+    """The Lanczos method did not converge."""
+
+
 @dataclass(frozen=True)
 class Curvature(Result):
     """The base of results on curvature.
@@ -156,7 +160,7 @@ def eigenvalues(
         TypeError: an argument has the wrong type.
         ValueError: an argument is outside its range, the data is empty, a loss is not finite, or exact products are
             asked for and cannot be computed.
-        RuntimeError: the method did not converge.
+        ConvergenceError: the method did not converge.
     """
     whole("k", k)
     positive("tolerance", tolerance)
@@ -289,7 +293,7 @@ def _by_arpack(products: Any, k: int, tolerance: float, seed: int, which: str = 
         how: dict[str, Any] = {"k": k, "which": which, "v0": first, "tol": tolerance}
         found: Any = eigsh(products, return_eigenvectors=False, **how)
     except ArpackNoConvergence as error:
-        raise RuntimeError(
+        raise ConvergenceError(
             f"the Lanczos method did not converge to {k} eigenvalues with tolerance {tolerance:g}: ask for fewer, or "
             "for a larger tolerance"
         ) from error

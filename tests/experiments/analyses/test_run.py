@@ -17,7 +17,7 @@ from bisam import L2, ModelOracle
 from bisam.analysis import average_sharpness, flips, sharpness
 from bisam.experiments import data
 from bisam.experiments.analyses import catalogue
-from bisam.experiments.analyses.file import ANALYSIS, read_entries
+from bisam.experiments.analyses.file import ANALYSIS, as_text, read_entries
 from bisam.experiments.analyses.run import analyse, analyse_weights, numbers
 from bisam.experiments.analyses.settings import Settings
 from bisam.experiments.errors import DamagedError, RunError
@@ -155,8 +155,11 @@ def test_another_version_of_an_analysis_is_computed_again_and_unknown_ones_are_k
     watch = Watch()
     assert [e["version"] for e in analyse(run.folder, ["flips"], FEW, MACHINE, watch)["entries"]] == [1, 2]
     assert watch.analyses == ["flips"]
-    monkeypatch.delitem(catalogue.ANALYSES, "zero-one")
-    assert len(analyse(run.folder, ["flips"], replace(FEW, seed=1), MACHINE)["entries"]) == 3
+    entries = read_entries(run.folder)
+    entries[0]["analysis"] = "of a later bisam"
+    (run.folder / ANALYSIS).write_text(as_text(entries))
+    found = analyse(run.folder, ["flips"], replace(FEW, seed=1), MACHINE)["entries"]
+    assert [entry["analysis"] for entry in found] == ["of a later bisam", "flips", "flips"]
 
 
 def test_a_number_that_is_not_finite_is_null(run, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,7 +89,18 @@ def test_a_run_that_cannot_be_analysed_is_named_and_the_others_go_on(bisam, out)
 def test_the_same_error_of_several_runs_is_one_line(bisam, out):
     code, _, err = bisam("analyse", out, "--what", "zero-one", "--steps", 2, "--examples", 32)
     assert (code, err.count("\n")) == (2, 1)
-    assert "and 1 more: steps=2 are fewer than the 3 objectives" in err
+    assert "and 1 more: zero-one: steps=2 are fewer than the 3 objectives" in err
+
+
+def test_an_analysis_that_cannot_be_made_is_named_and_the_others_are_saved(bisam, out):
+    code, said, err = bisam("analyse", of(out, 0), "--what", "sharpness,zero-one,flips", "--steps", 2, *FEW[:2])
+    assert (code, err.count("\n")) == (1, 1)
+    assert f"{of(out, 0)}: zero-one: steps=2 are fewer than the 3 objectives" in err
+    assert [e["analysis"] for e in json.loads((of(out, 0) / "analysis.json").read_text())["entries"]] == [
+        "sharpness",
+        "flips",
+    ]
+    assert "analysis.json, analysis/sharpness" in said
 
 
 def test_an_interruption_is_one_line_and_what_is_measured_stays(bisam, out, monkeypatch):
@@ -103,6 +115,28 @@ def test_an_interruption_is_one_line_and_what_is_measured_stays(bisam, out, monk
     assert (code, err) == (130, "interrupted: finished analyses are saved; the same command goes on after them\n")
     assert [e["analysis"] for e in json.loads((of(out, 0) / "analysis.json").read_text())["entries"]] == ["zero-one"]
     assert not (of(out, 1) / "analysis.json").exists()
+
+
+@pytest.mark.parametrize("swallowed", ["as another error", "whole"])
+def test_ctrl_c_is_noticed_where_torch_makes_another_error_of_it(bisam, out, monkeypatch, swallowed):
+    flips = catalogue.ANALYSES["flips"]
+
+    def interrupted(subject, settings, progress):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            if swallowed != "whole":
+                raise RuntimeError("The following operation failed in the TorchScript interpreter") from None
+        progress(1, 2)
+        pytest.fail("not interrupted")
+
+    stops = replace(flips, measures={"flips": replace(flips.measures["flips"], call=interrupted)})
+    monkeypatch.setitem(catalogue.ANALYSES, "flips", stops)
+    before = signal.getsignal(signal.SIGINT)
+    code, _, err = bisam("analyse", out, *QUICK)
+    signal.signal(signal.SIGINT, before)
+    assert (code, err.count("\n")) == (130, 1)
+    assert not (of(out, 0) / "analysis.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -199,5 +233,5 @@ def test_a_figure_of_an_analysis_needs_a_run(bisam):
 def test_the_help_names_all_analyses():
     text = " ".join(inspect.getdoc(analyse).split())
     assert f"Analyses, with commas: {', '.join(catalogue.ANALYSES)}." in text
-    left_out = [name for name in catalogue.ANALYSES if name not in catalogue.DEFAULT]
-    assert f"By default all but {', '.join(left_out)}." in text
+    *others, last = [name for name in catalogue.ANALYSES if name not in catalogue.DEFAULT]
+    assert f"By default all but {', '.join(others)} and {last}." in text

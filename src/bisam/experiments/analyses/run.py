@@ -17,6 +17,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from bisam.analysis.curvature import ConvergenceError
 from bisam.experiments.analyses.catalogue import ANALYSES, DEFAULT, known
 from bisam.experiments.analyses.file import (
     ANALYSIS,
@@ -30,12 +31,26 @@ from bisam.experiments.analyses.file import (
 )
 from bisam.experiments.analyses.settings import FILE, Settings
 from bisam.experiments.analyses.subject import Subject, of_file, of_run
-from bisam.experiments.errors import RunError
+from bisam.experiments.errors import RunError, reason
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.files import checksum, make_folders, write
 from bisam.experiments.runs.folder import Result, Run, read_recipe
 from bisam.experiments.runs.machine import Machine
 from bisam.experiments.runs.results import first_diverged
+
+
+class AnalysisError(ValueError):
+    """Some analyses could not be made; those that could are saved.
+
+    Args:
+        message: which and why.
+        content: the content of `analysis.json`.
+    """
+
+    def __init__(self, message: str, content: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.content = content
+
 
 OnProgress = Callable[[str, int, int], None]
 """Called as `(measure, done, total)`, with the numbers of examples of its forward passes."""
@@ -61,8 +76,9 @@ def analyse(
         progress: called after each forward pass of a batch.
 
     Raises:
-        ValueError: an analysis or the device is unknown, a package is missing, a setting does not fit, or the data or
-            the model cannot be loaded.
+        AnalysisError: some analyses cannot be made of this model, these data or settings; the others are saved.
+        ValueError: an analysis or the device is unknown, a package is missing, or the data or the model cannot be
+            loaded.
         RunError: the folder is no run, or its run is unfinished, has diverged, has no such weights, is damaged or in
             use.
         OSError: the disk is full or read-only.
@@ -105,6 +121,7 @@ def analyse_weights(
         progress: see `analyse`.
 
     Raises:
+        AnalysisError: see `analyse`.
         ValueError: see `analyse`; or the weights cannot be read or do not fit.
         RunError: the folder is that of a run, in use, or damaged.
         OSError: the disk is full or read-only.
@@ -191,7 +208,7 @@ def _completed(
     progress: OnProgress | None,
 ) -> dict[str, Any]:
     """Compute and write what is missing; the subject is made only if something is."""
-    entries, subject = read_entries(folder), None
+    entries, subject, failed = read_entries(folder), None, dict[str, list[str]]()
     for name in names:
         analysis = ANALYSES[name]
         for one in settings.each(analysis.settings):
@@ -200,12 +217,19 @@ def _completed(
                 continue
             subject = make() if subject is None else subject
             start, results = time.perf_counter(), dict[str, Any]()
-            for key, measure in analysis.measures.items():
-                title = f"{name}: {measure.title}"
-                results[key] = measure.call(subject, one, partial(_report, progress, title)).to_dict()
+            try:
+                for key, measure in analysis.measures.items():
+                    title = f"{name}: {measure.title}"
+                    results[key] = measure.call(subject, one, partial(_report, progress, title)).to_dict()
+            except (ValueError, ConvergenceError) as error:
+                failed.setdefault(reason(error), []).append(name)
+                continue
             seconds = time.perf_counter() - start
             entries = with_entry(entries, new_entry(name, told, of, results, seconds, subject.device))
             save(entries)
+    if failed:
+        said = "; ".join(f"{', '.join(dict.fromkeys(which))}: {why}" for why, which in failed.items())
+        raise AnalysisError(said, content(entries))
     return content(entries)
 
 

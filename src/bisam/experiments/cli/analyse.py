@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import signal
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -66,7 +66,7 @@ def analyse(
     Args:
         runs: Folders of finished runs, or folders above several: runs/digits.
         what: Analyses, with commas: sharpness, zero-one, flips, hessian, spectrum, landscape, margins,
-            feature-margins, calibration, rank, gradient, corruptions. By default all but spectrum, feature-margins,
+            feature-margins, calibration, rank, gradient, corruptions. By default all but spectrum, feature-margins and
             corruptions.
         rho: Radii of the balls, with commas. They are the same for all runs, whatever the runs were trained with.
         steps: Steps of each ascent.
@@ -197,17 +197,17 @@ def _of_file(
 
 
 def _all(jobs: Sequence[_Job], names: Sequence[str], settings: Settings) -> int:
-    with MeasuringDisplay(len(jobs)) as display:
+    with MeasuringDisplay(len(jobs)) as display, _noticed() as pressed:
         try:
             for job in jobs:
                 display.run()
-                _one(job, names, settings, display)
+                _one(job, names, settings, display, pressed)
         except KeyboardInterrupt:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not end the message
             display.stop()
             errors.print("interrupted: finished analyses are saved; the same command goes on after them")
             return 130
-    done = [job for job in jobs if not job.error]
+    done = [job for job in jobs if job.found]
     if done:
         _show(done)
     failed = sorted((job for job in jobs if job.error), key=lambda job: job.error)
@@ -218,9 +218,51 @@ def _all(jobs: Sequence[_Job], names: Sequence[str], settings: Settings) -> int:
     return 0 if not failed else 1 if done else 2
 
 
-def _one(job: _Job, names: Sequence[str], settings: Settings, display: MeasuringDisplay) -> None:
+@contextmanager
+def _noticed() -> Generator[Callable[[], bool]]:
+    """A context with a function that tells whether Ctrl-C was pressed in it.
+
+    Torch turns the exception into another one where its C++ code calls Python, as in products with the Hessian.
+    """
+    count = 0
+
+    def interrupt(*_: Any) -> None:
+        nonlocal count
+        count += 1
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
     try:
-        content = job.call(display.measure)
+        yield lambda: count > 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _one(
+    job: _Job, names: Sequence[str], settings: Settings, display: MeasuringDisplay, pressed: Callable[[], bool]
+) -> None:
+    def show(title: str, done: int, total: int) -> None:
+        if pressed():
+            raise KeyboardInterrupt
+        display.measure(title, done, total)
+
+    try:
+        _measure(job, names, settings, show)
+    except Exception:
+        if pressed():
+            raise KeyboardInterrupt from None
+        raise
+    if pressed():
+        raise KeyboardInterrupt
+
+
+def _measure(job: _Job, names: Sequence[str], settings: Settings, show: Callable[[str, int, int], None]) -> None:
+    from bisam.experiments.analyses.run import AnalysisError
+
+    try:
+        content = job.call(show)
+    except AnalysisError as error:
+        job.error, content = " ".join(str(error).split()), error.content
     except (RunError, ValueError) as error:
         job.error = " ".join(str(error).split())
         return
@@ -230,6 +272,8 @@ def _one(job: _Job, names: Sequence[str], settings: Settings, display: Measuring
         job.error = f"out of memory: fewer --examples and a smaller --batch-size need less ({reason(error)})"
         return
     job.found = _wanted(content["entries"], names, settings)
+    if not job.found:
+        return
     files = ["analysis.json", *_drawn(job.folder, job.found)]
     console.print(f"{job.folder}/: {', '.join(files)}", soft_wrap=True, highlight=False)
 
