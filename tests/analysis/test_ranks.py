@@ -10,7 +10,17 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from bisam import ModelOracle, cross_entropy
-from bisam.analysis import corruptions, feature_rank, gradient_norm, margins
+from bisam.analysis import (
+    average_sharpness,
+    corruptions,
+    feature_rank,
+    flips,
+    gradient_norm,
+    landscape,
+    margins,
+    sharpness,
+    zero_one_sharpness,
+)
 from tests.analysis.test_predictions import numbers
 from tests.support import cases, ranks
 
@@ -33,6 +43,11 @@ def found(oracle: ModelOracle, data: Any, pictures: Any, sharded: bool) -> dict[
         "normalized": margins(oracle, data, normalized="logits"),
         "rank": feature_rank(oracle, data),
         "gradient": gradient_norm(oracle, data),
+        "sharpness": sharpness(oracle, data, 0.3, steps=8, restarts=1, normalized=True),
+        "average": average_sharpness(oracle, data, 0.3, draws=3),
+        "zero-one": zero_one_sharpness(oracle, data, 0.3, steps=9),
+        "flips": flips(oracle, data, 0.3),
+        "landscape": landscape(oracle, data, (cross_entropy, "random"), points=3),
     }
     if not sharded:
         flat = ModelOracle(nn.Sequential(nn.Flatten(), oracle.model), cross_entropy, scope="global")

@@ -177,7 +177,7 @@ def connectivity(
         return Connectivity(
             mode=mode,
             seed=seed,
-            examples=plain.count,
+            examples=plain.count * sample.ranks,
             xs=xs,
             ys=ys,
             loss=loss,

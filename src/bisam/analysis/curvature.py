@@ -270,12 +270,13 @@ def _ends(operator: Any, seed: int) -> tuple[float, float]:
         return min(values), max(values)
     from scipy.sparse.linalg import LinearOperator
 
-    products = operator.to_scipy()
+    products: Any = operator.to_scipy()
     far = _by_arpack(products, 1, _ROUGH, seed, "LM")[0]
     sign = 1.0 if far >= 0 else -1.0
     # The tolerance is relative to the eigenvalue: at an end near 0, as that of a singular Gauss-Newton matrix, nothing
     # converges. The distance from the other end is large.
-    distances = LinearOperator(products.shape, matvec=lambda v: sign * (far * v - products @ v), dtype=products.dtype)
+    how: Any = {"matvec": lambda v: sign * (far * v - products @ v), "dtype": products.dtype}
+    distances = LinearOperator(products.shape, **how)
     near = far - sign * _by_arpack(distances, 1, _ROUGH, seed)[0]
     return min(far, near), max(far, near)
 

@@ -120,7 +120,7 @@ def landscape(
             return vectors[0] * x + vectors[1] * y if len(vectors) == 2 else vectors[0] * x
 
         loss, error = surface(sample, plain, at, xs, ys)
-        return Landscape(mode, seed, plain.count, xs, ys, loss, error, tuple(map(_name, directions)))
+        return Landscape(mode, seed, plain.count * sample.ranks, xs, ys, loss, error, tuple(map(_name, directions)))
 
 
 Rows = tuple[tuple[float, ...], ...]

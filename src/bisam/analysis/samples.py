@@ -180,7 +180,7 @@ class Sample:
     def gradient(self, at: Vector | None, objective: Objective | None, wrt: Any = None) -> tuple[Vector, Answers]:
         """Returns the gradient of the mean loss at a displacement, and the answers without gradients."""
         total: Vector | None = None
-        answers = Answers([])
+        answers = Answers([], self.oracle)
         for answer in self.each(at, objective, grad=True, wrt=wrt):
             weighted = answer.gradient * float(answer.count)
             total = weighted if total is None else total + weighted
@@ -190,7 +190,7 @@ class Sample:
 
     def answers(self, at: Vector | None = None, objective: Objective | None = None) -> Answers:
         """Returns the answers at a displacement, without gradients."""
-        return Answers(list(self.each(at, objective, grad=False)))
+        return Answers(list(self.each(at, objective, grad=False)), self.oracle)
 
     @contextmanager
     def _forked(self, number: int) -> Generator[None]:
@@ -200,9 +200,15 @@ class Sample:
 
 @dataclass(frozen=True)
 class Answers:
-    """The evaluations of all batches of a sample at one displacement."""
+    """The evaluations of all batches of a sample at one displacement.
+
+    Args:
+        parts: one for each batch.
+        oracle: the oracle that gave them.
+    """
 
     parts: list[Evaluation]
+    oracle: Oracle
 
     @property
     def count(self) -> float:
@@ -215,8 +221,18 @@ class Answers:
         return sum(float(part.value) * float(part.count) for part in self.parts) / max(self.count, 1)
 
     def under(self, objective: Objective | None) -> Answers:
-        """Evaluates another objective on the same outputs; None: the same one."""
-        return self if objective is None else Answers([part.under(objective) for part in self.parts])
+        """Evaluates another objective on the same outputs; None: the same one.
+
+        Ranks that share the batches call it together: values and counts are means over them.
+        """
+        return (
+            self if objective is None else Answers([self._under(part, objective) for part in self.parts], self.oracle)
+        )
+
+    def _under(self, part: Evaluation, objective: Objective) -> Evaluation:
+        own = part.under(objective)
+        value, count = self.oracle.averaged(own.value, own.count)
+        return replace(own, value=value, count=count)
 
 
 @contextmanager

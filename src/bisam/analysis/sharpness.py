@@ -266,7 +266,7 @@ def _result(sample: Sample, ball: Perturbation, groups: Sequence[_Group], **sett
         loss=sum(group.loss * group.count for group in groups) / max(examples, 1),
         rho=ball_of(ball, sample.oracle).rho,
         perturb=repr(ball),
-        examples=examples,
+        examples=examples * sample.ranks,
         forward=sample.passes.forward,
         backward=sample.passes.backward,
         **settings,

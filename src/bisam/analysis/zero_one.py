@@ -186,7 +186,7 @@ def zero_one_sharpness(
             steps=steps,
             mode=mode,
             seed=seed,
-            examples=plain.count,
+            examples=plain.count * sample.ranks,
             forward=sample.passes.forward,
             backward=sample.passes.backward,
         )
