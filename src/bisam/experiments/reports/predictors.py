@@ -290,14 +290,15 @@ BRIEF = ("", "measure", "Spearman", "p (Holm)", "within methods")
 """Columns for a terminal."""
 _EXPLANATION = (
     "Rank correlations of a measure of the last weights with the test error of the same weights, over the "
-    "configurations (method and setting) of a seed, averaged over the seeds. In brackets: 95 % intervals by a BCa "
-    "bootstrap over the seeds; with ten seeds they contain the true mean in about 90 % of cases. p: permutation test "
-    "of Spearman's correlation in which the configurations, with all their seeds, exchange their test errors; it takes "
-    "configurations as unrelated to each other, although those of one method are alike. Holm: adjusted over the "
-    "primary comparisons, and over all others together; below 0.05 a comparison is decided. Kendall: tau-b. Within "
-    "methods: mean of Kendall's tau-b among the configurations of one method, which a difference between methods "
-    "cannot cause. Stronger than the control: difference of the absolute Spearman correlations, paired by seed. n: "
-    "seeds × configurations. A dash: undefined, because a quantity is constant or there is one seed."
+    "configurations (method and setting) of a seed, averaged over the seeds. Positive: the larger the measure, the "
+    "larger the error. In brackets: 95 % intervals by a BCa bootstrap over the seeds; with ten seeds they contain the "
+    "true mean in about 90 % of cases. p: permutation test of Spearman's correlation in which the configurations, "
+    "with all their seeds, exchange their test errors; it takes configurations as unrelated to each other, although "
+    "those of one method are alike. Holm: adjusted over the primary comparisons, and over all others together; below "
+    "0.05 a comparison is decided. Kendall: tau-b. Within methods: mean of Kendall's tau-b among the configurations "
+    "of one method, which a difference between methods cannot cause. Stronger than the control: difference of the "
+    "absolute Spearman correlations, paired by seed. n: seeds × configurations. A dash: undefined, because a quantity "
+    "is constant or there is one seed."
 )
 
 

@@ -202,9 +202,9 @@ LOCAL = (
         "is the training loss itself: a measure that ranks no better says nothing about flatness. Measures and test "
         "error are those of the last weights: they are what training converges to, whereas the weights of the best "
         "validation epoch are chosen by clean labels. The radii are half, once and twice those of the study digits; "
-        "SGD has three learning rates and twice the epochs. The radius of the ball was chosen by the size of the measures "
-        "in two runs with seed 0 at 40 % noise (SGD, SAM), which are not part of the study. The Hessian is that of 256 "
-        "examples.",
+        "SGD has three learning rates and twice the epochs. The radius of the ball was chosen by the size of the "
+        "measures in two runs with seed 0 at 40 % noise (SGD, SAM), which are not part of the study. The Hessian is "
+        "that of 256 examples.",
         analyses=_MEASURES,
     ),
 )
