@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from bisam import (
     AESAM,
@@ -537,9 +538,11 @@ FAMILY: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], references.Twin]
 
 
 def named(value: Any) -> str:
-    """The text of a parameter of a test, the same in every process: no addresses, and sets in order."""
-    ordered = sorted(value) if isinstance(value, set | frozenset) else value
-    return re.sub(r" at 0x[0-9a-f]+", "", str(ordered))
+    """The text of a parameter of a test, the same in every process: no addresses, sets in order, shapes of tensors."""
+    if isinstance(value, set | frozenset):
+        value = sorted(value)
+    with_shapes = tree_map_only(Tensor, lambda t: f"{t.dtype}{list(t.shape)}", value)
+    return re.sub(r" at 0x[0-9a-f]+", "", str(with_shapes))
 
 
 def bits(tensor: Tensor | None) -> list[int] | None:
