@@ -12,7 +12,9 @@
 Products with the matrix are exact where curvlinops (Dangel et al., 2025, https://arxiv.org/abs/2501.19183) serves:
 models of one input tensor that return logits, without a wrapper. For all other models, losses and precisions a product
 is the central difference of two gradients, (g(w + h v) - g(w - h v)) / 2 h, with a relative error of about 1e-9 in
-float64 and 1e-3 in float32. A result says which it is. It needs the extra `bisam[analysis]`.
+float64 and 1e-3 in float32 where the loss is smooth. In float32 the step is long enough to cross kinks of ReLU, which
+have no part in an exact product, so that results can differ by some 20 %: convert such models with `model.double()`. A
+result says which it is. It needs the extra `bisam[analysis]`.
 """
 
 from __future__ import annotations
