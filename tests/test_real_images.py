@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from torch import nn
 from torchvision.datasets import CIFAR10
@@ -12,6 +13,7 @@ from benchmarks.models import resnet56
 from bisam import BiSAM, NegLog, SharpnessAware, Tanh, cross_entropy
 
 
+@pytest.mark.slow
 def test_resnet56_learns_a_batch_of_cifar_and_the_bounds_hold(data):
     cifar = CIFAR10(root=data, download=False)
     x = torch.from_numpy(cifar.data[:96]).permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -19,6 +19,7 @@ from bisam.experiments.models.build import NETWORKS
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Run
 from bisam.experiments.runs.machine import Machine
+from bisam.experiments.training import ball
 from bisam.experiments.training.fsdp import blocks, gathered_memories
 from bisam.experiments.training.train import Training, train
 from tests.support import ranks
@@ -44,6 +45,7 @@ def recipe(**fields: Any) -> Recipe:
     return Recipe(**{"model": "plain", "epochs": 3, "batch_size": 64, "limit": 128, "precision": "64", **fields})
 
 
+STEPS = 3  # of ascent in the ball: each is a pass that waits for the other rank
 RECIPES = [
     recipe(method="looksam", rho=0.4),
     recipe(
@@ -57,7 +59,7 @@ RECIPES = [
         accumulate=2,
         clip=0.5,
         channels_last=True,
-        measured_epochs=3,
+        measured_epochs=1,
     ),
 ]
 
@@ -79,7 +81,7 @@ def on_this_node(root: Path) -> list[str]:
     rank = torch.distributed.get_rank()
     names = {"RANK": rank, "GROUP_RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1}
     os.environ |= {name: str(value) for name, value in names.items()} | {"TORCHELASTIC_RUN_ID": "none"}
-    NETWORKS["plain"] = (network, "")
+    NETWORKS["plain"], ball.STEPS = (network, ""), STEPS
     assert each_keeps_its_own(rank)
     for each in RECIPES:
         assert train(Run.under(root / "whole", each), MANY)["metric"] == "accuracy"  # on every rank
@@ -115,6 +117,7 @@ def parts(run: Run) -> tuple[list[Any], Any]:
 
 
 def test_a_sharded_run_is_that_of_one_process_also_after_interruptions(tmp_path, monkeypatch):
+    monkeypatch.setattr(ball, "STEPS", STEPS)
     said = ranks.run(2, on_this_node, tmp_path)
     assert all("was started with --strategy fsdp, which perturbs for the whole batch" in each[0] for each in said)
     monkeypatch.setitem(NETWORKS, "plain", (network, ""))
