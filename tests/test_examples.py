@@ -15,7 +15,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 # They mostly import, and other tests use the same hosts.
 LONG = {"train_fsdp2.py", "train_lora.py", "train_timm.py", "train_transformers.py"}
-LONG |= {"train_accelerate.py", "train_ddp.py", "train_fabric.py", "train_lightning.py"}
+LONG |= {"train_accelerate.py", "train_composite.py", "train_ddp.py", "train_fabric.py", "train_lightning.py"}
 SCRIPTS = [
     pytest.param(path, id=path.name, marks=[pytest.mark.slow] if path.name in LONG else [])
     for path in sorted(EXAMPLES.glob("train_*.py"))
@@ -52,7 +52,8 @@ def test_the_games_end_as_the_figure_shows(tmp_path):
     assert all(d < 0.1 or d > 1e3 for both in distance.values() for d in both)
 
 
-@pytest.mark.parametrize("method", ["rapp", pytest.param("lagda", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["rapp", "lagda"])
 def test_the_gan_trains(tmp_path, method):
     path = tmp_path / "new" / "gan.png"
     words = run("gan.py", "--method", method, "--evaluations", "100", "--to", path).replace(",", "").split()

@@ -78,6 +78,7 @@ def test_train_and_list_run(bisam, tmp_path):
     assert "digits" in out
 
 
+@pytest.mark.slow
 def test_a_short_digits_study_end_to_end(bisam, tmp_path):
     code, out, err = bisam("run", "digits", "--seeds", "1", "--epochs", "1", "--workers", "2", "--out", tmp_path)
     assert (code, err) == (0, "")

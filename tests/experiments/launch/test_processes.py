@@ -44,6 +44,7 @@ class Deadly(Machine):
         return super().fabric(precision)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_costs_the_others_nothing(tmp_path):
     recipes = [replace(SHORT, precision="bf16"), SGD, SHORT]
     machine = Deadly(log=(), folder=tmp_path)
@@ -117,6 +118,7 @@ def test_a_run_that_another_study_holds_is_said_and_the_others_go_on(tmp_path):
     assert [run.recipe for run in finished(tmp_path)] == [SGD]
 
 
+@pytest.mark.slow
 def test_runs_without_their_data_do_not_start_and_the_others_go_on(tmp_path):
     lacking = [replace(SHORT, dataset="cifar10", seed=seed) for seed in range(3)]
     progress = Silent()

@@ -118,6 +118,7 @@ def test_a_run_whose_worker_is_killed_goes_on_to_the_same_bits(ray, tmp_path):
     assert same_bits(whole, Run.under(tmp_path / "runs", SHORT))
 
 
+@pytest.mark.slow
 def test_a_folder_that_workers_do_not_see_is_said_and_not_made(ray, tmp_path, monkeypatch):
     monkeypatch.setattr(on_ray, "marker_file", lambda root: nullcontext(root / "on-another-machine"))
     (outcome,) = on_ray.run_all([SHORT], tmp_path, QUIET, Silent(), address="auto")

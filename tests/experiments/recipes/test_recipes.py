@@ -231,6 +231,7 @@ def test_runs_of_an_earlier_version_are_read_and_not_mixed(tmp_path, monkeypatch
     assert list(names(grouped(arranged(runs))).values()) == ["ESAM (version 1)", "ESAM (version 2)"]
 
 
+@pytest.mark.slow
 def test_a_study_reports_runs_of_an_earlier_version_beside_its_own(tmp_path, monkeypatch, bisam):
     one = Study("one", "One", lambda _: [replace(SHORT, method="esam"), SHORT], seeds=1)
     monkeypatch.setitem(SUBJECTS, "one", StudySubject(one))

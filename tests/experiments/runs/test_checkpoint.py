@@ -146,6 +146,7 @@ def test_if_both_are_damaged_nothing_is_changed(broken):
     assert {path.name: path.read_bytes() for path in broken.folder.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_the_damage_is_one_line_on_the_command_line(copied, tmp_path):
     (run := copied("a")).folder.parents[1].rename(tmp_path / "train")
     folder = tmp_path / "train" / run.folder.parent.name / run.folder.name

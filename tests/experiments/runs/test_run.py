@@ -106,7 +106,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, stop_after):
         pytest.param("metrics.csv", 2, 1, marks=pytest.mark.slow),
         pytest.param("checkpoint.pt", 3, 2, marks=pytest.mark.slow),
         pytest.param("metrics.csv", 3, 2, marks=pytest.mark.slow),
-        ("result.json", 1, 3),
+        pytest.param("result.json", 1, 3, marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path, file, call, kept):

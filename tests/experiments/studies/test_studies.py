@@ -540,6 +540,7 @@ assert os.waitpid(child(root / "broken"), 0)[1] == 0
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "more"),
     [

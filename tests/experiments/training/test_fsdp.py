@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -59,9 +60,12 @@ RECIPES = [
         accumulate=2,
         clip=0.5,
         channels_last=True,
-        measured_epochs=1,
     ),
 ]
+
+
+def measuring(epochs: int) -> list[Recipe]:
+    return [RECIPES[0], replace(RECIPES[1], measured_epochs=epochs)]
 
 
 def each_keeps_its_own(rank: int) -> bool:
@@ -76,16 +80,17 @@ def each_keeps_its_own(rank: int) -> bool:
     )
 
 
-def on_this_node(root: Path) -> list[str]:
+def on_this_node(root: Path, measured: int) -> list[str]:
     """Runs as torchrun starts them, one of them interrupted after each of its epochs; and what is refused."""
     rank = torch.distributed.get_rank()
     names = {"RANK": rank, "GROUP_RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1}
     os.environ |= {name: str(value) for name, value in names.items()} | {"TORCHELASTIC_RUN_ID": "none"}
     NETWORKS["plain"], ball.STEPS = (network, ""), STEPS
     assert each_keeps_its_own(rank)
-    for each in RECIPES:
+    recipes = measuring(measured)
+    for each in recipes:
         assert train(Run.under(root / "whole", each), MANY)["metric"] == "accuracy"  # on every rank
-    said, broken, epoch = [], Run.under(root / "broken", RECIPES[1]), Training.epoch
+    said, broken, epoch = [], Run.under(root / "broken", recipes[1]), Training.epoch
     for last in (1, 2):
 
         def interrupted(self: Training, number: int, last: int = last) -> Any:
@@ -116,12 +121,14 @@ def parts(run: Run) -> tuple[list[Any], Any]:
     return tree_flatten(checkpoint)
 
 
-def test_a_sharded_run_is_that_of_one_process_also_after_interruptions(tmp_path, monkeypatch):
+@pytest.mark.parametrize("measured", [0, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_sharded_run_is_that_of_one_process_also_after_interruptions(tmp_path, monkeypatch, measured):
     monkeypatch.setattr(ball, "STEPS", STEPS)
-    said = ranks.run(2, on_this_node, tmp_path)
+    said = ranks.run(2, on_this_node, tmp_path, measured)
     assert all("was started with --strategy fsdp, which perturbs for the whole batch" in each[0] for each in said)
     monkeypatch.setitem(NETWORKS, "plain", (network, ""))
-    for each in RECIPES:
+    recipes = measuring(measured)
+    for each in recipes:
         one, many = Run.under(tmp_path / "one", each), Run.under(tmp_path / "whole", each)
         alone, together = train(one, Machine(log=())), many.result
         assert together is not None
@@ -137,7 +144,7 @@ def test_a_sharded_run_is_that_of_one_process_also_after_interruptions(tmp_path,
             else:  # the sums of an epoch are in float32
                 alike = a == pytest.approx(b, rel=1e-6) if isinstance(b, float) else a == b
             assert alike, (a, b)
-    whole, broken = (parts(Run.under(tmp_path / name, RECIPES[1])) for name in ("whole", "broken"))
+    whole, broken = (parts(Run.under(tmp_path / name, recipes[1])) for name in ("whole", "broken"))
     assert whole[1] == broken[1]
     assert all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(whole[0], broken[0], strict=True))
 
