@@ -338,8 +338,8 @@ GAN = Measurement(
         "batches. The budget counts gradient evaluations of each player. The Fréchet distance compares `samples` "
         "images (fewer if fewer are held out) with the training images; the row of real images compares held-out ones. "
         "It is not the FID unless its features are named so. Learning rates of methods with SGD are those of the "
-        "authors' README (0.02 and 0.1); those of Adam, alpha and k are this package's choice. Mean ± standard "
-        "deviation over the seeds."
+        "authors' README (0.02 and 0.1); those of Adam, alpha and k are this package's choice. `scale` multiplies the "
+        "learning rates of all methods, or of one (`EG=0.3`). Mean ± standard deviation over the seeds."
     ),
     settings={
         "data": "digits",
