@@ -139,6 +139,17 @@ def test_one_level_has_no_column_of_its_own():
     assert "Primary comparison, good: +" in text
 
 
+def test_with_fewer_seeds_than_were_fixed_nothing_is_decided():
+    found = compare(levels(measured()), primary="good", control="bad")
+    seeds = len(found[0].level.seeds)
+    whole, interim = section(found, seeds=seeds), section(found, seeds=seeds + 1)
+    assert "Interim" not in whole
+    assert "Primary comparison" in whole
+    assert f"*Interim*: {seeds} of the {seeds + 1} seeds that were fixed before the first run." in interim
+    assert "Primary comparison" not in interim
+    assert "predicts" not in interim
+
+
 def test_one_seed_has_no_interval_and_nothing_is_said_to_predict():
     text = section(compare(levels(measured(seeds=1)), primary="good", control="bad"))
     assert "[+" not in text

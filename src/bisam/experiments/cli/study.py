@@ -200,7 +200,7 @@ class StudySubject:
         more = [analyses.section(runs, entries, faults, f"{out / study.folder}")]
         files = {"analysis.csv": to_csv(analyses.rows(runs, entries))}
         if study.analyses is not None:
-            section, own, figure = _predictors(runs, entries, study.analyses)
+            section, own, figure = _predictors(runs, entries, study.analyses, study.seeds)
             more, files = [section, *more], files | own
             if figure is not None:
                 pictures[f"{predictor_plot.NAME}.png"] = rendered(figure)
@@ -222,13 +222,13 @@ def _compared(
 
 
 def _predictors(
-    runs: Sequence[Finished], entries: Mapping[Recipe, Sequence[Entry]], analyses: Analyses
+    runs: Sequence[Finished], entries: Mapping[Recipe, Sequence[Entry]], analyses: Analyses, seeds: int
 ) -> tuple[str, dict[str, str], Figure | None]:
     """Print the comparisons of measures with the test error; return them as Markdown, CSV files and a figure."""
     from bisam.experiments.reports import predictor_plot, predictors
 
     comparisons, found, unmeasured = _compared(runs, entries, analyses)
-    section = predictors.section(comparisons, unmeasured)
+    section = predictors.section(comparisons, unmeasured, seeds)
     files = {"measures.csv": to_csv(predictors.run_rows(found))}
     if not comparisons:
         return section, files, None

@@ -267,12 +267,14 @@ def brief(one: Comparison) -> tuple[str, ...]:
     return one.level.title, *(cells[name] for name in BRIEF[1:])
 
 
-def section(comparisons: Sequence[Comparison], unmeasured: Sequence[str] = ()) -> str:
+def section(comparisons: Sequence[Comparison], unmeasured: Sequence[str] = (), seeds: int = 1) -> str:
     """Return the table and the sentences of a report, in Markdown.
 
     Args:
         comparisons: as `compare` returns them.
         unmeasured: names of runs without measures.
+        seeds: number of seeds that was fixed before the first run. With fewer of them nothing is called decided,
+            because a study that stops when a comparison looks decided is wrong more often than its p values say.
     """
     if not comparisons:
         nothing = "No seed has a finished and measured run of every configuration, so there is nothing to correlate."
@@ -281,7 +283,9 @@ def section(comparisons: Sequence[Comparison], unmeasured: Sequence[str] = ()) -
     lines = [(one.level.title, *_cells(one)) if several else _cells(one) for one in comparisons]
     written_table = table(("", *HEADER) if several else HEADER, lines)
     out = [_left_out(comparisons), _unmeasured(unmeasured)]
-    blocks = [f"## {TITLE}", _EXPLANATION, written_table, *_sentences(comparisons), *out]
+    interim = _interim(comparisons, seeds)
+    sentences = [interim] if interim else _sentences(comparisons)
+    blocks = [f"## {TITLE}", _EXPLANATION, written_table, *sentences, *out]
     return "\n\n".join(block for block in blocks if block)
 
 
@@ -347,6 +351,16 @@ def _unmeasured(names: Sequence[str]) -> str:
         return ""
     more = f"; and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return f"Not measured, or not completely: {'; '.join(map(escaped, names[:_LISTED]))}{more}."
+
+
+def _interim(comparisons: Sequence[Comparison], seeds: int) -> str:
+    least = min(len(one.level.seeds) for one in comparisons)
+    if least >= seeds:
+        return ""
+    return (
+        f"*Interim*: {least} of the {seeds} seeds that were fixed before the first run. Nothing is decided until all "
+        "of them are there; the same command runs the others."
+    )
 
 
 def _sentences(comparisons: Sequence[Comparison]) -> list[str]:
