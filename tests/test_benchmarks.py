@@ -241,6 +241,7 @@ def in_no_process(work, name, repeats):
     return {"times": {k: [1.0 + i] for i, k in enumerate(each)}, "reductions": dict.fromkeys(each, 1)}
 
 
+@pytest.mark.slow
 def test_the_page_has_every_row_and_where_it_comes_from(tmp_path, monkeypatch):
     monkeypatch.setattr(scaling, "in_two", in_no_process)
     paths = [tmp_path / f"{name}.json" for name in ("objective", "step", "pipeline", "parallel", "scaling")]

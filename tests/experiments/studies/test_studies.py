@@ -316,6 +316,7 @@ def test_grid_vit_on_flowers_and_pets(flower_root, pet_root, here, bisam):  # no
     ]
 
 
+@pytest.mark.slow
 def test_table8_on_all_networks(cifar_root, here, bisam, monkeypatch):
     """Each name builds the same small network."""
     for name in ("resnet32", *MODELS):
