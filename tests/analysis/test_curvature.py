@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import fmean, stdev
 from typing import Any
 
 import pytest
@@ -160,7 +161,16 @@ def test_the_trace_is_within_its_error(by):
     found = trace(ModelOracle(model, cross_entropy), DATA, draws=200, by=by)
     assert abs(found.value - float(dense(model, cross_entropy).trace())) < 4 * found.error
     assert found.error < 0.2 * found.value
-    assert found.products == 200
+    assert found.products == len(found.values) == 200
+    assert (found.value, found.error) == pytest.approx((fmean(found.values), stdev(found.values) / 200**0.5), rel=1e-12)
+
+
+def test_the_trace_is_drawn_around_its_mean():
+    pytest.importorskip("matplotlib").use("Agg")
+    axes = trace(ModelOracle(cases.mlp().eval(), cross_entropy), DATA, draws=4).plot()
+    assert axes.get_ylabel() == "estimate of the trace"
+    points, mean = axes.lines
+    assert fmean(points.get_ydata()) == pytest.approx(mean.get_ydata()[0], rel=1e-12)
 
 
 def test_the_density_is_that_of_the_dense_hessian():

@@ -12,6 +12,7 @@ from torch import nn
 
 from bisam import ModelOracle, NegLog, Vector, cross_entropy
 from bisam.analysis import landscape
+from bisam.objectives import CrossEntropy
 from tests.support import cases
 from tests.support.cases import everything
 
@@ -81,6 +82,14 @@ def test_outputs_without_classes_have_a_loss_and_no_error():
     found = landscape(oracle, DATA, points=3)
     assert found.error == ()
     assert len(found.loss[0]) == 3
+
+
+def test_the_error_ignores_the_label_that_the_loss_ignores():
+    x, y = DATA[0]
+    model, ignored = cases.mlp(), torch.where(torch.arange(len(y)) < 5, 255, y)
+    found = landscape(ModelOracle(model, CrossEntropy(255)), [(x, ignored)], points=3)
+    wrong = model(x[5:]).argmax(1) != y[5:]
+    assert found.error[0][1] == pytest.approx(float(wrong.double().mean()), rel=1e-12)
 
 
 def test_a_loss_that_is_infinite_far_away_is_none_in_json():

@@ -156,6 +156,15 @@ def regression(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return model(x)[:, 0], y.double()
 
 
+def first_logits(outputs: Tensor, targets: Tensor) -> Tensor:
+    """A loss that does not notice labels outside the classes."""
+    return outputs[:, 0]
+
+
+def beyond(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    return model(x), torch.full_like(y, 4)
+
+
 @pytest.mark.parametrize("measure", [zero_one_sharpness, flips])
 @pytest.mark.parametrize(
     ("arguments", "error", "said"),
@@ -166,6 +175,11 @@ def regression(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         ({"data": iter(())}, ValueError, "no batches"),
         ({"perturb": SAM()}, TypeError, "perturb must be a ball"),
         ({"source": ModelOracle(cases.mlp(), nn.MSELoss(), regression)}, ValueError, r"the 0-1 loss compares logits"),
+        (
+            {"source": ModelOracle(cases.mlp(), first_logits, beyond)},
+            ValueError,
+            r"labels of 4 classes are 0 to 3, .*, got 4",
+        ),
     ],
     ids=cases.named,
 )

@@ -31,7 +31,7 @@ from bisam.analysis.samples import Mode, Progress, Sample, Source, read, sampled
 from bisam.batches import Batch, size
 from bisam.distributed.layout import dtensor_type
 from bisam.loss import SharpnessAware
-from bisam.model.eval_mode import in_mode
+from bisam.model import running_statistics
 from bisam.model.oracle import ModelOracle
 from bisam.validation import non_negative, whole
 from bisam.vector import Vector
@@ -269,7 +269,7 @@ class _Statistics:
     ) -> None:
         self._sample, self._oracle = sample, cast(ModelOracle, sample.model)
         model = self._oracle.model
-        layers = [m for m in model.modules() if isinstance(getattr(m, "running_mean", None), Tensor)]
+        layers = running_statistics.layers_of(model)
         if isinstance(recalibrate, str) and recalibrate != "interpolate":
             raise ValueError(f"recalibrate must be training batches or 'interpolate', got {recalibrate!r}")
         if recalibrate is not None and (mode == "train" or not layers):
@@ -281,16 +281,15 @@ class _Statistics:
                 "pass recalibrate=training batches, or mode='train' for the statistics of each batch"
             )
         self._batches: list[Batch] = []
-        self._layers: list[Any] = []
+        self._layers: list[nn.Module] = []
         if recalibrate is not None and recalibrate != "interpolate":
-            if by_hand := [m for m in layers if not isinstance(m, _RECALIBRATED)]:
+            if by_hand := [m for m in layers if not isinstance(m, running_statistics.RECOMPUTED)]:
                 raise ValueError(
                     f"the running statistics of {type(by_hand[0]).__name__} cannot be recomputed, only those of "
                     "BatchNorm: pass recalibrate='interpolate', or mode='train'"
                 )
             self._batches, self._layers = read(recalibrate, sample.oracle), layers
         running = {id(b) for layer in layers for b in layer.buffers(recurse=False)}
-        self._buffers = [b for _, b in model.named_buffers()]
         self._moved: list[tuple[Tensor, list[Tensor]]] = []
         for name, buffer in model.named_buffers():
             taken = all(name in state for state in states) and buffer.is_floating_point()
@@ -305,40 +304,28 @@ class _Statistics:
     @contextmanager
     def at(self, shares: Sequence[float], displacement: Callable[[], Vector]) -> Generator[None]:
         """A context in which the buffers of the model are those of a point; they are restored at its end."""
-        # .data: the graph of another loss may hold a buffer, and would detect the change, which is undone.
-        before = [b.data.clone() for b in self._buffers]
-        try:
-            for buffer, deltas in self._moved:
-                for share, delta in zip(shares, deltas, strict=True):
-                    buffer.data.add_(delta, alpha=share)
+        with running_statistics.buffers_as(self._oracle, self._moved_by(shares)):
             if self._batches:
                 self._recompute(displacement)
             yield
-        finally:
-            self._oracle.rollback()  # tensors that forward passes have replaced
-            for buffer, content in zip(self._buffers, before, strict=True):
-                buffer.data.copy_(content)
+
+    def _moved_by(self, shares: Sequence[float]) -> list[tuple[Tensor, Tensor]]:
+        """Returns the buffers that are interpolated, with their contents at a point."""
+        found: list[tuple[Tensor, Tensor]] = []
+        for buffer, deltas in self._moved:
+            content = buffer.detach().clone()
+            for share, delta in zip(shares, deltas, strict=True):
+                content.add_(delta, alpha=share)
+            found.append((buffer, content))
+        return found
 
     def _recompute(self, displacement: Callable[[], Vector]) -> None:
-        oracle, momenta = self._oracle, [layer.momentum for layer in self._layers]
-        try:
-            for layer in self._layers:
-                for buffer, value in ((layer.running_mean, 0), (layer.running_var, 1), (layer.num_batches_tracked, 0)):
-                    buffer.data.fill_(value)  # as reset_running_stats(), which the graph of another loss would detect
-                layer.momentum = None  # the cumulative average
-            with in_mode(oracle.model, True):
-                for i, batch in enumerate(self._batches):
-                    with oracle.fork(self._sample.seed, -1 - i):
-                        oracle.query(batch, at=displacement(), grad=False, track=True)
-                    self._sample.passes.add(batch, grad=False)
-        finally:
-            oracle.seen.clear()
-            oracle.next_part()  # other passes begin with the new statistics
-            for layer, momentum in zip(self._layers, momenta, strict=True):
-                layer.momentum = momentum
-
-
-_RECALIBRATED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+        oracle = self._oracle
+        with running_statistics.recomputing(oracle, self._layers):
+            for i, batch in enumerate(self._batches):
+                with oracle.fork(self._sample.seed, -1 - i):
+                    oracle.query(batch, at=displacement(), grad=False, track=True)
+                self._sample.passes.add(batch, grad=False)
 
 
 def _matched(other: Checkpoint, oracle: ModelOracle) -> dict[str, Tensor]:

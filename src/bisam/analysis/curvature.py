@@ -101,11 +101,19 @@ class Trace(Curvature):
         value: the estimate. The attributes that are not listed are those of `Curvature`.
         error: its standard error.
         draws: number of random vectors.
+        values: the estimate of each random vector.
     """
 
     value: float
     error: float
     draws: int
+    values: tuple[float, ...]
+
+    def plot(self, axes: Any = None) -> Any:
+        """Draws the estimates of the random vectors, and their mean, into matplotlib axes, which are returned."""
+        from bisam.analysis.plots import around
+
+        return around(self.values, self.value, "random vector", "estimate of the trace", "mean", axes)
 
 
 @dataclass(frozen=True)
@@ -212,7 +220,18 @@ def trace(
             products.append((v * (operator @ v)).sum())
         each = torch.stack(products).double()
         error = float(each.std() / draws**0.5)
-        return Trace(mode, seed, examples, matrix, operator.by, operator.products, float(each.mean()), error, draws)
+        return Trace(
+            mode,
+            seed,
+            examples,
+            matrix,
+            operator.by,
+            operator.products,
+            value=float(each.mean()),
+            error=error,
+            draws=draws,
+            values=tuple(each.tolist()),
+        )
 
 
 def spectral_density(

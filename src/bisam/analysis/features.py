@@ -14,16 +14,17 @@ SAM lowers the rank of features (Andriushchenko et al., 2023, https://arxiv.org/
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bisam.analysis.samples import Mode, Progress, Result, Sample, Source, sampled
+from bisam.model import capture
+from bisam.model.capture import Capture
 from bisam.validation import share
 
 
@@ -101,10 +102,10 @@ def feature_rank(
     share("explained", explained)
     with sampled(source, data, seed=seed, mode=mode, progress=progress) as sample:
         sample.passes.expected, matrix, count, name = 1, Centred(), 0.0, ""
-        with captured(sample, at) as capture:
+        with captured(sample, at) as calls:
             for answer in sample.each(grad=False):
                 count += float(answer.count)
-                call = capture.last()
+                call = calls.last()
                 name = call.name
                 matrix.add(sample.oracle.gathered(call.features).cpu())
         values = matrix.singular_values()
@@ -175,100 +176,12 @@ class Centred:
         return centred if centred.norm() > 10 * self._rounding * every.norm() else torch.zeros_like(centred)
 
 
-@dataclass(frozen=True)
-class Call:
-    """What a module was given in a forward pass, and what it returned.
-
-    Attributes:
-        name: name of the module.
-        module: the module.
-        features: its first input, as a matrix (n, d).
-        output: its output.
-    """
-
-    name: str
-    module: nn.Module
-    features: Tensor
-    output: Any
-
-
-class Capture:
-    """The calls of the modules of interest in the latest forward pass.
-
-    Args:
-        at: the name of the only module of interest; None: the linear layer that is called last.
-    """
-
-    def __init__(self, at: str | None) -> None:
-        self._at = at
-        self._call: Call | None = None
-        self._before = ""
-
-    def hook(self, name: str) -> Any:
-        """Returns a forward hook for the module of this name."""
-
-        def called(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if not args or not isinstance(args[0], Tensor) or not args[0].is_floating_point():
-                raise ValueError(
-                    f"the first input of {name!r} is no floating-point tensor, got "
-                    f"{type(args[0]).__name__ if args else 'keyword arguments'}: choose another layer at="
-                )
-            inputs = args[0].detach()
-            features = inputs.flatten(0, -2) if isinstance(module, nn.Linear) else inputs.flatten(1)
-            self._call = Call(name, module, features, output)
-
-        return called
-
-    def last(self) -> Call:
-        """Returns the call of the latest forward pass, and forgets it.
-
-        Raises:
-            ValueError: there was none, or that of the pass before was of another module.
-        """
-        call, self._call = self._call, None
-        if call is None:
-            what = "no linear layer" if self._at is None else f"not {self._at!r}"
-            raise ValueError(
-                f"the forward pass called {what}: name a layer that it calls, at=..., and pass the model without "
-                "torch.compile, which calls no hooks"
-            )
-        if self._before not in ("", call.name):
-            raise ValueError(
-                f"the last linear layer is {self._before!r} in one batch and {call.name!r} in another: at="
-            )
-        self._before = call.name
-        return call
-
-
-@contextmanager
-def captured(sample: Sample, at: str | None) -> Generator[Capture]:
-    """A context that captures what a module of the model is given in forward passes.
-
-    Args:
-        sample: the sample.
-        at: see `feature_rank`.
+def captured(sample: Sample, at: str | None) -> AbstractContextManager[Capture]:
+    """Returns a context that captures the calls of a module of the model, see `bisam.model.capture.captured`.
 
     Raises:
-        TypeError: `at` is no string.
-        ValueError: the oracle is not that of a torch module, or the model has no such module.
+        ValueError: the oracle is not that of a torch module.
     """
     if sample.model is None:
         raise ValueError("features are those of a torch module: pass SharpnessAware(model, ...) or a ModelOracle")
-    modules = dict(sample.model.model.named_modules())
-    if at is None:
-        chosen = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
-        if not chosen:
-            raise ValueError("the model has no linear layer: name the layer whose inputs are the features, at=...")
-    elif at in modules:
-        chosen = {at: modules[at]}
-    else:
-        near = get_close_matches(at, modules, 3) or [name for name in modules if name][-3:]
-        raise ValueError(f"the model has no module {at!r}; it has {', '.join(map(repr, near))}")
-    capture, handles = Capture(at), []
-    try:
-        for name, module in chosen.items():
-            handles.append(module.register_forward_hook(capture.hook(name)))
-        yield capture
-    finally:
-        for handle in handles:
-            handle.remove()
+    return capture.captured(sample.model.model, at)

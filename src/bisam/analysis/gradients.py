@@ -55,7 +55,7 @@ class GradientNorm(Result):
         """Draws the norms of the batches, and that of all examples, into matplotlib axes, which are returned."""
         from bisam.analysis.plots import around
 
-        return around(self.norms, self.norm, "batch", "norm of the gradient", axes)
+        return around(self.norms, self.norm, "batch", "norm of the gradient", axes=axes)
 
 
 def gradient_norm(

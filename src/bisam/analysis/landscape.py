@@ -146,7 +146,9 @@ def surface(
         around: a context in which the loss at two coordinates is computed.
     """
     first = plain.parts[0]
-    error = ZeroOne.like(sample.oracle.loss) if _has_classes(first.outputs, first.targets) else None
+    error = ZeroOne.like(sample.oracle.loss)
+    if not _fits(error, first.outputs, first.targets):
+        error = None
     losses: list[tuple[float, ...]] = []
     errors: list[tuple[float, ...]] = []
     for y in ys:
@@ -183,9 +185,9 @@ def _by_filters(noise: Tensor, weight: Tensor) -> Tensor:
     return noise * (lengths[1] / lengths[0].clamp_min(torch.finfo(noise.dtype).tiny))
 
 
-def _has_classes(outputs: Any, targets: Any) -> bool:
+def _fits(error: ZeroOne, outputs: Any, targets: Any) -> bool:
     try:
-        ZeroOne()(outputs, targets)
+        error.labels(outputs, targets)
     except (TypeError, ValueError):
         return False
     return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import ClassVar, Self, cast
 
 import torch
 from torch import Tensor
@@ -15,23 +15,26 @@ from bisam.objectives import CrossEntropy, Objective
 
 
 @dataclass(frozen=True)
-class Labelled:
-    """Cross-entropy of logits of several classes with labels; all other outputs and targets are refused.
+class OfClasses:
+    """The base of objectives of logits of several classes and labels; all other outputs and targets are refused.
 
     Args:
         ignore_index: label of examples that are ignored; their loss is 0.
     """
 
+    subject: ClassVar[str] = "this measure"
+    """The subject of messages."""
+
     ignore_index: int = -100
 
     @classmethod
-    def like(cls, loss: Objective) -> Labelled:
+    def like(cls, loss: Objective) -> Self:
         """Returns the objective that ignores the same label as a loss."""
         ignored = getattr(loss, "ignore_index", None)
         return cls() if ignored is None else cls(ignored)
 
-    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Returns one loss per example, of the shape of `targets`.
+    def labels(self, outputs: Tensor, targets: Tensor | None) -> Tensor:
+        """Returns the targets if they are labels of the classes of the outputs.
 
         Args:
             outputs: logits (N, K, ...), K >= 2.
@@ -39,23 +42,39 @@ class Labelled:
 
         Raises:
             TypeError: `outputs` or `targets` have the wrong type.
-            ValueError: their shapes do not match, K < 2, or a label is outside [0, K) and not `ignore_index`.
+            ValueError: their shapes do not match, K < 2, there are no targets, or a label is outside [0, K) and not
+                `ignore_index`.
         """
+        if targets is None:
+            raise ValueError(
+                f"{self.subject} compares logits with labels, and there are no labels of classes here, as in a "
+                "regression or with several labels at once: measure sharpness instead"
+            )
         classes = check.types(outputs, targets)
         soft = targets.is_floating_point()
         if outputs.dim() < 2 or classes < 2 or soft or not check.fits(outputs, targets):
             raise ValueError(
-                "this measure compares logits (N, K, ...) of K >= 2 classes with int64 labels (N, ...), got outputs of "
-                f"shape {tuple(outputs.shape)} and targets of type {targets.dtype} and shape {tuple(targets.shape)}"
+                f"{self.subject} compares logits (N, K, ...) of K >= 2 classes with int64 labels (N, ...), got outputs "
+                f"of shape {tuple(outputs.shape)} and targets of type {targets.dtype} and shape {tuple(targets.shape)}"
             )
-        # Checked before the loss, whose device-side assert would leave a GPU unusable.
         outside = ((targets < 0) | (targets >= classes)) & (targets != self.ignore_index)
         if bool(outside.any()):
             raise ValueError(
                 f"the labels of {classes} classes are 0 to {classes - 1}, or {self.ignore_index} for examples that are "
                 f"ignored, got {int(targets[outside][0])}"
             )
-        return CrossEntropy(self.ignore_index)(outputs.to(torch.promote_types(outputs.dtype, torch.float32)), targets)
+        return targets
+
+
+@dataclass(frozen=True)
+class Labelled(OfClasses):
+    """Cross-entropy, for measures that need the outputs alone."""
+
+    def __call__(self, outputs: Tensor, targets: Tensor | None) -> Tensor:
+        """Returns one loss per example, of the shape of `targets`; see `OfClasses.labels`."""
+        # Checked before the loss, whose device-side assert would leave a GPU unusable.
+        labels = self.labels(outputs, targets)
+        return CrossEntropy(self.ignore_index)(outputs.to(torch.promote_types(outputs.dtype, torch.float32)), labels)
 
 
 @dataclass(frozen=True)

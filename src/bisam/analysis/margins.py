@@ -25,12 +25,13 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from bisam.analysis.features import Capture, Centred, captured
+from bisam.analysis.features import Centred, captured
 from bisam.analysis.logits import Rows, rows
 from bisam.analysis.samples import Mode, Progress, Result, Sample, Source, sampled
+from bisam.model.capture import Capture
 
 Normalization = Literal["logits", "features"]
-"""What margins are divided by: the spread of the logits, or of the features of the last layer."""
+"""A divisor of margins: the spread of the logits, or that of the features of the last layer."""
 
 
 @dataclass(frozen=True)

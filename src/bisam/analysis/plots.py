@@ -279,11 +279,14 @@ def explained(shares: Sequence[float], components: int, share: float, axes: Any 
     return axes
 
 
-def around(values: Sequence[float], centre: float, across: str, label: str, axes: Any = None) -> Any:
-    """Draws values by their numbers, from 1, and a line at the value of all together."""
+def around(
+    values: Sequence[float], centre: float, across: str, label: str, name: str = "all examples", axes: Any = None
+) -> Any:
+    """Draws values by their numbers, from 1, and a line at another value with a name, such as that of all together."""
     axes = points(values, across, label, axes)
-    axes.axhline(centre, color=COLOURS[1], linewidth=1.2, linestyle="--", label="all examples")
-    axes.set_ylim(0, 1.08 * max(*values, centre) or 1)
+    axes.axhline(centre, color=COLOURS[1], linewidth=1.2, linestyle="--", label=name)
+    low, high = min(*values, centre, 0), max(*values, centre, 0)
+    axes.set_ylim(1.08 * low, 1.08 * high if high > low else 1)
     axes.legend(frameon=False)
     return axes
 

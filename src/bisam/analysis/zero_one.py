@@ -17,14 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from bisam import targets as check
 from bisam.analysis.ascent import Found, climb
 from bisam.analysis.balls import ball_of
+from bisam.analysis.logits import OfClasses
 from bisam.analysis.samples import Mode, Progress, Result, Source, sampled
 from bisam.objectives import NegLog, Objective, Tanh, cross_entropy
 from bisam.perturbations import L2, Perturbation, geometry
@@ -40,20 +40,14 @@ ADVERSARIES: Mapping[str, tuple[Objective, ...]] = {
 
 
 @dataclass(frozen=True)
-class ZeroOne:
+class ZeroOne(OfClasses):
     """The 0-1 loss: 1 where another class than the label has the largest logit. It has no gradient.
 
     Args:
         ignore_index: label of examples that are ignored; their loss is 0.
     """
 
-    ignore_index: int = -100
-
-    @classmethod
-    def like(cls, loss: Objective) -> ZeroOne:
-        """Returns the 0-1 loss that ignores the same label as a loss."""
-        ignored = getattr(loss, "ignore_index", None)
-        return cls() if ignored is None else cls(ignored)
+    subject: ClassVar[str] = "the 0-1 loss"
 
     def __call__(self, outputs: Tensor, targets: Tensor | None) -> Tensor:
         """Returns one loss per example, of the shape of `targets`.
@@ -64,21 +58,12 @@ class ZeroOne:
 
         Raises:
             TypeError: `outputs` or `targets` have the wrong type.
-            ValueError: their shapes do not match, K < 2, or there are no targets.
+            ValueError: their shapes do not match, K < 2, there are no targets, or a label is outside [0, K) and not
+                `ignore_index`.
         """
-        if targets is None:
-            raise ValueError(
-                "the 0-1 loss compares logits with labels, and there are no labels of classes here, as in a regression "
-                "or with several labels at once: measure sharpness instead"
-            )
-        classes = check.types(outputs, targets)
-        if classes < 2 or targets.is_floating_point() or not check.fits(outputs, targets):
-            raise ValueError(
-                "the 0-1 loss compares logits (N, K, ...) of K >= 2 classes with labels (N, ...), got outputs of shape "
-                f"{tuple(outputs.shape)} and targets of type {targets.dtype} and shape {tuple(targets.shape)}"
-            )
-        wrong = outputs.argmax(1) != targets
-        return (wrong & (targets != self.ignore_index)).to(torch.promote_types(outputs.dtype, torch.float32))
+        labels = self.labels(outputs, targets)
+        wrong = outputs.argmax(1) != labels
+        return (wrong & (labels != self.ignore_index)).to(torch.promote_types(outputs.dtype, torch.float32))
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ def _with_nan(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Analysis:
-    """What is measured together, with the same settings.
+    """A set of measures that are computed together, with the same settings.
 
     Attributes:
         title: what it is.
@@ -500,7 +500,7 @@ ANALYSES: dict[str, Analysis] = {
 """By name, in the order in which they are computed."""
 
 DEFAULT = tuple(name for name, analysis in ANALYSES.items() if analysis.default)
-"""What is computed if nothing is named."""
+"""The analyses that `bisam analyse` computes if none is named."""
 
 
 def known(names: Iterable[str]) -> list[str]:

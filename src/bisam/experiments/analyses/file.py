@@ -35,11 +35,11 @@ VERSION = 1
 
 
 class Entry(TypedDict, total=False):
-    """What an analysis found, with one set of settings."""
+    """The results of an analysis with one set of settings."""
 
     analysis: Required[str]
     version: Required[int]
-    """Of the analysis."""
+    """The version of the analysis, see `Analysis.version`."""
     settings: Required[dict[str, Any]]
     of: Required[str]
     """Identifies the weights: a checksum of the run's result, or of the file of weights."""

@@ -74,7 +74,7 @@ class Folder:
 
     @property
     def statistics(self) -> Statistics:
-        """What the images are standardised with."""
+        """Mean and standard deviation of each channel, with which the images are standardised."""
         return self.mean, self.std
 
     def to(self, device: torch.device) -> Folder:

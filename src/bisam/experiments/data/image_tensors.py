@@ -82,7 +82,7 @@ class Images:
 
     @property
     def statistics(self) -> Statistics | None:
-        """What the images are standardised with."""
+        """Mean and standard deviation of each channel, with which the images are standardised."""
         if self.mean is None or self.std is None:
             return self.standardised
         return tuple(self.mean.tolist()), tuple(self.std.tolist())

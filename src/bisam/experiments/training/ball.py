@@ -85,7 +85,7 @@ class Ball:
         except NonFiniteLossError:  # the run has diverged, and goes on to its end
             return dict.fromkeys(BALL, nan)
         row: Row = {"ball_error": largest.error, "ball_worst": largest.worst}
-        row |= {f"flips_{_SHORT[name]}": count / found.examples for name, count in found.flipped.items()}
+        row |= {f"flips_{_SHORT[name]}": flipped / found.examples for name, flipped in found.flipped.items()}
         row |= {f"cosine_{_SHORT[name]}": value for name, value in found.cosines["loss"].items() if name != "loss"}
         return {name: row[name] for name in BALL}
 
