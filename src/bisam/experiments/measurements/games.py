@@ -225,7 +225,7 @@ def trajectories(rows: list[Row]) -> Figure:
     from matplotlib.figure import Figure
 
     groups = _grouped(rows)
-    figure = Figure(figsize=(4.6 * len(groups), 5.4), layout="constrained")
+    figure = Figure(figsize=(3.7 * len(groups), 4.4), layout="constrained")
     for ax, (game, methods) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True):
         problem = PROBLEMS[game]
         _field(ax, problem)
@@ -236,7 +236,7 @@ def trajectories(rows: list[Row]) -> Figure:
             ax.plot(end["x"], end["y"], "o", color=player.colour, markersize=5, zorder=4)
         ax.plot(*problem.start, "s", color="black", markersize=6, zorder=5)
         ax.plot(*problem.solution, "*", color="white", markeredgecolor="black", markersize=13, zorder=6)
-        ax.set_title(problem.title, fontsize=10)
+        ax.set_title(problem.title, fontsize=9)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=8, frameon=False)
     return figure
 
@@ -246,14 +246,14 @@ def distances(rows: list[Row]) -> Figure:
     from matplotlib.figure import Figure
 
     groups = _grouped(rows)
-    figure = Figure(figsize=(4.6 * len(groups), 4.2), layout="constrained")
+    figure = Figure(figsize=(3.7 * len(groups), 3.6), layout="constrained")
     axes = figure.subplots(1, len(groups), squeeze=False, sharey=True)[0]
     for ax, (game, methods) in zip(axes, groups.items(), strict=True):
         for method, points in methods.items():
             shown = [max(p["distance"], 1e-8) for p in points]
             ax.semilogy([p["evaluations"] for p in points], shown, **_line(PLAYERS[method]), label=method)
         ax.set_xlabel("evaluations of F")
-        ax.set_title(PROBLEMS[game].title, fontsize=10)
+        ax.set_title(PROBLEMS[game].title, fontsize=9)
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("distance to the solution")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=8, frameon=False)
@@ -266,7 +266,7 @@ def _field(ax: Axes, problem: Problem) -> None:
     y, x = torch.meshgrid(grid, grid, indexing="ij")
     f = -problem.operator(torch.stack([x, y], -1))
     ax.streamplot(
-        grid.numpy(), grid.numpy(), f[..., 0].numpy(), f[..., 1].numpy(), color="#C8C8C8", density=1.3, linewidth=0.7
+        grid.numpy(), grid.numpy(), f[..., 0].numpy(), f[..., 1].numpy(), color="#C8C8C8", density=1.1, linewidth=0.7
     )
     ax.set(xlim=(-side, side), ylim=(-side, side), aspect="equal", xlabel="x", ylabel="y")
     ax.locator_params(nbins=7)
