@@ -191,9 +191,12 @@ def with_entry(entries: Sequence[Entry], entry: Entry) -> list[Entry]:
     return [*(one for one in entries if one["of"] == entry["of"] and key(one) != key(entry)), entry]
 
 
+def with_settings(entries: Iterable[Entry], name: str, settings: Mapping[str, Any]) -> Entry | None:
+    """Return the entry of an analysis with these settings, or None."""
+    own = dict(settings)
+    return next((entry for entry in entries if entry["analysis"] == name and entry["settings"] == own), None)
+
+
 def find(entries: Iterable[Entry], name: str, settings: Mapping[str, Any], of: str) -> Entry | None:
     """Return the entry of an analysis with these settings and of these weights, or None."""
-    for entry in entries:
-        if entry["analysis"] == name and entry["settings"] == dict(settings) and is_of(entry, of):
-            return entry
-    return None
+    return with_settings((entry for entry in entries if is_of(entry, of)), name, settings)

@@ -28,6 +28,7 @@ from bisam.experiments.analyses.file import (
     new_entry,
     read_entries,
     with_entry,
+    with_settings,
 )
 from bisam.experiments.analyses.settings import FILE, Settings
 from bisam.experiments.analyses.subject import Subject, of_file, of_run
@@ -162,10 +163,9 @@ def numbers(found: Mapping[str, Any], what: Iterable[str], settings: Settings = 
     for name in known(what):
         own = ANALYSES[name].settings
         (one,) = settings.each(own)
-        entries = [e for e in found["entries"] if e["analysis"] == name and e["settings"] == one.told(own)]
-        if not entries:
+        if (entry := with_settings(found["entries"], name, one.told(own))) is None:
             raise KeyError(f"{name} with {one.told(own)}")
-        values |= ANALYSES[name].numbers(entries[-1]["results"])
+        values |= ANALYSES[name].numbers(entry["results"])
     return values
 
 

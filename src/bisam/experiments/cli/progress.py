@@ -3,15 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from bisam.experiments.cli.terminal import console
 from bisam.experiments.recipes.recipe import Recipe
 
 
-class Display:
+class _Live:
+    """A context in which a bar is updated; nothing is shown if the output is not a terminal."""
+
+    def __init__(self, *columns: ProgressColumn) -> None:
+        self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Stop updating the bar."""
+        self._bar.stop()
+
+
+class Display(_Live):
     """A bar over all epochs (or steps) with the latest result; one line per run if the output is not a terminal.
 
     Args:
@@ -25,7 +51,7 @@ class Display:
         self._runs = len(recipes)
         self._completed: dict[Recipe, int] = {}
         units = [*dict.fromkeys(recipe.unit for recipe in recipes), *(["analyses"] if analyses else [])]
-        self._bar = Progress(
+        super().__init__(
             TextColumn("{task.fields[runs]}"),
             BarColumn(),
             MofNCompleteColumn(),
@@ -34,22 +60,9 @@ class Display:
             TextColumn("left"),
             TimeRemainingColumn(),
             TextColumn("{task.fields[news]}"),
-            console=console,
-            disable=not console.is_terminal,
         )
         total = sum(recipe.length + analyses for recipe in recipes)
         self._task = self._bar.add_task("", total=total, runs=self._count(), news="")
-
-    def __enter__(self) -> Display:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """Stop updating the bar."""
-        self._bar.stop()
 
     def epoch(self, recipe: Recipe, completed: int, validation: float) -> None:
         """Show a completed epoch of a run, after which so many of its epochs or steps are completed."""
@@ -89,34 +102,21 @@ def duration(seconds: float) -> str:
     return f"{seconds:.3g} s"
 
 
-class MeasuringDisplay:
+class MeasuringDisplay(_Live):
     """A bar over the examples of the current measure; nothing if the output is not a terminal."""
 
     def __init__(self, runs: int) -> None:
         self._runs, self._number = runs, 0
-        self._bar = Progress(
+        super().__init__(
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f} %"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
         )
         self._task = self._bar.add_task("", total=None)
         self._title = ""
-
-    def __enter__(self) -> MeasuringDisplay:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """Stop updating the bar."""
-        self._bar.stop()
 
     def run(self) -> None:
         """Go on to the next run."""

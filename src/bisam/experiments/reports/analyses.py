@@ -14,7 +14,7 @@ from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
 from bisam.experiments.analyses.catalogue import ANALYSES, Column
-from bisam.experiments.analyses.file import Entry, is_of, read_entries
+from bisam.experiments.analyses.file import Entry, is_of, read_entries, with_settings
 from bisam.experiments.analyses.settings import FILE, SHARED
 from bisam.experiments.errors import DamagedError, RunError
 from bisam.experiments.recipes.recipe import Recipe
@@ -61,14 +61,12 @@ class Head:
 
     def is_in(self, entries: Iterable[Entry]) -> bool:
         """Whether the analysis was made with these settings, among the entries of a run."""
-        return any(entry["analysis"] == self.analysis and entry["settings"] == self.settings for entry in entries)
+        return with_settings(entries, self.analysis, self.settings) is not None
 
     def value(self, entries: Iterable[Entry]) -> float:
         """The number in the entries of a run; nan if it is not there or not finite."""
-        for entry in entries:
-            if entry["analysis"] == self.analysis and entry["settings"] == self.settings:
-                return self.column.value(entry["results"])
-        return nan
+        entry = with_settings(entries, self.analysis, self.settings)
+        return nan if entry is None else self.column.value(entry["results"])
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from math import isfinite, isnan
 import numpy as np
 
 from bisam.experiments.analyses.catalogue import ANALYSES
-from bisam.experiments.analyses.file import Entry
+from bisam.experiments.analyses.file import Entry, with_settings
 from bisam.experiments.analyses.settings import Settings
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports.correlations import Correlation, Estimate, correlate, holm, stronger
@@ -132,9 +132,8 @@ def _numbers(entries: Sequence[Entry], analyses: Analyses) -> dict[str, float]:
     values = dict[str, float]()
     for name in analyses.what:
         settings = Settings(**analyses.settings_of(name)).told(ANALYSES[name].settings)
-        for entry in entries:
-            if entry["analysis"] == name and entry["settings"] == settings:
-                values |= ANALYSES[name].numbers(entry["results"])
+        if (entry := with_settings(entries, name, settings)) is not None:
+            values |= ANALYSES[name].numbers(entry["results"])
     return values
 
 
