@@ -277,7 +277,7 @@ class Monitor:
         return {"steps": self.steps, "history": copy.deepcopy(self.history)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores the result of `state_dict`, so that records go on at the same steps.
+        """Restores the result of `state_dict`, so that records continue at the same steps.
 
         Raises:
             ValueError: the state is not one of a monitor.

@@ -121,8 +121,8 @@ def test_a_changed_setting_computes_again_and_keeps_the_other(run):
 def test_an_analysis_without_radius_is_made_once():
     several = replace(FEW, rho=(0.3, 0.4))
     hessian = catalogue.ANALYSES["hessian"].settings
-    assert [one.told(hessian) for one in several.each(hessian)] == [FEW.told(hessian)]
-    assert "rho" not in FEW.told(hessian)
+    assert [one.relevant(hessian) for one in several.each(hessian)] == [FEW.relevant(hessian)]
+    assert "rho" not in FEW.relevant(hessian)
     assert len(several.each(catalogue.ANALYSES["flips"].settings)) == 2
 
 

@@ -112,7 +112,7 @@ def test_an_interruption_is_one_line_and_what_is_measured_stays(bisam, out, monk
     stops = replace(flips, measures={"flips": replace(flips.measures["flips"], call=interrupted)})
     monkeypatch.setitem(catalogue.ANALYSES, "flips", stops)
     code, _, err = bisam("analyse", out, "--what", "flips,zero-one", *FEW)
-    assert (code, err) == (130, "interrupted: finished analyses are saved; the same command goes on after them\n")
+    assert (code, err) == (130, "interrupted: finished analyses are saved; the same command resumes after them\n")
     assert [e["analysis"] for e in json.loads((of(out, 0) / "analysis.json").read_text())["entries"]] == ["zero-one"]
     assert not (of(out, 1) / "analysis.json").exists()
 

@@ -38,7 +38,7 @@ def entry(run: Finished, rate: float, settings: Settings = BEST, of: str | None 
         "forward": 9.0,
         "backward": 4.0,
     }
-    told = settings.told(("rho",))
+    told = settings.relevant(("rho",))
     return new_entry("flips", told, of or checksum(run.result), {"flips": result}, 1.0, "cpu")
 
 

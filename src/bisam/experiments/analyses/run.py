@@ -163,8 +163,8 @@ def numbers(found: Mapping[str, Any], what: Iterable[str], settings: Settings = 
     for name in known(what):
         own = ANALYSES[name].settings
         (one,) = settings.each(own)
-        if (entry := with_settings(found["entries"], name, one.told(own))) is None:
-            raise KeyError(f"{name} with {one.told(own)}")
+        if (entry := with_settings(found["entries"], name, one.relevant(own))) is None:
+            raise KeyError(f"{name} with {one.relevant(own)}")
         values |= ANALYSES[name].numbers(entry["results"])
     return values
 
@@ -183,7 +183,7 @@ def missing(folder: Path, result: Result, wanted: Mapping[str, Settings]) -> lis
     entries, of, left = read_entries(folder), checksum(result), list[str]()
     for name, settings in wanted.items():
         own = ANALYSES[name].settings
-        if any(find(entries, name, one.told(own), of) is None for one in settings.each(own)):
+        if any(find(entries, name, one.relevant(own), of) is None for one in settings.each(own)):
             left.append(name)
     return left
 
@@ -212,8 +212,8 @@ def _completed(
     for name in names:
         analysis = ANALYSES[name]
         for one in settings.each(analysis.settings):
-            told = one.told(analysis.settings)
-            if find(entries, name, told, of) is not None:
+            relevant = one.relevant(analysis.settings)
+            if find(entries, name, relevant, of) is not None:
                 continue
             subject = make() if subject is None else subject
             start, results = time.perf_counter(), dict[str, Any]()
@@ -225,7 +225,7 @@ def _completed(
                 failed.setdefault(reason(error), []).append(name)
                 continue
             seconds = time.perf_counter() - start
-            entries = with_entry(entries, new_entry(name, told, of, results, seconds, subject.device))
+            entries = with_entry(entries, new_entry(name, relevant, of, results, seconds, subject.device))
             save(entries)
     if failed:
         said = "; ".join(f"{', '.join(dict.fromkeys(which))}: {why}" for why, which in failed.items())

@@ -68,7 +68,7 @@ class Settings:
         """Settings with one radius each; only one of them for an analysis whose `own` settings have no radius."""
         return [replace(self, rho=(radius,)) for radius in self.rho[: None if "rho" in own else 1]]
 
-    def told(self, own: Collection[str]) -> dict[str, Any]:
+    def relevant(self, own: Collection[str]) -> dict[str, Any]:
         """The values on which an analysis with these `own` settings depends, for JSON; for settings with one radius."""
         values: dict[str, Any] = {"rho": self.radius, "steps": self.steps}
         return {name: getattr(self, name) for name in SHARED} | {k: v for k, v in values.items() if k in own}

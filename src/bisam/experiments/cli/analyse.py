@@ -61,7 +61,7 @@ def analyse(
     """Measure how flat the minima of finished runs are, and what adversaries find around them.
 
     Each run folder gets an `analysis.json`, and figures in `analysis/`. What is there already, with the same settings
-    and of the same weights, is kept; an interrupted command goes on after its last analysis.
+    and of the same weights, is kept; the same command resumes an interrupted one after its last analysis.
 
     Args:
         runs: Folders of finished runs, or folders above several: runs/digits.
@@ -205,7 +205,7 @@ def _all(jobs: Sequence[_Job], names: Sequence[str], settings: Settings) -> int:
         except KeyboardInterrupt:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not end the message
             display.stop()
-            errors.print("interrupted: finished analyses are saved; the same command goes on after them")
+            errors.print("interrupted: finished analyses are saved; the same command resumes after them")
             return 130
     done = [job for job in jobs if job.found]
     if done:
@@ -281,7 +281,7 @@ def _measure(job: _Job, names: Sequence[str], settings: Settings, show: Callable
 def _wanted(entries: Iterable[Entry], names: Sequence[str], settings: Settings) -> list[Entry]:
     from bisam.experiments.analyses.catalogue import ANALYSES
 
-    wanted = [(n, s.told(ANALYSES[n].settings)) for n in names for s in settings.each(ANALYSES[n].settings)]
+    wanted = [(n, s.relevant(ANALYSES[n].settings)) for n in names for s in settings.each(ANALYSES[n].settings)]
     return [entry for entry in entries if (entry["analysis"], entry["settings"]) in wanted]
 
 

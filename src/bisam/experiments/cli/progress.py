@@ -119,7 +119,7 @@ class MeasuringDisplay(_Live):
         self._title = ""
 
     def run(self) -> None:
-        """Go on to the next run."""
+        """Begin the next run."""
         self._number, self._title = self._number + 1, ""
         self._bar.reset(self._task, description=self._described("loading"), total=None)
 

@@ -131,7 +131,7 @@ def _numbers(entries: Sequence[Entry], analyses: Analyses) -> dict[str, float]:
     """The numbers of the study's analyses, with the study's settings, by the titles of their columns."""
     values = dict[str, float]()
     for name in analyses.what:
-        settings = Settings(**analyses.settings_of(name)).told(ANALYSES[name].settings)
+        settings = Settings(**analyses.settings_of(name)).relevant(ANALYSES[name].settings)
         if (entry := with_settings(entries, name, settings)) is not None:
             values |= ANALYSES[name].numbers(entry["results"])
     return values

@@ -82,7 +82,7 @@ class Ball:
             with self._fabric.autocast():
                 largest = zero_one_sharpness(oracle, pairs, L2(RADIUS), steps=STEPS)
                 found = flips(oracle, pairs, L2(RADIUS))
-        except NonFiniteLossError:  # the run has diverged, and goes on to its end
+        except NonFiniteLossError:  # the run has diverged, and continues to its end
             return dict.fromkeys(BALL, nan)
         row: Row = {"ball_error": largest.error, "ball_worst": largest.worst}
         row |= {f"flips_{_SHORT[name]}": flipped / found.examples for name, flipped in found.flipped.items()}
