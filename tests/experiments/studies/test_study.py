@@ -69,7 +69,7 @@ def test_the_digits_study_is_what_it_says():
 
 def test_the_methods_study_runs_every_method():
     recipes = studies.STUDIES["methods"].recipes(None)
-    assert {recipe.method for recipe in recipes} == set(METHODS)
+    assert {recipe.method for recipe in recipes} == set(METHODS) - {"sam_ce"}  # it is SAM where labels are not smoothed
     assert all(recipe.rho is not None for recipe in recipes if recipe.method not in NO_RHO)
     trials = studies.STUDIES["methods-rho"].recipes(None)
     assert all(any(same == recipe for same in trials) for recipe in recipes if recipe.method not in NO_RHO)

@@ -49,6 +49,14 @@ METHODS: dict[str, Entry] = {
         "SAM", "SAM(L2({rho}))", "climb the training loss in a ball", "Foret et al., 2021", _FORET, family="plain"
     ),
     # Another adversary.
+    "sam_ce": Entry(
+        "SAM (CE ascent)",
+        "SAM(L2({rho}), ascent=cross_entropy)",
+        "climb the cross-entropy without label smoothing: the control for BiSAM",
+        "Foret et al., 2021",
+        _FORET,
+        family="adversary",
+    ),
     "bisam_log": Entry(
         "BiSAM (-log)",
         "BiSAM({rho}, NegLog({mu}))",

@@ -58,6 +58,7 @@ class Style:
 _KNOWN = {
     "sgd": Style(GREY, ":", "o"),
     "sam": Style(BLACK, "-", "s"),
+    "sam_ce": Style(ORANGE, "--", "s"),
     "bisam_log": Style(BLUE, "-", "^"),
     "bisam_tanh": Style(SKY, "--", "v"),
     "asam": Style(GREEN, "-.", "D"),

@@ -81,6 +81,9 @@ _RHOS: dict[str, float] = {
 """The radius with the best validation accuracy, as `bisam run methods-rho` finds it."""
 
 
+_COMPARED = [method for method in METHODS if method != "sam_ce"]  # without label smoothing it is SAM
+
+
 def _one(method: str, rho: float | None, epochs: int) -> Recipe:
     recipe = Recipe(method=method, noise=0.4, rho=rho, epochs=epochs)
     # A method with momentum and a prior of its own, as bSAM, replaces the optimizer's.
@@ -90,12 +93,12 @@ def _one(method: str, rho: float | None, epochs: int) -> Recipe:
 def _methods(epochs: int | None) -> list[Recipe]:
     """Every method, with the radius that `_methods_rho` chose for it, and SGD also with twice the epochs."""
     each = epochs or 30
-    return [_one(PLAIN, None, 2 * each)] + [_one(method, _RHOS.get(method), each) for method in METHODS]
+    return [_one(PLAIN, None, 2 * each)] + [_one(method, _RHOS.get(method), each) for method in _COMPARED]
 
 
 def _methods_rho(epochs: int | None) -> list[Recipe]:
     """Every method with four radii, to choose one by validation accuracy on seeds that the comparison does not use."""
-    grids = {method: _GRIDS.get(method, _GRID) for method, entry in METHODS.items() if entry.rho is not None}
+    grids = {method: _GRIDS.get(method, _GRID) for method in _COMPARED if METHODS[method].rho is not None}
     return [_one(method, rho, epochs or 30) for method, grid in grids.items() for rho in grid]
 
 
