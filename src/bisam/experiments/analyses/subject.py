@@ -68,7 +68,14 @@ def of_run(run: Run, result: Result, settings: Settings, machine: Machine) -> Su
     def make(classes: int, channels: int) -> nn.Module:
         # The values in a file are not needed; pretrained models of torchvision can differ from others by more.
         source = PRETRAINED if recipe.weights == PRETRAINED else None
-        model = build(recipe.model, classes, channels=channels, weights=source)
+        model = build(
+            recipe.model,
+            classes,
+            channels=channels,
+            weights=source,
+            frozen=recipe.frozen,  # what was not trained is not displaced
+            root=machine.data_dir,
+        )
         model = model.double() if recipe.precision == "64" else model
         try:
             model.load_state_dict(weights)
@@ -95,7 +102,7 @@ def of_file(path: Path, recipe: Recipe, settings: Settings, machine: Machine) ->
     """
 
     def make(classes: int, channels: int) -> nn.Module:
-        return build(recipe.model, classes, channels=channels, weights=str(path), new_head=False)
+        return build(recipe.model, classes, channels=channels, weights=str(path), new_head=False, root=machine.data_dir)
 
     return _subject(recipe, make, settings, machine)
 

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ _PARTS = {"train", *_VALIDATION, "test"}
 CHECKED = 20_000  # data sets with more images are not checked in advance: on a slow disk it would take minutes
 
 
-def imagenet(root: Path, image_size: int = 224, processes: int = 0) -> Data:
+def imagenet(root: Path, image_size: int = 224, processes: int = 0, held_out: float | None = None) -> Data:
     """Load ImageNet-1K (Russakovsky et al., 2015, https://arxiv.org/abs/1409.0575), or a subset of its classes.
 
     The official validation images are the test split. 2 % of the training images are held out for validation,
@@ -41,6 +42,7 @@ def imagenet(root: Path, image_size: int = 224, processes: int = 0) -> Data:
         root: folder that contains `imagenet/train/WNID/*.JPEG` and `imagenet/val/WNID/*.JPEG`.
         image_size: height and width in pixels.
         processes: worker processes that decode images; 0: this process decodes them.
+        held_out: see `folder`; by default 2 %.
 
     Raises:
         ValueError: the data set is missing or damaged.
@@ -53,7 +55,8 @@ def imagenet(root: Path, image_size: int = 224, processes: int = 0) -> Data:
             f"{place}/train/WNID/*.JPEG and {place}/val/WNID/*.JPEG (or set --data-dir to the folder that contains "
             "imagenet)"
         )
-    return replace(_from_parts(place, "val", None, image_size, processes, every=50), metrics=("accuracy", "top5"))
+    data = _from_parts(place, "val", None, image_size, processes, 0.02 if held_out is None else held_out)
+    return replace(data, metrics=("accuracy", "top5"))
 
 
 def flowers(root: Path, image_size: int = 224, processes: int = 0, download: bool = False) -> Data:
@@ -80,7 +83,9 @@ def flowers(root: Path, image_size: int = 224, processes: int = 0, download: boo
     return Data(replace(train, training=True), validation, test, classes=102)
 
 
-def pets(root: Path, image_size: int = 224, processes: int = 0, download: bool = False) -> Data:
+def pets(
+    root: Path, image_size: int = 224, processes: int = 0, download: bool = False, held_out: float | None = None
+) -> Data:
     """Load Oxford-IIIT Pet (Parkhi et al., 2012), 37 breeds, with its official splits of 3,680 and 3,669 images.
 
     10 % of the former are held out for validation, stratified by class, the same for every seed.
@@ -90,6 +95,7 @@ def pets(root: Path, image_size: int = 224, processes: int = 0, download: bool =
         image_size: height and width in pixels.
         processes: worker processes that decode images; 0: this process decodes them.
         download: whether to download missing files, from https://www.robots.ox.ac.uk/~vgg/data/pets/.
+        held_out: see `folder`.
 
     Raises:
         ValueError: the data set is missing or damaged.
@@ -103,11 +109,11 @@ def pets(root: Path, image_size: int = 224, processes: int = 0, download: bool =
     parts = _official(OxfordIIITPet, ("trainval", "test"), "Oxford-IIIT Pet", place, fetch, download)
     whole, test = (_shuffled(part._images, torch.tensor(part._labels), image_size, processes) for part in parts)
     _check([*whole.paths, *test.paths], place, f"delete {place} and put {fetch}")
-    train, validation = _held_out(whole, place)
+    train, validation = _held_out(whole, place, held_out)
     return Data(train, validation, test, classes=37)
 
 
-def folder(path: Path, image_size: int = 224, processes: int = 0) -> Data:
+def folder(path: Path, image_size: int = 224, processes: int = 0, held_out: float | None = None) -> Data:
     """Load a user's images, with a folder for each class.
 
     Two layouts are supported:
@@ -124,9 +130,12 @@ def folder(path: Path, image_size: int = 224, processes: int = 0) -> Data:
         path: the folder.
         image_size: height and width in pixels.
         processes: worker processes that decode images; 0: this process decodes them.
+        held_out: share of the training images of each class that is held out for validation, after those for the test;
+            by default 10 %. 0: none; then the validation split is that of the training images, not augmented.
 
     Raises:
-        ValueError: the folder is missing, classes are empty or differ between the splits, or images cannot be read.
+        ValueError: the folder is missing, classes are empty or differ between the splits, images cannot be read, or
+            `held_out` is given and the folder has a split for validation of its own.
     """
     path = path.absolute()
     names = set(_subfolders(path))
@@ -134,13 +143,15 @@ def folder(path: Path, image_size: int = 224, processes: int = 0) -> Data:
         raise _classless(path)
     if not names <= _PARTS and not ("train" in names and _subfolders(path / "train")):
         whole, classes = _found(path, image_size, processes)
-        return Data(*_in_three(whole, path), classes=len(classes))
+        return Data(*_in_three(whole, path, held_out), classes=len(classes))
     if "train" not in names:
         raise ValueError(
             f"{path} has {', '.join(sorted(names))} and no train: put the training images into {path / 'train'}/CLASS/"
         )
-    validation = next((name for name in _VALIDATION if name in names), None)
-    return _from_parts(path, validation, "test" if "test" in names else None, image_size, processes)
+    validation, test = next((name for name in _VALIDATION if name in names), None), "test" if "test" in names else None
+    if held_out is not None and validation is not None and test is not None:
+        raise ValueError(f"{path} has {validation} for validation, from which nothing is held out: leave held_out out")
+    return _from_parts(path, validation, test, image_size, processes, held_out)
 
 
 def standardised(data: Data, mean: Channels, std: Channels) -> Data:
@@ -150,9 +161,14 @@ def standardised(data: Data, mean: Channels, std: Channels) -> Data:
 
 
 def _from_parts(
-    path: Path, validation: str | None, test: str | None, image_size: int, processes: int, every: int = 10
+    path: Path,
+    validation: str | None,
+    test: str | None,
+    image_size: int,
+    processes: int,
+    held_out: float | None = None,
 ) -> Data:
-    """Load `path/train` and the named splits; for a missing one, one of `every` training images is held out."""
+    """Load `path/train` and the named splits; for a missing one, training images are held out."""
     names = [name for name in (validation, test) if name is not None]
     root = path / "train"
     whole, classes = _found(root, image_size, processes)
@@ -166,9 +182,9 @@ def _from_parts(
         parts.append(part)
     match parts:
         case []:
-            splits = _in_three(whole, root)
+            splits = _in_three(whole, root, held_out)
         case [only_part]:
-            splits = (*_held_out(whole, root, every), only_part)
+            splits = (*_held_out(whole, root, held_out), only_part)
         case _:
             splits = (replace(whole, training=True), *parts)
     return Data(*splits, classes=len(classes))
@@ -217,16 +233,26 @@ def _classless(root: Path, *only: str) -> ValueError:
     return ValueError(f"{root} has {there}: put the images of each class into a folder of its own, {root}/CLASS/*.jpg")
 
 
-def _held_out(whole: Folder, root: Path, every: int = 10) -> tuple[Folder, Folder]:
-    """Return the training images, and one of `every` images, held out."""
-    place = _place(whole.labels, every)
-    return _parts(whole, root, place != every - 1, place == every - 1)
+def _held_out(whole: Folder, root: Path, share: float | None = None) -> tuple[Folder, Folder]:
+    """Return the training images and the validation images: a share of them, by default a tenth."""
+    if share == 0:
+        return replace(whole, training=True), whole
+    held = _chosen(whole.labels, _TENTH if share is None else share)
+    return _parts(whole, root, ~held, held)
 
 
-def _in_three(whole: Folder, root: Path) -> tuple[Folder, Folder, Folder]:
-    """Return 80, 10 and 10 % of the images."""
-    place = _place(whole.labels, 10)
-    return _parts(whole, root, (place != 4) & (place != 9), place == 4, place == 9)
+def _in_three(whole: Folder, root: Path, share: float | None = None) -> tuple[Folder, Folder, Folder]:
+    """Return the training, the validation and the test images: by default 80, 10 and 10 %."""
+    if share is None:
+        place = _place(whole.labels)
+        validation, test = ((place >= 0) & (place % 10 == at) for at in (4, 9))
+        return _parts(whole, root, ~(validation | test), validation, test)
+    held = _chosen(whole.labels, _TENTH)
+    rest, test = _parts(whole, root, ~held, held)
+    return *_held_out(replace(rest, training=False), root, share), test
+
+
+_TENTH = 0.1
 
 
 def _parts(whole: Folder, root: Path, *chosen: Tensor) -> Any:
@@ -238,14 +264,22 @@ def _parts(whole: Folder, root: Path, *chosen: Tensor) -> Any:
     return replace(train, training=True), *others
 
 
-def _place(labels: Tensor, every: int) -> Tensor:
-    """Return the position (N,) of each image, modulo `every`, in an order by class; -1 for the only image of a class.
+def _chosen(labels: Tensor, share: float) -> Tensor:
+    """Return which images (N,) are a share of all, stratified by class; never the only image of a class."""
+    exact = Fraction(share).limit_denominator(10**6)
+    place = _place(labels)
+    before, after = (at * exact.numerator // exact.denominator for at in (place, place + 1))
+    return (after > before) & (place >= 0)
 
-    The images at one position are a stratified sample, up to one image per class.
+
+def _place(labels: Tensor) -> Tensor:
+    """Return the position (N,) of each image in an order by class; -1 for the only image of a class.
+
+    The images at positions with equal distances are a stratified sample, up to one image per class.
     """
     order = labels.argsort(stable=True)
     place = torch.empty_like(order)
-    place[order] = torch.arange(len(order)) % every
+    place[order] = torch.arange(len(order))
     place[torch.bincount(labels)[labels] == 1] = -1
     return place
 

@@ -32,6 +32,7 @@ from bisam.experiments.training.counting import CountedMethod
 from bisam.experiments.training.devices import OnEpoch, train_in_processes
 from bisam.experiments.training.epoch import predict, train_epoch
 from bisam.experiments.training.fsdp import divided, shard, share_buffers, whole
+from bisam.experiments.training.hidden import with_hidden_states
 from bisam.experiments.training.loggers import loggers
 from bisam.experiments.training.metrics import scores, stats_row
 from bisam.experiments.training.optimizers import (
@@ -93,9 +94,17 @@ def _prepare(fabric: Fabric, run: Run, machine: Machine) -> tuple[Data, nn.Modul
     splits = data.load(run.recipe, machine)
     check_data(run.recipe, splits, machine)
     torch.manual_seed(run.recipe.seed)
-    model = build(run.recipe.model, splits.classes, channels=channels(splits.test), weights=run.recipe.weights)
+    model = build(
+        run.recipe.model,
+        splits.classes,
+        channels=channels(splits.test),
+        weights=run.recipe.weights,
+        frozen=run.recipe.frozen,
+        root=machine.data_dir,
+    )
     check_model(model, splits, run.recipe)
-    return splits, model
+    model = fabric._precision.convert_module(model)
+    return with_hidden_states(splits, model, run.recipe, fabric), model
 
 
 class Training:
@@ -105,7 +114,6 @@ class Training:
         recipe = run.recipe
         self._fabric, self._run, self._machine, self._data, self._recipe = fabric, run, machine, splits, recipe
         self._train, self._validation = (part.to(fabric.device) for part in (splits.train, splits.validation))
-        model = fabric._precision.convert_module(model)
         self._model = model.to(memory_format=torch.channels_last) if recipe.channels_last else model
         # A sharded model cannot be copied: both copies are made before, and the optimizer after it is sharded.
         self._reference_speed = ReferenceSpeed(fabric, model, self._train, recipe)
