@@ -17,6 +17,7 @@ from bisam.experiments.data.image_tensors import channels
 from bisam.experiments.data.splits import Data, Split
 from bisam.experiments.errors import RunError, is_out_of_memory
 from bisam.experiments.models.build import PRETRAINED, build
+from bisam.experiments.models.frozen import with_frozen
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.checkpoint import CHECKPOINT
 from bisam.experiments.runs.files import damaged
@@ -66,8 +67,9 @@ def of_run(run: Run, result: Result, settings: Settings, machine: Machine) -> Su
     recipe = run.recipe
 
     def make(classes: int, channels: int) -> nn.Module:
-        # The values in a file are not needed; pretrained models of torchvision can differ from others by more.
-        source = PRETRAINED if recipe.weights == PRETRAINED else None
+        # Pretrained models of torchvision can differ from others by more than their values. The values in a file are
+        # needed only where some are not trained.
+        source = recipe.weights if recipe.weights == PRETRAINED or recipe.frozen is not None else None
         model = build(
             recipe.model,
             classes,
@@ -78,7 +80,7 @@ def of_run(run: Run, result: Result, settings: Settings, machine: Machine) -> Su
         )
         model = model.double() if recipe.precision == "64" else model
         try:
-            model.load_state_dict(weights)
+            model.load_state_dict(with_frozen(weights, model))
         except Exception as error:  # torch raises errors of several types for a state of another form
             if is_out_of_memory(error):
                 raise

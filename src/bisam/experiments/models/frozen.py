@@ -50,6 +50,22 @@ def freeze(model: nn.Module, name: str, layers: int) -> None:
         p.requires_grad_(False)
 
 
+def without_frozen(state: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
+    """Return a state dict of a module without the parameters that are not trained."""
+    frozen = _names(module)
+    return {name: value for name, value in state.items() if name not in frozen}
+
+
+def with_frozen(state: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
+    """Return a complete state dict of a module: `state`, and the module's own parameters that are not trained."""
+    own = module.state_dict() if _names(module) - state.keys() else {}
+    return {**{name: own[name] for name in _names(module) if name in own}, **state}
+
+
+def _names(module: nn.Module) -> set[str]:
+    return {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+
+
 def to_train(module: nn.Module) -> None:
     """Set a module to training mode, except the parts whose parameters are all frozen, which are set to eval mode.
 

@@ -20,6 +20,7 @@ from bisam.experiments import data
 from bisam.experiments.data.image_tensors import channels
 from bisam.experiments.data.splits import Data, Split, batches_of
 from bisam.experiments.models.build import build
+from bisam.experiments.models.frozen import with_frozen, without_frozen
 from bisam.experiments.recipes.length import run_length
 from bisam.experiments.runs.checkpoint import CHECKPOINT
 from bisam.experiments.runs.files import damaged
@@ -242,18 +243,20 @@ class Training:
         diverged = first_diverged(state.history) or (None if _is_finite(self._model) else len(state.history))
         if state.average is not None:
             tested["ema"] = self._scores(state.average.model, test)
-        self._model.load_state_dict(divided(state.best["weights"], self._model.state_dict()))
+        best_weights = divided(state.best["weights"], self._model.state_dict())
+        self._model.load_state_dict(with_frozen(best_weights, self._model))
         tested["best"] = self._scores(self._model, test)
         history = state.history
         best = state.best["score"]
+        held_out = 0 if self._recipe.held_out == 0 else len(self._data.validation)  # 0: they are training examples
         # An epoch that the last step cuts short counts less.
         weights = None if self._recipe.steps is None else [r["losses"] for r in history]
         return {
             **{f"test_{which}": values[0] for which, values in tested.items()},
             "validation_best": best,
             "validation_ties": sum(row["validation"] == best for row in history),
-            "validation_examples": len(self._data.validation),
-            "headline": headline_for(len(self._data.validation)),
+            "validation_examples": held_out,
+            "headline": headline_for(held_out),
             "best_epoch": state.best["epoch"],
             "diverged": diverged,
             "metric": metrics[0],
@@ -278,4 +281,5 @@ def _is_finite(model: nn.Module) -> bool:
 
 
 def _weights_on_cpu(model: nn.Module) -> dict[str, Tensor]:
-    return {k: v.detach().cpu().clone() for k, v in whole(model.state_dict()).items()}
+    state = without_frozen(model.state_dict(), model)
+    return {k: v.detach().cpu().clone() for k, v in whole(state).items()}
