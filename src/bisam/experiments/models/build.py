@@ -49,7 +49,8 @@ NETWORKS: dict[str, tuple[Callable[[int, int], nn.Module], str]] = {
 NAMES: dict[str, str] = {name: line for name, (_, line) in NETWORKS.items()} | {
     "torchvision:NAME": "a classifier of torchvision.models, as torchvision:resnet50",
     "timm:NAME": "a classifier of timm, as timm:vit_base_patch16_224",
-    "hf:NAME": "a sequence classifier of Hugging Face's hub or of a local folder, as hf:bert-base-uncased",
+    "hf:NAME": "a sequence classifier of Hugging Face, as hf:bert-base-uncased: of a folder (here, or in the folder "
+    "weights of the data folder), or of the hub",
 }
 
 
