@@ -36,7 +36,8 @@ GLUE = Recipe(
     clip=1.0,
     label_smoothing=0.1,
 )
-"""MiniLM on 512 examples of a task."""
+"""MiniLM on 512 examples of a task. The learning rate is the better one of 1e-4 and 3e-4 for plain AdamW on SST-2, by
+validation with seed 99; the length is that in which AdamW fits the training examples."""
 
 FLOWERS = Recipe(
     dataset="folder:flowers102-128",
