@@ -127,6 +127,8 @@ def test_a_study_of_fine_tuning_end_to_end(name, root, bisam):
     rows = list(csv.DictReader((page / "report.csv").read_text().splitlines()))
     assert len(rows) == len(STUDIES[name].recipes(None))
     assert {row["n"] for row in rows} == {"2"}
+    compared = [row for row in rows if row["method"] != "SAM"]
+    assert {row["pairs"] for row in compared} == {"2"}  # also AdamW, with its own length and weight decay
     results = [json.loads(path.read_text()) for path in page.glob("*/seed-*/result.json")]
     assert len(results) == 2 * len(rows)
     assert {result["headline"] for result in results} == {"last"}

@@ -43,7 +43,7 @@ METHODS: dict[str, Entry] = {
         rho=None,
         advice="",
         family="plain",
-        own_fields=("epochs", "steps"),
+        own_fields=("epochs", "steps", "weight_decay"),  # as many gradients, and a weight decay tuned as others' radii
     ),
     BASELINE: Entry(
         "SAM", "SAM(L2({rho}))", "climb the training loss in a ball", "Foret et al., 2021", _FORET, family="plain"

@@ -87,7 +87,7 @@ _COMPARED = [method for method in METHODS if method != "sam_ce"]  # without labe
 def _one(method: str, rho: float | None, epochs: int) -> Recipe:
     recipe = Recipe(method=method, noise=0.4, rho=rho, epochs=epochs)
     # A method with momentum and a prior of its own, as bSAM, replaces the optimizer's.
-    return replace(recipe, **dict.fromkeys({"momentum", "weight_decay"} & {*recipe.own_fields}, 0.0))
+    return replace(recipe, momentum=0.0, weight_decay=0.0) if "momentum" in recipe.own_fields else recipe
 
 
 def _methods(epochs: int | None) -> list[Recipe]:
