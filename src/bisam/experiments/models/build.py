@@ -303,13 +303,16 @@ def _hub(place: str | None) -> Generator[None]:
 
 @contextmanager
 def _quiet(logging: Any) -> Generator[None]:
-    """Suppress the report that the head is newly initialised, which is intended."""
-    verbosity = logging.get_verbosity()
+    """Suppress the report that the head is newly initialised, which is intended, and the bar of loading weights."""
+    verbosity, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _renew_head(model: nn.Module, classes: int) -> None:
