@@ -373,7 +373,9 @@ def test_table8_on_all_networks(cifar_root, here, bisam, monkeypatch):
     noisy = ("--set", "validation_noise=true")
     code, _, err = bisam("run", "table8", *small, *noisy, "--data-dir", cifar_root, "--out", out)
     assert code == 0, err
-    rows = checked(out / "table8", out / "table8", 6 * 9)  # SGD, and SAM, the control and BiSAM with the radii of both noises
+    rows = checked(
+        out / "table8", out / "table8", 6 * 9
+    )  # SGD, and SAM, the control and BiSAM with the radii of both noises
     assert {row["model"] for row in rows} == {"resnet32", *MODELS}
     text = (out / "table8" / "report.md").read_text()
     assert "validation noise True" in text

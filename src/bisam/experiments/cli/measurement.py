@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _CHANGE = "rounds=5"
 _DRAWN = frozenset({"set", "out", "dry_run", "estimate"})
 _MEASURED = _DRAWN | {"device", "devices", "nodes"}
+_DATA = frozenset({"data_dir", "download"})
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,10 @@ class MeasurementSubject:
         """
         self.measurement.changed(pairs(launch.changes, _CHANGE))
         does = "is drawn from formulas" if self.measurement.drawn_only else "trains nothing"
-        if idle := sorted(given - (_DRAWN if self.measurement.drawn_only else _MEASURED)):
+        of_use = (
+            _DRAWN if self.measurement.drawn_only else _MEASURED | (_DATA if self.measurement.reads_data else set())
+        )
+        if idle := sorted(given - of_use):
             errors.print(f"bisam: {self.name} {does}: without effect are {', '.join(map(flag, idle))}")
 
     def plan(self, launch: Launch, machine: Machine, out: Path) -> int:
