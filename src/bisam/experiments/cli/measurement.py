@@ -51,11 +51,10 @@ class MeasurementSubject:
             ValueError: a change of a setting is wrong.
         """
         self.measurement.changed(pairs(launch.changes, _CHANGE))
-        does = "is drawn from formulas" if self.measurement.drawn_only else "trains nothing"
-        of_use = (
-            _DRAWN if self.measurement.drawn_only else _MEASURED | (_DATA if self.measurement.reads_data else set())
-        )
-        if idle := sorted(given - of_use):
+        one = self.measurement
+        does = "is drawn from formulas" if one.drawn_only else "trains nothing"
+        takes = _DRAWN if one.drawn_only else _MEASURED | _DATA if one.reads_data else _MEASURED
+        if idle := sorted(given - takes):
             errors.print(f"bisam: {self.name} {does}: without effect are {', '.join(map(flag, idle))}")
 
     def plan(self, launch: Launch, machine: Machine, out: Path) -> int:
