@@ -174,7 +174,7 @@ class StudySubject:
         return arranged(runs, recipes, self.study.baselines)
 
     def _report(self, runs: list[Finished], left_out: list[str], out: Path, to: Path) -> None:
-        from bisam.experiments.reports import analyses, figures, predictor_plot, tables
+        from bisam.experiments.reports import analyses, choice, figures, predictor_plot, tables
         from bisam.experiments.reports.drawing import rendered
         from bisam.experiments.reports.groups import grouped
 
@@ -199,6 +199,8 @@ class StudySubject:
             errors.print(f"bisam: skipped: {fault}")
         more = [analyses.section(runs, entries, faults, f"{out / study.folder}")]
         files = {"analysis.csv": to_csv(analyses.rows(runs, entries))}
+        if study.tunes:
+            more, files = [choice.section(runs), *more], files | {"choices.csv": to_csv(choice.rows(runs))}
         if study.analyses is not None:
             section, own, figure = _predictors(runs, entries, study.analyses, study.seeds)
             more, files = [section, *more], files | own

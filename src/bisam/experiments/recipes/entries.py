@@ -68,6 +68,9 @@ class Entry:
     """Lower bound of the 0-1 loss in the expression; the defaults of mu and alpha are its own."""
     own_fields: tuple[str, ...] = ()
     """Fields of recipes that come with the method: it is compared with methods that differ in them."""
+    tuned: tuple[str, ...] = ()
+    """Fields of recipes that are chosen for the method as a radius is for others: it is compared with methods that
+    differ in them, and reports show them."""
 
     @property
     def cost(self) -> str:

@@ -286,6 +286,11 @@ class Recipe:
         return METHODS[self.method].own_fields if self.method in METHODS else ()
 
     @property
+    def tuned(self) -> tuple[str, ...]:
+        """Fields that are chosen for its method as a radius is: it is compared with recipes that differ in them."""
+        return METHODS[self.method].tuned if self.method in METHODS else ()
+
+    @property
     def expression(self) -> str:
         """The method as an expression of the library."""
         if self.method not in METHODS:

@@ -300,6 +300,7 @@ PAPER = (
         _grid,
         seeds=1,
         figures=("grid",),
+        tunes=True,
         first_seed=100,
         note="Settings are chosen by the best validation accuracy, not by the test scores. The paper's grids are not "
         "public: these are decades of mu and alpha, and radii around its own. Appendix A.1: for ASAM and A-BiSAM the "
@@ -318,6 +319,7 @@ PAPER = (
         _grid_vit,
         _THREE,
         figures=("grid",),
+        tunes=True,
         first_seed=100,
         note="Settings are chosen by the best validation accuracy, not by the test scores, for each data set of table "
         "6. The paper's grids are not public: these are decades.",
