@@ -2,7 +2,7 @@
 
 An objective maps `(outputs, targets)` to one loss per example. The minimiser descends an *upper* bound of the 0-1 loss
 (`cross_entropy`, or any loss of PyTorch with `reduction="none"`). The maximiser of BiSAM (Xie et al., ICML 2024,
-https://arxiv.org/abs/2407.12993) climbs a differentiable *lower* bound, up to a constant: with the margins
+https://arxiv.org/abs/2407.12993) climbs a differentiable *lower* bound up to log(K)/mu: with the margins
 F_j = f_j - f_y against the label y,
 
     Q = (1/mu) log sum_j exp(mu phi(F_j)),    phi(x) <= 1 where x > 0, else phi(x) <= 0,
@@ -95,7 +95,10 @@ class LowerBound:
     """The objective Q of BiSAM for any `phi` below the 0-1 step (Xie et al., 2024, Lemma 3.1); it uses autograd.
 
     Q is a lower bound of the 0-1 loss up to a constant: Q - log(K)/mu is one for K classes, Q alone is not. The label's
-    own class is in the sum, so the gradient of Q vanishes on confident correct examples, as that of cross-entropy does.
+    own class is in the sum, so the gradient of Q vanishes on confident correct examples, as that of cross-entropy does:
+    with 10 classes, where the logit of the label exceeds the others by 2, 5, 10 and 20, |dQ/df_y| is 0.59, 0.087,
+    6.5e-4 and 2.9e-8 for `NegLog()`, 0.053, 6.4e-3, 1.9e-4 and 4.1e-6 for `Tanh()`, and 0.55, 0.057, 4.1e-4 and 1.9e-8
+    for cross-entropy (`bisam run label-gradient`).
 
     The authors' code computes mu Q. A factor changes nothing where the displacement is normalised, as in SAM. Logged
     values of Q differ by it, and so do the displacements of `LESAM` and `BSAM`, which are not normalised.

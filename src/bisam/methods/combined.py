@@ -57,11 +57,11 @@ class GSAM(SAM):
 
 
 def GBiSAM(rho: Perturbation | Radius = 0.05, bound: Bound = NegLog(), alpha: float = 0.4) -> GSAM:  # noqa: B008
-    """GSAM whose adversary climbs a lower bound of the 0-1 loss; the gap is that of the training loss.
+    """GSAM whose adversary climbs the bound of BiSAM; the gap is that of the training loss.
 
     Args:
         rho: a radius >= 0 (a number or a schedule), or a perturbation such as `Adaptive(2.0)`.
-        bound: the lower bound: `NegLog()` or `Tanh()`, or `Binary()` for one logit per label.
+        bound: the bound, see `BiSAM`: `NegLog()` or `Tanh()`, or `Binary()` for one logit per label.
         alpha: weight of the gap, >= 0; 0 is BiSAM.
 
     Raises:

@@ -90,14 +90,14 @@ def EBiSAM(
     gamma: float = 0.5,
     select: Objective | None = None,
 ) -> ESAM:
-    """Efficient BiSAM: ESAM whose adversary climbs a lower bound of the 0-1 loss (Xie et al., 2024).
+    """Efficient BiSAM: ESAM whose adversary climbs the bound of BiSAM (Xie et al., 2024).
 
     Source: https://arxiv.org/abs/2407.12993. The pseudocode, and the loss that selects the examples, were not found in
     a public source; the default is the training loss, as in ESAM.
 
     Args:
         rho: a radius >= 0 (a number or a schedule), or a perturbation of the part that `RandomMask` draws.
-        bound: the lower bound: `NegLog()` or `Tanh()`, or `Binary()` for one logit per label.
+        bound: the bound, see `BiSAM`: `NegLog()` or `Tanh()`, or `Binary()` for one logit per label.
         beta: probability that a tensor is perturbed, in (0, 1].
         gamma: see `ESAM`.
         select: see `ESAM`.

@@ -6,7 +6,7 @@
     >>> from bisam.perturbations import Friendly
     >>> SAM(0.1)                                          # a number is a radius: L2(0.1)
     SAM(perturb=L2(rho=0.1), ascent=None, descent=None)
-    >>> bisam_tanh = SAM(0.1, ascent=Tanh())              # the adversary climbs a lower bound of the 0-1 loss
+    >>> bisam_tanh = SAM(0.1, ascent=Tanh())              # the adversary climbs BiSAM's bound of the 0-1 loss
     >>> abisam = SAM(Adaptive(0.5, eta=0.01), ascent=NegLog())
     >>> unnamed = SAM(Friendly(Adaptive(2.0)), ascent=NegLog())    # any combination
     >>> three_steps = MultiStepSAM(L2(0.1), steps=3)
@@ -133,13 +133,15 @@ def looks(method: SAM, batch: Batch, at: Vector | None, track: bool) -> list[Que
 
 
 def BiSAM(rho: Perturbation | Radius = 0.05, bound: Bound = NegLog(), descent: Objective | None = None) -> SAM:  # noqa: B008
-    """BiSAM: SAM whose adversary climbs a lower bound of the 0-1 loss (Xie et al., 2024).
+    """BiSAM: SAM whose adversary climbs Q, a lower bound of the 0-1 loss up to log(K)/mu (Xie et al., 2024).
 
-    Source: https://arxiv.org/abs/2407.12993.
+    Source: https://arxiv.org/abs/2407.12993. What is true of Q, and what of its parts alone, is said in `LowerBound`.
+    Where labels are smoothed, SAM climbs the smoothed loss and BiSAM does not: `SAM(rho, ascent=cross_entropy)` is the
+    control that separates the bound from this difference.
 
     Args:
         rho: a radius >= 0 (a number or a schedule), or a perturbation such as `Adaptive(2.0)`.
-        bound: the lower bound: `NegLog()` for BiSAM (-log), which the paper recommends, or `Tanh()` for BiSAM (tanh);
+        bound: the bound: `NegLog()` for BiSAM (-log), which the paper recommends, or `Tanh()` for BiSAM (tanh);
             for a binary head or several labels per example, `Binary()` around one of them.
         descent: objective that is minimised at the displaced weights. Default: the training loss.
 

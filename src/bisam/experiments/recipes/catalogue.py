@@ -65,7 +65,7 @@ METHODS: dict[str, Entry] = {
     "bisam_log": Entry(
         "BiSAM (-log)",
         "BiSAM({rho}, NegLog({mu}))",
-        "climb a lower bound of the 0-1 loss",
+        "climb a bound of the 0-1 loss, lower up to log(K)/mu",
         "Xie et al., 2024",
         _XIE,
         advice="SAM's; mu 1",
@@ -75,7 +75,7 @@ METHODS: dict[str, Entry] = {
     "bisam_tanh": Entry(
         "BiSAM (tanh)",
         "BiSAM({rho}, Tanh({mu}, {alpha}))",
-        "climb another lower bound of it",
+        "climb another bound of it",
         "Xie et al., 2024",
         _XIE,
         advice="SAM's; mu 10, alpha 0.1",

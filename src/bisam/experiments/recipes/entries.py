@@ -65,7 +65,7 @@ class Entry:
     family: str = "geometry"
     """Kind of change to SAM: a key of `FAMILIES`."""
     bound: type[NegLog] | type[Tanh] | None = None
-    """Lower bound of the 0-1 loss in the expression; the defaults of mu and alpha are its own."""
+    """BiSAM's bound in the expression; the defaults of mu and alpha are its own."""
     own_fields: tuple[str, ...] = ()
     """Fields of recipes that come with the method: it is compared with methods that differ in them."""
     tuned: tuple[str, ...] = ()

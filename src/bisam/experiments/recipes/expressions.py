@@ -108,7 +108,7 @@ def check(expression: str) -> None:
 def contained(expression: str) -> Mapping[str, float]:
     """The values of rho, mu, alpha and eta that an expression contains; no gradient is computed.
 
-    mu and alpha are those of the lower bound of the 0-1 loss. A setting with several values, or with a schedule in
+    mu and alpha are those of BiSAM's bound. A setting with several values, or with a schedule in
     place of a number, is left out.
 
     Raises:
