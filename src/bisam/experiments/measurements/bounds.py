@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 _SHOWN = "BiSAM's lower bounds φ of the 0-1 loss of one margin, and upper bounds"
 _NOTE = (
     f"{_SHOWN}. BiSAM's adversary does not climb φ but Q, the soft maximum of φ over the classes, the label's own "
-    "among them: Q - log(K)/µ is a lower bound of the 0-1 loss, Q alone is not, and the gradient of Q vanishes on confident "
-    "correct examples, where that of φ (-log) does not ([label-gradient](../label-gradient/report.md))."
+    "among them: Q - log(K)/µ is a lower bound of the 0-1 loss, Q alone is not, and the gradient of Q vanishes on "
+    "confident correct examples, where that of φ (-log) does not ([label-gradient](../label-gradient/report.md))."
 )
 
 
