@@ -15,7 +15,6 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 import torch
-from scipy.special import stdtrit
 from torch import Tensor, nn
 
 from bisam import L2, ModelOracle, NegLog, SharpnessAware, Tanh, cross_entropy
@@ -144,6 +143,8 @@ def _generator(seed: int, epoch: int = 0) -> torch.Generator:
 
 def _moments(rows: list[Row], key: str) -> tuple[float, float]:
     """Mean over the seeds, and half of Student's 95 % interval; nan for one seed."""
+    from scipy.special import stdtrit  # not at the top: the plan of a study, which imports all measurements, is quick
+
     values = [row[key] for row in rows]
     n = len(values)
     return fmean(values), float(stdtrit(n - 1, 0.975)) * stdev(values) / sqrt(n) if n > 1 else float("nan")
