@@ -187,6 +187,7 @@ def _drawn(rows: list[Row]) -> Figure:
         ax.set_xlabel("epoch")
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("cosine to the ascent of cross-entropy")
+    axes[0].set_ylim(top=1.03)  # intervals of few seeds are beyond
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=9)
     return figure
 
