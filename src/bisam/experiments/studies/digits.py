@@ -26,7 +26,15 @@ CHOSEN: Mapping[tuple[str, float], float] = {
     **{(method, noise): 0.4 for method in ("sam", "bisam_log", "bisam_tanh") for noise in NOISES},
     **{("asam", noise): 4.0 for noise in NOISES},
 }
-"""The setting of each method at each level of noise: the radius, or the weight decay of SGD."""
+"""The setting of each method at each level of noise: the radius, or the weight decay of SGD.
+
+`bisam run digits-rho` finds them. These are older: the radii were chosen by validation at 40 % noise with recipes of
+version 2, and the weight decay is the default. Enter what its report chooses, and delete `_NOT_YET`.
+"""
+_NOT_YET = (
+    " *Not yet*: digits-rho has not been finished with the present recipes, and the settings are those before it, the "
+    "same for both levels of noise."
+)
 
 
 def _recipe(method: str, noise: float, value: float, epochs: int | None) -> Recipe:
@@ -56,7 +64,7 @@ DIGITS = (
         "SAM (CE ascent), the control of the studies with label smoothing, would be SAM itself. The *primary "
         "comparison* was fixed before the first run: BiSAM (-log) against SAM with 40 % noise, seeds 0 to 19 "
         "(`--seeds 20`); where the paired differences have a standard deviation of 1 point, 20 seeds show 0.66 points "
-        "(two-sided 5 %, power 80 %).",
+        "(two-sided 5 %, power 80 %)." + _NOT_YET,
     ),
     Study(
         "digits-rho",
