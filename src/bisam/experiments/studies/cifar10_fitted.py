@@ -79,7 +79,7 @@ CIFAR10_FITTED = (
         "radii are those of the paper (0.05) and of Kwon et al. for ASAM (0.5). The *primary comparison* was fixed "
         "before the first run: BiSAM (-log) against SAM (CE ascent) at each level of noise, 16 seeds (0 to 15), both "
         "adjusted together (Holm). Where the paired differences have a standard deviation of 1 point, 16 seeds show "
-        "0.75 points (two-sided 5 %, power 80 %), and 8 would show 1.15. On two cores all runs take about half a day.",
+        "0.75 points (two-sided 5 %, power 80 %), and 8 would show 1.16. On two cores all runs take about half a day.",
     ),
     Study(
         "cifar10-fitted-rho",
