@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from bisam.experiments.recipes.catalogue import PLAIN
 from bisam.experiments.recipes.recipe import Recipe
@@ -46,7 +47,7 @@ _BASE = Recipe(
 
 
 def _recipe(method: str, noise: float, value: float, epochs: int | None) -> Recipe:
-    tuned = {"weight_decay": value} if method == PLAIN else {"rho": value}
+    tuned: dict[str, Any] = {"weight_decay": value} if method == PLAIN else {"rho": value}
     return at_equal_gradients(replace(_BASE, method=method, noise=noise, epochs=epochs or _EPOCHS, **tuned))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from bisam.experiments.recipes.catalogue import PLAIN
 from bisam.experiments.recipes.recipe import Recipe
@@ -38,7 +39,7 @@ _NOT_YET = (
 
 
 def _recipe(method: str, noise: float, value: float, epochs: int | None) -> Recipe:
-    tuned = {"weight_decay": value} if method == PLAIN else {"rho": value}
+    tuned: dict[str, Any] = {"weight_decay": value} if method == PLAIN else {"rho": value}
     return at_equal_gradients(Recipe(method=method, noise=noise, epochs=epochs or _EPOCHS, **tuned))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from bisam.experiments.recipes.catalogue import METHODS
 from bisam.experiments.recipes.recipe import Recipe
@@ -105,7 +106,7 @@ def _one(method: str, value: float, epochs: int | None) -> Recipe:
     recipe = Recipe(method=method, noise=_NOISE, epochs=epochs or _EPOCHS)
     # A method with momentum and a prior of its own, as bSAM, replaces the optimizer's.
     recipe = replace(recipe, **dict.fromkeys({"momentum", "weight_decay"} & {*recipe.own_fields}, 0.0))
-    tuned = {"weight_decay": value} if METHODS[method].rho is None else {"rho": value}
+    tuned: dict[str, Any] = {"weight_decay": value} if METHODS[method].rho is None else {"rho": value}
     return at_equal_gradients(replace(recipe, **tuned))
 
 
