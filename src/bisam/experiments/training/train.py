@@ -27,7 +27,7 @@ from bisam.experiments.runs.checkpoint import CHECKPOINT
 from bisam.experiments.runs.files import damaged
 from bisam.experiments.runs.folder import Result, Row, Run
 from bisam.experiments.runs.machine import Machine
-from bisam.experiments.runs.results import first_diverged
+from bisam.experiments.runs.results import first_diverged, headline_for
 from bisam.experiments.training.ball import Ball, unmeasured
 from bisam.experiments.training.checks import check_data, check_model
 from bisam.experiments.training.counting import CountedMethod
@@ -206,11 +206,21 @@ class Training:
         row["validation"] = self._scores(self._model, self._validation)[0]
         if state.average is not None:
             row["validation_ema"] = self._scores(state.average.model, self._validation)[0]
-        if row["validation"] > state.best["score"]:
+        if self._is_best(row["validation"]):
             state.best = {"score": row["validation"], "epoch": epoch, "weights": _weights_on_cpu(self._model)}
         if self._ball is not None:
             row |= self._ball.row() if recipe.is_measured(epoch, self._length.epochs) else unmeasured()
         return row
+
+    def _is_best(self, score: float) -> bool:
+        """Whether the epoch that ends with this validation score is the best until now: of equal ones the latest is.
+
+        A few hundred validation examples have few distinct scores, so that ties are the rule, and the first of them is
+        the least trained. An epoch whose weights are not finite takes no tie: it scores as a constant prediction does.
+        All processes must call it.
+        """
+        best = self._state.best["score"]
+        return score > best or (score == best and _is_finite(self._model))
 
     def _scores(self, model: nn.Module, split: Split) -> list[float]:
         """Return the scores for the metrics of the data set; the first metric selects the best epoch."""
@@ -261,6 +271,9 @@ def summary(
     return {
         **{f"test_{which}": values[0] for which, values in tested.items()},
         "validation_best": best["score"],
+        "validation_ties": sum(row["validation"] == best["score"] for row in history),
+        "validation_examples": len(splits.validation),
+        "headline": headline_for(len(splits.validation)),
         "best_epoch": best["epoch"],
         "diverged": diverged,
         "metric": splits.metrics[0],
