@@ -69,9 +69,9 @@ class StudySubject:
             _refuse("with --ray each run is a task", given & {"stack"})
         recipes = self.study.changed(launch.epochs, launch.changes)
         refuse_idle(recipes, machine, given, frozenset(pairs(launch.changes, "epochs=1")))
-        loggers.check(machine.log)
         if launch.stack is not None:
             self._check_stack(recipes, machine, given)
+        loggers.check(machine.log)
         if launch.ray is None and machine.nodes > 1:
             raise ValueError(
                 f"--nodes {machine.nodes}: each run of a study is on one machine; on many machines use --ray"

@@ -19,6 +19,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bisam.experiments.data import source
 from bisam.experiments.errors import show_warnings_in_one_line
 from bisam.experiments.launch.outcomes import (
@@ -29,7 +31,7 @@ from bisam.experiments.launch.outcomes import (
     train_or_explain,
     train_stack_or_explain,
 )
-from bisam.experiments.launch.stacks import Job, jobs
+from bisam.experiments.launch.stacks import STACK_THREADS, Job, jobs
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Row
 from bisam.experiments.runs.machine import Machine, end_with_parent, ignore_interrupts, threads
@@ -225,7 +227,6 @@ def _serve(connection: Connection, share: int) -> None:
     """Run the loop of a worker process: receive a job, train and analyse its runs, send the outcomes."""
     end_with_parent()
     show_warnings_in_one_line()
-    threads(share)
     one_at_a_time = threading.Lock()  # with several devices, epochs are reported by a thread
 
     def send(message: Any) -> None:
@@ -247,8 +248,10 @@ def _serve(connection: Connection, share: int) -> None:
                 send(_Completed(runs))
 
         if job.stacked:
+            torch.set_num_threads(STACK_THREADS)
             send(train_stack_or_explain(job.recipes, root, machine, report))
             continue
+        threads(share)
         (recipe,) = job.recipes
 
         def report_one(row: Row, recipe: Recipe = recipe) -> None:

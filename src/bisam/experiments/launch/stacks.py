@@ -9,6 +9,8 @@ from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
+import torch
+
 from bisam.experiments.launch.estimate import queries
 from bisam.experiments.recipes.catalogue import PLAIN
 from bisam.experiments.recipes.entries import SETTINGS
@@ -19,6 +21,10 @@ from bisam.experiments.runs.folder import Run
 from bisam.experiments.runs.machine import Machine
 from bisam.experiments.training.stacked.checks import check as check
 from bisam.experiments.training.stacked.train import REFERENCE_STEPS, StackTraining
+
+STACK_THREADS = 1
+"""Threads of a process that trains a stack. Its operations are many and small: several threads would wait for each other
+longer than they compute, above all on a machine with other work."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,7 @@ def seconds(recipe: Recipe, machine: Machine, runs: int, stack: int) -> float:
 @cache
 def _of_plain(recipe: Recipe, machine: Machine, count: int) -> tuple[float, float, int]:
     """Return seconds to prepare a stack of plain training and seconds of a loss, and the losses of an epoch."""
+    torch.set_num_threads(STACK_THREADS)
     start = time.perf_counter()
     training = StackTraining([replace(recipe, seed=seed) for seed in range(count)], machine)
     loading = time.perf_counter() - start

@@ -146,7 +146,8 @@ class StackTraining:
 
     def _note_best(self, found: Sequence[float], epoch: int) -> None:
         score = torch.tensor(found, dtype=torch.float64)
-        better = score > self._best_scores
+        # As of a run alone: ties go to the latest epoch, except to weights that are not finite.
+        better = (score > self._best_scores) | ((score == self._best_scores) & self._stack.finite().cpu())
         self._best_scores = torch.where(better, score, self._best_scores)
         chosen = better.nonzero().flatten().tolist()
         for i in chosen:
