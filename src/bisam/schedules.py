@@ -218,7 +218,7 @@ class FlipRate:
 
     where `rate` is the share of flipped examples in the step, of all examples that count. The radius therefore rises
     while fewer examples are flipped than `target` and falls while more are. It replaces the choice of a radius by that
-    of a rate. A controller of this kind was not found in a paper on SAM.
+    of a rate. This controller is this library's.
 
     The radius is a part of the state of the method: checkpoints contain it, and a step whose gradient is not finite
     leaves it as it was. All ranks that train the same weights have the same radius, because the rate is that of their
@@ -226,8 +226,9 @@ class FlipRate:
     are added up, and the radius changes in the next call outside of it. In the context `join()` it does not change.
     Without such a context each micro-batch of gradient accumulation is a step, and changes it.
 
-    It is the radius of an `L2` or `Adaptive` in `SAM` (also as `BiSAM` and `ASAM`), alone or inside of other
-    perturbations and wrappers. Methods that do not compare predictions at w and w + e refuse it. It needs class labels.
+    It is the radius of an `L2` or `Adaptive`, alone or inside of other perturbations, in `SAM` (also as `BiSAM` and
+    `ASAM`), alone or in `RSAM`, `Every` and `During`. Methods that do not compare predictions at w and w + e refuse it,
+    and so do `MSAM` and `KSAM`. It needs class labels (int64).
 
     Args:
         target: share of the examples to be flipped, in (0, 1).

@@ -28,7 +28,7 @@ def test_every_method_has_as_many_trials_as_sam(name):
     for noise in (0.4, 0.0):
         for method in ("sam", *recover.CANDIDATES):
             mine = [value for (_, at, which), value in places.values() if (at, which) == (noise, method)]
-            assert mine == sorted(recover.RATES if method == recover.FLIP_RATE else task.radii)
+            assert mine == sorted(task.rates if method == recover.FLIP_RATE else task.radii)
     for study in (STUDIES[name], STUDIES[f"{name}-tune"]):
         assert all(recipe.method == "sam" or recipe.method in LABELS for recipe in study.recipes(None))
         assert all(recipe.setting("rho") is not None for recipe in study.recipes(None))

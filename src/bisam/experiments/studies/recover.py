@@ -36,8 +36,6 @@ CANDIDATES: Mapping[str, str] = {
 FLIP_RATE = "SAM at a flip rate"
 """The candidate whose setting is a rate, and of the primary comparison."""
 
-RATES = (0.005, 0.008, 0.012, 0.02, 0.03, 0.045, 0.07, 0.1)
-"""The trials of a flip rate."""
 NOISE = (0.4, 0.0)
 """Shares of noisy training labels."""
 
@@ -50,14 +48,15 @@ CHOSEN: Mapping[Place, float] = {}
 
 @dataclass(frozen=True)
 class Task:
-    """A data set with its network, and the trials of a radius."""
+    """A data set with its network, and the trials of the settings."""
 
     recipe: Recipe
     radii: tuple[float, ...]
+    rates: tuple[float, ...]
 
     def settings(self, name: str) -> tuple[float, ...]:
         """The trials of a candidate, or of SAM: as many for each."""
-        return RATES if name == FLIP_RATE else self.radii
+        return self.rates if name == FLIP_RATE else self.radii
 
     def trial(self, name: str, noise: float, setting: float, epochs: int | None) -> Recipe:
         """The recipe of a candidate, or of SAM, with a setting."""
@@ -101,7 +100,11 @@ class Task:
 
 _METHODS = (BASELINE, *CANDIDATES)
 
-DIGITS = Task(Recipe(model="mlp", method=BASELINE, epochs=30), (0.14, 0.2, 0.28, 0.4, 0.57, 0.8, 1.13, 1.6))
+DIGITS = Task(
+    Recipe(model="mlp", method=BASELINE, epochs=30),
+    radii=(0.14, 0.2, 0.28, 0.4, 0.57, 0.8, 1.13, 1.6),
+    rates=(0.005, 0.008, 0.012, 0.02, 0.03, 0.045, 0.07, 0.1),
+)
 CIFAR10 = Task(
     Recipe(
         dataset="cifar10:8",
@@ -112,7 +115,8 @@ CIFAR10 = Task(
         batch_size=128,
         epochs=20,
     ),
-    (0.05, 0.07, 0.1, 0.14, 0.2, 0.28, 0.4, 0.57),
+    radii=(0.05, 0.07, 0.1, 0.14, 0.2, 0.28, 0.4, 0.57),
+    rates=(0.012, 0.02, 0.03, 0.045, 0.07, 0.1, 0.15, 0.22),
 )
 
 
