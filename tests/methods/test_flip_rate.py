@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bisam import (
+    AESAM,
     ASAM,
     BSAM,
     ESAM,
@@ -40,6 +41,7 @@ from bisam import (
     next_step,
 )
 from bisam.masks import RandomMask
+from bisam.methods.method import data_dependent, stateful
 from bisam.perturbations import L2, Adaptive, Friendly, Only
 from bisam.schedules import FlipRate, Warmup
 
@@ -116,6 +118,17 @@ def test_ignored_labels_are_not_counted():
     sharp = SharpnessAware(model, SAM(RATE), cross_entropy)
     sharp(x, torch.full_like(y, -100))
     assert radius(sharp) == torch.tensor(0.2)  # nothing to follow
+
+
+def test_a_loss_that_is_a_scalar_counts_too():
+    x, y = points(64)
+    radii = []
+    for loss in (cross_entropy, nn.CrossEntropyLoss()):
+        sharp = SharpnessAware(network(), SAM(RATE), loss)
+        for _ in range(3):
+            sharp(x, torch.where(torch.arange(64) < 5, -100, y))
+        radii.append(radius(sharp))
+    torch.testing.assert_close(*radii)
 
 
 def test_pixels_are_counted_as_examples_are():
@@ -297,6 +310,26 @@ def test_methods_that_compare_no_predictions_refuse_it(make):
     method = make(torch.optim.SGD(model.parameters(), lr=0.1))
     with pytest.raises(ValueError, match="a FlipRate follows the predictions that the ascent step flips"):
         SharpnessAware(model, method, cross_entropy)(*points(16))
+
+
+class Watched:
+    """Passes everything on to the method inside."""
+
+    transparent = True
+
+    def __init__(self, method) -> None:
+        self.method = method
+
+    def __call__(self, oracle: Oracle, batch: tuple[Tensor, Tensor]) -> Evaluation:
+        return self.method(oracle, batch)
+
+
+def test_a_transparent_wrapper_hides_nothing():
+    assert stateful(Watched(SAM(RATE))) == "FlipRate"
+    assert data_dependent(Watched(AESAM(steps=10))) == "AESAM"
+    SharpnessAware(network(), Watched(SAM(RATE)), cross_entropy)(*points(16))
+    with pytest.raises(ValueError, match="a FlipRate follows"):
+        SharpnessAware(network(), Watched(GSAM(RATE)), cross_entropy)(*points(16))
 
 
 def test_wrappers_that_split_or_choose_examples_refuse_it():

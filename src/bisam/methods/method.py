@@ -38,12 +38,12 @@ OLDER_NAMES: dict[str, str] = {}
 
 def stateful(value: Any) -> str | None:
     """Returns the name of the first stateful class in a nest of methods and perturbations, or None."""
-    return _having("stateful", value)
+    return _having("stateful", unwrapped(value))
 
 
 def data_dependent(value: Any) -> str | None:
     """Returns the name of the first class in a nest whose number of forward passes depends on the data, or None."""
-    return _having("data_dependent", value)
+    return _having("data_dependent", unwrapped(value))
 
 
 def indexed(value: Any) -> str | None:
@@ -58,6 +58,7 @@ def follows_flips(value: Any, *, uncounted: bool = False) -> bool:
         value: the nest.
         uncounted: whether only those count to which no method around them reports the flips (the trait `counts_flips`).
     """
+    value = unwrapped(value)
     if isinstance(value, FlipRate):
         return True
     if uncounted and _counts_flips(type(value)):
