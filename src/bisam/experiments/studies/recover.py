@@ -26,11 +26,11 @@ from bisam.experiments.studies.study import Study
 
 CANDIDATES: Mapping[str, str] = {
     "SAM at a flip rate": "SAM(FlipRate({:g}))",
-    "BiSAM (-log), mu 1 to 10": "BiSAM({:g}, NegLog(Linear(1, 10, steps)))",
+    "BiSAM (-log, mu 1 to 10)": "BiSAM({:g}, NegLog(Linear(1, 10, steps)))",
     "wrong classes (-log)": "BiSAM({:g}, WrongClasses(NegLog()))",
-    "wrong classes (-log), margin 2": "BiSAM({:g}, WrongClasses(NegLog(), margin=2))",
-    "OBF, gamma 1": "SAM(L2({:g}), ascent=OBF())",
-    "OBF, gamma 0": "SAM(L2({:g}), ascent=OBF(gamma=0))",
+    "wrong classes (-log, margin 2)": "BiSAM({:g}, WrongClasses(NegLog(), margin=2))",
+    "OBF (gamma 1)": "SAM(L2({:g}), ascent=OBF())",
+    "OBF (gamma 0)": "SAM(L2({:g}), ascent=OBF(gamma=0))",
 }
 """Names of the candidates, and templates of their expressions; the setting stands in the braces."""
 FLIP_RATE = "SAM at a flip rate"
