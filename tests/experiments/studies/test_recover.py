@@ -91,7 +91,7 @@ def test_chosen_settings_are_tested(monkeypatch):
 def here(monkeypatch):
     """Runs of a study one after the other in this process."""
 
-    def run_all(recipes, root, workers, machine, progress, analyses=None):
+    def run_all(recipes, root, workers, machine, progress, *_):
         outcomes = []
         for recipe in recipes:
             outcomes.append(Outcome(recipe, train(Run.under(root, recipe), Machine())))
