@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bisam.batches import Batch
 from bisam.evaluation import Evaluation
 from bisam.methods.sam import SAM
-from bisam.objectives import Bound, NegLog, count, mean
+from bisam.objectives import Bound, NegLog, at_step, count, mean
 from bisam.oracle import Oracle, Query
 from bisam.perturbations import L2, Perturbation
 from bisam.schedules import Radius
@@ -228,7 +228,7 @@ class FunctionalSAM(SAM):
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
         """Makes two queries; reports the loss at the weights."""
         g = oracle.query(batch, self.ascent, wrt=self.part(oracle))
-        loss = self.descent or oracle.loss
+        loss = at_step(self.descent or oracle.loss, oracle.step)
         e, plain = self.displacement(g.gradient, oracle), g.under(loss)
         del g  # frees its gradient
         answer = oracle.query(batch, _Tangent.of(plain), at=e)

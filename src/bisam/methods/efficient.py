@@ -14,7 +14,7 @@ from bisam.batches import Batch, examples, largest, size, take
 from bisam.evaluation import Evaluation
 from bisam.masks import RandomMask, top
 from bisam.methods.sam import SAM, looks
-from bisam.objectives import Bound, NegLog, Objective
+from bisam.objectives import Bound, NegLog, Objective, at_step
 from bisam.oracle import Oracle, Query
 from bisam.perturbations import L2, Perturbation, geometry, is_radius
 from bisam.schedules import Radius
@@ -72,7 +72,7 @@ class ESAM(SAM):
         e, before = self.displacement(g.gradient, oracle), replace(g, grad=None)
         del g  # frees its gradient
         if selects:
-            select = self.select or oracle.loss
+            select = at_step(self.select or oracle.loss, oracle.step)
             before = before.under(select).per_example
             rise = oracle.query(batch, select, at=e, grad=False).per_example - before
             batch = largest(rise, max(1, int(len(rise) * self.gamma) - 1), batch)
