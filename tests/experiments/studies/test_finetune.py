@@ -42,7 +42,7 @@ def kind(recipe: Recipe) -> Recipe:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_method_has_a_value_from_its_own_grid_of_the_study_that_tunes_it(name):
-    study, trials = STUDIES[name], STUDIES[f"{name}-tuning"].recipes(None)
+    study, trials = STUDIES[name], STUDIES[f"{name}-rho"].recipes(None)
     for recipe in study.recipes(None):
         same = [trial for trial in trials if kind(trial) == kind(recipe)]
         assert [tuned(trial) for trial in same] == list(GRIDS[recipe.method])
@@ -52,7 +52,7 @@ def test_each_method_has_a_value_from_its_own_grid_of_the_study_that_tunes_it(na
 
 @pytest.mark.parametrize("name", NAMES)
 def test_all_compute_as_many_gradients_and_differ_in_nothing_else(name):
-    for study in (STUDIES[name], STUDIES[f"{name}-tuning"]):
+    for study in (STUDIES[name], STUDIES[f"{name}-rho"]):
         for epochs in (None, 1):
             recipes = study.recipes(epochs)
             work = {one.epochs * float(CATALOGUE[one.method].gradients) for one in recipes}
@@ -65,7 +65,7 @@ def test_all_compute_as_many_gradients_and_differ_in_nothing_else(name):
 
 def test_tuning_has_seeds_of_its_own():
     for name in NAMES:
-        test, tuning = STUDIES[name], STUDIES[f"{name}-tuning"]
+        test, tuning = STUDIES[name], STUDIES[f"{name}-rho"]
         seeds = [set(range(one.first_seed, one.first_seed + one.seeds)) for one in (test, tuning)]
         assert not seeds[0] & seeds[1]
         assert test.seeds == 10
@@ -80,12 +80,12 @@ def test_the_notes_register_the_comparison_and_say_what_is_not_tuned_yet():
 
 
 def test_tuning_of_flowers_holds_out_two_of_five_and_the_comparison_none():
-    assert {one.held_out for one in STUDIES["finetune-flowers-tuning"].recipes(None)} == {0.4}
+    assert {one.held_out for one in STUDIES["finetune-flowers-rho"].recipes(None)} == {0.4}
     assert {one.held_out for one in STUDIES["finetune-flowers"].recipes(None)} == {0.0}
 
 
 def test_tuning_of_another_task_is_one_setting():
-    recipes = STUDIES["finetune-glue-tuning"].changed(None, ["dataset=glue:mrpc"])
+    recipes = STUDIES["finetune-glue-rho"].changed(None, ["dataset=glue:mrpc"])
     assert len(recipes) == sum(map(len, GRIDS.values()))
     assert {one.dataset for one in recipes} == {"glue:mrpc"}
 
@@ -137,4 +137,4 @@ def test_a_study_of_fine_tuning_end_to_end(name, root, bisam):
 
 
 def test_the_studies_are_listed():
-    assert [study.name for study in FINETUNE] == [*(f"{name}{end}" for name in NAMES for end in ("", "-tuning"))]
+    assert [study.name for study in FINETUNE] == [*(f"{name}{end}" for name in NAMES for end in ("", "-rho"))]

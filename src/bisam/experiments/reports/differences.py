@@ -87,4 +87,4 @@ def _unlike(a: Recipe, b: Recipe) -> set[str]:
 
 
 def _free(a: Recipe, b: Recipe) -> set[str]:
-    return {"method", *SETTINGS, *a.own_fields, *b.own_fields}
+    return {"method", *SETTINGS, *a.own_fields, *b.own_fields, *a.tuned, *b.tuned}

@@ -68,7 +68,7 @@ GRIDS: Mapping[str, tuple[float, ...]] = {
 """What is tried of each method: weight decays of plain training, radii of the others."""
 
 TASKS = ("sst2", "cola")
-"""The tasks of the study, in its order. For others: `bisam run finetune-glue-tuning --set dataset=glue:mrpc`."""
+"""The tasks of the study, in its order. For others: `bisam run finetune-glue-rho --set dataset=glue:mrpc`."""
 
 _MIDDLE = {method: grid[2] for method, grid in GRIDS.items()}
 CHOSEN: Mapping[str, Mapping[str, float]] = {"sst2": _MIDDLE, "cola": _MIDDLE, "flowers": _MIDDLE}
@@ -129,13 +129,13 @@ _SAME = (
     "without smoothing the control, SAM that climbs the cross-entropy (CE ascent), would be SAM."
 )
 _TUNING = (
-    "Each method has a value of its own, of five the one with the best validation score, mean of the seeds of "
-    "`{tuning}`: the weight decay of AdamW, and the radius of the others, whose weight decay is 0.01. If it is at "
-    "an end of its grid, the grid is extended before the comparison is run."
+    "Each method has a value of its own, of five the one with the best validation score of the last epoch, mean of "
+    "the seeds of `{tuning}`: the weight decay of AdamW, and the radius of the others, whose weight decay is 0.01. If "
+    "it is at an end of its grid, the grid is extended before the comparison is run."
 )
 _CHOICE = (
-    "The value with the best validation score, mean of these seeds, is that of the study `{study}`, which has "
-    "other seeds."
+    "The value with the best validation score of the last epoch, mean of these seeds, is that of the study `{study}`, "
+    "which has other seeds."
 )
 _GLUE_NOTE = (
     "Table 7 of Xie et al. (2024) at a size for two cores. *Registered before the first run*: the primary "
@@ -143,7 +143,7 @@ _GLUE_NOTE = (
     "set, paired by seed, with 10 seeds (0 to 9) and a two-sided Student test at 5 %. All other comparisons, those"
     " with the control and those on CoLA (Matthews correlation) among them, are secondary and adjusted together "
     f"(Holm). The study ends with its tenth seed, whatever the intervals are. {_SAME} "
-    f"{_TUNING.format(tuning='finetune-glue-tuning')} *Made smaller*: MiniLM (6 layers of width 384; "
+    f"{_TUNING.format(tuning='finetune-glue-rho')} *Made smaller*: MiniLM (6 layers of width 384; "
     "sentence-transformers/all-MiniLM-L6-v2, in DATA/weights/minilm-l6-h384) in place of BERT-base, and 512 "
     "training examples, which the seed draws. The embeddings and the 4 lower layers are frozen: they are not "
     "perturbed and have no dropout, and their states of each text are computed once, which changes results by "
@@ -155,7 +155,7 @@ _FLOWERS_NOTE = (
     "comparison is BiSAM (-log) minus SAM, the test accuracy of the last epoch, paired by seed, with 10 seeds (0 "
     "to 9) and a two-sided Student test at 5 %; all other comparisons are secondary and adjusted together (Holm). "
     f"The first five seeds (`--seeds 5`) are a preview, in which nothing is decided. {_SAME} "
-    f"{_TUNING.format(tuning='finetune-flowers-tuning')} Tuning holds out 2 of the 5 training images of each class;"
+    f"{_TUNING.format(tuning='finetune-flowers-rho')} Tuning holds out 2 of the 5 training images of each class;"
     " here all 510 are trained, and the validation score is that of the training images. *Made smaller*: "
     "EfficientNet-Lite0 (timm's tf_efficientnet_lite0.in1k, in "
     "DATA/weights/tf_efficientnet_lite0/model.safetensors) in place of ViT-B/16, 5 training and 5 test images of "
@@ -174,13 +174,14 @@ FINETUNE = (
         note=_GLUE_NOTE + _values(*TASKS),
     ),
     Study(
-        "finetune-glue-tuning",
+        "finetune-glue-rho",
         "The radii and the weight decay of finetune-glue, by validation score",
         _glue_tuning,
         seeds=2,
         figures=("radius",),
         first_seed=100,
         note=_CHOICE.format(study="finetune-glue"),
+        tunes=True,
     ),
     Study(
         "finetune-flowers",
@@ -191,13 +192,14 @@ FINETUNE = (
         note=_FLOWERS_NOTE + _values("flowers"),
     ),
     Study(
-        "finetune-flowers-tuning",
+        "finetune-flowers-rho",
         "The radii and the weight decay of finetune-flowers, by validation score",
         _flowers_tuning,
         seeds=2,
         figures=("radius",),
         first_seed=100,
         note=_CHOICE.format(study="finetune-flowers"),
+        tunes=True,
     ),
 )
 """In the order of `bisam list`."""
