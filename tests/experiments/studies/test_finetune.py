@@ -106,7 +106,7 @@ def root(tmp_path, monkeypatch):
     (tmp_path / "weights" / "tf_efficientnet_lite0").mkdir()
     torch.save(build("timm:test_efficientnet", 9).state_dict(), tmp_path / "weights" / "small.pt")
 
-    def run_all(recipes, root, workers, machine, progress, analyses=None):
+    def run_all(recipes, root, workers, machine, progress, analyses=None, stack=None):
         return [Outcome(recipe, train(Run.under(root, recipe), machine)) for recipe in recipes]
 
     monkeypatch.setattr(processes, "run_all", run_all)
