@@ -83,6 +83,14 @@ class MeasurementSubject:
         """Print the table, and write the report."""
         return self._report(out, to or out / self.name, pairs(changes, _CHANGE))
 
+    def archive(self, changes: tuple[str, ...], out: Path, to: Path) -> int:
+        """Refuse: there is nothing to leave out.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"{self.name} trains nothing: its folder has no checkpoints, and can be kept as it is")
+
     def figure(self, name: str | None, changes: tuple[str, ...], out: Path) -> Figure:
         """Its figure.
 
