@@ -1,7 +1,6 @@
-"""The command line, a file for each command: `bisam run`, `train`, `analyse`, `report`, `plot`, `archive`, `list`, ...
+"""The command line, a file a command: `bisam run`, `train`, `analyse`, `report`, `plot`, `archive`, `list` and others.
 
-run, report, plot, archive, list
-                          work on a subject of `subjects.py`: a study (`study.py`) or a measurement (`measurement.py`)
+run, report, ...          work on a subject of `subjects.py`: a study (`study.py`) or a measurement (`measurement.py`)
 train                     trains one recipe
 analyse                   measures finished runs, or the weights in a file
 methods                   shows the catalogue of methods

@@ -35,10 +35,10 @@ def plot(
     of_studies = [*figures.CAPTIONS, predictor_plot.NAME]
     run = None if study is None or study in SUBJECTS else Path(study)
     if run is not None and is_archive(run):
-        raise ValueError(
-            f"{run} is an archive: for a figure of a study write `bisam plot {figure} STUDY --out {run}`, for one of a "
-            f"run unpack it (tar xf {run.name}) and give the folder of the run"
-        )
+        remedy = "unpack it with tar, and give the folder of a run"
+        if figure in of_studies:
+            remedy = f"write `bisam plot {figure} STUDY --out {run}`"
+        raise ValueError(f"{run} is an archive of runs: {remedy}")
     if run is not None and figure in analyses.DRAWN and (run.exists() or figure not in figures.CAPTIONS):
         drawing = analyses.draw(figure, run)
     elif study is None and figure in SUBJECTS:

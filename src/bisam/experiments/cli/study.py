@@ -184,7 +184,9 @@ class StudySubject:
                 errors.print(f"bisam: no finished run has the settings of {self.name}: these runs have other settings")
         if not found:
             again = " ".join(["bisam run", self.name, *(f"--set {change}" for change in changes)])
-            remedy = "give another --out" if place.archived else f"run `{again}` first, or give its --out"
+            remedy = f"run `{again}` first, or give its --out"
+            if place.archived:
+                remedy = f"it has runs in {', '.join(sorted(path.name for path in place.folder.iterdir()))}"
             raise ValueError(f"no finished run of {self.name} in {place.given}: {remedy}")
         return self._arranged(found, list(wanted)), left_out
 
@@ -199,6 +201,11 @@ class StudySubject:
         from bisam.experiments.reports.drawing import rendered
         from bisam.experiments.reports.groups import grouped
 
+        entries, faults = analyses.read(runs)
+        for fault in faults:
+            if place.archived:
+                raise place.fault(fault)
+            errors.print(f"bisam: skipped: {fault}")
         study = self.study
         rows = tables.summary(runs, study.baselines)
         header = tables.header(rows, brief=console.width < 130)
@@ -215,11 +222,6 @@ class StudySubject:
         drawn = [name for name in study.figures if figures.usable(name, runs)]
         pictures = {f"{name}.png": rendered(figures.draw(name, runs)) for name in drawn}
         captions = {f"{name}.png": figures.CAPTIONS[name] for name in drawn}
-        entries, faults = analyses.read(runs)
-        for fault in faults:
-            if place.archived:
-                raise place.fault(fault)
-            errors.print(f"bisam: skipped: {fault}")
         analysed = "" if place.archived else f"{place.folder / study.folder}"
         more = [analyses.section(runs, entries, faults, analysed)]
         files = {"analysis.csv": to_csv(analyses.rows(runs, entries))}
