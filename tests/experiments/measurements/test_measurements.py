@@ -330,8 +330,8 @@ def test_table_12(tmp_path, monkeypatch):
         assert row["to_plain"] == 1 or row["loss"] != "cross-entropy"
         barred = row["loss"] in ("BiSAM (-log)", "BiSAM (tanh)")
         cell = TABLE_12.columns["to cross-entropy"](row)
-        assert cell.endswith(("met", "missed")) == barred
-        assert "met" not in cell or row["to_plain"] <= 1
+        assert cell.endswith(("undecided", "no verdict under load")) == barred  # two rounds have no interval
+        assert "[–]" in cell
 
 
 def test_without_a_compiler_it_says_what_to_give(tmp_path, monkeypatch):

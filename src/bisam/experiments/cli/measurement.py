@@ -15,6 +15,7 @@ from bisam.experiments.cli.options import Launch, flag
 from bisam.experiments.cli.report_files import write_report
 from bisam.experiments.cli.terminal import console, errors
 from bisam.experiments.measurements import Measurement, report as report_of, run as measure
+from bisam.experiments.measurements.timing import Load
 from bisam.experiments.recipes.changes import pairs
 from bisam.experiments.runs.files import to_csv
 from bisam.experiments.runs.machine import Machine
@@ -65,6 +66,11 @@ class MeasurementSubject:
 
     def run(self, launch: Launch, machine: Machine, out: Path) -> int:
         """Measure the parts that are missing, and report."""
+        if self.measurement.timed and (load := Load.now()).too_high:
+            errors.print(
+                f"bisam: the load of other programs is {load.highest:.1f} on {load.cores} cores: the ratios are "
+                f"measured, and there is no verdict while it is above {load.limit:g}"
+            )
         with console.status("") as status:
 
             def tell(part: str, done: int, total: int) -> None:
