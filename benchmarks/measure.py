@@ -21,6 +21,7 @@ from bisam.experiments.measurements.timing import (
     Times as Times,
     bracketed as bracketed,
     conditions,
+    highest,
     interleaved as interleaved,
     ratio as ratio,
     seconds as seconds,
@@ -82,11 +83,7 @@ def interval(row: Mapping[str, Any], digits: int = 3) -> str:
 
 def load(rows: Iterable[Mapping[str, Any]]) -> str:
     """The load of other programs while some rows were measured, in words."""
-    seen = [Load(row["load"], row["cores"]) for row in rows if "load" in row]
-    known = [one.highest for one in seen if one.highest is not None]
-    if not known:
-        return "load of other programs unknown"
-    return f"load of other programs at most {max(known):.1f} (verdicts up to {min(one.limit for one in seen):g})"
+    return highest(Load(row["load"], row["cores"]) for row in rows if "load" in row)
 
 
 def write(path: Path, benchmark: str, settings: Mapping[str, Any], results: Mapping[str, Any]) -> None:
@@ -115,12 +112,8 @@ class Parser(argparse.ArgumentParser):
     def begin(self, threads: int) -> None:
         """Set the number of threads, and warn if the load of other programs permits no verdict."""
         torch.set_num_threads(threads)
-        if (now := Load.now()).too_high:
-            print(
-                f"{self.prog}: the load of other programs is {now.highest:.1f} on {now.cores} cores: the ratios are "
-                f"measured, and there is no verdict while it is above {now.limit:g}",
-                file=sys.stderr,
-            )
+        if warning := Load.now().warning:
+            print(f"{self.prog}: {warning}", file=sys.stderr)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")

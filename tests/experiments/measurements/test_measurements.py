@@ -374,7 +374,9 @@ def test_table_12_in_both_frameworks(tmp_path):
     assert all(row["seconds"] > 0 for row in shown.rows)
     assert [cells[2].partition(" ")[0] for cells in shown.cells] == [row["framework"] for row in shown.rows]
     assert all(
-        cells[-1].endswith("]") for cells, row in zip(shown.cells, shown.rows, strict=True) if row["framework"] != "torch"
+        cells[-1].endswith("]")
+        for cells, row in zip(shown.cells, shown.rows, strict=True)
+        if row["framework"] != "torch"
     )
 
 

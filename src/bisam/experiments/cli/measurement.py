@@ -66,11 +66,8 @@ class MeasurementSubject:
 
     def run(self, launch: Launch, machine: Machine, out: Path) -> int:
         """Measure the parts that are missing, and report."""
-        if self.measurement.timed and (load := Load.now()).too_high:
-            errors.print(
-                f"bisam: the load of other programs is {load.highest:.1f} on {load.cores} cores: the ratios are "
-                f"measured, and there is no verdict while it is above {load.limit:g}"
-            )
+        if self.measurement.timed and (warning := Load.now().warning):
+            errors.print(f"bisam: {warning}")
         with console.status("") as status:
 
             def tell(part: str, done: int, total: int) -> None:

@@ -160,7 +160,7 @@ class StudySubject:
 
         with source(out) as place:
             runs, _ = self._finished(changes, place)
-            entries, _ = analyses.read(runs)
+            entries, _ = analyses.read(runs if name == predictor_plot.NAME else ())
         if name != predictor_plot.NAME:
             return figures.draw(name or self.study.figures[0], runs)
         if (compared := self.study.analyses) is None:

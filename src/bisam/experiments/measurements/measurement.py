@@ -23,7 +23,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from bisam.experiments.errors import RunError, unknown
-from bisam.experiments.measurements.timing import LIMIT, Load, Ratio, bracketed, conditions, verdict
+from bisam.experiments.measurements.timing import LIMIT, Load, Ratio, bracketed, conditions, highest, verdict
 from bisam.experiments.runs.environment import environment
 from bisam.experiments.runs.files import checksum, read_json, write
 from bisam.experiments.runs.machine import Machine
@@ -361,13 +361,8 @@ def _provenance(parts: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def _loads(parts: Sequence[Mapping[str, Any]]) -> str:
     """The load of other programs, or in older files that of the machine at the end of each part."""
-    rows = [row for one in parts for row in one["rows"] if "load" in row]
-    if rows:
-        seen = [Load(row["load"], row["cores"]) for row in rows]
-        known = [one.highest for one in seen if one.highest is not None]
-        if not known:
-            return ", load of other programs unknown"
-        return f", load of other programs at most {max(known):.1f} (verdicts up to {min(one.limit for one in seen):g})"
+    if seen := [Load(row["load"], row["cores"]) for one in parts for row in one["rows"] if "load" in row]:
+        return f", {highest(seen)}"
     loads = sorted(float(load) for one in parts if (load := one["environment"].get("load")) is not None)
     return f", load {loads[0]:.1f} to {loads[-1]:.1f}" if loads else ""
 

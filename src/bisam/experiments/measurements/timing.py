@@ -24,7 +24,7 @@ import math
 import os
 import random
 import statistics
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -91,6 +91,24 @@ class Load:
     def too_high(self) -> bool:
         """Whether there is no verdict."""
         return self.highest is not None and self.highest > self.limit
+
+    @property
+    def warning(self) -> str:
+        """What to know before the measurement begins; empty if the load permits a verdict."""
+        if not self.too_high:
+            return ""
+        return (
+            f"the load of other programs is {self.highest:.1f} on {self.cores} cores: the ratios are measured, and "
+            f"there is no verdict while it is above {self.limit:g}"
+        )
+
+
+def highest(loads: Iterable[Load]) -> str:
+    """The highest of the loads of one machine, in words."""
+    loads = list(loads)
+    if not (known := [one.highest for one in loads if one.highest is not None]):
+        return "load of other programs unknown"
+    return f"load of other programs at most {max(known):.1f} (verdicts up to {loads[0].limit:g})"
 
 
 def own_load(busy: int, elapsed: float) -> float:
