@@ -203,7 +203,7 @@ def interval(values: Sequence[float]) -> tuple[float, float] | tuple[None, None]
     """
     from scipy.stats import quantile_test  # not at the top: it takes long to import
 
-    found = quantile_test(list(values), q=0.0, p=0.5).confidence_interval(CONFIDENCE)
+    found = quantile_test(list(values), q=0, p=0.5).confidence_interval(CONFIDENCE)
     low, high = float(found.low), float(found.high)
     return (None, None) if math.isnan(low) or math.isnan(high) else (low, high)
 

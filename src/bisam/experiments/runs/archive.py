@@ -130,12 +130,12 @@ def write_archive(path: Path, root: Path, folders: Iterable[Path], without: Coll
 def _packed(files: dict[str, bytes]) -> bytes:
     """The content of an archive. Files of one kind follow each other, which compresses better."""
     out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w:xz", preset=6 | lzma.PRESET_EXTREME, format=tarfile.PAX_FORMAT) as archive:
+    with tarfile.open(fileobj=out, mode="w:", format=tarfile.PAX_FORMAT) as archive:
         for name in sorted(files, key=lambda name: (name.rpartition("/")[2], name)):
             entry = tarfile.TarInfo(name)  # with mode 0644 and time 0, and without an owner
             entry.size = len(files[name])
             archive.addfile(entry, io.BytesIO(files[name]))
-    return out.getvalue()
+    return lzma.compress(out.getvalue(), preset=6 | lzma.PRESET_EXTREME)
 
 
 def _files(path: Path) -> dict[str, bytes]:
