@@ -35,7 +35,6 @@ from bisam.experiments.reports.groups import grouped, measured, names, perturbed
 from bisam.experiments.reports.scatter import time as time
 from bisam.experiments.reports.tuning import grid as grid, radius as radius, varied, with_radius
 from bisam.experiments.runs.folder import Finished
-from bisam.experiments.runs.results import Headline
 
 
 def accuracy(runs: Sequence[Finished]) -> Figure:
@@ -81,8 +80,8 @@ def accuracy(runs: Sequence[Finished]) -> Figure:
     return figure
 
 
-_MARKERS: dict[Headline, str] = {"best": "o", "last": "D"}
-_OTHER: dict[Headline, Headline] = {"best": "last", "last": "best"}
+_MARKERS = {"best": "o", "last": "D"}
+_OTHER = {"best": "last", "last": "best"}
 
 
 figure2 = flips

@@ -43,12 +43,11 @@ def caption(runs: Collection[Finished]) -> str:
     else:
         seeds = "the initial weights, the noise and the order of the batches, not the split"
     return (
-        "Test scores times 100 (accuracies in per cent): mean ± standard deviation over n seeds, with the weights of "
-        f"{of_weights(runs)}. The test set was evaluated once, at the end of each run. Label noise is in the training "
-        f"labels, and in the validation labels of runs with validation noise only. Seeds vary {seeds}. Gradients: "
-        "batch gradients per step, as counted, plus forward passes (f). Time: duration of an epoch relative to plain "
-        "training, which was measured between the epochs of the same run. Runs that diverged, with a loss that is not "
-        "finite, are part of all means."
+        "Test scores times 100 (accuracies in per cent): mean ± standard deviation over n seeds. The test set was "
+        "evaluated once, at the end of each run. Label noise is in the training labels, and in the validation labels "
+        f"of runs with validation noise only. Seeds vary {seeds}. Gradients: batch gradients per step, as counted, "
+        "plus forward passes (f). Time: duration of an epoch relative to plain training, which was measured between "
+        "the epochs of the same run. Runs that diverged, with a loss that is not finite, are part of all means."
     )
 
 
@@ -75,10 +74,14 @@ def older(groups: Groups) -> str:
 
 def of_weights(runs: Collection[Finished]) -> str:
     """The epoch whose weights the headline scores of runs are of, in words."""
-    which = dict.fromkeys(headline(run.result) for run in runs)
+    which = {headline(run.result) for run in runs}
     if len(which) == 1:
-        return _WEIGHTS[next(iter(which))]
-    return f"{_WEIGHTS['last']} where validation has fewer than {ENOUGH:,} examples, else of {_WEIGHTS['best']}"
+        return _WEIGHTS[which.pop()]
+    ruled = {headline(run.result) for run in runs if "headline" in run.result}
+    if ruled == {"last"}:
+        return f"{_WEIGHTS['last']}, and in runs of earlier versions of {_WEIGHTS['best']}"
+    said = f"{_WEIGHTS['last']} where validation has fewer than {ENOUGH:,} examples, else of {_WEIGHTS['best']}"
+    return said if all("headline" in run.result for run in runs) else f"{said}, as in all runs of earlier versions"
 
 
 def reading(runs: Collection[Finished], compared: Collection[Comparison]) -> str:
@@ -105,7 +108,7 @@ def _headline(runs: Collection[Finished]) -> str:
     sizes = sorted({run.result["validation_examples"] for run in runs if "validation_examples" in run.result})
     ties = [run.result["validation_ties"] for run in runs if "validation_ties" in run.result]
     said = f"The headline score, which the tables show, is that of {of_weights(runs)}"
-    if sizes and len(which) == 1:
+    if sizes and len(which) == 1 and all("headline" in run.result for run in runs):
         ends = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
         said += (
             f", because validation has {ends} examples ({'fewer than' if which == {'last'} else 'at least'} {ENOUGH:,})"
