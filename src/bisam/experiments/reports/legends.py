@@ -6,10 +6,12 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from statistics import mean
 
+from bisam.experiments.recipes.expressions import names_called
 from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.recipes.versions import VERSION, changed_since
 from bisam.experiments.reports.cells import detectable, interval, probability, signed
 from bisam.experiments.reports.differences import Comparison
-from bisam.experiments.reports.groups import Place, place
+from bisam.experiments.reports.groups import Groups, Place, place
 from bisam.experiments.reports.markdown import escaped
 from bisam.experiments.runs.folder import Finished
 from bisam.experiments.runs.results import ENOUGH, headline
@@ -46,6 +48,27 @@ def caption(runs: Collection[Finished]) -> str:
         f"of runs with validation noise only. Seeds vary {seeds}. Gradients: batch gradients per step, as counted, "
         "plus forward passes (f). Time: duration of an epoch relative to plain training, which was measured between "
         "the epochs of the same run. Runs that diverged, with a loss that is not finite, are part of all means."
+    )
+
+
+def older(groups: Groups) -> str:
+    """The paragraph on runs of earlier versions of the recipes; empty if there are none."""
+    old = [recipe for recipe in groups if recipe.version != VERSION]
+    if not old:
+        return ""
+    numbers = sorted({recipe.version for recipe in old})
+    which = " and ".join(map(str, numbers))
+    since = "; ".join(dict.fromkeys(changed_since(one.version, names_called(one.expression)) for one in old))
+    count, everything = (sum(len(groups[recipe]) for recipe in some) for some in (old, groups))
+    shown = (
+        f"rows with that version in their name, below the rows of version {VERSION}; they are compared with rows of "
+        "their own version only"
+    )
+    if len({recipe.version for recipe in groups}) == 1:
+        shown = "all rows"
+    return (
+        f"**Old results:** {count} of {everything} runs have recipe version {which} ({shown}). Their results are not "
+        f"those of version {VERSION}: since then {since}."
     )
 
 

@@ -190,6 +190,7 @@ def markdown(
     blocks = [
         f"# {title}",
         legends.caption(runs),
+        legends.older(groups),
         note,
         legends.reading(runs, compared.values()),
         _setting(shared, marks),
