@@ -17,8 +17,9 @@ from torchvision.datasets import cifar
 
 from bisam import SAM, SAMPa
 from bisam.experiments.cli.study import show_failed
+from bisam.experiments.data import load
 from bisam.experiments.data.glue import TASKS
-from bisam.experiments.errors import RunError
+from bisam.experiments.errors import DataError, RunError
 from bisam.experiments.launch import processes
 from bisam.experiments.launch.estimate import queries
 from bisam.experiments.launch.outcomes import Outcome
@@ -67,6 +68,26 @@ def here(monkeypatch):
         return outcomes
 
     monkeypatch.setattr(processes, "run_all", run_all)
+
+
+def test_cifar_at_a_smaller_side(cifar_root):
+    """Each pixel is the mean of a block; the statistics, the crops and cutout are those of the smaller images."""
+    machine = Machine(data_dir=cifar_root)
+    whole, half = (load(Recipe(dataset=name, cutout=True), machine) for name in ("cifar10", "cifar10:16"))
+    for part in ("train", "validation", "test"):
+        there, here = getattr(whole, part), getattr(half, part)
+        assert here.images.shape == (len(there), 3, 16, 16)
+        assert torch.equal(here.labels, there.labels)
+        blocks = there.images.view(-1, 3, 16, 2, 16, 2).double().mean((3, 5))
+        assert (here.images - blocks).abs().max() <= 0.5
+    assert (half.train.augmentation.padding, half.train.augmentation.cutout) == (2, 8)
+    both = torch.cat([half.train.images, half.validation.images]).double() / 255
+    expected = both.mean((0, 2, 3)), both.transpose(0, 1).flatten(1).std(1)
+    for found, known in zip(half.train.statistics, expected, strict=True):
+        torch.testing.assert_close(torch.tensor(found), known.float())
+    for side in (5, 31):
+        with pytest.raises(DataError, match=f"images of 32 pixels can be reduced to 4, 8 or 16, got {side}"):
+            load(Recipe(dataset=f"cifar10:{side}"), machine)
 
 
 def checked(folder, root, runs: int, seeds: int = 1) -> list[dict]:
