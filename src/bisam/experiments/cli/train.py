@@ -17,8 +17,9 @@ from bisam.experiments.cli.progress import Display
 from bisam.experiments.cli.terminal import console, errors
 from bisam.experiments.errors import RunError, is_out_of_memory, reason
 from bisam.experiments.recipes.presets import started
-from bisam.experiments.runs.folder import Run
+from bisam.experiments.runs.folder import Result, Run
 from bisam.experiments.runs.machine import Machine
+from bisam.experiments.runs.results import headline
 
 EXAMPLES = (
     "Examples:  bisam train --method sam --noise 0.4 --rho 0.4   |   "
@@ -70,11 +71,18 @@ def train(
             raise RunError(f"out of memory: a smaller --batch-size needs less ({reason(error)})") from error
         display.done(recipe, None)
     metric = result.get("metric", "accuracy")
-    console.print(
-        f"test {TITLES.get(metric, metric)} {100 * result['test_best']:.1f} % at the best validation epoch "
-        f"({result['best_epoch']:g}), {100 * result['test_last']:.1f} % at the last; {one.folder}",
-        soft_wrap=True,
-    )
+    console.print(f"test {TITLES.get(metric, metric)} {_scores(result)}; {one.folder}", soft_wrap=True)
     if (diverged := result.get("diverged")) is not None:
         errors.print(f"bisam: the training diverged: the loss is not finite from epoch {diverged} on; {one.folder}")
     return 0
+
+
+def _scores(result: Result) -> str:
+    """Both test scores of a run, the headline first."""
+    ties = result["validation_ties"]
+    tied = f", the latest of {ties} that tie" if ties > 1 else ""
+    best = f"{100 * result['test_best']:.1f} % at the best validation epoch ({result['best_epoch']}{tied})"
+    last = f"{100 * result['test_last']:.1f} % at the last epoch"
+    if headline(result) == "best":
+        return f"{best}, the headline; {last}"
+    return f"{last}, the headline because validation has only {result['validation_examples']:,} examples; {best}"

@@ -1,8 +1,9 @@
 """Ball: the largest error in a ball around the weights, and what adversaries flip.
 
 Equation 5 of Xie et al. (2024, https://arxiv.org/abs/2407.12993) is min over w of the largest 0-1 loss in a ball. The
-ball and the examples are those of `measured.py`. A measurement costs 94 gradients and 13 forward passes of its
-examples.
+L2 ball has the radius 0.05, which is the paper's of SAM and BiSAM, whatever the radius of the method is, so that the
+columns of all methods are about the same set of displacements. A measurement costs 94 gradients and 13 forward passes
+of its examples.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from bisam.batches import Batch
 from bisam.experiments.runs.folder import Row
 
 RADIUS = 0.05
-"""Radius of the ball of every kind of measurement: the paper's of SAM and BiSAM."""
+"""Radius of the ball: the paper's of SAM and BiSAM, whatever the radius of the method is."""
 EXAMPLES = 1000
 """Least number of training examples of every kind of measurement."""
 STEPS = 30

@@ -3,12 +3,9 @@
 ball.py     the largest error in a ball, and what adversaries flip
 ascents.py  what five adversaries do with the same weights
 
-Each kind measures the same examples in the same ball for all methods:
-
-* on whole batches of the size of the run, in an order that its seed draws, until they are 1,000 training examples or
-  more: the same after each epoch, with the labels that it trains on, without augmentation, in eval mode;
-* in the L2 ball of radius 0.05, which is the paper's radius of SAM and BiSAM, whatever the radius of the method is, so
-  that the columns of all methods are about the same set of displacements.
+Each kind measures whole batches of the size of the run, in an order that its seed draws, until they are 1,000 training
+examples or more: the same after each epoch and for all methods, with the labels that the run trains on, without
+augmentation, in eval mode.
 
 A measurement changes nothing in the run, and its time is not that of the epoch.
 """

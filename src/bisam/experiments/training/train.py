@@ -25,7 +25,7 @@ from bisam.experiments.runs.checkpoint import CHECKPOINT
 from bisam.experiments.runs.files import damaged
 from bisam.experiments.runs.folder import Result, Row, Run
 from bisam.experiments.runs.machine import Machine
-from bisam.experiments.runs.results import first_diverged
+from bisam.experiments.runs.results import first_diverged, headline_for
 from bisam.experiments.training.checks import check_data, check_model
 from bisam.experiments.training.counting import CountedMethod
 from bisam.experiments.training.devices import OnEpoch, train_in_processes
@@ -202,11 +202,21 @@ class Training:
         row["validation"] = self._scores(self._model, self._validation)[0]
         if state.average is not None:
             row["validation_ema"] = self._scores(state.average.model, self._validation)[0]
-        if row["validation"] > state.best["score"]:
+        if self._is_best(row["validation"]):
             state.best = {"score": row["validation"], "epoch": epoch, "weights": _weights_on_cpu(self._model)}
         if self._measured is not None:
             row |= self._measured.row(epoch, self._length.epochs)
         return row
+
+    def _is_best(self, score: float) -> bool:
+        """Whether the epoch that ends with this validation score is the best until now: of equal ones the latest is.
+
+        A few hundred validation examples have few distinct scores, so that ties are the rule, and the first of them is
+        the least trained. An epoch whose weights are not finite takes no tie: it scores as a constant prediction does.
+        All processes must call it.
+        """
+        best = self._state.best["score"]
+        return score > best or (score == best and _is_finite(self._model))
 
     def _scores(self, model: nn.Module, split: Split) -> list[float]:
         """Return the scores for the metrics of the data set; the first metric selects the best epoch."""
@@ -229,11 +239,15 @@ class Training:
         self._model.load_state_dict(divided(state.best["weights"], self._model.state_dict()))
         tested["best"] = self._scores(self._model, test)
         history = state.history
+        best = state.best["score"]
         # An epoch that the last step cuts short counts less.
         weights = None if self._recipe.steps is None else [r["losses"] for r in history]
         return {
             **{f"test_{which}": values[0] for which, values in tested.items()},
-            "validation_best": state.best["score"],
+            "validation_best": best,
+            "validation_ties": sum(row["validation"] == best for row in history),
+            "validation_examples": len(self._data.validation),
+            "headline": headline_for(len(self._data.validation)),
             "best_epoch": state.best["epoch"],
             "diverged": diverged,
             "metric": metrics[0],
