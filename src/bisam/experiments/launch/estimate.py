@@ -19,9 +19,9 @@ from bisam.experiments.recipes.expressions import take_steps
 from bisam.experiments.recipes.length import run_length
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.machine import Machine
-from bisam.experiments.training.measured import cost, measured_batches
 from bisam.experiments.training.checks import check_model
 from bisam.experiments.training.counting import CountedMethod
+from bisam.experiments.training.measured import cost, measured_batches
 from bisam.experiments.training.reference_speed import REFERENCE_STEPS, ReferenceSpeed
 from bisam.methods import Method
 

@@ -36,8 +36,8 @@ from bisam.experiments.recipes.expressions import take_steps
 from bisam.experiments.recipes.length import run_length
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.files import read_json, write
-from bisam.experiments.training.measured import cost, measured_batches
 from bisam.experiments.training.counting import CountedMethod
+from bisam.experiments.training.measured import cost, measured_batches
 from bisam.methods import Method
 from bisam.methods.method import indexed
 
