@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from bisam.experiments.studies.adversary import ADVERSARY
 from bisam.experiments.studies.local import LOCAL
 from bisam.experiments.studies.paper import PAPER
 from bisam.experiments.studies.sampa import SAMPA
 
 GROUPS = {
-    "additional studies": LOCAL,
+    "additional studies": (*LOCAL, *ADVERSARY),
     "BiSAM (Xie et al., 2024)": PAPER,
     "SAMPa (Xie, Pethick and Cevher, 2024)": SAMPA,
 }
