@@ -20,7 +20,8 @@ from bisam.experiments.cli.report_files import write_report
 from bisam.experiments.cli.terminal import console, errors
 from bisam.experiments.errors import DamagedError
 from bisam.experiments.recipes.changes import pairs
-from bisam.experiments.recipes.recipe import VERSION, Recipe
+from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.recipes.versions import VERSION
 from bisam.experiments.runs.files import to_csv
 from bisam.experiments.runs.folder import Finished, finished
 from bisam.experiments.runs.machine import Machine, threads
@@ -165,6 +166,12 @@ class StudySubject:
         if not found:
             again = " ".join(["bisam run", self.name, *(f"--set {change}" for change in changes)])
             raise ValueError(f"no finished run of {self.name} in {out}: run `{again}` first, or give its --out")
+        if earlier := sorted({run.recipe.version for run in found} - {VERSION}):
+            count, which = sum(run.recipe.version in earlier for run in found), " or ".join(map(str, earlier))
+            errors.print(
+                f"bisam: {count} of {len(found)} runs have recipe version {which}, whose results are not those of "
+                f"version {VERSION}: they are reported in groups of their own"
+            )
         return self._arranged(found, list(wanted)), left_out
 
     def _arranged(self, runs: list[Finished], recipes: list[Recipe]) -> list[Finished]:
@@ -174,15 +181,18 @@ class StudySubject:
         return arranged(runs, recipes, self.study.baselines)
 
     def _report(self, runs: list[Finished], left_out: list[str], out: Path, to: Path) -> None:
-        from bisam.experiments.reports import analyses, figures, predictor_plot, tables
+        from bisam.experiments.reports import analyses, figures, legends, predictor_plot, tables
         from bisam.experiments.reports.drawing import rendered
+        from bisam.experiments.reports.flips import flips, rows as flips_rows
         from bisam.experiments.reports.groups import grouped
 
         study = self.study
-        rows = tables.summary(runs, study.baselines)
-        header = tables.header(rows, brief=console.width < 130)
-        columns = (Column(name, no_wrap=name == "name", overflow="fold") for name in header)
-        table = Table(*columns, title=study.title, caption=tables.CAPTION)
+        rows = tables.summary(runs, study.baselines, study.registered)
+        narrow = console.width < 150
+        header = tables.header(rows, brief=narrow)
+        heads = {name: "diff." if name == "difference" and narrow else name for name in header}
+        columns = (Column(heads[name], no_wrap=name == "name", overflow="fold") for name in header)
+        table = Table(*columns, title=study.title, caption=legends.caption(runs))
         marks, recipes = tables.marks_of(runs, study.assumptions), list(grouped(runs))
         for recipe, row, following in zip(recipes, rows, [*rows[1:], None], strict=True):
             new = following is not None and any(following[key] != row[key] for key in ("dataset", "model", "noise"))
@@ -198,7 +208,8 @@ class StudySubject:
         for fault in faults:
             errors.print(f"bisam: skipped: {fault}")
         more = [analyses.section(runs, entries, faults, f"{out / study.folder}")]
-        files = {"analysis.csv": to_csv(analyses.rows(runs, entries))}
+        flipped = flips_rows(flips(grouped(runs), study.baselines))
+        files = {"flips.csv": to_csv(flipped), "analysis.csv": to_csv(analyses.rows(runs, entries))}
         if study.analyses is not None:
             section, own, figure = _predictors(runs, entries, study.analyses, study.seeds)
             more, files = [section, *more], files | own
@@ -206,7 +217,15 @@ class StudySubject:
                 pictures[f"{predictor_plot.NAME}.png"] = rendered(figure)
                 captions[f"{predictor_plot.NAME}.png"] = predictor_plot.CAPTION
         text = tables.markdown(
-            study.title, runs, captions, study.note, study.baselines, left_out, study.assumptions, more
+            study.title,
+            runs,
+            captions,
+            study.note,
+            study.baselines,
+            left_out,
+            study.assumptions,
+            more,
+            study.registered,
         )
         write_report(to, text, to_csv(rows), pictures, files)
 
