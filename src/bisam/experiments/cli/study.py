@@ -181,7 +181,7 @@ class StudySubject:
         return arranged(runs, recipes, self.study.baselines)
 
     def _report(self, runs: list[Finished], left_out: list[str], out: Path, to: Path) -> None:
-        from bisam.experiments.reports import analyses, figures, legends, predictor_plot, tables
+        from bisam.experiments.reports import analyses, ascents, figures, legends, predictor_plot, tables
         from bisam.experiments.reports.drawing import rendered
         from bisam.experiments.reports.flips import flips, rows as flips_rows
         from bisam.experiments.reports.groups import grouped
@@ -207,9 +207,16 @@ class StudySubject:
         entries, faults = analyses.read(runs)
         for fault in faults:
             errors.print(f"bisam: skipped: {fault}")
-        more = [analyses.section(runs, entries, faults, f"{out / study.folder}")]
+        more = [
+            ascents.section(ascents.compared(runs, study.registered), runs),
+            analyses.section(runs, entries, faults, f"{out / study.folder}"),
+        ]
         flipped = flips_rows(flips(grouped(runs), study.baselines))
-        files = {"flips.csv": to_csv(flipped), "analysis.csv": to_csv(analyses.rows(runs, entries))}
+        files = {
+            "ascents.csv": to_csv(ascents.rows(runs)),
+            "flips.csv": to_csv(flipped),
+            "analysis.csv": to_csv(analyses.rows(runs, entries)),
+        }
         if study.analyses is not None:
             section, own, figure = _predictors(runs, entries, study.analyses, study.seeds)
             more, files = [section, *more], files | own

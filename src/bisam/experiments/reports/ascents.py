@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from math import isfinite, isnan, nan
 from statistics import mean, stdev
 from typing import Any
@@ -28,6 +29,7 @@ from bisam.experiments.reports.markdown import table
 from bisam.experiments.reports.significance import ALPHA, Difference, holm, student
 from bisam.experiments.runs.folder import Finished
 from bisam.experiments.runs.results import ASCENTS, PLAIN_ASCENT, QUANTITIES
+from bisam.experiments.studies.study import Primary
 from bisam.experiments.training.ascents import RADIUS, SMOOTHING, STEPS
 from bisam.experiments.training.ball import RADIUS as NEAR
 
@@ -39,6 +41,8 @@ NAMES = {
     "log_5": "BiSAM (-log, mu 5)",
 }
 """The ascents in words, in the order of `ASCENTS`."""
+OTHERS = tuple(ascent for ascent in ASCENTS if ascent != PLAIN_ASCENT)
+"""The ascents that are compared with plain cross-entropy's."""
 TESTED = ("flips", "worst")
 """The quantities that are compared with plain cross-entropy's; each is a family of comparisons."""
 PRIMARY = ("flips", "log")
@@ -59,13 +63,13 @@ class Compared:
 
     Attributes:
         recipe: of the networks.
-        ascent: one of `ASCENTS` but the plain one.
+        ascent: one of `OTHERS`.
         quantity: one of `TESTED`.
         difference: the ascent's value minus plain cross-entropy's, as a share of the examples, by network.
         adjusted: p, adjusted over the family (Holm); nan if there is no test.
         family: number of comparisons in it.
         primary: whether it is the registered comparison, a family of its own.
-        registered: number of networks that the study has registered.
+        registered: number of networks that the study has registered, 0 for none. With fewer nothing is decided.
     """
 
     recipe: Recipe
@@ -98,24 +102,25 @@ def column(quantity: str, ascent: str) -> str:
     return f"{quantity}_by_{ascent}"
 
 
-def compared(runs: Iterable[Finished], seeds: int = 1, where: Mapping[str, Any] | None = None) -> list[Compared]:
+def compared(runs: Iterable[Finished], registered: Primary | None = None) -> list[Compared]:
     """The comparisons of all ascents with plain cross-entropy's at the last mark.
 
     Args:
         runs: finished runs; those without such measurements do not count.
-        seeds: number of networks of each recipe that was fixed before the first run. With fewer nothing is decided.
-        where: values of fields of the networks of the registered comparison; None: there is none.
+        registered: of the study: `where` its networks are, with the seeds that test it; the ascent is `PRIMARY`.
     """
     found: list[Compared] = []
     for recipe, group in grouped(usable(runs)).items():
-        registered = where is not None and all(getattr(recipe, name) == value for name, value in where.items())
-        for quantity in TESTED:
-            for ascent in ASCENTS:
-                if ascent != PLAIN_ASCENT:
-                    values = [_last(run, quantity, ascent) - _last(run, quantity, PLAIN_ASCENT) for run in group]
-                    primary = registered and (quantity, ascent) == PRIMARY
-                    one = Compared(recipe, ascent, quantity, student(values), primary=primary, registered=seeds)
-                    found.append(one)
+        here = registered is not None and all(recipe.setting(k) == value for k, value in registered.where.items())
+        seeds = () if registered is None or registered.seeds is None else registered.seeds
+        for quantity, ascent in product(TESTED, OTHERS):
+            primary = here and (quantity, ascent) == PRIMARY
+            networks = [run for run in group if run.recipe.seed in seeds] if primary and seeds else group
+            if networks:
+                values = [_last(run, quantity, ascent) - _last(run, quantity, PLAIN_ASCENT) for run in networks]
+                found.append(
+                    Compared(recipe, ascent, quantity, student(values), primary=primary, registered=len(seeds))
+                )
     return _adjusted(found)
 
 
@@ -199,14 +204,14 @@ def section(found: Sequence[Compared], runs: Iterable[Finished]) -> str:
 _EXPLANATION = (
     "All ascents start from the same weights, on the same batches. Flips: examples that are classified correctly at "
     f"the weights and wrongly after one step to the radius {RADIUS:g} (to {NEAR:g} in the first column), in per cent of "
-    "the examples; each batch has a step of its own, as in training. Repaired: the reverse. Rise: of the training "
-    "loss at that step, in nats. Cosine: of the angle between the step and plain cross-entropy's, mean over the "
-    "batches. Numbers are mean ± standard deviation over n networks. Difference: flips minus plain cross-entropy's, "
-    "paired by network, with its 95 % Student interval and the number of pairs. p (Holm): of the paired t test, "
-    "adjusted over all comparisons of the flips but the primary one, which is tested by itself; a comparison is decided "
-    "below 0.05. Detectable: the smallest true difference that this n shows with 80 % power, alone and after Holm's "
-    "first step. A dash: there is no test, because the differences are equal in all networks or there is one network. "
-    f"The smoothed cross-entropy has label smoothing {SMOOTHING:g}, also where the descent loss has none."
+    "the examples; each batch has a step of its own, as in training. Repaired: the reverse. Rise: of the training loss "
+    "at that step, in nats. Cosine: of the angle between the step and plain cross-entropy's, mean over the batches. "
+    "Numbers are mean ± standard deviation over n networks. Difference: flips minus plain cross-entropy's, paired by "
+    "network, with its 95 % Student interval and the number of pairs. p (Holm): of the paired t test, adjusted over "
+    "all comparisons of the flips but the primary one, which is tested by itself; a comparison is decided below 0.05. "
+    "Detectable: the smallest true difference that this n shows with 80 % power, alone and after Holm's first step. A "
+    "dash: there is no test, because the differences are equal in all networks or there is one network. The smoothed "
+    f"cross-entropy has label smoothing {SMOOTHING:g}, also where the descent loss has none."
 )
 _STEPS = (
     f"{STEPS} steps of projected ascent in the ball of radius {RADIUS:g}, one displacement for all examples: the "
@@ -251,8 +256,9 @@ def _words(found: Sequence[Compared]) -> list[str]:
         if pairs < n:
             verdict = f"interim, {pairs} of {n} networks: nothing is decided before all are there"
         said.append(
-            f"Primary comparison, flips of {NAMES[one.ascent]} minus those of {NAMES[PLAIN_ASCENT]} ({setting(one.recipe)}): "
-            f"{interval(one.difference, 100)} per cent of the examples, p = {probability(one.adjusted)}: {verdict}."
+            f"Primary comparison, flips of {NAMES[one.ascent]} minus those of {NAMES[PLAIN_ASCENT]} "
+            f"({setting(one.recipe)}): {interval(one.difference, 100)} per cent of the examples, "
+            f"p = {probability(one.adjusted)}: {verdict}."
         )
     for quantity, name in zip(TESTED, ("flips", "largest errors"), strict=True):
         others = [one for one in found if one.quantity == quantity and not one.primary]
