@@ -203,9 +203,9 @@ def section(found: Sequence[Compared], runs: Iterable[Finished]) -> str:
 
 _EXPLANATION = (
     "All ascents start from the same weights, on the same batches. Flips: examples that are classified correctly at "
-    f"the weights and wrongly after one step to the radius {RADIUS:g} (to {NEAR:g} in the first column), in per cent of "
-    "the examples; each batch has a step of its own, as in training. Repaired: the reverse. Rise: of the training loss "
-    "at that step, in nats. Cosine: of the angle between the step and plain cross-entropy's, mean over the batches. "
+    f"the weights and wrongly after one step to the radius {RADIUS:g} (to {NEAR:g} in the first column), in per cent "
+    "of the examples; each batch has a step of its own, as in training. Repaired: the reverse. Rise: of the training "
+    "loss at that step, in nats. Cosine: of the angle between the step and plain cross-entropy's, mean over the batches. "
     "Numbers are mean ± standard deviation over n networks. Difference: flips minus plain cross-entropy's, paired by "
     "network, with its 95 % Student interval and the number of pairs. p (Holm): of the paired t test, adjusted over "
     "all comparisons of the flips but the primary one, which is tested by itself; a comparison is decided below 0.05. "
