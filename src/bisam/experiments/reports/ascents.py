@@ -207,11 +207,11 @@ _EXPLANATION = (
     "of the examples; each batch has a step of its own, as in training. Repaired: the reverse. Rise: of the training "
     "loss at that step, in nats. Cosine: of the angle between the step and plain cross-entropy's, mean over the "
     "batches. Numbers are mean ± standard deviation over n networks. Difference: flips minus plain cross-entropy's, "
-    "paired by network, with its 95 % Student interval and the number of pairs. p (Holm): of the paired t test, adjusted over "
-    "all comparisons of the flips but the primary one, which is tested by itself; a comparison is decided below 0.05. "
-    "Detectable: the smallest true difference that this n shows with 80 % power, alone and after Holm's first step. A "
-    "dash: there is no test, because the differences are equal in all networks or there is one network. The smoothed "
-    f"cross-entropy has label smoothing {SMOOTHING:g}, also where the descent loss has none."
+    "paired by network, with its 95 % Student interval and the number of pairs. p (Holm): of the paired t test, "
+    "adjusted over all comparisons of the flips but the primary one, which is tested by itself; a comparison is "
+    "decided below 0.05. Detectable: the smallest true difference that this n shows with 80 % power, alone and after "
+    "Holm's first step. A dash: there is no test, because the differences are equal in all networks or there is one "
+    f"network. The smoothed cross-entropy has label smoothing {SMOOTHING:g}, also where the descent loss has none."
 )
 _STEPS = (
     f"{STEPS} steps of projected ascent in the ball of radius {RADIUS:g}, one displacement for all examples: the "
