@@ -24,7 +24,7 @@ from matplotlib.ticker import MaxNLocator
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports.cells import NOTHING, detectable, interval, probability, spread
 from bisam.experiments.reports.drawing import BLACK, BLUE, ORANGE, RED, SKY, Style, heading, legend
-from bisam.experiments.reports.groups import grouped, title
+from bisam.experiments.reports.groups import Groups, grouped, title
 from bisam.experiments.reports.markdown import table
 from bisam.experiments.reports.significance import ALPHA, Difference, holm, student
 from bisam.experiments.runs.folder import Finished
@@ -47,6 +47,11 @@ TESTED = ("flips", "worst")
 """The quantities that are compared with plain cross-entropy's; each is a family of comparisons."""
 PRIMARY = ("flips", "log")
 """The quantity and the ascent of the registered comparison."""
+EXCESS = 0.2
+"""Flips of BiSAM (-log) above those of SAM at the last epoch of figure 2 of Xie et al. (2024), as a share of SAM's.
+
+Read off the authors' picture: about 1,485 and 1,220.
+"""
 
 _STYLES = {
     PLAIN_ASCENT: Style(BLACK, "-", "s"),
@@ -197,7 +202,7 @@ def section(found: Sequence[Compared], runs: Iterable[Finished]) -> str:
             values = [_last(run, "worst", ascent) for run in group]
             compared = _cells(by.get((recipe, "worst", ascent)))
             lines.append((setting(recipe), NAMES[ascent], spread(values, 100), *compared, f"{len(group)}"))
-    blocks += [table(("networks", *_MORE, "n"), lines), *_words(found), _READING]
+    blocks += [table(("networks", *_MORE, "n"), lines), *_words(found, groups), _READING]
     return "\n\n".join(blocks)
 
 
@@ -236,7 +241,7 @@ def _one(
     values = {quantity: [_last(run, quantity, ascent) for run in group] for quantity in QUANTITIES}
     written = {quantity: spread(of, 1 if quantity in ("rise", "cosine") else 100) for quantity, of in values.items()}
     first = NAMES[ascent], written["flips_near"], written["flips"], *_cells(by.get((recipe, "flips", ascent)))
-    return *first, written["repaired"], written["rise"], written["cosine"]
+    return *first, written["repaired"], *(written[name].replace("-", "−") for name in ("rise", "cosine"))
 
 
 def _cells(one: Compared | None) -> tuple[str, str, str]:
@@ -247,8 +252,8 @@ def _cells(one: Compared | None) -> tuple[str, str, str]:
     return interval(one.difference, 100), p, detectable(one.detectable, 100)
 
 
-def _words(found: Sequence[Compared]) -> list[str]:
-    """A sentence on the registered comparison, and one that counts the others."""
+def _words(found: Sequence[Compared], groups: Groups) -> list[str]:
+    """Sentences on the registered comparison, and those that count the others."""
     said: list[str] = []
     for one in (one for one in found if one.primary):
         pairs, n = one.difference.pairs, one.registered
@@ -258,7 +263,7 @@ def _words(found: Sequence[Compared]) -> list[str]:
         said.append(
             f"Primary comparison, flips of {NAMES[one.ascent]} minus those of {NAMES[PLAIN_ASCENT]} "
             f"({setting(one.recipe)}): {interval(one.difference, 100)} per cent of the examples, "
-            f"p = {probability(one.adjusted)}: {verdict}."
+            f"p = {probability(one.adjusted)}: {verdict}.{_beside_figure2(one, groups[one.recipe])}"
         )
     for quantity, name in zip(TESTED, ("flips", "largest errors"), strict=True):
         others = [one for one in found if one.quantity == quantity and not one.primary]
@@ -267,6 +272,18 @@ def _words(found: Sequence[Compared]) -> list[str]:
             which = f": {'; '.join(decided)}" if decided else ""
             said.append(f"Of {len(others)} exploratory comparisons of the {name} {len(decided)} are decided{which}.")
     return said
+
+
+def _beside_figure2(one: Compared, group: Sequence[Finished]) -> str:
+    """A sentence that compares the interval of the registered comparison with the excess of the paper's figure."""
+    if isnan(one.difference.low):
+        return ""
+    excess = EXCESS * mean(_last(run, "flips", PLAIN_ASCENT) for run in group)
+    inside = "in" if one.difference.low <= excess <= one.difference.high else "outside"
+    return (
+        f" An excess of {100 * EXCESS:g} % of cross-entropy's flips, as between the curves of -log and SAM at the last "
+        f"epoch of the paper's figure 2, would be {100 * excess:+.2f}: {inside} the interval."
+    )
 
 
 def ascents(runs: Sequence[Finished]) -> Figure:
@@ -331,7 +348,11 @@ def _band(ax: Axes, *, name: str, style: Style, x: Sequence[int], values: np.nda
     if not len(x):
         return
     centre = values.mean(0)
-    ax.plot(x, centre, label=name, linewidth=1.3, **{**style.line, "markersize": 3.5})
+    # Others lie on top of plain cross-entropy where they take the same step: it is drawn below them, and wider.
+    wide = name == NAMES[PLAIN_ASCENT]
+    ax.plot(
+        x, centre, label=name, **{**style.line, "linewidth": 2.6 if wide else 1.2, "markersize": 6 if wide else 3.5}
+    )
     if len(values) > 1:
         width = values.std(0, ddof=1)
         ax.fill_between(x, centre - width, centre + width, color=style.colour, alpha=0.15, linewidth=0)
