@@ -174,9 +174,9 @@ def _marks(recipe: Recipe, group: Sequence[Finished]) -> list[int]:
     return [epoch for epoch in range(1, epochs + 1) if recipe.is_measured(epoch, epochs)]
 
 
-_ONE = ("ascent", f"flips, radius {NEAR:g} (%)", "flips (%)", "difference", "p (Holm)", "detectable")
-_ONE += ("repaired (%)", "rise of the loss", "cosine")
-_MORE = ("ascent", "largest error (%)", "difference", "p (Holm)", "detectable")
+_TEST = ("difference", "p (Holm)", "detectable")
+_ONE = ("ascent", f"flips, radius {NEAR:g} (%)", "flips (%)", *_TEST, "repaired (%)", "rise of the loss", "cosine")
+_MORE = ("ascent", "largest error (%)", *_TEST)
 
 
 def section(found: Sequence[Compared], runs: Iterable[Finished]) -> str:
@@ -344,15 +344,14 @@ def _fitted(group: Sequence[Finished], at: Sequence[int]) -> int | None:
 def _band(ax: Axes, *, name: str, style: Style, x: Sequence[int], values: np.ndarray) -> None:
     """The mean over the networks with a band of one standard deviation, at the marks where all are finite."""
     known = ~np.isnan(values).any(0)
-    x, values = np.array(x)[known], values[:, known]
-    if not len(x):
+    if not known.any():
         return
+    at, values = np.array(x)[known], values[:, known]
     centre = values.mean(0)
     # Others lie on top of plain cross-entropy where they take the same step: it is drawn below them, and wider.
     wide = name == NAMES[PLAIN_ASCENT]
-    ax.plot(
-        x, centre, label=name, **{**style.line, "linewidth": 2.6 if wide else 1.2, "markersize": 6 if wide else 3.5}
-    )
+    line: dict[str, Any] = {**style.line, "linewidth": 2.6 if wide else 1.2, "markersize": 6 if wide else 3.5}
+    ax.plot(at, centre, label=name, **line)
     if len(values) > 1:
         width = values.std(0, ddof=1)
-        ax.fill_between(x, centre - width, centre + width, color=style.colour, alpha=0.15, linewidth=0)
+        ax.fill_between(at, centre - width, centre + width, color=style.colour, alpha=0.15, linewidth=0)
