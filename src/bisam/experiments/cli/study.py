@@ -216,7 +216,7 @@ class StudySubject:
         return arranged(runs, recipes, self.study.baselines)
 
     def _report(self, runs: list[Finished], left_out: list[str], place: Source, to: Path) -> None:
-        from bisam.experiments.reports import analyses, choice, figures, legends, predictor_plot, tables
+        from bisam.experiments.reports import analyses, ascents, choice, figures, legends, predictor_plot, tables
         from bisam.experiments.reports.drawing import rendered
         from bisam.experiments.reports.flips import flips, rows as flips_rows
         from bisam.experiments.reports.groups import grouped
@@ -245,9 +245,16 @@ class StudySubject:
         pictures = {f"{name}.png": rendered(figures.draw(name, runs)) for name in drawn}
         captions = {f"{name}.png": figures.CAPTIONS[name] for name in drawn}
         analysed = "" if place.archived else f"{place.folder / study.folder}"
-        more = [analyses.section(runs, entries, faults, analysed)]
+        more = [
+            ascents.section(ascents.compared(runs, study.registered), runs),
+            analyses.section(runs, entries, faults, analysed),
+        ]
         flipped = flips_rows(flips(grouped(runs), study.baselines))
-        files = {"flips.csv": to_csv(flipped), "analysis.csv": to_csv(analyses.rows(runs, entries))}
+        files = {
+            "ascents.csv": to_csv(ascents.rows(runs)),
+            "flips.csv": to_csv(flipped),
+            "analysis.csv": to_csv(analyses.rows(runs, entries)),
+        }
         if study.tunes:
             more, files = [choice.section(runs), *more], files | {"choices.csv": to_csv(choice.rows(runs))}
         if study.analyses is not None:

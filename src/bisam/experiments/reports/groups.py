@@ -92,7 +92,7 @@ def perturbed(runs: Iterable[Finished]) -> list[Finished]:
 
 def measured(runs: Iterable[Finished]) -> list[Finished]:
     """The runs that measured the largest error in a ball."""
-    return [run for run in runs if run.recipe.measured_epochs]
+    return [run for run in runs if run.recipe.measured_epochs and run.recipe.measured == "ball"]
 
 
 def title(recipe: Recipe) -> str:
