@@ -17,7 +17,7 @@ from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs import results
 from bisam.experiments.runs.folder import Run
 from bisam.experiments.runs.machine import Machine
-from bisam.experiments.runs.results import headline
+from bisam.experiments.runs.results import headline, headline_score
 from bisam.experiments.training import train as training
 from bisam.experiments.training.train import train
 
@@ -107,11 +107,13 @@ def test_a_score_that_is_nan_is_never_the_best(tmp_path, scripted):
 @pytest.mark.parametrize(("examples", "first"), [(1, "last"), (1999, "last"), (2000, "best"), (10_000, "best")])
 def test_the_headline_depends_on_the_number_of_validation_examples(examples, first):
     assert results.headline_for(examples) == first
-    assert headline({"headline": first}) == first
+    one = {"headline": first, "test_best": 0.9, "test_last": 0.8}
+    assert (headline(one), headline_score(one)) == (first, one[f"test_{first}"])
 
 
 def test_results_of_earlier_versions_are_reported_with_the_best_epoch():
-    assert headline({"test_best": 0.9, "test_last": 0.8}) == "best"
+    one = {"test_best": 0.9, "test_last": 0.8}
+    assert (headline(one), headline_score(one)) == ("best", 0.9)
 
 
 @pytest.mark.parametrize("enough", [16, 17])

@@ -20,7 +20,8 @@ from bisam.experiments.cli.report_files import write_report
 from bisam.experiments.cli.terminal import console, errors
 from bisam.experiments.errors import DamagedError
 from bisam.experiments.recipes.changes import pairs
-from bisam.experiments.recipes.recipe import VERSION, Recipe
+from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.recipes.versions import VERSION
 from bisam.experiments.runs.files import to_csv
 from bisam.experiments.runs.folder import Finished, finished
 from bisam.experiments.runs.machine import Machine, threads
@@ -177,6 +178,12 @@ class StudySubject:
         if not found:
             again = " ".join(["bisam run", self.name, *(f"--set {change}" for change in changes)])
             raise ValueError(f"no finished run of {self.name} in {out}: run `{again}` first, or give its --out")
+        if earlier := sorted({run.recipe.version for run in found} - {VERSION}):
+            count, which = sum(run.recipe.version in earlier for run in found), " or ".join(map(str, earlier))
+            errors.print(
+                f"bisam: {count} of {len(found)} runs have recipe version {which}, whose results are not those of "
+                f"version {VERSION}: they are reported in groups of their own"
+            )
         return self._arranged(found, list(wanted)), left_out
 
     def _arranged(self, runs: list[Finished], recipes: list[Recipe]) -> list[Finished]:

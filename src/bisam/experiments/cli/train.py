@@ -79,10 +79,10 @@ def train(
 
 def _scores(result: Result) -> str:
     """Both test scores of a run, the headline first."""
-    ties = result["validation_ties"]
+    ties, examples = result.get("validation_ties", 1), result.get("validation_examples", 0)
     tied = f", the latest of {ties} that tie" if ties > 1 else ""
     best = f"{100 * result['test_best']:.1f} % at the best validation epoch ({result['best_epoch']}{tied})"
     last = f"{100 * result['test_last']:.1f} % at the last epoch"
     if headline(result) == "best":
         return f"{best}, the headline; {last}"
-    return f"{last}, the headline because validation has only {result['validation_examples']:,} examples; {best}"
+    return f"{last}, the headline because validation has only {examples:,} examples; {best}"

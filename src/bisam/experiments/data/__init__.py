@@ -1,5 +1,10 @@
 """Data: data sets by name, in three splits, with seeded label noise.
 
+The seed of a recipe draws the label noise, the examples that its `limit` keeps, and each part that a data set does not
+have: all of digits, and what is held out of the training images or texts of a user's folder, Pets, ImageNet and GLUE.
+Official test sets are the same for every seed, as are all parts of CIFAR, whose validation images are the authors', and
+of Flowers-102.
+
     data = load(Recipe(dataset="cifar10", noise=0.4), Machine(data_dir=Path("data")))
     for x, y in data.train.batches(128, generator):
         ...
@@ -20,7 +25,7 @@ import torch
 from torch import Tensor
 
 from bisam.experiments.data.glue import TASKS
-from bisam.experiments.data.splits import Data
+from bisam.experiments.data.splits import Data, Split, drawn
 from bisam.experiments.errors import DataError, unknown
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.machine import Machine
@@ -40,18 +45,19 @@ NAMES = {
 
 
 def load(recipe: Recipe, machine: Machine) -> Data:
-    """Load the data of a recipe.
+    """Load the data of a recipe, in the split of its seed.
 
     Raises:
+        RunError: the recipe has an earlier version, whose split was another one.
         DataError: the name is unknown, or the data set is missing or damaged; the message names the files to provide.
     """
+    recipe.check_version()
     try:
         data = _load(recipe, machine)
     except ValueError as error:
         raise DataError(str(error)) from error
     if recipe.limit is not None:
-        parts = {name: getattr(data, name).first(recipe.limit) for name in ("train", "validation", "test")}
-        data = replace(data, **parts)
+        data = _limited(data, recipe.limit, recipe.seed)
     if not recipe.noise:
         return data
     noisy = symmetric_noise(data.train.labels, recipe.noise, data.classes, recipe.seed)
@@ -62,9 +68,21 @@ def load(recipe: Recipe, machine: Machine) -> Data:
     return replace(data, validation=data.validation.relabelled(noisy))
 
 
+def _limited(data: Data, limit: int, seed: int) -> Data:
+    """Return at most `limit` examples of each part: of training and validation those that the seed draws.
+
+    The test examples are the first ones, so that those of an official test set are the same for every seed.
+    """
+
+    def some(split: Split, stream: int) -> Split:
+        return split if len(split) <= limit else split.chosen(drawn(len(split), seed, stream)[:limit])
+
+    return replace(data, train=some(data.train, 1), validation=some(data.validation, 2), test=data.test.first(limit))
+
+
 def _load(recipe: Recipe, machine: Machine) -> Data:
     kind, _, detail = recipe.dataset.partition(":")
-    root, download, size = machine.data_dir, machine.download, recipe.image_size
+    root, download, size, seed = machine.data_dir, machine.download, recipe.image_size, recipe.seed
     if (kind in ("digits", "cifar10", "cifar100") and not detail) or (
         kind in ("cifar10", "cifar100") and detail.isdecimal()
     ):
@@ -74,7 +92,7 @@ def _load(recipe: Recipe, machine: Machine) -> Data:
         from bisam.experiments.models.build import statistics
 
         if kind == "digits":
-            return digits()
+            return digits(seed)
         data = cifar(kind, root, download, recipe.augment, recipe.cutout)
         return larger(data, int(detail), statistics(recipe.model)) if detail else data
     if (kind in ("imagenet", "flowers", "pets") and not detail) or (kind == "folder" and detail):
@@ -83,19 +101,20 @@ def _load(recipe: Recipe, machine: Machine) -> Data:
 
         match kind:
             case "imagenet":
-                data = imagenet(root, size, machine.loaders)
+                data = imagenet(root, seed, size, machine.loaders)
             case "folder":
-                data = folder(Path(detail).expanduser(), size, machine.loaders)
+                data = folder(Path(detail).expanduser(), seed, size, machine.loaders)
+            case "pets":
+                data = pets(root, seed, size, machine.loaders, download=download)
             case _:
-                load_one = flowers if kind == "flowers" else pets
-                data = load_one(root, size, machine.loaders, download=download)
+                data = flowers(root, size, machine.loaders, download=download)
         known = statistics(recipe.model)
         return data if known is None else standardised(data, *known)
     if kind == "glue" and detail in TASKS:
         from bisam.experiments.data.glue import glue
         from bisam.experiments.models.build import tokenizer
 
-        return glue(detail, root, tokenizer(recipe.model), recipe.max_length, download)
+        return glue(detail, root, tokenizer(recipe.model), seed, recipe.max_length, download)
     raise unknown("dataset", recipe.dataset, NAMES)
 
 

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from bisam.experiments.data.image_tensors import Images
-from bisam.experiments.data.splits import Data
+from bisam.experiments.data.splits import Data, drawn
 
 
-def digits() -> Data:
-    """Load scikit-learn's digits: 1,797 images of 8x8, split 60/15/25 per cent, in the same way for every seed."""
+def digits(seed: int) -> Data:
+    """Load scikit-learn's digits: 1,797 images of 8x8, split 60/15/25 per cent.
+
+    All images are standardised with the mean and the standard deviation of the training part.
+
+    Args:
+        seed: draws the split.
+    """
     from sklearn.datasets import load_digits  # not at the top: it takes seconds, and the plan of a study needs no data
 
     images, labels = load_digits(return_X_y=True)
-    order = np.random.default_rng(42).permutation(len(labels))
-    x = torch.from_numpy(images[order]).float().view(-1, 1, 8, 8)
-    y = torch.from_numpy(labels[order]).long()
+    order = drawn(len(labels), seed)
+    x = torch.from_numpy(images)[order].float().view(-1, 1, 8, 8)
+    y = torch.from_numpy(labels)[order].long()
     first, second = round(0.6 * len(y)), round(0.75 * len(y))
     mean, std = x[:first].mean(), x[:first].std()
     x = (x - mean) / std

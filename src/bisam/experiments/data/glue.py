@@ -1,6 +1,6 @@
 """GLUE: sentences and pairs of sentences, tokenised once and padded in each batch, from files or from the hub.
 
-data = glue("rte", Path("data"), AutoTokenizer.from_pretrained("bert-base-uncased"))
+data = glue("rte", Path("data"), AutoTokenizer.from_pretrained("bert-base-uncased"), seed=0)
 for inputs, y in data.train.batches(32, generator):
     model(**inputs)
 """
@@ -22,7 +22,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from bisam.experiments.data.splits import Data, shares, without_index
+from bisam.experiments.data.splits import Data, drawn, shares, without_index
 from bisam.experiments.errors import reason, unknown
 
 if TYPE_CHECKING:
@@ -158,18 +158,19 @@ TASKS = {
 
 
 def glue(
-    task: str, root: Path, tokenizer: PreTrainedTokenizerBase, max_length: int = 128, download: bool = False
+    task: str, root: Path, tokenizer: PreTrainedTokenizerBase, seed: int, max_length: int = 128, download: bool = False
 ) -> Data:
     """Load a task of GLUE (Wang et al., 2019, https://arxiv.org/abs/1804.07461).
 
     The test split is the official development set (for MNLI the matched one), because the official test labels are not
-    published. 10 % of the official training set are held out for validation, the same for every seed.
+    published. 10 % of the official training set are held out for validation.
 
     Args:
         task: a key of `TASKS`.
         root: folder with the official download in `glue/CoLA`, `glue/MRPC`, ...; downloads from the hub are kept in
             `glue/hub`.
         tokenizer: the tokenizer of the model.
+        seed: draws the held-out texts.
         max_length: tokens of a text or a pair, including special tokens; longer ones are truncated.
         download: whether to download missing data from the hub, https://huggingface.co/datasets/nyu-mll/glue.
 
@@ -187,7 +188,7 @@ def glue(
     place = root / "glue" / one.folder
     training, test = _local(place, one) if place.is_dir() else _from_hub(task, root, download)
     n = len(training.labels)
-    order = np.random.default_rng(42).permutation(n)
+    order = drawn(n, seed).numpy()
     parts = (training.of(order[n // 10 :]), training.of(order[: n // 10]), test)
     return Data(
         *(_tokenised(part, tokenizer, max_length) for part in parts), classes=len(one.labels), metrics=one.metrics

@@ -1,6 +1,6 @@
 """Image folders: ImageNet, Flowers-102, Pets, and folders of a user's own images.
 
-data = folder(Path("photographs"), image_size=224, processes=8)
+data = folder(Path("photographs"), seed=0, image_size=224, processes=8)
 for x, y in data.train.batches(128, generator):
     ...
 """
@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from bisam.experiments.data.image_files import Channels, Folder
-from bisam.experiments.data.splits import Data
+from bisam.experiments.data.splits import Data, drawn
 from bisam.experiments.errors import reason
 
 _ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -31,14 +31,15 @@ _PARTS = {"train", *_VALIDATION, "test"}
 CHECKED = 20_000  # data sets with more images are not checked in advance: on a slow disk it would take minutes
 
 
-def imagenet(root: Path, image_size: int = 224, processes: int = 0) -> Data:
+def imagenet(root: Path, seed: int, image_size: int = 224, processes: int = 0) -> Data:
     """Load ImageNet-1K (Russakovsky et al., 2015, https://arxiv.org/abs/1409.0575), or a subset of its classes.
 
     The official validation images are the test split. 2 % of the training images are held out for validation,
-    stratified by class, the same for every seed.
+    stratified by class.
 
     Args:
         root: folder that contains `imagenet/train/WNID/*.JPEG` and `imagenet/val/WNID/*.JPEG`.
+        seed: draws the held-out images.
         image_size: height and width in pixels.
         processes: worker processes that decode images; 0: this process decodes them.
 
@@ -53,7 +54,7 @@ def imagenet(root: Path, image_size: int = 224, processes: int = 0) -> Data:
             f"{place}/train/WNID/*.JPEG and {place}/val/WNID/*.JPEG (or set --data-dir to the folder that contains "
             "imagenet)"
         )
-    return replace(_from_parts(place, "val", None, image_size, processes, every=50), metrics=("accuracy", "top5"))
+    return replace(_from_parts(place, "val", None, seed, image_size, processes, every=50), metrics=("accuracy", "top5"))
 
 
 def flowers(root: Path, image_size: int = 224, processes: int = 0, download: bool = False) -> Data:
@@ -80,13 +81,14 @@ def flowers(root: Path, image_size: int = 224, processes: int = 0, download: boo
     return Data(replace(train, training=True), validation, test, classes=102)
 
 
-def pets(root: Path, image_size: int = 224, processes: int = 0, download: bool = False) -> Data:
+def pets(root: Path, seed: int, image_size: int = 224, processes: int = 0, download: bool = False) -> Data:
     """Load Oxford-IIIT Pet (Parkhi et al., 2012), 37 breeds, with its official splits of 3,680 and 3,669 images.
 
-    10 % of the former are held out for validation, stratified by class, the same for every seed.
+    10 % of the former are held out for validation, stratified by class.
 
     Args:
         root: folder that contains `oxford-iiit-pet`.
+        seed: draws the held-out images.
         image_size: height and width in pixels.
         processes: worker processes that decode images; 0: this process decodes them.
         download: whether to download missing files, from https://www.robots.ox.ac.uk/~vgg/data/pets/.
@@ -103,11 +105,11 @@ def pets(root: Path, image_size: int = 224, processes: int = 0, download: bool =
     parts = _official(OxfordIIITPet, ("trainval", "test"), "Oxford-IIIT Pet", place, fetch, download)
     whole, test = (_shuffled(part._images, torch.tensor(part._labels), image_size, processes) for part in parts)
     _check([*whole.paths, *test.paths], place, f"delete {place} and put {fetch}")
-    train, validation = _held_out(whole, place)
+    train, validation = _held_out(whole, place, seed)
     return Data(train, validation, test, classes=37)
 
 
-def folder(path: Path, image_size: int = 224, processes: int = 0) -> Data:
+def folder(path: Path, seed: int, image_size: int = 224, processes: int = 0) -> Data:
     """Load a user's images, with a folder for each class.
 
     Two layouts are supported:
@@ -117,11 +119,12 @@ def folder(path: Path, image_size: int = 224, processes: int = 0) -> Data:
       out for each.
     * `path/CLASS/*`, which is split 80/10/10 per cent.
 
-    Held-out images are stratified by class and the same for every seed. The folder of a class is searched recursively;
-    files that are not images are ignored.
+    Held-out images are stratified by class. The folder of a class is searched recursively; files that are not images
+    are ignored.
 
     Args:
         path: the folder.
+        seed: draws the held-out images.
         image_size: height and width in pixels.
         processes: worker processes that decode images; 0: this process decodes them.
 
@@ -134,13 +137,13 @@ def folder(path: Path, image_size: int = 224, processes: int = 0) -> Data:
         raise _classless(path)
     if not names <= _PARTS and not ("train" in names and _subfolders(path / "train")):
         whole, classes = _found(path, image_size, processes)
-        return Data(*_in_three(whole, path), classes=len(classes))
+        return Data(*_in_three(whole, path, seed), classes=len(classes))
     if "train" not in names:
         raise ValueError(
             f"{path} has {', '.join(sorted(names))} and no train: put the training images into {path / 'train'}/CLASS/"
         )
     validation = next((name for name in _VALIDATION if name in names), None)
-    return _from_parts(path, validation, "test" if "test" in names else None, image_size, processes)
+    return _from_parts(path, validation, "test" if "test" in names else None, seed, image_size, processes)
 
 
 def standardised(data: Data, mean: Channels, std: Channels) -> Data:
@@ -150,7 +153,7 @@ def standardised(data: Data, mean: Channels, std: Channels) -> Data:
 
 
 def _from_parts(
-    path: Path, validation: str | None, test: str | None, image_size: int, processes: int, every: int = 10
+    path: Path, validation: str | None, test: str | None, seed: int, image_size: int, processes: int, every: int = 10
 ) -> Data:
     """Load `path/train` and the named splits; for a missing one, one of `every` training images is held out."""
     names = [name for name in (validation, test) if name is not None]
@@ -166,9 +169,9 @@ def _from_parts(
         parts.append(part)
     match parts:
         case []:
-            splits = _in_three(whole, root)
+            splits = _in_three(whole, root, seed)
         case [only_part]:
-            splits = (*_held_out(whole, root, every), only_part)
+            splits = (*_held_out(whole, root, seed, every), only_part)
         case _:
             splits = (replace(whole, training=True), *parts)
     return Data(*splits, classes=len(classes))
@@ -198,7 +201,7 @@ def _found(root: Path, image_size: int, processes: int) -> tuple[Folder, list[st
 
 
 def _shuffled(paths: Sequence[str | Path], labels: Tensor, image_size: int, processes: int) -> Folder:
-    # Files are listed class by class; with --limit the first few would have a single class.
+    # Files are listed class by class; the first few test images, which --limit keeps, would have a single class.
     order = torch.from_numpy(np.random.default_rng(42).permutation(len(labels)))
     return Folder([str(paths[i]) for i in order.tolist()], labels[order], image_size, processes=processes)
 
@@ -217,14 +220,16 @@ def _classless(root: Path, *only: str) -> ValueError:
     return ValueError(f"{root} has {there}: put the images of each class into a folder of its own, {root}/CLASS/*.jpg")
 
 
-def _held_out(whole: Folder, root: Path, every: int = 10) -> tuple[Folder, Folder]:
-    """Return the training images, and one of `every` images, held out."""
+def _held_out(whole: Folder, root: Path, seed: int, every: int = 10) -> tuple[Folder, Folder]:
+    """Return the training images, and one of `every` images, held out as the seed draws them."""
+    whole = whole.chosen(drawn(len(whole), seed))
     place = _place(whole.labels, every)
     return _parts(whole, root, place != every - 1, place == every - 1)
 
 
-def _in_three(whole: Folder, root: Path) -> tuple[Folder, Folder, Folder]:
-    """Return 80, 10 and 10 % of the images."""
+def _in_three(whole: Folder, root: Path, seed: int) -> tuple[Folder, Folder, Folder]:
+    """Return 80, 10 and 10 % of the images, as the seed draws them."""
+    whole = whole.chosen(drawn(len(whole), seed))
     place = _place(whole.labels, 10)
     return _parts(whole, root, (place != 4) & (place != 9), place == 4, place == 9)
 

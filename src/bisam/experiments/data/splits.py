@@ -1,4 +1,8 @@
-"""Splits: the training, validation and test part of a data set, and the batches of their examples."""
+"""Splits: the training, validation and test part of a data set, and the batches of their examples.
+
+Where a data set has no official part, the seed of a run draws it with `drawn`: runs of one seed share their split, so
+that methods are compared on the same one, and the spread over seeds contains that of the split.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -96,6 +101,17 @@ class Data:
                 wrong = low if low < 0 else high
                 raise ValueError(f"label {wrong} in the {name} part is outside the {self.classes} classes 0 to "
                                  f"{self.classes - 1}: fix the labels")  # fmt: skip
+
+
+def drawn(count: int, seed: int, stream: int = 0) -> Tensor:
+    """Return the numbers (count,) from 0 on in an order that a seed draws, for splits.
+
+    Args:
+        count: number of examples.
+        seed: of a run; label noise and batches are drawn from other random numbers of the same seed.
+        stream: for other random numbers from the same seed.
+    """
+    return torch.from_numpy(np.random.default_rng([seed, 0x5B117, stream]).permutation(count))
 
 
 def without_index(batches: Iterator[tuple[Tensor, Any, Tensor]]) -> Iterator[tuple[Any, Tensor]]:

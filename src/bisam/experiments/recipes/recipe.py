@@ -18,19 +18,12 @@ from functools import cache
 from typing import Any, get_args, get_type_hints
 
 from bisam.experiments.errors import RunError, unknown
+from bisam.experiments.recipes import versions
 from bisam.experiments.recipes.catalogue import METHODS, PLAIN
 from bisam.experiments.recipes.entries import SETTINGS
 from bisam.experiments.recipes.expressions import VOCABULARY, build, check, check_step, contained, names_called
 from bisam.methods import Method
 from bisam.validation import LARGEST, non_negative, number, positive, shown, whole
-
-VERSION = 2
-"""Latest version of the meaning of the fields; see `Recipe.version`."""
-
-CHANGES: dict[int, frozenset[str]] = {
-    2: frozenset({"ESAM", "EBiSAM", "RandomMask"}),  # the mask is drawn before the first pass; selection is strict
-}
-"""By version, the names in expressions whose results it changed. Recipes without these names keep their results."""
 
 EPOCHS = 30
 """Epochs of a recipe that is given neither epochs nor steps."""
@@ -136,23 +129,24 @@ class Recipe:
     """Number of evenly spaced epochs, the last included, after which the run measures the largest error in a ball
     around the weights, and what adversaries flip at the same radius."""
     seed: int = 0
-    """Seed of the initial weights, the label noise and the order of the batches."""
-    version: int = VERSION
+    """Seed of the initial weights, the label noise, the order of the batches, the examples that a limit keeps, and the
+    split where the data set has none of its own."""
+    version: int = versions.VERSION
     """Version of the meaning of the fields; no flag sets it.
 
-    A change that alters the results of the same fields raises `VERSION`, and `CHANGES` names what it concerns. Recipes
-    of earlier versions whose results it changed keep their version and have another fingerprint: they can be read and
-    reported, in groups of their own, and are not trained. All others are recipes of the latest version, with the same
-    fingerprint as before.
+    A change that alters the results of the same fields raises `versions.VERSION`, and `versions.CHANGES` says what it
+    concerns. Recipes of earlier versions whose results it changed have another fingerprint: they can be read and
+    reported, in groups of their own, and are not trained. A version that changed nothing for a recipe leaves it equal:
+    it has the latest version with its results, and the same fingerprint as before.
     """
 
     def __post_init__(self) -> None:
         self._check_types()
         _require(self.version >= 1, "version", self.version, "at least 1")
-        if self.version > VERSION:
+        if self.version > versions.VERSION:
             raise RunError(
-                f"the recipe has version {self.version}, and this bisam knows versions up to {VERSION}: use the bisam "
-                "that wrote it, or a later one"
+                f"the recipe has version {self.version}, and this bisam knows versions up to {versions.VERSION}: use "
+                "the bisam that wrote it, or a later one"
             )
         if self.epochs is not None and self.steps is not None:
             raise both_given(self.epochs, self.steps)
@@ -182,8 +176,7 @@ class Recipe:
         if self.cutout and not self.augment:
             raise ValueError("cutout is a part of the augmentation: leave --no-augment out, or --cutout")
         self._check_method()
-        if self._changed_in(VERSION) <= self.version:
-            object.__setattr__(self, "version", VERSION)
+        object.__setattr__(self, "version", versions.latest_alike(self.version, names_called(self.expression)))
 
     def _check_types(self) -> None:
         """Check the type of each field, and convert whole numbers to floats where a field is one.
@@ -221,18 +214,22 @@ class Recipe:
             ValueError: the step fails; the message gives the reason.
             RunError: the recipe has an earlier version, whose results the present code does not reproduce.
         """
-        if self.version != VERSION:
-            raise RunError(
-                f"the recipe has version {self.version}, and this bisam trains version {VERSION}: start a new run, or "
-                "use the bisam that wrote it"
-            )
+        self.check_version()
         if self.method not in METHODS:
             check_step(self.method, self.batch_size)
 
-    def _changed_in(self, version: int) -> int:
-        """The latest version up to `version` that changed the results of these fields; 1 if none did."""
-        called = names_called(self.expression)
-        return max((each for each, names in CHANGES.items() if each <= version and names & called), default=1)
+    def check_version(self) -> None:
+        """Check that the present code gives its results, and its split of the data.
+
+        Raises:
+            RunError: it has an earlier version.
+        """
+        if self.version != versions.VERSION:
+            since = versions.changed_since(self.version, names_called(self.expression))
+            raise RunError(
+                f"the recipe has version {self.version}, and this bisam trains version {versions.VERSION} ({since}): "
+                "start a new run, or use the bisam that wrote it"
+            )
 
     @property
     def unit(self) -> str:
@@ -309,7 +306,7 @@ class Recipe:
         """Name of the recipe's folder: its main fields, then a fingerprint of all fields but the seed."""
         # Fields with their default are left out, so that a field that is added later changes no name. In place of the
         # version is the one that changed the results last, for the same reason.
-        values = self.to_dict() | {"version": self._changed_in(self.version)}
+        values = self.to_dict() | {"version": versions.changed_in(self.version, names_called(self.expression))}
         defaults = {field.name: field.default for field in fields(self)} | {"epochs": EPOCHS, "version": 1}
         changed = {name: value for name, value in values.items() if value != defaults[name]}
         text = json.dumps({**changed, "seed": 0}, sort_keys=True)
@@ -327,8 +324,8 @@ class Recipe:
     def from_dict(cls, values: dict[str, Any]) -> Recipe:
         """The recipe whose `to_dict` is `values`; fields that were added since have their defaults.
 
-        The recipe keeps the version that it was made with if its results have changed since; text without a version has
-        version 1.
+        The recipe has the latest version that gives the results of the one that it was made with; text without a
+        version has version 1.
 
         Raises:
             ValueError: a field is unknown, or there is no method.
@@ -337,7 +334,7 @@ class Recipe:
         if "method" not in values:
             raise ValueError("it names no method: not a recipe")
         values = {"version": 1, **values}
-        if isinstance(values["version"], int) and values["version"] > VERSION:
+        if isinstance(values["version"], int) and values["version"] > versions.VERSION:
             return cls(version=values["version"])  # refused there; its other fields may be unknown here
         if foreign := sorted(set(values) - {f.name for f in fields(cls)}):
             raise ValueError(f"unknown field {', '.join(foreign)}: not a recipe, or one of a later version")

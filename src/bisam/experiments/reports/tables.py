@@ -402,7 +402,9 @@ def _shared(groups: Groups, columns: Collection[str], marks: Marks) -> dict[str,
     """The settings that all recipes share: data, model, those that differ from their defaults, and assumed ones."""
     common = {name: values.pop() for name in _FIELDS if len(values := {getattr(r, name) for r in groups}) == 1}
     told = {"dataset", "model", "batch_size", "learning_rate", *(marks.subjects - {*columns})}
-    told |= {name for name, value in common.items() if value != _FIELDS[name] and name not in ("rho", *_LENGTH)}
+    told |= {
+        name for name, value in common.items() if value != _FIELDS[name] and name not in ("rho", "version", *_LENGTH)
+    }
     return {name: value for name, value in common.items() if name in told}
 
 

@@ -134,12 +134,17 @@ _NOT_ALWAYS_FINITE = ("train_loss", "flipped", *BALL)  # after a divergence; whe
 
 
 def headline(result: Result) -> Headline:
-    """Return which test score of a run is shown and compared: `result[f"test_{headline(result)}"]`.
+    """Return which test score of a run is shown and compared, `headline_score`.
 
     It is that of the best validation epoch, or of the last epoch where validation has fewer than `ENOUGH` examples;
     results of recipes before version 3 were all reported with that of the best validation epoch.
     """
     return result.get("headline", "best")
+
+
+def headline_score(result: Result) -> float:
+    """Return the test score of a run that is shown and compared."""
+    return result["test_best"] if headline(result) == "best" else result["test_last"]
 
 
 def headline_for(validation_examples: int) -> Headline:
