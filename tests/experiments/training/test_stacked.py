@@ -211,7 +211,7 @@ def test_networks_with_other_layers_are_refused(name):
     if name == "mlp":
         assert misfits(replace(BASE, model=name), MACHINE) == []
     else:
-        with pytest.raises(ValueError, match="it has|it is no sequence"):
+        with pytest.raises(ValueError, match=r"it has|it is no sequence"):
             Stack([build(name, 10, channels=1)])
 
 
