@@ -218,6 +218,11 @@ class StudySubject:
             errors.print(f"bisam: skipped: {fault}")
         more = [analyses.section(runs, entries, faults, f"{out / study.folder}")]
         files = {"analysis.csv": to_csv(analyses.rows(runs, entries))}
+        if study.regret is not None:
+            from bisam.experiments.reports import regret
+
+            more = [regret.section(grouped(runs), study.regret, study.seeds), *more]
+            files["regret.csv"] = to_csv(regret.rows(grouped(runs), study.regret))
         if study.analyses is not None:
             section, own, figure = _predictors(runs, entries, study.analyses, study.seeds)
             more, files = [section, *more], files | own

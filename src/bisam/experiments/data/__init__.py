@@ -34,7 +34,7 @@ NAMES = {
     "digits": "scikit-learn's 1,797 images of 8x8, no download",
     "cifar10": "50,000 + 10,000 images of 32x32, 10 classes",
     "cifar100": "50,000 + 10,000 images of 32x32, 100 classes",
-    "cifar10:SIDE": "the same, enlarged to SIDE pixels for pretrained networks (also cifar100:SIDE)",
+    "cifar10:SIDE": "the same, resized to SIDE pixels, as for pretrained networks (also cifar100:SIDE)",
     "imagenet": "ImageNet-1K in folders: imagenet/train/CLASS/*, imagenet/val/CLASS/*",
     "flowers": "Oxford Flowers-102",
     "pets": "Oxford-IIIT Pets, 37 classes",

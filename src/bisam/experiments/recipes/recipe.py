@@ -63,7 +63,7 @@ class Recipe:
 
     dataset: str = "digits"
     """Data set: digits (no download), cifar10, cifar100, imagenet, flowers, pets, folder:PATH, glue:TASK; cifar10:SIDE
-    enlarges the images."""
+    resizes the images."""
     model: str = "convnet"
     """Network: a name from `bisam list`, torchvision:NAME, timm:NAME or hf:NAME."""
     weights: str | None = None
