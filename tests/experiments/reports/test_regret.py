@@ -99,7 +99,7 @@ def measured(noises=(0.0, 0.4), n=8, random=0):
 
 def test_the_primary_comparison_is_a_paired_t_test_adjusted_over_the_noise_levels():
     runs, expected, spec = measured()
-    compared = regrets.compare(regrets.costs(grouped(runs), spec), spec)
+    compared = regrets.compare(regrets.costs(grouped(runs), spec), spec, range(8))
     primary = [one for one in compared if one.primary]
     assert [one.cost.line.place.noise for one in primary] == [0.0, 0.4]
     assert {one.cost.factor for one in primary} == {2.0}
@@ -118,18 +118,28 @@ def test_the_primary_comparison_is_a_paired_t_test_adjusted_over_the_noise_level
     assert {(one.cost.factor, one.family) for one in others} == {(1.4, 2)}  # of factors below 1 there is none
 
 
+def test_seeds_that_were_not_registered_have_no_part_in_the_primary_comparison():
+    runs, expected, spec = measured()
+    compared = regrets.compare(regrets.costs(grouped(runs), spec), spec, range(5))
+    for one in compared:
+        sample = expected[one.cost.line.place.noise]
+        assert one.difference.pairs == (5 if one.primary else 8)
+        if one.primary:
+            assert one.difference.mean == pytest.approx(sample[:5].mean())
+
+
 def test_the_section_says_what_is_decided_and_what_not():
     runs, _, spec = measured()
-    text = regrets.section(grouped(runs), spec, 8)
+    text = regrets.section(grouped(runs), spec, range(8))
     assert "BiSAM (-log) forgives more" in text
     assert "the difference is not decided" in text
     assert "| 40 % | 2 (primary) | BiSAM (-log) | SAM |" in text
-    assert "has 8 of its 60 seeds, and nothing is decided" in regrets.section(grouped(runs), spec, 60)
+    assert "has 8 of its 60 seeds, and nothing is decided" in regrets.section(grouped(runs), spec, range(60))
 
 
 def test_a_grid_is_exploratory_and_names_optima_at_its_ends():
     runs = [*grid("sam", (0.6, 0.9, 0.8, 0.5)), *grid("bisam_log", (0.9, 0.8, 0.7, 0.6))]
-    text = regrets.section(grouped(runs), GRID, 3)
+    text = regrets.section(grouped(runs), GRID, range(3))
     assert "All comparisons on this page are exploratory." in text
     assert "The optimum is at an end of the grid for BiSAM (-log) (0 %)" in text
     assert "| 0.14 (at an end) |" in text
@@ -137,15 +147,13 @@ def test_a_grid_is_exploratory_and_names_optima_at_its_ends():
 
 def test_the_rows_of_the_file_have_all_regrets_and_comparisons():
     runs, _, spec = measured()
-    rows = regrets.rows(grouped(runs), spec)
-    assert (
-        len(rows) == 12 + 4
-    )  # two methods, two levels of noise, three factors
+    rows = regrets.rows(grouped(runs), spec, range(8))
+    assert len(rows) == 12 + 4  # two methods, two levels of noise, three factors
     assert sum(row["primary"] for row in rows) == 2
 
 
 def test_no_run_at_a_multiple_is_said():
-    assert "No method has runs" in regrets.section(grouped([run("sam", 0.2, 0, 0.9)]), GRID, 3)
+    assert "No method has runs" in regrets.section(grouped([run("sam", 0.2, 0, 0.9)]), GRID, range(3))
 
 
 def test_the_figure_has_a_column_for_each_level_and_plain_training_at_its_best_decay():

@@ -193,15 +193,18 @@ class StudySubject:
         return arranged(runs, recipes, self.study.baselines)
 
     def _report(self, runs: list[Finished], left_out: list[str], out: Path, to: Path) -> None:
-        from bisam.experiments.reports import analyses, figures, predictor_plot, tables
+        from bisam.experiments.reports import analyses, figures, legends, predictor_plot, tables
         from bisam.experiments.reports.drawing import rendered
+        from bisam.experiments.reports.flips import flips, rows as flips_rows
         from bisam.experiments.reports.groups import grouped
 
         study = self.study
-        rows = tables.summary(runs, study.baselines)
-        header = tables.header(rows, brief=console.width < 130)
-        columns = (Column(name, no_wrap=name == "name", overflow="fold") for name in header)
-        table = Table(*columns, title=study.title, caption=tables.CAPTION)
+        rows = tables.summary(runs, study.baselines, study.registered)
+        narrow = console.width < 150
+        header = tables.header(rows, brief=narrow)
+        heads = {name: "diff." if name == "difference" and narrow else name for name in header}
+        columns = (Column(heads[name], no_wrap=name == "name", overflow="fold") for name in header)
+        table = Table(*columns, title=study.title, caption=legends.caption(runs))
         marks, recipes = tables.marks_of(runs, study.assumptions), list(grouped(runs))
         for recipe, row, following in zip(recipes, rows, [*rows[1:], None], strict=True):
             new = following is not None and any(following[key] != row[key] for key in ("dataset", "model", "noise"))
@@ -217,12 +220,14 @@ class StudySubject:
         for fault in faults:
             errors.print(f"bisam: skipped: {fault}")
         more = [analyses.section(runs, entries, faults, f"{out / study.folder}")]
-        files = {"analysis.csv": to_csv(analyses.rows(runs, entries))}
+        flipped = flips_rows(flips(grouped(runs), study.baselines))
+        files = {"flips.csv": to_csv(flipped), "analysis.csv": to_csv(analyses.rows(runs, entries))}
         if study.regret is not None:
             from bisam.experiments.reports import regret
 
-            more = [regret.section(grouped(runs), study.regret, study.seeds), *more]
-            files["regret.csv"] = to_csv(regret.rows(grouped(runs), study.regret))
+            registered = range(study.first_seed, study.first_seed + study.seeds)
+            more = [regret.section(grouped(runs), study.regret, registered), *more]
+            files["regret.csv"] = to_csv(regret.rows(grouped(runs), study.regret, registered))
         if study.analyses is not None:
             section, own, figure = _predictors(runs, entries, study.analyses, study.seeds)
             more, files = [section, *more], files | own
@@ -230,7 +235,15 @@ class StudySubject:
                 pictures[f"{predictor_plot.NAME}.png"] = rendered(figure)
                 captions[f"{predictor_plot.NAME}.png"] = predictor_plot.CAPTION
         text = tables.markdown(
-            study.title, runs, captions, study.note, study.baselines, left_out, study.assumptions, more
+            study.title,
+            runs,
+            captions,
+            study.note,
+            study.baselines,
+            left_out,
+            study.assumptions,
+            more,
+            study.registered,
         )
         write_report(to, text, to_csv(rows), pictures, files)
 

@@ -16,6 +16,7 @@ from bisam.experiments.errors import unknown
 from bisam.experiments.reports.curves import ball as ball, curves as curves, flips as flips, gradients as gradients
 from bisam.experiments.reports.drawing import (
     BLACK,
+    EPOCHS,
     MANY,
     families,
     family_colour,
@@ -35,32 +36,43 @@ from bisam.experiments.reports.radii import radii as radii, varied as with_sever
 from bisam.experiments.reports.scatter import time as time
 from bisam.experiments.reports.tuning import grid as grid, radius as radius, varied, with_radius
 from bisam.experiments.runs.folder import Finished
+from bisam.experiments.runs.results import Headline
 
 
 def accuracy(runs: Sequence[Finished]) -> Figure:
-    """Test score by method, with the weights of the best and of the last epoch; many methods are sorted."""
+    """Test score by method: the headline with its seeds, and paler the other one; many methods are sorted."""
     groups = grouped(runs)
     shown, styled = panels(groups), styles(names(groups))
     many = len(styled) > MANY
     height = max(len(panel.shown) for panel in shown) * (0.24 if many else 0.42) + 0.9
     figure, axes = sheet(len(shown), (5.6 if many else 4.8, height))
     for panel, ax in zip(shown, axes, strict=True):
-        rows = sorted(panel.shown, key=lambda row: np.mean(tested(row[2], "last"))) if many else panel.shown[::-1]
+        rows = panel.shown[::-1]
+        if many:
+            rows = sorted(panel.shown, key=lambda row: np.mean(tested(row[2], panel.headline)))
         for i, (recipe, name, group) in enumerate(rows):
             colour = family_colour(recipe) if many else styled[name].colour
-            for when, marker, at in (("best", "o", i + 0.15), ("last", "D", i - 0.15)):
-                values = tested(group, when)
-                style: dict[str, Any] = {"color": colour, "mfc": colour if when == "last" else "white", "ms": 5}
-                ax.errorbar(np.mean(values), at, xerr=spread(values), fmt=marker, lw=1.6, **style)
-                if len(values) > 1:
+            for when, at in ((panel.headline, i + 0.15), (_OTHER[panel.headline], i - 0.15)):
+                values, first = tested(group, when), when == panel.headline
+                style: dict[str, Any] = {
+                    "color": colour,
+                    "mfc": colour if first else "white",
+                    "ms": 5 if first else 3.5,
+                }
+                style |= {"lw": 1.6 if first else 0.8, "alpha": 1.0 if first else 0.55}
+                ax.errorbar(np.mean(values), at, xerr=spread(values), fmt=_MARKERS[when], **style)
+                if len(values) > 1 and first:
                     ax.plot(values, np.full(len(values), at), "|", color=colour, alpha=0.7, ms=7, zorder=1)
         ax.set_yticks(range(len(rows)), [plain(name) for _, name, _ in rows], fontsize=8 if many else 9)
         ax.set_ylim(-0.6, len(rows) - 0.4)
         ax.set_xlabel(f"test {panel.metric}")
         ax.set_title(plain(panel.title, 60), fontsize=10)
         ax.grid(alpha=0.3)
-    axes[0].plot([], [], "o", color=BLACK, mfc="white", ms=5, label="best validation epoch")
-    axes[0].plot([], [], "D", color=BLACK, ms=5, label="last epoch")
+    for which in dict.fromkeys(panel.headline for panel in shown):
+        axes[0].plot([], [], _MARKERS[which], color=BLACK, ms=5, label=f"{EPOCHS[which]} (headline)")
+        other = _OTHER[which]
+        style = {"color": BLACK, "mfc": "white", "ms": 3.5, "alpha": 0.55}
+        axes[0].plot([], [], _MARKERS[other], label=EPOCHS[other], **style)
     if any(len(group) > 1 for group in groups.values()):
         axes[0].plot([], [], "|", color=BLACK, alpha=0.7, ms=7, label="single seeds")
     if many:
@@ -68,6 +80,10 @@ def accuracy(runs: Sequence[Finished]) -> Figure:
     heading(figure, "Test score", groups)
     legend(figure, axes)
     return figure
+
+
+_MARKERS: dict[Headline, str] = {"best": "o", "last": "D"}
+_OTHER: dict[Headline, Headline] = {"best": "last", "last": "best"}
 
 
 figure2 = flips

@@ -79,18 +79,24 @@ def costs(groups: Groups, regret: Regret) -> list[Cost]:
     return found
 
 
-def compare(found: Sequence[Cost], regret: Regret) -> list[Compared]:
-    """The comparisons of all methods with the control, of factors above 1."""
+def compare(found: Sequence[Cost], regret: Regret, registered: range) -> list[Compared]:
+    """The comparisons of all methods with the control, of factors above 1.
+
+    Args:
+        found: the regrets.
+        regret: what is compared.
+        registered: the seeds that test the primary comparison.
+    """
     controls = {(one.line.place, one.factor): one for one in found if one.line.key == regret.control}
     pairs: list[Compared] = []
     for one in found:
         control = controls.get((one.line.place, one.factor))
         if one.factor <= 1 or control is None or one is control:
             continue
-        seeds = sorted(one.regrets.keys() & control.regrets.keys())
+        primary = one.line.key == regret.method and one.factor == regret.factor and not (one.found or control.found)
+        seeds = [s for s in one.regrets if s in control.regrets and (s in registered or not primary)]
         if not seeds:
             continue
-        primary = one.line.key == regret.method and one.factor == regret.factor and not (one.found or control.found)
         difference = student([one.regrets[seed] - control.regrets[seed] for seed in seeds])
         pairs.append(Compared(one, control, difference, primary))
     for primary in (True, False):
@@ -107,19 +113,19 @@ HEADER = ("label noise", "method", "optimum", "at the optimum", "factor", "regre
 COMPARED = ("label noise", "factor", "regret of", "minus that of", "difference", "p", "p (Holm)", "detectable", "n")
 
 
-def section(groups: Groups, regret: Regret, seeds: int) -> str:
+def section(groups: Groups, regret: Regret, registered: range) -> str:
     """Return the tables and sentences of a report, in Markdown.
 
     Args:
         groups: runs by recipe.
         regret: what is compared.
-        seeds: number of seeds that was fixed before the first run; with fewer nothing is decided.
+        registered: the seeds that test the primary comparison; with fewer of them nothing is decided.
     """
     found = costs(groups, regret)
     if not found:
         return f"## {TITLE}\n\nNo method has runs at an optimum and at a multiple of it yet."
     called = _places(found)
-    compared = compare(found, regret)
+    compared = compare(found, regret, registered)
     blocks = [
         f"## {TITLE}",
         _EXPLANATION,
@@ -127,17 +133,20 @@ def section(groups: Groups, regret: Regret, seeds: int) -> str:
         _ends(found, called),
     ]
     if compared:
-        blocks += [table(COMPARED, [_cells(one, called) for one in compared]), *_sentences(compared, called, seeds)]
+        blocks += [
+            table(COMPARED, [_cells(one, called) for one in compared]),
+            *_sentences(compared, called, len(registered)),
+        ]
     return "\n\n".join(block for block in blocks if block)
 
 
-def rows(groups: Groups, regret: Regret) -> list[dict[str, Any]]:
-    """One row for each regret and one for each comparison, for a CSV file."""
+def rows(groups: Groups, regret: Regret, registered: range) -> list[dict[str, Any]]:
+    """One row for each regret and one for each comparison, for a CSV file; see `section`."""
     found = costs(groups, regret)
     alone = [_row(one, "", student(list(one.regrets.values())), nan, primary=False) for one in found]
     return alone + [
         _row(one.cost, one.control.line.method, one.difference, one.adjusted, primary=one.primary)
-        for one in compare(found, regret)
+        for one in compare(found, regret, registered)
     ]
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from bisam.experiments.recipes.catalogue import BASELINE, PLAIN
 from bisam.experiments.recipes.presets import CIFAR
 from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.studies.study import Regret, Study
+from bisam.experiments.studies.study import Primary, Regret, Study
 
 METHOD = "bisam_log"
 """The method whose regret is compared with SAM's."""
@@ -135,6 +135,7 @@ def _regret(name: str, title: str, base: Recipe, seeds: int, note: str) -> Study
         ("radii",),
         first_seed=_FIRST,
         regret=Regret(METHOD, BASELINE, FACTOR, _SHOWN, optima),
+        primary=Primary(f"the regret of a radius that is {FACTOR:g} times too large, BiSAM (-log) against SAM"),
         note=f"Question: does BiSAM (-log) forgive a radius that is too large? {_compared('this study', seeds)} The "
         f"optima that [{name}](../{name}/report.md) found, by method and label noise: {found}. Label smoothing, "
         f"optimizer and length are those of that study. {note}",
