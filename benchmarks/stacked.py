@@ -67,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "Runs per minute of BiSAM (-log) on scikit-learn's digits with the model mlp, in stacks of several seeds "
         "relative to runs of their own, one after the other in one process. Runs of their own write a checkpoint after "
         "each epoch and stacks write none.",
-        "  python -m benchmarks.stacked\n  python -m benchmarks.stacked --stacks 12 30 --repeats 11 --json stacked.json",
+        "  python -m benchmarks.stacked\n"
+        "  python -m benchmarks.stacked --stacks 12 30 --repeats 11 --json stacked.json",
         repeats=5,
     )
     parser.add_argument("--stacks", type=at_least(1), nargs="+", default=[12, 30], help="default: %(default)s")

@@ -59,7 +59,8 @@ def of_run(run: Run, result: Result, settings: Settings, machine: Machine) -> Su
     """Return the model of a finished run with examples of its own data: with its label noise, without augmentation.
 
     Raises:
-        RunError: the run has no checkpoint or no such weights, or its checkpoint is damaged or that of another run.
+        RunError: the run has no checkpoint or no such weights, its checkpoint is damaged or that of another run, or its
+            recipe has an earlier version, whose examples were others.
         ValueError: the data or the model cannot be loaded.
     """
     weights = _weights(run, result, settings.weights)
@@ -118,7 +119,7 @@ def _subject(recipe: Recipe, make: Callable[[int, int], nn.Module], settings: Se
 
 
 def _chosen(splits: Data, settings: Settings) -> Split:
-    """The examples, in their own order: the same ones for all runs on the same data."""
+    """The examples, in their own order: the same ones for all runs of one seed on the same data."""
     split: Split = getattr(splits, settings.split).unaugmented()
     if len(split) <= settings.examples:
         return split
