@@ -107,6 +107,15 @@ def test_a_run_of_steps_with_another_schedule_is_one_of_its_own(tmp_path, monkey
         assert (ours["test_last"], ours["test_best"]) == (result["test_last"], result["test_best"])
 
 
+def test_larger_images_are_pooled_as_by_a_network_of_its_own():
+    torch.manual_seed(0)
+    models = [build("mlp", 10).eval() for _ in range(2)]
+    images = torch.randn(2, 5, 3, 17, 16)
+    found = Stack(models).predict_logits(images)
+    for model, own, logits in zip(models, images, found, strict=True):
+        torch.testing.assert_close(logits, model(own), rtol=0, atol=1e-5)
+
+
 def test_seeds_do_not_share_weights_data_or_noise():
     training = stacked.StackTraining(seeds(BASE), MACHINE)
     weight = training._stack.weights[0]

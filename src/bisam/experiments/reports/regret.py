@@ -152,7 +152,9 @@ def rows(groups: Groups, regret: Regret, registered: range) -> list[dict[str, An
 
 def _row(one: Cost, against: str, difference: Difference, adjusted: float, *, primary: bool) -> dict[str, Any]:
     return {
-        **one.line.place._asdict(),
+        "dataset": one.line.place.dataset,
+        "model": one.line.place.model,
+        "noise": one.line.place.noise,
         "method": one.line.method,
         "optimum": one.optimum,
         "factor": one.factor,
