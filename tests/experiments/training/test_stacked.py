@@ -312,3 +312,19 @@ def test_the_estimate_grows_with_the_gradients_and_the_runs():
     one = seconds(plain, machine, 3, 3)
     assert one < seconds(sam, machine, 3, 3)
     assert seconds(plain, machine, 6, 3) == pytest.approx(2 * one)
+
+
+@pytest.mark.slow
+def test_the_command_trains_stacks_in_processes_and_reports_them(bisam, tmp_path):
+    flags = ("radius", "--stack", 2, "--workers", 2, "--seeds", 3, "--epochs", 1, "--set", "limit=70")
+    code, _, err = bisam("run", *flags, "--out", tmp_path)
+    assert (code, err) == (0, "")
+    runs = list(finished(tmp_path / "radius"))
+    assert len(runs) == 3 * 116
+    assert {run.result["stacked"] for run in runs} == {1, 2}
+    page = (tmp_path / "radius" / "report.md").read_text()
+    assert "## The regret of a radius that is too large" in page
+    assert (tmp_path / "radius" / "radii.png").exists()
+    assert (tmp_path / "radius" / "regret.csv").exists()
+    code, _, err = bisam("run", *flags, "--out", tmp_path)  # nothing is left
+    assert (code, err) == (0, "")

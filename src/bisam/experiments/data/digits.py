@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -36,4 +36,4 @@ def _all() -> tuple[Any, Any]:
     """All images and labels, read once in a process: a stack of seeds splits them many times."""
     from sklearn.datasets import load_digits  # not at the top: it takes seconds, and the plan of a study needs no data
 
-    return load_digits(return_X_y=True)
+    return cast(Any, load_digits(return_X_y=True))

@@ -18,11 +18,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.reports.differences import score
 from bisam.experiments.reports.drawing import Panel, Style, heading, legend, panels, plain, sheet, styles
 from bisam.experiments.reports.groups import Groups, Place, grouped, place, title
 from bisam.experiments.reports.significance import student
 from bisam.experiments.runs.folder import Finished
-from bisam.experiments.runs.results import headline
 
 _SAME = 0.03  # relative difference of two radii that stand for the same multiple: grids by sqrt(2) are rounded
 _NEAR = 4.0  # points below the best mean score that the lower panels show
@@ -52,7 +52,7 @@ class Line:
     def scores(self, value: float) -> dict[int, float]:
         """Headline test scores times 100 with a value of the setting, by seed."""
         runs = self.groups[self.recipes[value]]
-        return {run.recipe.seed: 100 * run.result[f"test_{headline(run.result)}"] for run in runs}
+        return {run.recipe.seed: 100 * score(run) for run in runs}
 
     @property
     def seeds(self) -> set[int]:
@@ -67,10 +67,10 @@ class Line:
         """
         common = self.seeds
 
-        def score(value: float) -> float:
+        def average(value: float) -> float:
             return mean(s for seed, s in self.scores(value).items() if seed in common or not common)
 
-        return max(self.recipes, key=lambda value: (round(score(value), 9), -value))
+        return max(self.recipes, key=lambda value: (round(average(value), 9), -value))
 
     @property
     def at_end(self) -> bool:
@@ -151,7 +151,8 @@ def _draw(ax: Axes, line: Line, style: Style, scale: float) -> None:
     found = [student(list(line.scores(rho).values())) for rho in rhos]
     xs, centres = [rho / scale for rho in rhos], [one.mean for one in found]
     label = line.method if scale == 1 else f"{line.method} (rho / {scale:g})"
-    ax.plot(xs, centres, **{**style.line, "markersize": 3, "linewidth": 1.3}, label=plain(label))
+    drawn: dict[str, Any] = {**style.line, "markersize": 3, "linewidth": 1.3}
+    ax.plot(xs, centres, **drawn, label=plain(label))
     ax.fill_between(xs, [one.low for one in found], [one.high for one in found], color=style.colour, alpha=0.13, lw=0)
     optimum = line.optimum
     ax.plot(optimum / scale, centres[rhos.index(optimum)], style.marker, color=style.colour, ms=8, zorder=3)
