@@ -12,12 +12,12 @@ pytest.importorskip("pytorch_optimizer")
 pytest.importorskip("rich")
 pytest.importorskip("torchvision")
 
-from benchmarks import docs, measure, models, objective, parallel, pipeline, scaling, step, versions
+from benchmarks import docs, measure, models, objective, parallel, pipeline, scaling, stacked, step, versions
 from bisam import SharpnessAware, cross_entropy
 from bisam.experiments.measurements import timing
 from bisam.oracle import View
 
-MAINS = [module.main for module in (objective, step, pipeline, parallel, scaling)]
+MAINS = [module.main for module in (objective, step, pipeline, parallel, scaling, stacked)]
 RATIO = {"median", "low", "high", "rounds", "seconds", "median_low", "median_high", "load", "cores", "bar", "verdict"}
 QUIET = timing.Load(0.25, 2)
 LOADED = timing.Load(7.5, 2)
@@ -121,6 +121,18 @@ def test_pipeline(tmp_path, capsys, monkeypatch):
     assert {row["bar"] for row in content["rows"][1::2]} == {pipeline.BAR}
     assert {row["verdict"] for row in content["rows"][::2]} == {None}
     assert "(bar 10)" in capsys.readouterr().out
+
+
+def test_stacked(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(timing, "BLOCK", 0.0)
+    path = tmp_path / "stacked.json"
+    stacked.main(["--stacks", "2", "3", "--epochs", "1", "--repeats", "2", "--json", str(path)])
+    content = written(path)
+    assert [row["size"] for row in content["rows"]] == [1, 2, 3]
+    assert all(row.keys() >= RATIO for row in content["rows"])
+    assert content["rows"][0]["median"] == 1.0
+    assert [row["passed"] for row in content["rows"][:2]] == [None, None]
+    assert "(bar 3)" in capsys.readouterr().out
 
 
 def test_both_pipelines_give_an_epoch_of_the_same_kind():

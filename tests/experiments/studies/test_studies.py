@@ -60,7 +60,7 @@ def cifar_root(tmp_path, monkeypatch):
 def here(monkeypatch):
     """Runs of a study one after the other in this process."""
 
-    def run_all(recipes, root, workers, machine, progress, analyses=None):
+    def run_all(recipes, root, workers, machine, progress, analyses=None, stack=None):
         outcomes = []
         for recipe in recipes:
             outcomes.append(Outcome(recipe, train(Run.under(root, recipe), machine)))

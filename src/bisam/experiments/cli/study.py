@@ -257,6 +257,12 @@ class StudySubject:
         }
         if study.tunes:
             more, files = [choice.section(runs), *more], files | {"choices.csv": to_csv(choice.rows(runs))}
+        if study.regret is not None:
+            from bisam.experiments.reports import regret
+
+            registered = range(study.first_seed, study.first_seed + study.seeds)
+            more = [regret.section(grouped(runs), study.regret, registered), *more]
+            files["regret.csv"] = to_csv(regret.rows(grouped(runs), study.regret, registered))
         if study.analyses is not None:
             section, own, figure = _predictors(runs, entries, study.analyses, study.seeds)
             more, files = [section, *more], files | own

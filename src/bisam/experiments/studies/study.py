@@ -43,6 +43,26 @@ class Analyses:
 
 
 @dataclass(frozen=True)
+class Regret:
+    """Comparison of what a radius that is too large costs a method and a control.
+
+    Attributes:
+        method: the method of the primary comparison.
+        control: the method that regrets are compared with.
+        factor: how much too large the radius of the primary comparison is.
+        factors: all multiples of the optimum that are shown.
+        optima: the optimum of a method (as recipes name it) at a level of label noise, which another study has found.
+            Empty: it is the best radius of the study's own runs, and all comparisons are exploratory.
+    """
+
+    method: str
+    control: str
+    factor: float
+    factors: tuple[float, ...]
+    optima: Mapping[tuple[str, float], float] = field(default_factory=dict[tuple[str, float], float], hash=False)
+
+
+@dataclass(frozen=True)
 class Primary:
     """The comparison that a study has fixed before its first run.
 
@@ -102,6 +122,8 @@ class Study:
     """Whether it tries values of settings to choose one; the report says which."""
     analyses: Analyses | None = None
     """What is measured of its finished runs, and correlated with their test error; None: nothing."""
+    regret: Regret | None = None
+    """What a wrong radius costs, and which costs are compared; None: the report has no such section."""
     primary: Primary | None = None
     """The comparison that was fixed before the first run; None: all comparisons are adjusted together."""
 
