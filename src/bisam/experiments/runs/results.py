@@ -110,7 +110,8 @@ _TIME, _TEXT, _SUM = _Number(least=1e-12, most=_LARGE), _Text(), _Text("[0-9a-f]
 _ENTRIES: Mapping[str, _Number | _Text] = {
     **dict.fromkeys(("test_best", "test_last", "test_ema", "validation_best"), _SCORE),
     **dict.fromkeys(("best_epoch", "diverged", "examples", "processes", "stacked"), _COUNT),
-    **dict.fromkeys(("validation_ties", "validation_examples"), _COUNT),
+    "validation_ties": _COUNT,
+    "validation_examples": _Number(int),
     "headline": _Text("best|last"),
     **dict.fromkeys(("seconds_per_epoch", "relative_time"), _TIME),
     **dict.fromkeys(("gradients_per_step", "forwards_per_step"), _SIZE),
