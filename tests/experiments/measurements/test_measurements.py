@@ -44,7 +44,9 @@ def counted(parts, fails=None):
 
 
 def test_all_have_what_a_report_needs():
-    assert " ".join(MEASUREMENTS) == "figure1 example table11 table12 rapp-figures gan sampa-costs sampa-gradients"
+    assert " ".join(MEASUREMENTS) == (
+        "figure1 example label-gradient cosines table11 table12 rapp-figures gan sampa-costs sampa-gradients"
+    )
     for name, measurement in MEASUREMENTS.items():
         assert measurement.name == name
         assert measurement.drawn_only == (name == "figure1")

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _CHANGE = "rounds=5"
 _DRAWN = frozenset({"set", "out", "dry_run", "estimate"})
 _MEASURED = _DRAWN | {"device", "devices", "nodes"}
+_DATA = frozenset({"data_dir", "download"})
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,10 @@ class MeasurementSubject:
             ValueError: a change of a setting is wrong.
         """
         self.measurement.changed(pairs(launch.changes, _CHANGE))
-        does = "is drawn from formulas" if self.measurement.drawn_only else "trains nothing"
-        if idle := sorted(given - (_DRAWN if self.measurement.drawn_only else _MEASURED)):
+        one = self.measurement
+        does = "is drawn from formulas" if one.drawn_only else "trains nothing"
+        takes = _DRAWN if one.drawn_only else _MEASURED | _DATA if one.reads_data else _MEASURED
+        if idle := sorted(given - takes):
             errors.print(f"bisam: {self.name} {does}: without effect are {', '.join(map(flag, idle))}")
 
     def plan(self, launch: Launch, machine: Machine, out: Path) -> int:

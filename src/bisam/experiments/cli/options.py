@@ -36,6 +36,8 @@ class Launch:
     """Epochs per run (of the other methods, where SGD gets twice as many); by default the study's own number."""
     workers: Whole | None = None
     """Runs at a time, each in a process; by default one per core, or per GPU with --device cuda."""
+    stack: Whole | None = None
+    """Train up to so many seeds of a recipe at once, as one batched model: for small networks (model mlp)."""
     ray: str | None = None
     """Run on a Ray cluster instead: local, auto or its address."""
     gpus: float = 0
@@ -50,7 +52,7 @@ class Launch:
     """Whether --dry-run measures times, which loads the data."""
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "epochs", "workers"):
+        for name in ("seeds", "epochs", "workers", "stack"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
 

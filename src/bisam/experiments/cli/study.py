@@ -67,8 +67,11 @@ class StudySubject:
             _refuse("without --ray there is no cluster", given & {"gpus", "cpus", "retries"})
         else:
             _refuse("with --ray, --cpus and --gpus decide how many runs there are at a time", given & {"workers"})
+            _refuse("with --ray each run is a task", given & {"stack"})
         recipes = self.study.changed(launch.epochs, launch.changes)
         refuse_idle(recipes, machine, given, frozenset(pairs(launch.changes, "epochs=1")))
+        if launch.stack is not None:
+            self._check_stack(recipes, machine, given)
         loggers.check(machine.log)
         if launch.ray is None and machine.nodes > 1:
             raise ValueError(
@@ -85,6 +88,15 @@ class StudySubject:
         if launch.ray is None:
             machine.fabric()  # fails here, before the first run, if the device is missing
 
+    def _check_stack(self, recipes: Sequence[Recipe], machine: Machine, given: frozenset[str]) -> None:
+        from bisam.experiments.training.stacked.checks import check
+
+        _refuse("a stack writes metrics.csv and no other log", given & {"log"})
+        if self.study.analyses is not None:
+            raise ValueError(f"--stack keeps no weights, which the analyses of {self.name} need: leave --stack out")
+        for recipe in recipes:
+            check(recipe, machine)
+
     def plan(self, launch: Launch, machine: Machine, out: Path) -> int:
         """Print the runs, and an estimate of the time of those that are left."""
         recipes, workers = self._recipes(launch), launch.workers or machine.slots
@@ -100,7 +112,7 @@ class StudySubject:
         if launch.ray is None:
             machine.fabric()
         threads(min(workers, len(recipes)))  # as in the processes of the runs
-        seconds = show_times(left, machine)
+        seconds = show_times(left, machine, launch.stack)
         time = "?" if seconds is None else duration(seconds / min(workers, count))
         more = "" if self.study.analyses is None else ", without the time of the analyses"
         console.print(f"{said}, about {time} in {workers} processes{more}")
@@ -116,9 +128,9 @@ class StudySubject:
             except KeyboardInterrupt:
                 signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not end the message
                 display.stop()
+                again = "resumes the others" if launch.stack is None else "begins with the stacks that are not"
                 errors.print(
-                    f"interrupted: {display.finished} of {len(recipes)} runs are finished; the same command resumes "
-                    "the others"
+                    f"interrupted: {display.finished} of {len(recipes)} runs are finished; the same command {again}"
                 )
                 return 130
         if any(outcome.result for outcome in outcomes):
@@ -181,7 +193,7 @@ class StudySubject:
         return arranged(runs, recipes, self.study.baselines)
 
     def _report(self, runs: list[Finished], left_out: list[str], out: Path, to: Path) -> None:
-        from bisam.experiments.reports import analyses, figures, legends, predictor_plot, tables
+        from bisam.experiments.reports import analyses, choice, figures, legends, predictor_plot, tables
         from bisam.experiments.reports.drawing import rendered
         from bisam.experiments.reports.flips import flips, rows as flips_rows
         from bisam.experiments.reports.groups import grouped
@@ -210,6 +222,8 @@ class StudySubject:
         more = [analyses.section(runs, entries, faults, f"{out / study.folder}")]
         flipped = flips_rows(flips(grouped(runs), study.baselines))
         files = {"flips.csv": to_csv(flipped), "analysis.csv": to_csv(analyses.rows(runs, entries))}
+        if study.tunes:
+            more, files = [choice.section(runs), *more], files | {"choices.csv": to_csv(choice.rows(runs))}
         if study.analyses is not None:
             section, own, figure = _predictors(runs, entries, study.analyses, study.seeds)
             more, files = [section, *more], files | own
@@ -277,7 +291,7 @@ def _launched(
     if launch.ray is None:
         from bisam.experiments.launch.processes import run_all
 
-        return run_all(recipes, root, launch.workers or machine.slots, machine, display, analyses)
+        return run_all(recipes, root, launch.workers or machine.slots, machine, display, analyses, launch.stack)
     from bisam.experiments.launch.ray import run_all as run_on_ray
 
     return run_on_ray(

@@ -34,7 +34,7 @@ NAMES = {
     "digits": "scikit-learn's 1,797 images of 8x8, no download",
     "cifar10": "50,000 + 10,000 images of 32x32, 10 classes",
     "cifar100": "50,000 + 10,000 images of 32x32, 100 classes",
-    "cifar10:SIDE": "the same, enlarged to SIDE pixels for pretrained networks (also cifar100:SIDE)",
+    "cifar10:SIDE": "the same at 4, 8 or 16 pixels, or enlarged for pretrained networks (also cifar100:SIDE)",
     "imagenet": "ImageNet-1K in folders: imagenet/train/CLASS/*, imagenet/val/CLASS/*",
     "flowers": "Oxford Flowers-102",
     "pets": "Oxford-IIIT Pets, 37 classes",
@@ -86,15 +86,16 @@ def _load(recipe: Recipe, machine: Machine) -> Data:
     if (kind in ("digits", "cifar10", "cifar100") and not detail) or (
         kind in ("cifar10", "cifar100") and detail.isdecimal()
     ):
-        from bisam.experiments.data.cifar import cifar
+        from bisam.experiments.data.cifar import SIDE, cifar
         from bisam.experiments.data.digits import digits
         from bisam.experiments.data.image_tensors import larger
         from bisam.experiments.models.build import statistics
 
         if kind == "digits":
             return digits(seed)
-        data = cifar(kind, root, download, recipe.augment, recipe.cutout)
-        return larger(data, int(detail), statistics(recipe.model)) if detail else data
+        side = int(detail) if detail else SIDE
+        data = cifar(kind, root, download, recipe.augment, recipe.cutout, min(side, SIDE))
+        return larger(data, side, statistics(recipe.model)) if detail else data
     if (kind in ("imagenet", "flowers", "pets") and not detail) or (kind == "folder" and detail):
         from bisam.experiments.data.image_folders import flowers, folder, imagenet, pets, standardised
         from bisam.experiments.models.build import statistics

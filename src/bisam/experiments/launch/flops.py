@@ -155,7 +155,7 @@ def is_known(recipe: Recipe) -> bool:
 
 
 def size_of(dataset: str) -> Size:
-    """Return the size of a data set; `cifar10:224` is CIFAR-10 with images that are enlarged to 224 pixels.
+    """Return the size of a data set; `cifar10:224` is CIFAR-10 with images of 224 pixels.
 
     Raises:
         KeyError: it is not known.

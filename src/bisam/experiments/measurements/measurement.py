@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 Settings = Mapping[str, Any]
 Number = TypeVar("Number", int, float)
 Row = Mapping[str, Any]
+MACHINE = "machine"
+"""Key of the `Machine` in the settings that `measure` gets from a measurement that reads data sets."""
 Progress = Callable[[str, int, int], None]
 """`(part, done, total)`, called before each part, and at the end with "" as the part."""
 
@@ -65,6 +67,9 @@ class Measurement:
     """One line for a list of measurements, where it differs from the title."""
     exhibit: Exhibit | None = None
     """The table or figure of a paper that it reproduces."""
+    reads_data: bool = False
+    """Whether it reads data sets: then the settings that `measure` gets have the machine, with their folder, as the
+    entry `MACHINE`."""
 
     @property
     def drawn_only(self) -> bool:
@@ -133,11 +138,12 @@ def run(
     folder = root / _slug(measurement, values, device)
     with _held(folder):
         _claim(folder, measurement, settings, device)
+        given = {**settings, MACHINE: machine} if measurement.reads_data else settings
         left = [part for part in parts if _read(folder, part) is None]
         for i, part in enumerate(left, len(parts) - len(left)):
             if progress is not None:
                 progress(part, i, len(parts))
-            rows = measurement.measure(part, settings, device)
+            rows = measurement.measure(part, given, device)
             content: dict[str, Any] = {"part": part, "environment": _environment(device, settings), "rows": rows}
             content["checksum"] = checksum(content)
             write(folder / _file(part), json.dumps(content, indent=2, allow_nan=False) + "\n")

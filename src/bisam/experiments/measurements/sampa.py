@@ -17,12 +17,11 @@ from bisam import Evaluation, LookSAM, Oracle, SAMPa, SharpnessAware, next_step
 from bisam.batches import Batch
 from bisam.experiments import data
 from bisam.experiments.data.image_tensors import channels
-from bisam.experiments.measurements.measurement import Measurement, Row, Settings, flat, with_quartiles
+from bisam.experiments.measurements.measurement import MACHINE, Measurement, Row, Settings, flat, with_quartiles
 from bisam.experiments.measurements.timing import interleaved, ratio, threads, turns
 from bisam.experiments.models.build import build
 from bisam.experiments.recipes.catalogue import METHODS
 from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.runs.machine import Machine
 from bisam.experiments.studies import papers, published
 from bisam.experiments.studies.papers import Exhibit
 from bisam.methods.method import indexed
@@ -79,7 +78,7 @@ def _seeds(settings: Settings) -> list[str]:
 def _measure_gradients(part: str, settings: Settings, device: torch.device) -> list[dict[str, Any]]:
     seed = int(part.removeprefix("seed-"))
     recipe, epochs = _recipe(settings, seed), int(settings["epochs"])
-    splits = data.load(recipe, Machine())
+    splits = data.load(recipe, settings[MACHINE])
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         model = build(recipe.model, splits.classes, channels=channels(splits.test)).to(device)
@@ -130,7 +129,7 @@ GRADIENTS = Measurement(
         "above 0.99 "
         "for ResNet-56 on CIFAR-10, according to a public summary. The defaults here are a small network on digits; "
         "`--set dataset=cifar10 --set model=resnet56 --set batch_size=128 --set epochs=200` is the paper's, with the "
-        "data in `data`."
+        "data in `--data-dir`."
     ),
     settings={
         "dataset": "digits",
@@ -144,6 +143,7 @@ GRADIENTS = Measurement(
     },
     parts=_seeds,
     measure=_measure_gradients,
+    reads_data=True,
     columns={
         "seed": lambda row: str(row["seed"]),
         "epoch": lambda row: str(row["epoch"]),

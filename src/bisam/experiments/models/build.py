@@ -20,12 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from bisam.experiments.errors import is_out_of_memory, reason_not_loaded, unknown
-from bisam.experiments.models.networks import VGG, ConvNet, DenseNet, ResNet, WideResNet
+from bisam.experiments.models.networks import MLP, VGG, ConvNet, DenseNet, ResNet, WideResNet
 
 PRETRAINED = "pretrained"
 
 NETWORKS: dict[str, tuple[Callable[[int, int], nn.Module], str]] = {
     "convnet": (ConvNet, "three convolutions, for digits of 8x8"),
+    "resnet8": (partial(ResNet, 8), "CIFAR ResNet (He et al. 2016) of three blocks, 0.08M parameters"),
+    "mlp": (MLP, "two hidden layers of 64 with batch normalisation, for digits of 8x8"),
     "resnet20": (partial(ResNet, 20), "CIFAR ResNet (He et al. 2016), 0.27M parameters"),
     "resnet32": (partial(ResNet, 32), "CIFAR ResNet (He et al. 2016), 0.46M parameters"),
     "resnet44": (partial(ResNet, 44), "CIFAR ResNet (He et al. 2016), 0.66M parameters"),

@@ -63,7 +63,7 @@ class Recipe:
 
     dataset: str = "digits"
     """Data set: digits (no download), cifar10, cifar100, imagenet, flowers, pets, folder:PATH, glue:TASK; cifar10:SIDE
-    enlarges the images."""
+    reduces the images to 4, 8 or 16 pixels, or enlarges them."""
     model: str = "convnet"
     """Network: a name from `bisam list`, torchvision:NAME, timm:NAME or hf:NAME."""
     weights: str | None = None
@@ -79,7 +79,7 @@ class Recipe:
     augment: bool = True
     """Random crops and flips of the training images (not for digits)."""
     cutout: bool = False
-    """Blank a square of 16 pixels in half of the augmented images (CIFAR), as the BiSAM authors do."""
+    """Blank a square of half the side in half of the augmented images (CIFAR), as the BiSAM authors do."""
     image_size: int = 224
     """Side of images that are read from files, in pixels."""
     max_length: int = 128
@@ -281,6 +281,11 @@ class Recipe:
     def own_fields(self) -> tuple[str, ...]:
         """Fields that come with its method: it is compared with recipes that differ in them."""
         return METHODS[self.method].own_fields if self.method in METHODS else ()
+
+    @property
+    def tuned(self) -> tuple[str, ...]:
+        """Fields that are chosen for its method as a radius is: it is compared with recipes that differ in them."""
+        return METHODS[self.method].tuned if self.method in METHODS else ()
 
     @property
     def expression(self) -> str:

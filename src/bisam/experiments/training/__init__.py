@@ -13,6 +13,7 @@ weight_average.py   exponential moving average of the weights
 counting.py         gradients and forward passes that a method asks for
 metrics.py          accuracy and other scores; sums over the batches of an epoch
 reference_speed.py  plain training steps beside the run, the unit of its relative time
+stacked/            several seeds of a recipe at once, as one batched model
 loggers.py          TensorBoard, Weights & Biases, MLflow
 
 The file of a checkpoint is in `runs/checkpoint.py`, the recipe in `recipes/recipe.py`.
