@@ -183,7 +183,8 @@ def test_a_wrong_setting_of_a_measurement_is_one_line_and_no_note(bisam):
 @pytest.mark.parametrize("name", CONDITIONS)
 def test_each_condition_holds_somewhere(name):
     recipes = [
-        Recipe(dataset=dataset, noise=0.1) for dataset in ("digits", "cifar10", "imagenet", "folder:a", "glue:rte")
+        Recipe(dataset=dataset, noise=0.1, measured_epochs=1)
+        for dataset in ("digits", "cifar10", "imagenet", "folder:a", "glue:rte")
     ]
     recipes.append(Recipe(model="hf:bert-base-uncased"))
     refuse_idle(recipes, Machine(), frozenset({name}))
@@ -197,7 +198,11 @@ def test_each_condition_holds_somewhere(name):
 
 def test_settings_of_presets_and_unknown_data_sets_are_not_refused():
     refuse_idle([Recipe(cutout=True, image_size=96)], Machine(), frozenset({"dataset"}))
-    refuse_idle([Recipe(dataset="digit", noise=0.1)], Machine(), frozenset(CONDITIONS) - {"strategy", "frozen"})
+    refuse_idle(
+        [Recipe(dataset="digit", noise=0.1, measured_epochs=1)],
+        Machine(),
+        frozenset(CONDITIONS) - {"strategy", "frozen"},
+    )
 
 
 def test_every_kind_of_data_set_is_known():

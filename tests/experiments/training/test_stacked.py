@@ -107,6 +107,15 @@ def test_a_run_of_steps_with_another_schedule_is_one_of_its_own(tmp_path, monkey
         assert (ours["test_last"], ours["test_best"]) == (result["test_last"], result["test_best"])
 
 
+def test_larger_images_are_pooled_as_by_a_network_of_its_own():
+    torch.manual_seed(0)
+    models = [build("mlp", 10).eval() for _ in range(2)]
+    images = torch.randn(2, 5, 3, 17, 16)
+    found = Stack(models).predict_logits(images)
+    for model, own, logits in zip(models, images, found, strict=True):
+        torch.testing.assert_close(logits, model(own), rtol=0, atol=1e-5)
+
+
 def test_seeds_do_not_share_weights_data_or_noise():
     training = stacked.StackTraining(seeds(BASE), MACHINE)
     weight = training._stack.weights[0]
@@ -211,7 +220,7 @@ def test_networks_with_other_layers_are_refused(name):
     if name == "mlp":
         assert misfits(replace(BASE, model=name), MACHINE) == []
     else:
-        with pytest.raises(ValueError, match="it has|it is no sequence"):
+        with pytest.raises(ValueError, match=r"it has|it is no sequence"):
             Stack([build(name, 10, channels=1)])
 
 
@@ -303,3 +312,19 @@ def test_the_estimate_grows_with_the_gradients_and_the_runs():
     one = seconds(plain, machine, 3, 3)
     assert one < seconds(sam, machine, 3, 3)
     assert seconds(plain, machine, 6, 3) == pytest.approx(2 * one)
+
+
+@pytest.mark.slow
+def test_the_command_trains_stacks_in_processes_and_reports_them(bisam, tmp_path):
+    flags = ("radius", "--stack", 2, "--workers", 2, "--seeds", 3, "--epochs", 1, "--set", "limit=70")
+    code, _, err = bisam("run", *flags, "--out", tmp_path)
+    assert (code, err) == (0, "")
+    runs = list(finished(tmp_path / "radius"))
+    assert len(runs) == 3 * 116
+    assert {run.result["stacked"] for run in runs} == {1, 2}
+    page = (tmp_path / "radius" / "report.md").read_text()
+    assert "## The regret of a radius that is too large" in page
+    assert (tmp_path / "radius" / "radii.png").exists()
+    assert (tmp_path / "radius" / "regret.csv").exists()
+    code, _, err = bisam("run", *flags, "--out", tmp_path)  # nothing is left
+    assert (code, err) == (0, "")

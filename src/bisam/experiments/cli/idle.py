@@ -63,6 +63,7 @@ CONDITIONS: dict[str, Condition] = {
         lambda r, _: r.model.partition(":")[0] in ("hf", "timm"), "model hf:NAME or timm:NAME", lambda r, _: r.model
     ),
     "channels_last": _with_dataset("a dataset of images", *(KINDS - {"glue"})),
+    "measured": Condition(lambda r, _: r.measured_epochs > 0, "measured_epochs above 0", lambda *_: "0"),
     "momentum": Condition(lambda r, _: r.optimizer == "sgd", "optimizer sgd", lambda r, _: r.optimizer),
     "strategy": Condition(
         lambda _, machine: machine.strategy != "ddp" or machine.parallel, "several --devices", lambda *_: "1"

@@ -15,6 +15,7 @@ from bisam.experiments.cli.options import Launch, flag
 from bisam.experiments.cli.report_files import write_report
 from bisam.experiments.cli.terminal import console, errors
 from bisam.experiments.measurements import Measurement, report as report_of, run as measure
+from bisam.experiments.measurements.timing import Load
 from bisam.experiments.recipes.changes import pairs
 from bisam.experiments.runs.files import to_csv
 from bisam.experiments.runs.machine import Machine
@@ -68,6 +69,8 @@ class MeasurementSubject:
 
     def run(self, launch: Launch, machine: Machine, out: Path) -> int:
         """Measure the parts that are missing, and report."""
+        if self.measurement.timed and (warning := Load.now().warning):
+            errors.print(f"bisam: {warning}")
         with console.status("") as status:
 
             def tell(part: str, done: int, total: int) -> None:
@@ -85,6 +88,14 @@ class MeasurementSubject:
     def report(self, changes: tuple[str, ...], out: Path, to: Path | None) -> int:
         """Print the table, and write the report."""
         return self._report(out, to or out / self.name, pairs(changes, _CHANGE))
+
+    def archive(self, changes: tuple[str, ...], out: Path, to: Path) -> int:
+        """Refuse: there is nothing to leave out.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"{self.name} trains nothing: its folder has no checkpoints, and can be kept as it is")
 
     def figure(self, name: str | None, changes: tuple[str, ...], out: Path) -> Figure:
         """Its figure.

@@ -19,10 +19,10 @@ from bisam.experiments.recipes.expressions import take_steps
 from bisam.experiments.recipes.length import run_length
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.machine import Machine
-from bisam.experiments.training.ball import FORWARDS, GRADIENTS, measured_batches
 from bisam.experiments.training.checks import check_model
 from bisam.experiments.training.counting import CountedMethod
 from bisam.experiments.training.hidden import with_hidden_states
+from bisam.experiments.training.measured import cost, measured_batches
 from bisam.experiments.training.reference_speed import REFERENCE_STEPS, ReferenceSpeed
 from bisam.methods import Method
 
@@ -74,7 +74,8 @@ def estimate(recipe: Recipe, machine: Machine) -> Estimate:
     work = length.losses * (step + _FORWARD * forwards)
     work += length.epochs * (plain + _FORWARD * validation / recipe.batch_size)
     measured = min(recipe.measured_epochs, length.epochs) * measured_batches(recipe, training)
-    work += measured * (GRADIENTS + _FORWARD * FORWARDS)
+    own, more = cost(recipe)
+    work += measured * (own + _FORWARD * more)
     return Estimate(step, before + seconds * work + length.epochs * _READS * latency)
 
 

@@ -38,8 +38,8 @@ from bisam.experiments.recipes.expressions import take_steps
 from bisam.experiments.recipes.length import run_length
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.files import read_json, write
-from bisam.experiments.training.ball import FORWARDS, GRADIENTS, measured_batches
 from bisam.experiments.training.counting import CountedMethod
+from bisam.experiments.training.measured import cost, measured_batches
 from bisam.methods import Method
 from bisam.methods.method import indexed
 
@@ -197,7 +197,8 @@ def operations(recipe: Recipe, counts: Counts) -> float:
     length = run_length(recipe, batches_of(train, recipe.batch_size))
     trained = (length.epochs - 1) * train + min(train, length.losses_in(length.epochs) * recipe.batch_size)
     measured = min(measured_batches(recipe, train) * recipe.batch_size, train)
-    passes = min(recipe.measured_epochs, length.epochs) * measured * (3 * GRADIENTS + FORWARDS)
+    gradients, forwards = cost(recipe)
+    passes = min(recipe.measured_epochs, length.epochs) * measured * (3 * gradients + forwards)
     return one.step * trained + one.forward * (length.epochs * validation + test + passes)
 
 

@@ -23,8 +23,8 @@ from bisam.experiments.training.stacked.checks import check as check
 from bisam.experiments.training.stacked.train import REFERENCE_STEPS, StackTraining
 
 STACK_THREADS = 1
-"""Threads of a process that trains a stack. Its operations are many and small: several threads would wait for each other
-longer than they compute, above all on a machine with other work."""
+"""Threads of a process that trains a stack. Its operations are many and small: several threads would wait for each
+other longer than they compute, above all on a machine with other work."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,16 @@ from bisam import Evaluation, LookSAM, Oracle, SAMPa, SharpnessAware, next_step
 from bisam.batches import Batch
 from bisam.experiments import data
 from bisam.experiments.data.image_tensors import channels
-from bisam.experiments.measurements.measurement import MACHINE, Measurement, Row, Settings, flat, with_quartiles
+from bisam.experiments.measurements.measurement import (
+    MACHINE,
+    READING,
+    Measurement,
+    Row,
+    Settings,
+    flat,
+    with_interval,
+    with_load,
+)
 from bisam.experiments.measurements.timing import interleaved, ratio, threads, turns
 from bisam.experiments.models.build import build
 from bisam.experiments.recipes.catalogue import METHODS
@@ -202,6 +211,7 @@ def _measure_costs(part: str, settings: Settings, device: torch.device) -> list[
             "method": name,
             "seconds": ratio(times, name, "sam").seconds,
             **flat("to_sam", ratio(times, name, "sam")),
+            **with_load(times.load),
             "bytes": memory[name],
             "published": _TIMES.get(name),
         }
@@ -230,13 +240,13 @@ COSTS = Measurement(
     title="Time and memory of a step: the methods that SAMPa is compared with",
     note=(
         "All methods train the same model in turn on random images of 32x32, one step each; a ratio is the median over "
-        "turns of five steps, with the quartiles. One device computes both gradients of SAMPa, so its step takes as "
+        f"turns of five steps, {READING}. One device computes both gradients of SAMPa, so its step takes as "
         "long as one of SAM; the published ratio is that of two devices. The published column is the time of a run of "
         "200 epochs of ResNet-56 on CIFAR-10 relative to SAM, read off the authors' figure "
         f"({_PAPER}). SAF and MESA are measured with their term. Memory is the largest that tensors take in some steps "
         "of a method alone on a CUDA device, with the model, the optimizer and the batch."
     ),
-    settings={"models": ("resnet56",), "batch_size": 128, "classes": 10, "iterations": 25, "threads": 1},
+    settings={"models": ("resnet56",), "batch_size": 128, "classes": 10, "iterations": 45, "threads": 1},
     parts=lambda settings: list(settings["models"]),
     measure=_measure_costs,
     columns={
@@ -244,9 +254,10 @@ COSTS = Measurement(
         "method": lambda row: _cost(row, "name"),
         "gradients": partial(_cost, what="cost"),
         "seconds of a step": lambda row: f"{row['seconds']:.3g}",
-        "to SAM": lambda row: with_quartiles(row, "to_sam", 2),
+        "to SAM": lambda row: with_interval(row, "to_sam", 2),
         "published": lambda row: "–" if row["published"] is None else f"{row['published']:.2f}",
         "memory, MiB": lambda row: "–" if row["bytes"] is None else f"{row['bytes'] / 2**20:.0f}",
     },
     exhibit=Exhibit(papers.SAMPA, "Tables of time and memory"),
+    timed=True,
 )

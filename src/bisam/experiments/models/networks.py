@@ -38,15 +38,13 @@ class ConvNet(nn.Sequential):
 class MLP(nn.Sequential):
     """Two hidden layers of 64 units with batch normalisation; the smallest of the networks, which can train in stacks.
 
-    Args:
-        classes: number of logits.
-        channels: of the images.
-        side: of the images in pixels; the width of the first layer depends on it.
+    Images of other sizes than 8x8 are pooled to it.
     """
 
-    def __init__(self, classes: int, channels: int = 3, *, side: int = 8) -> None:
-        width = 64
+    def __init__(self, classes: int, channels: int = 3) -> None:
+        side, width = 8, 64
         super().__init__(
+            nn.AdaptiveAvgPool2d(side),
             nn.Flatten(),
             nn.Linear(channels * side**2, width),
             nn.BatchNorm1d(width),

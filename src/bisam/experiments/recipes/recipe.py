@@ -32,6 +32,7 @@ CHOICES = {
     "optimizer": ("sgd", "adamw"),
     "schedule": ("cosine", "linear", "constant"),
     "precision": ("32", "bf16", "16", "64"),
+    "measured": ("ball", "ascents"),
 }
 """Allowed values of the fields that take one of a few."""
 
@@ -142,8 +143,10 @@ class Recipe:
     compile: bool = False
     """Compile the model."""
     measured_epochs: int = 0
-    """Number of evenly spaced epochs, the last included, after which the run measures the largest error in a ball
-    around the weights, and what adversaries flip at the same radius."""
+    """Number of evenly spaced epochs, the last included, after which the run measures its weights."""
+    measured: str = "ball"
+    """What is measured: ball (the largest error in a ball around the weights, and what adversaries flip), or ascents
+    (flips, cosines and largest error of five adversaries on the same weights)."""
     seed: int = 0
     """Seed of the initial weights, the label noise, the order of the batches, the examples that a limit keeps, and the
     split where the data set has none of its own."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisam.experiments.studies.adversary import ADVERSARY
 from bisam.experiments.studies.finetune import FINETUNE
 from bisam.experiments.studies.local import LOCAL
 from bisam.experiments.studies.paper import PAPER
@@ -10,7 +11,7 @@ from bisam.experiments.studies.recover import RECOVER
 from bisam.experiments.studies.sampa import SAMPA
 
 GROUPS = {
-    "additional studies": (*LOCAL, *RADIUS, *RECOVER, *FINETUNE),
+    "additional studies": (*LOCAL, *RADIUS, *ADVERSARY, *RECOVER, *FINETUNE),
     "BiSAM (Xie et al., 2024)": PAPER,
     "SAMPa (Xie, Pethick and Cevher, 2024)": SAMPA,
 }

@@ -43,6 +43,54 @@ class Analyses:
 
 
 @dataclass(frozen=True)
+class Regret:
+    """Comparison of what a radius that is too large costs a method and a control.
+
+    Attributes:
+        method: the method of the primary comparison.
+        control: the method that regrets are compared with.
+        factor: how much too large the radius of the primary comparison is.
+        factors: all multiples of the optimum that are shown.
+        optima: the optimum of a method (as recipes name it) at a level of label noise, which another study has found.
+            Empty: it is the best radius of the study's own runs, and all comparisons are exploratory.
+    """
+
+    method: str
+    control: str
+    factor: float
+    factors: tuple[float, ...]
+    optima: Mapping[tuple[str, float], float] = field(default_factory=dict[tuple[str, float], float], hash=False)
+
+
+@dataclass(frozen=True)
+class Primary:
+    """The comparison that a study has fixed before its first run.
+
+    The report tests it by itself, at the full level of 5 %, and all other comparisons together:
+
+        Study(..., primary=Primary("BiSAM (-log) against SAM with label noise", "bisam_log", where={"noise": 0.4}))
+
+    It is the difference in the headline test score, paired by seed, two-sided. If several settings of the study have
+    it, they are adjusted together (Holm). A study whose comparison is another one (of flips, or a difference of
+    differences) gives `words` alone, and a section of its own tests it; all rows of the table are then exploratory.
+
+    Attributes:
+        words: what is compared with what, without a full stop, in Markdown.
+        method: the recipe's method; "" if a section of the study's own tests the comparison.
+        against: the method that it is compared with, which shares its setting; it need not be one of `Study.baselines`.
+        where: values of fields of the recipes of `method` that it is about, defaults of the method included.
+        seeds: the seeds that test it, all of them; None: those of the study. With fewer of them nothing is decided, and
+            runs of other seeds have no part in it.
+    """
+
+    words: str
+    method: str = ""
+    against: str = BASELINE
+    where: Mapping[str, Any] = field(default_factory=dict[str, Any], hash=False)
+    seeds: range | None = None
+
+
+@dataclass(frozen=True)
 class Study:
     """A named comparison."""
 
@@ -74,6 +122,17 @@ class Study:
     """Whether it tries values of settings to choose one; the report says which."""
     analyses: Analyses | None = None
     """What is measured of its finished runs, and correlated with their test error; None: nothing."""
+    regret: Regret | None = None
+    """What a wrong radius costs, and which costs are compared; None: the report has no such section."""
+    primary: Primary | None = None
+    """The comparison that was fixed before the first run; None: all comparisons are adjusted together."""
+
+    @property
+    def registered(self) -> Primary | None:
+        """The primary comparison with its seeds."""
+        if self.primary is None or self.primary.seeds is not None:
+            return self.primary
+        return replace(self.primary, seeds=range(self.first_seed, self.first_seed + self.seeds))
 
     @property
     def folder(self) -> str:

@@ -29,7 +29,6 @@ from bisam.experiments.runs.files import damaged
 from bisam.experiments.runs.folder import Result, Row, Run
 from bisam.experiments.runs.machine import Machine
 from bisam.experiments.runs.results import first_diverged, headline_for
-from bisam.experiments.training.ball import Ball, unmeasured
 from bisam.experiments.training.checks import check_data, check_model
 from bisam.experiments.training.counting import CountedMethod
 from bisam.experiments.training.devices import OnEpoch, train_in_processes
@@ -37,6 +36,7 @@ from bisam.experiments.training.epoch import predict, train_epoch
 from bisam.experiments.training.fsdp import divided, shard, share_buffers, whole
 from bisam.experiments.training.hidden import with_hidden_states
 from bisam.experiments.training.loggers import loggers
+from bisam.experiments.training.measured import Measured
 from bisam.experiments.training.metrics import scores, stats_row
 from bisam.experiments.training.optimizers import (
     advances_by_epoch,
@@ -140,7 +140,9 @@ class Training:
             # from a static one; a resumed run meets the sizes in another order.
             model.compile(dynamic=False)
         descent = descent_loss(recipe.label_smoothing, splits.classes)
-        self._ball = Ball(fabric, model, descent, self._train, recipe) if recipe.measured_epochs else None
+        self._measured = None
+        if recipe.measured_epochs:
+            self._measured = Measured(fabric, model, descent, self._train, splits.classes, recipe)
         loss = SharpnessAware(model, self._method, descent, scaler=grad_scaler(fabric), stats=machine.stats)
         sharp, optimizer = fabric.setup(loss, optimizer)
         self._state = RunState(fabric, sharp, optimizer, scheduler, average)
@@ -218,8 +220,8 @@ class Training:
             row["validation_ema"] = self._scores(state.average.model, self._validation)[0]
         if self._is_best(row["validation"]):
             state.best = {"score": row["validation"], "epoch": epoch, "weights": _weights_on_cpu(self._model)}
-        if self._ball is not None:
-            row |= self._ball.row() if recipe.is_measured(epoch, self._length.epochs) else unmeasured()
+        if self._measured is not None:
+            row |= self._measured.row(epoch, self._length.epochs)
         return row
 
     def _is_best(self, score: float) -> bool:

@@ -11,18 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LAYERS = (nn.Flatten, nn.Linear, nn.BatchNorm1d, nn.ReLU)
-"""The layers of networks that can be stacked."""
+LAYERS = (nn.AdaptiveAvgPool2d, nn.Flatten, nn.Linear, nn.BatchNorm1d, nn.ReLU)
+"""The layers of networks that can be stacked: the first one, if any, at the beginning, and the second one before the
+others."""
 
 
 class Stack:
-    """Networks of one architecture: a sequence of `LAYERS` that begins with `nn.Flatten`.
+    """Networks of one architecture: a sequence of `LAYERS`.
 
     Args:
         models: the networks, one for each seed, whose weights and buffers are copied; on one device and of one dtype.
@@ -83,7 +84,7 @@ class Stack:
 
     def _logits(self, inputs: Tensor, weights: Sequence[Tensor], *, training: bool, track: bool) -> Tensor:
         named = dict(zip(self.names, weights, strict=True))
-        x = inputs.flatten(2).transpose(1, 2)  # a view: products of matrices take transposed ones as they are
+        x = inputs
         for step in self._steps:
             x = step.apply(x, named, self.buffers, training=training, track=track)
         return x.transpose(1, 2)
@@ -133,23 +134,36 @@ class _Rectifier:
         return F.relu(x)
 
 
-class _Identity:
+class _Flatten:
     def apply(
         self, x: Tensor, weights: dict[str, Tensor], buffers: dict[str, Tensor], *, training: bool, track: bool
     ) -> Tensor:
-        return x
+        return x.flatten(2).transpose(1, 2)  # a view: products of matrices take transposed ones as they are
 
 
-def _step(name: str, layer: nn.Module) -> _Linear | _BatchNorm | _Rectifier | _Identity:
+@dataclass(frozen=True)
+class _Pool:
+    size: Any
+
+    def apply(
+        self, x: Tensor, weights: dict[str, Tensor], buffers: dict[str, Tensor], *, training: bool, track: bool
+    ) -> Tensor:
+        pooled = F.adaptive_avg_pool2d(x.flatten(0, 1), self.size)
+        return pooled.unflatten(0, (len(x), -1))
+
+
+def _step(name: str, layer: nn.Module) -> _Linear | _BatchNorm | _Rectifier | _Flatten | _Pool:
     match layer:
+        case nn.AdaptiveAvgPool2d():
+            return _Pool(layer.output_size)
+        case nn.Flatten():
+            return _Flatten()
         case nn.Linear():
             return _Linear(name, cast("Tensor | None", layer.bias) is not None)
         case nn.BatchNorm1d():
             return _BatchNorm(name, cast(float, layer.momentum), layer.eps)
-        case nn.ReLU():
-            return _Rectifier()
         case _:
-            return _Identity()  # the inputs are flattened before
+            return _Rectifier()
 
 
 def layers_fault(model: nn.Module) -> str | None:
@@ -158,11 +172,14 @@ def layers_fault(model: nn.Module) -> str | None:
     known = ", ".join(kind.__name__ for kind in LAYERS)
     if not isinstance(model, nn.Sequential) or not layers:
         return f"it is no sequence of {known}"
+    pools = isinstance(layers[0], nn.AdaptiveAvgPool2d)
     for i, layer in enumerate(layers):
         if type(layer) not in LAYERS:
             return f"it has {type(layer).__name__}, and a stack {known}"
-        if isinstance(layer, nn.Flatten) != (i == 0):
-            return "it does not begin with Flatten, or has another one"
+        if isinstance(layer, nn.AdaptiveAvgPool2d) != (pools and i == 0) or isinstance(layer, nn.Flatten) != (
+            i == pools
+        ):
+            return "it does not begin with Flatten, with or without AdaptiveAvgPool2d before it, or has another one"
         if isinstance(layer, nn.BatchNorm1d) and not (
             layer.affine and layer.track_running_stats and layer.momentum is not None
         ):
