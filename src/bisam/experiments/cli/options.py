@@ -9,9 +9,11 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from bisam.experiments.cli.flags import Whole
+from bisam.experiments.runs.archive import is_archive
 from bisam.experiments.runs.machine import Machine
 
 Out = Annotated[Path, Parameter(help="Folder that the run folders are in.")]
+In = Annotated[Path, Parameter(name="--out", help="Folder that the run folders are in, or an archive of them.")]
 Changes = Annotated[
     tuple[str, ...], Parameter(name="--set", negative="", help="Change a field of all recipes: --set epochs=1.")
 ]
@@ -55,6 +57,18 @@ class Launch:
         for name in ("seeds", "epochs", "workers", "stack"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
+
+
+def refuse_archive(out: Path) -> None:
+    """Refuse to run into an archive.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if is_archive(out):
+        raise ValueError(
+            f"--out {out} is an archive of finished runs, without checkpoints: nothing can be run in it. Give a folder"
+        )
 
 
 def flag(name: str) -> str:

@@ -63,7 +63,7 @@ class ResNet(nn.Sequential):
     half the resolution. ResNet-56 has 853,018 parameters for 10 classes.
 
     Args:
-        depth: layers with weights, 6n + 2: the paper's are 20, 32, 44, 56 and 110.
+        depth: layers with weights, 6n + 2: the paper's are 20, 32, 44, 56 and 110; 8 has one block in each stage.
         classes: number of logits.
         channels: of the images.
 

@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from bisam.experiments.errors import unknown
+from bisam.experiments.reports.ascents import ascents as ascents, usable as with_ascents
 from bisam.experiments.reports.curves import ball as ball, curves as curves, flips as flips, gradients as gradients
 from bisam.experiments.reports.drawing import (
     BLACK,
@@ -36,7 +37,6 @@ from bisam.experiments.reports.radii import radii as radii, varied as with_sever
 from bisam.experiments.reports.scatter import time as time
 from bisam.experiments.reports.tuning import grid as grid, radius as radius, varied, with_radius
 from bisam.experiments.runs.folder import Finished
-from bisam.experiments.runs.results import Headline
 
 
 def accuracy(runs: Sequence[Finished]) -> Figure:
@@ -82,8 +82,8 @@ def accuracy(runs: Sequence[Finished]) -> Figure:
     return figure
 
 
-_MARKERS: dict[Headline, str] = {"best": "o", "last": "D"}
-_OTHER: dict[Headline, Headline] = {"best": "last", "last": "best"}
+_MARKERS = {"best": "o", "last": "D"}
+_OTHER = {"best": "last", "last": "best"}
 
 
 figure2 = flips
@@ -93,6 +93,7 @@ _FIGURES: dict[
     str, tuple[str, Callable[[Sequence[Finished]], Figure], Callable[[Sequence[Finished]], list[Finished]]]
 ] = {
     "accuracy": ("Test score by method", accuracy, list),
+    "ascents": ("Flips, cosines and rise of the error of five ascents on the same networks", ascents, with_ascents),
     "ball": ("Error at the weights, and the largest error in a ball around them", ball, measured),
     "curves": ("Validation score and training loss by epoch", curves, list),
     "figure2": ("Training samples that the perturbation flips", flips, perturbed),

@@ -110,7 +110,8 @@ _TIME, _TEXT, _SUM = _Number(least=1e-12, most=_LARGE), _Text(), _Text("[0-9a-f]
 _ENTRIES: Mapping[str, _Number | _Text] = {
     **dict.fromkeys(("test_best", "test_last", "test_ema", "validation_best"), _SCORE),
     **dict.fromkeys(("best_epoch", "diverged", "examples", "processes", "stacked"), _COUNT),
-    **dict.fromkeys(("validation_ties", "validation_examples"), _COUNT),
+    "validation_ties": _COUNT,
+    "validation_examples": _Number(int),
     "headline": _Text("best|last"),
     **dict.fromkeys(("seconds_per_epoch", "relative_time"), _TIME),
     **dict.fromkeys(("gradients_per_step", "forwards_per_step"), _SIZE),
@@ -129,8 +130,24 @@ BALL = (
     *("flips_sam", "flips_cross_entropy", "flips_log", "flips_tanh"),
     *("cosine_cross_entropy", "cosine_log", "cosine_tanh"),
 )
-"""Columns of a run with measured epochs, see `bisam.experiments.training.ball`; nan in all epochs but those."""
-_NOT_ALWAYS_FINITE = ("train_loss", "flipped", *BALL)  # after a divergence; where a method leaves examples out
+"""Columns of a run that measures a ball, see `bisam.experiments.training.ball`; nan in all but the measured epochs."""
+PLAIN_ASCENT = "cross_entropy"
+"""The ascent that others are compared with."""
+ASCENTS = (PLAIN_ASCENT, "smoothed", "tanh", "log", "log_5")
+"""Names of the adversaries in columns, see `bisam.experiments.training.ascents`."""
+QUANTITIES = ("flips_near", "flips", "repaired", "rise", "cosine", "worst")
+"""What is measured of each of them."""
+BY_ASCENT = (
+    "ascents_error",
+    *(f"{name}_by_{ascent}" for name in QUANTITIES for ascent in ASCENTS),
+)
+"""Columns of a run that measures what adversaries do, nan in all but the measured epochs."""
+_NOT_ALWAYS_FINITE = (
+    "train_loss",
+    "flipped",
+    *BALL,
+    *BY_ASCENT,
+)  # after a divergence; where a method leaves examples out
 
 
 def headline(result: Result) -> Headline:

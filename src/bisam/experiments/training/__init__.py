@@ -7,6 +7,7 @@ epoch.py            one epoch: forward, loss, backward, clip, optimizer step, sc
 state.py            the state of a run, gathered for a checkpoint and restored from it
 checks.py           whether recipe, data, model and devices fit together
 devices.py          one process for each device
+hidden.py           what frozen layers of text models return, computed once
 fsdp.py             models that are sharded with FSDP2
 optimizers.py       base optimizer, learning rate schedule, descent loss
 weight_average.py   exponential moving average of the weights

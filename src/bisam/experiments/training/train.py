@@ -21,6 +21,7 @@ from bisam.experiments import data
 from bisam.experiments.data.image_tensors import channels
 from bisam.experiments.data.splits import Data, Split, batches_of
 from bisam.experiments.models.build import build
+from bisam.experiments.models.frozen import with_frozen, without_frozen
 from bisam.experiments.recipes.length import run_length
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.checkpoint import CHECKPOINT
@@ -28,13 +29,14 @@ from bisam.experiments.runs.files import damaged
 from bisam.experiments.runs.folder import Result, Row, Run
 from bisam.experiments.runs.machine import Machine
 from bisam.experiments.runs.results import first_diverged, headline_for
-from bisam.experiments.training.ball import Ball, unmeasured
 from bisam.experiments.training.checks import check_data, check_model
 from bisam.experiments.training.counting import CountedMethod
 from bisam.experiments.training.devices import OnEpoch, train_in_processes
 from bisam.experiments.training.epoch import predict, train_epoch
 from bisam.experiments.training.fsdp import divided, shard, share_buffers, whole
+from bisam.experiments.training.hidden import with_hidden_states
 from bisam.experiments.training.loggers import loggers
+from bisam.experiments.training.measured import Measured
 from bisam.experiments.training.metrics import scores, stats_row
 from bisam.experiments.training.optimizers import (
     advances_by_epoch,
@@ -99,7 +101,14 @@ def prepare(recipe: Recipe, machine: Machine) -> tuple[Data, nn.Module]:
     splits = data.load(recipe, machine)
     check_data(recipe, splits, machine)
     torch.manual_seed(recipe.seed)
-    model = build(recipe.model, splits.classes, channels=channels(splits.test), weights=recipe.weights)
+    model = build(
+        recipe.model,
+        splits.classes,
+        channels=channels(splits.test),
+        weights=recipe.weights,
+        frozen=recipe.frozen,
+        root=machine.data_dir,
+    )
     check_model(model, splits, recipe)
     return splits, model
 
@@ -109,9 +118,10 @@ class Training:
 
     def __init__(self, fabric: Fabric, run: Run, machine: Machine, splits: Data, model: nn.Module) -> None:
         recipe = run.recipe
+        model = fabric._precision.convert_module(model)
+        splits = with_hidden_states(splits, model, recipe, fabric)
         self._fabric, self._run, self._machine, self._data, self._recipe = fabric, run, machine, splits, recipe
         self._train, self._validation = (part.to(fabric.device) for part in (splits.train, splits.validation))
-        model = fabric._precision.convert_module(model)
         self._model = model.to(memory_format=torch.channels_last) if recipe.channels_last else model
         # A sharded model cannot be copied: both copies are made before, and the optimizer after it is sharded.
         self._reference_speed = ReferenceSpeed(fabric, model, self._train, recipe)
@@ -130,7 +140,9 @@ class Training:
             # from a static one; a resumed run meets the sizes in another order.
             model.compile(dynamic=False)
         descent = descent_loss(recipe.label_smoothing, splits.classes)
-        self._ball = Ball(fabric, model, descent, self._train, recipe) if recipe.measured_epochs else None
+        self._measured = None
+        if recipe.measured_epochs:
+            self._measured = Measured(fabric, model, descent, self._train, splits.classes, recipe)
         loss = SharpnessAware(model, self._method, descent, scaler=grad_scaler(fabric), stats=machine.stats)
         sharp, optimizer = fabric.setup(loss, optimizer)
         self._state = RunState(fabric, sharp, optimizer, scheduler, average)
@@ -208,8 +220,8 @@ class Training:
             row["validation_ema"] = self._scores(state.average.model, self._validation)[0]
         if self._is_best(row["validation"]):
             state.best = {"score": row["validation"], "epoch": epoch, "weights": _weights_on_cpu(self._model)}
-        if self._ball is not None:
-            row |= self._ball.row() if recipe.is_measured(epoch, self._length.epochs) else unmeasured()
+        if self._measured is not None:
+            row |= self._measured.row(epoch, self._length.epochs)
         return row
 
     def _is_best(self, score: float) -> bool:
@@ -240,7 +252,8 @@ class Training:
         diverged = first_diverged(state.history) or (None if _is_finite(self._model) else len(state.history))
         if state.average is not None:
             tested["ema"] = self._scores(state.average.model, test)
-        self._model.load_state_dict(divided(state.best["weights"], self._model.state_dict()))
+        best_weights = divided(state.best["weights"], self._model.state_dict())
+        self._model.load_state_dict(with_frozen(best_weights, self._model))
         tested["best"] = self._scores(self._model, test)
         return summary(self._recipe, self._data, state.history, tested, state.best, diverged) | {
             "device": device_name(self._fabric.device),
@@ -266,14 +279,15 @@ def summary(
         best: score and epoch of the best validation epoch.
         diverged: the first epoch whose loss, or whose last weights, are not finite.
     """
+    held_out = 0 if recipe.held_out == 0 else len(splits.validation)  # 0: they are training examples
     # An epoch that the last step cuts short counts less.
     weights = None if recipe.steps is None else [r["losses"] for r in history]
     return {
         **{f"test_{which}": values[0] for which, values in tested.items()},
         "validation_best": best["score"],
         "validation_ties": sum(row["validation"] == best["score"] for row in history),
-        "validation_examples": len(splits.validation),
-        "headline": headline_for(len(splits.validation)),
+        "validation_examples": held_out,
+        "headline": headline_for(held_out),
         "best_epoch": best["epoch"],
         "diverged": diverged,
         "metric": splits.metrics[0],
@@ -297,4 +311,5 @@ def _is_finite(model: nn.Module) -> bool:
 
 
 def _weights_on_cpu(model: nn.Module) -> dict[str, Tensor]:
-    return {k: v.detach().cpu().clone() for k, v in whole(model.state_dict()).items()}
+    state = without_frozen(model.state_dict(), model)
+    return {k: v.detach().cpu().clone() for k, v in whole(state).items()}
