@@ -55,10 +55,12 @@ from bisam.methods import (
 from bisam.model.oracle import ModelOracle as ModelOracle
 from bisam.model.passes import displaced as displaced
 from bisam.objectives import (
+    OBF as OBF,
     Binary as Binary,
     LowerBound as LowerBound,
     NegLog as NegLog,
     Tanh as Tanh,
+    WrongClasses as WrongClasses,
     cross_entropy as cross_entropy,
 )
 from bisam.optim import Lookahead as Lookahead, ProximalPoint as ProximalPoint, next_step as next_step

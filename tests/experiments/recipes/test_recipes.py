@@ -244,7 +244,7 @@ def test_runs_of_an_earlier_version_are_read_and_not_mixed(tmp_path, monkeypatch
     runs = [run for run in finished(tmp_path) if isinstance(run, Finished)]
     assert {run.recipe.version for run in runs} == {1, 3}
     assert next(run for run in runs if run.recipe == OLD).result == old.result
-    assert list(names(grouped(arranged(runs))).values()) == ["ESAM (version 1)", "ESAM (version 3)"]
+    assert list(names(grouped(arranged(runs))).values()) == ["ESAM (version 3)", "ESAM (version 1)"]
 
 
 def test_the_data_of_an_earlier_version_are_not_loaded():
@@ -276,7 +276,7 @@ def test_the_title_of_an_earlier_version_says_so_beside_later_ones():
 def test_runs_of_earlier_versions_have_the_place_of_their_recipe_in_the_study():
     listed = [replace(SHORT, method="sam", rho=rho) for rho in (0.4, 0.1, 0.2)]
     runs = [Finished(replace(one, version=version), {}, []) for one in listed[::-1] for version in (3, 2)]
-    expected = [replace(one, version=version) for one in listed for version in (2, 3)]
+    expected = [replace(one, version=version) for version in (3, 2) for one in listed]
     assert [run.recipe for run in arranged(runs, listed)] == expected
 
 

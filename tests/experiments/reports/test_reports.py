@@ -423,6 +423,20 @@ def test_the_headline_is_shown_and_compared_and_the_other_score_is_in_the_csv():
     )
 
 
+def test_runs_before_the_rule_keep_their_score_beside_later_ones():
+    later = seeded(SAM, 0.90, 0.94, headline="last", validation_examples=270, validation_ties=8)
+    earlier = seeded(replace(SAM, version=2), 0.91, 0.93)
+    rows = report.summary([*later, *earlier])
+    assert [row["headline"] for row in rows] == ["last", "best"]
+    assert [report.cells(row, ("test", "weights"))[1] for row in rows] == ["last", "best val."]
+    text = report.markdown("T", [*later, *earlier], {})
+    assert "that of the last epoch, and in runs of earlier versions of the epoch with the best validation" in text
+    assert "because validation has" not in text
+    assert "the older runs took the first of several such epochs" in text
+    assert "from recipe version 3 on the split" in text
+    assert "not the split" in report.markdown("T", earlier, {})
+
+
 def test_methods_stand_side_by_side_where_there_are_several_places():
     runs = arranged([*seeded(SAM, 0.8, 0.9), *seeded(replace(SAM, noise=0.0), 0.7), *seeded(LOG, 0.8)])
     heads, rows = report.crossed(grouped(runs))

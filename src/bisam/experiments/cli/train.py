@@ -12,7 +12,7 @@ from cyclopts import Parameter
 from bisam.experiments.cli.authors import AuthorsFlags, notes, translated
 from bisam.experiments.cli.flags import RecipeFlags
 from bisam.experiments.cli.idle import CONDITIONS, refuse_idle
-from bisam.experiments.cli.options import Given, MachineFlags, Out
+from bisam.experiments.cli.options import Given, MachineFlags, Out, refuse_archive
 from bisam.experiments.cli.progress import Display
 from bisam.experiments.cli.terminal import console, errors
 from bisam.experiments.errors import RunError, is_out_of_memory, reason
@@ -45,6 +45,7 @@ def train(
     from bisam.experiments.training.metrics import TITLES
     from bisam.experiments.training.train import train as train_run
 
+    refuse_archive(out)
     recipe = started(preset, translated(preset, flags.given, authors))
     refuse_idle([recipe], machine, given)
     in_files = CONDITIONS["loaders"].holds(recipe, machine)

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bisam.experiments.data.glue import TASKS
+from bisam.experiments.data.glue import TASKS, Texts
 from bisam.experiments.data.splits import Data, Split, drawn
 from bisam.experiments.errors import DataError, unknown
 from bisam.experiments.recipes.recipe import Recipe
@@ -38,7 +38,8 @@ NAMES = {
     "imagenet": "ImageNet-1K in folders: imagenet/train/CLASS/*, imagenet/val/CLASS/*",
     "flowers": "Oxford Flowers-102",
     "pets": "Oxford-IIIT Pets, 37 classes",
-    "folder:PATH": "your own images: PATH/train/CLASS/*, optionally with val and test beside train",
+    "folder:PATH": "your own images: PATH/train/CLASS/*, optionally with val and test beside train; PATH here, or in "
+    "the folder of the data sets",
     **{f"glue:{task}": f"GLUE, {task}" for task in TASKS},
 }
 """The data sets, with a short description of each."""
@@ -58,14 +59,15 @@ def load(recipe: Recipe, machine: Machine) -> Data:
         raise DataError(str(error)) from error
     if recipe.limit is not None:
         data = _limited(data, recipe.limit, recipe.seed)
-    if not recipe.noise:
-        return data
-    noisy = symmetric_noise(data.train.labels, recipe.noise, data.classes, recipe.seed)
-    data = replace(data, train=data.train.relabelled(noisy))
-    if not recipe.validation_noise:
-        return data
-    noisy = symmetric_noise(data.validation.labels, recipe.noise, data.classes, recipe.seed, stream=1)
-    return replace(data, validation=data.validation.relabelled(noisy))
+    if recipe.train_examples is not None:
+        data = replace(data, train=_subset(data.train, recipe.train_examples, recipe.seed))
+    if recipe.noise:
+        noisy = symmetric_noise(data.train.labels, recipe.noise, data.classes, recipe.seed)
+        data = replace(data, train=data.train.relabelled(noisy))
+    if recipe.noise and recipe.validation_noise:
+        noisy = symmetric_noise(data.validation.labels, recipe.noise, data.classes, recipe.seed, stream=1)
+        data = replace(data, validation=data.validation.relabelled(noisy))
+    return data if recipe.bucket == 1 else _bucketed(data, recipe.bucket)
 
 
 def _limited(data: Data, limit: int, seed: int) -> Data:
@@ -102,27 +104,48 @@ def _load(recipe: Recipe, machine: Machine) -> Data:
 
         match kind:
             case "imagenet":
-                data = imagenet(root, seed, size, machine.loaders)
+                data = imagenet(root, seed, size, machine.loaders, recipe.held_out)
             case "folder":
-                data = folder(Path(detail).expanduser(), seed, size, machine.loaders)
-            case "pets":
-                data = pets(root, seed, size, machine.loaders, download=download)
+                data = folder(_folder(detail, root), seed, size, machine.loaders, recipe.held_out)
+            case "flowers":
+                data = flowers(root, size, machine.loaders, download)
             case _:
-                data = flowers(root, size, machine.loaders, download=download)
+                data = pets(root, seed, size, machine.loaders, download, recipe.held_out)
         known = statistics(recipe.model)
         return data if known is None else standardised(data, *known)
     if kind == "glue" and detail in TASKS:
         from bisam.experiments.data.glue import glue
         from bisam.experiments.models.build import tokenizer
 
-        return glue(detail, root, tokenizer(recipe.model), seed, recipe.max_length, download)
+        return glue(detail, root, tokenizer(recipe.model, root), seed, recipe.max_length, download, recipe.held_out)
     raise unknown("dataset", recipe.dataset, NAMES)
+
+
+def _subset(train: Split, count: int, seed: int) -> Split:
+    """The training examples that the seed draws, in their order."""
+    if count > len(train):
+        raise DataError(f"train_examples must be at most {len(train):,}, the training examples, got {count:,}")
+    return train.chosen(drawn(len(train), seed, stream=3)[:count].sort().values)
+
+
+def _bucketed(data: Data, bucket: int) -> Data:
+    """The texts in batches of similar length; see `Texts`."""
+    if not (isinstance(data.train, Texts) and isinstance(data.validation, Texts) and isinstance(data.test, Texts)):
+        return data
+    train = replace(data.train, bucket=bucket)
+    return replace(data, train=train, validation=data.validation.by_length(), test=data.test.by_length())
+
+
+def _folder(path: str, root: Path) -> Path:
+    """The folder of a user's images, or one of the same name in the folder of the data sets."""
+    here = Path(path).expanduser()
+    return here if here.exists() or not (root / here).exists() else root / here
 
 
 def source(recipe: Recipe) -> tuple[object, ...]:
     """Return the fields that decide whether the data can be loaded: equal for two recipes, both can or neither."""
     prepares = recipe.model if ":" in recipe.model else ""  # tokens and channel statistics depend on the model
-    return recipe.dataset, recipe.image_size, recipe.max_length, prepares
+    return recipe.dataset, recipe.image_size, recipe.max_length, recipe.held_out, prepares
 
 
 def symmetric_noise(labels: Tensor, rate: float, classes: int, seed: int, stream: int | None = None) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any, cast
+
 import torch
 
 from bisam.experiments.data.image_tensors import Images
@@ -16,9 +19,7 @@ def digits(seed: int) -> Data:
     Args:
         seed: draws the split.
     """
-    from sklearn.datasets import load_digits  # not at the top: it takes seconds, and the plan of a study needs no data
-
-    images, labels = load_digits(return_X_y=True)
+    images, labels = _all()
     order = drawn(len(labels), seed)
     x = torch.from_numpy(images)[order].float().view(-1, 1, 8, 8)
     y = torch.from_numpy(labels)[order].long()
@@ -28,3 +29,11 @@ def digits(seed: int) -> Data:
     known = (float(mean) / 16,), (float(std) / 16,)  # pixels are 0 to 16
     parts = [Images(x[a:b], y[a:b], standardised=known) for a, b in ((0, first), (first, second), (second, len(y)))]
     return Data(*parts, classes=10)
+
+
+@cache
+def _all() -> tuple[Any, Any]:
+    """All images and labels, read once in a process: a stack of seeds splits them many times."""
+    from sklearn.datasets import load_digits  # not at the top: it takes seconds, and the plan of a study needs no data
+
+    return cast(Any, load_digits(return_X_y=True))

@@ -126,10 +126,39 @@ def batches_of(count: int, size: int, ranks: int = 1) -> int:
 
 
 def shares(
-    count: int, size: int, generator: torch.Generator | None = None, rank: int = 0, ranks: int = 1
+    count: int,
+    size: int,
+    generator: torch.Generator | None = None,
+    rank: int = 0,
+    ranks: int = 1,
+    lengths: Tensor | None = None,
+    bucket: int = 1,
 ) -> Iterator[Tensor]:
-    """Yield the indices of `count` examples in batches, on the CPU; see `Batches.batches`."""
+    """Yield the indices of `count` examples in batches, on the CPU; see `Batches.batches`.
+
+    Args:
+        count: number of examples.
+        size: see `Batches.batches`, as the next three.
+        generator: draws the order.
+        rank: the process.
+        ranks: processes that share the batches.
+        lengths: of the examples (count,), for buckets.
+        bucket: batches in a bucket. The examples of a bucket are a random part of all; they are sorted by length, and
+            divided into batches whose order is random. Without a generator nothing is sorted.
+    """
     order = torch.arange(count) if generator is None else torch.randperm(count, generator=generator)
-    for index in order.split(size):
+    for index in _batched(order, size, generator, lengths, bucket):
         if equal := len(index) // ranks:
             yield index[rank : equal * ranks : ranks]
+
+
+def _batched(
+    order: Tensor, size: int, generator: torch.Generator | None, lengths: Tensor | None, bucket: int
+) -> Iterator[Tensor]:
+    if generator is None or lengths is None or bucket == 1:
+        yield from order.split(size)
+        return
+    for part in order.split(size * bucket):
+        batches = part[lengths[part].argsort(stable=True)].split(size)
+        for i in torch.randperm(len(batches), generator=generator).tolist():
+            yield batches[i]

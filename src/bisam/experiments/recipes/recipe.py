@@ -43,7 +43,10 @@ _MOST = {
     "accumulate": 10**6,
     "image_size": 10**5,
     "max_length": 10**6,
+    "bucket": 10**6,
+    "frozen": 10**6,
     "limit": LARGEST,
+    "train_examples": LARGEST,
     "warmup": LARGEST,
     "measured_epochs": 10**6,
 }
@@ -66,9 +69,14 @@ class Recipe:
     """Data set: digits (no download), cifar10, cifar100, imagenet, flowers, pets, folder:PATH, glue:TASK; cifar10:SIDE
     reduces the images to 4, 8 or 16 pixels, or enlarges them."""
     model: str = "convnet"
-    """Network: a name from `bisam list`, torchvision:NAME, timm:NAME or hf:NAME."""
+    """Network: a name from `bisam list`, torchvision:NAME, timm:NAME or hf:NAME; a local folder after hf: is looked for
+    here and in DATA/weights."""
     weights: str | None = None
-    """Initial weights: "pretrained", a file of weights, or by default random."""
+    """Initial weights: "pretrained", a file of weights (looked for here and in DATA/weights), or by default random."""
+    frozen: int | None = None
+    """Number of lower layers (stages of a convolutional network) that keep their initial weights, besides the
+    embeddings or the stem; 0: these alone. They are in eval mode, without gradient and perturbation. By default all
+    weights are trained."""
     method: str = "bisam_log"
     """Method of the gradient: a name from `bisam methods`, or an expression such as "KSAM(32, BiSAM(0.1))"."""
     noise: float = 0.0
@@ -77,6 +85,11 @@ class Recipe:
     """Replace the same share of the validation labels too; by default they are clean. Test labels are always clean."""
     limit: int | None = None
     """Largest number of training examples, of validation examples and of test examples."""
+    train_examples: int | None = None
+    """Number of training examples, which the seed draws; the validation and test examples stay complete."""
+    held_out: float | None = None
+    """Share of the training examples that is held out for validation, by default a tenth (of ImageNet a fiftieth). 0:
+    none; then all are trained, and the validation score is that of the training examples, without augmentation."""
     augment: bool = True
     """Random crops and flips of the training images (not for digits)."""
     cutout: bool = False
@@ -85,6 +98,9 @@ class Recipe:
     """Side of images that are read from files, in pixels."""
     max_length: int = 128
     """Largest number of tokens of a text; longer texts are truncated."""
+    bucket: int = 1
+    """Batches whose texts are drawn together and sorted by length before they are divided, so that there is less
+    padding; 1: texts are not sorted."""
     rho: float | None = None
     """Radius of the neighbourhood; its default depends on the method, see `bisam methods`."""
     mu: float | None = None
@@ -157,10 +173,13 @@ class Recipe:
             object.__setattr__(self, "epochs", EPOCHS)
         for name, most in _MOST.items():
             if (value := getattr(self, name)) is not None:
-                whole(name, value, 0 if name in ("warmup", "measured_epochs") else 1, most)
+                whole(name, value, 0 if name in ("warmup", "measured_epochs", "frozen") else 1, most)
         _require(0 <= self.seed < 2**32, "seed", self.seed, "in [0, 2^32)")
         for name in ("noise", "momentum", "label_smoothing"):
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
+        _require(self.held_out is None or 0 <= self.held_out < 1, "held_out", self.held_out, "in [0, 1)")
+        if self.frozen is not None and self.weights is None:
+            raise ValueError(f"frozen {self.frozen} keeps layers at random weights: give --weights, or leave it out")
         _require(self.ema is None or 0 < self.ema < 1, "ema", self.ema, "between 0 and 1")
         ranges = {non_negative: ("rho", "eta", "weight_decay"), positive: ("learning_rate", "mu", "alpha", "clip")}
         for in_range, names in ranges.items():
@@ -284,6 +303,11 @@ class Recipe:
     def own_fields(self) -> tuple[str, ...]:
         """Fields that come with its method: it is compared with recipes that differ in them."""
         return METHODS[self.method].own_fields if self.method in METHODS else ()
+
+    @property
+    def tuned(self) -> tuple[str, ...]:
+        """Fields that are chosen for its method as a radius is: it is compared with recipes that differ in them."""
+        return METHODS[self.method].tuned if self.method in METHODS else ()
 
     @property
     def expression(self) -> str:

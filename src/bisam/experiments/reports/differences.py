@@ -23,7 +23,7 @@ from bisam.experiments.reports.cells import NOTHING, detectable, interval, proba
 from bisam.experiments.reports.groups import Groups
 from bisam.experiments.reports.significance import ALPHA, Difference as Difference, holm, student as student
 from bisam.experiments.runs.folder import Finished
-from bisam.experiments.runs.results import headline
+from bisam.experiments.runs.results import headline_score
 from bisam.experiments.studies.study import Primary
 
 Baselines = Sequence[str] | Mapping[str, str]
@@ -71,7 +71,7 @@ class Comparison:
 
 def score(run: Finished) -> float:
     """The headline test score of a run, as a share of 1."""
-    return run.result[f"test_{headline(run.result)}"]
+    return headline_score(run.result)
 
 
 def paired(
@@ -205,4 +205,4 @@ def _unlike(a: Recipe, b: Recipe) -> set[str]:
 
 
 def _free(a: Recipe, b: Recipe) -> set[str]:
-    return {"method", *SETTINGS, *a.own_fields, *b.own_fields}
+    return {"method", *SETTINGS, *a.own_fields, *b.own_fields, *a.tuned, *b.tuned}

@@ -24,7 +24,7 @@ from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports.groups import Groups, metric, names, place, places
 from bisam.experiments.runs.files import write
 from bisam.experiments.runs.folder import Finished
-from bisam.experiments.runs.results import Headline, headline
+from bisam.experiments.runs.results import headline
 from bisam.experiments.training.metrics import TITLES
 
 BLACK, GREY = "#000000", "#7F7F7F"
@@ -39,7 +39,7 @@ FAMILY_COLOURS = {
 }
 MANY = 10
 """The number of methods above which one panel cannot distinguish their lines."""
-EPOCHS: dict[Headline, str] = {"best": "best validation epoch", "last": "last epoch"}
+EPOCHS = {"best": "best validation epoch", "last": "last epoch"}
 """The weights of a test score, for axes and legends."""
 FORMATS = ("png", "pdf", "svg")
 
@@ -104,7 +104,7 @@ class Panel:
         return styles({recipe: name for recipe, name, _ in self.shown})
 
     @property
-    def headline(self) -> Headline:
+    def headline(self) -> str:
         """The weights whose scores are shown: a panel has one data set, and so one of them."""
         return headline(self.shown[0][2][0].result)
 
@@ -163,7 +163,7 @@ def families(ax: Axes, groups: Groups) -> None:
             ax.plot([], [], "s", color=family_colour(recipe), ms=7, label=label)
 
 
-def tested(group: Sequence[Finished], when: Headline) -> list[float]:
+def tested(group: Sequence[Finished], when: str) -> list[float]:
     """Test scores times 100, of the best validation epoch or of the last epoch."""
     return [100 * run.result[f"test_{when}"] for run in group]
 

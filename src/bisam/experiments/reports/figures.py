@@ -33,10 +33,10 @@ from bisam.experiments.reports.drawing import (
     tested,
 )
 from bisam.experiments.reports.groups import grouped, measured, names, perturbed
+from bisam.experiments.reports.radii import radii as radii, varied as with_several_radii
 from bisam.experiments.reports.scatter import time as time
 from bisam.experiments.reports.tuning import grid as grid, radius as radius, varied, with_radius
 from bisam.experiments.runs.folder import Finished
-from bisam.experiments.runs.results import Headline
 
 
 def accuracy(runs: Sequence[Finished]) -> Figure:
@@ -82,8 +82,8 @@ def accuracy(runs: Sequence[Finished]) -> Figure:
     return figure
 
 
-_MARKERS: dict[Headline, str] = {"best": "o", "last": "D"}
-_OTHER: dict[Headline, Headline] = {"best": "last", "last": "best"}
+_MARKERS = {"best": "o", "last": "D"}
+_OTHER = {"best": "last", "last": "best"}
 
 
 figure2 = flips
@@ -100,6 +100,7 @@ _FIGURES: dict[
     "flips": ("Training samples that the perturbation flips", flips, perturbed),
     "gradients": ("Validation score against gradients and against time", gradients, list),
     "grid": ("Validation score against rho, mu and alpha", grid, varied),
+    "radii": ("Test score against the radius, with 95 % intervals", radii, with_several_radii),
     "radius": ("Validation score against the radius", radius, with_radius),
     "time": ("Test score against step time", time, list),
 }

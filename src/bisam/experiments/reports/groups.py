@@ -48,8 +48,9 @@ def arranged(
 ) -> list[Finished]:
     """Runs in the order of tables and figures: place by place, in each place the baseline first.
 
-    The others, and the places, are in the order of `recipes`. Runs of other recipes follow those of the same method.
-    Where that decides nothing, the order is that of the data sets, models and methods in `bisam list`.
+    The others, and the places, are in the order of `recipes`. Runs of earlier versions of the recipes are below all of
+    later ones in their place, in the same order. Runs of other recipes follow those of the same method. Where that
+    decides nothing, the order is that of the data sets, models and methods in `bisam list`.
 
     Args:
         runs: in any order.
@@ -70,7 +71,7 @@ def arranged(
         recipe = replace(run.recipe, seed=0)
         here, method = place(recipe), recipe.method
         mine = own.get(_latest(recipe), methods.get(method, last))
-        here_first = (at.get(here, last), _natural_place(here), method != first[here])
+        here_first = (at.get(here, last), _natural_place(here), -recipe.version, method != first[here])
         return *here_first, mine, _latest(recipe) not in own, *_order(recipe), run.recipe.seed
 
     return sorted(runs, key=key)

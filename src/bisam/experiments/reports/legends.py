@@ -6,10 +6,12 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from statistics import mean
 
+from bisam.experiments.recipes.expressions import names_called
 from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.recipes.versions import VERSION, changed_since
 from bisam.experiments.reports.cells import detectable, interval, probability, signed
 from bisam.experiments.reports.differences import Comparison
-from bisam.experiments.reports.groups import Place, place
+from bisam.experiments.reports.groups import Groups, Place, place
 from bisam.experiments.reports.markdown import escaped
 from bisam.experiments.runs.folder import Finished
 from bisam.experiments.runs.results import ENOUGH, headline
@@ -41,21 +43,45 @@ def caption(runs: Collection[Finished]) -> str:
     else:
         seeds = "the initial weights, the noise and the order of the batches, not the split"
     return (
-        "Test scores times 100 (accuracies in per cent): mean ± standard deviation over n seeds, with the weights of "
-        f"{of_weights(runs)}. The test set was evaluated once, at the end of each run. Label noise is in the training "
-        f"labels, and in the validation labels of runs with validation noise only. Seeds vary {seeds}. Gradients: "
-        "batch gradients per step, as counted, plus forward passes (f). Time: duration of an epoch relative to plain "
-        "training, which was measured between the epochs of the same run. Runs that diverged, with a loss that is not "
-        "finite, are part of all means."
+        "Test scores times 100 (accuracies in per cent): mean ± standard deviation over n seeds. The test set was "
+        "evaluated once, at the end of each run. Label noise is in the training labels, and in the validation labels "
+        f"of runs with validation noise only. Seeds vary {seeds}. Gradients: batch gradients per step, as counted, "
+        "plus forward passes (f). Time: duration of an epoch relative to plain training, which was measured between "
+        "the epochs of the same run. Runs that diverged, with a loss that is not finite, are part of all means."
+    )
+
+
+def older(groups: Groups) -> str:
+    """The paragraph on runs of earlier versions of the recipes; empty if there are none."""
+    old = [recipe for recipe in groups if recipe.version != VERSION]
+    if not old:
+        return ""
+    numbers = sorted({recipe.version for recipe in old})
+    which = " and ".join(map(str, numbers))
+    since = "; ".join(dict.fromkeys(changed_since(one.version, names_called(one.expression)) for one in old))
+    count, everything = (sum(len(groups[recipe]) for recipe in some) for some in (old, groups))
+    shown = (
+        f"rows with that version in their name, below the rows of version {VERSION}; they are compared with rows of "
+        "their own version only"
+    )
+    if len({recipe.version for recipe in groups}) == 1:
+        shown = "all rows"
+    return (
+        f"**Old results:** {count} of {everything} runs have recipe version {which} ({shown}). Their results are not "
+        f"those of version {VERSION}: since then {since}."
     )
 
 
 def of_weights(runs: Collection[Finished]) -> str:
     """The epoch whose weights the headline scores of runs are of, in words."""
-    which = dict.fromkeys(headline(run.result) for run in runs)
+    which = {headline(run.result) for run in runs}
     if len(which) == 1:
-        return _WEIGHTS[next(iter(which))]
-    return f"{_WEIGHTS['last']} where validation has fewer than {ENOUGH:,} examples, else of {_WEIGHTS['best']}"
+        return _WEIGHTS[which.pop()]
+    ruled = {headline(run.result) for run in runs if "headline" in run.result}
+    if ruled == {"last"}:
+        return f"{_WEIGHTS['last']}, and in runs of earlier versions of {_WEIGHTS['best']}"
+    said = f"{_WEIGHTS['last']} where validation has fewer than {ENOUGH:,} examples, else of {_WEIGHTS['best']}"
+    return said if all("headline" in run.result for run in runs) else f"{said}, as in all runs of earlier versions"
 
 
 def reading(runs: Collection[Finished], compared: Collection[Comparison]) -> str:
@@ -82,7 +108,7 @@ def _headline(runs: Collection[Finished]) -> str:
     sizes = sorted({run.result["validation_examples"] for run in runs if "validation_examples" in run.result})
     ties = [run.result["validation_ties"] for run in runs if "validation_ties" in run.result]
     said = f"The headline score, which the tables show, is that of {of_weights(runs)}"
-    if sizes and len(which) == 1:
+    if sizes and len(which) == 1 and all("headline" in run.result for run in runs):
         ends = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
         said += (
             f", because validation has {ends} examples ({'fewer than' if which == {'last'} else 'at least'} {ENOUGH:,})"

@@ -85,7 +85,8 @@ def summary(runs: Iterable[Finished], baselines: Baselines = (BASELINE,), primar
             for key, scores in (("test_best", partial(_scores, when="best")), ("headline", _scores)):
                 row |= _moments(f"{key}_{name}", [scores(run)[name] for run in group if name in scores(run)])
         for key in ("validation_ties", "validation_examples"):
-            row[key] = mean(values) if (values := [run.result[key] for run in group if key in run.result]) else nan
+            known = [value for run in group if (value := run.result.get(key)) is not None]
+            row[key] = mean(known) if known else nan
         row |= _moments("flipped_late", [_late(run) for run in group])
         row["n"] = len(group)
         row["diverged"] = sum(run.diverged is not None for run in group)
@@ -189,6 +190,7 @@ def markdown(
     blocks = [
         f"# {title}",
         legends.caption(runs),
+        legends.older(groups),
         note,
         legends.reading(runs, compared.values()),
         _setting(shared, marks),

@@ -59,6 +59,9 @@ class Result(TypedDict, total=False):
     forwards_per_step: Required[float]
     processes: int
     device: str
+    stacked: int
+    """Number of runs that were trained at once, in a stack; times are those of the stack divided by it. Absent in
+    results of runs that were trained alone."""
     bisam: str
     torch: str
     python: str
@@ -106,8 +109,9 @@ _SCORE, _COUNT, _SIZE = _Number(least=-1, most=1), _Number(int, 1), _Number(most
 _TIME, _TEXT, _SUM = _Number(least=1e-12, most=_LARGE), _Text(), _Text("[0-9a-f]{32}")
 _ENTRIES: Mapping[str, _Number | _Text] = {
     **dict.fromkeys(("test_best", "test_last", "test_ema", "validation_best"), _SCORE),
-    **dict.fromkeys(("best_epoch", "diverged", "examples", "processes"), _COUNT),
-    **dict.fromkeys(("validation_ties", "validation_examples"), _COUNT),
+    **dict.fromkeys(("best_epoch", "diverged", "examples", "processes", "stacked"), _COUNT),
+    "validation_ties": _COUNT,
+    "validation_examples": _Number(int),
     "headline": _Text("best|last"),
     **dict.fromkeys(("seconds_per_epoch", "relative_time"), _TIME),
     **dict.fromkeys(("gradients_per_step", "forwards_per_step"), _SIZE),
