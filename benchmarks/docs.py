@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import parallel, pipeline, scaling
+from benchmarks.measure import interval, load
 from benchmarks.objective import REFERENCE
-from benchmarks.step import LIMIT
+from benchmarks.step import LIMIT, to_sam
 from bisam.experiments.errors import RunError
 from bisam.experiments.runs.files import read_json, write
 
@@ -29,16 +30,23 @@ INTRODUCTION = """# Benchmarks
 `python -m benchmarks.docs` writes this page from the results of `benchmarks.objective`, `benchmarks.step`,
 `benchmarks.pipeline`, `benchmarks.parallel` and `benchmarks.scaling`. The measured variants take turns within each
 round, so that anything that slows the machine slows all of them. Each number is the median over the rounds of the ratio
-to the reference, with the quartiles; a bar is the value that the median must meet. Absolute times are omitted because
-they mean little on a shared machine.
+to the reference, with its 95 % interval (of the sign test); the interval tells how exact the run is, not how other
+processes or machines differ. A bar is met if the whole interval meets it, missed if no part of it does, and undecided
+otherwise. If the load of other programs was above 1.5 per core, there is no verdict. Sections that were measured before
+bisam recorded this have quartiles instead, and their verdict is that of the median alone. Absolute times are omitted
+because they mean little on a shared machine.
 """
 
 
 def section(content: Mapping[str, Any]) -> list[str]:
     """Markdown of the results of one benchmark."""
-    environment = ", ".join(f"{k} {v}" for k, v in content["environment"].items() if v is not None)
+    made, others = dict(content["environment"]), ""
+    if any("load" in row for row in content["rows"]):
+        del made["load"]  # that of the whole machine at the end
+        others = f"; {load(content['rows'])}"
+    environment = ", ".join(f"{k} {v}" for k, v in made.items() if v is not None)
     settings = ", ".join(f"{k} {v}" for k, v in content["settings"].items())
-    return [*_MAKERS[content["benchmark"]](content), "", f"{environment}; {settings}.", ""]
+    return [*_MAKERS[content["benchmark"]](content), "", f"{environment}; {settings}{others}.", ""]
 
 
 def _objective(content: Mapping[str, Any]) -> list[str]:
@@ -47,14 +55,14 @@ def _objective(content: Mapping[str, Any]) -> list[str]:
         for r in content["rows"]
         if r["contestant"] != REFERENCE
     ]
-    heading = ("examples x classes", "objective", "ratio", "quartiles", "bar")
+    heading = ("examples x classes", "objective", "ratio", "95 % interval", "bar")
     title = "## Forward and backward pass of an objective, relative to cross-entropy with label smoothing 0.1"
     return [f"{title}{_threads(content)}", "", *_table(heading, rows)]
 
 
 def _step(content: Mapping[str, Any]) -> list[str]:
     rows = [
-        (f"{r['model']}, batch {r['batch']}", r["contestant"], *_ratio(r), _to_sam(r))
+        (f"{r['model']}, batch {r['batch']}", r["contestant"], *_ratio(r), to_sam(r))
         for r in content["rows"]
         if r["contestant"] != LIMIT
     ]
@@ -67,7 +75,7 @@ def _step(content: Mapping[str, Any]) -> list[str]:
     return [
         f"{title}{_threads(content)}{allocator}",
         "",
-        *_table(("model", "implementation", "ratio", "quartiles", "bar", "time / SAM's"), rows),
+        *_table(("model", "implementation", "ratio", "95 % interval", "bar", "time / SAM's"), rows),
         "",
         "Live weight-sized storages (bars: 2 at the second loss, 3 with statistics, 1 between steps; momentum is not "
         "counted) and checkpoint size relative to the base optimizer's. The limit is two forward-backward passes and "
@@ -84,7 +92,11 @@ def _pipeline(content: Mapping[str, Any]) -> list[str]:
         if r["contestant"] != pipeline.REFERENCE
     ]
     title = "## Augmented images per second, relative to torchvision transforms applied image by image"
-    return [f"{title}{_threads(content)}", "", *_table(("augmentation", "pipeline", "ratio", "quartiles", "bar"), rows)]
+    return [
+        f"{title}{_threads(content)}",
+        "",
+        *_table(("augmentation", "pipeline", "ratio", "95 % interval", "bar"), rows),
+    ]
 
 
 def _parallel(content: Mapping[str, Any]) -> list[str]:
@@ -94,7 +106,7 @@ def _parallel(content: Mapping[str, Any]) -> list[str]:
         if r["contestant"] != parallel.REFERENCE
     ]
     title = f"## SAMPa on a pair of processes: speed relative to SAM on one process{_threads(content)}"
-    return [title, "", *_table(("model", "implementation", "ratio", "quartiles", "bar"), rows)]
+    return [title, "", *_table(("model", "implementation", "ratio", "95 % interval", "bar"), rows)]
 
 
 def _scaling(content: Mapping[str, Any]) -> list[str]:
@@ -110,7 +122,7 @@ def _scaling(content: Mapping[str, Any]) -> list[str]:
         if r["contestant"] != scaling.ALONE
     ]
     title = f"## Step time on two processes of DistributedDataParallel, relative to one process{_threads(content)}"
-    heading = ("model, batch per process", "method", "nesting", "ratio", "quartiles", "all-reduces per step")
+    heading = ("model, batch per process", "method", "nesting", "ratio", "95 % interval", "all-reduces per step")
     return [title, "", *_table(heading, rows)]
 
 
@@ -131,13 +143,11 @@ def _threads(content: Mapping[str, Any]) -> str:
 def _ratio(row: Mapping[str, Any]) -> tuple[str, str, str]:
     if "skipped" in row:
         return f"not run: one call takes about {row['expected_seconds']:.0f} s", "", ""
-    bar = "" if row["passed"] is None else f"{row['bar']:g}: {'met' if row['passed'] else 'missed'}"
-    return f"{row['median']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}", bar
-
-
-def _to_sam(row: Mapping[str, Any]) -> str:
-    ratio = row.get("ratio_to_sam")  # not in older results
-    return "" if ratio is None else f"{ratio:.3f}"
+    if "median_low" not in row:  # an older file
+        bar = "" if row["passed"] is None else f"{row['bar']:g}: {'met' if row['passed'] else 'missed'}"
+        return f"{row['median']:.3f}", f"quartiles {row['low']:.3f} to {row['high']:.3f}", bar
+    bar = "" if row.get("verdict") is None else f"{row['bar']:g}: {row['verdict']}"
+    return f"{row['median']:.3f}", interval(row), bar
 
 
 def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measure import Parser, interleaved, ratio, report, seconds, verdict, write
+from benchmarks.measure import Parser, interleaved, interval, judged, load, ratio, report, seconds, verdict, write
 from bisam import NegLog, Tanh
 from bisam.experiments.measurements.losses import Loss, row_by_row
 
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--sizes", type=size, nargs="+", default=SIZES, metavar="NxK", help="default: the four above")
     parser.epilog = f"default sizes: {' '.join(f'{n}x{k}' for n, k in SIZES)}\n\n{parser.epilog}"
     arguments = parser.parse_args(argv)
-    torch.set_num_threads(arguments.threads)
+    parser.begin(arguments.threads)
     torch.manual_seed(0)
 
     rows = []
@@ -81,9 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if name in skipped:
                 rows.append(row | {"skipped": True, "expected_seconds": skipped[name]})
                 continue
-            r, bar = ratio(times, name, REFERENCE), BARS.get(name)
-            passed = None if bar is None else r.median <= bar
-            rows.append(row | {**vars(r), "bar": bar, "passed": passed})
+            rows.append(row | judged(ratio(times, name, REFERENCE), BARS.get(name)))
 
     report(
         "Forward and backward, relative to F.cross_entropy(label_smoothing=0.1)",
@@ -94,10 +92,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             "ratio": lambda r: (
                 f"one call takes ~{r['expected_seconds']:.0f} s" if "skipped" in r else f"{r['median']:.2f}"
             ),
-            "quartiles": lambda r: "" if "skipped" in r else f"{r['low']:.2f} to {r['high']:.2f}",
-            "verdict": verdict,
+            "95 % interval": lambda r: "" if "skipped" in r else interval(r, 2),
+            "verdict": lambda r: "" if "skipped" in r else verdict(r),
         },
         rows,
+        [load(rows)],
     )
     if arguments.json:
         write(arguments.json, "objective", {"repeats": arguments.repeats}, {"rows": rows})

@@ -24,10 +24,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from benchmarks.measure import Parser, interleaved, ratio, report, verdict, write
+from benchmarks.measure import Parser, Times, interleaved, interval, judged, load, ratio, report, verdict, write
 from benchmarks.models import batch_for, mlp, resnet56
 from bisam import ERM, SAM, SAMPa, SharpnessAware, cross_entropy, next_step
-from bisam.experiments.measurements.timing import Times
 from bisam.integrations.pairs import InPairs
 from bisam.methods import Method
 
@@ -78,14 +77,17 @@ def _process(
     os._exit(0)  # torch 2.6 sometimes hangs when it destroys the group
 
 
-def taking_turns(rank: int, alone: Mapping[str, Step], both: Mapping[str, Step], repeats: int) -> Times:
-    """Seconds per call, measured on rank 0: of the steps that it runs alone, and of the steps that both ranks run."""
+def taking_turns(rank: int, alone: Mapping[str, Step], both: Mapping[str, Step], repeats: int) -> dict[str, Any] | None:
+    """The times of the steps that rank 0 runs alone, and of those that both ranks run, as `Times.to_dict` gives them.
+
+    Rank 0 measures them.
+    """
     names, turn = list(both), torch.zeros((), dtype=torch.int64)
     if rank == 1:
         while True:
             dist.recv(turn, 0)
             if turn < 0:
-                return {}
+                return None
             both[names[int(turn)]]()
             dist.send(turn, 0)
 
@@ -94,9 +96,10 @@ def taking_turns(rank: int, alone: Mapping[str, Step], both: Mapping[str, Step],
         both[names[number]]()
         dist.recv(turn, 1)
 
-    times = interleaved({**alone, **{name: partial(lead, i) for i, name in enumerate(names)}}, repeats)
+    steps = {**alone, **{name: partial(lead, i) for i, name in enumerate(names)}}
+    times = interleaved(steps, repeats, processes=2)
     dist.send(torch.tensor(-1), 1)
-    return times
+    return times.to_dict()
 
 
 def step(model: nn.Module, n: int, method: Callable[[torch.optim.Optimizer], Method]) -> Step:
@@ -113,7 +116,7 @@ def step(model: nn.Module, n: int, method: Callable[[torch.optim.Optimizer], Met
     return call
 
 
-def measured(rank: int, name: str, repeats: int) -> Times:
+def measured(rank: int, name: str, repeats: int) -> dict[str, Any] | None:
     case = CASES[name]
     model = case.model()
     make = partial(step, model, case.n)
@@ -129,13 +132,13 @@ def measured(rank: int, name: str, repeats: int) -> Times:
 
 def rows(name: str, repeats: int) -> list[dict[str, Any]]:
     """One row per implementation; `median` is its speed relative to the reference."""
-    times, case = in_two(measured, name, repeats), CASES[name]
+    times, case = Times.from_dict(in_two(measured, name, repeats)), CASES[name]
     found: list[dict[str, Any]] = []
-    for contestant in times:
+    for contestant in times.seconds:
         speed, own = ratio(times, REFERENCE, contestant), ratio(times, contestant, REFERENCE).seconds
         bar = case.bar if contestant == OURS else None
-        row = {"model": name, "batch": case.n, "contestant": contestant, **vars(speed), "seconds": own}
-        found.append(row | {"bar": bar, "passed": None if bar is None else speed.median >= bar})
+        row = {"model": name, "batch": case.n, "contestant": contestant}
+        found.append(row | judged(speed, bar, at_least=True) | {"seconds": own})
     return found
 
 
@@ -150,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--models", nargs="+", choices=list(CASES), default=list(CASES), help="default: all")
     arguments = parser.parse_args(argv)
-    torch.set_num_threads(arguments.threads)
+    parser.begin(arguments.threads)
 
     found: list[dict[str, Any]] = []
     for name in arguments.models:
@@ -162,10 +165,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "implementation": lambda r: r["contestant"],
                 "time": lambda r: f"{r['seconds'] * 1e3:.2f} ms",
                 "speed": lambda r: f"{r['median']:.3f}",
-                "quartiles": lambda r: f"{r['low']:.3f} to {r['high']:.3f}",
+                "95 % interval": interval,
                 "verdict": verdict,
             },
             own,
+            [load(own)],
         )
     if arguments.json:
         write(arguments.json, "parallel", {"repeats": arguments.repeats}, {"rows": found})

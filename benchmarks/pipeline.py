@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from benchmarks.measure import Parser, at_least, interleaved, ratio, report, verdict, write
+from benchmarks.measure import Parser, at_least, interleaved, interval, judged, load, ratio, report, verdict, write
 from bisam.experiments.data.image_tensors import Augmentation, Images
 
 REFERENCE = "torchvision, image by image"
@@ -90,8 +90,8 @@ def rows(count: int, batch_size: int, repeats: int, cutout: int) -> list[dict[st
     for name in epochs:
         speed, own = ratio(times, REFERENCE, name), ratio(times, name, REFERENCE).seconds
         bar = BAR if name == OURS else None
-        row = {"contestant": name, "cutout": cutout, **vars(speed), "seconds": own, "images_per_second": count / own}
-        found.append(row | {"bar": bar, "passed": None if bar is None else speed.median >= bar})
+        row = {"contestant": name, "cutout": cutout, **judged(speed, bar, at_least=True)}
+        found.append(row | {"seconds": own, "images_per_second": count / own})
     return found
 
 
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=at_least(1), default=1280, help="images per epoch (default: %(default)s)")
     parser.add_argument("--batch-size", type=at_least(1), default=128, help="default: %(default)s")
     arguments = parser.parse_args(argv)
-    torch.set_num_threads(arguments.threads)
+    parser.begin(arguments.threads)
 
     found: list[dict[str, Any]] = []
     for cutout in (0, CUTOUT):
@@ -119,10 +119,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             "pipeline": lambda r: r["contestant"],
             "images / s": lambda r: f"{r['images_per_second']:,.0f}",
             "ratio": lambda r: f"{r['median']:.1f}",
-            "quartiles": lambda r: f"{r['low']:.1f} to {r['high']:.1f}",
+            "95 % interval": lambda r: interval(r, 1),
             "verdict": verdict,
         },
         found,
+        [load(found)],
     )
     if arguments.json:
         settings = {"images": arguments.images, "batch_size": arguments.batch_size, "repeats": arguments.repeats}

@@ -12,12 +12,11 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.measure import Parser, ratio, report, write
+from benchmarks.measure import Parser, Times, interval, load, ratio, report, write
 from benchmarks.models import batch_for
 from benchmarks.parallel import CASES, SGD, Step, in_two, taking_turns
 from bisam import ERM, SAM, SharpnessAware, cross_entropy
@@ -86,7 +85,7 @@ def measured(rank: int, name: str, repeats: int) -> dict[str, Any]:
 def rows(name: str, repeats: int) -> list[dict[str, Any]]:
     """One row per method and nesting; `median` is its time relative to the same method on one process."""
     found, case = in_two(measured, name, repeats), CASES[name]
-    times, counts = found["times"], found["reductions"]
+    times, counts = Times.from_dict(found["times"]), found["reductions"]
     return [
         {
             "model": name,
@@ -113,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--models", nargs="+", choices=list(CASES), default=list(CASES), help="default: all")
     arguments = parser.parse_args(argv)
-    torch.set_num_threads(arguments.threads)
+    parser.begin(arguments.threads)
 
     found: list[dict[str, Any]] = []
     shown: dict[str, Callable[[Any], str]] = {
@@ -121,14 +120,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         "processes": lambda r: r["contestant"],
         "time": lambda r: f"{r['seconds'] * 1e3:.2f} ms",
         "ratio": lambda r: f"{r['median']:.3f}",
-        "quartiles": lambda r: f"{r['low']:.3f} to {r['high']:.3f}",
+        "95 % interval": interval,
         "all-reduces": lambda r: str(r["reductions"]),
         "as ERM": lambda r: "[green]pass[/]" if r["passed"] else "[red]fail[/]",
     }
     for name in arguments.models:
         own = rows(name, arguments.repeats)
         found += own
-        report(f"Step time on two processes relative to one: {name}, batch {CASES[name].n} each", shown, own)
+        report(
+            f"Step time on two processes relative to one: {name}, batch {CASES[name].n} each", shown, own, [load(own)]
+        )
     if arguments.json:
         write(arguments.json, "scaling", {"repeats": arguments.repeats}, {"rows": found})
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -23,7 +23,19 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.measure import Parser, Ratio, interleaved, ratio, report, verdict, write
+from benchmarks.measure import (
+    Parser,
+    Ratio,
+    bracketed,
+    interleaved,
+    interval,
+    judged,
+    load,
+    ratio,
+    report,
+    verdict,
+    write,
+)
 from benchmarks.models import batch_for, mlp, resnet56
 from bisam import ASAM, ESAM, SAM, SAMON, BiSAM, Only, SharpnessAware, cross_entropy
 from bisam.masks import RandomMask
@@ -175,10 +187,21 @@ def speed(case: Case, repeats: int) -> list[dict[str, Any]]:
         r: Ratio = ratio(times, name, LIMIT)
         bar = case.bar if name == "bisam SAM" else None
         compared = name == "bisam BiSAM (-log)" or name not in CONTESTANTS
-        to_sam = ratio(times, name, "bisam SAM").median if compared else None
-        row = {"contestant": name, **vars(r), "bar": bar, "passed": None if bar is None else r.median <= bar}
-        rows.append(row | {"ratio_to_sam": to_sam})
+        to_sam = ratio(times, name, "bisam SAM") if compared else None
+        row = {"contestant": name, **judged(r, bar), "ratio_to_sam": None if to_sam is None else to_sam.median}
+        if to_sam is not None:
+            row |= {"to_sam_low": to_sam.median_low, "to_sam_high": to_sam.median_high}
+        rows.append(row)
     return rows
+
+
+def to_sam(row: Mapping[str, Any]) -> str:
+    """The time of a row relative to SAM's, with the interval; older rows have none."""
+    if (found := row.get("ratio_to_sam")) is None:
+        return ""
+    if "to_sam_low" not in row:
+        return f"{found:.3f}"
+    return f"{found:.3f} {bracketed(row['to_sam_low'], row['to_sam_high'])}"
 
 
 @dataclass
@@ -284,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if arguments.keep_memory and not kept_memory():
         parser.error("argument --keep-memory: the C library is not glibc")
-    torch.set_num_threads(arguments.threads)
+    parser.begin(arguments.threads)
 
     rows: list[dict[str, Any]] = []
     for name in arguments.models:
@@ -297,11 +320,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "implementation": lambda r: r["contestant"],
                 "time": lambda r: f"{r['seconds'] * 1e3:.2f} ms",
                 "ratio": lambda r: f"{r['median']:.3f}",
-                "quartiles": lambda r: f"{r['low']:.3f} to {r['high']:.3f}",
-                "time / SAM's": lambda r: "" if r["ratio_to_sam"] is None else f"{r['ratio_to_sam']:.3f}",
+                "95 % interval": interval,
+                "time / SAM's": to_sam,
                 "verdict": verdict,
             },
             own,
+            [load(own)],
         )
     footprint = footprints()
     report(

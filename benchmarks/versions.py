@@ -3,7 +3,8 @@
 Each tree runs in processes of its own with its own `benchmarks.step` and `benchmarks.objective`; two processes take
 turns, call by call, so that both see the same state of the machine, and a pair of neighbouring calls gives one ratio.
 The layout of its memory makes a process faster or slower for its whole life (the bounds at 1024 x 32000 by a quarter),
-so the pairs of a row are spread over several processes, and the interval resamples the processes.
+so the pairs of a row are spread over several processes, and the interval resamples the processes: the pairs of one
+process are not independent, as the interval of the other benchmarks assumes.
 
     git worktree add ../before COMMIT
     python -m benchmarks.versions ../before
@@ -22,12 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import objective, step
-from benchmarks.measure import Parser, at_least, report, verdict, write
+from benchmarks.measure import Load, Parser, at_least, interval as interval_of, load as load_of, report, verdict, write
+from bisam.experiments.measurements.timing import verdict as verdict_of
 
 HERE = Path(__file__).resolve().parent.parent
 STEPS = [name for name in step.CONTESTANTS if name.startswith("bisam")]
 OBJECTIVES = list(objective.BARS)
-BAR = 1.01  # for the lower end of the interval: above it a row has become slower
+BAR = 1.01  # a row is missed, and this tree slower, if its whole interval is above
 
 _PREAMBLE = """
 import sys, time, torch
@@ -105,8 +107,19 @@ class Tree:
         self._answer.close()
 
 
-def paired(before: Tree, after: Tree, pairs: int, warm_up: int) -> list[tuple[float, float]]:
-    """Seconds of both trees' calls; which one begins a pair alternates."""
+def paired(
+    before: Tree, after: Tree, pairs: int, warm_up: int, load: Load, busy: int
+) -> tuple[list[tuple[float, float]], Load]:
+    """Seconds of both trees' calls, and the load of other programs; which one begins a pair alternates.
+
+    Args:
+        before: the other tree.
+        after: this tree.
+        pairs: their number.
+        warm_up: calls of each before the pairs.
+        load: the highest one so far.
+        busy: threads that compute at a time.
+    """
     for tree in (before, after):
         for _ in range(warm_up):
             tree.seconds()
@@ -117,7 +130,8 @@ def paired(before: Tree, after: Tree, pairs: int, warm_up: int) -> list[tuple[fl
             times.append((before.seconds(), later))
         else:
             times.append((before.seconds(), after.seconds()))
-    return times
+        load = load.and_now(busy)
+    return times, load
 
 
 def interval(groups: Sequence[Sequence[float]], draws: int = 4000) -> tuple[float, float, float]:
@@ -137,13 +151,15 @@ def interval(groups: Sequence[Sequence[float]], draws: int = 4000) -> tuple[floa
 def row(folder: Path, case: Case, pairs: int, processes: int, threads: int) -> dict[str, Any]:
     """The ratio of this tree's time to that of the tree in `folder`."""
     groups: list[list[tuple[float, float]]] = []
+    load = Load.now(threads)
     for i in range(processes):
         own = pairs // processes + (i < pairs % processes)
         if own == 0:
             break
         before, after = (Tree(tree, threads, case) for tree in (folder, HERE))
         try:
-            groups.append(paired(before, after, own, warm_up=3))
+            times, load = paired(before, after, own, 3, load, threads)
+            groups.append(times)
         finally:
             before.close()
             after.close()
@@ -157,10 +173,12 @@ def row(folder: Path, case: Case, pairs: int, processes: int, threads: int) -> d
         "before": seconds[0],
         "after": seconds[1],
         "median": median,
-        "low": low,
-        "high": high,
+        "median_low": low,
+        "median_high": high,
+        "load": load.highest,
+        "cores": load.cores,
         "bar": BAR,
-        "passed": low <= BAR,
+        "verdict": verdict_of(low, high, load, BAR),
     }
 
 
@@ -201,6 +219,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"argument before: {str(arguments.before)!r} has no benchmarks/step.py: give the root of a checkout"
         )
     other, pairs, threads = arguments.before.resolve(), arguments.repeats, arguments.threads
+    parser.begin(threads)
     rows: list[dict[str, Any]] = []
     for case in cases(arguments.models, arguments.steps, arguments.sizes):
         rows.append(row(other, case, pairs, arguments.processes, threads))
@@ -212,13 +231,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             "what": lambda r: r["name"],
             "before": lambda r: f"{r['before'] * 1e3:.3f} ms",
             "after": lambda r: f"{r['after'] * 1e3:.3f} ms",
-            "ratio": lambda r: f"{r['median']:.3f} [{r['low']:.3f}, {r['high']:.3f}]",
+            "ratio": lambda r: f"{r['median']:.3f}",
+            "95 % interval": interval_of,
             "verdict": verdict,
         },
         rows,
         [
-            f"{pairs} pairs a row in {arguments.processes} processes of each tree; the bar is for the lower end of the "
-            "95 % interval of the median ratio, by a bootstrap of the processes."
+            f"{pairs} pairs a row in {arguments.processes} processes of each tree; the interval of the median ratio is "
+            "by a bootstrap of the processes. A row that misses the bar has become slower.",
+            load_of(rows),
         ],
     )
     if arguments.json:

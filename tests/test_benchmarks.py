@@ -12,13 +12,15 @@ pytest.importorskip("pytorch_optimizer")
 pytest.importorskip("rich")
 pytest.importorskip("torchvision")
 
-from benchmarks import docs, measure, models, objective, parallel, pipeline, scaling, step, versions
+from benchmarks import docs, measure, models, objective, parallel, pipeline, scaling, stacked, step, versions
 from bisam import SharpnessAware, cross_entropy
 from bisam.experiments.measurements import timing
 from bisam.oracle import View
 
-MAINS = [module.main for module in (objective, step, pipeline, parallel, scaling)]
-RATIO = {"median", "low", "high", "rounds", "seconds", "bar", "passed"}
+MAINS = [module.main for module in (objective, step, pipeline, parallel, scaling, stacked)]
+RATIO = {"median", "low", "high", "rounds", "seconds", "median_low", "median_high", "load", "cores", "bar", "verdict"}
+QUIET = timing.Load(0.25, 2)
+LOADED = timing.Load(7.5, 2)
 
 
 def written(path):
@@ -116,9 +118,21 @@ def test_pipeline(tmp_path, capsys, monkeypatch):
         (cutout, name) for cutout in (0, 16) for name in (pipeline.REFERENCE, pipeline.OURS)
     ]
     assert all(r.keys() >= RATIO for r in content["rows"])
-    for row in content["rows"][1::2]:
-        assert row["passed"] == (row["median"] >= pipeline.BAR)
+    assert {row["bar"] for row in content["rows"][1::2]} == {pipeline.BAR}
+    assert {row["verdict"] for row in content["rows"][::2]} == {None}
     assert "(bar 10)" in capsys.readouterr().out
+
+
+def test_stacked(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(timing, "BLOCK", 0.0)
+    path = tmp_path / "stacked.json"
+    stacked.main(["--stacks", "2", "3", "--epochs", "1", "--repeats", "2", "--json", str(path)])
+    content = written(path)
+    assert [row["size"] for row in content["rows"]] == [1, 2, 3]
+    assert all(row.keys() >= RATIO for row in content["rows"])
+    assert content["rows"][0]["median"] == 1.0
+    assert [row["passed"] for row in content["rows"][:2]] == [None, None]
+    assert "(bar 3)" in capsys.readouterr().out
 
 
 def test_both_pipelines_give_an_epoch_of_the_same_kind():
@@ -190,16 +204,21 @@ def test_a_time_begins_and_ends_with_a_device_that_is_done(monkeypatch):
 def test_a_call_that_takes_a_turn_is_not_waited_for_a_third_time_to_get_warm(block, calls, monkeypatch):
     monkeypatch.setattr(timing, "BLOCK", block)
     monkeypatch.setattr(timing, "perf_counter", iter(range(100)).__next__)
+    monkeypatch.setattr(timing.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+    monkeypatch.setattr(timing, "own_load", lambda busy, elapsed: 0.0)
     called = []
-    assert len(measure.interleaved({"a": lambda: called.append(1)}, 4)["a"]) == 4
+    assert len(measure.interleaved({"a": lambda: called.append(1)}, 4).seconds["a"]) == 4
     assert len(called) == calls
 
 
 def test_ratios_are_taken_round_by_round():
-    times = {"a": [1.0, 10.0, 2.0], "b": [2.0, 20.0, 5.0]}
+    times = timing.Times({"a": [1.0, 10.0, 2.0], "b": [2.0, 20.0, 5.0]}, QUIET)
     r = measure.ratio(times, "b", "a")
     assert (r.median, r.low, r.high, r.rounds, r.seconds) == (2.0, 2.0, 2.25, 3, 5.0)
-    assert measure.ratio({"a": [2.0], "b": [3.0]}, "b", "a").low == 1.5
+    assert (r.median_low, r.median_high, r.load, r.cores) == (None, None, 0.25, 2)
+    assert measure.ratio(timing.Times({"a": [2.0], "b": [3.0]}, QUIET), "b", "a").low == 1.5
+    seven = timing.Times({"a": [1.0] * 7, "b": [7.0, 1.0, 6.0, 2.0, 5.0, 3.0, 4.0]}, QUIET)
+    assert str(measure.ratio(seven, "b", "a")) == "4.000 [1.000, 7.000]"
 
 
 @pytest.mark.parametrize("main", MAINS)
@@ -238,7 +257,8 @@ def test_help_has_examples(main, capsys):
 def in_no_process(work, name, repeats):
     """The results of two processes."""
     each = [f"{m}, {n}" for m in scaling.METHODS for n in (scaling.ALONE, scaling.OUTSIDE, scaling.INSIDE)]
-    return {"times": {k: [1.0 + i] for i, k in enumerate(each)}, "reductions": dict.fromkeys(each, 1)}
+    times = timing.Times({k: [1.0 + i] for i, k in enumerate(each)}, QUIET)
+    return {"times": times.to_dict(), "reductions": dict.fromkeys(each, 1)}
 
 
 @pytest.mark.slow
@@ -261,6 +281,55 @@ def test_the_page_has_every_row_and_where_it_comes_from(tmp_path, monkeypatch):
             assert shown != (row["contestant"] in references)
 
 
+def objective_file(path, row):
+    environment = {"commit": "abc", "threads": 1, "load": 1.25}
+    content = {"benchmark": "objective", "environment": environment, "settings": {"repeats": 9}}
+    path.write_text(json.dumps({**content, "rows": [{"size": [8, 4], "contestant": "NegLog", **row}]}))
+    docs.main([str(path), "--to", str(path.with_suffix(".md"))])
+    return path.with_suffix(".md").read_text()
+
+
+def test_the_page_still_shows_files_without_intervals(tmp_path):
+    row = {"median": 0.742, "low": 0.715, "high": 0.766, "rounds": 9, "seconds": 1e-4, "bar": 1.0, "passed": True}
+    page = objective_file(tmp_path / "o.json", row)
+    assert "| 8 x 4 | NegLog | 0.742 | quartiles 0.715 to 0.766 | 1: met |" in page
+    assert "commit abc, threads 1, load 1.25; repeats 9." in page
+    missed = objective_file(tmp_path / "o.json", {**row, "passed": False})
+    assert "| 1: missed |" in missed
+    assert step.to_sam({"ratio_to_sam": 1.0078}) == "1.008"
+
+
+def test_the_page_shows_interval_load_and_verdict(tmp_path):
+    for load, said in ((QUIET, "undecided"), (LOADED, "no verdict under load"), (timing.Load(None, 2), "undecided")):
+        times = timing.Times({"a": [1.0] * 7, "b": [0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 1.1]}, load)
+        page = objective_file(tmp_path / "o.json", measure.judged(timing.ratio(times, "b", "a"), 1.0))
+        assert f"| 8 x 4 | NegLog | 0.950 | [0.700, 1.100] | 1: {said} |" in page
+        known = "unknown" if load.highest is None else f"at most {load.highest:.1f} (verdicts up to 3)"
+        assert f"commit abc, threads 1; repeats 9; load of other programs {known}." in page
+
+
+def test_a_benchmark_says_at_its_beginning_that_there_will_be_no_verdict(tmp_path, capsys, monkeypatch):
+    average = [0.0]
+    monkeypatch.setattr(timing.gc, "collect", lambda: 0)  # which takes long in a process with many modules
+    monkeypatch.setattr(timing, "BLOCK", 0.0)
+    monkeypatch.setattr(timing.os, "getloadavg", lambda: (average[0], 0.0, 0.0))
+    monkeypatch.setattr(timing.os, "cpu_count", lambda: 2)
+    arguments = ["--sizes", "8x4", "--repeats", "6", "--json", str(tmp_path / "o.json")]
+    objective.main(arguments)
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert "no verdict" not in captured.out
+    average[0] = 8.0
+    objective.main(arguments)
+    captured = capsys.readouterr()
+    assert "load of other programs is 8.0 on 2 cores" in captured.err
+    assert "no verdict while it is above 3" in captured.err
+    assert captured.out.count("no verdict under load") == 2
+    rows = written(tmp_path / "o.json")["rows"]
+    assert {row["verdict"] for row in rows if row["bar"]} == {"no verdict under load"}
+    assert all(row["median_low"] <= row["median"] <= row["median_high"] for row in rows)
+
+
 @pytest.mark.parametrize("content", ["", "{}", "[]"])
 def test_the_page_refuses_what_no_benchmark_wrote(tmp_path, content):
     (tmp_path / "other.json").write_text(content)
@@ -270,9 +339,9 @@ def test_the_page_refuses_what_no_benchmark_wrote(tmp_path, content):
 
 
 def test_calls_that_differ_in_cost_are_compared_turn_by_turn():
-    times = {"looks": [5.0, 1.0, 3.0, 7.0, 9.0], "plain": [2.0, 2.0, 2.0, 2.0, 1.0]}
-    assert timing.turns(times, 2) == {"looks": [3.0, 5.0], "plain": [2.0, 2.0]}
-    assert timing.turns(times, 9) == {"looks": [5.0], "plain": [1.8]}
+    times = timing.Times({"looks": [5.0, 1.0, 3.0, 7.0, 9.0], "plain": [2.0, 2.0, 2.0, 2.0, 1.0]}, LOADED)
+    assert timing.turns(times, 2) == timing.Times({"looks": [3.0, 5.0], "plain": [2.0, 2.0]}, LOADED)
+    assert timing.turns(times, 9).seconds == {"looks": [5.0], "plain": [1.8]}
     assert timing.turns(times, 1) == times
 
 
@@ -309,7 +378,8 @@ def test_a_tree_is_compared_with_itself(tmp_path, capsys):
         ("16x3", "NegLog", 4, 2),
         ("16x3", "Tanh", 4, 2),
     ]
-    assert all(row["low"] <= row["median"] <= row["high"] for row in rows)
+    assert all(row["median_low"] <= row["median"] <= row["median_high"] for row in rows)
+    assert all(row["verdict"] in ("met", "missed", "undecided", "no verdict under load") for row in rows)
 
 
 def test_a_folder_without_benchmarks_is_refused_in_one_line(tmp_path, capsys):

@@ -58,7 +58,19 @@ def test_given_flags_are_those_on_the_command_line_in_one_spelling():
     assert given_flags(["list"]) == frozenset()
 
 
-ALWAYS = {"dataset", "model", "weights", "method", "noise", "limit", "epochs", "steps", "batch_size", "accumulate"}
+ALWAYS = {
+    "dataset",
+    "model",
+    "weights",
+    "method",
+    "noise",
+    "limit",
+    "train_examples",
+    "epochs",
+    "steps",
+    "batch_size",
+    "accumulate",
+}
 ALWAYS |= {"optimizer", "learning_rate", "schedule", "weight_decay", "label_smoothing", "clip", "ema", "precision"}
 ALWAYS |= {"compile", "measured_epochs", "seed", "device", "devices", "nodes", "log", "stats"}
 REFUSED_BY_RECIPE = {"rho", "mu", "alpha", "eta", "warmup"}
@@ -91,8 +103,20 @@ FILES = ("--dataset", "flowers")
         (("--validation-noise",), (), "--validation-noise (needs noise above 0, got 0)"),
         (("--momentum", 0.5), ("--preset", "vit"), "--momentum (needs optimizer sgd, got adamw)"),
         (("--strategy", "ddp"), (), "--strategy (needs several --devices, got 1)"),
-        (("--data-dir", "data"), (), "--data-dir (needs a dataset in that folder, got digits)"),
-        (("--data-dir", "data"), ("--dataset", "folder:mine"), "--data-dir (needs a dataset in that folder"),
+        (("--data-dir", "data"), (), "--data-dir (needs a dataset or weights in that folder, got digits)"),
+        (
+            ("--data-dir", "data"),
+            ("--dataset", "folder:/mine"),
+            "--data-dir (needs a dataset or weights in that folder",
+        ),
+        (("--bucket", 4), CIFAR, "--bucket (needs dataset glue:TASK, got cifar10)"),
+        (
+            ("--held-out", 0.2),
+            CIFAR,
+            "--held-out (needs dataset imagenet, pets, folder:PATH or glue:TASK, got",
+        ),
+        (("--frozen", 1, "--weights", "w.pt"), (), "--frozen (needs model hf:NAME or timm:NAME, got convnet)"),
+        (("--frozen", 1), BERT, "frozen 1 keeps layers at random weights: give --weights, or leave it out"),
         (("--download",), (), "--download (needs dataset cifar10, cifar100, flowers, pets or glue:TASK, got digits)"),
         (("--download",), ("--dataset", "imagenet"), "glue:TASK, got imagenet)"),
         (("--loaders", 2), CIFAR, "--loaders (needs dataset imagenet, flowers, pets or folder:PATH, got cifar10)"),
@@ -159,8 +183,10 @@ def test_a_wrong_setting_of_a_measurement_is_one_line_and_no_note(bisam):
 @pytest.mark.parametrize("name", CONDITIONS)
 def test_each_condition_holds_somewhere(name):
     recipes = [
-        Recipe(dataset=dataset, noise=0.1) for dataset in ("digits", "cifar10", "imagenet", "folder:a", "glue:rte")
+        Recipe(dataset=dataset, noise=0.1, measured_epochs=1)
+        for dataset in ("digits", "cifar10", "imagenet", "folder:a", "glue:rte")
     ]
+    recipes.append(Recipe(model="hf:bert-base-uncased"))
     refuse_idle(recipes, Machine(), frozenset({name}))
     with pytest.raises(ValueError, match="without effect, leave out: "):
         refuse_idle(
@@ -172,7 +198,11 @@ def test_each_condition_holds_somewhere(name):
 
 def test_settings_of_presets_and_unknown_data_sets_are_not_refused():
     refuse_idle([Recipe(cutout=True, image_size=96)], Machine(), frozenset({"dataset"}))
-    refuse_idle([Recipe(dataset="digit", noise=0.1)], Machine(), frozenset(CONDITIONS) - {"strategy"})
+    refuse_idle(
+        [Recipe(dataset="digit", noise=0.1, measured_epochs=1)],
+        Machine(),
+        frozenset(CONDITIONS) - {"strategy", "frozen"},
+    )
 
 
 def test_every_kind_of_data_set_is_known():

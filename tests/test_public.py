@@ -56,6 +56,7 @@ NAMES = {
     "MSAM",
     "MultiStepSAM",
     "NegLog",
+    "OBF",
     "Only",
     "OptSAM",
     "Oracle",
@@ -74,6 +75,7 @@ NAMES = {
     "Tanh",
     "VaSSO",
     "Vector",
+    "WrongClasses",
     "WSAM",
     "XSAM",
     "ZSharp",
@@ -82,7 +84,7 @@ MODULES = {
     perturbations: "Adaptive Friendly L2 LossEquated NormLayers Only Smoothed ZScore",
     masks: "DropGrow FisherMask RandomMask",
     proximal: "Box L1 Simplex",
-    schedules: "Constant Cosine Follow Linear Warmup",
+    schedules: "Constant Cosine FlipRate Follow Linear Warmup",
 }
 IN_MODULES = [getattr(module, name) for module, names in MODULES.items() for name in names.split()]
 TYPES = {"Method", "Perturbation"}  # of functions: they have no signature of their own
@@ -172,6 +174,9 @@ SAM = "SAM(perturb=L2(rho=0.05), ascent=None, descent=None)"
         (bisam.NegLog, "(mu=1.0, *, ignore_index=-100)"),
         (bisam.Tanh, "(mu=10.0, alpha=0.1, *, ignore_index=-100)"),
         (bisam.Binary, "(bound=NegLog(mu=1.0, ignore_index=-100))"),
+        (bisam.WrongClasses, "(bound=NegLog(mu=1.0, ignore_index=-100), margin=None)"),
+        (bisam.OBF, "(gamma=1.0, lam=None, sigmoid=False, *, ignore_index=-100)"),
+        (schedules.FlipRate, "(target, start=0.05, gain=0.05, low=0.0001, high=10.0)"),
         (bisam.cross_entropy, "(outputs, targets)"),
         (perturbations.L2, "(rho)"),
         (perturbations.Adaptive, "(rho, eta=0.0, where=None)"),

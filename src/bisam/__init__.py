@@ -63,10 +63,12 @@ if TYPE_CHECKING:
     from bisam.model.oracle import ModelOracle as ModelOracle
     from bisam.model.passes import displaced as displaced
     from bisam.objectives import (
+        OBF as OBF,
         Binary as Binary,
         LowerBound as LowerBound,
         NegLog as NegLog,
         Tanh as Tanh,
+        WrongClasses as WrongClasses,
         cross_entropy as cross_entropy,
     )
     from bisam.optim import Lookahead as Lookahead, ProximalPoint as ProximalPoint, next_step as next_step
@@ -86,7 +88,7 @@ _NAMES = {
     ),
     "bisam.model.oracle": "ModelOracle",
     "bisam.model.passes": "displaced",
-    "bisam.objectives": "Binary LowerBound NegLog Tanh cross_entropy",
+    "bisam.objectives": "OBF Binary LowerBound NegLog Tanh WrongClasses cross_entropy",
     "bisam.optim": "Lookahead ProximalPoint next_step",
     "bisam.oracle": "Oracle Query",
     "bisam.perturbations": "L2 Adaptive Only Perturbation",

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from bisam import objectives
+from bisam import objectives, targets as check
 from bisam.batches import children, mapped
 from bisam.objectives import Count, Objective
 from bisam.vector import Vector
@@ -98,6 +98,27 @@ class Evaluation:
         if ignored is None or not isinstance(self.targets, Tensor) or self.targets.is_floating_point():
             return losses.mean(1)
         return losses.sum(1) / (self.targets != ignored).flatten(1).sum(1).clamp_min(1)
+
+    @property
+    def correct(self) -> Tensor:
+        """Whether the label has the largest logit, of the shape of the labels; False where a label is ignored.
+
+        Raises:
+            TypeError: the outputs are not logits in one tensor, or the targets are not class labels (int64).
+            ValueError: their shapes do not match.
+        """
+        outputs, labels = self.outputs, self.targets
+        if outputs is None:
+            raise TypeError("the outputs of this query are not known here: another rank has answered it")
+        check.types(outputs, labels)
+        if labels.is_floating_point():
+            raise TypeError(
+                f"predictions are compared with class labels (int64), got targets of {labels.dtype}: mixed labels and "
+                "targets for single logits have no prediction that is right or wrong"
+            )
+        if not check.fits(outputs, labels):
+            raise check.mismatch(outputs, labels, check.IN_TORCH)
+        return outputs.argmax(min(1, outputs.dim() - 1)) == labels  # an ignored label is no class
 
     @torch.no_grad()
     def under(self, objective: Objective) -> Evaluation:

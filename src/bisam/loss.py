@@ -33,7 +33,7 @@ from bisam.methods.method import stateful
 from bisam.model import compatibility
 from bisam.model.gradients import Scaler
 from bisam.model.oracle import Findings, Forward, ModelOracle, WeightsInitialised
-from bisam.objectives import Objective
+from bisam.objectives import Objective, at_step
 from bisam.statistics import Observed, Recorder, StepStats
 from bisam.validation import instance
 from bisam.vector import WHOLE, Layout, Tensors
@@ -73,7 +73,7 @@ class SharpnessAware(nn.Module):
 
     Raises:
         TypeError: an argument has the wrong type (for example a class in place of an instance).
-        ValueError: `scope` is neither "local", "global" nor None.
+        ValueError: `scope` is neither "local", "global" nor None, or `loss` has a schedule.
 
     Raises when called:
         TypeError: `forward` or `loss` returns a value of the wrong type.
@@ -123,6 +123,11 @@ class SharpnessAware(nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         instance("method", method, "SAM(), BiSAM() or another (oracle, batch) -> Evaluation")
         instance("loss", loss, "bisam.cross_entropy or another (outputs, targets) -> losses")
+        if at_step(loss, 0) is not loss:
+            raise ValueError(
+                f"the training loss has a schedule, {loss!r}, and must be the same in each step: a schedule for mu is "
+                "for the adversary, BiSAM(rho, NegLog(mu=...))"
+            )
         if forward is not None:
             instance("forward", forward, "a function (model, *batch) -> (outputs, targets)")
         if scaler is not None:

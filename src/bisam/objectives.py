@@ -2,7 +2,7 @@
 
 An objective maps `(outputs, targets)` to one loss per example. The minimiser descends an *upper* bound of the 0-1 loss
 (`cross_entropy`, or any loss of PyTorch with `reduction="none"`). The maximiser of BiSAM (Xie et al., ICML 2024,
-https://arxiv.org/abs/2407.12993) climbs a differentiable *lower* bound, up to a constant: with the margins
+https://arxiv.org/abs/2407.12993) climbs a differentiable *lower* bound up to log(K)/mu: with the margins
 F_j = f_j - f_y against the label y,
 
     Q = (1/mu) log sum_j exp(mu phi(F_j)),    phi(x) <= 1 where x > 0, else phi(x) <= 0,
@@ -20,15 +20,22 @@ losses below are Q, as in the paper.
     >>> LowerBound(phi=torch.tanh, mu=5)(logits, mixed).shape      # (N, K), (N, K) class probabilities -> (N,)
     torch.Size([2])
 
+Other adversaries climb one of these losses:
+
+    >>> from bisam.schedules import Linear
+    >>> sharper = NegLog(Linear(1.0, 10.0, steps=5_000))           # a bound that comes closer to the 0-1 loss
+    >>> others = WrongClasses(NegLog(), margin=2.0)                # Q over the wrong classes alone, near the boundary
+    >>> forgetting = OBF(gamma=0.0)                                # output bias forgetting
+
 An objective may have an attribute `ignore_index`. Training then averages over the other targets, as the cross-entropy
-of torch does.
+of torch does. It may have a method `at_step(step)` that returns the objective of a training step; an oracle calls it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
 
@@ -37,8 +44,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from bisam import targets as check
-from bisam.validation import instance, positive
+from bisam import schedules, targets as check
+from bisam.schedules import Schedule
+from bisam.validation import instance, positive, share
 
 Objective = Callable[[Any, Any], Tensor]
 """A function `(outputs, targets) -> losses` that returns one loss per example, or a scalar."""
@@ -95,7 +103,10 @@ class LowerBound:
     """The objective Q of BiSAM for any `phi` below the 0-1 step (Xie et al., 2024, Lemma 3.1); it uses autograd.
 
     Q is a lower bound of the 0-1 loss up to a constant: Q - log(K)/mu is one for K classes, Q alone is not. The label's
-    own class is in the sum, so the gradient of Q vanishes on confident correct examples, as that of cross-entropy does.
+    own class is in the sum, so the gradient of Q vanishes on confident correct examples, as that of cross-entropy does:
+    with 10 classes, where the logit of the label exceeds the others by 2, 5, 10 and 20, |dQ/df_y| is 0.59, 0.087,
+    6.5e-4 and 2.9e-8 for `NegLog()`, 0.053, 6.4e-3, 1.9e-4 and 4.1e-6 for `Tanh()`, and 0.55, 0.057, 4.1e-4 and 1.9e-8
+    for cross-entropy (`bisam run label-gradient`).
 
     The authors' code computes mu Q. A factor changes nothing where the displacement is normalised, as in SAM. Logged
     values of Q differ by it, and so do the displacements of `LESAM` and `BSAM`, which are not normalised.
@@ -104,21 +115,41 @@ class LowerBound:
         phi: elementwise lower bound of the step function, differentiable: tensor -> tensor of the same shape. The
             gradient of confident correct examples is as accurate as the derivative of `phi` for x << 0. In float32 that
             of `torch.tanh` is 0 from x = -10 on; 2 sigmoid(2 x) - 1, the same function, has an accurate one.
-        mu: sharpness of the soft maximum over the classes, > 0. A larger value is closer to the maximum: the gap is
-            log(K)/mu.
+        mu: sharpness of the soft maximum over the classes, > 0, a number or a schedule (`bisam.schedules`). A larger
+            value is closer to the maximum: the gap is log(K)/mu. With a schedule the bound is for the queries of a
+            method (`ascent`, `descent`), which have a step; it cannot be called itself, see `at_step`.
         ignore_index: label of examples that are ignored.
 
     Raises:
-        TypeError: `mu` is not a number.
-        ValueError: `mu` is not positive and finite.
+        TypeError: `mu` is neither a number nor a schedule.
+        ValueError: `mu`, or the first value of the schedule, is not positive and finite.
     """
 
     phi: Callable[[Tensor], Tensor]
-    mu: float
+    mu: float | Schedule
     ignore_index: int = field(default=-100, kw_only=True)
 
     def __post_init__(self) -> None:
-        positive("mu", self.mu)
+        if not callable(self.mu):
+            return positive("mu", self.mu)
+        schedules.check("mu", self.mu)
+        if not isinstance(first := self.mu(0), Tensor):  # reading a tensor may synchronise with its device
+            positive("mu at step 0", first)
+        return None
+
+    def at_step(self, step: int) -> LowerBound:
+        """Returns the bound of a training step, whose mu is a number; itself if mu is one.
+
+        Args:
+            step: number of earlier steps, `oracle.step`.
+
+        Raises:
+            ValueError: the value of the schedule is not positive and finite.
+        """
+        if not callable(self.mu):
+            return self
+        positive(f"mu at step {step}", mu := float(self.mu(step)))  # of a tensor: waits for its device
+        return replace(self, mu=mu)
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Returns Q per example, in float32 or a wider type; zero where a label is `ignore_index`.
@@ -134,31 +165,30 @@ class LowerBound:
             ValueError: their shapes do not match, K < 2, a label is outside [0, K), or floating-point targets are not
                 class probabilities (values are checked on the CPU; on a GPU a device-side assert fails, as in torch).
         """
-        classes, soft = check.types(outputs, targets), targets.is_floating_point()
-        if classes < 2 or not check.fits(outputs, targets):
-            raise check.mismatch(outputs, targets, self._elsewhere())
-        if soft:
-            check.probabilities(targets, self._elsewhere())
-        logits, one = _wide(outputs), outputs.dim() == 1
-        if one:
-            logits, targets = logits.unsqueeze(0), targets.unsqueeze(0)
-        if soft:
-            values = self._expected(logits, targets)
-        else:
-            values = _in_range(self._labelled, logits, targets, self.ignore_index)
-        return values.squeeze(0) if one else values
+        return _of_classes(self, outputs, targets, check.Elsewhere(f"bisam.Binary({type(self).__name__}(...))"))
 
-    def _elsewhere(self) -> check.Elsewhere:
-        return check.Elsewhere(f"bisam.Binary({type(self).__name__}(...))")
+    @property
+    def _mu(self) -> float:
+        """Mu as a number.
+
+        Raises:
+            TypeError: it is a schedule.
+        """
+        if callable(self.mu):
+            raise TypeError(
+                f"mu of {self!r} is a schedule, which has a value only in a training step: pass the bound as `ascent` "
+                "or `descent` of a method, or call bound.at_step(step)(outputs, targets)"
+            )
+        return self.mu
 
     def _labelled(self, logits: Tensor, labels: Tensor, ignore_index: int | None) -> Tensor:
         """Returns Q for labels; zero where a label is `ignore_index`. None: all labels count."""
         ignored, index, reference = _of_labels(logits, labels, ignore_index)
-        margins = logits - reference
+        margins, mu = logits - reference, self._mu
         # The label's own margin is constant. As a constant it leaves the gradient at the label, which is minus the sum
         # over the other classes, free of its own much larger term, which would cancel.
         margins = margins.scatter(1, index, margins.detach().gather(1, index))
-        values = torch.logsumexp(self.mu * self.phi(margins), 1) / self.mu
+        values = torch.logsumexp(mu * self.phi(margins), 1) / mu
         return values if ignored is None else values.masked_fill(ignored, 0.0)
 
     def _expected(self, logits: Tensor, probabilities: Tensor) -> Tensor:
@@ -202,11 +232,11 @@ class NegLog(LowerBound):
     confidently misclassified, where the gradient of cross-entropy is largest, it vanishes.
 
     Args:
-        mu: sharpness of the soft maximum, > 0 (the paper: 1).
+        mu: sharpness of the soft maximum, > 0 (the paper: 1), a number or a schedule; see `LowerBound`.
         ignore_index: label of examples that are ignored.
 
     Raises:
-        TypeError: `mu` is not a number.
+        TypeError: `mu` is neither a number nor a schedule.
         ValueError: `mu` is not positive and finite.
 
     Example:
@@ -218,21 +248,21 @@ class NegLog(LowerBound):
     """
 
     phi: Callable[[Tensor], Tensor] = field(init=False, repr=False, compare=False)
-    mu: float = 1.0
+    mu: float | Schedule = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "phi", _neg_log)
 
     def _labelled(self, logits: Tensor, labels: Tensor, ignore_index: int | None) -> Tensor:
-        if self.mu > _FAST_MU:
+        if self._mu > _FAST_MU:
             return super()._labelled(logits, labels, ignore_index)
         return cast(Tensor, _ClosedForm.apply(logits, labels, self, ignore_index))
 
     def _terms(self, margins: Tensor) -> tuple[Tensor, Tensor]:
         """Returns s = sigmoid(F - gamma) and u = exp(mu (phi - 1)) = s^mu."""
         s = margins.sub_(GAMMA).sigmoid_()
-        return s, s if self.mu == 1 else s.pow(self.mu)
+        return s, s if self.mu == 1 else s.pow(self._mu)
 
     def _rows(self, weight: Tensor, s: Tensor, u: Tensor) -> Tensor:
         """Phi' = 1 - s. Not weight s^(mu-1) s (1 - s), which is infinity times zero where s underflows and mu < 1.
@@ -252,12 +282,12 @@ class Tanh(LowerBound):
     The defaults are those of the paper; the authors' training script overrides its own mu = 10 with 1.
 
     Args:
-        mu: sharpness of the soft maximum, > 0 (the paper: 10).
+        mu: sharpness of the soft maximum, > 0 (the paper: 10), a number or a schedule; see `LowerBound`.
         alpha: slope of phi at 0, > 0 (the paper: 0.1).
         ignore_index: label of examples that are ignored.
 
     Raises:
-        TypeError: `mu` or `alpha` is not a number.
+        TypeError: `mu` is neither a number nor a schedule, or `alpha` is not a number.
         ValueError: `mu` or `alpha` is not positive and finite.
 
     Example:
@@ -269,7 +299,7 @@ class Tanh(LowerBound):
     """
 
     phi: Callable[[Tensor], Tensor] = field(init=False, repr=False, compare=False)
-    mu: float = 10.0
+    mu: float | Schedule = 10.0
     alpha: float = 0.1
 
     def __post_init__(self) -> None:
@@ -278,7 +308,7 @@ class Tanh(LowerBound):
         object.__setattr__(self, "phi", partial(_tanh, self.alpha))
 
     def _labelled(self, logits: Tensor, labels: Tensor, ignore_index: int | None) -> Tensor:
-        if self.mu > _FAST_MU:
+        if self._mu > _FAST_MU:
             return super()._labelled(logits, labels, ignore_index)
         return cast(Tensor, _ClosedForm.apply(logits, labels, self, ignore_index))
 
@@ -288,13 +318,166 @@ class Tanh(LowerBound):
         u is computed as 2^(c s - c). On a CPU sigmoid is several times cheaper than tanh, and a power of two than one
         of e.
         """
-        s, c = margins.mul_(2 * self.alpha).sigmoid_(), 2 * self.mu / math.log(2)
+        s, c = margins.mul_(2 * self.alpha).sigmoid_(), 2 * self._mu / math.log(2)
         return s, torch.rsub(s, -c, alpha=-c).exp2_()
 
     def _rows(self, weight: Tensor, s: Tensor, u: Tensor) -> Tensor:
         """Phi' = 4 alpha s (1 - s)."""
         slope = u * (weight * (4 * self.alpha))
         return _sigmoid_backward_out(slope, s, grad_input=slope)  # in place: memory is the cost
+
+
+@dataclass(frozen=True)
+class WrongClasses(LowerBound):
+    """A bound whose sum is over the wrong classes alone: Q without the label's own class.
+
+    Q = (1/mu) log sum over j != y of exp(mu phi(F_j)), with derivatives u_j phi'(F_j) / sum u for a wrong class j,
+    u_j = exp(mu phi(F_j)), and minus their sum for the label y. Q - log(K - 1)/mu is a lower bound of the 0-1 loss for
+    K classes; for two classes Q is phi(F), and a lower bound itself.
+
+    In the paper (Xie et al., 2024, https://arxiv.org/abs/2407.12993) and in the authors' code the label's own class is
+    in the sum. Its term is constant and outweighs all others on confident correct examples, so that their gradient
+    vanishes: no adversary climbs them. Without it the gradient of `NegLog` at the label tends to -1 there, whatever the
+    margin. With `margin` the loss of an example is multiplied by a weight
+
+        exp(-max(m, 0) / margin),    m = f_y - (largest logit of the wrong classes),
+
+    which is 1 for wrong examples and falls for correct ones with their distance from the decision boundary: the
+    adversary climbs those that it can flip. In the gradient the weight is a constant; it times (Q - log(K - 1)/mu) is a
+    lower bound too, because it is in [0, 1]. This class is this library's and not the paper's.
+
+    Args:
+        bound: the bound, whose phi, mu and `ignore_index` are used.
+        margin: margin of a correct example, in logits, at which its weight is 1/e, > 0. Default: no weights.
+
+    Raises:
+        TypeError: `bound` is not a `LowerBound`, or is a `WrongClasses` already, or `margin` is not a number.
+        ValueError: `margin` is not positive and finite.
+
+    Example:
+        >>> import torch
+        >>> from bisam import NegLog, WrongClasses
+        >>> logits = torch.tensor([[5.0, 0.0, 0.0]], requires_grad=True)    # a confident example
+        >>> for bound in (NegLog(), WrongClasses(NegLog())):
+        ...     (gradient,) = torch.autograd.grad(bound(logits, torch.tensor([0])).sum(), logits)
+        ...     print(f"{gradient[0, 0].item():.3f}")
+        -0.021
+        -0.996
+    """
+
+    phi: Callable[[Tensor], Tensor] = field(init=False, repr=False, compare=False)
+    mu: float | Schedule = field(init=False, repr=False, compare=False)
+    ignore_index: int = field(init=False, repr=False, compare=False)
+    bound: LowerBound = field(default=NegLog())
+    margin: float | None = None
+
+    def __post_init__(self) -> None:
+        instance("bound", self.bound, "a LowerBound such as NegLog() or Tanh()")
+        if not isinstance(cast(Any, self.bound), LowerBound) or isinstance(self.bound, WrongClasses):
+            raise TypeError(f"bound must be a LowerBound such as NegLog() or Tanh(), got {self.bound!r}")
+        if self.margin is not None:
+            positive("margin", self.margin)
+        for name in ("phi", "mu", "ignore_index"):
+            object.__setattr__(self, name, getattr(self.bound, name))
+
+    def at_step(self, step: int) -> LowerBound:
+        """Returns the bound of a training step, see `LowerBound.at_step`."""
+        bound = self.bound.at_step(step)
+        return self if bound is self.bound else WrongClasses(bound, self.margin)
+
+    def _labelled(self, logits: Tensor, labels: Tensor, ignore_index: int | None) -> Tensor:
+        ignored, index, reference = _of_labels(logits, labels, ignore_index)
+        margins, mu = logits - reference, self._mu
+        values = torch.logsumexp((mu * self.phi(margins)).scatter(1, index, -math.inf), 1) / mu
+        if self.margin is not None:
+            ahead = margins.detach().scatter(1, index, -math.inf).amax(1)  # -m
+            values = values * torch.exp(ahead.clamp_max(0) / self.margin)
+        return values if ignored is None else values.masked_fill(ignored, 0.0)
+
+
+@dataclass(frozen=True)
+class OBF:
+    """Output bias forgetting: (1 - alpha) CE(p, y) - CE(p, uniform), climbed by the adversary (Vani et al., 2024).
+
+    From "Forget Sharpness: Perturbed Forgetting of Model Biases Within SAM Dynamics",
+    https://arxiv.org/abs/2406.06700. The formula is that of the authors' code (BorealisAI/perturbed-forgetting on
+    GitHub, `loss/output_bias_forget.py`); of the paper only the abstract was read. With p the predicted probabilities,
+
+        alpha = gamma max(0, 1 - lam / p_y) / (1 - lam),
+
+    a constant in the gradient, which with respect to the logits is uniform - alpha p - (1 - alpha) onehot(y). Where the
+    label has a low probability the logits are moved from the label to all classes alike, whatever the prediction; where
+    it has a high one (and gamma is 1) the prediction is moved to the uniform one. Unlike that of cross-entropy the
+    gradient of confident correct examples does not vanish. The loss is no bound of the 0-1 loss, and may be negative.
+
+    The authors' script has gamma 1 for SAM and GSAM on ViTs, and 1e-12, which is 0, for ResNets, for ASAM and for
+    fine-tuning; lam is 1 over the number of classes; p is of sigmoids.
+
+    Args:
+        gamma: weight of the prediction, in [0, 1].
+        lam: probability of the label below which alpha is 0, in [0, 1). Default: 1/K.
+        sigmoid: whether p is a sigmoid of each logit and CE the sum of binary cross-entropies over the classes, as in
+            the authors' script. Default: the softmax, their other choice.
+        ignore_index: label of examples that are ignored.
+
+    Raises:
+        TypeError: `gamma` or `lam` is not a number.
+        ValueError: `gamma` or `lam` is outside its range.
+
+    Example:
+        >>> import torch
+        >>> from bisam import OBF, SAM
+        >>> OBF()(torch.zeros(1, 4), torch.tensor([0]))    # a prediction that is uniform already: 0 in gradient too
+        tensor([0.])
+        >>> forgetting = SAM(0.1, ascent=OBF())
+    """
+
+    gamma: float = 1.0
+    lam: float | None = None
+    sigmoid: bool = False
+    ignore_index: int = field(default=-100, kw_only=True)
+
+    def __post_init__(self) -> None:
+        share("gamma", self.gamma, zero=True)
+        if self.lam is not None:
+            share("lam", self.lam, zero=True, one=False)
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Returns the loss per example, in float32 or a wider type; zero where a label is `ignore_index`.
+
+        Args:
+            outputs: logits (N, K), (N, K, d1, ...) or (K,), K >= 2.
+            targets: int64 labels (N,), (N, d1, ...) or (); or class probabilities of the shape of `outputs`, for which
+                the loss is the expectation over the label.
+
+        Raises:
+            TypeError: `outputs` or `targets` have the wrong type.
+            ValueError: their shapes do not match, K < 2, a label is outside [0, K), or floating-point targets are not
+                class probabilities.
+        """
+        return _of_classes(self, outputs, targets, check.IN_TORCH)
+
+    def _labelled(self, logits: Tensor, labels: Tensor, ignore_index: int | None) -> Tensor:
+        ignored, index, _ = _of_labels(logits, labels, ignore_index)
+        costs = self._costs(logits)
+        values = (self._weights(logits) * costs).gather(1, index).squeeze(1) - costs.mean(1)
+        return values if ignored is None else values.masked_fill(ignored, 0.0)
+
+    def _expected(self, logits: Tensor, probabilities: Tensor) -> Tensor:
+        costs = self._costs(logits)
+        return (probabilities * self._weights(logits) * costs).sum(1) - probabilities.sum(1) * costs.mean(1)
+
+    def _costs(self, logits: Tensor) -> Tensor:
+        """Returns the cross-entropy for each class as the label; their mean is that for the uniform distribution."""
+        return F.softplus(logits).sum(1, keepdim=True) - logits if self.sigmoid else -F.log_softmax(logits, 1)
+
+    @torch.no_grad()
+    def _weights(self, logits: Tensor) -> Tensor:
+        """Returns 1 - alpha for each class as the label."""
+        lam = 1 / logits.shape[1] if self.lam is None else self.lam
+        p = logits.sigmoid() if self.sigmoid else logits.softmax(1)
+        surplus = 1 - lam / p if lam else torch.ones_like(p)  # not 0 / p, where p has become 0
+        return 1 - surplus.clamp_min(0) * (self.gamma / (1 - lam))
 
 
 @dataclass(frozen=True)
@@ -331,6 +514,11 @@ class Binary:
         if not isinstance(cast(Any, self.bound), LowerBound):
             raise TypeError(f"bound must be a LowerBound such as NegLog() or Tanh(), got {self.bound!r}")
 
+    def at_step(self, step: int) -> Binary:
+        """Returns the bound of a training step, see `LowerBound.at_step`."""
+        bound = self.bound.at_step(step)
+        return self if bound is self.bound else Binary(bound)
+
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Returns Q per label, of the shape of `outputs` and in float32 or a wider type.
 
@@ -361,6 +549,12 @@ Bound = LowerBound | Binary
 """A bound of the 0-1 loss: of classes, or of labels."""
 
 
+def at_step(objective: Objective, step: int) -> Objective:
+    """Returns the objective of a training step: what its method `at_step` returns, or itself without one."""
+    of_step = getattr(objective, "at_step", None)
+    return objective if of_step is None else of_step(step)
+
+
 def count(losses: Tensor, targets: Any, objective: Objective) -> Count:
     """Returns the number of losses that count: those whose target is not the objective's `ignore_index`, if it has one.
 
@@ -381,6 +575,23 @@ def mean(losses: Tensor, counted: Count) -> Tensor:
     if losses.dim() == 0:
         return losses
     return losses.mean() if isinstance(counted, int) else losses.sum() / counted.clamp_min(1)
+
+
+def _of_classes(objective: LowerBound | OBF, outputs: Tensor, targets: Tensor, elsewhere: check.Elsewhere) -> Tensor:
+    """Checks outputs and targets of an objective of classes and returns its values."""
+    classes, soft = check.types(outputs, targets), targets.is_floating_point()
+    if classes < 2 or not check.fits(outputs, targets):
+        raise check.mismatch(outputs, targets, elsewhere)
+    if soft:
+        check.probabilities(targets, elsewhere)
+    logits, one = _wide(outputs), outputs.dim() == 1
+    if one:
+        logits, targets = logits.unsqueeze(0), targets.unsqueeze(0)
+    if soft:
+        values = objective._expected(logits, targets)
+    else:
+        values = _in_range(objective._labelled, logits, targets, objective.ignore_index)
+    return values.squeeze(0) if one else values
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -411,7 +622,7 @@ class _ClosedForm(torch.autograd.Function):
         total = u.sum(1)
         ctx.bound = bound
         ctx.save_for_backward(logits, index, ignored, s, u, total)
-        values = torch.rsub(total.log(), 1.0, alpha=-1 / bound.mu)
+        values = torch.rsub(total.log(), 1.0, alpha=-1 / bound._mu)
         return values if ignored is None else values.masked_fill_(ignored, 0.0)
 
     @staticmethod

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from bisam.batches import Batch
 from bisam.evaluation import Evaluation
-from bisam.objectives import Count, Objective
+from bisam.objectives import Count, Objective, at_step
 from bisam.vector import Vector
 
 
@@ -206,6 +206,15 @@ class Oracle(ABC):
         """
         return values
 
+    def over_ranks(self, values: Tensor) -> Tensor | None:
+        """Returns the mean of values over all ranks that train the same weights, whatever the scope.
+
+        For a state that must be the same on all of them. They make the call together. It is None if they do not wait
+        for each other in this step, as in the contexts `no_sync()` and `join()` of DistributedDataParallel; replicas
+        without such a wrapper are not known, and the values are those of this rank.
+        """
+        return values
+
     def agree(self, what: str, number: int) -> None:  # noqa: B027 - one rank agrees with itself
         """Checks that all ranks that share a batch have the same `number` of `what`.
 
@@ -350,6 +359,10 @@ class View(Oracle):
         """See `Oracle.gathered`."""
         return self._oracle.gathered(values)
 
+    def over_ranks(self, values: Tensor) -> Tensor | None:
+        """See `Oracle.over_ranks`."""
+        return self._oracle.over_ranks(values)
+
     def agree(self, what: str, number: int) -> None:
         """See `Oracle.agree`."""
         self._oracle.agree(what, number)
@@ -364,6 +377,8 @@ class View(Oracle):
 
     def _seen_below(self, query: Query) -> Query:
         """Translates a query for the underlying oracle; takes the displacement out of `query`."""
+        if query.objective is not None and (objective := at_step(query.objective, self.step)) is not query.objective:
+            query = replace(query, objective=objective, at=query.take())  # of the step of this part of the method
         if self._by is None and not self._never_track:
             return query
         track = False if self._never_track else query.track

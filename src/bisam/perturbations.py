@@ -39,12 +39,14 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor
 
-from bisam import schedules
-from bisam.objectives import Binary, CrossEntropy, LowerBound
+from bisam import objectives, schedules
+from bisam.evaluation import Evaluation
+from bisam.objectives import OBF, Binary, CrossEntropy, LowerBound, Objective
 from bisam.oracle import Oracle
-from bisam.schedules import Radius
+from bisam.schedules import FlipRate, Radius
 from bisam.validation import instance, non_negative, portion, positive, share
 from bisam.vector import TINY, Vector
 
@@ -84,11 +86,11 @@ class L2:
     rho: Radius
 
     def __post_init__(self) -> None:
-        schedules.check("rho", self.rho)
+        _check_rho(self.rho)
 
     def __call__(self, gradient: Vector, oracle: Oracle) -> Vector:
         """Returns the displacement of length rho along `gradient`."""
-        return gradient * (schedules.at(self.rho, oracle.step) / (gradient.norm() + TINY))
+        return gradient * (_present(self.rho, oracle) / (gradient.norm() + TINY))
 
     def part(self, oracle: Oracle, among: Part) -> Part:
         """See `needed`."""
@@ -129,12 +131,12 @@ class Adaptive:
     where: Callable[[str, Tensor], bool] | None = None
 
     def __post_init__(self) -> None:
-        schedules.check("rho", self.rho)
+        _check_rho(self.rho)
         non_negative("eta", self.eta)
 
     def __call__(self, gradient: Vector, oracle: Oracle) -> Vector:
         """Returns the displacement that has length rho in the metric of T."""
-        rho = schedules.at(self.rho, oracle.step)
+        rho = _present(self.rho, oracle)
         t = oracle.weights.abs()
         if self.eta:
             t = t + self.eta
@@ -208,7 +210,7 @@ def geometry(value: Perturbation | Radius) -> Perturbation:
     """
     if is_radius(value):
         return L2(cast(Radius, value))
-    if isinstance(value, LowerBound | Binary | CrossEntropy):
+    if isinstance(value, LowerBound | Binary | CrossEntropy | OBF):
         raise TypeError(f"perturb must be a radius or a perturbation such as L2(0.05), got the objective {value!r}")
     instance("perturb", value, "a radius such as 0.05, or a perturbation such as L2(0.05)")
     return cast(Perturbation, value)
@@ -231,6 +233,43 @@ def needed(perturb: Perturbation, oracle: Oracle, among: Part = None) -> Part:
     """
     part = getattr(perturb, "part", None)
     return None if part is None else part(oracle, among)
+
+
+def follows_flips(perturb: Perturbation | Radius) -> bool:
+    """Whether a radius in a perturbation is a `FlipRate`, to which `learn` must report the flips of each step."""
+    inner = getattr(perturb, "perturb", None)
+    return isinstance(getattr(perturb, "rho", None), FlipRate) or (inner is not None and follows_flips(inner))
+
+
+def learn(perturb: Perturbation, correct: Tensor, answer: Evaluation, oracle: Oracle) -> None:
+    """Reports to the radius in a perturbation which predictions the step has flipped.
+
+    Args:
+        perturb: a perturbation for which `follows_flips`.
+        correct: whether each prediction at the weights was right, `Evaluation.correct`.
+        answer: the answer of a query for the same examples at the displaced weights.
+        oracle: the oracle that the perturbation was called with.
+    """
+    dtype, device = torch.promote_types(answer.value.dtype, torch.float32), oracle.weights.tensors[0].device
+    flipped = (correct & ~answer.correct).sum(dtype=dtype)
+    counted = objectives.count(correct, answer.targets, cast(Objective, answer.objective))
+    _learn(perturb, torch.stack([flipped, flipped.new_zeros(()) + counted]).to(device), oracle)
+
+
+def _learn(perturb: Any, flips: Tensor, oracle: Oracle) -> None:
+    if isinstance(rho := getattr(perturb, "rho", None), FlipRate):
+        rho.learn(oracle.state, flips, oracle.over_ranks)
+    else:
+        _learn(perturb.perturb, flips, oracle.within("perturb"))
+
+
+def _check_rho(rho: Any) -> None:
+    if not isinstance(rho, FlipRate):
+        schedules.check("rho", rho)
+
+
+def _present(rho: Radius, oracle: Oracle) -> float | Tensor:
+    return rho.now(oracle.state) if isinstance(rho, FlipRate) else schedules.at(rho, oracle.step)
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,11 @@
     >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
     >>> gsam = L2(Follow(optimizer, high=0.6, low=0.1))            # follows the learning rate, as in GSAM
     >>> late = LossEquated(Cosine(0.1, 0.0, steps=2_000, begin=8_000))    # constant, then to 0 over 2,000 steps
+    >>> flips = L2(FlipRate(0.06))                                 # the radius that flips 6 % of the predictions
 
 A schedule is any callable from a step to a radius. A step is a call of the method that the schedule belongs to: under
-gradient accumulation each micro-batch is a step, and inside `Every(5, ...)` every fifth of them.
+gradient accumulation each micro-batch is a step, and inside `Every(5, ...)` every fifth of them. The parameter mu of
+the bounds in `bisam.objectives` may be a schedule too.
 """
 
 from __future__ import annotations
@@ -17,12 +19,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
 
-from bisam.validation import non_negative, shown, whole
+from bisam.validation import non_negative, positive, share, shown, whole
 
 Schedule = Callable[[int], float | Tensor]
 """A function from a step to a value, which is a number or a 0-dimensional tensor."""
@@ -203,3 +205,113 @@ class Follow:
     @property
     def _group(self) -> dict[str, Any]:
         return self.optimizer.param_groups[0]
+
+
+@dataclass(frozen=True)
+class FlipRate:
+    """A radius that follows the share of the examples whose prediction the ascent step flips: a controller.
+
+    An example is flipped if it is classified correctly at the weights w and wrongly at w + e. A method makes forward
+    passes at both points anyway, so that the controller adds no pass. After each step
+
+        rho <- rho exp(gain (1 - rate / target)), within [low, high],
+
+    where `rate` is the share of flipped examples in the step, of all examples that count. The radius therefore rises
+    while fewer examples are flipped than `target` and falls while more are. It replaces the choice of a radius by that
+    of a rate. This controller is this library's.
+
+    The radius is a part of the state of the method: checkpoints contain it, and a step whose gradient is not finite
+    leaves it as it was. All ranks that train the same weights have the same radius, because the rate is that of their
+    batches together. In the context `no_sync()` of DistributedDataParallel ranks do not wait for each other: the flips
+    are added up, and the radius changes in the next call outside of it. In the context `join()` it does not change.
+    Without such a context each micro-batch of gradient accumulation is a step, and changes it.
+
+    It is the radius of an `L2` or `Adaptive`, alone or inside of other perturbations, in `SAM` (also as `BiSAM` and
+    `ASAM`), alone or in `RSAM`, `Every` and `During`. Methods that do not compare predictions at w and w + e refuse it,
+    and so do `MSAM` and `KSAM`. It needs class labels (int64).
+
+    Args:
+        target: share of the examples to be flipped, in (0, 1).
+        start: radius at the first step, > 0.
+        gain: speed of the change, > 0: a step without flips multiplies the radius by exp(gain). The rate of a single
+            batch is noisy; the radius averages it over about 1 / gain steps.
+        low: smallest radius, > 0.
+        high: largest radius.
+
+    Raises:
+        TypeError: an argument is not a number.
+        ValueError: an argument is outside its range, or not low <= start <= high.
+
+    Example:
+        >>> import torch
+        >>> from bisam import SAM, SharpnessAware, cross_entropy
+        >>> _ = torch.manual_seed(0)
+        >>> x, y = torch.randn(256, 4), torch.arange(256) % 3
+        >>> sharp = SharpnessAware(torch.nn.Linear(4, 3), SAM(FlipRate(0.1)), cross_entropy, stats=True)
+        >>> for _ in range(100):
+        ...     sharp(x, y).backward()    # without an optimizer: the weights stay, the radius changes
+        >>> bool(sharp.stats.displacement_norm > 0.1)
+        True
+    """
+
+    target: float
+    start: float = 0.05
+    gain: float = 0.05
+    low: float = 1e-4
+    high: float = 10.0
+    stateful: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        share("target", self.target, one=False)
+        for name in ("start", "gain", "low", "high"):
+            positive(name, getattr(self, name))
+        if not self.low <= self.start <= self.high:
+            raise ValueError(f"start must be between low and high, got {self.start} for [{self.low}, {self.high}]")
+
+    def __call__(self, step: int) -> NoReturn:
+        """Refuses: the value does not depend on the step alone.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            f"{self} has no value at a step: its radius depends on the flips of earlier steps. It is the radius of L2 "
+            "or Adaptive in SAM, BiSAM or ASAM, as in SAM(L2(FlipRate(0.06))); elsewhere use a number or another "
+            "schedule"
+        )
+
+    def now(self, state: dict[str, Any]) -> float | Tensor:
+        """Returns the radius of the present step.
+
+        Args:
+            state: the state of the perturbation, `oracle.state`.
+
+        Raises:
+            ValueError: the method has not reported the flips of the last call to `learn`.
+        """
+        if state.get("waits", False):
+            raise ValueError(
+                f"{self} has not learned which examples the last step flipped, so that its radius would stay the same: "
+                "use it in SAM, BiSAM or ASAM, which compare the predictions at w and w + e"
+            )
+        state["waits"] = True
+        return state.get("rho", self.start)
+
+    def learn(self, state: dict[str, Any], flips: Tensor, over_ranks: Callable[[Tensor], Tensor | None]) -> None:
+        """Changes the radius for the next step.
+
+        Args:
+            state: the state of the perturbation, `oracle.state`.
+            flips: the number of flipped examples and the number of examples that count, (2,).
+            over_ranks: returns the mean of a tensor over the ranks that train the same weights, or None if they do not
+                wait for each other in this call; see `Oracle.over_ranks`.
+        """
+        state.pop("waits", None)
+        rho = state["rho"] if "rho" in state else flips.new_full((), self.start)
+        flips = flips + state["flips"] if "flips" in state else flips
+        mean = over_ranks(flips)
+        if mean is not None:
+            factor = torch.exp(self.gain * (1 - mean[0] / mean[1] / self.target))
+            rho = torch.where(mean[1] > 0, (rho * factor).clamp(self.low, self.high), rho)
+            flips = torch.zeros_like(flips)
+        state["rho"], state["flips"] = rho, flips

@@ -289,7 +289,7 @@ ENTRIES = (
     "RandomMask-entry RandomMask-friendly ESAM-entry-tanh ZSharp ZSharp-log ZScore-adaptive FisherSAM "
     "FisherMask-friendly-log SSAMF SSAMF-log SSAMF-descent SSAMD DropGrow-settling-log During BSAM BSAM-log RSAM "
     "RSAM-plain-adaptive KSAM-RSAM-EBiSAM Every-other-LookSAM RandomMask-only-adaptive Only-RandomMask-adaptive "
-    "SAMPa-asam SAMDB-log"
+    "SAMPa-asam SAMDB-log FlipRate-every-friendly-adaptive-log"
 )
 """Methods that treat single entries, of which a complex number is one; test_references.py has their formulas."""
 

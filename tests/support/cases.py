@@ -27,6 +27,7 @@ from bisam import (
     LESAM,
     MESA,
     MSAM,
+    OBF,
     RAPP,
     RSAM,
     SAF,
@@ -59,12 +60,13 @@ from bisam import (
     Tanh,
     VaSSO,
     Vector,
+    WrongClasses,
     ZSharp,
     next_step,
 )
 from bisam.masks import DropGrow, FisherMask, RandomMask
 from bisam.perturbations import L2, Adaptive, Friendly, LossEquated, NormLayers, Smoothed, ZScore
-from bisam.schedules import Cosine, Follow, Linear, Warmup
+from bisam.schedules import Cosine, FlipRate, Follow, Linear, Warmup
 from tests.support import references
 
 CLASSES = 4
@@ -218,6 +220,34 @@ FAMILY: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], references.Twin]
     "SAM": (lambda o: SAM(L2(0.1)), references.climbing(B, CE, CE)),
     "SAM-descent": (lambda o: SAM(L2(0.1), Tanh(), NegLog()), references.climbing(B, TANH, LOG)),
     "BiSAM": (lambda o: BiSAM(0.1), references.climbing(B, LOG, CE)),
+    # Other adversaries.
+    "BiSAM-rising": (
+        lambda o: BiSAM(0.1, NegLog(Linear(0.5, 4.0, steps=8, begin=3))),
+        references.of_step(
+            lambda n: references.climbing(
+                B, partial(references.q, references.phi_log, 0.5 + 3.5 * min(max((n - 3) / 8, 0), 1)), CE
+            )
+        ),
+    ),
+    "WrongClasses": (
+        lambda o: SAM(L2(0.1), WrongClasses(NegLog(2.0), margin=0.7)),
+        references.climbing(B, partial(references.q_wrong, references.phi_log, 2.0, 0.7), CE),
+    ),
+    "OBF": (lambda o: SAM(L2(0.1), OBF(0.8)), references.climbing(B, partial(references.obf, 0.8, 0.25, False), CE)),
+    "FlipRate": (
+        lambda o: SAM(FlipRate(0.2, start=0.02, gain=0.3, high=0.3)),
+        references.flip_rate(references.l2, CE, CE, target=0.2, start=0.02, gain=0.3, high=0.3),
+    ),
+    "FlipRate-every-friendly-adaptive-log": (
+        lambda o: Every(2, SAM(Friendly(Adaptive(FlipRate(0.1, start=0.4, gain=0.5))), NegLog())),
+        references.every(
+            2,
+            references.flip_rate(
+                lambda rho: references.friendly(references.adaptive(rho), 1.0, 0.9), LOG, CE, 0.1, 0.4, 0.5, 10.0
+            ),
+            references.erm(CE),
+        ),
+    ),
     "MultiStepSAM": (lambda o: MultiStepSAM(L2(0.1), steps=3), references.multi_step(B, CE, CE, 3)),
     "MultiStepSAM-tanh": (lambda o: MultiStepSAM(L2(0.1), Tanh(), NegLog()), references.multi_step(B, TANH, LOG, 2)),
     "MultiStepSAM-adaptive": (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from math import ceil, cos, e as euler, inf, log, pi
+from math import ceil, cos, e as euler, exp, inf, log, pi
 from typing import Any
 
 import torch
@@ -30,6 +30,28 @@ def phi_log(x: Tensor) -> Tensor:
 
 def phi_tanh(alpha: float) -> Callable[[Tensor], Tensor]:
     return lambda x: torch.tanh(alpha * x)
+
+
+def q_wrong(phi: Callable[[Tensor], Tensor], mu: float, margin: float | None, logits: Tensor, labels: Tensor) -> Tensor:
+    """The same sum over the wrong classes alone, example by example, times a weight of the margin."""
+    values = []
+    for row, y in zip(logits, labels.tolist(), strict=True):
+        wrong = [row[j] for j in range(len(row)) if j != y]
+        terms = [mu * phi(z - row[y]) for z in wrong]
+        top = max(term.item() for term in terms)  # exp of it may be 0
+        value = (top + torch.stack([torch.exp(term - top) for term in terms]).sum().log()) / mu
+        lead = row[y].item() - max(z.item() for z in wrong)
+        values.append(value if margin is None else value * exp(-max(lead, 0.0) / margin))
+    return torch.stack(values)
+
+
+def obf(gamma: float, lam: float, sigmoid: bool, logits: Tensor, labels: Tensor) -> Tensor:
+    """Vani et al., 2024: a linear function of the logits whose gradient is that of the authors' code, as a formula."""
+    k = logits.shape[1]
+    p = (torch.sigmoid(logits) if sigmoid else logits.exp() / logits.exp().sum(1, keepdim=True)).detach()
+    right = torch.eye(k, dtype=logits.dtype)[labels]
+    alpha = gamma * ((1 - lam / p) / (1 - lam)).clamp(min=0)[right > 0][:, None]
+    return ((1 / k - alpha * p - (1 - alpha) * right) * logits).sum(1)
 
 
 def flat(model: nn.Module) -> Tensor:
@@ -252,6 +274,27 @@ def erm(loss: Loss) -> Twin:
 
 def climbing(climb: Climb, ascent: Loss, descent: Loss) -> Twin:
     return lambda w, s: s.grad(w + climb(s.grad(w, ascent), w, s), descent)
+
+
+def of_step(make: Callable[[int], Twin]) -> Twin:
+    """A twin that depends on the number of the step."""
+    return lambda w, s: make(s.number)(w, s)
+
+
+def flip_rate(
+    climb: Callable[[float], Climb], ascent: Loss, descent: Loss, target: float, start: float, gain: float, high: float
+) -> Twin:
+    """A radius that is multiplied after each step, and predictions that are compared one by one."""
+
+    def twin(w: Tensor, s: Step) -> Tensor:
+        rho = s.memory.setdefault("rho", start)
+        at = w + climb(rho)(s.grad(w, ascent), w, s.part("climb"))
+        there, here = (s.outputs(v).argmax(1).tolist() for v in (at, w))
+        flipped = [a == y != b for a, b, y in zip(here, there, s.batch[1].tolist(), strict=True)]
+        s.memory["rho"] = min(high, rho * exp(gain * (1 - sum(flipped) / len(flipped) / target)))
+        return s.grad(at, descent)
+
+    return twin
 
 
 def multi_step(climb: Climb, ascent: Loss, descent: Loss, n: int) -> Twin:

@@ -68,8 +68,17 @@ def replicas_of(inside: Sequence[Any]) -> list[Any]:
 
     None in the contexts `no_sync()` and `join()`, where some replicas may make no call.
     """
+    return [ddp for ddp in _wrappers_of(inside) if ddp.require_backward_grad_sync and not _joins(ddp)]
+
+
+def apart(inside: Sequence[Any]) -> bool:
+    """Whether a wrapper as in `replicas_of` does not average the gradients of this call: `no_sync()`, or `join()`."""
+    return len(replicas_of(inside)) < len(_wrappers_of(inside))
+
+
+def _wrappers_of(inside: Sequence[Any]) -> list[Any]:
     wrappers = list(inside) or [cast(Any, DistributedDataParallel._get_active_ddp_module())]
-    return [ddp for ddp in wrappers if ddp is not None and ddp.require_backward_grad_sync and not _joins(ddp)]
+    return [ddp for ddp in wrappers if ddp is not None]
 
 
 def _joins(ddp: Any) -> bool:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from bisam.distributed import failures
-from bisam.distributed.ddp import BufferBroadcasts, check_join, communicating, replicas_of
+from bisam.distributed.ddp import BufferBroadcasts, apart, check_join, communicating, replicas_of
 from bisam.distributed.fsdp import FSDPModules, accumulation_hooks
 from bisam.distributed.layout import ReplicatedLayout, ShardedLayout, local
 from bisam.distributed.peers import Peers, position
@@ -97,6 +97,10 @@ class Local:
         """Returns values (n, ...) of all ranks that share the batch, in the order of the ranks."""
         return values
 
+    def over_ranks(self, values: Tensor) -> Tensor | None:
+        """Returns the mean of values over all ranks that train the same weights; see `Oracle.over_ranks`."""
+        return values
+
     def agree(self, what: str, number: int) -> None:
         """Checks that all ranks that share a batch have the same `number` of `what`.
 
@@ -130,10 +134,19 @@ class Replica(Local):
         broadcasts: the broadcasts of buffers in the forward passes.
         waiting: the ranks that wait for each other in every forward pass (SyncBatchNorm); None if no rank waits.
         replicas: see `Local`.
+        apart: whether there are replicas that average no gradients in this call, as under `no_sync()`.
     """
 
-    def __init__(self, broadcasts: BufferBroadcasts, waiting: Peers | None, replicas: Peers | None) -> None:
-        self._broadcasts, self._waiting, self.replicas = broadcasts, waiting, replicas
+    def __init__(
+        self, broadcasts: BufferBroadcasts, waiting: Peers | None, replicas: Peers | None, apart: bool = False
+    ) -> None:
+        self._broadcasts, self._waiting, self.replicas, self._apart = broadcasts, waiting, replicas, apart
+
+    def over_ranks(self, values: Tensor) -> Tensor | None:
+        """See `Local.over_ranks`."""
+        if self._apart:
+            return None
+        return values if self.replicas is None else self.replicas.mean([values])[0]
 
     def agree(self, what: str, number: int) -> None:
         """See `Local.agree`; checks the ranks that wait for each other in every forward pass."""
@@ -172,6 +185,10 @@ class Replicated(Local):
     def gathered(self, values: Tensor) -> Tensor:
         """See `Local.gathered`."""
         return self._peers.gathered(values)
+
+    def over_ranks(self, values: Tensor) -> Tensor | None:
+        """See `Local.over_ranks`."""
+        return self._peers.mean([values])[0]
 
     def agree(self, what: str, number: int) -> None:
         """See `Local.agree`."""
@@ -241,6 +258,10 @@ class FullySharded(Local):
         """See `Local.gathered`."""
         return values if self._peers is None else self._peers.gathered(values)
 
+    def over_ranks(self, values: Tensor) -> Tensor | None:
+        """See `Local.over_ranks`."""
+        return values if self._peers is None else self._peers.mean([values])[0]
+
     def agree(self, what: str, number: int) -> None:
         """See `Local.agree`."""
         if self._peers is not None:
@@ -291,8 +312,8 @@ def place(model: nn.Module, parameters: Sequence[Tensor], fsdp_modules: Sequence
         return FullySharded(FSDPModules(fsdp_modules), None, peers)
     if peers is not None:
         return Replicated(peers, BufferBroadcasts(inside))
-    wrappers = replicas_of(inside)
-    if not (inside or norms or wrappers):
+    wrappers, separate = replicas_of(inside), apart(inside)
+    if not (inside or norms or wrappers or separate):
         return _LOCAL
     waiting, replicas = (Peers.of(modules, parameters) if modules else None for modules in (norms, wrappers))
-    return Replica(BufferBroadcasts(inside), waiting, replicas)
+    return Replica(BufferBroadcasts(inside), waiting, replicas, separate)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bisam.batches import Batch
 from bisam.evaluation import Evaluation
 from bisam.methods.sam import SAM
-from bisam.objectives import Bound, NegLog, count, mean
+from bisam.objectives import Bound, NegLog, at_step, count, mean
 from bisam.oracle import Oracle, Query
 from bisam.perturbations import L2, Perturbation
 from bisam.schedules import Radius
@@ -57,11 +57,11 @@ class GSAM(SAM):
 
 
 def GBiSAM(rho: Perturbation | Radius = 0.05, bound: Bound = NegLog(), alpha: float = 0.4) -> GSAM:  # noqa: B008
-    """GSAM whose adversary climbs a lower bound of the 0-1 loss; the gap is that of the training loss.
+    """GSAM whose adversary climbs the bound of BiSAM; the gap is that of the training loss.
 
     Args:
         rho: a radius >= 0 (a number or a schedule), or a perturbation such as `Adaptive(2.0)`.
-        bound: the lower bound: `NegLog()` or `Tanh()`, or `Binary()` for one logit per label.
+        bound: the bound, see `BiSAM`: `NegLog()` or `Tanh()`, or `Binary()` for one logit per label.
         alpha: weight of the gap, >= 0; 0 is BiSAM.
 
     Raises:
@@ -228,7 +228,7 @@ class FunctionalSAM(SAM):
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
         """Makes two queries; reports the loss at the weights."""
         g = oracle.query(batch, self.ascent, wrt=self.part(oracle))
-        loss = self.descent or oracle.loss
+        loss = at_step(self.descent or oracle.loss, oracle.step)
         e, plain = self.displacement(g.gradient, oracle), g.under(loss)
         del g  # frees its gradient
         answer = oracle.query(batch, _Tangent.of(plain), at=e)

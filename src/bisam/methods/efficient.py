@@ -14,7 +14,7 @@ from bisam.batches import Batch, examples, largest, size, take
 from bisam.evaluation import Evaluation
 from bisam.masks import RandomMask, top
 from bisam.methods.sam import SAM, looks
-from bisam.objectives import Bound, NegLog, Objective
+from bisam.objectives import Bound, NegLog, Objective, at_step
 from bisam.oracle import Oracle, Query
 from bisam.perturbations import L2, Perturbation, geometry, is_radius
 from bisam.schedules import Radius
@@ -72,7 +72,7 @@ class ESAM(SAM):
         e, before = self.displacement(g.gradient, oracle), replace(g, grad=None)
         del g  # frees its gradient
         if selects:
-            select = self.select or oracle.loss
+            select = at_step(self.select or oracle.loss, oracle.step)
             before = before.under(select).per_example
             rise = oracle.query(batch, select, at=e, grad=False).per_example - before
             batch = largest(rise, max(1, int(len(rise) * self.gamma) - 1), batch)
@@ -90,14 +90,14 @@ def EBiSAM(
     gamma: float = 0.5,
     select: Objective | None = None,
 ) -> ESAM:
-    """Efficient BiSAM: ESAM whose adversary climbs a lower bound of the 0-1 loss (Xie et al., 2024).
+    """Efficient BiSAM: ESAM whose adversary climbs the bound of BiSAM (Xie et al., 2024).
 
     Source: https://arxiv.org/abs/2407.12993. The pseudocode, and the loss that selects the examples, were not found in
     a public source; the default is the training loss, as in ESAM.
 
     Args:
         rho: a radius >= 0 (a number or a schedule), or a perturbation of the part that `RandomMask` draws.
-        bound: the lower bound: `NegLog()` or `Tanh()`, or `Binary()` for one logit per label.
+        bound: the bound, see `BiSAM`: `NegLog()` or `Tanh()`, or `Binary()` for one logit per label.
         beta: probability that a tensor is perturbed, in (0, 1].
         gamma: see `ESAM`.
         select: see `ESAM`.

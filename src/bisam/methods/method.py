@@ -7,7 +7,10 @@ declared is False:
     data_dependent    its number of forward passes depends on the data
     concurrent        the gradients of a step do not depend on each other: devices can compute them at once
     indexed           it needs the numbers of the examples, the keyword argument `indices` of a call
+    counts_flips      it reports the flips of each step to a radius that follows them, `FlipRate`
     transparent       it wraps another method, its field `method`, and keeps no state of its own
+
+A subclass inherits `counts_flips` only if it inherits `__call__` and `climb` too.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from typing import Any, Protocol
 from bisam.batches import Batch
 from bisam.evaluation import Evaluation
 from bisam.oracle import Oracle
+from bisam.schedules import FlipRate
 
 
 class Method(Protocol):
@@ -34,17 +38,38 @@ OLDER_NAMES: dict[str, str] = {}
 
 def stateful(value: Any) -> str | None:
     """Returns the name of the first stateful class in a nest of methods and perturbations, or None."""
-    return _having("stateful", value)
+    return _having("stateful", unwrapped(value))
 
 
 def data_dependent(value: Any) -> str | None:
     """Returns the name of the first class in a nest whose number of forward passes depends on the data, or None."""
-    return _having("data_dependent", value)
+    return _having("data_dependent", unwrapped(value))
 
 
 def indexed(value: Any) -> str | None:
     """Returns the name of the first class in a nest that needs the keyword argument `indices` of a call, or None."""
     return _having("indexed", unwrapped(value))
+
+
+def follows_flips(value: Any, *, uncounted: bool = False) -> bool:
+    """Whether a nest of methods and perturbations has a radius that is a `FlipRate`.
+
+    Args:
+        value: the nest.
+        uncounted: whether only those count to which no method around them reports the flips (the trait `counts_flips`).
+    """
+    value = unwrapped(value)
+    if isinstance(value, FlipRate):
+        return True
+    if uncounted and _counts_flips(type(value)):
+        return False
+    parts = [getattr(value, f.name) for f in fields(value)] if is_dataclass(value) else []
+    return any(follows_flips(part, uncounted=uncounted) for part in parts)
+
+
+def _counts_flips(kind: type) -> bool:
+    owners = (next((c for c in kind.__mro__ if name in vars(c)), object) for name in ("__call__", "climb"))
+    return all("counts_flips" in vars(owner) for owner in owners)
 
 
 def unwrapped(method: Any) -> Any:

@@ -6,7 +6,7 @@
     >>> from bisam.perturbations import Friendly
     >>> SAM(0.1)                                          # a number is a radius: L2(0.1)
     SAM(perturb=L2(rho=0.1), ascent=None, descent=None)
-    >>> bisam_tanh = SAM(0.1, ascent=Tanh())              # the adversary climbs a lower bound of the 0-1 loss
+    >>> bisam_tanh = SAM(0.1, ascent=Tanh())              # the adversary climbs BiSAM's bound of the 0-1 loss
     >>> abisam = SAM(Adaptive(0.5, eta=0.01), ascent=NegLog())
     >>> unnamed = SAM(Friendly(Adaptive(2.0)), ascent=NegLog())    # any combination
     >>> three_steps = MultiStepSAM(L2(0.1), steps=3)
@@ -15,7 +15,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import cast
+from typing import ClassVar, cast
 
 from bisam.batches import Batch
 from bisam.evaluation import Evaluation
@@ -32,7 +32,9 @@ from bisam.perturbations import (
     Perturbation,
     Smoothed,
     ZScore,
+    follows_flips,
     geometry,
+    learn,
     needed,
 )
 from bisam.schedules import Radius
@@ -90,15 +92,21 @@ class SAM:
     perturb: Perturbation | Radius = field(default=L2(0.05))
     ascent: Objective | None = None
     descent: Objective | None = None
+    counts_flips: ClassVar[bool] = True
+    _follows_flips: ClassVar[bool] = False  # of most instances, and of pickles of earlier versions
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "perturb", geometry(self.perturb))
+        if follows_flips(self.perturb):
+            object.__setattr__(self, "_follows_flips", True)
         for name, objective in (("ascent", self.ascent), ("descent", self.descent)):
             if objective is not None:
                 instance(name, objective, "an objective such as NegLog()")
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
         """Makes two queries: at w and at w + e."""
+        if self._follows_flips:
+            return _with_flips(self, oracle, batch)
         return oracle.query(batch, self.descent, at=self.climb(oracle, batch))
 
     def climb(self, oracle: Oracle, batch: Batch) -> Vector:
@@ -119,11 +127,20 @@ class SAM:
         For methods that combine the two gradients. If `ascent` is another objective than `descent`, this costs one more
         query.
         """
+        g = oracle.query(batch, self.descent, track=None if self.ascent == self.descent else False).gradient
         if self.ascent == self.descent:
-            g = oracle.query(batch, self.descent).gradient
             return g, oracle.query(batch, self.descent, at=self.displacement(g, oracle))
-        g = oracle.query(batch, self.descent, track=False).gradient
         return g, oracle.query(batch, self.descent, at=self.climb(oracle, batch))
+
+
+def _with_flips(sam: SAM, oracle: Oracle, batch: Batch) -> Evaluation:
+    """The step of SAM, after which a radius learns which predictions it has flipped."""
+    g = oracle.query(batch, sam.ascent, wrt=sam.part(oracle))
+    correct, e = g.correct, [sam.displacement(g.gradient, oracle)]
+    del g  # frees its gradient
+    answer = oracle.query(batch, sam.descent, at=e.pop())
+    learn(cast(Perturbation, sam.perturb), correct, answer, oracle.within("perturb"))
+    return answer
 
 
 def looks(method: SAM, batch: Batch, at: Vector | None, track: bool) -> list[Query]:
@@ -133,13 +150,15 @@ def looks(method: SAM, batch: Batch, at: Vector | None, track: bool) -> list[Que
 
 
 def BiSAM(rho: Perturbation | Radius = 0.05, bound: Bound = NegLog(), descent: Objective | None = None) -> SAM:  # noqa: B008
-    """BiSAM: SAM whose adversary climbs a lower bound of the 0-1 loss (Xie et al., 2024).
+    """BiSAM: SAM whose adversary climbs Q, a lower bound of the 0-1 loss up to log(K)/mu (Xie et al., 2024).
 
-    Source: https://arxiv.org/abs/2407.12993.
+    Source: https://arxiv.org/abs/2407.12993. What is true of Q, and what of its parts alone, is said in `LowerBound`.
+    Where labels are smoothed, SAM climbs the smoothed loss and BiSAM does not: `SAM(rho, ascent=cross_entropy)` is the
+    control that separates the bound from this difference.
 
     Args:
         rho: a radius >= 0 (a number or a schedule), or a perturbation such as `Adaptive(2.0)`.
-        bound: the lower bound: `NegLog()` for BiSAM (-log), which the paper recommends, or `Tanh()` for BiSAM (tanh);
+        bound: the bound: `NegLog()` for BiSAM (-log), which the paper recommends, or `Tanh()` for BiSAM (tanh);
             for a binary head or several labels per example, `Binary()` around one of them.
         descent: objective that is minimised at the displaced weights. Default: the training loss.
 

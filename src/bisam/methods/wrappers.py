@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bisam.batches import Batch, examples, largest, split
 from bisam.evaluation import Evaluation, divisor, join
-from bisam.methods.method import Method, stateful
+from bisam.methods.method import Method, follows_flips, stateful
 from bisam.methods.sam import ERM, SAM
 from bisam.oracle import Oracle
 from bisam.validation import instance, non_negative, whole
@@ -42,7 +42,8 @@ class MSAM:
 
     Raises:
         TypeError: `m` is not an int, or `method` is not a method.
-        ValueError: `m` is less than 1, or the method is stateful and `separate` is False.
+        ValueError: `m` is less than 1, or the method is stateful and `separate` is False, or its radius is a
+            `FlipRate`.
 
     Raises when called:
         ValueError: ranks that wait for each other in each pass have different numbers of micro-batches.
@@ -55,6 +56,11 @@ class MSAM:
     def __post_init__(self) -> None:
         whole("m, the number of examples in a micro-batch,", self.m)
         instance("method", self.method, _METHOD)
+        if follows_flips(self.method):
+            raise ValueError(
+                "a FlipRate inside of MSAM would have a radius for each micro-batch, and ranks may differ in their "
+                f"number: use a number or another schedule as the radius, got {self.method!r}"
+            )
         if not self.separate and (name := stateful(self.method)):
             raise ValueError(
                 f"all micro-batches would share what {name} remembers: use MSAM(m, method, separate=True), which keeps "
@@ -92,7 +98,7 @@ class KSAM:
 
     Raises:
         TypeError: `k` is not an int, or `method` is not a method.
-        ValueError: `k` is less than 1.
+        ValueError: `k` is less than 1, or the radius of the method is a `FlipRate`.
 
     Raises when called:
         TypeError: the loss is a scalar.
@@ -105,6 +111,11 @@ class KSAM:
     def __post_init__(self) -> None:
         whole("k", self.k)
         instance("method", self.method, _METHOD)
+        if follows_flips(self.method):
+            raise ValueError(
+                "a FlipRate inside of KSAM would follow the flips of the hardest examples, which are mostly wrong "
+                f"already: use a number or another schedule as the radius, got {self.method!r}"
+            )
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
         """Makes a forward pass, and then the queries of the method on the selected examples."""

@@ -18,7 +18,8 @@ from bisam.distributed.fsdp import finalizes_by_hand, fsdp_module_type
 from bisam.distributed.layout import dtensor_type
 from bisam.distributed.peers import world_size
 from bisam.distributed.placement import Scope
-from bisam.methods.method import data_dependent
+from bisam.methods.method import data_dependent, follows_flips
+from bisam.validation import shown
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,17 @@ def ddp_static_graph_inside(setup: Setup) -> str | None:
     )
 
 
+def flip_rate_without_flips(setup: Setup) -> str | None:
+    """A radius `FlipRate` in a method that does not compare the predictions at w and w + e."""
+    if not follows_flips(setup.method, uncounted=True):
+        return None
+    return (
+        f"a FlipRate follows the predictions that the ascent step flips, which SAM, BiSAM and ASAM count, alone or in "
+        f"RSAM, Every and During, and other methods do not: use a number or another schedule as the radius in "
+        f"{shown(setup.method)}"
+    )
+
+
 def data_dependent_method_with_sync_batchnorm(setup: Setup) -> str | None:
     """A method with a data-dependent number of forward passes, and layers that wait for all ranks in each pass."""
     waits = any(isinstance(m, nn.SyncBatchNorm) for m in setup.modules) and world_size() > 1
@@ -211,6 +223,7 @@ RULES: tuple[Callable[[Setup], str | None], ...] = (
     uninitialised_parameters,
     conjugated_parameters,
     ddp_static_graph_inside,
+    flip_rate_without_flips,
     data_dependent_method_with_sync_batchnorm,
     fsdp2_with_unsharded_parameters,
     fsdp2_manual_backward_finalization,

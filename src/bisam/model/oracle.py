@@ -204,6 +204,10 @@ class ModelOracle(Oracle):
         """See `Oracle.gathered`."""
         return self._placement.gathered(values)
 
+    def over_ranks(self, values: Tensor) -> Tensor | None:
+        """See `Oracle.over_ranks`."""
+        return self._placement.over_ranks(values)
+
     def agree(self, what: str, number: int) -> None:
         """See `Oracle.agree`."""
         self._placement.agree(what, number)
@@ -269,7 +273,7 @@ class ModelOracle(Oracle):
             TypeError: `forward` or the objective returns a value of the wrong type.
             ValueError: the batch is empty, or the losses have the wrong shape.
         """
-        objective = self.loss if objective is None else objective
+        objective = objectives.at_step(self.loss if objective is None else objective, self.step)
         if is_empty(batch):
             raise ValueError("the batch is empty (0 examples): skip it, or use drop_last=True in the DataLoader")
         given = handed(batch)

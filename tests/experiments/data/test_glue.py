@@ -88,7 +88,7 @@ def seeded(seed: int = 1) -> torch.Generator:
 @pytest.mark.parametrize("task", TASKS)
 def test_each_task_in_the_files_of_the_classic_download(tmp_path, tokenizer, task):
     classic(tmp_path, task)
-    data = glue(task, tmp_path, tokenizer)
+    data = glue(task, tmp_path, tokenizer, 0)
     one = TASKS[task]
     pair = len(one.texts) == 2
     assert (len(data.train), len(data.validation), len(data.test)) == (N - 2, 2, N)
@@ -115,16 +115,27 @@ def test_each_task_of_the_hub_is_fetched_once(tmp_path, tokenizer, task, monkeyp
         return datasets.DatasetDict({"train": part, one.test: part, "test": hidden})
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    fetched = glue(task, tmp_path, tokenizer, download=True)
-    kept = glue(task, tmp_path, tokenizer)
+    fetched = glue(task, tmp_path, tokenizer, 0, download=True)
+    kept = glue(task, tmp_path, tokenizer, 0)
     assert asked == [("nyu-mll/glue", task)]
     classic(tmp_path / "other", task)
-    local = glue(task, tmp_path / "other", tokenizer, download=True)
+    local = glue(task, tmp_path / "other", tokenizer, 0, download=True)
     for name in ("train", "validation", "test"):
         first, second, third = (whole(getattr(data, name).batches(4)) for data in (fetched, kept, local))
         assert first == second == third
     assert fetched.metrics == local.metrics
     assert [path.name for path in (tmp_path / "glue" / "hub").iterdir() if not path.name.startswith(".")] == [task]
+
+
+def test_the_seed_draws_the_validation_texts(tmp_path, tokenizer):
+    classic(tmp_path, "cola")
+    one, again, other = (glue("cola", tmp_path, tokenizer, seed) for seed in (1, 1, 2))
+    for part in ("train", "validation", "test"):
+        first, second, third = (whole(getattr(d, part).batches(4)) for d in (one, again, other))
+        assert first == second
+        assert (first == third) == (part == "test")  # the official development set
+    mine, theirs = (sorted(whole(d.train.batches(4)) + whole(d.validation.batches(4))) for d in (one, other))
+    assert mine == theirs
 
 
 def test_the_metrics_are_the_tasks_own():
@@ -136,7 +147,7 @@ def test_the_metrics_are_the_tasks_own():
 
 def test_order_is_drawn_from_the_generator_alone(tmp_path, tokenizer):
     classic(tmp_path, "rte")
-    data = glue("rte", tmp_path, tokenizer)
+    data = glue("rte", tmp_path, tokenizer, 0)
     state = torch.get_rng_state()
     first, again, other = (whole(data.train.batches(4, seeded(seed))) for seed in (1, 1, 2))
     assert first == again != other
@@ -146,7 +157,7 @@ def test_order_is_drawn_from_the_generator_alone(tmp_path, tokenizer):
 
 def test_batches_are_padded_to_their_longest(tmp_path, tokenizer):
     classic(tmp_path, "cola")
-    data = glue("cola", tmp_path, tokenizer)
+    data = glue("cola", tmp_path, tokenizer, 0)
     seen = list(data.test.batches(3))
     assert [len(y) for _, y in seen] == [3] * 6 + [2]
     for x, _ in seen:
@@ -166,7 +177,7 @@ def test_the_tokenizer_says_where_to_pad_and_what_a_model_takes(tmp_path, tokeni
         padding_side="left",
         model_input_names=["input_ids", "attention_mask"],
     )
-    x, _ = next(glue("cola", tmp_path, other).test.batches(4))
+    x, _ = next(glue("cola", tmp_path, other, 0).test.batches(4))
     assert set(x) == {"input_ids", "attention_mask"}
     assert x["attention_mask"].tolist()[0][0] == 0
     assert x["input_ids"][0, 0] == WORDS.index("[MASK]")
@@ -175,7 +186,7 @@ def test_the_tokenizer_says_where_to_pad_and_what_a_model_takes(tmp_path, tokeni
 @pytest.mark.parametrize(("ranks", "size", "lost"), [(2, 4, 0), (2, 5, 4), (3, 4, 6)])
 def test_ranks_share_batches(tmp_path, tokenizer, ranks, size, lost):
     classic(tmp_path, "rte")
-    train = glue("rte", tmp_path, tokenizer).train
+    train = glue("rte", tmp_path, tokenizer, 0).train
     parts = [list(train.batches(size, seeded(), rank, ranks)) for rank in range(ranks)]
     shared = [example for part in parts for example in whole(part)]
     everything = whole(train.batches(size, seeded()))
@@ -188,7 +199,7 @@ def test_ranks_share_batches(tmp_path, tokenizer, ranks, size, lost):
 
 def test_first_relabelled_and_to(tmp_path, tokenizer):
     classic(tmp_path, "rte")
-    test = glue("rte", tmp_path, tokenizer).test
+    test = glue("rte", tmp_path, tokenizer, 0).test
     assert test.statistics is None
     assert len(test.first(7)) == 7
     assert whole(test.first(7).batches(4)) == whole(test.batches(7))[:7]
@@ -205,7 +216,7 @@ def test_first_relabelled_and_to(tmp_path, tokenizer):
 
 def test_texts_are_cut_to_max_length(tmp_path, tokenizer):
     classic(tmp_path, "rte")
-    data = glue("rte", tmp_path, tokenizer, max_length=6)
+    data = glue("rte", tmp_path, tokenizer, 0, max_length=6)
     lengths = {len(ids) for ids, _, _ in whole(data.test.batches(4))}
     assert lengths == {6}
     for ids, _, _ in whole(data.test.batches(4)):
@@ -214,7 +225,7 @@ def test_texts_are_cut_to_max_length(tmp_path, tokenizer):
 
 def test_a_model_takes_the_inputs(tmp_path, tokenizer):
     classic(tmp_path, "mnli")
-    data = glue("mnli", tmp_path, tokenizer)
+    data = glue("mnli", tmp_path, tokenizer, 0)
     config = transformers.BertConfig(
         vocab_size=len(WORDS),
         hidden_size=8,
@@ -236,7 +247,7 @@ def test_files_as_they_are_found(tmp_path, tokenizer):
     folder = tmp_path / "glue" / "MRPC"
     for name in TASKS["mrpc"].files[1]:
         write(folder / name, lines, "\r\n", encoding="utf-8-sig")
-    examples = whole(glue("mrpc", tmp_path, tokenizer).test.batches(4))
+    examples = whole(glue("mrpc", tmp_path, tokenizer, 0).test.batches(4))
     assert len(examples) == N
     assert examples[0][0] == tuple(tokenizer('" the null', sentence(3))["input_ids"])
     assert examples[1][0] == tuple(tokenizer(sentence(1), "null")["input_ids"])
@@ -245,7 +256,7 @@ def test_files_as_they_are_found(tmp_path, tokenizer):
     for name in ("train.tsv", "dev.tsv"):
         path = write(tmp_path / "glue" / "SST-2" / name, rows("sst2")[1:])
         path.write_text(path.read_text().replace("\n", "\n\n", 1) + "\n \n")
-    assert whole(glue("sst2", tmp_path, tokenizer).test.batches(4)) == [
+    assert whole(glue("sst2", tmp_path, tokenizer, 0).test.batches(4)) == [
         encoded(tokenizer, i, False, i % 2) for i in range(N)
     ]
 
@@ -254,16 +265,16 @@ def test_cut_lines_of_the_official_qqp_are_left_out(tmp_path, tokenizer):
     folder = classic(tmp_path, "qqp")
     lines = rows("qqp")
     write(folder / "dev.tsv", [*lines[:5], ["7", "8", "9", "the a", '"of'], ["", "to in", "0"], *lines[5:]])
-    examples = whole(glue("qqp", tmp_path, tokenizer).test.batches(4))
+    examples = whole(glue("qqp", tmp_path, tokenizer, 0).test.batches(4))
     assert examples == [encoded(tokenizer, i, True, i % 2) for i in range(N)]
     write(folder / "dev.tsv", [*lines, *[["cut"]] * 11])
     with pytest.raises(ValueError, match=r"dev\.tsv, line 22: 1 fields instead of 6: fix the line$"):
-        glue("qqp", tmp_path, tokenizer)
+        glue("qqp", tmp_path, tokenizer, 0)
 
 
 def test_a_path_may_have_brackets(tmp_path, tokenizer):
     classic(tmp_path / "a[1]*", "wnli")
-    assert len(glue("wnli", tmp_path / "a[1]*", tokenizer).test) == N
+    assert len(glue("wnli", tmp_path / "a[1]*", tokenizer, 0).test) == N
 
 
 def replaced(line: int, text: str):
@@ -326,7 +337,7 @@ def test_files_that_are_wrong_are_refused_in_one_line(tmp_path, tokenizer, task,
     path = folder / "train.tsv"
     change(path)
     with pytest.raises(ValueError, match=f"^{line.replace('PATH', str(path)).replace('FOLDER', str(folder))}$"):
-        glue(task, tmp_path, tokenizer)
+        glue(task, tmp_path, tokenizer, 0)
 
 
 def test_what_the_csv_reader_refuses_is_one_line_too(tmp_path, tokenizer, monkeypatch):
@@ -337,13 +348,13 @@ def test_what_the_csv_reader_refuses_is_one_line_too(tmp_path, tokenizer, monkey
 
     monkeypatch.setattr(datasets.Dataset, "from_csv", fail)
     with pytest.raises(ValueError, match=rf"^{folder}/train\.tsv cannot be read \(one two\): replace it$"):
-        glue("rte", tmp_path, tokenizer)
+        glue("rte", tmp_path, tokenizer, 0)
 
 
 def test_missing_data_and_failed_downloads_say_what_to_do(tmp_path, tokenizer, monkeypatch):
     remedy = r"train\.tsv and dev\.tsv of https://gluebenchmark\.com/tasks into .*/glue/QNLI"
     with pytest.raises(ValueError, match=rf"^GLUE's qnli is missing: give --download, or put {remedy} \(or"):
-        glue("qnli", tmp_path, tokenizer)
+        glue("qnli", tmp_path, tokenizer, 0)
 
     def fail(*args):
         raise ConnectionError("Couldn't reach\n'nyu-mll/glue' on the Hub")
@@ -351,11 +362,11 @@ def test_missing_data_and_failed_downloads_say_what_to_do(tmp_path, tokenizer, m
     monkeypatch.setattr(datasets, "load_dataset", fail)
     line = rf"GLUE's qnli could not be downloaded \(Couldn't reach 'nyu-mll/glue' on the Hub\): put {remedy} yourself"
     with pytest.raises(ValueError, match=f"^{line}$"):
-        glue("qnli", tmp_path, tokenizer, download=True)
+        glue("qnli", tmp_path, tokenizer, 0, download=True)
     place = tmp_path / "glue" / "hub" / "qnli"
     place.mkdir()
     with pytest.raises(ValueError, match=rf"^{place} is damaged \(.*\): delete it and give --download$"):
-        glue("qnli", tmp_path, tokenizer)
+        glue("qnli", tmp_path, tokenizer, 0)
 
 
 def test_a_label_of_the_hub_outside_the_classes_is_refused(tmp_path, tokenizer, monkeypatch):
@@ -364,17 +375,17 @@ def test_a_label_of_the_hub_outside_the_classes_is_refused(tmp_path, tokenizer, 
         datasets, "load_dataset", lambda *_: datasets.DatasetDict({"train": part, "validation": part, "test": part})
     )
     with pytest.raises(ValueError, match=r"/hub/sst2, train, row 2: label -1 is outside 0 to 1: "):
-        glue("sst2", tmp_path, tokenizer, download=True)
+        glue("sst2", tmp_path, tokenizer, 0, download=True)
 
 
 def test_tasks_and_tokenizers_that_do_not_fit(tmp_path, tokenizer, monkeypatch):
     with pytest.raises(ValueError, match=r"unknown GLUE task 'sst-2', did you mean 'sst2'\?"):
-        glue("sst-2", tmp_path, tokenizer)
+        glue("sst-2", tmp_path, tokenizer, 0)
     with pytest.raises(ValueError, match="max_length must be at least 5 for rte, got 4"):
-        glue("rte", tmp_path, tokenizer, max_length=4)
+        glue("rte", tmp_path, tokenizer, 0, max_length=4)
     bare = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(ValueError, match=r"has no token to pad with: set tokenizer\.pad_token"):
-        glue("rte", tmp_path, bare)
+        glue("rte", tmp_path, bare, 0)
 
 
 def test_without_the_package_one_line_says_what_to_install(tmp_path, tokenizer, monkeypatch):
@@ -388,7 +399,7 @@ def test_without_the_package_one_line_says_what_to_install(tmp_path, tokenizer, 
     classic(tmp_path, "rte")
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ValueError, match=r"^GLUE needs the package datasets: pip install 'bisam\[experiments\]'$"):
-        glue("rte", tmp_path, tokenizer)
+        glue("rte", tmp_path, tokenizer, 0)
 
 
 REAL = {"cola": (8551, 1043), "sst2": (6920, 872), "mrpc": (4076, 1725), "rte": (2490, 277), "wnli": (635, 71)}
@@ -398,7 +409,7 @@ REAL = {"cola": (8551, 1043), "sst2": (6920, 872), "mrpc": (4076, 1725), "rte": 
 def test_real_data(data, tokenizer, task):
     if not (data / "glue" / TASKS[task].folder).is_dir():
         pytest.skip(f"no {task}")
-    real = glue(task, data, tokenizer, max_length=64)
+    real = glue(task, data, tokenizer, 0, max_length=64)
     assert (len(real.train) + len(real.validation), len(real.test)) == REAL[task]
     assert len(real.validation) == REAL[task][0] // 10
     for split in (real.train, real.validation, real.test):

@@ -6,6 +6,7 @@ import shutil
 import warnings
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.error import URLError
@@ -213,7 +214,7 @@ LAYOUTS = {
 def test_what_is_not_there_is_held_out(tmp_path, parts, lengths):
     for part, count in parts.items():
         classes(tmp_path / part, a=count, b=count)
-    data = folder(tmp_path, 8)
+    data = folder(tmp_path, 0, 8)
     splits = (data.train, data.validation, data.test)
     assert [len(split) for split in splits] == lengths
     assert data.classes == 2
@@ -222,21 +223,37 @@ def test_what_is_not_there_is_held_out(tmp_path, parts, lengths):
     assert len(set(paths)) == len(paths) == 2 * sum(parts.values())
     for split in splits:
         assert [Path(path).parent.name for path in split.paths] == ["ab"[label] for label in split.labels.tolist()]
-    again = folder(tmp_path, 8)
+    again = folder(tmp_path, 0, 8)
     assert names(again.validation) == names(data.validation)
     for split in (data.validation, data.test):
         counts = Counter(split.labels.tolist())
         assert counts[0] - counts[1] in (-1, 0, 1)
 
 
+@pytest.mark.parametrize(("parts", "lengths"), LAYOUTS.values(), ids=LAYOUTS)
+def test_the_seed_draws_what_is_held_out_and_nothing_else(tmp_path, parts, lengths):
+    for part, count in parts.items():
+        classes(tmp_path / part, a=count, b=count)
+    one, other = (folder(tmp_path, seed, 8) for seed in (1, 2))
+    there = {"val": "validation", "valid": "validation", "test": "test", "train": "train"}
+    given = {there[part] for part in parts if part} - ({"train"} if len(parts) < 3 else set())
+    if given == {"validation"}:  # without a test folder the validation images are the test part
+        given = {"test"}
+    for part in ("train", "validation", "test"):
+        first, second = getattr(one, part), getattr(other, part)
+        assert (first.paths == second.paths) == (part in given)
+    assert [len(part) for part in (other.train, other.validation, other.test)] == lengths
+    assert not set(other.train.paths) & {*other.validation.paths, *other.test.paths}
+
+
 def test_holding_out_leaves_each_class_in_training(tmp_path):
-    data = folder(classes(tmp_path, a=4, b=1, c=4, d=1, e=13, f=2), 8)  # b and d are where others would be held out
+    data = folder(classes(tmp_path, a=4, b=1, c=4, d=1, e=13, f=2), 0, 8)  # b and d are where others would be held out
     assert set(data.train.labels.tolist()) == {0, 1, 2, 3, 4, 5}
     assert (len(data.validation), len(data.test)) == (2, 1)
 
 
 def test_the_first_examples_are_of_all_classes(tmp_path):
-    data = folder(classes(tmp_path, a=20, b=20, c=20), 8)
+    data = folder(classes(tmp_path, a=20, b=20, c=20), 0, 8)
     assert set(data.train.first(12).labels.tolist()) == {0, 1, 2}
 
 
@@ -247,13 +264,13 @@ def test_files_within_folders_count_and_other_files_do_not(tmp_path):
         (tmp_path / "b" / name).write_text("no image")
     (tmp_path / ".cache").mkdir()
     (tmp_path / "README.md").write_text("no image")
-    data = folder(tmp_path, 8)
+    data = folder(tmp_path, 0, 8)
     assert sum(len(split) for split in (data.train, data.validation, data.test)) == 21
     assert data.classes == 2
 
 
 def test_a_class_may_be_called_train(tmp_path):
-    data = folder(classes(tmp_path, train=10, plane=10), 8)
+    data = folder(classes(tmp_path, train=10, plane=10), 0, 8)
     assert data.classes == 2
     assert len(data.train) == 16
 
@@ -327,7 +344,7 @@ def test_a_folder_that_is_no_data_set_is_refused_in_one_line(tmp_path, make, lin
     root = tmp_path / "x"
     make(root)
     with pytest.raises(ValueError, match=f"^{line.replace('ROOT', str(root))}$"):
-        folder(root, 8)
+        folder(root, 0, 8)
 
 
 def test_unreadable_images_are_counted_and_named(tmp_path):
@@ -343,13 +360,13 @@ def test_unreadable_images_are_counted_and_named(tmp_path):
         file.write(b"a tail that harms nobody")
     line = r"4 of 31 images in .* cannot be read: a/a3\.jpg, b/b0\.jpg, b/b9\.jpg, c/c4\.png: replace or delete them"
     with pytest.raises(ValueError, match=f"^{line}$"):
-        folder(tmp_path, 8)
+        folder(tmp_path, 0, 8)
     for name in ("a/a0.jpg", "a/a2.jpg", "b/b1.jpg"):
         (tmp_path / name).write_text("no image")
     with pytest.raises(
         ValueError, match=r"7 of 31 .*: a/a0\.jpg, a/a2\.jpg, a/a3\.jpg, b/b0\.jpg, b/b1\.jpg, \.\.\.: re"
     ):
-        folder(tmp_path, 8)
+        folder(tmp_path, 0, 8)
 
 
 def test_of_many_images_none_is_looked_at_up_front(tmp_path, monkeypatch):
@@ -357,7 +374,7 @@ def test_of_many_images_none_is_looked_at_up_front(tmp_path, monkeypatch):
     classes(tmp_path, a=10, b=10)
     for path in tmp_path.glob("?/*"):
         path.write_text("no image")
-    data = folder(tmp_path, 8)
+    data = folder(tmp_path, 0, 8)
     with pytest.raises(ValueError, match=r"/[ab]/[ab]\d\.png cannot be read \(cannot identify image file .*"):
         next(data.train.batches(4))
 
@@ -366,7 +383,7 @@ def test_imagenet(tmp_path):
     classes(tmp_path / "imagenet" / "train", ".JPEG", n01440764=60, n01443537=40)
     classes(tmp_path / "imagenet" / "val", ".JPEG", n01440764=3, n01443537=3)
     flat(tmp_path / "imagenet" / "test")  # the official one has no labels
-    data = imagenet(tmp_path, 8)
+    data = imagenet(tmp_path, 0, 8)
     assert (len(data.train), len(data.validation), len(data.test)) == (98, 2, 6)
     assert data.classes == 2
     assert data.train.training
@@ -390,13 +407,13 @@ def test_a_network_of_timm_sees_images_as_it_was_trained_with(tmp_path):
 
 def test_imagenet_that_is_not_there_or_flat_is_said_in_one_line(tmp_path):
     with pytest.raises(ValueError, match=r"^ImageNet is missing \(no .*/imagenet/train\): unpack .*--data-dir .*$"):
-        imagenet(tmp_path)
+        imagenet(tmp_path, 0)
     classes(tmp_path / "imagenet" / "train", a=60, b=40)
     with pytest.raises(ValueError, match=r"no .*/imagenet/val\): unpack"):
-        imagenet(tmp_path)
+        imagenet(tmp_path, 0)
     write(tmp_path / "imagenet" / "val" / "ILSVRC2012_val_00000001.JPEG")
     with pytest.raises(ValueError, match="/imagenet/val has no class folders"):
-        imagenet(tmp_path)
+        imagenet(tmp_path, 0)
 
 
 @pytest.fixture
@@ -416,7 +433,7 @@ def pet_root(tmp_path) -> Path:
 
 
 def test_pets(pet_root):
-    data = pets(pet_root, 8)
+    data = pets(pet_root, 0, 8)
     assert (len(data.train), len(data.validation), len(data.test)) == (27, 3, 6)
     assert data.classes == 37
     assert data.train.training
@@ -429,6 +446,13 @@ def test_pets(pet_root):
     assert next(data.train.batches(4, seeded()))[0].shape == (4, 3, 8, 8)
 
 
+def test_the_seed_draws_the_validation_images_of_pets(pet_root):
+    one, other = (pets(pet_root, seed, 8) for seed in (1, 2))
+    assert set(one.validation.paths) != set(other.validation.paths)
+    assert sorted([*one.train.paths, *one.validation.paths]) == sorted([*other.train.paths, *other.validation.paths])
+    assert one.test.paths == other.test.paths
+
+
 def test_pets_that_are_not_whole_are_said_in_one_line(pet_root):
     place = pet_root / "oxford-iiit-pet"
     (place / "images" / "Bengal_test0.jpg").unlink()
@@ -436,18 +460,18 @@ def test_pets_that_are_not_whole_are_said_in_one_line(pet_root):
         rf"1 of 36 images in {place} cannot be read: images/Bengal_test0\.jpg: delete {place} and put images\.tar\.gz"
     )
     with pytest.raises(ValueError, match=f"^{line}"):
-        pets(pet_root)
+        pets(pet_root, 0)
     (place / "annotations" / "test.txt").write_text("Bengal_test1 3")
     with pytest.raises(ValueError, match=r"^Oxford-IIIT Pet is incomplete: give --download, or put"):
-        pets(pet_root)
+        pets(pet_root, 0)
     shutil.rmtree(place / "images")  # only archives, or half of one
     (place / "images.tar.gz").write_bytes(b"half")
     with pytest.raises(
         ValueError, match=r"Oxford-IIIT Pet is incomplete: .* unpacked, into .*/oxford-iiit-pet \(or set"
     ):
-        pets(pet_root)
+        pets(pet_root, 0)
     with pytest.raises(ValueError, match=r"^Oxford-IIIT Pet is missing: give --download"):
-        pets(pet_root / "elsewhere")
+        pets(pet_root / "elsewhere", 0)
 
 
 @pytest.fixture
@@ -484,7 +508,7 @@ def test_flowers_that_are_not_whole_are_said_in_one_line(flower_root, monkeypatc
         flowers(flower_root)
 
 
-@pytest.mark.parametrize(("load", "kind"), [(flowers, Flowers102), (pets, OxfordIIITPet)])
+@pytest.mark.parametrize(("load", "kind"), [(flowers, Flowers102), (partial(pets, seed=0), OxfordIIITPet)])
 def test_a_download_that_fails_says_what_to_do_by_hand(tmp_path, monkeypatch, load, kind):
     def fail(*args, **kwargs):
         raise URLError("Name or service not known")
@@ -497,14 +521,14 @@ def test_a_download_that_fails_says_what_to_do_by_hand(tmp_path, monkeypatch, lo
 
 def test_a_download_that_is_there_is_not_fetched_again(pet_root, monkeypatch):
     monkeypatch.setattr("torchvision.datasets.oxford_iiit_pet.download_and_extract_archive", None)
-    assert len(pets(pet_root, 8, download=True).test) == 6
+    assert len(pets(pet_root, 0, 8, download=True).test) == 6
 
 
 def test_real_flowers(data):
     root = data / "flowers102-128"
     if not root.is_dir():
         pytest.skip(f"no {root}")
-    whole = folder(root, 64)
+    whole = folder(root, 0, 64)
     assert (len(whole.train), len(whole.validation), len(whole.test)) == (459, 51, 510)
     assert whole.classes == 102
     assert set(whole.train.labels.tolist()) == set(range(102))

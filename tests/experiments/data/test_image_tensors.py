@@ -16,7 +16,7 @@ from torch.nn.functional import interpolate
 from torchvision import transforms
 
 from bisam.experiments.data.digits import digits
-from bisam.experiments.data.image_tensors import Augmentation, Images, larger
+from bisam.experiments.data.image_tensors import Augmentation, Images, larger, smaller
 from bisam.experiments.data.splits import Data
 
 H, W, PADDING = 7, 6, 4  # more than the padding, so that every crop has pixels in it and is like no other
@@ -147,10 +147,20 @@ def test_the_statistics_undo_the_standardisation():
         expected = interpolate(pixels.float(), size=x.shape[2:], mode="bilinear") / 255
         torch.testing.assert_close(x * std + mean, expected, rtol=0, atol=1e-6)
     assert Images(pixels.float(), torch.zeros(1, dtype=torch.int64)).statistics is None
-    mean, std = digits().test.statistics
-    images = torch.cat([x for x, _ in digits().test.batches(100)]) * std[0] + mean[0]
+    mean, std = digits(seed=0).test.statistics
+    images = torch.cat([x for x, _ in digits(seed=0).test.batches(100)]) * std[0] + mean[0]
     torch.testing.assert_close(images * 16, (images * 16).round(), rtol=0, atol=1e-4)
     assert (round(float(images.min() * 16)), round(float(images.max() * 16))) == (0, 16)
+
+
+@pytest.mark.parametrize("side", [4, 8, 16, 32])
+def test_smaller_images_have_the_mean_of_each_block(side):
+    images = np.random.default_rng(0).integers(0, 256, (3, 2, 32, 32), dtype=np.uint8)
+    block = 32 // side
+    expected = images.reshape(3, 2, side, block, side, block).mean((3, 5)).round()
+    reduced = smaller(torch.from_numpy(images), side)
+    assert reduced.dtype == torch.uint8
+    assert np.array_equal(reduced.numpy(), expected)
 
 
 def test_the_images_of_the_data_set_stay_as_they_are():

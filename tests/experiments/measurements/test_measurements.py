@@ -44,7 +44,9 @@ def counted(parts, fails=None):
 
 
 def test_all_have_what_a_report_needs():
-    assert " ".join(MEASUREMENTS) == "figure1 example table11 table12 rapp-figures gan sampa-costs sampa-gradients"
+    assert " ".join(MEASUREMENTS) == (
+        "figure1 example label-gradient cosines table11 table12 rapp-figures gan sampa-costs sampa-gradients"
+    )
     for name, measurement in MEASUREMENTS.items():
         assert measurement.name == name
         assert measurement.drawn_only == (name == "figure1")
@@ -330,8 +332,8 @@ def test_table_12(tmp_path, monkeypatch):
         assert row["to_plain"] == 1 or row["loss"] != "cross-entropy"
         barred = row["loss"] in ("BiSAM (-log)", "BiSAM (tanh)")
         cell = TABLE_12.columns["to cross-entropy"](row)
-        assert cell.endswith(("met", "missed")) == barred
-        assert "met" not in cell or row["to_plain"] <= 1
+        assert cell.endswith(("undecided", "no verdict under load")) == barred  # two rounds have no interval
+        assert "[–]" in cell
 
 
 def test_without_a_compiler_it_says_what_to_give(tmp_path, monkeypatch):
@@ -373,8 +375,10 @@ def test_table_12_in_both_frameworks(tmp_path):
     assert {row["to_plain"] for row in shown.rows if row["loss"] == "cross-entropy"} == {1}
     assert all(row["seconds"] > 0 for row in shown.rows)
     assert [cells[2].partition(" ")[0] for cells in shown.cells] == [row["framework"] for row in shown.rows]
-    assert not any(
-        "m" in cells[-1] for cells, row in zip(shown.cells, shown.rows, strict=True) if row["framework"] != "torch"
+    assert all(
+        cells[-1].endswith("]")
+        for cells, row in zip(shown.cells, shown.rows, strict=True)
+        if row["framework"] != "torch"
     )
 
 

@@ -18,6 +18,7 @@ from bisam.experiments.models.build import NAMES, Logits, build, statistics, tok
 
 COUNTS = {  # of parameters, for 10 and for 100 classes
     "convnet": (14_746, 17_716),
+    "mlp": (17_418, 23_268),
     "resnet20": (269_722, 275_572),
     "resnet32": (464_154, 470_004),
     "resnet44": (658_586, 664_436),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import bisam
 from bisam import SharpnessAware, cross_entropy
 from bisam.experiments import cli
 from bisam.experiments.recipes import catalogue, entries
-from bisam.experiments.recipes.expressions import VOCABULARY, build
+from bisam.experiments.recipes.expressions import VOCABULARY, build, take_steps
 from bisam.methods.method import indexed
 from tests.support.doubles import Counting
 from tests.support.memory import Weights
@@ -92,9 +93,17 @@ def test_it_takes_the_memory_that_it_claims(key):
 
 def test_every_public_method_has_a_row():
     written = " ".join(entry.expression for entry in ENTRIES.values())
+    written += " ".join(expression for _, expression, *_ in entries.ADVERSARIES)
     functions = {"Adaptive", "Follow", "L2", "next_step", "cross_entropy", "NegLog", "Tanh", "Binary"}
     public = {name for name in VOCABULARY if name in bisam.__all__} - functions
     assert {name for name in public if f"{name}(" not in written} == set()
+
+
+@pytest.mark.parametrize("expression", [expression for _, expression, *_ in entries.ADVERSARIES])
+def test_an_adversary_costs_what_sam_costs(expression):
+    counts = defaultdict(float)
+    take_steps(expression, N, 3, lambda method: lambda oracle, batch: method(Counting(oracle, counts, N), batch))
+    assert counts == {"gradients": 6.0, "partial": 0.0}
 
 
 def test_the_page_in_the_docs_is_the_present_one():

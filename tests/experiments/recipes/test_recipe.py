@@ -26,13 +26,13 @@ def test_the_folder_name_depends_on_every_field_but_the_seed():
     assert replace(one, seed=7).slug == one.slug
     changed: dict[str, Any] = {"method": "abisam_log", "model": "other", "dataset": "other", "weights": "pretrained"}
     changed |= {"optimizer": "adamw", "schedule": "linear", "warmup": 3, "precision": "bf16"}
-    one = replace(one, schedule="constant")
+    one = replace(one, schedule="constant", weights="file.pt")
     assert replace(one, epochs=None, steps=7).slug != one.slug
     for field in fields(Recipe):
         if field.name not in ("seed", "version", "steps"):
             before = getattr(one, field.name)
             value = not before if isinstance(before, bool) else 7 if isinstance(before, int) else 0.25
-            value = 7 if field.name == "limit" else value
+            value = 7 if field.name in ("limit", "frozen", "train_examples") else value
             other = replace(one, **{field.name: changed.get(field.name, value)})
             assert other.slug != one.slug, field.name
 

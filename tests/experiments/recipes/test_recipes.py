@@ -14,16 +14,18 @@ import pytest
 import torch
 
 from bisam import SharpnessAware
+from bisam.experiments import data
 from bisam.experiments.cli import flags
 from bisam.experiments.cli.study import StudySubject
 from bisam.experiments.cli.subjects import SUBJECTS
 from bisam.experiments.errors import RunError
-from bisam.experiments.recipes import recipe as recipes
+from bisam.experiments.recipes import versions
 from bisam.experiments.recipes.catalogue import METHODS
-from bisam.experiments.recipes.expressions import VOCABULARY
+from bisam.experiments.recipes.expressions import VOCABULARY, build
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports.groups import arranged, grouped, names
 from bisam.experiments.runs.folder import Finished, Run, finished, read_recipe
+from bisam.experiments.runs.machine import Machine
 from bisam.experiments.studies import STUDIES, published
 from bisam.experiments.studies.study import Study
 from bisam.experiments.training.train import train
@@ -160,14 +162,14 @@ def test_a_study_whose_methods_cannot_take_its_batches_starts_no_run(tmp_path, b
 
 
 OLD = replace(SHORT, method="esam", version=1)
-"""A recipe whose results version 2 changed."""
-NEW = replace(OLD, version=2)
+"""A recipe whose results version 2 changed, and version 3 again."""
+NEXT, NEW = (replace(OLD, version=version) for version in (2, 3))
 
 
 def test_changes_name_what_expressions_call():
-    assert max(recipes.CHANGES) == recipes.VERSION
-    for names_ in recipes.CHANGES.values():
-        assert names_ <= VOCABULARY.keys()
+    assert sorted(versions.CHANGES) == [*range(2, versions.VERSION + 1)]
+    for change in versions.CHANGES.values():
+        assert change.names is None or change.names <= VOCABULARY.keys()
 
 
 @pytest.mark.parametrize(
@@ -182,35 +184,46 @@ def test_changes_name_what_expressions_call():
     ],
 )
 def test_a_version_concerns_the_recipes_whose_results_it_changed(method, changed):
-    """All others are read as recipes of the latest version, and their folders keep their names."""
-    old, new = Recipe.from_dict({"method": method, "version": 1}), Recipe(method=method)
-    assert (old == new, old.slug == new.slug) == (not changed, not changed)
-    assert (old.version, new.version) == (1 if changed else 2, 2)
-    assert Recipe.from_dict({"method": method}) == old
-    for one in (old, new):
+    """All others of version 1 are recipes of version 2, and their folders keep their names; version 3 changed all."""
+    first, second, third = (Recipe.from_dict({"method": method, "version": version}) for version in (1, 2, 3))
+    assert (first == second, first.slug == second.slug) == (not changed, not changed)
+    assert (first.version, second.version, third.version) == (1 if changed else 2, 2, 3)
+    assert third == Recipe(method=method)
+    assert third.slug not in (first.slug, second.slug)
+    assert Recipe.from_dict({"method": method}) == first
+    for one in (first, second, third):
         assert Recipe.from_dict(one.to_dict()) == one
 
 
 def test_the_fingerprint_is_that_of_bisam_0_1():
-    assert Recipe(method="sam").slug == "sam-noise-0-7b5796ee"
+    assert Recipe(method="sam", version=2).slug == "sam-noise-0-7b5796ee"
     assert Recipe.from_dict({"method": "sam"}).slug == "sam-noise-0-7b5796ee"
 
 
-def test_a_third_version_leaves_the_fingerprints_of_the_second(monkeypatch):
+def test_the_fingerprints_of_version_3_are_fixed():
+    """Version 3 tests the latest of tied epochs, and splits digits by seed: all recipes have new folders."""
+    assert Recipe().slug == "bisam_log-noise-0-934a3a0a"
+    assert Recipe(method="sam", noise=0.4, rho=0.4, seed=3).slug == "sam-noise-0.4-042f62cb"
+    assert Recipe(method="KSAM(32, EBiSAM())", steps=10).slug == "KSAM-32-EBiSAM-noise-0-6fc2c588"
+
+
+def test_a_fourth_version_leaves_the_fingerprints_of_the_third(monkeypatch):
     slug = NEW.slug
-    monkeypatch.setattr(recipes, "VERSION", 3)
-    monkeypatch.setattr(recipes, "CHANGES", {**recipes.CHANGES, 3: frozenset({"MSAM"})})
-    assert Recipe.from_dict(NEW.to_dict()).version == 3
+    monkeypatch.setattr(versions, "VERSION", 4)
+    monkeypatch.setattr(versions, "CHANGES", {**versions.CHANGES, 4: versions.Change("new", frozenset({"MSAM"}))})
+    assert Recipe.from_dict(NEW.to_dict()).version == 4
     assert Recipe.from_dict(NEW.to_dict()).slug == slug
-    assert Recipe.from_dict(OLD.to_dict()) == OLD
-    assert replace(SHORT, method="MSAM(32, ESAM())", version=2).version == 2
-    assert replace(SHORT, method="MSAM(32, ESAM())", version=1).version == 1
+    for one in (OLD, NEXT):
+        assert Recipe.from_dict(one.to_dict()) == one
+    for version in (1, 2, 3):
+        assert replace(SHORT, method="MSAM(32, ESAM())", version=version).version == version
+    assert replace(SHORT, method="MSAM(32, SAM())", version=1).version == 2
 
 
 def trained_by_the_first_version(monkeypatch, root) -> Run:
     run = Run.under(root, OLD)
     with monkeypatch.context() as first:
-        first.setattr(recipes, "VERSION", 1)
+        first.setattr(versions, "VERSION", 1)
         train(run)
     return run
 
@@ -219,16 +232,25 @@ def test_runs_of_an_earlier_version_are_read_and_not_mixed(tmp_path, monkeypatch
     old = trained_by_the_first_version(monkeypatch, tmp_path)
     before = sorted(path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file())
     assert Run.under(tmp_path, NEW).result is None
-    with pytest.raises(RunError, match=r"version=1 there, 2 here"):
+    with pytest.raises(RunError, match=r"version=1 there, 3 here"):
         Run(old.folder, NEW).check_recipe()
-    with pytest.raises(RunError, match="has version 1, and this bisam trains version 2"):
+    said = r"has version 1, and this bisam trains version 3 \(ESAM .* strict; the latest of tied .*\): start a new run"
+    with pytest.raises(RunError, match=said):
         train(old)
+    with pytest.raises(RunError, match=r"has version 2, and this bisam trains version 3 \(the latest of tied .*\): "):
+        train(Run.under(tmp_path, NEXT))
     assert sorted(path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()) == before
     train(Run.under(tmp_path, NEW))
     runs = [run for run in finished(tmp_path) if isinstance(run, Finished)]
-    assert {run.recipe.version for run in runs} == {1, 2}
+    assert {run.recipe.version for run in runs} == {1, 3}
     assert next(run for run in runs if run.recipe == OLD).result == old.result
-    assert list(names(grouped(arranged(runs))).values()) == ["ESAM (version 1)", "ESAM (version 2)"]
+    assert list(names(grouped(arranged(runs))).values()) == ["ESAM (version 3)", "ESAM (version 1)"]
+
+
+def test_the_data_of_an_earlier_version_are_not_loaded():
+    """Its split was another one: what is test data here was trained on there."""
+    with pytest.raises(RunError, match="the recipe has version 2, and this bisam trains version 3"):
+        data.load(replace(SHORT, version=2), Machine())
 
 
 @pytest.mark.slow
@@ -239,34 +261,41 @@ def test_a_study_reports_runs_of_an_earlier_version_beside_its_own(tmp_path, mon
     assert bisam("report", "one", "--out", tmp_path)[::2] == (0, "")
     text = (tmp_path / "one" / "report.csv").read_text()
     assert text.count("ESAM") > 0
-    assert "SAM (version 1)" in text
+    assert "version" not in text  # no other is there
     assert bisam("run", "one", "--workers", 1, "--out", tmp_path)[::2] == (0, "")
     text = (tmp_path / "one" / "report.csv").read_text()
-    assert [f"ESAM (version {version})" in text for version in (1, 2)] == [True, True]
+    assert [f"ESAM (version {version})" in text for version in (1, 3)] == [True, True]
     assert len(text.splitlines()) == 4
 
 
-def test_the_title_of_an_earlier_version_says_so():
-    assert names([NEW])[NEW] == "ESAM"
-    assert names([OLD])[OLD] == "ESAM (version 1)"
+def test_the_title_of_an_earlier_version_says_so_beside_later_ones():
+    assert [names([one])[one] for one in (OLD, NEXT, NEW)] == ["ESAM"] * 3
+    assert list(names([NEW, replace(SHORT, method="sam", version=2)]).values()) == ["ESAM", "SAM (version 2)"]
+
+
+def test_runs_of_earlier_versions_have_the_place_of_their_recipe_in_the_study():
+    listed = [replace(SHORT, method="sam", rho=rho) for rho in (0.4, 0.1, 0.2)]
+    runs = [Finished(replace(one, version=version), {}, []) for one in listed[::-1] for version in (3, 2)]
+    expected = [replace(one, version=version) for version in (3, 2) for one in listed]
+    assert [run.recipe for run in arranged(runs, listed)] == expected
 
 
 def test_a_recipe_of_a_later_version_is_refused(tmp_path):
-    values = {**SHORT.to_dict(), "version": 3, "field_of_later_versions": 1}
+    values = {**SHORT.to_dict(), "version": 4, "field_of_later_versions": 1}
     (folder := tmp_path / "a" / "seed-0").mkdir(parents=True)
     (folder / "recipe.json").write_text(json.dumps(values))
     (folder / "result.json").write_text("{}")
-    with pytest.raises(RunError, match=r"recipe.json: the recipe has version 3, and this bisam knows versions up to 2"):
+    with pytest.raises(RunError, match=r"recipe.json: the recipe has version 4, and this bisam knows versions up to 3"):
         read_recipe(folder)
     (error,) = finished(tmp_path)
-    assert "version 3" in str(error)
+    assert "version 4" in str(error)
     with pytest.raises(ValueError, match="version must be at least 1"):
         Recipe(version=0)
 
 
 def test_no_change_sets_the_version():
     with pytest.raises(ValueError, match="unknown field 'version'"):
-        STUDIES["digits"].changed(None, ["version=2"])
+        STUDIES["digits"].changed(None, ["version=3"])
 
 
 # Flags and presets
@@ -369,7 +398,8 @@ def test_a_command_line_is_the_same_recipe_as_in_0_1(tmp_path, bisam, monkeypatc
     module = importlib.import_module("bisam.experiments.training.train")
     monkeypatch.setattr(module, "train", stopped)
     assert bisam("train", *shlex.split(line), "--out", tmp_path)[0] == 130
-    assert [(one.slug, one.seed) for one in found] == [(slug, seed)]
+    # The fingerprint of version 2, which left all of these as they were; version 3 has changed the results of all.
+    assert [(replace(one, version=2).slug, one.seed) for one in found] == [(slug, seed)]
 
 
 REFUSED = {
@@ -403,7 +433,7 @@ def test_defaults_are_those_of_the_library(method):
         short = short.replace(text, text.split("(")[0] + "()")
     short = short.replace(", {eta}", "").format(rho=entry.rho)
     given = {"optimizer": optimizer, "steps": 100, "epoch": 10, "examples": 100}
-    assert replace(Recipe(method=method)).build_method(**given) == recipes.build(short, **given)
+    assert replace(Recipe(method=method)).build_method(**given) == build(short, **given)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from scipy import stats
 from bisam.experiments.reports.correlations import (
     correlate,
     estimate,
-    holm,
     kendall,
     permutation_p,
     spearman,
@@ -200,34 +199,6 @@ def test_the_smallest_p_value_of_many_configurations_is_that_of_the_random_permu
     assert permutation_p(x, x) == pytest.approx(2 / 10_000, abs=1e-12)
     assert permutation_p(x, -x) == pytest.approx(2 / 10_000, abs=1e-12)
     assert math.isnan(permutation_p(np.ones((4, 15)), x))
-
-
-@pytest.mark.parametrize(
-    ("values", "adjusted"),
-    [
-        ([0.01, 0.02, 0.03, 0.04, 0.05], [0.05, 0.08, 0.09, 0.09, 0.09]),  # p.adjust(..., "holm") of R
-        ([0.04, 0.01], [0.04, 0.02]),
-        ([0.9, 0.8, 0.0], [1.0, 1.0, 0.0]),
-        ([0.01, NAN, 0.03], [0.02, NAN, 0.03]),
-        ([0.2], [0.2]),
-        ([], []),
-    ],
-)
-def test_adjusted_values_are_holms(values, adjusted):
-    assert holm(values) == pytest.approx(adjusted, abs=1e-12, nan_ok=True)
-
-
-def test_adjusted_values_reject_as_holms_procedure_does():
-    """Step by step: the smallest p against 0.05 / m, the next one against 0.05 / (m - 1), until one is larger."""
-    random = np.random.default_rng(0)
-    for _ in range(50):
-        values = list(random.uniform(size=6) ** 4)
-        rejected = set()
-        for rank, i in enumerate(sorted(range(6), key=values.__getitem__)):
-            if values[i] > 0.05 / (6 - rank):
-                break
-            rejected.add(i)
-        assert {i for i, p in enumerate(holm(values)) if p <= 0.05} == rejected
 
 
 # Simulations

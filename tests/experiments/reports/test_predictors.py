@@ -12,10 +12,11 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.reports.correlations import holm, stronger
+from bisam.experiments.reports.correlations import stronger
 from bisam.experiments.reports.drawing import rendered
 from bisam.experiments.reports.predictor_plot import predictors
 from bisam.experiments.reports.predictors import Measured, compare, levels, rows, run_rows, section
+from bisam.experiments.reports.significance import holm
 from tests.experiments.reports.test_reports import run
 
 RADII = (0.2, 0.4, 0.8)

@@ -20,7 +20,7 @@ from bisam.experiments.recipes.presets import CIFAR
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports import drawing, figures, pages, tables as report, tuning
 from bisam.experiments.reports.comparison import beside
-from bisam.experiments.reports.differences import baseline, differences, student
+from bisam.experiments.reports.differences import baseline, differences
 from bisam.experiments.reports.groups import arranged, grouped, names, places
 from bisam.experiments.runs.files import to_csv
 from bisam.experiments.runs.folder import Finished, Run, finished as finished_runs
@@ -190,41 +190,12 @@ def test_what_methods_bring_along_are_fields_of_recipes():
 # Differences
 
 
-@pytest.mark.parametrize(
-    ("values", "reach"),
-    [
-        ([1.0, 2.0, 3.0], 4.302653 * 1.0 / math.sqrt(3)),  # from a table of Student's distribution
-        ([0.0, 1.0], 12.706205 * math.sqrt(0.5) / math.sqrt(2)),
-        ([1.0, 1.0, 2.0, 2.0, 3.0, 3.0], 2.570582 * math.sqrt(0.8) / math.sqrt(6)),
-        ([2.0, 2.0, 2.0], 0.0),
-    ],
-)
-def test_the_interval_is_students(values, reach):
-    found = student(values)
-    centre = sum(values) / len(values)
-    assert (found.mean, found.pairs) == (pytest.approx(centre), len(values))
-    assert (found.low, found.high) == (pytest.approx(centre - reach, abs=1e-6), pytest.approx(centre + reach, abs=1e-6))
-
-
-def test_one_pair_has_no_interval_and_decides_nothing():
-    found = student([1.0])
-    assert (found.mean, found.pairs, found.decided) == (1.0, 1, False)
-    assert math.isnan(found.low)
-    assert math.isnan(found.high)
-
-
-@pytest.mark.parametrize(
-    ("values", "decided"), [([1, 2, 3], False), ([2, 2.1, 2.2], True), ([-2, -2.1], True), ([0, 0], False)]
-)
-def test_a_difference_is_decided_when_0_is_outside(values, decided):
-    assert student(values).decided is decided
-
-
 def test_only_seeds_that_both_have_are_paired():
     ours = [run(replace(LOG, seed=seed), score) for seed, score in ((0, 0.5), (2, 0.9), (3, 0.8))]
     theirs = [run(replace(SAM, seed=seed), score) for seed, score in ((1, 0.1), (3, 0.6), (2, 0.8))]
-    ((other, difference),) = differences(grouped([*ours, *theirs]), ("sam",)).values()
-    assert other == SAM
+    (one,) = differences(grouped([*ours, *theirs]), ("sam",)).values()
+    difference = one.difference
+    assert (one.recipe, one.baseline) == (LOG, SAM)
     assert (difference.mean, difference.pairs) == (pytest.approx(0.15), 2)
     assert difference.high - difference.mean == pytest.approx(12.706205 * 0.05, abs=1e-6)
 
@@ -300,7 +271,7 @@ def test_differences_are_columns_of_the_csv():
 
 def test_the_table_shows_what_varies():
     assert report.header(report.summary(SMALL)) == (
-        *("method", "rho", "epochs", "best val.", "last", "n", "difference", "gradients", "time"),
+        *("method", "rho", "epochs", "best val.", "n", "difference", "p (Holm)", "detectable", "gradients", "time"),
     )
     header = report.header(report.summary(study(noises=(0.0, 0.4))))
     assert header[:6] == ("dataset", "model", "noise", "method", "rho", "epochs")
@@ -314,7 +285,9 @@ def test_the_table_shows_what_varies():
 
 def test_the_brief_table_is_for_a_terminal():
     rows = report.summary(study())
-    assert report.header(rows, brief=True) == ("dataset", "model", "name", "rho", "best val.", "difference", "time")
+    assert report.header(rows, brief=True) == (
+        *("dataset", "model", "name", "rho", "best val.", "difference", "p (Holm)", "time"),
+    )
     assert "rho" not in report.header(report.summary([run(SGD)]), brief=True)
     assert report.cells(report.summary(SMALL)[0], ("name",)) == ("SGD (2× epochs)",)
 
@@ -327,13 +300,16 @@ def test_cells_are_in_per_cent_with_the_interval():
         "0.4",
         "3",
         "92.00 ± 2.83",
-        "90.00 ± 2.83",
         "2",
+        "–",
+        "–",
         "–",
         "2 + 1 f",
         "2.00 ± 0.00",
     )
-    assert report.cells(log, header)[6] == "+1.50 [−4.85, +7.85] (2)"
+    assert report.cells(log, header)[5] == "+1.50 [−4.85, +7.85] (2)"
+    assert report.cells(log, header)[6] == "0.205"  # 0.2048, and 0.0235 of SGD twice
+    assert report.cells(log, header)[7] == "8.17 to 16.32"  # spread 0.7071 times 11.55 and 23.08, see significance
     assert report.cells(sgd, header)[1] == "–"
 
 
@@ -360,7 +336,7 @@ def test_an_average_of_weights_has_its_column_where_there_is_one():
 def test_the_report_has_numbers_and_where_they_come_from():
     text = report.markdown("Title", SMALL, {"flips.png": "What flips"}, "A [note](b.md).")
     assert text.startswith("# Title\n")
-    assert "| SAM | 0.4 | 3 | 92.00 ± 2.83 | 90.00 ± 2.83 | 2 | – | 2 + 1 f | 2.00 ± 0.00 |" in text
+    assert "| SAM | 0.4 | 3 | 92.00 ± 2.83 | 2 | – | – | – | 2 + 1 f | 2.00 ± 0.00 |" in text
     assert "A [note](b.md)." in text
     assert "![What flips](flips.png)" in text
     assert "All runs: dataset digits, model convnet, noise 0.4, batch size 64, learning rate 0.1." in text
@@ -368,22 +344,97 @@ def test_the_report_has_numbers_and_where_they_come_from():
     assert "commit 0123abc" in text
 
 
-def test_words_say_what_is_decided_and_that_nothing_is_corrected():
-    runs = [*SMALL, *seeded(replace(SAM, method="asam"), 0.95, 0.99)]
+def test_words_say_what_is_decided_after_holm():
+    scores = 0.90, 0.94, 0.92, 0.91, 0.93
+    runs = [
+        *seeded(SAM, *scores),
+        *seeded(SGD, *(score - 0.2 - 0.001 * i for i, score in enumerate(scores))),
+        *seeded(LOG, *(score + 0.004 + 0.001 * i for i, score in enumerate(scores))),
+        *seeded(replace(SAM, method="asam"), *(score + 0.0005 * i for i, score in enumerate(scores))),
+        *seeded(replace(SAM, method="bisam_tanh"), *(score + 0.01 * (-1) ** i for i, score in enumerate(scores))),
+    ]
     text = report.markdown("T", runs, {})
     assert "minus that of SAM, paired by seed" in text
-    assert "For 2 of 3 comparisons the interval contains 0 (undecided): SGD (2× epochs), BiSAM (-log)." in text
-    assert "For 1 of 3 it does not (decided): ASAM (+5.00)." in text
-    assert "not corrected for multiple comparisons: of 3 such intervals 0.15 are expected to miss" in text
-    assert "label noise 40 %: SGD (2× epochs), BiSAM" in report.markdown(
-        "T", [*runs, *seeded(replace(LOG, noise=0.0), 0.5, 0.6)], {}
-    )
+    assert "paired t test, adjusted over the 4 comparisons of this table" in text
+    assert "Decided (2 of 4): SGD (2× epochs) (−20.20), BiSAM (-log) (+0.60)." in text
+    assert "Undecided (2 of 4): ASAM (+0.10), BiSAM (tanh). For 1 of these the interval" in text
+    both = report.markdown("T", [*runs, *seeded(replace(LOG, noise=0.0), 0.5, 0.6)], {})
+    assert "Decided (2 of 4): label noise 40 %: SGD (2× epochs) (−20.20), BiSAM" in both
 
 
 def test_many_undecided_are_counted_and_not_listed():
     runs = [one for rho in range(1, 15) for one in seeded(replace(LOG, rho=float(rho)), 0.9, 0.95)]
     text = report.markdown("T", [*seeded(SAM, 0.92, 0.91), *runs], {})
-    assert "For 14 of 14 comparisons the interval contains 0 (undecided). For none of 14 it does not (decided)." in text
+    assert "Decided: none of 14. Undecided (14 of 14)." in text
+
+
+def test_a_page_says_how_to_read_it_and_which_score_is_the_headline():
+    text = report.markdown("T", SMALL, {})
+    (paragraph,) = (line for line in text.splitlines() if line.startswith("**How to read this page.**"))
+    for word in ("95 % interval", "Holm-adjusted p", "Detectable", "The headline score"):
+        assert paragraph.count(word) == 1
+    assert "is that of the epoch with the best validation score; these runs took the first of several" in paragraph
+    known = {"headline": "last", "validation_examples": 270}
+    runs = [
+        one
+        for recipe, ties in ((SAM, 8), (LOG, 3))
+        for one in seeded(recipe, 0.90, 0.94, validation_ties=ties, **known)
+    ]
+    text = report.markdown("T", runs, {})
+    assert "is that of the last epoch, because validation has 270 examples (fewer than 2,000); 5.5 epochs have" in text
+    assert "the first of several" not in text
+    alone = report.markdown("T", [run(SAM)], {})
+    assert "How to read" in alone
+    assert "detectable" not in alone.lower()
+    assert "Holm" not in alone
+
+
+def test_the_headline_is_shown_and_compared_and_the_other_score_is_in_the_csv():
+    last = {"headline": "last", "validation_examples": 270, "validation_ties": 4}
+    scores = {"scores": {"best": {"accuracy": 0.9}, "last": {"accuracy": 0.5}}, "test_last": 0.5}
+    runs = [
+        *seeded(SAM, 0.9, 0.8, **last),
+        *(replace(one, result={**one.result, **scores}) for one in seeded(LOG, 0.9, 0.8, **last)),
+    ]
+    rows = report.summary(runs)
+    header = report.header(rows)
+    assert "last" in header
+    assert "best val." not in header
+    assert [report.cells(row, ("last",)) for row in rows] == [("83.00 ± 7.07",), ("50.00 ± 0.00",)]
+    assert rows[1]["difference_mean"] == pytest.approx(0.5 - 0.83)
+    assert (rows[0]["headline_mean"], rows[0]["test_best_mean"], rows[0]["validation_ties"]) == (
+        *(pytest.approx(0.83), pytest.approx(0.85), 4),
+    )
+    assert report.crossed(grouped(runs))[1]["BiSAM (-log)"] == [[0.5, 0.5]]
+    ax = figures.draw("time", runs).axes[0]
+    assert ax.get_ylabel() == "test accuracy (%), last epoch"
+    labels = figures.draw("accuracy", runs).legends[0].get_texts()
+    assert [label.get_text() for label in labels[:2]] == ["last epoch (headline)", "best validation epoch"]
+    # Small data sets beside large ones: a column says which score it is.
+    large = seeded(replace(SAM, dataset="cifar10"), 0.95, 0.96, headline="best", validation_examples=5000)
+    rows = report.summary([*runs, *large])
+    assert report.header(rows)[4:6] == ("test", "weights")
+    assert [report.cells(row, ("test", "weights")) for row in (rows[0], rows[2])] == [
+        ("83.00 ± 7.07", "last"),
+        ("95.50 ± 0.71", "best val."),
+    ]
+    assert "the last epoch where validation has fewer than 2,000 examples, else of the epoch with" in report.markdown(
+        "T", [*runs, *large], {}
+    )
+
+
+def test_runs_before_the_rule_keep_their_score_beside_later_ones():
+    later = seeded(SAM, 0.90, 0.94, headline="last", validation_examples=270, validation_ties=8)
+    earlier = seeded(replace(SAM, version=2), 0.91, 0.93)
+    rows = report.summary([*later, *earlier])
+    assert [row["headline"] for row in rows] == ["last", "best"]
+    assert [report.cells(row, ("test", "weights"))[1] for row in rows] == ["last", "best val."]
+    text = report.markdown("T", [*later, *earlier], {})
+    assert "that of the last epoch, and in runs of earlier versions of the epoch with the best validation" in text
+    assert "because validation has" not in text
+    assert "the older runs took the first of several such epochs" in text
+    assert "from recipe version 3 on the split" in text
+    assert "not the split" in report.markdown("T", earlier, {})
 
 
 def test_methods_stand_side_by_side_where_there_are_several_places():
@@ -433,30 +484,7 @@ def test_what_run_folders_say_is_not_obeyed():
     assert page.text.count("alert(1)") == page.text.count("<script>alert(1)</script>")
 
 
-# Flips
-
-
-def test_late_flips_are_compared_with_the_baselines():
-    def flipped(recipe: Recipe, seed: int, *counts: float) -> Finished:
-        one = run(replace(recipe, seed=seed, epochs=len(counts)))
-        return replace(one, metrics=[{**row, "flipped": n} for row, n in zip(one.metrics, counts, strict=True)])
-
-    more = [9.0] * 8  # of the first epochs, which do not count
-    runs = [
-        *(flipped(SAM, seed, *more, 100.0 + seed, 102.0 + seed) for seed in range(3)),
-        *(flipped(LOG, seed, *more, 120.0 + 2 * seed, 122.0 + 2 * seed) for seed in range(3)),
-        *(flipped(SGD, seed, *[0.0] * 10) for seed in range(3)),
-        *(flipped(replace(SAM, method="esam"), seed, *[math.nan] * 10) for seed in range(3)),
-    ]
-    text = report.markdown("T", runs, {"flips.png": "flips"})
-    _, _, section = text.partition("## Samples flipped by the perturbation, late in training")
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("|")]
-    assert rows[0] == ["method", "flipped", "per cent of the samples", "n", "difference", "verdict"]
-    assert [row[0] for row in rows[2:4]] == ["SAM", "BiSAM (-log)"]
-    assert rows[2][1:] == ["102.00 ± 1.00", "9.46 ± 0.09", "3", "–", "–"]
-    assert rows[3][1:] == ["123.00 ± 2.00", "11.41 ± 0.19", "3", "+21.00 [+18.52, +23.48] (3)", "decided"]
-    assert len([row for row in rows if row[0] in ("SGD (1× epochs)", "ESAM")]) == 0
-    assert "## Samples flipped by" not in report.markdown("T", runs, {})
+# The ball
 
 
 def in_the_ball(recipe: Recipe, *seeds: int, worst: float = 0.5, epochs: int = 4) -> list[Finished]:
@@ -482,13 +510,14 @@ def test_the_largest_errors_in_the_ball_are_compared_with_the_baselines():
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("|")]
     assert rows[0][:5] == ["method", "error at w", "largest error", "n", "difference"]
     assert rows[0][5:] == [
+        *("p (Holm)", "detectable"),
         *("flips: sam", "flips: cross-entropy", "flips: log", "flips: tanh"),
         *("cosine: cross-entropy", "cosine: log", "cosine: tanh"),
     ]
-    assert rows[2][:6] == ["SAM", "25.00 ± 0.00", "51.40 ± 1.00", "3", "–", "25.00 ± 0.00"]
+    assert rows[2][:8] == ["SAM", "25.00 ± 0.00", "51.40 ± 1.00", "3", "–", "–", "–", "25.00 ± 0.00"]
     assert rows[3][:3] == ["BiSAM (-log)", "25.00 ± 0.00", "41.40 ± 1.00"]
-    assert rows[3][4].startswith("−10.00 [−10.00, −10.00] (3)")
-    assert rows[3][9:] == ["0.25 ± 0.00"] * 3
+    assert rows[3][4:7] == ["−10.00 all equal (3)", "–", "–"]
+    assert rows[3][11:] == ["0.25 ± 0.00"] * 3
     assert len([row for row in rows if row[0].startswith("SGD")]) == 0
     assert "The largest error in the ball" not in report.markdown("T", runs, {})
 
@@ -850,7 +879,7 @@ def test_runs_that_diverged_are_counted_named_and_part_of_the_means():
     called = report.escaped(names(grouped(DIVERGED))[LOG])
     assert f"Diverged: 1 of 4 runs, with the first epoch whose loss is not finite: {called}, seed 1 (epoch 2). " in text
     assert "are part of all means" in text
-    heads, _, first, second = (line.split(" | ") for line in text.splitlines() if line.startswith("|"))
+    heads, _, first, second = [line.split(" | ") for line in text.splitlines() if line.startswith("|")][:4]
     column = heads.index("diverged")
     assert [first[column], second[column]] == ["0", "1"]
     assert "diverged" in report.header([sam, log], brief=True)
@@ -905,7 +934,7 @@ def test_report_command_writes_markdown_csv_page_and_figures(finished, tmp_path,
     code, _, _ = bisam("report", "digits", "--out", finished, "--to", tmp_path / "elsewhere")
     assert code == 0
     made = {p.name for p in (tmp_path / "elsewhere").iterdir()}
-    assert made == {"report.md", "report.csv", "report.html", "accuracy.png", "flips.png"}
+    assert made == {"report.md", "report.csv", "flips.csv", "report.html", "accuracy.png", "flips.png"}
     rows = list(csv.DictReader(io.StringIO((tmp_path / "elsewhere" / "report.csv").read_text())))
     assert [row["method"] for row in rows] == ["SAM", "SGD"]
 

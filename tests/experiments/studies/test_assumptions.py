@@ -89,6 +89,9 @@ def test_the_settings_that_an_expression_contains(expression, found):
 def test_an_expression_with_two_radii_has_none():
     assert contained("Every(2, SAM(L2(0.1)), SAM(L2(0.2)))") == {}
     assert contained("Every(2, SAM(L2(0.1)), SAM(L2(0.1)))") == {"rho": 0.1}
+    assert contained("SAM(FlipRate(0.06, start=0.1))") == {"rho": 0.06}  # stands in the place of the radius
+    assert contained("BiSAM(0.1, WrongClasses(NegLog(2.0), margin=3))") == {"rho": 0.1, "mu": 2.0}
+    assert contained("BiSAM(0.1, NegLog(Linear(1, 10, steps)))") == {"rho": 0.1}
 
 
 # Labels

@@ -15,10 +15,11 @@ import pytest
 import torch
 from torchvision.datasets import cifar
 
-from bisam import SAM, SAMPa
+from bisam import SAM, SAMPa, cross_entropy
 from bisam.experiments.cli.study import show_failed
+from bisam.experiments.data import load
 from bisam.experiments.data.glue import TASKS
-from bisam.experiments.errors import RunError
+from bisam.experiments.errors import DataError, RunError
 from bisam.experiments.launch import processes
 from bisam.experiments.launch.estimate import queries
 from bisam.experiments.launch.outcomes import Outcome
@@ -59,7 +60,7 @@ def cifar_root(tmp_path, monkeypatch):
 def here(monkeypatch):
     """Runs of a study one after the other in this process."""
 
-    def run_all(recipes, root, workers, machine, progress, analyses=None):
+    def run_all(recipes, root, workers, machine, progress, analyses=None, stack=None):
         outcomes = []
         for recipe in recipes:
             outcomes.append(Outcome(recipe, train(Run.under(root, recipe), machine)))
@@ -67,6 +68,26 @@ def here(monkeypatch):
         return outcomes
 
     monkeypatch.setattr(processes, "run_all", run_all)
+
+
+def test_cifar_at_a_smaller_side(cifar_root):
+    """Each pixel is the mean of a block; the statistics, the crops and cutout are those of the smaller images."""
+    machine = Machine(data_dir=cifar_root)
+    whole, half = (load(Recipe(dataset=name, cutout=True), machine) for name in ("cifar10", "cifar10:16"))
+    for part in ("train", "validation", "test"):
+        there, here = getattr(whole, part), getattr(half, part)
+        assert here.images.shape == (len(there), 3, 16, 16)
+        assert torch.equal(here.labels, there.labels)
+        blocks = there.images.view(-1, 3, 16, 2, 16, 2).double().mean((3, 5))
+        assert (here.images - blocks).abs().max() <= 0.5
+    assert (half.train.augmentation.padding, half.train.augmentation.cutout) == (2, 8)
+    both = torch.cat([half.train.images, half.validation.images]).double() / 255
+    expected = both.mean((0, 2, 3)), both.transpose(0, 1).flatten(1).std(1)
+    for found, known in zip(half.train.statistics, expected, strict=True):
+        torch.testing.assert_close(torch.tensor(found), known.float())
+    for side in (5, 31):
+        with pytest.raises(DataError, match=f"images of 32 pixels can be reduced to 4, 8 or 16, got {side}"):
+            load(Recipe(dataset=f"cifar10:{side}"), machine)
 
 
 def checked(folder, root, runs: int, seeds: int = 1) -> list[dict]:
@@ -81,8 +102,8 @@ def checked(folder, root, runs: int, seeds: int = 1) -> list[dict]:
 
 IMAGES = ("table1", "table2", "table4", "table5", "table8", "table9", "table10", "figure2", "sampa", "grid")
 SAMPA_IMAGES = ("sampa-cifar10", "sampa-cifar100", "sampa-noise", "sampa-variants", "sampa-stale", "sampa-penalty")
-RUNS = {"table1": 4, "table2": 4, "table4": 2, "table5": 2, "table8": 20, "table9": 3, "table10": 3}
-RUNS |= {"figure2": 3, "sampa": 10, "grid": 43}
+RUNS = {"table1": 5, "table2": 5, "table4": 2, "table5": 2, "table8": 25, "table9": 3, "table10": 3}
+RUNS |= {"figure2": 4, "sampa": 10, "grid": 43}
 RUNS |= {"sampa-cifar10": 5, "sampa-cifar100": 5, "sampa-noise": 20, "sampa-variants": 12}
 RUNS |= {"sampa-stale": 6, "sampa-penalty": 6}
 
@@ -112,12 +133,13 @@ def test_figure2_reports_the_largest_error_in_the_ball(data, here, bisam, tmp_pa
     small = [f"--set={change}" for change in ("model=convnet", "limit=64", "batch_size=16", "measured_epochs=2")]
     code, _, _ = bisam("run", "figure2", "--epochs", 2, "--seeds", 1, *small, "--data-dir", data, "--out", tmp_path)
     assert code == 0
-    checked(tmp_path / "figure2", tmp_path / "figure2", 3)
+    checked(tmp_path / "figure2", tmp_path / "figure2", 4)
     text = (tmp_path / "figure2" / "report.md").read_text()
     assert "![Error at the weights, and the largest error in a ball around them](ball.png)" in text
     _, _, section = text.partition("## The largest error in the ball, after the last epoch")
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("|")]
-    for line in lines[2:5]:
+    assert len(lines) == 2 + 4
+    for line in lines[2:]:
         error, worst = (float(cell.split()[0]) for cell in line[1:3])
         assert 0 < error <= worst <= 100
 
@@ -158,14 +180,39 @@ def test_table8_has_the_networks_of_both_papers_with_clean_validation_labels():
     assert tuple(dict.fromkeys(recipe.model for recipe in recipes)) == ("resnet32", *MODELS)
     for model in ("resnet32", *MODELS):
         of_model = [recipe for recipe in recipes if recipe.model == model]
-        assert len(of_model) == 20
+        assert len(of_model) == 25
         assert {recipe.rho for recipe in of_model if recipe.noise == 0.8} == {None, 0.01}
         assert {recipe.rho for recipe in of_model if recipe.noise != 0.8} == {None, 0.05}
     assert {recipe.validation_noise for recipe in recipes} == {False}
     assert "validation labels" in STUDIES["table8"].note
     noisy = STUDIES["table8"].changed(None, ["validation_noise=true", "model=resnet32"])
     assert {(recipe.model, recipe.validation_noise) for recipe in noisy} == {("resnet32", True)}
-    assert len(noisy) == 20
+    assert len(noisy) == 25
+
+
+@pytest.mark.parametrize("name", ["table1", "table2", "table8", "figure2"])
+def test_the_control_is_beside_sam_where_labels_are_smoothed(name):
+    """It is SAM in all but the loss that it climbs, which has no label smoothing."""
+    recipes = STUDIES[name].recipes(None)
+    assert {recipe.label_smoothing for recipe in recipes} == {0.1}
+    control, sam = ([r for r in recipes if r.method == method] for method in ("sam_ce", "sam"))
+    assert [replace(recipe, method="sam") for recipe in control] == sam
+    assert control[0].build_method() == replace(sam[0].build_method(), ascent=cross_entropy)
+
+
+@pytest.mark.parametrize("name", ["table6", "table7", "grid-vit", "digits", "methods"])
+def test_the_control_is_left_out_where_it_would_be_sam(name):
+    recipes = STUDIES[name].recipes(None)
+    assert {recipe.label_smoothing for recipe in recipes} == {0.0}
+    assert "sam_ce" not in {recipe.method for recipe in recipes}
+    if name in ("table6", "table7"):
+        assert "Labels are not smoothed" in STUDIES[name].note
+
+
+@pytest.mark.parametrize("name", ["table3", "table4", "table5", "table9", "table10"])
+def test_a_note_says_what_differs_where_there_is_no_control(name):
+    assert {recipe.label_smoothing for recipe in STUDIES[name].recipes(None)} == {0.1}
+    assert "two things differ" in STUDIES[name].note
 
 
 def test_the_grid_has_radii_of_the_adaptive_methods():
@@ -326,7 +373,9 @@ def test_table8_on_all_networks(cifar_root, here, bisam, monkeypatch):
     noisy = ("--set", "validation_noise=true")
     code, _, err = bisam("run", "table8", *small, *noisy, "--data-dir", cifar_root, "--out", out)
     assert code == 0, err
-    rows = checked(out / "table8", out / "table8", 6 * 7)  # SGD, and SAM and BiSAM with the radii of both noises
+    rows = checked(
+        out / "table8", out / "table8", 6 * 9
+    )  # SGD, and SAM, the control and BiSAM with the radii of both noises
     assert {row["model"] for row in rows} == {"resnet32", *MODELS}
     text = (out / "table8" / "report.md").read_text()
     assert "validation noise True" in text
@@ -414,7 +463,7 @@ def test_a_study_without_its_data_starts_nothing(bisam, tmp_path):
         "run", "table2", "--seeds", 1, "--workers", 1, "--data-dir", tmp_path, "--out", tmp_path / "o"
     )
     assert (code, out) == (2, "")
-    assert "seed 0 and 19 more did not start: cifar100 is missing: give --download" in err
+    assert "seed 0 and 24 more did not start: cifar100 is missing: give --download" in err
     assert err.count("\n") == 1
     assert not (tmp_path / "o").exists()
 
@@ -435,7 +484,7 @@ def test_failures_are_said_once_each_and_tell_the_exit_code(capsys):
 def test_a_dry_run_without_the_data_says_so(bisam, tmp_path):
     code, out, err = bisam("run", "table1", "--dry-run", "--data-dir", tmp_path)
     assert code == 0
-    assert "120 of 120 runs of table1 are left, about ?" in out
+    assert "150 of 150 runs of table1 are left, about ?" in out
     assert "cifar10 is missing: give --download" in err
     assert err.count("\n") == 1
 
@@ -640,7 +689,7 @@ def test_workers_take_the_gpus_in_turn(monkeypatch):
     assert [both.at(place).device for place in (0, 1, 2)] == ["cuda:0,1", "cuda:2,3", "cuda:0,1"]
     assert both.at(1).devices == 2
     assert Machine(device="cuda:1").slots == Machine(device="cuda:1,3", devices=2).slots == 1
-    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.setattr("bisam.experiments.runs.machine.cores", lambda: 6)
     assert (Machine().slots, Machine(devices=4).slots, Machine().at(2)) == (6, 1, Machine())
 
 

@@ -9,10 +9,14 @@ import pytest
 
 from bisam.experiments import studies
 from bisam.experiments.launch import processes
+from bisam.experiments.launch.estimate import queries
 from bisam.experiments.recipes.catalogue import METHODS
 from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.reports.differences import baseline
+from bisam.experiments.reports.groups import varying
 from bisam.experiments.runs.folder import Run, finished
 from bisam.experiments.runs.machine import Machine
+from bisam.experiments.studies.equal import GRADIENTS
 from bisam.experiments.studies.study import expand
 from bisam.experiments.training.train import train
 from tests.support.doubles import Silent
@@ -69,7 +73,89 @@ def test_the_digits_study_is_what_it_says():
 
 def test_the_methods_study_runs_every_method():
     recipes = studies.STUDIES["methods"].recipes(None)
-    assert {recipe.method for recipe in recipes} == set(METHODS) - {"sam_ce"}  # it is SAM where labels are not smoothed
-    assert all(recipe.rho is not None for recipe in recipes if recipe.method not in NO_RHO)
-    trials = studies.STUDIES["methods-rho"].recipes(None)
-    assert all(any(same == recipe for same in trials) for recipe in recipes if recipe.method not in NO_RHO)
+    assert [recipe.method for recipe in recipes] == [method for method in METHODS if method != "sam_ce"]
+    assert all((recipe.rho is None) == (recipe.method in NO_RHO) for recipe in recipes)
+
+
+TUNED = {"digits": "digits-rho", "methods": "methods-rho", "cifar10-fitted": "cifar10-fitted-rho"}
+
+
+@pytest.mark.parametrize(("name", "trials"), TUNED.items())
+def test_settings_are_chosen_on_other_seeds_with_equal_budgets(name, trials):
+    """Every recipe of the study is one of the trials, inside its grid, and each method has as many trials."""
+    study, tuning = studies.STUDIES[name], studies.STUDIES[trials]
+    tried = tuning.recipes(None)
+    assert tuning.tunes
+    assert not set(range(tuning.first_seed, tuning.first_seed + tuning.seeds)) & set(range(study.first_seed, 60))
+    kin: dict[tuple[str, float], set[float]] = {}
+    for recipe in tried:
+        value = recipe.weight_decay if recipe.method in NO_RHO else recipe.rho
+        kin.setdefault((recipe.method, recipe.noise), set()).add(value)
+    assert len({len(values) for values in kin.values()}) == 1
+    for recipe in study.recipes(None):
+        assert recipe in tried
+        values = sorted(kin[recipe.method, recipe.noise])
+        assert recipe.weight_decay in values[:-1] if recipe.method in NO_RHO else recipe.rho in values[1:-1]
+
+
+@pytest.mark.parametrize("name", [*TUNED, *TUNED.values()])
+def test_all_methods_compute_about_as_many_gradients(name):
+    """By count, on a toy: the gradients of a step times the epochs. AE-SAM decides by itself: 1 to 2 in a step."""
+    for recipe in studies.STUDIES[name].recipes(None):
+        if recipe.method != "ae_sam":
+            in_a_step, _ = queries(METHODS[recipe.method].written(), recipe.batch_size)
+            length = {"cifar10": 40}.get(recipe.dataset.partition(":")[0], 30)
+            assert in_a_step * recipe.length == pytest.approx(2 * length, rel=0.06), recipe.method
+
+
+def test_lengths_keep_their_proportions():
+    study = studies.STUDIES["methods"]
+    for change, factor in (((), 1), (("epochs=60",), 2), (("steps=1500",), 50)):
+        lengths = {recipe.method: recipe.length for recipe in study.changed(None, change)}
+        expected = {"sam": 30, "sgd": 60, "looksam": 50, "every": 40, "gbisam": 20}
+        assert {method: lengths[method] for method in expected} == {m: factor * n for m, n in expected.items()}
+    assert min(recipe.length for recipe in study.changed(1, ())) == 1
+
+
+def test_gradients_of_the_catalogue_are_those_of_the_lengths():
+    """What is not 2 in the catalogue has a number here, and methods with it are compared at other lengths."""
+    for method, entry in METHODS.items():
+        differs = entry.gradients not in ("2", "2 + samples / n / every")
+        assert (method in GRADIENTS) == differs == ("epochs" in entry.own_fields), method
+
+
+def test_a_tuned_weight_decay_is_compared_and_shown():
+    """With the radius of another method, as a radius of its own would be; other fields must be the same."""
+    sgd = Recipe(method="sgd", epochs=60, weight_decay=0.01)
+    sam = Recipe(method="sam", rho=0.4, epochs=30)
+    assert baseline(sgd, [sgd, sam], ("sam",)) == sam
+    assert "weight_decay" in varying([sgd, sam])
+    assert baseline(replace(sgd, learning_rate=0.2), [sgd, sam], ("sam",)) is None
+    asam = Recipe(method="asam", rho=4.0, epochs=30, weight_decay=0.01)
+    assert baseline(asam, [asam, sam], ("sam",)) is None
+
+
+def test_the_clip_of_le_sam_does_not_bind(tmp_path):
+    """The displacements of the largest sigmas that are tried are below it, and so their runs differ."""
+    recipes = [r for r in studies.STUDIES["methods-rho"].changed(1, ()) if r.method == "le_sam"]
+    largest = sorted(recipes, key=lambda recipe: recipe.rho)[-2:]
+    rows = []
+    for recipe in largest:
+        run = Run.under(tmp_path, recipe)
+        train(run, Machine(stats=True))
+        (row,) = run.stats()
+        rows.append(row)
+    clip = largest[0].build_method().perturb.rho_max
+    norms = [row["displacement_norm"] for row in rows]
+    assert 0 < norms[0] < norms[1] < clip / 2
+
+
+def test_the_superseded_study_says_so():
+    study = studies.STUDIES["cifar10-small"]
+    assert "superseded by cifar10-fitted" in study.title
+    assert "Superseded" in study.note
+    fitted = studies.STUDIES["cifar10-fitted"]
+    assert fitted.seeds >= 10
+    assert {recipe.method for recipe in fitted.recipes(None)} >= {"sgd", "sam", "sam_ce", "bisam_log", "bisam_tanh"}
+    assert {recipe.noise for recipe in fitted.recipes(None)} == {0.0, 0.4}
+    assert "primary comparison" in fitted.note

@@ -26,9 +26,9 @@ class Settings:
         rho: radii of the balls, in which what has a radius is measured one after the other.
         steps: steps of each ascent.
         split: train (with the label noise of the run, without augmentation), validation or test.
-        examples: largest number of examples; the seed chooses them, the same for all runs on the same data.
+        examples: largest number of examples; the seed chooses them, the same for all runs of one seed on the same data.
         batch_size: examples of a batch, which has a displacement of its own in flips and m-sharpness.
-        weights: best (of the epoch with the best validation score), last, or ema (the average of the weights).
+        weights: best (of the latest epoch with the best validation score), last, or ema (the average of the weights).
         seed: seeds the choice of the examples, random directions and random vectors.
 
     Raises:

@@ -17,6 +17,7 @@ from bisam.experiments.data.image_tensors import channels
 from bisam.experiments.data.splits import Data, Split
 from bisam.experiments.errors import RunError, is_out_of_memory
 from bisam.experiments.models.build import PRETRAINED, build
+from bisam.experiments.models.frozen import with_frozen
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.checkpoint import CHECKPOINT
 from bisam.experiments.runs.files import damaged
@@ -59,19 +60,28 @@ def of_run(run: Run, result: Result, settings: Settings, machine: Machine) -> Su
     """Return the model of a finished run with examples of its own data: with its label noise, without augmentation.
 
     Raises:
-        RunError: the run has no checkpoint or no such weights, or its checkpoint is damaged or that of another run.
+        RunError: the run has no checkpoint or no such weights, its checkpoint is damaged or that of another run, or its
+            recipe has an earlier version, whose examples were others.
         ValueError: the data or the model cannot be loaded.
     """
     weights = _weights(run, result, settings.weights)
     recipe = run.recipe
 
     def make(classes: int, channels: int) -> nn.Module:
-        # The values in a file are not needed; pretrained models of torchvision can differ from others by more.
-        source = PRETRAINED if recipe.weights == PRETRAINED else None
-        model = build(recipe.model, classes, channels=channels, weights=source)
+        # Pretrained models of torchvision can differ from others by more than their values. The values in a file are
+        # needed only where some are not trained.
+        source = recipe.weights if recipe.weights == PRETRAINED or recipe.frozen is not None else None
+        model = build(
+            recipe.model,
+            classes,
+            channels=channels,
+            weights=source,
+            frozen=recipe.frozen,  # what was not trained is not displaced
+            root=machine.data_dir,
+        )
         model = model.double() if recipe.precision == "64" else model
         try:
-            model.load_state_dict(weights)
+            model.load_state_dict(with_frozen(weights, model))
         except Exception as error:  # torch raises errors of several types for a state of another form
             if is_out_of_memory(error):
                 raise
@@ -95,7 +105,7 @@ def of_file(path: Path, recipe: Recipe, settings: Settings, machine: Machine) ->
     """
 
     def make(classes: int, channels: int) -> nn.Module:
-        return build(recipe.model, classes, channels=channels, weights=str(path), new_head=False)
+        return build(recipe.model, classes, channels=channels, weights=str(path), new_head=False, root=machine.data_dir)
 
     return _subject(recipe, make, settings, machine)
 
@@ -118,7 +128,7 @@ def _subject(recipe: Recipe, make: Callable[[int, int], nn.Module], settings: Se
 
 
 def _chosen(splits: Data, settings: Settings) -> Split:
-    """The examples, in their own order: the same ones for all runs on the same data."""
+    """The examples, in their own order: the same ones for all runs of one seed on the same data."""
     split: Split = getattr(splits, settings.split).unaugmented()
     if len(split) <= settings.examples:
         return split

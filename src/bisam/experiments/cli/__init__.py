@@ -1,6 +1,6 @@
-"""The command line, one file a command: `bisam run`, `train`, `analyse`, `list`, `methods`, `tables`, `report`, `plot`.
+"""The command line, a file a command: `bisam run`, `train`, `analyse`, `report`, `plot`, `archive`, `list` and others.
 
-run, report, plot, list   work on a subject of `subjects.py`: a study (`study.py`) or a measurement (`measurement.py`)
+run, report, ...          work on a subject of `subjects.py`: a study (`study.py`) or a measurement (`measurement.py`)
 train                     trains one recipe
 analyse                   measures finished runs, or the weights in a file
 methods                   shows the catalogue of methods
@@ -18,7 +18,7 @@ from typing import Any
 from cyclopts import App, CycloptsError
 
 from bisam import __version__
-from bisam.experiments.cli import analyse, list as listing, methods, plot, report, run, tables, train
+from bisam.experiments.cli import analyse, archive, list as listing, methods, plot, report, run, tables, train
 from bisam.experiments.cli.terminal import errors
 from bisam.experiments.errors import RunError, is_out_of_memory, reason, show_warnings_in_one_line
 
@@ -36,6 +36,7 @@ app.command(methods.methods, help_epilogue=methods.EXAMPLES)
 app.command(tables.tables, help_epilogue=tables.EXAMPLES)
 app.command(report.report, help_epilogue=report.EXAMPLES)
 app.command(plot.plot, help_epilogue=plot.EXAMPLES)
+app.command(archive.archive, help_epilogue=archive.EXAMPLES)
 
 
 def main() -> None:

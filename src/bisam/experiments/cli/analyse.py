@@ -22,6 +22,7 @@ from bisam.experiments.cli.progress import MeasuringDisplay
 from bisam.experiments.cli.terminal import console, errors
 from bisam.experiments.errors import RunError, is_out_of_memory, reason
 from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.runs.archive import is_archive
 from bisam.experiments.runs.files import write
 from bisam.experiments.runs.folder import read_recipe
 from bisam.experiments.runs.machine import Machine
@@ -151,6 +152,8 @@ def found_under(path: Path) -> list[Path]:
         if found := sorted(file.parent for file in path.rglob("recipe.json")):
             return found
         raise ValueError(f"{path} has no run folder, which has a recipe.json: give runs/STUDY, or a folder below it")
+    if is_archive(path):
+        raise ValueError(f"{path} is an archive of finished runs, without their weights: there is nothing to measure")
     if path.exists():
         raise ValueError(f"{path} is a file: give the folder of a run; for a file of weights write --weights {path}")
     there = Path("runs") / path

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from bisam.experiments.cli.options import flag
 from bisam.experiments.recipes.recipe import Recipe
@@ -39,19 +40,37 @@ def _with_dataset(needs: str, *kinds: str) -> Condition:
 
 _CIFAR = _with_dataset("dataset cifar10 or cifar100", "cifar10", "cifar100")
 _FILES = _with_dataset("dataset imagenet, flowers, pets or folder:PATH", "imagenet", "flowers", "pets", "folder")
+_TEXTS = _with_dataset("dataset glue:TASK", "glue")
+
+
+def _is_in_data_dir(recipe: Recipe) -> bool:
+    """Whether its data, its model or its weights may be in the folder of the data sets."""
+    kind, _, detail = recipe.dataset.partition(":")
+    paths = [detail] if kind == "folder" else []
+    paths += [recipe.weights or ""] + ([recipe.model.removeprefix("hf:")] if recipe.model.startswith("hf:") else [])
+    return kind not in ("digits", "folder") or any(path and not Path(path).is_absolute() for path in paths)
+
 
 CONDITIONS: dict[str, Condition] = {
     "validation_noise": Condition(lambda r, _: r.noise > 0, "noise above 0", lambda r, _: f"{r.noise:g}"),
     "augment": _CIFAR,
     "cutout": _CIFAR,
     "image_size": _FILES,
-    "max_length": _with_dataset("dataset glue:TASK", "glue"),
+    "max_length": _TEXTS,
+    "bucket": _TEXTS,
+    "held_out": _with_dataset("dataset imagenet, pets, folder:PATH or glue:TASK", "imagenet", "pets", "folder", "glue"),
+    "frozen": Condition(
+        lambda r, _: r.model.partition(":")[0] in ("hf", "timm"), "model hf:NAME or timm:NAME", lambda r, _: r.model
+    ),
     "channels_last": _with_dataset("a dataset of images", *(KINDS - {"glue"})),
+    "measured": Condition(lambda r, _: r.measured_epochs > 0, "measured_epochs above 0", lambda *_: "0"),
     "momentum": Condition(lambda r, _: r.optimizer == "sgd", "optimizer sgd", lambda r, _: r.optimizer),
     "strategy": Condition(
         lambda _, machine: machine.strategy != "ddp" or machine.parallel, "several --devices", lambda *_: "1"
     ),
-    "data_dir": _with_dataset("a dataset in that folder", "cifar10", "cifar100", "imagenet", "flowers", "pets", "glue"),
+    "data_dir": Condition(
+        lambda recipe, _: _is_in_data_dir(recipe), "a dataset or weights in that folder", lambda r, _: r.dataset
+    ),
     "download": _with_dataset(
         "dataset cifar10, cifar100, flowers, pets or glue:TASK", "cifar10", "cifar100", "flowers", "pets", "glue"
     ),

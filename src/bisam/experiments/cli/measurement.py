@@ -15,6 +15,7 @@ from bisam.experiments.cli.options import Launch, flag
 from bisam.experiments.cli.report_files import write_report
 from bisam.experiments.cli.terminal import console, errors
 from bisam.experiments.measurements import Measurement, report as report_of, run as measure
+from bisam.experiments.measurements.timing import Load
 from bisam.experiments.recipes.changes import pairs
 from bisam.experiments.runs.files import to_csv
 from bisam.experiments.runs.machine import Machine
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 _CHANGE = "rounds=5"
 _DRAWN = frozenset({"set", "out", "dry_run", "estimate"})
 _MEASURED = _DRAWN | {"device", "devices", "nodes"}
+_DATA = frozenset({"data_dir", "download"})
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,10 @@ class MeasurementSubject:
             ValueError: a change of a setting is wrong.
         """
         self.measurement.changed(pairs(launch.changes, _CHANGE))
-        does = "is drawn from formulas" if self.measurement.drawn_only else "trains nothing"
-        if idle := sorted(given - (_DRAWN if self.measurement.drawn_only else _MEASURED)):
+        one = self.measurement
+        does = "is drawn from formulas" if one.drawn_only else "trains nothing"
+        takes = _DRAWN if one.drawn_only else _MEASURED | _DATA if one.reads_data else _MEASURED
+        if idle := sorted(given - takes):
             errors.print(f"bisam: {self.name} {does}: without effect are {', '.join(map(flag, idle))}")
 
     def plan(self, launch: Launch, machine: Machine, out: Path) -> int:
@@ -65,6 +69,8 @@ class MeasurementSubject:
 
     def run(self, launch: Launch, machine: Machine, out: Path) -> int:
         """Measure the parts that are missing, and report."""
+        if self.measurement.timed and (warning := Load.now().warning):
+            errors.print(f"bisam: {warning}")
         with console.status("") as status:
 
             def tell(part: str, done: int, total: int) -> None:
@@ -82,6 +88,14 @@ class MeasurementSubject:
     def report(self, changes: tuple[str, ...], out: Path, to: Path | None) -> int:
         """Print the table, and write the report."""
         return self._report(out, to or out / self.name, pairs(changes, _CHANGE))
+
+    def archive(self, changes: tuple[str, ...], out: Path, to: Path) -> int:
+        """Refuse: there is nothing to leave out.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"{self.name} trains nothing: its folder has no checkpoints, and can be kept as it is")
 
     def figure(self, name: str | None, changes: tuple[str, ...], out: Path) -> Figure:
         """Its figure.

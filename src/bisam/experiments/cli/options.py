@@ -9,9 +9,11 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from bisam.experiments.cli.flags import Whole
+from bisam.experiments.runs.archive import is_archive
 from bisam.experiments.runs.machine import Machine
 
 Out = Annotated[Path, Parameter(help="Folder that the run folders are in.")]
+In = Annotated[Path, Parameter(name="--out", help="Folder that the run folders are in, or an archive of them.")]
 Changes = Annotated[
     tuple[str, ...], Parameter(name="--set", negative="", help="Change a field of all recipes: --set epochs=1.")
 ]
@@ -36,6 +38,8 @@ class Launch:
     """Epochs per run (of the other methods, where SGD gets twice as many); by default the study's own number."""
     workers: Whole | None = None
     """Runs at a time, each in a process; by default one per core, or per GPU with --device cuda."""
+    stack: Whole | None = None
+    """Train up to so many seeds of a recipe at once, as one batched model: for small networks (model mlp)."""
     ray: str | None = None
     """Run on a Ray cluster instead: local, auto or its address."""
     gpus: float = 0
@@ -50,9 +54,21 @@ class Launch:
     """Whether --dry-run measures times, which loads the data."""
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "epochs", "workers"):
+        for name in ("seeds", "epochs", "workers", "stack"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
+
+
+def refuse_archive(out: Path) -> None:
+    """Refuse to run into an archive.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if is_archive(out):
+        raise ValueError(
+            f"--out {out} is an archive of finished runs, without checkpoints: nothing can be run in it. Give a folder"
+        )
 
 
 def flag(name: str) -> str:

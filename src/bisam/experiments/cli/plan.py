@@ -57,13 +57,19 @@ def show_runs(recipes: Sequence[Recipe], root: Path, analyses: Analyses | None =
     return left, 0 if analyses is None else len(recipes) - measured.total()
 
 
-def show_times(left: Mapping[Recipe, int], machine: Machine) -> float | None:
+def show_times(left: Mapping[Recipe, int], machine: Machine, stack: int | None = None) -> float | None:
     """Measure and print the time of the runs that are left of each recipe.
+
+    Args:
+        left: number of runs that are left of each recipe.
+        machine: where they are to be run.
+        stack: largest number of runs that are trained at once, if they are.
 
     Returns:
         Seconds of all of them, one after the other; None if there is no estimate for some.
     """
-    from bisam.experiments.launch.estimate import estimate
+    from bisam.experiments.launch.estimate import Estimate, estimate, queries
+    from bisam.experiments.launch.stacks import seconds as stacked_seconds
 
     called, titles = names(left), places(left)
     problems, seconds = dict[str, None](), 0.0
@@ -71,7 +77,11 @@ def show_times(left: Mapping[Recipe, int], machine: Machine) -> float | None:
         if not count:
             continue
         with console.status(f"a few steps of {recipe.model} on {recipe.dataset}"):
-            cost = estimate(recipe, machine)
+            if stack is None:
+                cost = estimate(recipe, machine)
+            else:
+                gradients, _ = queries(recipe.expression, recipe.batch_size)
+                cost = Estimate(gradients, stacked_seconds(recipe, machine, count, stack) / count)
         if cost.problem and cost.problem not in problems:
             problems[cost.problem] = None
             errors.print(f"bisam: no estimate: {cost.problem}")
@@ -79,6 +89,7 @@ def show_times(left: Mapping[Recipe, int], machine: Machine) -> float | None:
         what = ", ".join(part for part in (titles[place(recipe)], called[recipe]) if part)
         time = "?" if cost.seconds is None else duration(count * cost.seconds)
         runs = "1 run" if count == 1 else f"{count} runs"
+        runs += "" if stack is None else f" in stacks of {min(stack, count)} at most"
         gradients = f"{cost.gradients:.3g} gradient{'s' if cost.gradients != 1 else ''} per step"
         line = f"{what}: {gradients}, {runs}: {time}"
         console.print(line, soft_wrap=True, highlight=False, markup=False)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bisam.experiments.cli.options import Changes, Out
+from bisam.experiments.cli.options import Changes, In
 from bisam.experiments.cli.terminal import console
 from bisam.experiments.errors import unknown
+from bisam.experiments.runs.archive import is_archive
 
 EXAMPLES = (
     "Examples:  bisam plot figure1   |   bisam plot figure2 --to figure2.pdf   |   "
@@ -15,7 +16,7 @@ EXAMPLES = (
 
 
 def plot(
-    figure: str, study: str | None = None, *, changes: Changes = (), out: Out = Path("runs"), to: Path | None = None
+    figure: str, study: str | None = None, *, changes: Changes = (), out: In = Path("runs"), to: Path | None = None
 ) -> int:
     """Draw one figure, from run folders: PNG, PDF or SVG.
 
@@ -33,6 +34,11 @@ def plot(
 
     of_studies = [*figures.CAPTIONS, predictor_plot.NAME]
     run = None if study is None or study in SUBJECTS else Path(study)
+    if run is not None and is_archive(run):
+        remedy = "unpack it with tar, and give the folder of a run"
+        if figure in of_studies:
+            remedy = f"write `bisam plot {figure} STUDY --out {run}`"
+        raise ValueError(f"{run} is an archive of runs: {remedy}")
     if run is not None and figure in analyses.DRAWN and (run.exists() or figure not in figures.CAPTIONS):
         drawing = analyses.draw(figure, run)
     elif study is None and figure in SUBJECTS:

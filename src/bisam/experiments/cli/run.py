@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from bisam.experiments.cli.options import Given, Launch, MachineFlags, Out
+from bisam.experiments.cli.options import Given, Launch, MachineFlags, Out, refuse_archive
 from bisam.experiments.runs.machine import Machine
 
 EXAMPLES = (
@@ -31,6 +31,7 @@ def run(
     """
     from bisam.experiments.cli.subjects import subject
 
+    refuse_archive(out)
     chosen = subject(study)
     chosen.check(launch, machine, given)
     return chosen.plan(launch, machine, out) if launch.dry_run else chosen.run(launch, machine, out)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import signal
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,11 +19,13 @@ from bisam.experiments.cli.plan import show_runs, show_times
 from bisam.experiments.cli.progress import Display, duration
 from bisam.experiments.cli.report_files import write_report
 from bisam.experiments.cli.terminal import console, errors
-from bisam.experiments.errors import DamagedError
+from bisam.experiments.errors import DamagedError, RunError
 from bisam.experiments.recipes.changes import pairs
-from bisam.experiments.recipes.recipe import VERSION, Recipe
+from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.recipes.versions import VERSION
+from bisam.experiments.runs.archive import Source, source, write_archive
 from bisam.experiments.runs.files import to_csv
-from bisam.experiments.runs.folder import Finished, finished
+from bisam.experiments.runs.folder import Finished, Run, finished, read_recipe
 from bisam.experiments.runs.machine import Machine, threads
 from bisam.experiments.studies.study import Analyses, Study, expand
 
@@ -66,8 +69,11 @@ class StudySubject:
             _refuse("without --ray there is no cluster", given & {"gpus", "cpus", "retries"})
         else:
             _refuse("with --ray, --cpus and --gpus decide how many runs there are at a time", given & {"workers"})
+            _refuse("with --ray each run is a task", given & {"stack"})
         recipes = self.study.changed(launch.epochs, launch.changes)
         refuse_idle(recipes, machine, given, frozenset(pairs(launch.changes, "epochs=1")))
+        if launch.stack is not None:
+            self._check_stack(recipes, machine, given)
         loggers.check(machine.log)
         if launch.ray is None and machine.nodes > 1:
             raise ValueError(
@@ -84,6 +90,15 @@ class StudySubject:
         if launch.ray is None:
             machine.fabric()  # fails here, before the first run, if the device is missing
 
+    def _check_stack(self, recipes: Sequence[Recipe], machine: Machine, given: frozenset[str]) -> None:
+        from bisam.experiments.training.stacked.checks import check
+
+        _refuse("a stack writes metrics.csv and no other log", given & {"log"})
+        if self.study.analyses is not None:
+            raise ValueError(f"--stack keeps no weights, which the analyses of {self.name} need: leave --stack out")
+        for recipe in recipes:
+            check(recipe, machine)
+
     def plan(self, launch: Launch, machine: Machine, out: Path) -> int:
         """Print the runs, and an estimate of the time of those that are left."""
         recipes, workers = self._recipes(launch), launch.workers or machine.slots
@@ -99,7 +114,7 @@ class StudySubject:
         if launch.ray is None:
             machine.fabric()
         threads(min(workers, len(recipes)))  # as in the processes of the runs
-        seconds = show_times(left, machine)
+        seconds = show_times(left, machine, launch.stack)
         time = "?" if seconds is None else duration(seconds / min(workers, count))
         more = "" if self.study.analyses is None else ", without the time of the analyses"
         console.print(f"{said}, about {time} in {workers} processes{more}")
@@ -115,21 +130,39 @@ class StudySubject:
             except KeyboardInterrupt:
                 signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not end the message
                 display.stop()
+                again = "resumes the others"
+                if launch.stack is not None:
+                    again += ", and an interrupted stack begins again"
                 errors.print(
-                    f"interrupted: {display.finished} of {len(recipes)} runs are finished; the same command resumes "
-                    "the others"
+                    f"interrupted: {display.finished} of {len(recipes)} runs are finished; the same command {again}"
                 )
                 return 130
         if any(outcome.result for outcome in outcomes):
             wanted = dict.fromkeys(replace(recipe, seed=0) for recipe in recipes)
-            runs, left_out = all_finished(root)
+            runs, left_out = all_finished(root, here := Source(out, out))
             found = [run for run in runs if without_seed(run) in wanted]
-            self._report(self._arranged(found, list(wanted)), left_out, out, out / self.name)
+            self._report(self._arranged(found, list(wanted)), left_out, here, out / self.name)
         return show_failed(outcomes)
 
     def report(self, changes: tuple[str, ...], out: Path, to: Path | None) -> int:
         """Print the table, and write the report."""
-        self._report(*self._finished(changes, out), out, to or out / self.name)
+        with source(out) as place:
+            self._report(*self._finished(changes, place), place, to or place.beside / self.name)
+        return 0
+
+    def archive(self, changes: tuple[str, ...], out: Path, to: Path) -> int:
+        """Write its finished runs to one file: those that `report` shows."""
+        place, root = Source(out, out), out / self.study.folder
+        runs, damaged = self._finished(changes, place)
+        faults = _faults(runs)
+        for fault in faults:
+            errors.print(f"bisam: skipped: {fault}")
+        without = [fault.path for fault in faults if isinstance(fault, DamagedError)]
+        size = write_archive(to, root, sorted(map(_folder, runs)), without)
+        unfinished = _unfinished(root, {*self.study.changed(None, changes), *map(without_seed, runs)})
+        left = [f"{count} {kind}" for kind, count in (("unfinished", unfinished), ("damaged", len(damaged))) if count]
+        said = f"{len(runs)} runs of {self.name}, {size / 1e3:,.0f} kB" + f"; left out: {', '.join(left)}" * bool(left)
+        console.print(f"{to}: {said}", soft_wrap=True, highlight=False)
         return 0
 
     def figure(self, name: str | None, changes: tuple[str, ...], out: Path) -> Figure:
@@ -140,21 +173,23 @@ class StudySubject:
         """
         from bisam.experiments.reports import analyses, figures, predictor_plot
 
-        runs, _ = self._finished(changes, out)
+        with source(out) as place:
+            runs, _ = self._finished(changes, place)
+            entries, _ = analyses.read(runs if name == predictor_plot.NAME else ())
         if name != predictor_plot.NAME:
             return figures.draw(name or self.study.figures[0], runs)
         if (compared := self.study.analyses) is None:
             raise ValueError(f"{name} shows the analyses of a study, and {self.name} has none: try bisam list")
-        comparisons, _, _ = _compared(runs, analyses.read(runs)[0], compared)
+        comparisons, _, _ = _compared(runs, entries, compared)
         return predictor_plot.predictors(comparisons, compared.shown)
 
     def _recipes(self, launch: Launch) -> list[Recipe]:
         changed = self.study.changed(launch.epochs, launch.changes)
         return expand(changed, launch.seeds or self.study.seeds, self.study.first_seed)
 
-    def _finished(self, changes: tuple[str, ...], out: Path) -> tuple[list[Finished], list[str]]:
+    def _finished(self, changes: tuple[str, ...], place: Source) -> tuple[list[Finished], list[str]]:
         """Its finished runs, or else runs of its methods with other settings in its folder; and the damaged ones."""
-        runs, left_out = all_finished(out / self.study.folder)
+        runs, left_out = all_finished(place.folder / self.study.folder, place)
         wanted = dict.fromkeys(self.study.changed(None, changes))
         found = [run for run in runs if without_seed(run) in wanted]
         if not found and runs and not changes:
@@ -164,7 +199,16 @@ class StudySubject:
                 errors.print(f"bisam: no finished run has the settings of {self.name}: these runs have other settings")
         if not found:
             again = " ".join(["bisam run", self.name, *(f"--set {change}" for change in changes)])
-            raise ValueError(f"no finished run of {self.name} in {out}: run `{again}` first, or give its --out")
+            remedy = f"run `{again}` first, or give its --out"
+            if place.archived:
+                remedy = f"it has runs in {', '.join(sorted(path.name for path in place.folder.iterdir()))}"
+            raise ValueError(f"no finished run of {self.name} in {place.given}: {remedy}")
+        if earlier := sorted({run.recipe.version for run in found} - {VERSION}):
+            count, which = sum(run.recipe.version in earlier for run in found), " or ".join(map(str, earlier))
+            errors.print(
+                f"bisam: {count} of {len(found)} runs have recipe version {which}, whose results are not those of "
+                f"version {VERSION}: they are reported in groups of their own"
+            )
         return self._arranged(found, list(wanted)), left_out
 
     def _arranged(self, runs: list[Finished], recipes: list[Recipe]) -> list[Finished]:
@@ -173,16 +217,24 @@ class StudySubject:
 
         return arranged(runs, recipes, self.study.baselines)
 
-    def _report(self, runs: list[Finished], left_out: list[str], out: Path, to: Path) -> None:
-        from bisam.experiments.reports import analyses, figures, predictor_plot, tables
+    def _report(self, runs: list[Finished], left_out: list[str], place: Source, to: Path) -> None:
+        from bisam.experiments.reports import analyses, ascents, choice, figures, legends, predictor_plot, tables
         from bisam.experiments.reports.drawing import rendered
+        from bisam.experiments.reports.flips import flips, rows as flips_rows
         from bisam.experiments.reports.groups import grouped
 
+        entries, faults = analyses.read(runs)
+        for fault in faults:
+            if place.archived:
+                raise place.fault(fault)
+            errors.print(f"bisam: skipped: {fault}")
         study = self.study
-        rows = tables.summary(runs, study.baselines)
-        header = tables.header(rows, brief=console.width < 130)
-        columns = (Column(name, no_wrap=name == "name", overflow="fold") for name in header)
-        table = Table(*columns, title=study.title, caption=tables.CAPTION)
+        rows = tables.summary(runs, study.baselines, study.registered)
+        narrow = console.width < 150
+        header = tables.header(rows, brief=narrow)
+        heads = {name: "diff." if name == "difference" and narrow else name for name in header}
+        columns = (Column(heads[name], no_wrap=name == "name", overflow="fold") for name in header)
+        table = Table(*columns, title=study.title, caption=legends.caption(runs))
         marks, recipes = tables.marks_of(runs, study.assumptions), list(grouped(runs))
         for recipe, row, following in zip(recipes, rows, [*rows[1:], None], strict=True):
             new = following is not None and any(following[key] != row[key] for key in ("dataset", "model", "noise"))
@@ -194,11 +246,25 @@ class StudySubject:
         drawn = [name for name in study.figures if figures.usable(name, runs)]
         pictures = {f"{name}.png": rendered(figures.draw(name, runs)) for name in drawn}
         captions = {f"{name}.png": figures.CAPTIONS[name] for name in drawn}
-        entries, faults = analyses.read(runs)
-        for fault in faults:
-            errors.print(f"bisam: skipped: {fault}")
-        more = [analyses.section(runs, entries, faults, f"{out / study.folder}")]
-        files = {"analysis.csv": to_csv(analyses.rows(runs, entries))}
+        analysed = "" if place.archived else f"{place.folder / study.folder}"
+        more = [
+            ascents.section(ascents.compared(runs, study.registered), runs),
+            analyses.section(runs, entries, faults, analysed),
+        ]
+        flipped = flips_rows(flips(grouped(runs), study.baselines))
+        files = {
+            "ascents.csv": to_csv(ascents.rows(runs)),
+            "flips.csv": to_csv(flipped),
+            "analysis.csv": to_csv(analyses.rows(runs, entries)),
+        }
+        if study.tunes:
+            more, files = [choice.section(runs), *more], files | {"choices.csv": to_csv(choice.rows(runs))}
+        if study.regret is not None:
+            from bisam.experiments.reports import regret
+
+            registered = range(study.first_seed, study.first_seed + study.seeds)
+            more = [regret.section(grouped(runs), study.regret, registered), *more]
+            files["regret.csv"] = to_csv(regret.rows(grouped(runs), study.regret, registered))
         if study.analyses is not None:
             section, own, figure = _predictors(runs, entries, study.analyses, study.seeds)
             more, files = [section, *more], files | own
@@ -206,7 +272,15 @@ class StudySubject:
                 pictures[f"{predictor_plot.NAME}.png"] = rendered(figure)
                 captions[f"{predictor_plot.NAME}.png"] = predictor_plot.CAPTION
         text = tables.markdown(
-            study.title, runs, captions, study.note, study.baselines, left_out, study.assumptions, more
+            study.title,
+            runs,
+            captions,
+            study.note,
+            study.baselines,
+            left_out,
+            study.assumptions,
+            more,
+            study.registered,
         )
         write_report(to, text, to_csv(rows), pictures, files)
 
@@ -258,7 +332,7 @@ def _launched(
     if launch.ray is None:
         from bisam.experiments.launch.processes import run_all
 
-        return run_all(recipes, root, launch.workers or machine.slots, machine, display, analyses)
+        return run_all(recipes, root, launch.workers or machine.slots, machine, display, analyses, launch.stack)
     from bisam.experiments.launch.ray import run_all as run_on_ray
 
     return run_on_ray(
@@ -274,19 +348,53 @@ def _launched(
     )
 
 
-def all_finished(root: Path) -> tuple[list[Finished], list[str]]:
-    """The finished runs in `root`, and the reasons why others are left out, which are printed too."""
+def all_finished(root: Path, place: Source) -> tuple[list[Finished], list[str]]:
+    """The finished runs in `root`, and the reasons why others are left out, which are printed too.
+
+    Raises:
+        RunError: a run in an archive is damaged.
+    """
     runs, left_out = list[Finished](), list[str]()
     for run in finished(root):
         if isinstance(run, Finished):
             runs.append(run)
             continue
+        if place.archived:
+            raise place.fault(run)
         errors.print(f"bisam: skipped: {run}")
         if isinstance(run, DamagedError):
             left_out.append(f"{run.path.relative_to(root).as_posix()} ({run.reason})")
         else:
             left_out.append(str(run).replace(f"{root}/", ""))
     return runs, left_out
+
+
+def _faults(runs: Iterable[Finished]) -> list[RunError]:
+    """Why the analyses and the statistics of some finished runs cannot be read."""
+    from bisam.experiments.reports import analyses
+
+    _, faults = analyses.read(runs := list(runs))
+    for run in runs:
+        try:
+            Run(_folder(run), run.recipe).stats()
+        except RunError as error:
+            faults.append(error)
+    return faults
+
+
+def _unfinished(root: Path, recipes: Collection[Recipe]) -> int:
+    """The number of runs in `root` that are of these recipes and have no result."""
+    count = 0
+    for path in root.glob("*/seed-*/recipe.json"):
+        if not path.with_name("result.json").exists():
+            with suppress(RunError):
+                count += replace(read_recipe(path.parent), seed=0, version=VERSION) in recipes
+    return count
+
+
+def _folder(run: Finished) -> Path:
+    assert run.folder is not None  # of a run that was read from one
+    return run.folder
 
 
 def without_seed(run: Finished) -> Recipe:

@@ -45,6 +45,10 @@ class Subject(Protocol):
         """Report from what is in `out`; return the exit code."""
         ...
 
+    def archive(self, changes: tuple[str, ...], out: Path, to: Path) -> int:
+        """Write what is finished in `out` to one file; return the exit code."""
+        ...
+
     def figure(self, name: str | None, changes: tuple[str, ...], out: Path) -> Figure:
         """A figure by its name, by default the first one."""
         ...

@@ -12,13 +12,14 @@ from cyclopts import Parameter
 from bisam.experiments.cli.authors import AuthorsFlags, notes, translated
 from bisam.experiments.cli.flags import RecipeFlags
 from bisam.experiments.cli.idle import CONDITIONS, refuse_idle
-from bisam.experiments.cli.options import Given, MachineFlags, Out
+from bisam.experiments.cli.options import Given, MachineFlags, Out, refuse_archive
 from bisam.experiments.cli.progress import Display
 from bisam.experiments.cli.terminal import console, errors
 from bisam.experiments.errors import RunError, is_out_of_memory, reason
 from bisam.experiments.recipes.presets import started
-from bisam.experiments.runs.folder import Run
+from bisam.experiments.runs.folder import Result, Run
 from bisam.experiments.runs.machine import Machine
+from bisam.experiments.runs.results import headline
 
 EXAMPLES = (
     "Examples:  bisam train --method sam --noise 0.4 --rho 0.4   |   "
@@ -44,6 +45,7 @@ def train(
     from bisam.experiments.training.metrics import TITLES
     from bisam.experiments.training.train import train as train_run
 
+    refuse_archive(out)
     recipe = started(preset, translated(preset, flags.given, authors))
     refuse_idle([recipe], machine, given)
     in_files = CONDITIONS["loaders"].holds(recipe, machine)
@@ -70,11 +72,18 @@ def train(
             raise RunError(f"out of memory: a smaller --batch-size needs less ({reason(error)})") from error
         display.done(recipe, None)
     metric = result.get("metric", "accuracy")
-    console.print(
-        f"test {TITLES.get(metric, metric)} {100 * result['test_best']:.1f} % at the best validation epoch "
-        f"({result['best_epoch']:g}), {100 * result['test_last']:.1f} % at the last; {one.folder}",
-        soft_wrap=True,
-    )
+    console.print(f"test {TITLES.get(metric, metric)} {_scores(result)}; {one.folder}", soft_wrap=True)
     if (diverged := result.get("diverged")) is not None:
         errors.print(f"bisam: the training diverged: the loss is not finite from epoch {diverged} on; {one.folder}")
     return 0
+
+
+def _scores(result: Result) -> str:
+    """Both test scores of a run, the headline first."""
+    ties, examples = result.get("validation_ties", 1), result.get("validation_examples", 0)
+    tied = f", the latest of {ties} that tie" if ties > 1 else ""
+    best = f"{100 * result['test_best']:.1f} % at the best validation epoch ({result['best_epoch']}{tied})"
+    last = f"{100 * result['test_last']:.1f} % at the last epoch"
+    if headline(result) == "best":
+        return f"{best}, the headline; {last}"
+    return f"{last}, the headline because validation has only {examples:,} examples; {best}"

@@ -1,5 +1,10 @@
 """Data: data sets by name, in three splits, with seeded label noise.
 
+The seed of a recipe draws the label noise, the examples that its `limit` keeps, and each part that a data set does not
+have: all of digits, and what is held out of the training images or texts of a user's folder, Pets, ImageNet and GLUE.
+Official test sets are the same for every seed, as are all parts of CIFAR, whose validation images are the authors', and
+of Flowers-102.
+
     data = load(Recipe(dataset="cifar10", noise=0.4), Machine(data_dir=Path("data")))
     for x, y in data.train.batches(128, generator):
         ...
@@ -19,8 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bisam.experiments.data.glue import TASKS
-from bisam.experiments.data.splits import Data
+from bisam.experiments.data.glue import TASKS, Texts
+from bisam.experiments.data.splits import Data, Split, drawn
 from bisam.experiments.errors import DataError, unknown
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.machine import Machine
@@ -29,80 +34,118 @@ NAMES = {
     "digits": "scikit-learn's 1,797 images of 8x8, no download",
     "cifar10": "50,000 + 10,000 images of 32x32, 10 classes",
     "cifar100": "50,000 + 10,000 images of 32x32, 100 classes",
-    "cifar10:SIDE": "the same, enlarged to SIDE pixels for pretrained networks (also cifar100:SIDE)",
+    "cifar10:SIDE": "the same at 4, 8 or 16 pixels, or enlarged for pretrained networks (also cifar100:SIDE)",
     "imagenet": "ImageNet-1K in folders: imagenet/train/CLASS/*, imagenet/val/CLASS/*",
     "flowers": "Oxford Flowers-102",
     "pets": "Oxford-IIIT Pets, 37 classes",
-    "folder:PATH": "your own images: PATH/train/CLASS/*, optionally with val and test beside train",
+    "folder:PATH": "your own images: PATH/train/CLASS/*, optionally with val and test beside train; PATH here, or in "
+    "the folder of the data sets",
     **{f"glue:{task}": f"GLUE, {task}" for task in TASKS},
 }
 """The data sets, with a short description of each."""
 
 
 def load(recipe: Recipe, machine: Machine) -> Data:
-    """Load the data of a recipe.
+    """Load the data of a recipe, in the split of its seed.
 
     Raises:
+        RunError: the recipe has an earlier version, whose split was another one.
         DataError: the name is unknown, or the data set is missing or damaged; the message names the files to provide.
     """
+    recipe.check_version()
     try:
         data = _load(recipe, machine)
     except ValueError as error:
         raise DataError(str(error)) from error
     if recipe.limit is not None:
-        parts = {name: getattr(data, name).first(recipe.limit) for name in ("train", "validation", "test")}
-        data = replace(data, **parts)
-    if not recipe.noise:
-        return data
-    noisy = symmetric_noise(data.train.labels, recipe.noise, data.classes, recipe.seed)
-    data = replace(data, train=data.train.relabelled(noisy))
-    if not recipe.validation_noise:
-        return data
-    noisy = symmetric_noise(data.validation.labels, recipe.noise, data.classes, recipe.seed, stream=1)
-    return replace(data, validation=data.validation.relabelled(noisy))
+        data = _limited(data, recipe.limit, recipe.seed)
+    if recipe.train_examples is not None:
+        data = replace(data, train=_subset(data.train, recipe.train_examples, recipe.seed))
+    if recipe.noise:
+        noisy = symmetric_noise(data.train.labels, recipe.noise, data.classes, recipe.seed)
+        data = replace(data, train=data.train.relabelled(noisy))
+    if recipe.noise and recipe.validation_noise:
+        noisy = symmetric_noise(data.validation.labels, recipe.noise, data.classes, recipe.seed, stream=1)
+        data = replace(data, validation=data.validation.relabelled(noisy))
+    return data if recipe.bucket == 1 else _bucketed(data, recipe.bucket)
+
+
+def _limited(data: Data, limit: int, seed: int) -> Data:
+    """Return at most `limit` examples of each part: of training and validation those that the seed draws.
+
+    The test examples are the first ones, so that those of an official test set are the same for every seed.
+    """
+
+    def some(split: Split, stream: int) -> Split:
+        return split if len(split) <= limit else split.chosen(drawn(len(split), seed, stream)[:limit])
+
+    return replace(data, train=some(data.train, 1), validation=some(data.validation, 2), test=data.test.first(limit))
 
 
 def _load(recipe: Recipe, machine: Machine) -> Data:
     kind, _, detail = recipe.dataset.partition(":")
-    root, download, size = machine.data_dir, machine.download, recipe.image_size
+    root, download, size, seed = machine.data_dir, machine.download, recipe.image_size, recipe.seed
     if (kind in ("digits", "cifar10", "cifar100") and not detail) or (
         kind in ("cifar10", "cifar100") and detail.isdecimal()
     ):
-        from bisam.experiments.data.cifar import cifar
+        from bisam.experiments.data.cifar import SIDE, cifar
         from bisam.experiments.data.digits import digits
         from bisam.experiments.data.image_tensors import larger
         from bisam.experiments.models.build import statistics
 
         if kind == "digits":
-            return digits()
-        data = cifar(kind, root, download, recipe.augment, recipe.cutout)
-        return larger(data, int(detail), statistics(recipe.model)) if detail else data
+            return digits(seed)
+        side = int(detail) if detail else SIDE
+        data = cifar(kind, root, download, recipe.augment, recipe.cutout, min(side, SIDE))
+        return larger(data, side, statistics(recipe.model)) if detail else data
     if (kind in ("imagenet", "flowers", "pets") and not detail) or (kind == "folder" and detail):
         from bisam.experiments.data.image_folders import flowers, folder, imagenet, pets, standardised
         from bisam.experiments.models.build import statistics
 
         match kind:
             case "imagenet":
-                data = imagenet(root, size, machine.loaders)
+                data = imagenet(root, seed, size, machine.loaders, recipe.held_out)
             case "folder":
-                data = folder(Path(detail).expanduser(), size, machine.loaders)
+                data = folder(_folder(detail, root), seed, size, machine.loaders, recipe.held_out)
+            case "flowers":
+                data = flowers(root, size, machine.loaders, download)
             case _:
-                load_one = flowers if kind == "flowers" else pets
-                data = load_one(root, size, machine.loaders, download=download)
+                data = pets(root, seed, size, machine.loaders, download, recipe.held_out)
         known = statistics(recipe.model)
         return data if known is None else standardised(data, *known)
     if kind == "glue" and detail in TASKS:
         from bisam.experiments.data.glue import glue
         from bisam.experiments.models.build import tokenizer
 
-        return glue(detail, root, tokenizer(recipe.model), recipe.max_length, download)
+        return glue(detail, root, tokenizer(recipe.model, root), seed, recipe.max_length, download, recipe.held_out)
     raise unknown("dataset", recipe.dataset, NAMES)
+
+
+def _subset(train: Split, count: int, seed: int) -> Split:
+    """The training examples that the seed draws, in their order."""
+    if count > len(train):
+        raise DataError(f"train_examples must be at most {len(train):,}, the training examples, got {count:,}")
+    return train.chosen(drawn(len(train), seed, stream=3)[:count].sort().values)
+
+
+def _bucketed(data: Data, bucket: int) -> Data:
+    """The texts in batches of similar length; see `Texts`."""
+    if not (isinstance(data.train, Texts) and isinstance(data.validation, Texts) and isinstance(data.test, Texts)):
+        return data
+    train = replace(data.train, bucket=bucket)
+    return replace(data, train=train, validation=data.validation.by_length(), test=data.test.by_length())
+
+
+def _folder(path: str, root: Path) -> Path:
+    """The folder of a user's images, or one of the same name in the folder of the data sets."""
+    here = Path(path).expanduser()
+    return here if here.exists() or not (root / here).exists() else root / here
 
 
 def source(recipe: Recipe) -> tuple[object, ...]:
     """Return the fields that decide whether the data can be loaded: equal for two recipes, both can or neither."""
     prepares = recipe.model if ":" in recipe.model else ""  # tokens and channel statistics depend on the model
-    return recipe.dataset, recipe.image_size, recipe.max_length, prepares
+    return recipe.dataset, recipe.image_size, recipe.max_length, recipe.held_out, prepares
 
 
 def symmetric_noise(labels: Tensor, rate: float, classes: int, seed: int, stream: int | None = None) -> Tensor:

@@ -9,33 +9,44 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from bisam.experiments.data.image_tensors import Augmentation, Images
+from bisam.experiments.data.image_tensors import Augmentation, Images, smaller
 from bisam.experiments.data.splits import Data
 
+SIDE = 32
+"""Side of the images in pixels."""
+SIDES = (4, 8, 16, SIDE)
+"""Sides to which they can be reduced."""
 
-def cifar(name: str, root: Path, download: bool = False, augment: bool = True, cutout: bool = False) -> Data:
+
+def cifar(
+    name: str, root: Path, download: bool = False, augment: bool = True, cutout: bool = False, side: int = SIDE
+) -> Data:
     """Load CIFAR-10 or CIFAR-100 (Krizhevsky, 2009, https://www.cs.toronto.edu/~kriz/cifar.html).
 
     5,000 of the 50,000 training images are held out for validation, the same as in the BiSAM authors' code; channels
-    are standardised with the statistics of all 50,000.
+    are standardised with the statistics of all 50,000, at the side that they have. Crops are padded by an eighth of the
+    side, and cutout has half of it.
 
     Args:
         name: cifar10 or cifar100.
         root: folder that contains `cifar-10-batches-py` or `cifar-100-python`.
         download: whether to download the data set if it is missing.
         augment: whether training images are cropped and mirrored.
-        cutout: whether a square of 16x16 is blanked in half of them.
+        cutout: whether a square of half the side is blanked in half of them.
+        side: of the images in pixels: 32, or 16, 8 or 4, where each pixel is the mean of a block of pixels.
 
     Raises:
-        ValueError: the data set is missing or damaged.
+        ValueError: the data set is missing or damaged, or the side is another one.
     """
-    training, test = (_cifar(name, root, part, download) for part in (True, False))
+    if side not in SIDES:
+        raise ValueError(f"images of {SIDE} pixels can be reduced to {SIDES[0]}, {SIDES[1]} or {SIDES[2]}, got {side}")
+    training, test = (_cifar(name, root, part, download, side) for part in (True, False))
     x, y = training
     order = np.arange(len(y))
     np.random.RandomState(42).shuffle(order)
     held = len(y) // 10
     mean, std = _statistics(x)
-    change = Augmentation(cutout=16 if cutout else 0) if augment else None
+    change = Augmentation(padding=side // 8, cutout=side // 2 if cutout else 0) if augment else None
     return Data(
         Images(x[order[held:]], y[order[held:]], mean, std, change),
         Images(x[order[:held]], y[order[:held]], mean, std),
@@ -44,7 +55,7 @@ def cifar(name: str, root: Path, download: bool = False, augment: bool = True, c
     )
 
 
-def _cifar(name: str, root: Path, train: bool, download: bool) -> tuple[Tensor, Tensor]:
+def _cifar(name: str, root: Path, train: bool, download: bool, side: int) -> tuple[Tensor, Tensor]:
     from torchvision.datasets import CIFAR10, CIFAR100
 
     kind = CIFAR10 if name == "cifar10" else CIFAR100
@@ -64,7 +75,8 @@ def _cifar(name: str, root: Path, train: bool, download: bool) -> tuple[Tensor, 
             else f"{name} {what}: give --download, or unpack its Python version to {place} "
             "(or set --data-dir to the folder that contains it)"
         ) from error
-    return torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets)
+    images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
+    return smaller(images, side), torch.tensor(data.targets)
 
 
 def _statistics(images: Tensor) -> tuple[Tensor, Tensor]:

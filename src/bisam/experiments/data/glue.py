@@ -1,6 +1,6 @@
 """GLUE: sentences and pairs of sentences, tokenised once and padded in each batch, from files or from the hub.
 
-data = glue("rte", Path("data"), AutoTokenizer.from_pretrained("bert-base-uncased"))
+data = glue("rte", Path("data"), AutoTokenizer.from_pretrained("bert-base-uncased"), seed=0)
 for inputs, y in data.train.batches(32, generator):
     model(**inputs)
 """
@@ -21,9 +21,11 @@ import numpy as np
 import torch
 from filelock import FileLock
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from bisam.experiments.data.splits import Data, shares, without_index
+from bisam.experiments.data.splits import Data, drawn, shares, without_index
 from bisam.experiments.errors import reason, unknown
+from bisam.experiments.models.logits import HIDDEN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,6 +44,9 @@ class Texts:
         labels: classes.
         tokenizer: pads the batches, on its own padding side.
         device: of the batches.
+        bucket: batches in a bucket of texts that are sorted by length, see `shares`.
+        states: what the batches contain in place of tokens: a state of each token (T, width), which the frozen layers
+            of a model return. They are padded with zeros on the right.
     """
 
     tokens: Mapping[str, np.ndarray]
@@ -49,9 +54,16 @@ class Texts:
     labels: Tensor
     tokenizer: PreTrainedTokenizerBase
     device: torch.device = _CPU
+    bucket: int = 1
+    states: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each text (N,)."""
+        return torch.from_numpy(np.diff(self.ends))
 
     @property
     def statistics(self) -> None:
@@ -70,8 +82,13 @@ class Texts:
         """Return the examples with these numbers (n,), in this order."""
         texts = [slice(*self.ends[i : i + 2]) for i in index.tolist()]
         tokens = {name: np.concatenate([flat[text] for text in texts]) for name, flat in self.tokens.items()}
+        states = None if self.states is None else np.concatenate([self.states[text] for text in texts])
         ends = np.cumsum([0, *(text.stop - text.start for text in texts)])
-        return replace(self, tokens=tokens, ends=ends, labels=self.labels[index])
+        return replace(self, tokens=tokens, ends=ends, labels=self.labels[index], states=states)
+
+    def by_length(self) -> Texts:
+        """Return the same examples, the shortest first: batches that are read in order have little padding."""
+        return self.chosen(self.lengths.argsort(stable=True))
 
     def relabelled(self, labels: Tensor) -> Texts:
         """Return the split with other labels (N,)."""
@@ -86,7 +103,8 @@ class Texts:
     ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         """Return an iterator over keyword arguments of a Hugging Face model, each (n, length), and labels (n,).
 
-        The length is that of the longest text in the batch. See `Split.batches`.
+        The length is that of the longest text in the batch. If there are `states`, they are in place of tokens,
+        (n, length, width). See `Split.batches`.
         """
         return without_index(self.indexed(size, generator, rank, ranks))
 
@@ -94,12 +112,21 @@ class Texts:
         self, size: int, generator: torch.Generator | None = None, rank: int = 0, ranks: int = 1
     ) -> Iterator[tuple[Tensor, dict[str, Tensor], Tensor]]:
         """Yield numbers (n,), and what `batches` yields; see `Split.indexed`."""
-        for index in shares(len(self), size, generator, rank, ranks):
+        lengths = self.lengths
+        for index in shares(len(self), size, generator, rank, ranks, lengths, self.bucket):
             texts = [slice(*self.ends[i : i + 2]) for i in index.tolist()]
-            rows = {name: [flat[text].tolist() for text in texts] for name, flat in self.tokens.items()}
-            padded = self.tokenizer.pad(rows, return_attention_mask=True, return_tensors="pt")
+            padded = self._tokens(texts) if self.states is None else _padded(self.states, texts, lengths[index])
             inputs = {name: tensor.to(self.device) for name, tensor in padded.items()}
             yield index, inputs, self.labels[index].to(self.device)
+
+    def _tokens(self, texts: Sequence[slice]) -> Mapping[str, Tensor]:
+        rows = {name: [flat[text].tolist() for text in texts] for name, flat in self.tokens.items()}
+        return self.tokenizer.pad(rows, return_attention_mask=True, return_tensors="pt")
+
+
+def _padded(states: np.ndarray, texts: Sequence[slice], lengths: Tensor) -> dict[str, Tensor]:
+    rows = pad_sequence([torch.from_numpy(states[text]) for text in texts], batch_first=True)
+    return {HIDDEN: rows, "attention_mask": (torch.arange(rows.shape[1]) < lengths[:, None]).long()}
 
 
 @dataclass(frozen=True)
@@ -158,20 +185,29 @@ TASKS = {
 
 
 def glue(
-    task: str, root: Path, tokenizer: PreTrainedTokenizerBase, max_length: int = 128, download: bool = False
+    task: str,
+    root: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    max_length: int = 128,
+    download: bool = False,
+    held_out: float | None = None,
 ) -> Data:
     """Load a task of GLUE (Wang et al., 2019, https://arxiv.org/abs/1804.07461).
 
     The test split is the official development set (for MNLI the matched one), because the official test labels are not
-    published. 10 % of the official training set are held out for validation, the same for every seed.
+    published. 10 % of the official training set are held out for validation.
 
     Args:
         task: a key of `TASKS`.
         root: folder with the official download in `glue/CoLA`, `glue/MRPC`, ...; downloads from the hub are kept in
             `glue/hub`.
         tokenizer: the tokenizer of the model.
+        seed: draws the held-out texts.
         max_length: tokens of a text or a pair, including special tokens; longer ones are truncated.
         download: whether to download missing data from the hub, https://huggingface.co/datasets/nyu-mll/glue.
+        held_out: share of the training set that is held out for validation, by default 10 %. 0: none; then the
+            validation split is the training set.
 
     Raises:
         ValueError: the task is unknown, its data is missing or damaged, or the tokenizer has no padding token.
@@ -187,8 +223,9 @@ def glue(
     place = root / "glue" / one.folder
     training, test = _local(place, one) if place.is_dir() else _from_hub(task, root, download)
     n = len(training.labels)
-    order = np.random.default_rng(42).permutation(n)
-    parts = (training.of(order[n // 10 :]), training.of(order[: n // 10]), test)
+    order = drawn(n, seed).numpy()
+    held = n // 10 if held_out is None else round(held_out * n)
+    parts = (training.of(order[held:]), training.of(order[: held or n]), test)
     return Data(
         *(_tokenised(part, tokenizer, max_length) for part in parts), classes=len(one.labels), metrics=one.metrics
     )

@@ -1,6 +1,6 @@
 """Image folders: ImageNet, Flowers-102, Pets, and folders of a user's own images.
 
-data = folder(Path("photographs"), image_size=224, processes=8)
+data = folder(Path("photographs"), seed=0, image_size=224, processes=8)
 for x, y in data.train.batches(128, generator):
     ...
 """
@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from bisam.experiments.data.image_files import Channels, Folder
-from bisam.experiments.data.splits import Data
+from bisam.experiments.data.splits import Data, drawn
 from bisam.experiments.errors import reason
 
 _ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -31,16 +32,18 @@ _PARTS = {"train", *_VALIDATION, "test"}
 CHECKED = 20_000  # data sets with more images are not checked in advance: on a slow disk it would take minutes
 
 
-def imagenet(root: Path, image_size: int = 224, processes: int = 0) -> Data:
+def imagenet(root: Path, seed: int, image_size: int = 224, processes: int = 0, held_out: float | None = None) -> Data:
     """Load ImageNet-1K (Russakovsky et al., 2015, https://arxiv.org/abs/1409.0575), or a subset of its classes.
 
     The official validation images are the test split. 2 % of the training images are held out for validation,
-    stratified by class, the same for every seed.
+    stratified by class.
 
     Args:
         root: folder that contains `imagenet/train/WNID/*.JPEG` and `imagenet/val/WNID/*.JPEG`.
+        seed: draws the held-out images.
         image_size: height and width in pixels.
         processes: worker processes that decode images; 0: this process decodes them.
+        held_out: see `folder`; by default 2 %.
 
     Raises:
         ValueError: the data set is missing or damaged.
@@ -53,7 +56,8 @@ def imagenet(root: Path, image_size: int = 224, processes: int = 0) -> Data:
             f"{place}/train/WNID/*.JPEG and {place}/val/WNID/*.JPEG (or set --data-dir to the folder that contains "
             "imagenet)"
         )
-    return replace(_from_parts(place, "val", None, image_size, processes, every=50), metrics=("accuracy", "top5"))
+    data = _from_parts(place, "val", None, seed, image_size, processes, 0.02 if held_out is None else held_out)
+    return replace(data, metrics=("accuracy", "top5"))
 
 
 def flowers(root: Path, image_size: int = 224, processes: int = 0, download: bool = False) -> Data:
@@ -80,16 +84,25 @@ def flowers(root: Path, image_size: int = 224, processes: int = 0, download: boo
     return Data(replace(train, training=True), validation, test, classes=102)
 
 
-def pets(root: Path, image_size: int = 224, processes: int = 0, download: bool = False) -> Data:
+def pets(
+    root: Path,
+    seed: int,
+    image_size: int = 224,
+    processes: int = 0,
+    download: bool = False,
+    held_out: float | None = None,
+) -> Data:
     """Load Oxford-IIIT Pet (Parkhi et al., 2012), 37 breeds, with its official splits of 3,680 and 3,669 images.
 
-    10 % of the former are held out for validation, stratified by class, the same for every seed.
+    10 % of the former are held out for validation, stratified by class.
 
     Args:
         root: folder that contains `oxford-iiit-pet`.
+        seed: draws the held-out images.
         image_size: height and width in pixels.
         processes: worker processes that decode images; 0: this process decodes them.
         download: whether to download missing files, from https://www.robots.ox.ac.uk/~vgg/data/pets/.
+        held_out: see `folder`.
 
     Raises:
         ValueError: the data set is missing or damaged.
@@ -103,11 +116,11 @@ def pets(root: Path, image_size: int = 224, processes: int = 0, download: bool =
     parts = _official(OxfordIIITPet, ("trainval", "test"), "Oxford-IIIT Pet", place, fetch, download)
     whole, test = (_shuffled(part._images, torch.tensor(part._labels), image_size, processes) for part in parts)
     _check([*whole.paths, *test.paths], place, f"delete {place} and put {fetch}")
-    train, validation = _held_out(whole, place)
+    train, validation = _held_out(whole, place, seed, held_out)
     return Data(train, validation, test, classes=37)
 
 
-def folder(path: Path, image_size: int = 224, processes: int = 0) -> Data:
+def folder(path: Path, seed: int, image_size: int = 224, processes: int = 0, held_out: float | None = None) -> Data:
     """Load a user's images, with a folder for each class.
 
     Two layouts are supported:
@@ -117,16 +130,20 @@ def folder(path: Path, image_size: int = 224, processes: int = 0) -> Data:
       out for each.
     * `path/CLASS/*`, which is split 80/10/10 per cent.
 
-    Held-out images are stratified by class and the same for every seed. The folder of a class is searched recursively;
-    files that are not images are ignored.
+    Held-out images are stratified by class. The folder of a class is searched recursively; files that are not images
+    are ignored.
 
     Args:
         path: the folder.
+        seed: draws the held-out images.
         image_size: height and width in pixels.
         processes: worker processes that decode images; 0: this process decodes them.
+        held_out: share of the training images of each class that is held out for validation, after those for the test;
+            by default 10 %. 0: none; then the validation split is that of the training images, not augmented.
 
     Raises:
-        ValueError: the folder is missing, classes are empty or differ between the splits, or images cannot be read.
+        ValueError: the folder is missing, classes are empty or differ between the splits, images cannot be read, or
+            `held_out` is given and the folder has a split for validation of its own.
     """
     path = path.absolute()
     names = set(_subfolders(path))
@@ -134,13 +151,15 @@ def folder(path: Path, image_size: int = 224, processes: int = 0) -> Data:
         raise _classless(path)
     if not names <= _PARTS and not ("train" in names and _subfolders(path / "train")):
         whole, classes = _found(path, image_size, processes)
-        return Data(*_in_three(whole, path), classes=len(classes))
+        return Data(*_in_three(whole, path, seed, held_out), classes=len(classes))
     if "train" not in names:
         raise ValueError(
             f"{path} has {', '.join(sorted(names))} and no train: put the training images into {path / 'train'}/CLASS/"
         )
-    validation = next((name for name in _VALIDATION if name in names), None)
-    return _from_parts(path, validation, "test" if "test" in names else None, image_size, processes)
+    validation, test = next((name for name in _VALIDATION if name in names), None), "test" if "test" in names else None
+    if held_out is not None and validation is not None and test is not None:
+        raise ValueError(f"{path} has {validation} for validation, from which nothing is held out: leave held_out out")
+    return _from_parts(path, validation, test, seed, image_size, processes, held_out)
 
 
 def standardised(data: Data, mean: Channels, std: Channels) -> Data:
@@ -150,9 +169,15 @@ def standardised(data: Data, mean: Channels, std: Channels) -> Data:
 
 
 def _from_parts(
-    path: Path, validation: str | None, test: str | None, image_size: int, processes: int, every: int = 10
+    path: Path,
+    validation: str | None,
+    test: str | None,
+    seed: int,
+    image_size: int,
+    processes: int,
+    held_out: float | None = None,
 ) -> Data:
-    """Load `path/train` and the named splits; for a missing one, one of `every` training images is held out."""
+    """Load `path/train` and the named splits; for a missing one, training images are held out."""
     names = [name for name in (validation, test) if name is not None]
     root = path / "train"
     whole, classes = _found(root, image_size, processes)
@@ -166,9 +191,9 @@ def _from_parts(
         parts.append(part)
     match parts:
         case []:
-            splits = _in_three(whole, root)
+            splits = _in_three(whole, root, seed, held_out)
         case [only_part]:
-            splits = (*_held_out(whole, root, every), only_part)
+            splits = (*_held_out(whole, root, seed, held_out), only_part)
         case _:
             splits = (replace(whole, training=True), *parts)
     return Data(*splits, classes=len(classes))
@@ -198,7 +223,7 @@ def _found(root: Path, image_size: int, processes: int) -> tuple[Folder, list[st
 
 
 def _shuffled(paths: Sequence[str | Path], labels: Tensor, image_size: int, processes: int) -> Folder:
-    # Files are listed class by class; with --limit the first few would have a single class.
+    # Files are listed class by class; the first few test images, which --limit keeps, would have a single class.
     order = torch.from_numpy(np.random.default_rng(42).permutation(len(labels)))
     return Folder([str(paths[i]) for i in order.tolist()], labels[order], image_size, processes=processes)
 
@@ -217,16 +242,28 @@ def _classless(root: Path, *only: str) -> ValueError:
     return ValueError(f"{root} has {there}: put the images of each class into a folder of its own, {root}/CLASS/*.jpg")
 
 
-def _held_out(whole: Folder, root: Path, every: int = 10) -> tuple[Folder, Folder]:
-    """Return the training images, and one of `every` images, held out."""
-    place = _place(whole.labels, every)
-    return _parts(whole, root, place != every - 1, place == every - 1)
+def _held_out(whole: Folder, root: Path, seed: int, share: float | None = None) -> tuple[Folder, Folder]:
+    """Return the training images, and a share of them, by default a tenth, held out as the seed draws them."""
+    if share == 0:
+        return replace(whole, training=True), whole
+    whole = whole.chosen(drawn(len(whole), seed))
+    held = _chosen(whole.labels, _TENTH if share is None else share)
+    return _parts(whole, root, ~held, held)
 
 
-def _in_three(whole: Folder, root: Path) -> tuple[Folder, Folder, Folder]:
-    """Return 80, 10 and 10 % of the images."""
-    place = _place(whole.labels, 10)
-    return _parts(whole, root, (place != 4) & (place != 9), place == 4, place == 9)
+def _in_three(whole: Folder, root: Path, seed: int, share: float | None = None) -> tuple[Folder, Folder, Folder]:
+    """Return the training, the validation and the test images, by default 80, 10 and 10 %, as the seed draws them."""
+    whole = whole.chosen(drawn(len(whole), seed))
+    if share is None:
+        place = _place(whole.labels)
+        validation, test = ((place >= 0) & (place % 10 == at) for at in (4, 9))
+        return _parts(whole, root, ~(validation | test), validation, test)
+    held = _chosen(whole.labels, _TENTH)
+    rest, test = _parts(whole, root, ~held, held)
+    return *_held_out(replace(rest, training=False), root, seed, share), test
+
+
+_TENTH = 0.1
 
 
 def _parts(whole: Folder, root: Path, *chosen: Tensor) -> Any:
@@ -238,14 +275,22 @@ def _parts(whole: Folder, root: Path, *chosen: Tensor) -> Any:
     return replace(train, training=True), *others
 
 
-def _place(labels: Tensor, every: int) -> Tensor:
-    """Return the position (N,) of each image, modulo `every`, in an order by class; -1 for the only image of a class.
+def _chosen(labels: Tensor, share: float) -> Tensor:
+    """Return which images (N,) are a share of all, stratified by class; never the only image of a class."""
+    exact = Fraction(share).limit_denominator(10**6)
+    place = _place(labels)
+    before, after = (at * exact.numerator // exact.denominator for at in (place, place + 1))
+    return (after > before) & (place >= 0)
 
-    The images at one position are a stratified sample, up to one image per class.
+
+def _place(labels: Tensor) -> Tensor:
+    """Return the position (N,) of each image in an order by class; -1 for the only image of a class.
+
+    The images at positions with equal distances are a stratified sample, up to one image per class.
     """
     order = labels.argsort(stable=True)
     place = torch.empty_like(order)
-    place[order] = torch.arange(len(order)) % every
+    place[order] = torch.arange(len(order))
     place[torch.bincount(labels)[labels] == 1] = -1
     return place
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate, pad
+from torch.nn.functional import avg_pool2d, interpolate, pad
 
 from bisam.experiments.data.splits import Data, Split, Statistics, shares, without_index
 
@@ -147,12 +147,21 @@ class Images:
         return self.enlarged(x)
 
 
+def smaller(images: Tensor, side: int) -> Tensor:
+    """Return uint8 images (N, C, H, H) at a side that divides H: each pixel is the mean of a block, rounded."""
+    block = images.shape[2] // side
+    if block == 1:
+        return images
+    # In parts: all images as floats would take four times their memory.
+    return torch.cat([avg_pool2d(part.float(), block).round().to(torch.uint8) for part in images.split(5000)])
+
+
 def larger(data: Data, side: int, statistics: tuple[Sequence[float], Sequence[float]] | None) -> Data:
     """Return a data set of uint8 images whose batches are enlarged, for networks that take images of a given size.
 
     Args:
         data: the data set, whose splits are `Images`.
-        side: in pixels, from that of the images to 1,024.
+        side: in pixels, from that of the images, which stay as they are then, to 1,024.
         statistics: mean and standard deviation of each channel to standardise with, as shares of 255; None: its own.
 
     Raises:
@@ -164,7 +173,7 @@ def larger(data: Data, side: int, statistics: tuple[Sequence[float], Sequence[fl
         if not split.images.shape[2] <= side <= 1024:
             raise ValueError(f"images can be enlarged to {split.images.shape[2]} to 1024 pixels, got {side}")
         known = {} if statistics is None else dict(zip(("mean", "std"), map(torch.tensor, statistics), strict=True))
-        parts[name] = replace(split, side=side, **known)
+        parts[name] = replace(split, side=None if side == split.images.shape[2] else side, **known)
     return replace(data, **parts)
 
 

@@ -1,4 +1,8 @@
-"""Splits: the training, validation and test part of a data set, and the batches of their examples."""
+"""Splits: the training, validation and test part of a data set, and the batches of their examples.
+
+Where a data set has no official part, the seed of a run draws it with `drawn`: runs of one seed share their split, so
+that methods are compared on the same one, and the spread over seeds contains that of the split.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -98,6 +103,17 @@ class Data:
                                  f"{self.classes - 1}: fix the labels")  # fmt: skip
 
 
+def drawn(count: int, seed: int, stream: int = 0) -> Tensor:
+    """Return the numbers (count,) from 0 on in an order that a seed draws, for splits.
+
+    Args:
+        count: number of examples.
+        seed: of a run; label noise and batches are drawn from other random numbers of the same seed.
+        stream: for other random numbers from the same seed.
+    """
+    return torch.from_numpy(np.random.default_rng([seed, 0x5B117, stream]).permutation(count))
+
+
 def without_index(batches: Iterator[tuple[Tensor, Any, Tensor]]) -> Iterator[tuple[Any, Tensor]]:
     """Return an iterator over the inputs and labels of batches that `Batches.indexed` returned."""
     return ((inputs, labels) for _, inputs, labels in batches)
@@ -110,10 +126,39 @@ def batches_of(count: int, size: int, ranks: int = 1) -> int:
 
 
 def shares(
-    count: int, size: int, generator: torch.Generator | None = None, rank: int = 0, ranks: int = 1
+    count: int,
+    size: int,
+    generator: torch.Generator | None = None,
+    rank: int = 0,
+    ranks: int = 1,
+    lengths: Tensor | None = None,
+    bucket: int = 1,
 ) -> Iterator[Tensor]:
-    """Yield the indices of `count` examples in batches, on the CPU; see `Batches.batches`."""
+    """Yield the indices of `count` examples in batches, on the CPU; see `Batches.batches`.
+
+    Args:
+        count: number of examples.
+        size: see `Batches.batches`, as the next three.
+        generator: draws the order.
+        rank: the process.
+        ranks: processes that share the batches.
+        lengths: of the examples (count,), for buckets.
+        bucket: batches in a bucket. The examples of a bucket are a random part of all; they are sorted by length, and
+            divided into batches whose order is random. Without a generator nothing is sorted.
+    """
     order = torch.arange(count) if generator is None else torch.randperm(count, generator=generator)
-    for index in order.split(size):
+    for index in _batched(order, size, generator, lengths, bucket):
         if equal := len(index) // ranks:
             yield index[rank : equal * ranks : ranks]
+
+
+def _batched(
+    order: Tensor, size: int, generator: torch.Generator | None, lengths: Tensor | None, bucket: int
+) -> Iterator[Tensor]:
+    if generator is None or lengths is None or bucket == 1:
+        yield from order.split(size)
+        return
+    for part in order.split(size * bucket):
+        batches = part[lengths[part].argsort(stable=True)].split(size)
+        for i in torch.randperm(len(batches), generator=generator).tolist():
+            yield batches[i]

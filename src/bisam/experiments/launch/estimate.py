@@ -10,7 +10,7 @@ import torch
 
 from bisam.experiments import data
 from bisam.experiments.data.image_tensors import channels
-from bisam.experiments.data.splits import batches_of
+from bisam.experiments.data.splits import Data, batches_of
 from bisam.experiments.errors import is_out_of_memory
 from bisam.experiments.models.build import build
 from bisam.experiments.recipes.catalogue import PLAIN
@@ -19,9 +19,10 @@ from bisam.experiments.recipes.expressions import take_steps
 from bisam.experiments.recipes.length import run_length
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.machine import Machine
-from bisam.experiments.training.ball import FORWARDS, GRADIENTS, measured_batches
 from bisam.experiments.training.checks import check_model
 from bisam.experiments.training.counting import CountedMethod
+from bisam.experiments.training.hidden import with_hidden_states
+from bisam.experiments.training.measured import cost, measured_batches
 from bisam.experiments.training.reference_speed import REFERENCE_STEPS, ReferenceSpeed
 from bisam.methods import Method
 
@@ -52,9 +53,11 @@ def estimate(recipe: Recipe, machine: Machine) -> Estimate:
     like = replace(
         recipe, method=PLAIN, **dict.fromkeys(SETTINGS), noise=0.0, epochs=1, steps=None, seed=0, measured_epochs=0
     )
+    if recipe.frozen is None:
+        like = replace(like, weights=None)
     try:
-        seconds, latency, training, validation = _measured(
-            replace(like, weights=None, warmup=0, validation_noise=False), machine
+        seconds, latency, before, training, validation = _measured(
+            replace(like, warmup=0, validation_noise=False), machine
         )
     except ValueError as error:
         return Estimate(step, None, str(error))
@@ -71,8 +74,9 @@ def estimate(recipe: Recipe, machine: Machine) -> Estimate:
     work = length.losses * (step + _FORWARD * forwards)
     work += length.epochs * (plain + _FORWARD * validation / recipe.batch_size)
     measured = min(recipe.measured_epochs, length.epochs) * measured_batches(recipe, training)
-    work += measured * (GRADIENTS + _FORWARD * FORWARDS)
-    return Estimate(step, seconds * work + length.epochs * _READS * latency)
+    own, more = cost(recipe)
+    work += measured * (own + _FORWARD * more)
+    return Estimate(step, before + seconds * work + length.epochs * _READS * latency)
 
 
 @cache
@@ -91,18 +95,32 @@ def queries(expression: str, batch_size: int) -> tuple[float, float]:
 
 
 @cache
-def _measured(recipe: Recipe, machine: Machine) -> tuple[float, float, int, int]:
-    """Return seconds of a plain step, seconds to the first batch, and training and validation examples."""
+def _measured(recipe: Recipe, machine: Machine) -> tuple[float, float, float, int, int]:
+    """Return seconds of a plain step, to the first batch and of frozen layers, and training and validation examples."""
     splits = data.load(recipe, machine)
     fabric = replace(machine, devices=1, nodes=1, strategy="auto").fabric(recipe.precision)
     with torch.random.fork_rng([]):
-        model = build(recipe.model, splits.classes, channels=channels(splits.test))
+        model = build(
+            recipe.model,
+            splits.classes,
+            channels=channels(splits.test),
+            weights=recipe.weights,
+            frozen=recipe.frozen,
+            root=machine.data_dir,
+        )
         check_model(model, splits, recipe)
+    examples = len(splits.train), len(splits.validation), len(splits.test)
+    train = splits.train.first(4 * recipe.batch_size)
+    few = Data(train, splits.validation.first(2), splits.test.first(2), splits.classes)
+    start = time.perf_counter()
+    model = fabric._precision.convert_module(model)
+    ready = with_hidden_states(few, model, recipe, fabric)
+    frozen = 0.0 if ready is few else (time.perf_counter() - start) * sum(examples) / len(few.train)
     if recipe.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    speed = ReferenceSpeed(fabric, model, splits.train.to(fabric.device), recipe, _STEPS)
+    speed = ReferenceSpeed(fabric, model, ready.train.to(fabric.device), recipe, _STEPS)
     speed.seconds_per_loss()  # warm-up
     step = min(speed.seconds_per_loss() for _ in range(2))
     start = time.perf_counter()
-    next(splits.train.batches(recipe.batch_size, torch.Generator().manual_seed(0)))
-    return step, time.perf_counter() - start, len(splits.train), len(splits.validation)
+    next(ready.train.batches(recipe.batch_size, torch.Generator().manual_seed(0)))
+    return step, time.perf_counter() - start, frozen, *examples[:2]

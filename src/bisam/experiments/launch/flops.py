@@ -30,14 +30,16 @@ from bisam import Evaluation, Oracle, SharpnessAware, cross_entropy
 from bisam.batches import Batch
 from bisam.experiments.data.splits import batches_of
 from bisam.experiments.errors import RunError
-from bisam.experiments.models.build import Logits, build
+from bisam.experiments.models.build import build
+from bisam.experiments.models.frozen import freeze, to_train
+from bisam.experiments.models.logits import Logits
 from bisam.experiments.recipes.catalogue import METHODS
 from bisam.experiments.recipes.expressions import take_steps
 from bisam.experiments.recipes.length import run_length
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.files import read_json, write
-from bisam.experiments.training.ball import FORWARDS, GRADIENTS, measured_batches
 from bisam.experiments.training.counting import CountedMethod
+from bisam.experiments.training.measured import cost, measured_batches
 from bisam.methods import Method
 from bisam.methods.method import indexed
 
@@ -77,12 +79,17 @@ SIZES: Mapping[str, Size] = {
     "imagenet": Size(1_255_544, 25_623, 50_000, 1000),  # about 2 % of 1,281,167 are held out
     "flowers": Size(1_020, 1_020, 6_149, 102),
     "pets": Size(3_312, 368, 3_669, 37),
+    "folder:flowers102-128": Size(459, 51, 510, 102),
     **{f"glue:{task}": Size(n - n // 10, n // 10, test, k) for task, (n, test, k) in _GLUE.items()},
 }
 """The sizes of the data sets of the studies, by name, as `bisam.experiments.data` splits them."""
 
-_CONFIGURATIONS = {"hf:bert-base-uncased": "BertConfig"}
-"""Networks of the hub that transformers builds without it: its default configuration of the type is the network's."""
+_MINILM = {"num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536}
+_CONFIGURATIONS: Mapping[str, tuple[str, Mapping[str, int]]] = {
+    "hf:bert-base-uncased": ("BertConfig", {}),
+    "hf:minilm-l6-h384": ("BertConfig", _MINILM),
+}
+"""Networks that transformers builds without their files: the type of the configuration, and what is not its default."""
 
 
 class Count(NamedTuple):
@@ -142,7 +149,8 @@ def key(recipe: Recipe) -> str:
     expression = METHODS[method].written() if method in METHODS else method  # a radius costs nothing
     shape = "x".join(map(str, _shape(recipe)))
     network = recipe.model.partition(".")[0]  # without timm's tag of the pretrained weights
-    return f"{network}, {shape}, {size.classes} classes, batches of {recipe.batch_size}, {expression}"
+    frozen = "" if recipe.frozen is None else f" with {recipe.frozen} layers frozen"
+    return f"{network}{frozen}, {shape}, {size.classes} classes, batches of {recipe.batch_size}, {expression}"
 
 
 def is_known(recipe: Recipe) -> bool:
@@ -155,7 +163,7 @@ def is_known(recipe: Recipe) -> bool:
 
 
 def size_of(dataset: str) -> Size:
-    """Return the size of a data set; `cifar10:224` is CIFAR-10 with images that are enlarged to 224 pixels.
+    """Return the size of a data set; `cifar10:224` is CIFAR-10 with images of 224 pixels.
 
     Raises:
         KeyError: it is not known.
@@ -183,11 +191,21 @@ def operations(recipe: Recipe, counts: Counts) -> float:
     """
     size, one = size_of(recipe.dataset), counts.counted[key(recipe)]
     train, validation, test = (min(n, recipe.limit or n) for n in size[:3])
+    if recipe.held_out is not None:
+        train, validation = _divided(train + validation, recipe.held_out)
+    train = min(train, recipe.train_examples or train)
     length = run_length(recipe, batches_of(train, recipe.batch_size))
     trained = (length.epochs - 1) * train + min(train, length.losses_in(length.epochs) * recipe.batch_size)
     measured = min(measured_batches(recipe, train) * recipe.batch_size, train)
-    passes = min(recipe.measured_epochs, length.epochs) * measured * (3 * GRADIENTS + FORWARDS)
+    gradients, forwards = cost(recipe)
+    passes = min(recipe.measured_epochs, length.epochs) * measured * (3 * gradients + forwards)
     return one.step * trained + one.forward * (length.epochs * validation + test + passes)
+
+
+def _divided(examples: int, share: float) -> tuple[int, int]:
+    """Return the training and the validation examples; the latter are all, if none is held out."""
+    held = round(share * examples)
+    return examples - held, held or examples
 
 
 def count(recipe: Recipe) -> Count:
@@ -209,7 +227,7 @@ def count(recipe: Recipe) -> Count:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(inputs)
         forward = counter.get_total_flops() // 2
-        model.train()
+        to_train(model)
         epoch = -(-size.train // recipe.batch_size)
         examples, first, steps = _plan(recipe, 3 * forward, epoch)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
@@ -263,9 +281,14 @@ def _network(recipe: Recipe, classes: int) -> nn.Module:
     if recipe.model in _CONFIGURATIONS:
         import transformers
 
-        config = getattr(transformers, _CONFIGURATIONS[recipe.model])(num_labels=classes)
-        return Logits(transformers.AutoModelForSequenceClassification.from_config(config)).train()
-    return build(recipe.model, classes, channels=(_shape(recipe) if len(_shape(recipe)) == 3 else (3,))[0])
+        kind, sizes = _CONFIGURATIONS[recipe.model]
+        config = getattr(transformers, kind)(num_labels=classes, **sizes)
+        model = Logits(transformers.AutoModelForSequenceClassification.from_config(config)).train()
+        if recipe.frozen is not None:
+            freeze(model, recipe.model, recipe.frozen)
+        return model
+    channels = _shape(recipe)[0] if len(_shape(recipe)) == 3 else 3
+    return build(recipe.model, classes, channels=channels, frozen=recipe.frozen)
 
 
 def _batch(recipe: Recipe, examples: int) -> tuple[Any, Tensor]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -12,10 +14,11 @@ from bisam.experiments.analyses.run import analyse, missing
 from bisam.experiments.analyses.settings import Settings
 from bisam.experiments.errors import DataError, RunError, is_out_of_memory, reason
 from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.runs.folder import Result, Run
+from bisam.experiments.runs.folder import Result, Row, Run
 from bisam.experiments.runs.machine import Machine
 from bisam.experiments.studies.study import Analyses
 from bisam.experiments.training.devices import OnEpoch
+from bisam.experiments.training.stacked.train import train_stack
 from bisam.experiments.training.train import train
 
 
@@ -124,18 +127,59 @@ def train_or_explain(
         if analyses is not None:
             _analyse(run, result, analyses, machine, on_measure)
         return Outcome(recipe, result)
-    except DataError as error:
-        return Outcome(recipe, None, " ".join(str(error).split()), started=False)
-    except (RunError, ValueError) as error:
-        message = str(error)
     except (Exception, SystemExit) as error:
-        if is_out_of_memory(error):
-            message = f"out of memory: fewer runs at a time or a smaller batch_size need less ({reason(error)})"
-        elif isinstance(error, OSError):
-            message = f"cannot write under {error.filename or 'its folder'}: {error.strerror or error}"
-        else:  # with its type, for a bug report
-            message = f"{type(error).__name__}: {str(error)[:300]}"
-    return Outcome(recipe, result, ("" if result is None else "its analysis: ") + " ".join(message.split()))
+        message = ("" if result is None else "its analysis: ") + _explanation(error)
+        return Outcome(recipe, result, message, started=not isinstance(error, DataError))
+
+
+def train_stack_or_explain(
+    recipes: Sequence[Recipe],
+    root: Path,
+    machine: Machine,
+    on_epoch: Callable[[Sequence[Recipe], Sequence[Row]], None] | None = None,
+) -> list[Outcome]:
+    """Train a stack in this process and return the outcomes of its runs.
+
+    A run whose folder is in use, damaged or of another recipe is left out, and so is one that is finished by now.
+    """
+    outcomes: dict[Recipe, Outcome] = {}
+    with ExitStack() as folders:
+        opened: list[Run] = []
+        for recipe in recipes:
+            run = Run.under(root, recipe)
+            try:
+                folders.enter_context(run.open())
+                if (result := run.result) is None:
+                    opened.append(run)
+                else:
+                    outcomes[recipe] = Outcome(recipe, result)
+            except (RunError, OSError) as error:
+                outcomes[recipe] = Outcome(recipe, None, _explanation(error))
+        left = [run.recipe for run in opened]
+        try:
+            if opened:
+                results = train_stack(opened, machine, None if on_epoch is None else partial(on_epoch, left))
+                outcomes |= {r: Outcome(r, result) for r, result in zip(left, results, strict=True)}
+        except (Exception, SystemExit) as error:
+            started = not isinstance(error, DataError)
+            for run in opened:  # some may be finished, if a folder of the stack cannot be written
+                result = run.result
+                message = None if result is not None else _explanation(error)
+                outcomes[run.recipe] = Outcome(run.recipe, result, message, started)
+    return [outcomes[recipe] for recipe in recipes]
+
+
+def _explanation(error: BaseException) -> str:
+    """Why a run failed, in one line."""
+    if isinstance(error, DataError | RunError | ValueError):
+        message = str(error)
+    elif is_out_of_memory(error):
+        message = f"out of memory: fewer runs at a time or a smaller batch_size need less ({reason(error)})"
+    elif isinstance(error, OSError):
+        message = f"cannot write under {error.filename or 'its folder'}: {error.strerror or error}"
+    else:  # with its type, for a bug report
+        message = f"{type(error).__name__}: {str(error)[:300]}"
+    return " ".join(message.split())
 
 
 def _analyse(run: Run, result: Result, analyses: Analyses, machine: Machine, on_measure: OnMeasure | None) -> None:

@@ -1,6 +1,7 @@
-"""Processes: independent runs in worker processes of one machine, with live progress.
+"""Processes: independent runs, or stacks of runs, in worker processes of one machine, with live progress.
 
-A run that fails is reported and does not stop the others. The same call resumes runs that were interrupted.
+A run that fails is reported and does not stop the others. The same call resumes runs that were interrupted, and begins
+stacks anew in which some runs were not finished, with these runs.
 """
 
 from __future__ import annotations
@@ -18,9 +19,19 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bisam.experiments.data import source
 from bisam.experiments.errors import show_warnings_in_one_line
-from bisam.experiments.launch.outcomes import Done, Outcome, Progress, collect_outcomes, train_or_explain
+from bisam.experiments.launch.outcomes import (
+    Done,
+    Outcome,
+    Progress,
+    collect_outcomes,
+    train_or_explain,
+    train_stack_or_explain,
+)
+from bisam.experiments.launch.stacks import STACK_THREADS, Job, jobs
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Row
 from bisam.experiments.runs.machine import Machine, end_with_parent, ignore_interrupts, threads
@@ -34,8 +45,11 @@ def run_all(
     machine: Machine,
     progress: Progress,
     analyses: Analyses | None = None,
+    stack: int | None = None,
 ) -> list[Outcome]:
     """Run what is not finished yet in `workers` processes; return the outcomes in the order of `recipes`.
+
+    With `stack`, each process trains up to so many seeds of a recipe at once, see `training.stacked`.
 
     With `analyses`, each run is analysed in the same process after it is trained, and runs that lack them are too.
 
@@ -49,7 +63,7 @@ def run_all(
     )  # of all recipes, not of the remaining ones: results depend on the number of threads
 
     def run(left: Sequence[Recipe], done: Done) -> None:
-        _in_processes(left, root, share, machine, progress, done, analyses)
+        _in_processes(jobs(left, root, stack), root, share, machine, progress, done, analyses)
 
     return collect_outcomes(recipes, root, progress, run, analyses)
 
@@ -60,19 +74,27 @@ _MAX_DEATHS = 2
 
 
 @dataclass(frozen=True)
+class _Completed:
+    """A message of a worker: for each run of its job, the number of completed epochs or steps and the last score."""
+
+    runs: list[tuple[Recipe, int, float]]
+
+
+@dataclass(frozen=True)
 class _Measuring:
     """A message of a worker: what it computes of a finished run, and the number of completed analyses."""
 
+    recipe: Recipe
     measure: str
     completed: int
 
 
 class _Worker:
-    """A process that trains one run after another."""
+    """A process that does one job after another."""
 
     def __init__(self, share: int, place: int) -> None:
         self.place = place
-        self.recipe: Recipe | None = None
+        self.job: Job | None = None
         self.connection, theirs = _SPAWN.Pipe()
         # Not a daemon, which could have no child processes; a run on several devices has them.
         self.process = _SPAWN.Process(target=_serve, args=(theirs, share), daemon=False)
@@ -80,10 +102,10 @@ class _Worker:
             self.process.start()
         theirs.close()
 
-    def give(self, recipe: Recipe, root: Path, machine: Machine, analyses: Analyses | None) -> None:
-        self.recipe = recipe
+    def give(self, job: Job, root: Path, machine: Machine, analyses: Analyses | None) -> None:
+        self.job = job
         with suppress(ConnectionError):  # it was killed, which is noticed when no answer comes
-            self.connection.send((recipe, root, machine.at(self.place), analyses))
+            self.connection.send((job, root, machine.at(self.place), analyses))
 
     def gone(self) -> bool:
         """Whether it was killed; its children may hold the connection open for a few seconds more."""
@@ -118,7 +140,7 @@ def _workers() -> Generator[list[_Worker]]:
 
 
 def _in_processes(
-    recipes: Sequence[Recipe],
+    todo: Sequence[Job],
     root: Path,
     workers: int,
     machine: Machine,
@@ -126,22 +148,22 @@ def _in_processes(
     done: Done,
     analyses: Analyses | None,
 ) -> None:
-    left, killed = deque(recipes), Counter[Recipe]()
+    left, killed = deque(todo), Counter[Job]()
     with _workers() as pool:
         while True:
             for worker in pool:
-                if worker.recipe is None and left:
+                if worker.job is None and left:
                     worker.give(left.popleft(), root, machine, analyses)
             while left and len(pool) < workers:
                 pool.append(_Worker(workers, min(set(range(workers)) - {worker.place for worker in pool})))
                 pool[-1].give(left.popleft(), root, machine, analyses)
-            busy = {worker.connection: worker for worker in pool if worker.recipe is not None}
+            busy = {worker.connection: worker for worker in pool if worker.job is not None}
             if not busy:
                 return
             ready = set(wait(list(busy), timeout=1))
             for connection, worker in busy.items():
-                recipe = worker.recipe
-                assert recipe is not None
+                job = worker.job
+                assert job is not None
                 try:
                     if connection in ready:
                         message = connection.recv()
@@ -152,29 +174,34 @@ def _in_processes(
                 except (EOFError, ConnectionError):
                     pool.remove(worker)
                     worker.end()
-                    killed[recipe] += 1
-                    if killed[recipe] < _MAX_DEATHS:
-                        left.appendleft(recipe)
+                    killed[job] += 1
+                    if killed[job] < _MAX_DEATHS:
+                        left.appendleft(job)
                     else:
-                        done(Outcome(recipe, None, reason_killed(worker.process.exitcode)))
+                        for recipe in job.recipes:
+                            done(Outcome(recipe, None, reason_killed(worker.process.exitcode)))
                     continue
-                if isinstance(message, Outcome):
-                    worker.recipe = None
-                    done(message)
-                    if not message.started:
-                        left = _without(left, message, done)
-                elif isinstance(message, _Measuring):
-                    progress.measuring(recipe, message.measure, message.completed)
-                else:
-                    progress.epoch(recipe, *message)
+                match message:
+                    case _Completed(runs=runs):
+                        for recipe, completed, score in runs:
+                            progress.epoch(recipe, completed, score)
+                    case _Measuring(recipe=recipe, measure=measure, completed=completed):
+                        progress.measuring(recipe, measure, completed)
+                    case _:
+                        worker.job = None
+                        for outcome in message:
+                            done(outcome)
+                            if not outcome.started:
+                                left = _without(left, outcome, done)
 
 
-def _without(left: deque[Recipe], lacking: Outcome, done: Done) -> deque[Recipe]:
-    """Return the recipes that do not need the missing data of `lacking`; the others get its outcome."""
-    same = [source(recipe) == source(lacking.recipe) for recipe in left]
-    for recipe in compress(left, same):
-        done(replace(lacking, recipe=recipe))
-    return deque(recipe for recipe, lacks in zip(left, same, strict=True) if not lacks)
+def _without(left: deque[Job], lacking: Outcome, done: Done) -> deque[Job]:
+    """Return the jobs that do not need the missing data of `lacking`; the runs of the others get its outcome."""
+    same = [source(job.recipes[0]) == source(lacking.recipe) for job in left]
+    for job in compress(left, same):
+        for recipe in job.recipes:
+            done(replace(lacking, recipe=recipe))
+    return deque(job for job, lacks in zip(left, same, strict=True) if not lacks)
 
 
 def reason_killed(code: int | None) -> str:
@@ -197,10 +224,9 @@ def _signal(number: int) -> str:
 
 
 def _serve(connection: Connection, share: int) -> None:
-    """Run the loop of a worker process: receive a recipe, train and analyse it, send the outcome."""
+    """Run the loop of a worker process: receive a job, train and analyse its runs, send the outcomes."""
     end_with_parent()
     show_warnings_in_one_line()
-    threads(share)
     one_at_a_time = threading.Lock()  # with several devices, epochs are reported by a thread
 
     def send(message: Any) -> None:
@@ -209,19 +235,29 @@ def _serve(connection: Connection, share: int) -> None:
 
     while True:
         try:
-            recipe, root, machine, analyses = connection.recv()
+            job, root, machine, analyses = connection.recv()
         except EOFError:
             return
         last = 0.0
 
-        def report(row: Row, recipe: Recipe = recipe) -> None:
+        def report(recipes: Sequence[Recipe], rows: Sequence[Row]) -> None:
             nonlocal last
-            completed = recipe.completed(row)
-            if time.monotonic() - last > 0.1 or completed == recipe.length:
+            runs = [(r, r.completed(row), row["validation"]) for r, row in zip(recipes, rows, strict=True)]
+            if time.monotonic() - last > 0.1 or runs[0][1] == recipes[0].length:
                 last = time.monotonic()
-                send((completed, row["validation"]))
+                send(_Completed(runs))
 
-        def measuring(measure: str, completed: int) -> None:
-            send(_Measuring(measure, completed))
+        if job.stacked:
+            torch.set_num_threads(STACK_THREADS)
+            send(train_stack_or_explain(job.recipes, root, machine, report))
+            continue
+        threads(share)
+        (recipe,) = job.recipes
 
-        send(train_or_explain(recipe, root, machine, report, analyses, measuring))
+        def report_one(row: Row, recipe: Recipe = recipe) -> None:
+            report([recipe], [row])
+
+        def measuring(measure: str, completed: int, recipe: Recipe = recipe) -> None:
+            send(_Measuring(recipe, measure, completed))
+
+        send([train_or_explain(recipe, root, machine, report_one, analyses, measuring)])

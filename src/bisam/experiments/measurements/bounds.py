@@ -15,7 +15,12 @@ from bisam.experiments.studies.papers import BISAM, Exhibit
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_SHOWN = "BiSAM's lower bounds of the 0-1 loss, and upper bounds"
+_SHOWN = "BiSAM's lower bounds φ of the 0-1 loss of one margin, and upper bounds"
+_NOTE = (
+    f"{_SHOWN}. BiSAM's adversary does not climb φ but Q, the soft maximum of φ over the classes, the label's own "
+    "among them: Q - log(K)/µ is a lower bound of the 0-1 loss, Q alone is not, and the gradient of Q vanishes on "
+    "confident correct examples, where that of φ (-log) does not ([label-gradient](../label-gradient/report.md))."
+)
 
 
 def bounds(rows: list[Row]) -> Figure:
@@ -48,7 +53,7 @@ FIGURE_1 = Measurement(
     name="figure1",
     title="Figure 1",
     summary="Figure 1: the bounds of the 0-1 loss",
-    note=f"{_SHOWN}.",
+    note=_NOTE,
     exhibit=Exhibit(BISAM, "Figure 1"),
     settings={},
     parts=lambda settings: [],

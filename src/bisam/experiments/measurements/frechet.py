@@ -140,7 +140,7 @@ def _convnet() -> tuple[nn.Module, float]:
     """Return a ConvNet without its head, and its test accuracy with it; the same in every process."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        data = digits()
+        data = digits(seed=0)
         network, order = ConvNet(10, channels=1), torch.Generator().manual_seed(0)
         optimizer = torch.optim.Adam(network.parameters())
         steps = _EPOCHS * -(-len(data.train) // _BATCH)

@@ -132,7 +132,7 @@ def _scales(settings: Settings) -> dict[str, float]:
 def _images(data: str) -> tuple[Tensor, Tensor]:
     """Training images and held-out ones (N, C, 32, 32), with values in [-1, 1]."""
     kind, _, path = data.partition(":")
-    found = digits() if kind == "digits" else cifar("cifar10", Path(path), augment=False)
+    found = digits(seed=0) if kind == "digits" else cifar("cifar10", Path(path), augment=False)
     train, held = (cast(Images, split).images for split in (found.train, found.test))
     if kind == "cifar10":
         return train / 127.5 - 1, held / 127.5 - 1

@@ -23,7 +23,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from bisam.experiments.errors import RunError, unknown
-from bisam.experiments.measurements.timing import Ratio, conditions
+from bisam.experiments.measurements.timing import LIMIT, Load, Ratio, bracketed, conditions, highest, verdict
 from bisam.experiments.runs.environment import environment
 from bisam.experiments.runs.files import checksum, read_json, write
 from bisam.experiments.runs.machine import Machine
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 Settings = Mapping[str, Any]
 Number = TypeVar("Number", int, float)
 Row = Mapping[str, Any]
+MACHINE = "machine"
+"""Key of the `Machine` in the settings that `measure` gets from a measurement that reads data sets."""
 Progress = Callable[[str, int, int], None]
 """`(part, done, total)`, called before each part, and at the end with "" as the part."""
 
@@ -65,6 +67,11 @@ class Measurement:
     """One line for a list of measurements, where it differs from the title."""
     exhibit: Exhibit | None = None
     """The table or figure of a paper that it reproduces."""
+    reads_data: bool = False
+    """Whether it reads data sets: then the settings that `measure` gets have the machine, with their folder, as the
+    entry `MACHINE`."""
+    timed: bool = False
+    """Whether it measures times, which other programs change: its rows then have the entries `load` and `cores`."""
 
     @property
     def drawn_only(self) -> bool:
@@ -133,11 +140,12 @@ def run(
     folder = root / _slug(measurement, values, device)
     with _held(folder):
         _claim(folder, measurement, settings, device)
+        given = {**settings, MACHINE: machine} if measurement.reads_data else settings
         left = [part for part in parts if _read(folder, part) is None]
         for i, part in enumerate(left, len(parts) - len(left)):
             if progress is not None:
                 progress(part, i, len(parts))
-            rows = measurement.measure(part, settings, device)
+            rows = measurement.measure(part, given, device)
             content: dict[str, Any] = {"part": part, "environment": _environment(device, settings), "rows": rows}
             content["checksum"] = checksum(content)
             write(folder / _file(part), json.dumps(content, indent=2, allow_nan=False) + "\n")
@@ -173,7 +181,7 @@ def report(measurement: Measurement, place: Path, changed: Mapping[str, str] | N
         tabled = rows if measurement.tabled is None else measurement.tabled(rows)
         cells = [tuple(cell(row) for cell in measurement.columns.values()) for row in tabled]
         figures = {file: draw(rows) for file, (_, draw) in measurement.figures.items()}
-        places = _provenance(content["environment"] for content in parts)
+        places = _provenance(parts)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise RunError(
             f"{folder} holds rows that this version cannot read ({error!r}): delete it to measure again"
@@ -184,6 +192,7 @@ def report(measurement: Measurement, place: Path, changed: Mapping[str, str] | N
         f"# {measurement.title}",
         measurement.note,
         "\n".join(table) if header else "",
+        _OLDER if measurement.timed and not all("load" in row for row in rows) else "",
         f"Not measured yet: {missing} of {len(names)} parts." if missing else "",
         *(f"![{shown}]({file})" for file, (shown, _) in measurement.figures.items()),
         f"Settings: {', '.join(f'{name} {_shown(value)}' for name, value in settings.items())}." if settings else "",
@@ -341,30 +350,65 @@ def _environment(device: torch.device, settings: Settings) -> dict[str, Any]:
     return made | {"threads": settings.get("threads", made["threads"])}
 
 
-def _provenance(made: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Provenance of the numbers: one line for each environment."""
+def _provenance(parts: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Provenance of the numbers: one line for each environment.
+
+    Args:
+        parts: content of their files.
+    """
     places: dict[str, list[Mapping[str, Any]]] = {}
-    for one in made:
-        places.setdefault(where(one, MEASURED), []).append(one)
-    lines: list[str] = []
-    for place, group in places.items():
-        dates = [str(one.get("date", "unknown")) for one in group]
-        loads = sorted(float(one["load"]) for one in group if one.get("load") is not None)
-        load = f", load {loads[0]:.1f} to {loads[-1]:.1f}" if loads else ""
-        lines.append(line(place, dates, load))
-    return lines
+    for one in parts:
+        places.setdefault(where(one["environment"], MEASURED), []).append(one)
+    return [
+        line(place, [str(one["environment"].get("date", "unknown")) for one in group], _loads(group))
+        for place, group in places.items()
+    ]
 
 
-def flat(key: str, r: Ratio) -> dict[str, float]:
-    """A ratio as entries of a row: median and quartiles."""
-    return {key: r.median, f"{key}_low": r.low, f"{key}_high": r.high}
+def _loads(parts: Sequence[Mapping[str, Any]]) -> str:
+    """The load of other programs, or in older files that of the machine at the end of each part."""
+    if seen := [Load(row["load"], row["cores"]) for one in parts for row in one["rows"] if "load" in row]:
+        return f", {highest(seen)}"
+    loads = sorted(float(load) for one in parts if (load := one["environment"].get("load")) is not None)
+    return f", load {loads[0]:.1f} to {loads[-1]:.1f}" if loads else ""
 
 
-def with_quartiles(row: Row, key: str, digits: int = 3) -> str:
-    """The cell of a ratio that `flat` stored in a row."""
-    return f"{row[key]:.{digits}f} ({row[f'{key}_low']:.{digits}f} to {row[f'{key}_high']:.{digits}f})"
+READING = (
+    "with its 95 % interval in brackets (of the sign test). The interval tells how exact this run is, not how other "
+    "processes or machines differ. A bar is met if the whole interval meets it, missed if no part of it does, and else "
+    f"undecided; if the load of other programs was above {LIMIT:g} per core, there is no verdict"
+)
+_OLDER = (
+    "Measured by an earlier version, without the intervals and the load of other programs: in parentheses are the "
+    "quartiles of the ratios, and a verdict is that of the median alone."
+)
+"""How a ratio in a table is read, after the word "median"."""
 
 
-def met(value: float, bar: float) -> str:
-    """The verdict on a value: met if it is at most its bar, else missed."""
-    return "met" if value <= bar else "missed"
+def flat(key: str, r: Ratio) -> dict[str, float | None]:
+    """A ratio as entries of a row: the median, its quartiles, and the interval of the median."""
+    quartiles = {f"{key}_low": r.low, f"{key}_high": r.high}
+    return {key: r.median, **quartiles, f"{key}_median_low": r.median_low, f"{key}_median_high": r.median_high}
+
+
+def with_load(load: Load) -> dict[str, float | None]:
+    """The entries of a row for the load of other programs."""
+    return {"load": load.highest, "cores": load.cores}
+
+
+def with_interval(row: Row, key: str, digits: int = 3) -> str:
+    """The cell of a ratio that `flat` stored in a row; a row of an earlier version has no interval, but quartiles."""
+    if f"{key}_median_low" not in row:
+        return f"{row[key]:.{digits}f} ({row[f'{key}_low']:.{digits}f} to {row[f'{key}_high']:.{digits}f})"
+    return f"{row[key]:.{digits}f} {bracketed(*_interval(row, key), digits)}"
+
+
+def met(row: Row, key: str, bar: float) -> str:
+    """The verdict on a ratio that `flat` stored in a row: whether it is at most its bar; see `timing.verdict`."""
+    if f"{key}_median_low" not in row:
+        return "met" if row[key] <= bar else "missed"
+    return verdict(*_interval(row, key), Load(row["load"], row["cores"]), bar)
+
+
+def _interval(row: Row, key: str) -> tuple[float | None, float | None]:
+    return row[f"{key}_median_low"], row[f"{key}_median_high"]

@@ -17,12 +17,20 @@ from bisam import Evaluation, LookSAM, Oracle, SAMPa, SharpnessAware, next_step
 from bisam.batches import Batch
 from bisam.experiments import data
 from bisam.experiments.data.image_tensors import channels
-from bisam.experiments.measurements.measurement import Measurement, Row, Settings, flat, with_quartiles
+from bisam.experiments.measurements.measurement import (
+    MACHINE,
+    READING,
+    Measurement,
+    Row,
+    Settings,
+    flat,
+    with_interval,
+    with_load,
+)
 from bisam.experiments.measurements.timing import interleaved, ratio, threads, turns
 from bisam.experiments.models.build import build
 from bisam.experiments.recipes.catalogue import METHODS
 from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.runs.machine import Machine
 from bisam.experiments.studies import papers, published
 from bisam.experiments.studies.papers import Exhibit
 from bisam.methods.method import indexed
@@ -79,7 +87,7 @@ def _seeds(settings: Settings) -> list[str]:
 def _measure_gradients(part: str, settings: Settings, device: torch.device) -> list[dict[str, Any]]:
     seed = int(part.removeprefix("seed-"))
     recipe, epochs = _recipe(settings, seed), int(settings["epochs"])
-    splits = data.load(recipe, Machine())
+    splits = data.load(recipe, settings[MACHINE])
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         model = build(recipe.model, splits.classes, channels=channels(splits.test)).to(device)
@@ -130,7 +138,7 @@ GRADIENTS = Measurement(
         "above 0.99 "
         "for ResNet-56 on CIFAR-10, according to a public summary. The defaults here are a small network on digits; "
         "`--set dataset=cifar10 --set model=resnet56 --set batch_size=128 --set epochs=200` is the paper's, with the "
-        "data in `data`."
+        "data in `--data-dir`."
     ),
     settings={
         "dataset": "digits",
@@ -144,6 +152,7 @@ GRADIENTS = Measurement(
     },
     parts=_seeds,
     measure=_measure_gradients,
+    reads_data=True,
     columns={
         "seed": lambda row: str(row["seed"]),
         "epoch": lambda row: str(row["epoch"]),
@@ -202,6 +211,7 @@ def _measure_costs(part: str, settings: Settings, device: torch.device) -> list[
             "method": name,
             "seconds": ratio(times, name, "sam").seconds,
             **flat("to_sam", ratio(times, name, "sam")),
+            **with_load(times.load),
             "bytes": memory[name],
             "published": _TIMES.get(name),
         }
@@ -230,13 +240,13 @@ COSTS = Measurement(
     title="Time and memory of a step: the methods that SAMPa is compared with",
     note=(
         "All methods train the same model in turn on random images of 32x32, one step each; a ratio is the median over "
-        "turns of five steps, with the quartiles. One device computes both gradients of SAMPa, so its step takes as "
+        f"turns of five steps, {READING}. One device computes both gradients of SAMPa, so its step takes as "
         "long as one of SAM; the published ratio is that of two devices. The published column is the time of a run of "
         "200 epochs of ResNet-56 on CIFAR-10 relative to SAM, read off the authors' figure "
         f"({_PAPER}). SAF and MESA are measured with their term. Memory is the largest that tensors take in some steps "
         "of a method alone on a CUDA device, with the model, the optimizer and the batch."
     ),
-    settings={"models": ("resnet56",), "batch_size": 128, "classes": 10, "iterations": 25, "threads": 1},
+    settings={"models": ("resnet56",), "batch_size": 128, "classes": 10, "iterations": 45, "threads": 1},
     parts=lambda settings: list(settings["models"]),
     measure=_measure_costs,
     columns={
@@ -244,9 +254,10 @@ COSTS = Measurement(
         "method": lambda row: _cost(row, "name"),
         "gradients": partial(_cost, what="cost"),
         "seconds of a step": lambda row: f"{row['seconds']:.3g}",
-        "to SAM": lambda row: with_quartiles(row, "to_sam", 2),
+        "to SAM": lambda row: with_interval(row, "to_sam", 2),
         "published": lambda row: "–" if row["published"] is None else f"{row['published']:.2f}",
         "memory, MiB": lambda row: "–" if row["bytes"] is None else f"{row['bytes'] / 2**20:.0f}",
     },
     exhibit=Exhibit(papers.SAMPA, "Tables of time and memory"),
+    timed=True,
 )

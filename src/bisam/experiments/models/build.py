@@ -20,12 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from bisam.experiments.errors import is_out_of_memory, reason_not_loaded, unknown
-from bisam.experiments.models.networks import VGG, ConvNet, DenseNet, ResNet, WideResNet
+from bisam.experiments.models.frozen import freeze
+from bisam.experiments.models.logits import Logits
+from bisam.experiments.models.networks import MLP, VGG, ConvNet, DenseNet, ResNet, WideResNet
 
 PRETRAINED = "pretrained"
 
 NETWORKS: dict[str, tuple[Callable[[int, int], nn.Module], str]] = {
     "convnet": (ConvNet, "three convolutions, for digits of 8x8"),
+    "resnet8": (partial(ResNet, 8), "CIFAR ResNet (He et al. 2016) of three blocks, 0.08M parameters"),
+    "mlp": (MLP, "two hidden layers of 64 with batch normalisation, for digits of 8x8"),
     "resnet20": (partial(ResNet, 20), "CIFAR ResNet (He et al. 2016), 0.27M parameters"),
     "resnet32": (partial(ResNet, 32), "CIFAR ResNet (He et al. 2016), 0.46M parameters"),
     "resnet44": (partial(ResNet, 44), "CIFAR ResNet (He et al. 2016), 0.66M parameters"),
@@ -47,12 +51,20 @@ NETWORKS: dict[str, tuple[Callable[[int, int], nn.Module], str]] = {
 NAMES: dict[str, str] = {name: line for name, (_, line) in NETWORKS.items()} | {
     "torchvision:NAME": "a classifier of torchvision.models, as torchvision:resnet50",
     "timm:NAME": "a classifier of timm, as timm:vit_base_patch16_224",
-    "hf:NAME": "a sequence classifier of Hugging Face's hub or of a local folder, as hf:bert-base-uncased",
+    "hf:NAME": "a sequence classifier of Hugging Face, as hf:bert-base-uncased: of a folder (here, or in the folder "
+    "weights of the data folder), or of the hub",
 }
 
 
 def build(
-    name: str, classes: int, *, channels: int = 3, weights: str | None = None, new_head: bool = True
+    name: str,
+    classes: int,
+    *,
+    channels: int = 3,
+    weights: str | None = None,
+    new_head: bool = True,
+    frozen: int | None = None,
+    root: Path | None = None,
 ) -> nn.Module:
     """Build the network `name` for `classes` classes, in float32 and in training mode.
 
@@ -66,9 +78,13 @@ def build(
         weights: None for random ones, "pretrained" for the source's own, or the path of a state dict that torch.save
             or safetensors wrote. A head for another number of classes is replaced by a new one.
         new_head: whether the head may be replaced so, if the weights are those of a file; else it does not fit.
+        frozen: number of lower layers that are not trained, see `freeze`; None: all are.
+        root: folder of the data sets. A relative path of weights, or of a folder of Hugging Face, that does not exist
+            is looked for in its folder `weights`.
 
     Raises:
-        ValueError: the name is unknown, a package is missing, or the weights cannot be loaded or do not fit.
+        ValueError: the name is unknown, a package is missing, the weights cannot be loaded or do not fit, or the
+            network has no such layers.
     """
     source, colon, rest = name.partition(":")
     pretrained = weights == PRETRAINED
@@ -79,17 +95,23 @@ def build(
     elif source == "timm":
         model = _timm(rest, classes, channels, pretrained)
     elif source == "hf":
-        model = _hugging_face(rest, classes, pretrained)
+        model = _hugging_face(rest, classes, pretrained, root)
     else:
         raise unknown("source of models", source, ["torchvision", "timm", "hf"])
     if weights is not None and not pretrained:
         network = model.network if isinstance(model, Logits) else model
-        _fit(network, _read(weights), classes if new_head else None, f"weights {weights!r} do not fit {name!r}")
+        _fit(network, _read(weights, root), classes if new_head else None, f"weights {weights!r} do not fit {name!r}")
+    if frozen is not None:
+        freeze(model, name, frozen)
     return model
 
 
-def tokenizer(name: str) -> Any:
+def tokenizer(name: str, root: Path | None = None) -> Any:
     """Load the tokenizer of the model `hf:...`.
+
+    Args:
+        name: of the model.
+        root: see `build`.
 
     Raises:
         ValueError: the name is not one of Hugging Face, transformers is missing, or the tokenizer cannot be loaded.
@@ -98,8 +120,8 @@ def tokenizer(name: str) -> Any:
     if source != "hf":
         raise ValueError(f"model {name!r} has no tokenizer: use a model of Hugging Face, such as hf:bert-base-uncased")
     transformers = _package("transformers", f"the tokenizer of {name!r}")
-    place = _place(rest)
-    with _loading(f"the tokenizer of {name!r}", _HF_REMEDY), _hub(place):
+    place = _place(rest, root)
+    with _loading(f"the tokenizer of {name!r}", _hf_remedy(rest, root)), _hub(place):
         return transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False)
 
 
@@ -120,18 +142,6 @@ def statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     else:
         return None
     return None if settings is None or len(settings.mean) != 3 else (tuple(settings.mean), tuple(settings.std))
-
-
-class Logits(nn.Module):
-    """A Hugging Face classifier that takes one dict of tensors and returns logits (N, classes)."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Map token ids and masks (N, length), by name, to logits (N, classes)."""
-        return self.network(**inputs).logits
 
 
 def _ours(name: str, classes: int, channels: int, pretrained: bool) -> nn.Module:
@@ -196,15 +206,28 @@ def _timm_with(name: str) -> Any:
     return timm
 
 
-_HF_REMEDY = "give a local folder as hf:FOLDER, or set HF_HOME to a filled cache"
+WEIGHTS = "weights"
+"""Folder of models and weights in the folder of the data sets."""
 
 
-def _hugging_face(name: str, classes: int, pretrained: bool) -> Logits:
+def _hf_remedy(name: str, root: Path | None) -> str:
+    placed = "" if root is None else f"put it into {root / WEIGHTS / name} (or set --data-dir), "
+    return f"{placed}give a local folder as hf:FOLDER, or set HF_HOME to a filled cache"
+
+
+def _local(path: str, root: Path | None) -> Path:
+    """Return a path, or the same in the folder of weights if only that exists."""
+    here = Path(path).expanduser()
+    there = here if root is None else root / WEIGHTS / here  # the same if it is absolute
+    return there if there.exists() and not here.exists() else here
+
+
+def _hugging_face(name: str, classes: int, pretrained: bool, root: Path | None) -> Logits:
     full = f"hf:{name}"
     transformers = _package("transformers", f"model {full!r}")
-    place = _place(name)
+    place = _place(name, root)
     classifier = transformers.AutoModelForSequenceClassification
-    with _loading(f"model {full!r}", _HF_REMEDY), _hub(place), _quiet(transformers.logging):
+    with _loading(f"model {full!r}", _hf_remedy(name, root)), _hub(place), _quiet(transformers.logging):
         config = transformers.AutoConfig.from_pretrained(place, num_labels=classes, trust_remote_code=False)
         if pretrained:
             network = classifier.from_pretrained(
@@ -216,9 +239,9 @@ def _hugging_face(name: str, classes: int, pretrained: bool) -> Logits:
     return Logits(network.float()).train()
 
 
-def _place(name: str) -> str:
+def _place(name: str, root: Path | None) -> str:
     """Return the local folder or the name on the hub after `hf:`."""
-    folder = Path(name).expanduser()
+    folder = _local(name, root)
     if name and folder.is_dir():
         return str(folder)
     if not name or name[0] in "./~" or name.count("/") > 1:
@@ -282,13 +305,16 @@ def _hub(place: str | None) -> Generator[None]:
 
 @contextmanager
 def _quiet(logging: Any) -> Generator[None]:
-    """Suppress the report that the head is newly initialised, which is intended."""
-    verbosity = logging.get_verbosity()
+    """Suppress the report that the head is newly initialised, which is intended, and the bar of loading weights."""
+    verbosity, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _renew_head(model: nn.Module, classes: int) -> None:
@@ -303,9 +329,12 @@ def _renew_head(model: nn.Module, classes: int) -> None:
         model.set_submodule(name, nn.Conv2d(old.in_channels, classes, 1, bias=bias))
 
 
-def _read(path: str) -> dict[str, Tensor]:
+def _read(given: str, root: Path | None) -> dict[str, Tensor]:
     """Load the state dict in a file, without the prefixes of `DistributedDataParallel`, Lightning and `Logits`."""
     wanted = "give the path of a file that torch.save(model.state_dict(), path) wrote, or 'pretrained'"
+    path = str(_local(given, root))
+    if root is not None and not Path(path).exists() and not Path(given).is_absolute():
+        wanted += f"; a file is looked for in {root / WEIGHTS} too"
     if path.endswith(".safetensors"):
         load = _package("safetensors.torch", f"the file {path!r}").load_file
     else:

@@ -4,7 +4,7 @@ Each takes images (N, channels, H, W) and returns logits (N, classes), in the dt
 on the image's size, so larger images work as well; where one is too small for the halvings, the error names the least.
 
 All draw their first weights from torch's global generator and from nothing else: as He et al. (2015) do, normal with
-variance 2 / fan-in (https://arxiv.org/abs/1502.01852), and biases are zero. Only `ConvNet` keeps torch's own.
+variance 2 / fan-in (https://arxiv.org/abs/1502.01852), and biases are zero. Only `ConvNet` and `MLP` keep torch's own.
 
     >>> model = ResNet(56, classes=10)
     >>> sum(p.numel() for p in model.parameters())
@@ -35,6 +35,27 @@ class ConvNet(nn.Sequential):
         )
 
 
+class MLP(nn.Sequential):
+    """Two hidden layers of 64 units with batch normalisation; the smallest of the networks, which can train in stacks.
+
+    Images of other sizes than 8x8 are pooled to it.
+    """
+
+    def __init__(self, classes: int, channels: int = 3) -> None:
+        side, width = 8, 64
+        super().__init__(
+            nn.AdaptiveAvgPool2d(side),
+            nn.Flatten(),
+            nn.Linear(channels * side**2, width),
+            nn.BatchNorm1d(width),
+            nn.ReLU(inplace=True),
+            nn.Linear(width, width),
+            nn.BatchNorm1d(width),
+            nn.ReLU(inplace=True),
+            nn.Linear(width, classes),
+        )
+
+
 class ResNet(nn.Sequential):
     """Residual network for CIFAR with shortcuts without parameters, He et al. 2016 (https://arxiv.org/abs/1512.03385).
 
@@ -42,7 +63,7 @@ class ResNet(nn.Sequential):
     half the resolution. ResNet-56 has 853,018 parameters for 10 classes.
 
     Args:
-        depth: layers with weights, 6n + 2: the paper's are 20, 32, 44, 56 and 110.
+        depth: layers with weights, 6n + 2: the paper's are 20, 32, 44, 56 and 110; 8 has one block in each stage.
         classes: number of logits.
         channels: of the images.
 

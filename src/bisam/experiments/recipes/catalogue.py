@@ -32,6 +32,10 @@ PLAIN = "sgd"
 BASELINE = "sam"
 """Key of the method that others are compared with by default."""
 
+_LENGTH = ("epochs", "steps")
+"""A method whose step computes another number of gradients trains longer or shorter, at equal gradients."""
+_DECAY = ("weight_decay",)
+
 METHODS: dict[str, Entry] = {
     # Plain training, and the method that all others change.
     PLAIN: Entry(
@@ -43,7 +47,8 @@ METHODS: dict[str, Entry] = {
         rho=None,
         advice="",
         family="plain",
-        own_fields=("epochs", "steps"),
+        own_fields=_LENGTH,
+        tuned=_DECAY,
     ),
     BASELINE: Entry(
         "SAM", "SAM(L2({rho}))", "climb the training loss in a ball", "Foret et al., 2021", _FORET, family="plain"
@@ -60,7 +65,7 @@ METHODS: dict[str, Entry] = {
     "bisam_log": Entry(
         "BiSAM (-log)",
         "BiSAM({rho}, NegLog({mu}))",
-        "climb a lower bound of the 0-1 loss",
+        "climb a bound of the 0-1 loss, lower up to log(K)/mu",
         "Xie et al., 2024",
         _XIE,
         advice="SAM's; mu 1",
@@ -70,7 +75,7 @@ METHODS: dict[str, Entry] = {
     "bisam_tanh": Entry(
         "BiSAM (tanh)",
         "BiSAM({rho}, Tanh({mu}, {alpha}))",
-        "climb another lower bound of it",
+        "climb another bound of it",
         "Xie et al., 2024",
         _XIE,
         advice="SAM's; mu 10, alpha 0.1",
@@ -112,6 +117,7 @@ METHODS: dict[str, Entry] = {
         advice="ESAM's",
         family="adversary",
         bound=NegLog,
+        own_fields=_LENGTH,
     ),
     "gbisam": Entry(
         "G-BiSAM (-log)",
@@ -124,6 +130,7 @@ METHODS: dict[str, Entry] = {
         advice="GSAM's",
         family="adversary",
         bound=NegLog,
+        own_fields=_LENGTH,
     ),
     # Another neighbourhood or direction.
     "asam": Entry(
@@ -177,7 +184,7 @@ METHODS: dict[str, Entry] = {
     ),
     "le_sam": Entry(
         "LE-SAM",
-        "LESAM({rho}, rho_max=0.5)",
+        "LESAM({rho}, rho_max=100.0)",
         "a rise of the loss in place of a radius",
         "Wang et al., 2026",
         arxiv("2605.10183"),
@@ -226,6 +233,7 @@ METHODS: dict[str, Entry] = {
         gradients="1 + steps",
         memory=2,
         advice="SAM's",
+        own_fields=_LENGTH,
     ),
     # Gradients combined.
     "gsam": Entry(
@@ -259,6 +267,7 @@ METHODS: dict[str, Entry] = {
         rho=0.1,
         advice="0.1",
         family="combining",
+        own_fields=_LENGTH,
     ),
     "xsam": Entry(
         "XSAM",
@@ -296,6 +305,7 @@ METHODS: dict[str, Entry] = {
         memory=2,
         advice="SAM's; beta and gamma 0.5 to 0.6",
         family="saving",
+        own_fields=_LENGTH,
     ),
     "ksam": Entry(
         "K-SAM",
@@ -307,6 +317,7 @@ METHODS: dict[str, Entry] = {
         forwards="1",
         advice="SAM's",
         family="saving",
+        own_fields=_LENGTH,
     ),
     "looksam": Entry(
         "LookSAM",
@@ -321,6 +332,7 @@ METHODS: dict[str, Entry] = {
         rho=0.1,
         advice="0.1",
         family="saving",
+        own_fields=_LENGTH,
     ),
     "ae_sam": Entry(
         "AE-SAM",
@@ -333,6 +345,7 @@ METHODS: dict[str, Entry] = {
         memory=2,
         advice="SAM's",
         family="saving",
+        own_fields=_LENGTH,
     ),
     "momentum_sam": Entry(
         "Momentum-SAM",
@@ -347,6 +360,7 @@ METHODS: dict[str, Entry] = {
         rho=0.3,
         advice="0.3 to 3",
         family="saving",
+        own_fields=_LENGTH,
     ),
     "sampa": _SAMPA,
     "sampa_0": replace(
@@ -367,6 +381,7 @@ METHODS: dict[str, Entry] = {
         memory=2,
         advice="SAM's",
         family="saving",
+        own_fields=_LENGTH,
     ),
     "async_sam": Entry(
         "AsyncSAM",
@@ -402,6 +417,8 @@ METHODS: dict[str, Entry] = {
         rho=None,
         advice="",
         family="saving",
+        own_fields=_LENGTH,
+        tuned=_DECAY,
     ),
     "mesa": Entry(
         "MESA",
@@ -417,6 +434,8 @@ METHODS: dict[str, Entry] = {
         rho=None,
         advice="",
         family="saving",
+        own_fields=_LENGTH,
+        tuned=_DECAY,
     ),
     "every": Entry(
         "SAM every 2nd step",
@@ -425,6 +444,7 @@ METHODS: dict[str, Entry] = {
         gradients="1 + 1 / k",
         advice="larger than the method's",
         family="saving",
+        own_fields=_LENGTH,
     ),
     "during": Entry(
         "SAM in the 2nd half",
@@ -435,6 +455,7 @@ METHODS: dict[str, Entry] = {
         gradients="1 to 2",
         advice="the method's",
         family="saving",
+        own_fields=_LENGTH,
     ),
     # Micro-batches, noise, Bayes.
     "msam": Entry(

@@ -65,9 +65,12 @@ class Entry:
     family: str = "geometry"
     """Kind of change to SAM: a key of `FAMILIES`."""
     bound: type[NegLog] | type[Tanh] | None = None
-    """Lower bound of the 0-1 loss in the expression; the defaults of mu and alpha are its own."""
+    """BiSAM's bound in the expression; the defaults of mu and alpha are its own."""
     own_fields: tuple[str, ...] = ()
     """Fields of recipes that come with the method: it is compared with methods that differ in them."""
+    tuned: tuple[str, ...] = ()
+    """Fields of recipes that are chosen for the method as a radius is for others: it is compared with methods that
+    differ in them, and reports show them."""
 
     @property
     def cost(self) -> str:
@@ -91,6 +94,41 @@ class Entry:
         return self.expression.format(**{**self.defaults, **{k: v for k, v in settings.items() if v is not None}})
 
 
+ADVERSARIES: tuple[tuple[str, str, str, str], ...] = (
+    (
+        "BiSAM with a rising mu",
+        "BiSAM(0.05, NegLog(Linear(1, 10, steps)))",
+        "a bound that comes closer to the 0-1 loss; any schedule",
+        "",
+    ),
+    (
+        "wrong classes",
+        "BiSAM(0.05, WrongClasses(NegLog()))",
+        "a bound without the label's own class, whose gradient does not vanish on confident correct examples",
+        "",
+    ),
+    (
+        "wrong classes near the boundary",
+        "BiSAM(0.05, WrongClasses(NegLog(), margin=2.0))",
+        "the same, with a weight that falls with the margin of correct examples",
+        "",
+    ),
+    (
+        "OBF",
+        "SAM(L2(0.05), ascent=OBF(gamma=1.0))",
+        "output bias forgetting; their gamma is 1 or 1e-12",
+        "[Vani et al., 2024](https://arxiv.org/abs/2406.06700)",
+    ),
+    (
+        "SAM at a flip rate",
+        "SAM(FlipRate(0.06))",
+        "a radius that follows the share of predictions that the ascent step flips; also BiSAM and ASAM",
+        "",
+    ),
+)
+"""Adversaries that are no method of the catalogue: a name, an expression, a description, and the source if any."""
+
+
 def arxiv(number: str) -> str:
     """Address of an arXiv paper."""
     return f"https://arxiv.org/abs/{number}"
@@ -105,7 +143,27 @@ def page(methods: Mapping[str, Entry], games: Mapping[str, Entry]) -> str:
         "",
         CAPTION,
     ]
-    return "\n".join([*head, "", *_table(methods), "", "## Min-max problems", "", *_table(games), ""])
+    return "\n".join(
+        [
+            *head,
+            "",
+            *_table(methods),
+            "",
+            "## Other adversaries",
+            "",
+            "They cost what SAM costs. Those without a source are this library's; no advantage over SAM has been shown "
+            "for any of them (`bisam run recover` compares them).",
+            "",
+            "| adversary | expression | what | source |",
+            "|---|---|---|---|",
+            *[f"| {name} | `{expression}` | {what} | {source} |" for name, expression, what, source in ADVERSARIES],
+            "",
+            "## Min-max problems",
+            "",
+            *_table(games),
+            "",
+        ]
+    )
 
 
 def _table(entries: Mapping[str, Entry]) -> list[str]:

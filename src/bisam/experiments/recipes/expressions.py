@@ -108,8 +108,8 @@ def check(expression: str) -> None:
 def contained(expression: str) -> Mapping[str, float]:
     """The values of rho, mu, alpha and eta that an expression contains; no gradient is computed.
 
-    mu and alpha are those of the lower bound of the 0-1 loss. A setting with several values, or with a schedule in
-    place of a number, is left out.
+    mu and alpha are those of BiSAM's bound. In place of the radius stands the rate that a `FlipRate` follows. A setting
+    with several values, or with a schedule in place of a number, is left out.
 
     Raises:
         ValueError: see `build`.
@@ -119,7 +119,10 @@ def contained(expression: str) -> Mapping[str, float]:
         names = {"rho"} | ({"eta"} if isinstance(part, perturbations.Adaptive) else set())
         names |= {"mu", "alpha"} if isinstance(part, LowerBound) else set()
         for name in names:
-            if isinstance(value := getattr(part, name, None), int | float):
+            value = getattr(part, name, None)
+            if isinstance(value, schedules.FlipRate):
+                value = value.target
+            if isinstance(value, int | float):
                 found[name].add(float(value))
     return MappingProxyType({name: values.pop() for name, values in found.items() if len(values) == 1})
 

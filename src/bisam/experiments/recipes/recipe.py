@@ -18,19 +18,12 @@ from functools import cache
 from typing import Any, get_args, get_type_hints
 
 from bisam.experiments.errors import RunError, unknown
+from bisam.experiments.recipes import versions
 from bisam.experiments.recipes.catalogue import METHODS, PLAIN
 from bisam.experiments.recipes.entries import SETTINGS
 from bisam.experiments.recipes.expressions import VOCABULARY, build, check, check_step, contained, names_called
 from bisam.methods import Method
 from bisam.validation import LARGEST, non_negative, number, positive, shown, whole
-
-VERSION = 2
-"""Latest version of the meaning of the fields; see `Recipe.version`."""
-
-CHANGES: dict[int, frozenset[str]] = {
-    2: frozenset({"ESAM", "EBiSAM", "RandomMask"}),  # the mask is drawn before the first pass; selection is strict
-}
-"""By version, the names in expressions whose results it changed. Recipes without these names keep their results."""
 
 EPOCHS = 30
 """Epochs of a recipe that is given neither epochs nor steps."""
@@ -39,6 +32,7 @@ CHOICES = {
     "optimizer": ("sgd", "adamw"),
     "schedule": ("cosine", "linear", "constant"),
     "precision": ("32", "bf16", "16", "64"),
+    "measured": ("ball", "ascents"),
 }
 """Allowed values of the fields that take one of a few."""
 
@@ -49,7 +43,10 @@ _MOST = {
     "accumulate": 10**6,
     "image_size": 10**5,
     "max_length": 10**6,
+    "bucket": 10**6,
+    "frozen": 10**6,
     "limit": LARGEST,
+    "train_examples": LARGEST,
     "warmup": LARGEST,
     "measured_epochs": 10**6,
 }
@@ -70,11 +67,16 @@ class Recipe:
 
     dataset: str = "digits"
     """Data set: digits (no download), cifar10, cifar100, imagenet, flowers, pets, folder:PATH, glue:TASK; cifar10:SIDE
-    enlarges the images."""
+    reduces the images to 4, 8 or 16 pixels, or enlarges them."""
     model: str = "convnet"
-    """Network: a name from `bisam list`, torchvision:NAME, timm:NAME or hf:NAME."""
+    """Network: a name from `bisam list`, torchvision:NAME, timm:NAME or hf:NAME; a local folder after hf: is looked for
+    here and in DATA/weights."""
     weights: str | None = None
-    """Initial weights: "pretrained", a file of weights, or by default random."""
+    """Initial weights: "pretrained", a file of weights (looked for here and in DATA/weights), or by default random."""
+    frozen: int | None = None
+    """Number of lower layers (stages of a convolutional network) that keep their initial weights, besides the
+    embeddings or the stem; 0: these alone. They are in eval mode, without gradient and perturbation. By default all
+    weights are trained."""
     method: str = "bisam_log"
     """Method of the gradient: a name from `bisam methods`, or an expression such as "KSAM(32, BiSAM(0.1))"."""
     noise: float = 0.0
@@ -83,14 +85,22 @@ class Recipe:
     """Replace the same share of the validation labels too; by default they are clean. Test labels are always clean."""
     limit: int | None = None
     """Largest number of training examples, of validation examples and of test examples."""
+    train_examples: int | None = None
+    """Number of training examples, which the seed draws; the validation and test examples stay complete."""
+    held_out: float | None = None
+    """Share of the training examples that is held out for validation, by default a tenth (of ImageNet a fiftieth). 0:
+    none; then all are trained, and the validation score is that of the training examples, without augmentation."""
     augment: bool = True
     """Random crops and flips of the training images (not for digits)."""
     cutout: bool = False
-    """Blank a square of 16 pixels in half of the augmented images (CIFAR), as the BiSAM authors do."""
+    """Blank a square of half the side in half of the augmented images (CIFAR), as the BiSAM authors do."""
     image_size: int = 224
     """Side of images that are read from files, in pixels."""
     max_length: int = 128
     """Largest number of tokens of a text; longer texts are truncated."""
+    bucket: int = 1
+    """Batches whose texts are drawn together and sorted by length before they are divided, so that there is less
+    padding; 1: texts are not sorted."""
     rho: float | None = None
     """Radius of the neighbourhood; its default depends on the method, see `bisam methods`."""
     mu: float | None = None
@@ -133,26 +143,29 @@ class Recipe:
     compile: bool = False
     """Compile the model."""
     measured_epochs: int = 0
-    """Number of evenly spaced epochs, the last included, after which the run measures the largest error in a ball
-    around the weights, and what adversaries flip at the same radius."""
+    """Number of evenly spaced epochs, the last included, after which the run measures its weights."""
+    measured: str = "ball"
+    """What is measured: ball (the largest error in a ball around the weights, and what adversaries flip), or ascents
+    (flips, cosines and largest error of five adversaries on the same weights)."""
     seed: int = 0
-    """Seed of the initial weights, the label noise and the order of the batches."""
-    version: int = VERSION
+    """Seed of the initial weights, the label noise, the order of the batches, the examples that a limit keeps, and the
+    split where the data set has none of its own."""
+    version: int = versions.VERSION
     """Version of the meaning of the fields; no flag sets it.
 
-    A change that alters the results of the same fields raises `VERSION`, and `CHANGES` names what it concerns. Recipes
-    of earlier versions whose results it changed keep their version and have another fingerprint: they can be read and
-    reported, in groups of their own, and are not trained. All others are recipes of the latest version, with the same
-    fingerprint as before.
+    A change that alters the results of the same fields raises `versions.VERSION`, and `versions.CHANGES` says what it
+    concerns. Recipes of earlier versions whose results it changed have another fingerprint: they can be read and
+    reported, in groups of their own, and are not trained. A version that changed nothing for a recipe leaves it equal:
+    it has the latest version with its results, and the same fingerprint as before.
     """
 
     def __post_init__(self) -> None:
         self._check_types()
         _require(self.version >= 1, "version", self.version, "at least 1")
-        if self.version > VERSION:
+        if self.version > versions.VERSION:
             raise RunError(
-                f"the recipe has version {self.version}, and this bisam knows versions up to {VERSION}: use the bisam "
-                "that wrote it, or a later one"
+                f"the recipe has version {self.version}, and this bisam knows versions up to {versions.VERSION}: use "
+                "the bisam that wrote it, or a later one"
             )
         if self.epochs is not None and self.steps is not None:
             raise both_given(self.epochs, self.steps)
@@ -160,10 +173,13 @@ class Recipe:
             object.__setattr__(self, "epochs", EPOCHS)
         for name, most in _MOST.items():
             if (value := getattr(self, name)) is not None:
-                whole(name, value, 0 if name in ("warmup", "measured_epochs") else 1, most)
+                whole(name, value, 0 if name in ("warmup", "measured_epochs", "frozen") else 1, most)
         _require(0 <= self.seed < 2**32, "seed", self.seed, "in [0, 2^32)")
         for name in ("noise", "momentum", "label_smoothing"):
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
+        _require(self.held_out is None or 0 <= self.held_out < 1, "held_out", self.held_out, "in [0, 1)")
+        if self.frozen is not None and self.weights is None:
+            raise ValueError(f"frozen {self.frozen} keeps layers at random weights: give --weights, or leave it out")
         _require(self.ema is None or 0 < self.ema < 1, "ema", self.ema, "between 0 and 1")
         ranges = {non_negative: ("rho", "eta", "weight_decay"), positive: ("learning_rate", "mu", "alpha", "clip")}
         for in_range, names in ranges.items():
@@ -182,8 +198,7 @@ class Recipe:
         if self.cutout and not self.augment:
             raise ValueError("cutout is a part of the augmentation: leave --no-augment out, or --cutout")
         self._check_method()
-        if self._changed_in(VERSION) <= self.version:
-            object.__setattr__(self, "version", VERSION)
+        object.__setattr__(self, "version", versions.latest_alike(self.version, names_called(self.expression)))
 
     def _check_types(self) -> None:
         """Check the type of each field, and convert whole numbers to floats where a field is one.
@@ -221,18 +236,22 @@ class Recipe:
             ValueError: the step fails; the message gives the reason.
             RunError: the recipe has an earlier version, whose results the present code does not reproduce.
         """
-        if self.version != VERSION:
-            raise RunError(
-                f"the recipe has version {self.version}, and this bisam trains version {VERSION}: start a new run, or "
-                "use the bisam that wrote it"
-            )
+        self.check_version()
         if self.method not in METHODS:
             check_step(self.method, self.batch_size)
 
-    def _changed_in(self, version: int) -> int:
-        """The latest version up to `version` that changed the results of these fields; 1 if none did."""
-        called = names_called(self.expression)
-        return max((each for each, names in CHANGES.items() if each <= version and names & called), default=1)
+    def check_version(self) -> None:
+        """Check that the present code gives its results, and its split of the data.
+
+        Raises:
+            RunError: it has an earlier version.
+        """
+        if self.version != versions.VERSION:
+            since = versions.changed_since(self.version, names_called(self.expression))
+            raise RunError(
+                f"the recipe has version {self.version}, and this bisam trains version {versions.VERSION} ({since}): "
+                "start a new run, or use the bisam that wrote it"
+            )
 
     @property
     def unit(self) -> str:
@@ -286,6 +305,11 @@ class Recipe:
         return METHODS[self.method].own_fields if self.method in METHODS else ()
 
     @property
+    def tuned(self) -> tuple[str, ...]:
+        """Fields that are chosen for its method as a radius is: it is compared with recipes that differ in them."""
+        return METHODS[self.method].tuned if self.method in METHODS else ()
+
+    @property
     def expression(self) -> str:
         """The method as an expression of the library."""
         if self.method not in METHODS:
@@ -309,7 +333,7 @@ class Recipe:
         """Name of the recipe's folder: its main fields, then a fingerprint of all fields but the seed."""
         # Fields with their default are left out, so that a field that is added later changes no name. In place of the
         # version is the one that changed the results last, for the same reason.
-        values = self.to_dict() | {"version": self._changed_in(self.version)}
+        values = self.to_dict() | {"version": versions.changed_in(self.version, names_called(self.expression))}
         defaults = {field.name: field.default for field in fields(self)} | {"epochs": EPOCHS, "version": 1}
         changed = {name: value for name, value in values.items() if value != defaults[name]}
         text = json.dumps({**changed, "seed": 0}, sort_keys=True)
@@ -327,8 +351,8 @@ class Recipe:
     def from_dict(cls, values: dict[str, Any]) -> Recipe:
         """The recipe whose `to_dict` is `values`; fields that were added since have their defaults.
 
-        The recipe keeps the version that it was made with if its results have changed since; text without a version has
-        version 1.
+        The recipe has the latest version that gives the results of the one that it was made with; text without a
+        version has version 1.
 
         Raises:
             ValueError: a field is unknown, or there is no method.
@@ -337,7 +361,7 @@ class Recipe:
         if "method" not in values:
             raise ValueError("it names no method: not a recipe")
         values = {"version": 1, **values}
-        if isinstance(values["version"], int) and values["version"] > VERSION:
+        if isinstance(values["version"], int) and values["version"] > versions.VERSION:
             return cls(version=values["version"])  # refused there; its other fields may be unknown here
         if foreign := sorted(set(values) - {f.name for f in fields(cls)}):
             raise ValueError(f"unknown field {', '.join(foreign)}: not a recipe, or one of a later version")

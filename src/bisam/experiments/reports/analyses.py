@@ -214,7 +214,7 @@ def section(
         runs: finished runs, in the order of the report.
         entries: see `read`.
         faults: see `read`.
-        root: folder of the runs, for the command that analyses the others.
+        root: folder of the runs, for the command that analyses the others; empty if nothing can.
     """
     if not entries and not faults:
         return ""
@@ -223,7 +223,7 @@ def section(
     blocks += [
         f"Measured after training by `bisam analyse`, for {len(entries)} of {len(runs)} finished runs: mean ± standard "
         "deviation over n seeds; a cell of fewer seeds has their number in parentheses. Numbers of different settings "
-        "are never averaged." + (f" `bisam analyse {root}` measures the other {lacking}." if lacking else "")
+        "are never averaged." + (f" `bisam analyse {root}` measures the other {lacking}." if lacking and root else "")
     ]
     explained = set[str]()
     for sheet in sheets(entries):

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import isnan, nan
+from math import nan
 from typing import Any
 
 import numpy as np
@@ -197,20 +197,6 @@ def permutation_p(measure: np.ndarray, error: np.ndarray, seed: int = 0) -> floa
         rng=np.random.default_rng(seed),
     )
     return float(found.pvalue)
-
-
-def holm(values: Sequence[float]) -> list[float]:
-    """Return p values adjusted for their number (Holm, 1979, https://www.jstor.org/stable/4615733).
-
-    The probability of any adjusted value below 0.05 is at most 5 % if all null hypotheses are true. Values that are nan
-    stay so, and do not count.
-    """
-    order = sorted((i for i, p in enumerate(values) if not isnan(p)), key=lambda i: values[i])
-    adjusted, largest = [nan] * len(values), 0.0
-    for rank, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(order) - rank) * values[i]))
-        adjusted[i] = largest
-    return adjusted
 
 
 def _check(measure: np.ndarray, error: np.ndarray, groups: Sequence[str]) -> None:

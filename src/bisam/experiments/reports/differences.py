@@ -1,47 +1,77 @@
-"""Differences between a recipe and its baseline, paired by seed, with Student's interval of the mean.
+"""Differences between a recipe and its baseline, paired by seed, and which of them are decided.
 
 Runs of one seed share the initial weights, the label noise and the order of the batches, so that their difference
 varies less than either.
+
+    found = differences(grouped(runs), ("sam",))          # of the headline score, in the order of the recipes
+    found[recipe].difference.mean, found[recipe].adjusted, found[recipe].decided
+
+All comparisons of one quantity on a page are a family: their p values are adjusted together (Holm), whatever their
+setting. A comparison that a study has registered as its primary one is a family of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from math import sqrt
-from statistics import mean, stdev
-
-from scipy.special import stdtrit
+from dataclasses import dataclass, fields, replace
+from math import isnan, nan
+from typing import Any
 
 from bisam.experiments.recipes.entries import SETTINGS
 from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.reports.cells import NOTHING, detectable, interval, probability
 from bisam.experiments.reports.groups import Groups
+from bisam.experiments.reports.significance import ALPHA, Difference as Difference, holm, student as student
 from bisam.experiments.runs.folder import Finished
+from bisam.experiments.runs.results import headline_score
+from bisam.experiments.studies.study import Primary
 
 Baselines = Sequence[str] | Mapping[str, str]
 """Methods to compare with, in order of preference; or a mapping from each method to its baseline."""
 
 
 @dataclass(frozen=True)
-class Difference:
-    """A mean over pairs with its 95 % interval; `low` and `high` are nan if there are fewer than two pairs."""
+class Comparison:
+    """A recipe against its baseline.
 
-    mean: float
-    low: float
-    high: float
-    pairs: int
+    Attributes:
+        recipe: of the method.
+        baseline: the recipe that it is compared with.
+        difference: the method's value minus the baseline's, by seed.
+        adjusted: p, adjusted over the family (Holm); nan if there is no test.
+        family: number of comparisons in the family, those without a test included.
+        primary: whether the study has registered it.
+        registered: number of pairs that the study has registered, 0 for none. With fewer nothing is decided: a study
+            that stops when it looks decided is wrong more often than its p values say.
+    """
+
+    recipe: Recipe
+    baseline: Recipe
+    difference: Difference
+    adjusted: float = nan
+    family: int = 1
+    primary: bool = False
+    registered: int = 0
+
+    @property
+    def interim(self) -> bool:
+        """Whether there are fewer pairs than were registered."""
+        return self.difference.pairs < self.registered
 
     @property
     def decided(self) -> bool:
-        """Whether 0 is outside the interval."""
-        return self.low > 0 or self.high < 0
+        """Whether the adjusted p is below `ALPHA`, with all registered pairs."""
+        return self.adjusted < ALPHA and not self.interim
+
+    @property
+    def detectable(self) -> tuple[float, float]:
+        """The smallest true difference that this n shows: in a test by itself, and at the first step of Holm's."""
+        return self.difference.detectable(), self.difference.detectable(ALPHA / self.family)
 
 
-def student(values: Sequence[float], level: float = 0.95) -> Difference:
-    """The mean of one or more values, and Student's interval for it."""
-    centre, n = mean(values), len(values)
-    reach = float(stdtrit(n - 1, (1 + level) / 2)) * stdev(values) / sqrt(n) if n > 1 else float("nan")
-    return Difference(centre, centre - reach, centre + reach, n)
+def score(run: Finished) -> float:
+    """The headline test score of a run, as a share of 1."""
+    return headline_score(run.result)
 
 
 def paired(
@@ -69,17 +99,105 @@ def baseline(recipe: Recipe, recipes: Iterable[Recipe], baselines: Baselines) ->
     return None
 
 
-def differences(
-    groups: Groups, baselines: Baselines, key: str = "test_best"
-) -> dict[Recipe, tuple[Recipe, Difference]]:
-    """Baseline and mean difference of a result, for each recipe that shares a seed with its baseline."""
-    found: dict[Recipe, tuple[Recipe, Difference]] = {}
+def compare(
+    groups: Groups, baselines: Baselines, value: Callable[[Finished], float] = score
+) -> dict[Recipe, Comparison]:
+    """The difference of each recipe that shares a seed with its baseline; p values are not adjusted yet.
+
+    Args:
+        groups: runs by recipe.
+        baselines: methods to compare with, see `baseline`.
+        value: the quantity, of a run.
+    """
+    found: dict[Recipe, Comparison] = {}
     for recipe, runs in groups.items():
         other = baseline(recipe, groups, baselines)
-        values = paired(runs, groups[other], lambda a, b: a.result[key] - b.result[key]) if other else []
+        values = paired(runs, groups[other], lambda a, b: value(a) - value(b)) if other else []
         if other and values:
-            found[recipe] = other, student(values)
+            found[recipe] = Comparison(recipe, other, student(values))
     return found
+
+
+def adjusted(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """The comparisons of one quantity with adjusted p values: the primary ones together, and all others together.
+
+    One without a test, as where all differences are equal, counts as one that is not rejected: the number of
+    comparisons must not depend on their results.
+    """
+    found = list(comparisons)
+    for primary in (True, False):
+        family = [i for i, one in enumerate(found) if one.primary == primary]
+        values = [found[i].difference.p for i in family]
+        for i, p in zip(family, holm([1.0 if isnan(value) else value for value in values]), strict=True):
+            known = not isnan(found[i].difference.p)
+            found[i] = replace(found[i], adjusted=p if known else nan, family=len(family))
+    return found
+
+
+def differences(groups: Groups, baselines: Baselines, primary: Primary | None = None) -> dict[Recipe, Comparison]:
+    """Comparison of the headline score, for each recipe that shares a seed with its baseline.
+
+    A row that is the registered comparison is tested with the registered seeds, among those alone.
+
+    Args:
+        groups: runs by recipe.
+        baselines: methods to compare with, see `baseline`.
+        primary: the registered comparison of the study.
+    """
+    registered = {(one.recipe, one.baseline): one for one in primary_comparisons(groups, primary)}
+    rows = compare(groups, baselines)
+    others = adjusted([one for one in rows.values() if (one.recipe, one.baseline) not in registered])
+    tested = {one.recipe: one for one in others}
+    return {recipe: tested.get(recipe) or registered[recipe, one.baseline] for recipe, one in rows.items()}
+
+
+def primary_comparisons(groups: Groups, primary: Primary | None) -> list[Comparison]:
+    """The registered comparison of a study in each setting, with its registered seeds.
+
+    Args:
+        groups: runs by recipe.
+        primary: None, or one without a method, has none.
+    """
+    if primary is None or not primary.method:
+        return []
+    seeds = primary.seeds
+    some = {r: [run for run in runs if seeds is None or run.recipe.seed in seeds] for r, runs in groups.items()}
+    found = [
+        replace(one, primary=True, registered=len(seeds or ()))
+        for recipe, one in compare(some, (primary.against,)).items()
+        if recipe.method == primary.method and all(recipe.setting(k) == v for k, v in primary.where.items())
+    ]
+    return adjusted(found)
+
+
+def columns(one: Comparison | None) -> dict[str, Any]:
+    """The numbers of a comparison as columns of a CSV file; without one they are nan, and the counts 0."""
+    known = Difference(nan, nan, nan, 0) if one is None else one.difference
+    alone, corrected = (nan, nan) if one is None else one.detectable
+    return {
+        **{f"difference_{name}": getattr(known, name) for name in ("mean", "low", "high")},
+        "pairs": known.pairs,
+        "difference_std": known.spread,
+        "p": known.p,
+        "p_holm": nan if one is None else one.adjusted,
+        "comparisons": 0 if one is None else one.family,
+        "primary": one is not None and one.primary,
+        "detectable": alone,
+        "detectable_holm": corrected,
+    }
+
+
+def cells_of(one: Comparison | None, unit: float) -> tuple[str, str, str]:
+    """Difference with its interval, adjusted p and detectable difference as cells of a table; dashes without one.
+
+    Args:
+        one: the comparison.
+        unit: factor of the values, as 100 for per cent.
+    """
+    if one is None:
+        return NOTHING, NOTHING, NOTHING
+    marks = " (primary)" * one.primary + " (interim)" * one.interim
+    return interval(one.difference, unit), probability(one.adjusted) + marks, detectable(one.detectable, unit)
 
 
 def _unlike(a: Recipe, b: Recipe) -> set[str]:
@@ -87,4 +205,4 @@ def _unlike(a: Recipe, b: Recipe) -> set[str]:
 
 
 def _free(a: Recipe, b: Recipe) -> set[str]:
-    return {"method", *SETTINGS, *a.own_fields, *b.own_fields}
+    return {"method", *SETTINGS, *a.own_fields, *b.own_fields, *a.tuned, *b.tuned}

@@ -24,6 +24,7 @@ from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports.groups import Groups, metric, names, place, places
 from bisam.experiments.runs.files import write
 from bisam.experiments.runs.folder import Finished
+from bisam.experiments.runs.results import headline
 from bisam.experiments.training.metrics import TITLES
 
 BLACK, GREY = "#000000", "#7F7F7F"
@@ -38,6 +39,8 @@ FAMILY_COLOURS = {
 }
 MANY = 10
 """The number of methods above which one panel cannot distinguish their lines."""
+EPOCHS = {"best": "best validation epoch", "last": "last epoch"}
+"""The weights of a test score, for axes and legends."""
 FORMATS = ("png", "pdf", "svg")
 
 
@@ -101,6 +104,11 @@ class Panel:
         return styles({recipe: name for recipe, name, _ in self.shown})
 
     @property
+    def headline(self) -> str:
+        """The weights whose scores are shown: a panel has one data set, and so one of them."""
+        return headline(self.shown[0][2][0].result)
+
+    @property
     def metric(self) -> str:
         """The metric of the scores, with its unit."""
         name = metric(self.shown[0][2][0])
@@ -156,7 +164,7 @@ def families(ax: Axes, groups: Groups) -> None:
 
 
 def tested(group: Sequence[Finished], when: str) -> list[float]:
-    """Test scores times 100, of the "best" or the "last" weights."""
+    """Test scores times 100, of the best validation epoch or of the last epoch."""
     return [100 * run.result[f"test_{when}"] for run in group]
 
 

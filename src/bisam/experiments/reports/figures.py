@@ -13,9 +13,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from bisam.experiments.errors import unknown
+from bisam.experiments.reports.ascents import ascents as ascents, usable as with_ascents
 from bisam.experiments.reports.curves import ball as ball, curves as curves, flips as flips, gradients as gradients
 from bisam.experiments.reports.drawing import (
     BLACK,
+    EPOCHS,
     MANY,
     families,
     family_colour,
@@ -31,35 +33,46 @@ from bisam.experiments.reports.drawing import (
     tested,
 )
 from bisam.experiments.reports.groups import grouped, measured, names, perturbed
+from bisam.experiments.reports.radii import radii as radii, varied as with_several_radii
 from bisam.experiments.reports.scatter import time as time
 from bisam.experiments.reports.tuning import grid as grid, radius as radius, varied, with_radius
 from bisam.experiments.runs.folder import Finished
 
 
 def accuracy(runs: Sequence[Finished]) -> Figure:
-    """Test score by method, with the weights of the best and of the last epoch; many methods are sorted."""
+    """Test score by method: the headline with its seeds, and paler the other one; many methods are sorted."""
     groups = grouped(runs)
     shown, styled = panels(groups), styles(names(groups))
     many = len(styled) > MANY
     height = max(len(panel.shown) for panel in shown) * (0.24 if many else 0.42) + 0.9
     figure, axes = sheet(len(shown), (5.6 if many else 4.8, height))
     for panel, ax in zip(shown, axes, strict=True):
-        rows = sorted(panel.shown, key=lambda row: np.mean(tested(row[2], "last"))) if many else panel.shown[::-1]
+        rows = panel.shown[::-1]
+        if many:
+            rows = sorted(panel.shown, key=lambda row: np.mean(tested(row[2], panel.headline)))
         for i, (recipe, name, group) in enumerate(rows):
             colour = family_colour(recipe) if many else styled[name].colour
-            for when, marker, at in (("best", "o", i + 0.15), ("last", "D", i - 0.15)):
-                values = tested(group, when)
-                style: dict[str, Any] = {"color": colour, "mfc": colour if when == "last" else "white", "ms": 5}
-                ax.errorbar(np.mean(values), at, xerr=spread(values), fmt=marker, lw=1.6, **style)
-                if len(values) > 1:
+            for when, at in ((panel.headline, i + 0.15), (_OTHER[panel.headline], i - 0.15)):
+                values, first = tested(group, when), when == panel.headline
+                style: dict[str, Any] = {
+                    "color": colour,
+                    "mfc": colour if first else "white",
+                    "ms": 5 if first else 3.5,
+                }
+                style |= {"lw": 1.6 if first else 0.8, "alpha": 1.0 if first else 0.55}
+                ax.errorbar(np.mean(values), at, xerr=spread(values), fmt=_MARKERS[when], **style)
+                if len(values) > 1 and first:
                     ax.plot(values, np.full(len(values), at), "|", color=colour, alpha=0.7, ms=7, zorder=1)
         ax.set_yticks(range(len(rows)), [plain(name) for _, name, _ in rows], fontsize=8 if many else 9)
         ax.set_ylim(-0.6, len(rows) - 0.4)
         ax.set_xlabel(f"test {panel.metric}")
         ax.set_title(plain(panel.title, 60), fontsize=10)
         ax.grid(alpha=0.3)
-    axes[0].plot([], [], "o", color=BLACK, mfc="white", ms=5, label="best validation epoch")
-    axes[0].plot([], [], "D", color=BLACK, ms=5, label="last epoch")
+    for which in dict.fromkeys(panel.headline for panel in shown):
+        axes[0].plot([], [], _MARKERS[which], color=BLACK, ms=5, label=f"{EPOCHS[which]} (headline)")
+        other = _OTHER[which]
+        style = {"color": BLACK, "mfc": "white", "ms": 3.5, "alpha": 0.55}
+        axes[0].plot([], [], _MARKERS[other], label=EPOCHS[other], **style)
     if any(len(group) > 1 for group in groups.values()):
         axes[0].plot([], [], "|", color=BLACK, alpha=0.7, ms=7, label="single seeds")
     if many:
@@ -69,6 +82,10 @@ def accuracy(runs: Sequence[Finished]) -> Figure:
     return figure
 
 
+_MARKERS = {"best": "o", "last": "D"}
+_OTHER = {"best": "last", "last": "best"}
+
+
 figure2 = flips
 
 
@@ -76,12 +93,14 @@ _FIGURES: dict[
     str, tuple[str, Callable[[Sequence[Finished]], Figure], Callable[[Sequence[Finished]], list[Finished]]]
 ] = {
     "accuracy": ("Test score by method", accuracy, list),
+    "ascents": ("Flips, cosines and rise of the error of five ascents on the same networks", ascents, with_ascents),
     "ball": ("Error at the weights, and the largest error in a ball around them", ball, measured),
     "curves": ("Validation score and training loss by epoch", curves, list),
     "figure2": ("Training samples that the perturbation flips", flips, perturbed),
     "flips": ("Training samples that the perturbation flips", flips, perturbed),
     "gradients": ("Validation score against gradients and against time", gradients, list),
     "grid": ("Validation score against rho, mu and alpha", grid, varied),
+    "radii": ("Test score against the radius, with 95 % intervals", radii, with_several_radii),
     "radius": ("Validation score against the radius", radius, with_radius),
     "time": ("Test score against step time", time, list),
 }

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from bisam.experiments.data import NAMES
 from bisam.experiments.recipes.catalogue import METHODS
 from bisam.experiments.recipes.entries import SETTINGS
-from bisam.experiments.recipes.recipe import VERSION, Recipe
+from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.recipes.versions import VERSION
 from bisam.experiments.runs.folder import Finished
 from bisam.experiments.studies import LABELS
 
@@ -47,8 +48,9 @@ def arranged(
 ) -> list[Finished]:
     """Runs in the order of tables and figures: place by place, in each place the baseline first.
 
-    The others, and the places, are in the order of `recipes`. Runs of other recipes follow those of the same method.
-    Where that decides nothing, the order is that of the data sets, models and methods in `bisam list`.
+    The others, and the places, are in the order of `recipes`. Runs of earlier versions of the recipes are below all of
+    later ones in their place, in the same order. Runs of other recipes follow those of the same method. Where that
+    decides nothing, the order is that of the data sets, models and methods in `bisam list`.
 
     Args:
         runs: in any order.
@@ -58,7 +60,7 @@ def arranged(
     """
     runs, last = list(runs), len(recipes)
     at, methods, own = dict[Place, int](), dict[str, int](), dict[Recipe, int]()
-    for i, recipe in enumerate(recipes):
+    for i, recipe in enumerate(_latest(recipe) for recipe in recipes):
         at.setdefault(place(recipe), i)
         methods.setdefault(recipe.method, i)
         own.setdefault(recipe, i)
@@ -68,9 +70,9 @@ def arranged(
     def key(run: Finished) -> tuple[Any, ...]:
         recipe = replace(run.recipe, seed=0)
         here, method = place(recipe), recipe.method
-        mine = own.get(recipe, methods.get(method, last))
-        here_first = (at.get(here, last), _natural_place(here), method != first[here])
-        return *here_first, mine, recipe not in own, *_order(recipe), run.recipe.seed
+        mine = own.get(_latest(recipe), methods.get(method, last))
+        here_first = (at.get(here, last), _natural_place(here), -recipe.version, method != first[here])
+        return *here_first, mine, _latest(recipe) not in own, *_order(recipe), run.recipe.seed
 
     return sorted(runs, key=key)
 
@@ -90,7 +92,7 @@ def perturbed(runs: Iterable[Finished]) -> list[Finished]:
 
 def measured(runs: Iterable[Finished]) -> list[Finished]:
     """The runs that measured the largest error in a ball."""
-    return [run for run in runs if run.recipe.measured_epochs]
+    return [run for run in runs if run.recipe.measured_epochs and run.recipe.measured == "ball"]
 
 
 def title(recipe: Recipe) -> str:
@@ -108,6 +110,7 @@ def names(recipes: Iterable[Recipe]) -> dict[Recipe, str]:
     for recipe in recipes:
         kin[title(recipe), place(recipe)].append(recipe)
         lengths[place(recipe)][recipe.unit, recipe.length] += not recipe.is_plain
+    latest = max((recipe.version for recipe in recipes), default=VERSION)
     telling: dict[str, set[str]] = defaultdict(set)
     for (kind, _), group in kin.items():
         telling[kind] |= {name for name in _FIELDS if len({recipe.setting(name) for recipe in group}) > 1}
@@ -116,7 +119,7 @@ def names(recipes: Iterable[Recipe]) -> dict[Recipe, str]:
         others, told = lengths[place(recipe)], telling[title(recipe)]
         unit, length = others.most_common(1)[0][0] if others.total() else ("", 0)
         times = recipe.length / length if recipe.is_plain and recipe.unit == unit else None
-        told = told | {"version"} if recipe.version != VERSION else told
+        told = told | {"version"} if recipe.version != latest else told
         shown = [name for name in _FIELDS if name in told and not (name == recipe.unit and times)]
         shown = [name for name in shown if name not in ("epochs", "steps") or name == recipe.unit]
         more = [f"{name.replace('_', ' ')} {recipe.setting(name)}" for name in shown]
@@ -138,6 +141,11 @@ def varying(recipes: Iterable[Recipe]) -> list[str]:
 def metric(run: Finished) -> str:
     """The name of the metric that `test_best` and `validation_best` are."""
     return run.result.get("metric", "accuracy")
+
+
+def _latest(recipe: Recipe) -> Recipe:
+    """The recipe with these fields that is trained now."""
+    return replace(recipe, version=VERSION)
 
 
 def _order(recipe: Recipe) -> tuple[Any, ...]:

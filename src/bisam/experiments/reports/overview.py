@@ -125,7 +125,7 @@ def _row_of_study(study: Study, operations: Operations, throughput: Throughput, 
 
 def _needs(recipes: Iterable[Recipe], data: Iterable[str]) -> str:
     sets = list(dict.fromkeys(_TITLES.get(name.partition(":")[0], name) for name in data))
-    weights = dict.fromkeys(f"weights of `{recipe.model}`" for recipe in recipes if recipe.weights == "pretrained")
+    weights = dict.fromkeys(f"weights of `{recipe.model}`" for recipe in recipes if recipe.weights is not None)
     return "; ".join([", ".join(sets), *weights])
 
 

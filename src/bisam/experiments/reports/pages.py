@@ -87,7 +87,7 @@ for (const table of document.querySelectorAll("table")) {
       heads.forEach(other => other.removeAttribute("aria-sort"));
       head.setAttribute("aria-sort", up ? "ascending" : "descending");
       const text = row => row.cells[i].textContent;
-      const numbers = [...body.rows].every(row => /^([+\\u2212-]?[0-9]|\\u2013)/.test(text(row)));
+      const numbers = [...body.rows].every(row => /^((< )?[+\\u2212-]?[0-9]|\\u2013)/.test(text(row)));
       const less = (a, b) => {
         if (!numbers) return sign * text(a).localeCompare(text(b));
         const [x, y] = [a, b].map(row => number(text(row)));

@@ -20,14 +20,13 @@ from bisam.experiments.analyses.catalogue import ANALYSES
 from bisam.experiments.analyses.file import Entry, with_settings
 from bisam.experiments.analyses.settings import Settings
 from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.reports.correlations import Correlation, Estimate, correlate, holm, stronger
+from bisam.experiments.reports.cells import probability, signed
+from bisam.experiments.reports.correlations import Correlation, Estimate, correlate, stronger
 from bisam.experiments.reports.groups import grouped, names, place, places, title
 from bisam.experiments.reports.markdown import escaped, table
+from bisam.experiments.reports.significance import ALPHA, holm
 from bisam.experiments.runs.folder import Finished
 from bisam.experiments.studies.study import Analyses
-
-ALPHA = 0.05
-"""Level of the tests."""
 
 
 @dataclass(frozen=True)
@@ -310,8 +309,8 @@ def _cells(one: Comparison) -> tuple[str, ...]:
     return (
         f"{one.measure}{kind}",
         written(one.found.spearman),
-        _probability(one.found.p),
-        _probability(one.adjusted),
+        probability(one.found.p),
+        probability(one.adjusted),
         written(one.found.kendall),
         written(one.found.within),
         "–" if one.control else written(one.stronger),
@@ -323,20 +322,12 @@ def written(one: Estimate) -> str:
     """Return an estimate as text, with its interval if it has one, or a dash."""
     if isnan(one.mean):
         return "–"
-    interval = "" if isnan(one.low) else f" [{_signed(one.low)}, {_signed(one.high)}]"
-    return f"{_signed(one.mean)}{interval}"
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.2f}".replace("-", "−")
-
-
-def _probability(p: float) -> str:
-    return "–" if isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
+    interval = "" if isnan(one.low) else f" [{signed(one.low)}, {signed(one.high)}]"
+    return f"{signed(one.mean)}{interval}"
 
 
 def _equation(p: float) -> str:
-    return _probability(p) if p < 0.001 else f"= {_probability(p)}"
+    return probability(p) if p < 0.001 else f"= {probability(p)}"
 
 
 def _left_out(comparisons: Sequence[Comparison]) -> str:
@@ -420,7 +411,7 @@ def _listed(some: Sequence[Comparison], signs: bool = False) -> str:
     parts: list[str] = []
     for level in dict.fromkeys(one.level.title for one in some):
         here = [one for one in some if one.level.title == level]
-        said = [escaped(one.measure) + (f" ({_signed(one.found.spearman.mean)})" if signs else "") for one in here]
+        said = [escaped(one.measure) + (f" ({signed(one.found.spearman.mean)})" if signs else "") for one in here]
         parts.append(f"{escaped(level)}: {', '.join(said)}" if level else ", ".join(said))
     return "; ".join(parts)
 

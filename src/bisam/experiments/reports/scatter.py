@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from bisam.experiments.reports.drawing import (
+    EPOCHS,
     MANY,
     Panel,
     Style,
@@ -44,7 +45,7 @@ def time(runs: Sequence[Finished]) -> Figure:
         else:
             _named(ax, panel, styles(called))
         ax.set_xlabel("time of a step, relative to plain training")
-        ax.set_ylabel(f"test {panel.metric}, last weights")
+        ax.set_ylabel(f"test {panel.metric}, {EPOCHS[panel.headline]}")
         ax.set_title(plain(panel.title, 60), fontsize=10)
         ax.grid(alpha=0.3)
     heading(figure, "Score against time", groups)
@@ -61,7 +62,7 @@ def _times(group: Sequence[Finished]) -> list[float]:
 
 def _named(ax: Axes, panel: Panel, styled: dict[str, Style]) -> None:
     for _, name, group in panel.shown:
-        times, scores = _times(group), tested(group, "last")
+        times, scores = _times(group), tested(group, panel.headline)
         style: dict[str, Any] = {"fmt": styled[name].marker, "color": styled[name].colour, "ms": 6, "lw": 1}
         ax.errorbar(np.mean(times), np.mean(scores), spread(scores), spread(times), label=plain(name), **style)
 
@@ -75,8 +76,8 @@ def _names(figure: Figure, numbers: dict[str, int], colours: dict[str, str]) -> 
 
 
 def _numbered(ax: Axes, panel: Panel, numbers: dict[str, int], enlarge: bool) -> None:
-    points = np.array([(np.mean(_times(group)), np.mean(tested(group, "last"))) for *_, group in panel.shown])
-    spreads = np.array([(spread(_times(g)) or 0, spread(tested(g, "last")) or 0) for *_, g in panel.shown])
+    points = np.array([(np.mean(_times(group)), np.mean(tested(group, panel.headline))) for *_, group in panel.shown])
+    spreads = np.array([(spread(_times(g)) or 0, spread(tested(g, panel.headline)) or 0) for *_, g in panel.shown])
     colours = [family_colour(recipe) for recipe, *_ in panel.shown]
     cloud = _Cloud(points, spreads, colours, [numbers[name] for _, name, _ in panel.shown])
     everywhere, crowded = np.arange(len(points)), (np.abs(points / np.median(points, 0) - 1) < [0.15, 0.05]).all(1)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from math import isnan, nan
 from statistics import mean, median, stdev
 from typing import Any
@@ -12,11 +12,23 @@ from typing import Any
 from bisam.experiments.recipes.assumptions import Assumption
 from bisam.experiments.recipes.catalogue import BASELINE
 from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.reports import legends
+from bisam.experiments.reports.cells import NOTHING, detectable, interval, probability, spread
 from bisam.experiments.reports.comparison import beside
-from bisam.experiments.reports.differences import Baselines, Difference, baseline, differences, paired, student
+from bisam.experiments.reports.differences import (
+    Baselines,
+    Difference,
+    adjusted,
+    cells_of,
+    columns,
+    compare,
+    differences,
+    primary_comparisons,
+    score,
+)
+from bisam.experiments.reports.flips import flips, section as flips_section
 from bisam.experiments.reports.groups import (
     Groups,
-    Place,
     grouped,
     metric,
     names,
@@ -29,40 +41,32 @@ from bisam.experiments.reports.markdown import escaped as escaped, table as _tab
 from bisam.experiments.reports.marks import Marks
 from bisam.experiments.runs.folder import Finished
 from bisam.experiments.runs.provenance import RESULT, line, where
-from bisam.experiments.runs.results import BALL
+from bisam.experiments.runs.results import BALL, headline
 from bisam.experiments.studies import LABELS
+from bisam.experiments.studies.study import Primary
 from bisam.experiments.training.ball import EXAMPLES, RADIUS, STEPS
 from bisam.experiments.training.metrics import TITLES
 
 Row = dict[str, Any]
 
-CAPTION = (
-    "Test scores times 100 (accuracies in per cent): mean ± standard deviation over n seeds, with the weights of the "
-    "epoch with the best validation score (best val.) and with those of the last epoch. The test set was evaluated "
-    "once, at the end of each run. Label noise is in the training labels, and in the validation labels of runs with "
-    "validation noise only. Seeds vary the initial weights, the noise and the order of the batches, not the split. "
-    "Gradients: batch gradients per step, as counted, plus forward passes (f). Time: duration of an epoch "
-    "relative to plain training, which was measured between the epochs of the same run. Runs that diverged, with a "
-    "loss that is not finite, are part of all means."
-)
 _FIELDS = {field.name: field.default for field in fields(Recipe) if field.name not in ("method", "seed")}
 _PLACE = ("dataset", "model", "noise")
 _LENGTH = ("epochs", "steps")
 _TESTED = {"test_best": "best val.", "test_last": "last", "test_ema": "average"}
 _LISTED = 12  # longer lists are given as counts only
 _WORST = "ball_worst"
-_NONE = Difference(nan, nan, nan, 0)
 
 
-def summary(runs: Iterable[Finished], baselines: Baselines = (BASELINE,)) -> list[Row]:
+def summary(runs: Iterable[Finished], baselines: Baselines = (BASELINE,), primary: Primary | None = None) -> list[Row]:
     """One row for each recipe, scores as shares of 1; nan where there is no number.
 
     Args:
         runs: finished runs.
         baselines: methods to compare with, see `differences.baseline`.
+        primary: the registered comparison of the study.
     """
     groups = grouped(runs)
-    called, against = names(groups), differences(groups, baselines)
+    called, against = names(groups), differences(groups, baselines, primary)
     always = [*_PLACE, "rho", *(unit for unit in _LENGTH if any(recipe.unit == unit for recipe in groups))]
     told = [*always, *(name for name in varying(groups) if name not in (*_PLACE, "rho", *_LENGTH))]
     everything = [run for group in groups.values() for run in group]
@@ -75,18 +79,23 @@ def summary(runs: Iterable[Finished], baselines: Baselines = (BASELINE,)) -> lis
         row["metric"] = metric(group[0])
         for key in keys:
             row |= _moments(key, [run.result[key] for run in group if key in run.result])
+        row["headline"] = headline(group[0].result)
+        row |= _moments("headline", [score(run) for run in group])
         for name in metrics if len(metrics) > 1 else ():
-            row |= _moments(f"test_best_{name}", [_scores(run)[name] for run in group if name in _scores(run)])
+            for key, scores in (("test_best", partial(_scores, when="best")), ("headline", _scores)):
+                row |= _moments(f"{key}_{name}", [scores(run)[name] for run in group if name in scores(run)])
+        for key in ("validation_ties", "validation_examples"):
+            known = [value for run in group if (value := run.result.get(key)) is not None]
+            row[key] = mean(known) if known else nan
         row |= _moments("flipped_late", [_late(run) for run in group])
         row["n"] = len(group)
         row["diverged"] = sum(run.diverged is not None for run in group)
         row["gradients_per_step"] = mean(run.result["gradients_per_step"] for run in group)
         row["forwards_per_step"] = mean(run.result["forwards_per_step"] for run in group)
         row["seconds_per_epoch"] = median(run.result["seconds_per_epoch"] for run in group)
-        other, difference = against.get(recipe, (None, _NONE))
-        row["baseline"] = "" if other is None else called[other]
-        row |= {f"difference_{name}": getattr(difference, name) for name in ("mean", "low", "high")}
-        row |= {"pairs": difference.pairs, "recipe": recipe.slug}
+        one = against.get(recipe)
+        row["baseline"] = "" if one is None else called[one.baseline]
+        row |= columns(one) | {"interim": one is not None and one.interim, "recipe": recipe.slug}
         rows.append(row)
     return rows
 
@@ -97,8 +106,12 @@ _CELLS: dict[str, Callable[[Row], str]] = {
     "rho": lambda row: f"{row['rho']}" or "–",
     "metric": lambda row: TITLES.get(row["metric"]) or f"{row['metric']}",
     **{words: lambda row, key=key: _spread(row, key, 100) for key, words in _TESTED.items()},
+    "test": lambda row: _spread(row, "headline", 100),
+    "weights": lambda row: legends.WEIGHTS[row["headline"]],
     "n": lambda row: f"{row['n']}",
     "difference": lambda row: difference(row),
+    "p (Holm)": lambda row: probability(row["p_holm"]) + " (primary)" * row["primary"] + " (interim)" * row["interim"],
+    "detectable": lambda row: detectable((row["detectable"], row["detectable_holm"]), 100),
     "gradients": lambda row: (
         f"{row['gradients_per_step']:.3g}"
         + (f" + {row['forwards_per_step']:.2g} f" if row["forwards_per_step"] else "")
@@ -108,7 +121,9 @@ _CELLS: dict[str, Callable[[Row], str]] = {
 
 
 def header(rows: Sequence[Row], brief: bool = False) -> tuple[str, ...]:
-    """The columns for these rows of `summary`: data set, model, noise and metric where they vary.
+    """The columns for these rows of `summary`: data set, model, noise and metric where they vary; the headline score.
+
+    The headline has the name of its weights. If rows differ in it, a column beside the score says which it is.
 
     Args:
         rows: of one report.
@@ -116,13 +131,16 @@ def header(rows: Sequence[Row], brief: bool = False) -> tuple[str, ...]:
     """
     several = [name for name in (*_PLACE, "metric") if len({row[name] for row in rows}) > 1]
     settings = [name for name in rows[0] if name in _FIELDS and name not in _PLACE]
-    tested = [words for key, words in _TESTED.items() if f"{key}_mean" in rows[0]]
+    which = list(dict.fromkeys(row["headline"] for row in rows))
+    tested = [legends.WEIGHTS[which[0]]] if len(which) == 1 else ["test", "weights"]
+    tested += ["average"] * ("test_ema_mean" in rows[0])
     against = {row["baseline"] for row in rows} - {""}
     found = [*(name for name in several if name != "metric"), "name" if brief else "method"]
     found += ["rho"] if brief and any(row["rho"] != "" for row in rows) else []
     found += [*settings, *(name for name in several if name == "metric"), *tested, "n"] if not brief else tested[:1]
     found += ["diverged"] * any(row["diverged"] for row in rows)
-    found += ["baseline"] * (len(against) > 1 and not brief) + ["difference"] * bool(against)
+    found += ["baseline"] * (len(against) > 1 and not brief)
+    found += ["difference", "p (Holm)"] * bool(against) + ["detectable"] * (bool(against) and not brief)
     return (*found, *([] if brief else ["gradients"]), "time")
 
 
@@ -134,7 +152,7 @@ def cells(row: Row, header: Sequence[str]) -> tuple[str, ...]:
 
 def difference(row: Row) -> str:
     """The difference of a row with its interval and number of pairs; a dash if there are fewer than two pairs."""
-    return _interval(
+    return interval(
         Difference(*[row[f"difference_{part}"] for part in ("mean", "low", "high")], pairs=row["pairs"]), 100
     )
 
@@ -148,6 +166,7 @@ def markdown(
     left_out: Sequence[str] = (),
     assumptions: Sequence[Assumption] = (),
     more: Sequence[str] = (),
+    primary: Primary | None = None,
 ) -> str:
     """The whole report as Markdown.
 
@@ -160,26 +179,30 @@ def markdown(
         left_out: files of finished runs that cannot be used, each with the reason.
         assumptions: values that no public source of the paper gives.
         more: further sections, before the published numbers.
+        primary: the registered comparison of the study.
     """
-    rows, groups = summary(runs, baselines), grouped(runs)
-    columns, marks = header(rows), marks_of(runs, assumptions)
-    shared = _shared(groups, columns, marks)
-    lines = [
-        marks.beside(recipe, columns, cells(row, columns), shared) for recipe, row in zip(groups, rows, strict=True)
-    ]
+    rows, groups = summary(runs, baselines, primary), grouped(runs)
+    heads, marks = header(rows), marks_of(runs, assumptions)
+    shared = _shared(groups, heads, marks)
+    lines = [marks.beside(recipe, heads, cells(row, heads), shared) for recipe, row in zip(groups, rows, strict=True)]
+    compared, registered = differences(groups, baselines, primary), primary_comparisons(groups, primary)
+    called, titles = names(groups), places(groups)
     blocks = [
         f"# {title}",
-        CAPTION,
+        legends.caption(runs),
+        legends.older(groups),
         note,
+        legends.reading(runs, compared.values()),
         _setting(shared, marks),
-        _table(columns, lines),
+        _table(heads, lines),
         _labels(groups),
         _assumptions(marks),
         _diverged(groups),
         _left_out(left_out),
-        _words(groups, baselines),
+        legends.primary(primary, registered, called, titles),
+        legends.words(compared, called, titles),
         _crossed(groups),
-        _flips(groups, baselines) if "flips.png" in pictures else "",
+        flips_section(flips(groups, baselines)),
         _ball(groups, baselines) if "ball.png" in pictures else "",
         *more,
         _published(groups),
@@ -261,73 +284,12 @@ def _crossed(groups: Groups) -> str:
     tables: list[str] = []
     for part in each:
         heads, rows = crossed(part)
-        written = [(label, *(_written(scores, 100) for scores in row)) for label, row in rows.items()]
+        written = [(label, *(spread(scores, 100) for scores in row)) for label, row in rows.items()]
         first = next(iter(part)).dataset if len(each) > 1 else "method"
         tables += [_table((first, *heads), written)] if len(heads) > 1 else []
-    said = "## Side by side\n\nTest scores with the weights of the epoch with the best validation score."
+    weights = legends.of_weights([run for group in groups.values() for run in group])
+    said = f"## Side by side\n\nTest scores with the weights of {weights}."
     return "\n\n".join([said, *tables]) if tables else ""
-
-
-def _words(groups: Groups, baselines: Baselines) -> str:
-    """The paragraph on the column of differences: how they are computed, and which intervals exclude 0."""
-    found = {r: (b, d) for r, (b, d) in differences(groups, baselines).items() if d.pairs > 1}
-    if not found:
-        return ""
-    called, titles = names(groups), places(groups)
-    against = sorted({called[other] for other, _ in found.values()})
-    each: dict[bool, dict[Place, list[str]]] = {True: defaultdict(list), False: defaultdict(list)}
-    for recipe, (_, one) in found.items():
-        sign = f" ({_signed(100 * one.mean)})" if one.decided else ""
-        each[one.decided][place(recipe)].append(escaped(called[recipe]) + sign)
-
-    def listed(decided: bool) -> str:
-        parts = [(escaped(titles[at]), ", ".join(each[decided][at])) for at in titles if at in each[decided]]
-        return "; ".join(f"{at}: {which}" if at else which for at, which in parts)
-
-    undecided = sum(not one.decided for _, one in found.values())
-    to = escaped(against[0]) if len(against) == 1 else "the baseline"
-    inside = f": {listed(False)}" if 0 < undecided <= _LISTED else ""
-    outside = f": {listed(True)}" if undecided < len(found) else ""
-    return (
-        f"Difference: “best val.” minus that of {to}, paired by seed: mean, 95 % Student interval and number of pairs. "
-        f"For {undecided or 'none'} of {len(found)} comparisons the interval contains 0 (undecided){inside}. For "
-        f"{len(found) - undecided or 'none'} of {len(found)} it does not (decided){outside}. The intervals are not "
-        f"corrected for multiple comparisons: of {len(found)} such intervals {0.05 * len(found):.2g} are expected to "
-        "miss the true difference."
-    )
-
-
-def _flips(groups: Groups, baselines: Baselines) -> str:
-    """The section on samples that the perturbation flips late in training, with differences from the baseline."""
-    late = {recipe: [_late(run) for run in group] for recipe, group in groups.items()}
-    late = {r: values for r, values in late.items() if not r.is_plain and not any(map(isnan, values))}
-    called, titles = names(groups), places(groups)
-    rows: list[tuple[str, ...]] = []
-    for recipe, values in late.items():
-        other = baseline(recipe, late, baselines)
-        pairs = paired(groups[recipe], groups[other], lambda a, b: _late(a) - _late(b)) if other else []
-        one = student(pairs) if pairs else _NONE
-        decided = "–" if one.pairs < 2 else "decided" if one.decided else "not decided"
-        sizes = [run.result.get("examples", nan) for run in groups[recipe]]  # 0.1 did not always write it
-        share = [value / size for value, size in zip(values, sizes, strict=True)]
-        cells = (
-            called[recipe],
-            _written(values, 1),
-            _written(share, 100),
-            f"{len(values)}",
-            _interval(one, 1),
-            decided,
-        )
-        rows.append((titles[place(recipe)], *cells) if len(titles) > 1 else cells)
-    if not rows:
-        return ""
-    columns = ("method", "flipped", "per cent of the samples", "n", "difference", "verdict")
-    return (
-        "## Samples flipped by the perturbation, late in training\n\nTraining samples that are classified correctly at "
-        "w and incorrectly at w + e, per epoch, averaged over the last fifth of the epochs: mean ± standard deviation "
-        "over n seeds; difference from the baseline, paired by seed, with its 95 % Student interval and the number of "
-        "pairs.\n\n" + _table(("", *columns) if len(titles) > 1 else columns, rows)
-    )
 
 
 def _ball(groups: Groups, baselines: Baselines) -> str:
@@ -335,19 +297,17 @@ def _ball(groups: Groups, baselines: Baselines) -> str:
     found = {recipe: group for recipe, group in groups.items() if recipe.measured_epochs}
     called, titles = names(groups), places(groups)
     rows: list[tuple[str, ...]] = []
+    compared = {one.recipe: one for one in adjusted([*compare(found, baselines, partial(_last, name=_WORST)).values()])}
     for recipe, group in found.items():
-        other = baseline(recipe, found, baselines)
-        pairs = paired(group, groups[other], lambda a, b: _last(a, _WORST) - _last(b, _WORST)) if other else []
-        one = student(pairs) if pairs else _NONE
         values = {name: [_last(run, name) for run in group] for name in BALL}
-        written = {name: _written(of, 1 if name.startswith("cosine") else 100) for name, of in values.items()}
-        cells = called[recipe], written.pop("ball_error"), written.pop(_WORST), f"{len(group)}", _interval(one, 100)
-        cells = *cells, *written.values()
+        written = {name: spread(of, 1 if name.startswith("cosine") else 100) for name, of in values.items()}
+        cells = called[recipe], written.pop("ball_error"), written.pop(_WORST), f"{len(group)}"
+        cells = *cells, *cells_of(compared.get(recipe), 100), *written.values()
         rows.append((titles[place(recipe)], *cells) if len(titles) > 1 else cells)
     if not rows:
         return ""
-    columns = ("method", "error at w", "largest error", "n", "difference")
-    columns += tuple(name.replace("_", ": ", 1).replace("_", "-") for name in BALL if not name.startswith("ball"))
+    heads = ("method", "error at w", "largest error", "n", "difference", "p (Holm)", "detectable")
+    heads += tuple(name.replace("_", ": ", 1).replace("_", "-") for name in BALL if not name.startswith("ball"))
     said = (
         f"Equation 5 of the paper: the largest 0-1 loss in the L2 ball of radius {RADIUS:g} around the weights w, the "
         f"same for all methods. It is measured on at least {EXAMPLES:,} training examples in whole batches (or on all, "
@@ -356,9 +316,9 @@ def _ball(groups: Groups, baselines: Baselines) -> str:
         "step of an adversary to that radius, on the same weights and batches for all adversaries. Cosine: of the "
         "displacement of an adversary with that of SAM, which climbs the training loss. Errors and flips are in per "
         "cent of the examples: mean ± standard deviation over n seeds; the difference is that of the largest error "
-        "from the baseline, paired by seed, with its 95 % Student interval and the number of pairs."
+        "from the baseline, paired by seed, and its p is adjusted over the comparisons of this table."
     )
-    table = _table(("", *columns) if len(titles) > 1 else columns, rows)
+    table = _table(("", *heads) if len(titles) > 1 else heads, rows)
     return f"## The largest error in the ball, after the last epoch\n\n{said}\n\n{table}"
 
 
@@ -402,7 +362,9 @@ def _shared(groups: Groups, columns: Collection[str], marks: Marks) -> dict[str,
     """The settings that all recipes share: data, model, those that differ from their defaults, and assumed ones."""
     common = {name: values.pop() for name in _FIELDS if len(values := {getattr(r, name) for r in groups}) == 1}
     told = {"dataset", "model", "batch_size", "learning_rate", *(marks.subjects - {*columns})}
-    told |= {name for name, value in common.items() if value != _FIELDS[name] and name not in ("rho", *_LENGTH)}
+    told |= {
+        name for name, value in common.items() if value != _FIELDS[name] and name not in ("rho", "version", *_LENGTH)
+    }
     return {name: value for name, value in common.items() if name in told}
 
 
@@ -430,9 +392,10 @@ def _assumptions(marks: Marks) -> str:
     return f"## Assumed values\n\n{marks.words}\n\n" + _table(("mark", "value", "kind", "what is known"), rows)
 
 
-def _scores(run: Finished) -> Mapping[str, float]:
-    """All test scores with the weights of the best validation epoch, by metric."""
-    return run.result.get("scores", {}).get("best") or {metric(run): run.result["test_best"]}
+def _scores(run: Finished, when: str = "") -> Mapping[str, float]:
+    """All test scores of the headline, or of other weights, by metric."""
+    when = when or headline(run.result)
+    return run.result.get("scores", {}).get(when) or {metric(run): run.result[f"test_{when}"]}
 
 
 def _metrics(runs: Iterable[Finished]) -> list[str]:
@@ -445,20 +408,5 @@ def _moments(key: str, values: Sequence[float]) -> Row:
 
 
 def _spread(row: Row, key: str, unit: float) -> str:
-    centre, spread = unit * row[f"{key}_mean"], unit * row[f"{key}_std"]
-    return "–" if isnan(centre) else f"{centre:.2f}" if isnan(spread) else f"{centre:.2f} ± {spread:.2f}"
-
-
-def _interval(one: Difference, unit: float) -> str:
-    if one.pairs < 2:
-        return "–"
-    centre, low, high = (_signed(unit * value) for value in (one.mean, one.low, one.high))
-    return f"{centre} [{low}, {high}] ({one.pairs})"
-
-
-def _written(values: Sequence[float], unit: float) -> str:
-    return _spread(_moments("", values), "", unit)
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.2f}".replace("-", "−")
+    centre, width = unit * row[f"{key}_mean"], unit * row[f"{key}_std"]
+    return NOTHING if isnan(centre) else f"{centre:.2f}" if isnan(width) else f"{centre:.2f} ± {width:.2f}"

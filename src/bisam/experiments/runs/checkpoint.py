@@ -13,6 +13,8 @@ It is a dict that `torch.load(path, weights_only=True)` reads. Tensors are unsha
     average     state_dict of the moving average of the weights, with --ema only
     scaler      state_dict of the gradient scaler, with --precision 16 only
 
+Weights that are not trained (`Recipe.frozen`) are left out: they are those that the recipe names.
+
 `bisam.experiments.training.state` makes all but the recipe, and restores it.
 
 The file is a zip archive, as `torch.save` writes it. Its comment, which zip readers ignore, holds a checksum of all

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite
 from pathlib import Path
-from typing import Any, Required, TypedDict, cast, get_origin, get_type_hints
+from typing import Any, Literal, Required, TypedDict, cast, get_origin, get_type_hints
 
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.files import checksum, damaged, read_json, read_rows
@@ -20,17 +20,29 @@ from bisam.validation import shown
 Row = dict[str, float]
 """Metrics of an epoch."""
 
+Headline = Literal["best", "last"]
+"""The weights whose test score a report shows and compares: of the best validation epoch, or of the last epoch."""
+
+ENOUGH = 2000
+"""Validation examples from which on the best epoch is the headline; with fewer its choice is largely chance."""
+
 
 class Result(TypedDict, total=False):
     """The result of a finished run; scores are in [-1, 1]."""
 
     test_best: Required[float]
-    """Test score with the weights of the best validation epoch."""
+    """Test score with the weights of the best validation epoch, the latest one of several; results of recipes before
+    version 3 have the first one."""
     test_last: Required[float]
     """Test score with the weights of the last epoch."""
     test_ema: float
     """Test score with the average of the weights."""
     validation_best: Required[float]
+    validation_ties: int
+    """Epochs whose validation score is the best one; absent in results of recipes before version 3, as the next two."""
+    validation_examples: int
+    headline: Headline
+    """Which test score is shown and compared, see `headline`."""
     best_epoch: Required[int]
     diverged: int | None
     """First epoch with a loss that is not finite, or None; absent in results of 0.1."""
@@ -47,6 +59,9 @@ class Result(TypedDict, total=False):
     forwards_per_step: Required[float]
     processes: int
     device: str
+    stacked: int
+    """Number of runs that were trained at once, in a stack; times are those of the stack divided by it. Absent in
+    results of runs that were trained alone."""
     bisam: str
     torch: str
     python: str
@@ -94,7 +109,10 @@ _SCORE, _COUNT, _SIZE = _Number(least=-1, most=1), _Number(int, 1), _Number(most
 _TIME, _TEXT, _SUM = _Number(least=1e-12, most=_LARGE), _Text(), _Text("[0-9a-f]{32}")
 _ENTRIES: Mapping[str, _Number | _Text] = {
     **dict.fromkeys(("test_best", "test_last", "test_ema", "validation_best"), _SCORE),
-    **dict.fromkeys(("best_epoch", "diverged", "examples", "processes"), _COUNT),
+    **dict.fromkeys(("best_epoch", "diverged", "examples", "processes", "stacked"), _COUNT),
+    "validation_ties": _COUNT,
+    "validation_examples": _Number(int),
+    "headline": _Text("best|last"),
     **dict.fromkeys(("seconds_per_epoch", "relative_time"), _TIME),
     **dict.fromkeys(("gradients_per_step", "forwards_per_step"), _SIZE),
     **dict.fromkeys(("metric", "device", "bisam", "torch", "python", "hardware", "commit", "recipe"), _TEXT),
@@ -112,8 +130,43 @@ BALL = (
     *("flips_sam", "flips_cross_entropy", "flips_log", "flips_tanh"),
     *("cosine_cross_entropy", "cosine_log", "cosine_tanh"),
 )
-"""Columns of a run with measured epochs, see `bisam.experiments.training.ball`; nan in all epochs but those."""
-_NOT_ALWAYS_FINITE = ("train_loss", "flipped", *BALL)  # after a divergence; where a method leaves examples out
+"""Columns of a run that measures a ball, see `bisam.experiments.training.ball`; nan in all but the measured epochs."""
+PLAIN_ASCENT = "cross_entropy"
+"""The ascent that others are compared with."""
+ASCENTS = (PLAIN_ASCENT, "smoothed", "tanh", "log", "log_5")
+"""Names of the adversaries in columns, see `bisam.experiments.training.ascents`."""
+QUANTITIES = ("flips_near", "flips", "repaired", "rise", "cosine", "worst")
+"""What is measured of each of them."""
+BY_ASCENT = (
+    "ascents_error",
+    *(f"{name}_by_{ascent}" for name in QUANTITIES for ascent in ASCENTS),
+)
+"""Columns of a run that measures what adversaries do, nan in all but the measured epochs."""
+_NOT_ALWAYS_FINITE = (
+    "train_loss",
+    "flipped",
+    *BALL,
+    *BY_ASCENT,
+)  # after a divergence; where a method leaves examples out
+
+
+def headline(result: Result) -> Headline:
+    """Return which test score of a run is shown and compared, `headline_score`.
+
+    It is that of the best validation epoch, or of the last epoch where validation has fewer than `ENOUGH` examples;
+    results of recipes before version 3 were all reported with that of the best validation epoch.
+    """
+    return result.get("headline", "best")
+
+
+def headline_score(result: Result) -> float:
+    """Return the test score of a run that is shown and compared."""
+    return result["test_best"] if headline(result) == "best" else result["test_last"]
+
+
+def headline_for(validation_examples: int) -> Headline:
+    """Return the entry `headline` of a result, by the number of validation examples."""
+    return "best" if validation_examples >= ENOUGH else "last"
 
 
 def name_of(recipe: Recipe) -> str:
@@ -160,7 +213,7 @@ def _fault(values: Mapping[str, Any], recipe: Recipe) -> str | None:
         absent = name not in values or (name == "diverged" and values[name] is None)
         if not absent and (fault := entry.fault(values[name])) is not None:
             return f"{name} {fault}: {shown(values[name])}"
-    for name in ("best_epoch", "diverged"):
+    for name in ("best_epoch", "diverged", "validation_ties"):
         if (values.get(name) or 0) > recipe.length:  # of a run of steps too: an epoch has at least one
             return f"{name} is {values[name]}, and the recipe has {recipe.length} {recipe.unit}"
     if not _are_scores(values.get("scores", {})):

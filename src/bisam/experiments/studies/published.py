@@ -15,6 +15,7 @@ from bisam.experiments.recipes.expressions import is_concurrent
 from bisam.experiments.recipes.presets import CIFAR
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Finished
+from bisam.experiments.runs.results import headline, headline_score
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def in_sequence(recipe: Recipe, gradients: float) -> float:
 
 
 def _top5(run: Finished) -> float:
-    return 100 * run.result.get("scores", {}).get("best", {}).get("top5", nan)
+    return 100 * run.result.get("scores", {}).get(headline(run.result), {}).get("top5", nan)
 
 
 QUANTITIES = {
@@ -56,7 +57,7 @@ QUANTITIES = {
     "validation": Quantity(
         "validation accuracy at the end (%)", lambda run: 100 * run.metrics[-1]["validation"], digits=1
     ),
-    "top1": Quantity("top-1 accuracy (%)", lambda run: 100 * run.result["test_best"]),
+    "top1": Quantity("top-1 accuracy (%)", lambda run: 100 * headline_score(run.result)),
     "top5": Quantity("top-5 accuracy (%)", _top5),
     "loss": Quantity("time of the ascent loss, forward and backward", relative=True),
 }

@@ -43,6 +43,54 @@ class Analyses:
 
 
 @dataclass(frozen=True)
+class Regret:
+    """Comparison of what a radius that is too large costs a method and a control.
+
+    Attributes:
+        method: the method of the primary comparison.
+        control: the method that regrets are compared with.
+        factor: how much too large the radius of the primary comparison is.
+        factors: all multiples of the optimum that are shown.
+        optima: the optimum of a method (as recipes name it) at a level of label noise, which another study has found.
+            Empty: it is the best radius of the study's own runs, and all comparisons are exploratory.
+    """
+
+    method: str
+    control: str
+    factor: float
+    factors: tuple[float, ...]
+    optima: Mapping[tuple[str, float], float] = field(default_factory=dict[tuple[str, float], float], hash=False)
+
+
+@dataclass(frozen=True)
+class Primary:
+    """The comparison that a study has fixed before its first run.
+
+    The report tests it by itself, at the full level of 5 %, and all other comparisons together:
+
+        Study(..., primary=Primary("BiSAM (-log) against SAM with label noise", "bisam_log", where={"noise": 0.4}))
+
+    It is the difference in the headline test score, paired by seed, two-sided. If several settings of the study have
+    it, they are adjusted together (Holm). A study whose comparison is another one (of flips, or a difference of
+    differences) gives `words` alone, and a section of its own tests it; all rows of the table are then exploratory.
+
+    Attributes:
+        words: what is compared with what, without a full stop, in Markdown.
+        method: the recipe's method; "" if a section of the study's own tests the comparison.
+        against: the method that it is compared with, which shares its setting; it need not be one of `Study.baselines`.
+        where: values of fields of the recipes of `method` that it is about, defaults of the method included.
+        seeds: the seeds that test it, all of them; None: those of the study. With fewer of them nothing is decided, and
+            runs of other seeds have no part in it.
+    """
+
+    words: str
+    method: str = ""
+    against: str = BASELINE
+    where: Mapping[str, Any] = field(default_factory=dict[str, Any], hash=False)
+    seeds: range | None = None
+
+
+@dataclass(frozen=True)
 class Study:
     """A named comparison."""
 
@@ -51,8 +99,8 @@ class Study:
     recipes: Callable[[int | None], list[Recipe]]
     """Maps a number of epochs (None: the study's own epochs or steps) to the recipes, in the order of the table.
 
-    The recipes are in the same order for each number. For one epoch their epochs are the multiples of the length that
-    they have in the study, as the 2 of SGD.
+    The recipes are in the same order for each number, and their epochs are proportional to it up to rounding, as the
+    twice as many of SGD.
     """
     seeds: int
     figures: tuple[str, ...] = ("accuracy", "flips")
@@ -70,8 +118,21 @@ class Study:
     """Names of the methods that are expressions, for reports; an expression has the same name in all studies."""
     assumptions: tuple[Assumption, ...] = ()
     """The values that no public source of the paper gives; the report marks them."""
+    tunes: bool = False
+    """Whether it tries values of settings to choose one; the report says which."""
     analyses: Analyses | None = None
     """What is measured of its finished runs, and correlated with their test error; None: nothing."""
+    regret: Regret | None = None
+    """What a wrong radius costs, and which costs are compared; None: the report has no such section."""
+    primary: Primary | None = None
+    """The comparison that was fixed before the first run; None: all comparisons are adjusted together."""
+
+    @property
+    def registered(self) -> Primary | None:
+        """The primary comparison with its seeds."""
+        if self.primary is None or self.primary.seeds is not None:
+            return self.primary
+        return replace(self.primary, seeds=range(self.first_seed, self.first_seed + self.seeds))
 
     @property
     def folder(self) -> str:
@@ -82,9 +143,9 @@ class Study:
         """The recipes with another number of epochs or steps, and with other values of fields.
 
         Args:
-            epochs: number of epochs of each run (of the other methods, where SGD has twice as many).
-            changes: texts "field=value"; settings of methods are changed in the recipes whose method has them. SGD gets
-                twice as many epochs or steps where it has twice the length in the study.
+            epochs: number of epochs of each run (of SAM, where other methods have more or fewer at equal gradients).
+            changes: texts "field=value"; settings of methods are changed in the recipes whose method has them. Epochs
+                and steps keep the proportions of the study, as the twice as many of SGD.
 
         Raises:
             ValueError: a field or value is unknown, or no recipe can have it.
@@ -111,8 +172,8 @@ class Study:
             recipes = [replace(recipe, **values) for recipe in self.recipes(epochs)]
         else:
             recipes = [
-                replace(recipe, **values, epochs=None, steps=one.length * steps)
-                for recipe, one in zip(self.recipes(None), self.recipes(1), strict=True)
+                replace(recipe, **values, epochs=None, steps=max(1, round(many.length * steps / _MANY)))
+                for recipe, many in zip(self.recipes(None), self.recipes(_MANY), strict=True)
             ]
         for name, value in settings.items():
             takes = [name in recipe.settings for recipe in recipes]
@@ -122,6 +183,7 @@ class Study:
         return list(dict.fromkeys(recipes))
 
 
+_MANY = 600  # epochs, a multiple of what studies divide by
 _INSTEAD = {"seed": "--seeds says how many", "method": "bisam train --method runs another"}
 
 

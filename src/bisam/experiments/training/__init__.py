@@ -7,12 +7,15 @@ epoch.py            one epoch: forward, loss, backward, clip, optimizer step, sc
 state.py            the state of a run, gathered for a checkpoint and restored from it
 checks.py           whether recipe, data, model and devices fit together
 devices.py          one process for each device
+hidden.py           what frozen layers of text models return, computed once
 fsdp.py             models that are sharded with FSDP2
 optimizers.py       base optimizer, learning rate schedule, descent loss
 weight_average.py   exponential moving average of the weights
 counting.py         gradients and forward passes that a method asks for
 metrics.py          accuracy and other scores; sums over the batches of an epoch
+measured.py         what a run measures of its weights after some epochs: ball.py, or ascents.py
 reference_speed.py  plain training steps beside the run, the unit of its relative time
+stacked/            several seeds of a recipe at once, as one batched model
 loggers.py          TensorBoard, Weights & Biases, MLflow
 
 The file of a checkpoint is in `runs/checkpoint.py`, the recipe in `recipes/recipe.py`.

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from bisam.experiments.data.image_tensors import Images
 from bisam.experiments.data.splits import Batches, Split, batches_of
+from bisam.experiments.models.frozen import to_train
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Row
 from bisam.experiments.training.counting import CountedMethod
@@ -51,7 +52,10 @@ def train_epoch(
         losses: number of losses after which to stop, each over one batch; by default all batches of the split.
         stats: what to add the statistics of each step to, which `sharp` records.
     """
-    sharp.train()
+    if recipe.frozen is None:
+        sharp.train()
+    else:
+        to_train(sharp)
     sums = TrainingSums(fabric.device)
     method.counts.clear()
     whole = batches_of(len(split), recipe.batch_size, fabric.world_size)

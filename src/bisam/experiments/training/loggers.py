@@ -27,7 +27,7 @@ from bisam.experiments.errors import RunError, RunWarning, unknown
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.files import write
 from bisam.experiments.runs.folder import Row, Run
-from bisam.experiments.runs.results import BALL
+from bisam.experiments.runs.results import BALL, BY_ASCENT
 
 
 class Logger(Protocol):
@@ -217,7 +217,7 @@ NAMES = tuple(_KINDS)
 
 def _told(metrics: Mapping[str, float]) -> dict[str, float]:
     """Return a row without the number of its epoch, and without the columns that are measured at some epochs only."""
-    return {k: v for k, v in metrics.items() if k != "epoch" and not (k in BALL and isnan(v))}
+    return {k: v for k, v in metrics.items() if k != "epoch" and not (k in (*BALL, *BY_ASCENT) and isnan(v))}
 
 
 class FaultTolerantLogger:

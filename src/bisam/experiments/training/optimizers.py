@@ -15,11 +15,10 @@ from bisam.experiments.recipes.recipe import Recipe
 
 def build_optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
     """Return the base optimizer of a recipe."""
+    trained = [p for p in model.parameters() if p.requires_grad]
     if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(model.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay)
-    return torch.optim.SGD(
-        model.parameters(), recipe.learning_rate, momentum=recipe.momentum, weight_decay=recipe.weight_decay
-    )
+        return torch.optim.AdamW(trained, recipe.learning_rate, weight_decay=recipe.weight_decay)
+    return torch.optim.SGD(trained, recipe.learning_rate, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
 
 
 def build_scheduler(optimizer: Optimizer, recipe: Recipe, steps: int) -> LRScheduler:

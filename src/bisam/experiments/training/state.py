@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from bisam.experiments.errors import RunError, is_out_of_memory
+from bisam.experiments.models.frozen import with_frozen, without_frozen
 from bisam.experiments.runs.checkpoint import CHECKPOINT
 from bisam.experiments.runs.files import damaged
 from bisam.experiments.runs.folder import Row
@@ -55,7 +56,7 @@ class RunState:
 
         All processes must call it: sharded tensors are gathered by collectives.
         """
-        first, sharp = self.fabric.is_global_zero, self.sharp.state_dict()
+        first, sharp = self.fabric.is_global_zero, without_frozen(self.sharp.state_dict(), self.sharp.module)
         memories = gathered_memories(sharp[_METHOD_STATE], self.fabric)
         sharp[_METHOD_STATE] = memories[0]  # the same object, so that the file has it once
         state: dict[str, Any] = {
@@ -96,7 +97,7 @@ class RunState:
                     "whole batch: resume it in the same way, or give another --out"
                 )
             sharp = {**checkpoint["sharp"], _METHOD_STATE: memories[self.fabric.global_rank]}
-            self.sharp.load_state_dict(divided(sharp, self.sharp.state_dict()))
+            self.sharp.load_state_dict(with_frozen(divided(sharp, self.sharp.state_dict()), self.sharp.module))
             _check_form(
                 "optimizer", checkpoint["optimizer"]["param_groups"], self.optimizer.state_dict()["param_groups"]
             )

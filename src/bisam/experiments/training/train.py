@@ -6,6 +6,7 @@ each, and tests once at the end. The loop over the batches is `train_epoch` in e
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from statistics import fmean, median
 from typing import Any, cast
@@ -20,19 +21,22 @@ from bisam.experiments import data
 from bisam.experiments.data.image_tensors import channels
 from bisam.experiments.data.splits import Data, Split, batches_of
 from bisam.experiments.models.build import build
+from bisam.experiments.models.frozen import with_frozen, without_frozen
 from bisam.experiments.recipes.length import run_length
+from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.checkpoint import CHECKPOINT
 from bisam.experiments.runs.files import damaged
 from bisam.experiments.runs.folder import Result, Row, Run
 from bisam.experiments.runs.machine import Machine
-from bisam.experiments.runs.results import first_diverged
-from bisam.experiments.training.ball import Ball, unmeasured
+from bisam.experiments.runs.results import first_diverged, headline_for
 from bisam.experiments.training.checks import check_data, check_model
 from bisam.experiments.training.counting import CountedMethod
 from bisam.experiments.training.devices import OnEpoch, train_in_processes
 from bisam.experiments.training.epoch import predict, train_epoch
 from bisam.experiments.training.fsdp import divided, shard, share_buffers, whole
+from bisam.experiments.training.hidden import with_hidden_states
 from bisam.experiments.training.loggers import loggers
+from bisam.experiments.training.measured import Measured
 from bisam.experiments.training.metrics import scores, stats_row
 from bisam.experiments.training.optimizers import (
     advances_by_epoch,
@@ -78,23 +82,34 @@ def train(run: Run, machine: Machine = Machine(), on_epoch: OnEpoch | None = Non
         check_data(run.recipe, data.load(run.recipe, machine), machine)  # here, so that an error is reported once
         with run.open():
             return run.result or train_in_processes(_train_here, fabric, run, machine, on_epoch)
-    splits, model = _prepare(fabric, run, machine)
+    splits, model = prepare(run.recipe, machine)
     with run.open():
         return run.result or Training(fabric, run, machine, splits, model).train(on_epoch)
 
 
 def _train_here(fabric: Fabric, run: Run, machine: Machine, on_epoch: OnEpoch | None = None) -> Result:
     """Train in this process, one of the run's; the folder is held already."""
-    return Training(fabric, run, machine, *_prepare(fabric, run, machine)).train(on_epoch)
+    return Training(fabric, run, machine, *prepare(run.recipe, machine)).train(on_epoch)
 
 
-def _prepare(fabric: Fabric, run: Run, machine: Machine) -> tuple[Data, nn.Module]:
-    """Load the data and build the model from the recipe's seed."""
-    splits = data.load(run.recipe, machine)
-    check_data(run.recipe, splits, machine)
-    torch.manual_seed(run.recipe.seed)
-    model = build(run.recipe.model, splits.classes, channels=channels(splits.test), weights=run.recipe.weights)
-    check_model(model, splits, run.recipe)
+def prepare(recipe: Recipe, machine: Machine) -> tuple[Data, nn.Module]:
+    """Load the data of a recipe and build its model from its seed, on the CPU and in training mode.
+
+    Raises:
+        ValueError: data, model and recipe do not fit together.
+    """
+    splits = data.load(recipe, machine)
+    check_data(recipe, splits, machine)
+    torch.manual_seed(recipe.seed)
+    model = build(
+        recipe.model,
+        splits.classes,
+        channels=channels(splits.test),
+        weights=recipe.weights,
+        frozen=recipe.frozen,
+        root=machine.data_dir,
+    )
+    check_model(model, splits, recipe)
     return splits, model
 
 
@@ -103,9 +118,10 @@ class Training:
 
     def __init__(self, fabric: Fabric, run: Run, machine: Machine, splits: Data, model: nn.Module) -> None:
         recipe = run.recipe
+        model = fabric._precision.convert_module(model)
+        splits = with_hidden_states(splits, model, recipe, fabric)
         self._fabric, self._run, self._machine, self._data, self._recipe = fabric, run, machine, splits, recipe
         self._train, self._validation = (part.to(fabric.device) for part in (splits.train, splits.validation))
-        model = fabric._precision.convert_module(model)
         self._model = model.to(memory_format=torch.channels_last) if recipe.channels_last else model
         # A sharded model cannot be copied: both copies are made before, and the optimizer after it is sharded.
         self._reference_speed = ReferenceSpeed(fabric, model, self._train, recipe)
@@ -124,7 +140,9 @@ class Training:
             # from a static one; a resumed run meets the sizes in another order.
             model.compile(dynamic=False)
         descent = descent_loss(recipe.label_smoothing, splits.classes)
-        self._ball = Ball(fabric, model, descent, self._train, recipe) if recipe.measured_epochs else None
+        self._measured = None
+        if recipe.measured_epochs:
+            self._measured = Measured(fabric, model, descent, self._train, splits.classes, recipe)
         loss = SharpnessAware(model, self._method, descent, scaler=grad_scaler(fabric), stats=machine.stats)
         sharp, optimizer = fabric.setup(loss, optimizer)
         self._state = RunState(fabric, sharp, optimizer, scheduler, average)
@@ -200,11 +218,21 @@ class Training:
         row["validation"] = self._scores(self._model, self._validation)[0]
         if state.average is not None:
             row["validation_ema"] = self._scores(state.average.model, self._validation)[0]
-        if row["validation"] > state.best["score"]:
+        if self._is_best(row["validation"]):
             state.best = {"score": row["validation"], "epoch": epoch, "weights": _weights_on_cpu(self._model)}
-        if self._ball is not None:
-            row |= self._ball.row() if recipe.is_measured(epoch, self._length.epochs) else unmeasured()
+        if self._measured is not None:
+            row |= self._measured.row(epoch, self._length.epochs)
         return row
+
+    def _is_best(self, score: float) -> bool:
+        """Whether the epoch that ends with this validation score is the best until now: of equal ones the latest is.
+
+        A few hundred validation examples have few distinct scores, so that ties are the rule, and the first of them is
+        the least trained. An epoch whose weights are not finite takes no tie: it scores as a constant prediction does.
+        All processes must call it.
+        """
+        best = self._state.best["score"]
+        return score > best or (score == best and _is_finite(self._model))
 
     def _scores(self, model: nn.Module, split: Split) -> list[float]:
         """Return the scores for the metrics of the data set; the first metric selects the best epoch."""
@@ -218,35 +246,62 @@ class Training:
     def _test(self) -> dict[str, Any]:
         """Test the last weights, their average and the best weights; return the result of the run."""
         test = self._data.test.to(self._fabric.device)  # the test data is used here and nowhere else
-        state, metrics = self._state, self._data.metrics
+        state = self._state
         tested = {"last": self._scores(self._model, test)}
         # A last step that makes the weights infinite has no loss after it, in which it would be seen.
         diverged = first_diverged(state.history) or (None if _is_finite(self._model) else len(state.history))
         if state.average is not None:
             tested["ema"] = self._scores(state.average.model, test)
-        self._model.load_state_dict(divided(state.best["weights"], self._model.state_dict()))
+        best_weights = divided(state.best["weights"], self._model.state_dict())
+        self._model.load_state_dict(with_frozen(best_weights, self._model))
         tested["best"] = self._scores(self._model, test)
-        history = state.history
-        # An epoch that the last step cuts short counts less.
-        weights = None if self._recipe.steps is None else [r["losses"] for r in history]
-        return {
-            **{f"test_{which}": values[0] for which, values in tested.items()},
-            "validation_best": state.best["score"],
-            "best_epoch": state.best["epoch"],
-            "diverged": diverged,
-            "metric": metrics[0],
-            "scores": {which: dict(zip(metrics, values, strict=True)) for which, values in tested.items()},
-            "examples": len(self._data.train),
-            "seconds_per_epoch": median(r["seconds"] for r in history),
-            "relative_time": median(r["relative_time"] for r in history),
-            "gradients_per_step": fmean([r["gradients"] for r in history], weights),
-            "forwards_per_step": fmean([r["forwards"] for r in history], weights),
-            "device": _device_name(self._fabric.device),
+        return summary(self._recipe, self._data, state.history, tested, state.best, diverged) | {
+            "device": device_name(self._fabric.device),
             "processes": self._fabric.world_size,
         }
 
 
-def _device_name(device: torch.device) -> str:
+def summary(
+    recipe: Recipe,
+    splits: Data,
+    history: Sequence[Row],
+    tested: Mapping[str, Sequence[float]],
+    best: Mapping[str, Any],
+    diverged: int | None,
+) -> dict[str, Any]:
+    """Return the result of a run, without its device.
+
+    Args:
+        recipe: of the run.
+        splits: its data.
+        history: rows of metrics of all epochs.
+        tested: by weights (best, last, ema), the test scores for the metrics of the data.
+        best: score and epoch of the best validation epoch.
+        diverged: the first epoch whose loss, or whose last weights, are not finite.
+    """
+    held_out = 0 if recipe.held_out == 0 else len(splits.validation)  # 0: they are training examples
+    # An epoch that the last step cuts short counts less.
+    weights = None if recipe.steps is None else [r["losses"] for r in history]
+    return {
+        **{f"test_{which}": values[0] for which, values in tested.items()},
+        "validation_best": best["score"],
+        "validation_ties": sum(row["validation"] == best["score"] for row in history),
+        "validation_examples": held_out,
+        "headline": headline_for(held_out),
+        "best_epoch": best["epoch"],
+        "diverged": diverged,
+        "metric": splits.metrics[0],
+        "scores": {which: dict(zip(splits.metrics, values, strict=True)) for which, values in tested.items()},
+        "examples": len(splits.train),
+        "seconds_per_epoch": median(r["seconds"] for r in history),
+        "relative_time": median(r["relative_time"] for r in history),
+        "gradients_per_step": fmean([r["gradients"] for r in history], weights),
+        "forwards_per_step": fmean([r["forwards"] for r in history], weights),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of a device in results."""
     return f"{device}, {torch.cuda.get_device_name(device)}" if device.type == "cuda" else str(device)
 
 
@@ -256,4 +311,5 @@ def _is_finite(model: nn.Module) -> bool:
 
 
 def _weights_on_cpu(model: nn.Module) -> dict[str, Tensor]:
-    return {k: v.detach().cpu().clone() for k, v in whole(model.state_dict()).items()}
+    state = without_frozen(model.state_dict(), model)
+    return {k: v.detach().cpu().clone() for k, v in whole(state).items()}

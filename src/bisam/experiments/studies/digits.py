@@ -1,0 +1,83 @@
+"""Digits: the first study that a user runs, and the choice of its settings on seeds of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from bisam.experiments.recipes.catalogue import PLAIN
+from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.studies.equal import at_equal_gradients
+from bisam.experiments.studies.study import Study
+
+NOISES = (0.0, 0.4)
+_EPOCHS = 30
+_RADII = (0.025, 0.05, 0.1, 0.2, 0.4, 0.8)
+GRIDS: Mapping[str, tuple[float, ...]] = {
+    PLAIN: (1e-4, 5e-4, 2e-3, 5e-3, 1e-2, 2e-2),
+    "sam": _RADII,
+    "bisam_log": _RADII,
+    "bisam_tanh": _RADII,
+    "asam": (0.25, 0.5, 1.0, 2.0, 4.0, 8.0),
+}
+"""What `digits-rho` tries: as many radii of each method as weight decays of SGD."""
+
+CHOSEN: Mapping[tuple[str, float], float] = {
+    **{(PLAIN, noise): 5e-4 for noise in NOISES},
+    **{(method, noise): 0.4 for method in ("sam", "bisam_log", "bisam_tanh") for noise in NOISES},
+    **{("asam", noise): 4.0 for noise in NOISES},
+}
+"""The setting of each method at each level of noise: the radius, or the weight decay of SGD.
+
+`bisam run digits-rho` finds them. These are older: the radii were chosen by validation at 40 % noise with recipes of
+version 2, and the weight decay is the default. Enter what its report chooses, and delete `_NOT_YET`.
+"""
+_NOT_YET = (
+    " *Not yet*: digits-rho has not been finished with the present recipes, and the settings are those before it, the "
+    "same for both levels of noise."
+)
+
+
+def _recipe(method: str, noise: float, value: float, epochs: int | None) -> Recipe:
+    tuned: dict[str, Any] = {"weight_decay": value} if method == PLAIN else {"rho": value}
+    return at_equal_gradients(Recipe(method=method, noise=noise, epochs=epochs or _EPOCHS, **tuned))
+
+
+def _digits(epochs: int | None) -> list[Recipe]:
+    return [_recipe(method, noise, CHOSEN[method, noise], epochs) for noise in NOISES for method in GRIDS]
+
+
+def _digits_rho(epochs: int | None) -> list[Recipe]:
+    return [
+        _recipe(method, noise, value, epochs) for noise in NOISES for method, grid in GRIDS.items() for value in grid
+    ]
+
+
+DIGITS = (
+    Study(
+        "digits",
+        "scikit-learn's digits, with and without label noise",
+        _digits,
+        seeds=5,
+        note="Each method has a radius of its own for each level of noise, and SGD a weight decay of its own, chosen "
+        "by validation score on other seeds ([digits-rho](../digits-rho/report.md)) from six values each. All methods "
+        "compute the same number of gradients, so SGD trains for twice the epochs. Labels are not smoothed, so that "
+        "SAM (CE ascent), the control of the studies with label smoothing, would be SAM itself. The *primary "
+        "comparison* was fixed before the first run: BiSAM (-log) against SAM with 40 % noise, seeds 0 to 19 "
+        "(`--seeds 20`); where the paired differences have a standard deviation of 1 point, 20 seeds show 0.66 points "
+        "(two-sided 5 %, power 80 %)." + _NOT_YET,
+    ),
+    Study(
+        "digits-rho",
+        "The settings of the study digits, by validation score",
+        _digits_rho,
+        seeds=5,
+        figures=("radius",),
+        first_seed=300,
+        note="For each method and level of noise the value with the largest mean validation score over the seeds is "
+        "chosen (that of the last epoch: it is the one that is tested, because validation is small); of equal ones "
+        "the smaller value. The seeds are not those of the study digits.",
+        tunes=True,
+    ),
+)
+"""In the order of `bisam list`."""
