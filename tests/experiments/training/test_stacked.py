@@ -316,7 +316,7 @@ def test_the_estimate_grows_with_the_gradients_and_the_runs():
 
 @pytest.mark.slow
 def test_the_command_trains_stacks_in_processes_and_reports_them(bisam, tmp_path):
-    flags = ("radius", "--stack", 2, "--workers", 2, "--seeds", 3, "--epochs", 1, "--set", "limit=70")
+    flags = ("radius", "--stack", 2, "--workers", 1, "--seeds", 3, "--epochs", 1, "--set", "limit=70")
     code, _, err = bisam("run", *flags, "--out", tmp_path)
     assert (code, err) == (0, "")
     runs = list(finished(tmp_path / "radius"))

@@ -130,7 +130,9 @@ class StudySubject:
             except KeyboardInterrupt:
                 signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not end the message
                 display.stop()
-                again = "resumes the others" if launch.stack is None else "begins with the stacks that are not"
+                again = "resumes the others"
+                if launch.stack is not None:
+                    again += ", and an interrupted stack begins again"
                 errors.print(
                     f"interrupted: {display.finished} of {len(recipes)} runs are finished; the same command {again}"
                 )
