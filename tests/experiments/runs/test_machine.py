@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -24,3 +25,14 @@ def test_fabric_is_quiet(module, call):
     """Importing Lightning sets the level of its logger to INFO; each process would print advice."""
     code = QUIET.format(module=module, call=call.format(module=module))
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system has no affinity of processes")
+def test_threads_and_slots_are_those_of_the_cores_that_the_process_may_use():
+    """In a process of its own, because both settings are those of the process."""
+    code = (
+        "import os, torch; from bisam.experiments.runs.machine import Machine, cores, threads; "
+        "os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); threads(1); "
+        "print(cores(), Machine().slots, torch.get_num_threads())"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "1 1 1\n"

@@ -79,6 +79,15 @@ def test_the_notes_register_the_comparison_and_say_what_is_not_tuned_yet():
         assert ("Not tuned yet" in note) == (not set(tasks) <= set(TUNED))
 
 
+def test_one_comparison_of_each_study_is_the_primary_one():
+    for name in NAMES:
+        study = STUDIES[name]
+        where = study.primary.where
+        assert (study.primary.method, study.primary.against) == ("bisam_log", "sam")
+        found = [r for r in study.recipes(None) if all(r.setting(key) == value for key, value in where.items())]
+        assert [r.method for r in found].count("bisam_log") == 1
+
+
 def test_tuning_of_flowers_holds_out_two_of_five_and_the_comparison_none():
     assert {one.held_out for one in STUDIES["finetune-flowers-rho"].recipes(None)} == {0.4}
     assert {one.held_out for one in STUDIES["finetune-flowers"].recipes(None)} == {0.0}
@@ -106,7 +115,7 @@ def root(tmp_path, monkeypatch):
     (tmp_path / "weights" / "tf_efficientnet_lite0").mkdir()
     torch.save(build("timm:test_efficientnet", 9).state_dict(), tmp_path / "weights" / "small.pt")
 
-    def run_all(recipes, root, workers, machine, progress, analyses=None):
+    def run_all(recipes, root, workers, machine, progress, analyses=None, stack=None):
         return [Outcome(recipe, train(Run.under(root, recipe), machine)) for recipe in recipes]
 
     monkeypatch.setattr(processes, "run_all", run_all)

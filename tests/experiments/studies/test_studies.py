@@ -689,7 +689,7 @@ def test_workers_take_the_gpus_in_turn(monkeypatch):
     assert [both.at(place).device for place in (0, 1, 2)] == ["cuda:0,1", "cuda:2,3", "cuda:0,1"]
     assert both.at(1).devices == 2
     assert Machine(device="cuda:1").slots == Machine(device="cuda:1,3", devices=2).slots == 1
-    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.setattr("bisam.experiments.runs.machine.cores", lambda: 6)
     assert (Machine().slots, Machine(devices=4).slots, Machine().at(2)) == (6, 1, Machine())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ def _measure_example(part: str, settings: Settings, device: torch.device) -> lis
         row |= _options("cross_entropy", -scores[:, 0].log())
         for name, bound in _BOUNDS.items():
             row |= _options(name, bound.phi(scores - scores[:, :1]).amax(1))
-            row |= _options(f"{name}_soft", bound(scores, labels) - math.log(int(part)) / bound.mu)
+            row |= _options(f"{name}_soft", bound(scores, labels) - math.log(int(part)) / cast(float, bound.mu))
             row[f"{name}_mu"] = _mu_for_b(bound, scores, labels)
         rows.append(row)
     return rows

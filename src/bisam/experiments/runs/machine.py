@@ -69,7 +69,7 @@ class Machine:
     @property
     def slots(self) -> int:
         """Number of runs that fit at a time, by the number of cores or GPUs."""
-        count = torch.cuda.device_count() if self.device == "cuda" else os.cpu_count() or 1
+        count = torch.cuda.device_count() if self.device == "cuda" else cores()
         return max(1, count // self.devices) if self.device in ("cpu", "cuda") else 1
 
     def at(self, place: int) -> Machine:
@@ -120,9 +120,19 @@ class Machine:
             ) from error
 
 
+def cores() -> int:
+    """Return the number of cores that this process may use, which `taskset` and job schedulers limit.
+
+    More threads than that would wait for each other: in the barriers of oneDNN they spin.
+    """
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def threads(share: int) -> None:
     """Limit the threads of this process to the cores divided by the number `share` of processes."""
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // share))
+    torch.set_num_threads(max(1, cores() // share))
 
 
 def end_with_parent() -> None:

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from bisam.experiments.recipes.catalogue import PLAIN
 from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.studies.study import Study
+from bisam.experiments.studies.study import Primary, Study
 
 METHODS = (PLAIN, "sam", "sam_ce", "bisam_log", "bisam_tanh", "asam")
 """The compared methods, in the order of the tables."""
@@ -172,6 +172,7 @@ FINETUNE = (
         seeds=10,
         figures=("accuracy", "flips", "curves"),
         note=_GLUE_NOTE + _values(*TASKS),
+        primary=Primary("BiSAM (-log) against SAM on SST-2", "bisam_log", where={"dataset": "glue:sst2"}),
     ),
     Study(
         "finetune-glue-rho",
@@ -190,6 +191,7 @@ FINETUNE = (
         seeds=10,
         figures=("accuracy", "flips", "curves"),
         note=_FLOWERS_NOTE + _values("flowers"),
+        primary=Primary("BiSAM (-log) against SAM", "bisam_log"),
     ),
     Study(
         "finetune-flowers-rho",

@@ -13,6 +13,7 @@ optimizers.py       base optimizer, learning rate schedule, descent loss
 weight_average.py   exponential moving average of the weights
 counting.py         gradients and forward passes that a method asks for
 metrics.py          accuracy and other scores; sums over the batches of an epoch
+measured.py         what a run measures of its weights after some epochs: ball.py, or ascents.py
 reference_speed.py  plain training steps beside the run, the unit of its relative time
 stacked/            several seeds of a recipe at once, as one batched model
 loggers.py          TensorBoard, Weights & Biases, MLflow
