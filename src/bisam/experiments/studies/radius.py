@@ -113,7 +113,14 @@ _MLP = Recipe(model="mlp", epochs=30)
 _CONVNET = Recipe(model="convnet", epochs=30)
 _CIFAR = replace(CIFAR, method=PLAIN, rho=None, dataset="cifar10:16", model="convnet", limit=5000, epochs=40)
 
-OPTIMA: dict[str, dict[tuple[str, float], float]] = {}
+OPTIMA: dict[str, dict[tuple[str, float], float]] = {
+    "radius": {
+        ("sam", 0.0): 0.14,
+        ("bisam_log", 0.0): 0.05,
+        ("sam", 0.4): 0.8,
+        ("bisam_log", 0.4): 0.8,
+    }
+}
 """By the name of a grid's study, the optima that it found by the rule in its note, for methods and levels of noise."""
 
 
