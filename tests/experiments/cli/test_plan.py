@@ -112,7 +112,7 @@ def test_the_plan_of_every_study_needs_no_data_and_builds_nothing(bisam, tmp_pat
     code, out, err = bisam("run", name, "--dry-run", "--no-estimate", "--data-dir", tmp_path, "--out", tmp_path / "o")
     if {recipe.dataset for recipe in STUDIES[name].recipes(None)} == {"digits"}:
         assert (code, out) == (2, "")
-        assert "--data-dir (needs a dataset in that folder, got digits)" in err
+        assert "--data-dir (needs a dataset or weights in that folder, got digits)" in err
         code, out, err = bisam("run", name, "--dry-run", "--no-estimate", "--out", tmp_path / "o")
     study = STUDIES[name]
     runs = len(study.recipes(None)) * study.seeds

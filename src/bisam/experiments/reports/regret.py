@@ -175,7 +175,9 @@ _EXPLANATION = (
     "same seed, in points: 0 means that the wrong radius costs nothing. Factors below 1 are radii that are too small. "
     "In brackets: Student's 95 % interval over the seeds. A method with a *smaller* regret forgives more; the second "
     "table compares regrets, and a negative difference says that the method forgives more than the control. Read it "
-    "with the score at the optimum: a method that is worse everywhere has little to lose. Holm: p adjusted over the "
+    "with the score at the optimum, as a method that is worse everywhere has little to lose, and with the regret of "
+    "half the optimum: where a method loses more at small radii and less at large ones, its curve is shifted, which is "
+    "a question of the unit of its radius. Holm: p adjusted over the "
     "primary comparisons, and over all others together; below 0.05 a comparison is decided. Detectable: the true "
     "difference that this n would have shown with a probability of 80 %, in a test by itself."
 )
