@@ -170,6 +170,15 @@ def test_the_figure_has_a_column_for_each_level_and_plain_training_at_its_best_d
     assert {"SAM", "ASAM (rho / 10)", "SGD (weight decay 0.002)"} <= labels
 
 
+def test_the_figure_marks_the_optimum_that_another_study_has_found():
+    runs = grid("sam", (0.6, 0.7, 0.8, 0.9))
+    marked = {}
+    for optima in ({}, {("sam", 0.0): 0.14}, {("sam", 0.4): 0.14}, {("sam", 0.0): 3.0}):
+        ax = figures.draw("radii", runs, optima).axes[0]
+        marked[str(optima)] = [line.get_xdata()[0] for line in ax.lines if line.get_markersize() == 8]
+    assert [*marked.values()] == [[0.4], [0.14, 0.28], [0.4], [0.4]]
+
+
 def test_the_figure_needs_several_radii():
     with pytest.raises(ValueError, match="there is no run for radii"):
         figures.draw("radii", [run("sam", 0.2, 0, 0.9)])

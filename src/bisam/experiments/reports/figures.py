@@ -33,7 +33,7 @@ from bisam.experiments.reports.drawing import (
     tested,
 )
 from bisam.experiments.reports.groups import grouped, measured, names, perturbed
-from bisam.experiments.reports.radii import radii as radii, varied as with_several_radii
+from bisam.experiments.reports.radii import NO_OPTIMA, Optima, radii as radii, varied as with_several_radii
 from bisam.experiments.reports.scatter import time as time
 from bisam.experiments.reports.tuning import grid as grid, radius as radius, varied, with_radius
 from bisam.experiments.runs.folder import Finished
@@ -113,8 +113,13 @@ def usable(name: str, runs: Sequence[Finished]) -> list[Finished]:
     return _FIGURES[name][2](runs)
 
 
-def draw(name: str, runs: Sequence[Finished]) -> Figure:
+def draw(name: str, runs: Sequence[Finished], optima: Optima = NO_OPTIMA) -> Figure:
     """A figure by its name.
+
+    Args:
+        name: a key of `CAPTIONS`.
+        runs: finished runs, in the order of the table.
+        optima: radii that the figure `radii` marks as the optima, see `radii`.
 
     Raises:
         ValueError: the name is unknown, or there is no run that the figure shows.
@@ -124,4 +129,4 @@ def draw(name: str, runs: Sequence[Finished]) -> Figure:
     caption, function, _ = _FIGURES[name]
     if not usable(name, runs):
         raise ValueError(f"there is no run for {name}: {caption}")
-    return function(runs)
+    return radii(runs, optima) if function is radii else function(runs)

@@ -8,10 +8,11 @@ A band is Student's 95 % interval of the mean over the seeds.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isclose, log10
 from statistics import mean, median
+from types import MappingProxyType
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -23,6 +24,10 @@ from bisam.experiments.reports.drawing import Panel, Style, heading, legend, pan
 from bisam.experiments.reports.groups import Groups, Place, grouped, place, title
 from bisam.experiments.reports.significance import student
 from bisam.experiments.runs.folder import Finished
+
+Optima = Mapping[tuple[str, float], float]
+"""Radii by method, as recipes name it, and label noise."""
+NO_OPTIMA: Optima = MappingProxyType({})
 
 _SAME = 0.03  # relative difference of two radii that stand for the same multiple: grids by sqrt(2) are rounded
 _NEAR = 4.0  # points below the best mean score that the lower panels show
@@ -77,6 +82,11 @@ class Line:
         """Whether the optimum is the smallest or the largest value."""
         return self.optimum in (min(self.recipes), max(self.recipes))
 
+    def given(self, optima: Optima) -> float:
+        """The optimum that another study has found, if it is among the values, or else that of these runs."""
+        known = optima.get((self.key, self.place.noise))
+        return self.optimum if known is None or (value := self.times(1, known)) is None else value
+
     def times(self, factor: float, value: float) -> float | None:
         """The value that is `factor` times another one, or None if there is none."""
         return next((v for v in self.recipes if isclose(v, factor * value, rel_tol=_SAME)), None)
@@ -110,11 +120,15 @@ def varied(runs: Iterable[Finished]) -> list[Finished]:
     return [run for run in runs if replace(run.recipe, seed=0) in some]
 
 
-def radii(runs: Sequence[Finished]) -> Figure:
+def radii(runs: Sequence[Finished], optima: Optima = NO_OPTIMA) -> Figure:
     """Headline test score against the radius: above the whole range, below the scores near the best one.
 
     Filled markers are the optimum, open ones twice the optimum. Plain training is a horizontal line, at the weight
     decay that is best by the same rule.
+
+    Args:
+        runs: finished runs, in the order of the table.
+        optima: those that another study has found; of other methods it is the best radius of these runs.
 
     Raises:
         ValueError: no method has several radii.
@@ -129,10 +143,10 @@ def radii(runs: Sequence[Finished]) -> Figure:
     for panel, whole, near in zip(shown, axes[: len(shown)], axes[len(shown) :], strict=True):
         at = place(panel.shown[0][0])
         mine = [line for line in drawn if line.place == at]
-        best = max(mean(line.scores(line.optimum).values()) for line in mine)
+        best = max(mean(line.scores(line.given(optima)).values()) for line in mine)
         for ax in (whole, near):
             for line in mine:
-                _draw(ax, line, called[line.method], scales[line.method])
+                _draw(ax, line, called[line.method], scales[line.method], line.given(optima))
             for line in plain_lines(groups):
                 if line.place == at:
                     _draw_plain(ax, line, called[line.method])
@@ -146,7 +160,7 @@ def radii(runs: Sequence[Finished]) -> Figure:
     return figure
 
 
-def _draw(ax: Axes, line: Line, style: Style, scale: float) -> None:
+def _draw(ax: Axes, line: Line, style: Style, scale: float, optimum: float) -> None:
     rhos = list(line.recipes)
     found = [student(list(line.scores(rho).values())) for rho in rhos]
     xs, centres = [rho / scale for rho in rhos], [one.mean for one in found]
@@ -154,7 +168,6 @@ def _draw(ax: Axes, line: Line, style: Style, scale: float) -> None:
     drawn: dict[str, Any] = {**style.line, "markersize": 3, "linewidth": 1.3}
     ax.plot(xs, centres, **drawn, label=plain(label))
     ax.fill_between(xs, [one.low for one in found], [one.high for one in found], color=style.colour, alpha=0.13, lw=0)
-    optimum = line.optimum
     ax.plot(optimum / scale, centres[rhos.index(optimum)], style.marker, color=style.colour, ms=8, zorder=3)
     if (twice := line.times(2, optimum)) is not None:
         own: dict[str, Any] = {"color": style.colour, "ms": 8, "mfc": "white", "zorder": 3}

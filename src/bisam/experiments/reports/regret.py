@@ -254,7 +254,7 @@ def _sentences(compared: Sequence[Compared], called: Mapping[Place, str], seeds:
 def _said(one: Compared) -> str:
     name, control = one.cost.line.method, one.control.line.method
     ours, theirs = (mean(cost.regrets.values()) for cost in (one.cost, one.control))
-    both = f"the regret is {ours:.2f} for {name} and {theirs:.2f} for {control}"
+    both = f"the regret is {signed(ours)} for {name} and {signed(theirs)} for {control}"
     if not one.adjusted < ALPHA:
         return f"{both}; the difference is not decided"
     return f"{both}; {name} forgives {'more' if one.difference.mean < 0 else 'less'}"
