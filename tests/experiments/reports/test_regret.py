@@ -115,7 +115,7 @@ def test_the_primary_comparison_is_a_paired_t_test_adjusted_over_the_noise_level
     holm = {smallest: min(1.0, 2 * smallest), largest: max(min(1.0, 2 * smallest), largest)}
     assert [one.adjusted for one in primary] == pytest.approx([holm[p] for p in values])
     others = [one for one in compared if not one.primary]
-    assert {(one.cost.factor, one.family) for one in others} == {(1.4, 2)}  # of factors below 1 there is none
+    assert {(one.cost.factor, one.family) for one in others} == {(0.5, 4), (1.4, 4)}
 
 
 def test_seeds_that_were_not_registered_have_no_part_in_the_primary_comparison():
@@ -148,7 +148,7 @@ def test_a_grid_is_exploratory_and_names_optima_at_its_ends():
 def test_the_rows_of_the_file_have_all_regrets_and_comparisons():
     runs, _, spec = measured()
     rows = regrets.rows(grouped(runs), spec, range(8))
-    assert len(rows) == 12 + 4  # two methods, two levels of noise, three factors
+    assert len(rows) == 12 + 6  # two methods, two levels of noise, three factors
     assert sum(row["primary"] for row in rows) == 2
 
 
