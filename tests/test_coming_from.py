@@ -236,13 +236,26 @@ def test_an_interval_that_ends_with_sam(k):
         sharps[i % k == 0](x, y).backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert distance(model, train_ours(eval(expression, {**vars(bisam), "L2": L2, "k": k}), twin)) == 0
+    assert (
+        distance(
+            model,
+            train_ours(eval(expression, {**cases.public_names(), "L2": L2, "k": k}), twin),
+        )
+        == 0
+    )
 
 
 def test_the_methods_of_the_authors_code_exist():
     part = PAGE.split("\n## The BiSAM authors' code")[1].split("\n## ")[0]
     ours = re.findall(r"^\| .*? \| `(.*?)`", part, re.MULTILINE)
-    scope = {**vars(bisam), "L2": L2, "torch": torch, "rho": 0.05, "bound": bisam.Tanh(), "K": 10}
+    scope = {
+        **cases.public_names(),
+        "L2": L2,
+        "torch": torch,
+        "rho": 0.05,
+        "bound": bisam.Tanh(),
+        "K": 10,
+    }
     values = [eval(expression, scope) for expression in ours]
     assert [type(value).__name__ for value in values] == [*["SAM"] * 4, "ERM", "type", "CrossEntropyLoss"]
     assert [value.ascent for value in values[:4]] == [None, bisam.NegLog(), bisam.Tanh(), bisam.Tanh()]
@@ -322,7 +335,7 @@ def test_sampa_starts_as_the_paper_and_the_authors_with_a_plain_step():
     expression = re.search(r"^\| `--rho 0.1 --og 0.2` \| `(.*?)` \|$", PAGE, re.MULTILINE)[1]
     model, twin = twins()
     optimizer = torch.optim.SGD(twin.parameters(), **SETTINGS)
-    method = eval(expression, {**vars(bisam), "optimizer": optimizer})
+    method = eval(expression, {**cases.public_names(), "optimizer": optimizer})
     train_ours(method, twin, optimizer)
     authors, paper = (sampa(model, 0.1, 0.2, from_zero=zero) for zero in (True, False))
     torch.testing.assert_close(flat(twin.parameters()), paper[-1], rtol=0, atol=1e-9)
@@ -361,7 +374,7 @@ def test_several_adversarial_steps_of_optax(k):
     part = PAGE.split("\n## optax")[1].split("\n## ")[0]
     expressions = re.findall(r"^\| .* \| `(.*?)` \|$", part, re.MULTILINE)
     assert len(expressions) == 2
-    rho, names = 0.3, {**vars(bisam), "k": k, "rho": 0.3}
+    rho, names = 0.3, {**cases.public_names(), "k": k, "rho": 0.3}
     model = cases.mlp()
     expected = optax_sam(model, rho, k)
     for expression in expressions if k == 2 else expressions[1:]:

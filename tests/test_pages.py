@@ -30,7 +30,7 @@ from torch.utils.data import DistributedSampler
 
 import bisam
 from bisam import ERM, ESAM, KSAM, SAM, BiSAM, NegLog, SharpnessAware
-from tests.support import ranks
+from tests.support import cases, ranks
 
 ROOT = Path(__file__).parent.parent
 README, LOOP, COMING = "README.md", "docs/add-to-your-loop.md", "docs/coming-from.md"
@@ -611,7 +611,12 @@ def test_the_methods_of_the_readme_are_methods():
     (block,) = of(README, "Methods")
     model, batch = mlp(), [torch.cat(parts) for parts in zip(*batches(8), strict=True)]
     optimizer = SGD(model.parameters(), lr=0.1)
-    names = {**vars(bisam), "optimizer": optimizer, "late": 1, "Friendly": bisam.perturbations.Friendly}
+    names = {
+        **cases.public_names(),
+        "optimizer": optimizer,
+        "late": 1,
+        "Friendly": bisam.perturbations.Friendly,
+    }
     names["is_head"] = lambda name, parameter: name.startswith("2.")
     expressions = [ast.unparse(statement) for statement in ast.parse(block.code).body]
     assert len(expressions) == len(block.code.splitlines())
@@ -626,7 +631,12 @@ def test_the_methods_of_the_readme_are_methods():
 def test_the_losses_of_the_readme_train(alone, tmp_path):
     """Each assignment to `sharp` is a loss that takes a step, except for InPairs, which needs two processes."""
     (block,) = of(README, "Frameworks and trainers")
-    names = {**vars(bisam), **trainer(tmp_path / "trainer"), "torch": torch, "path": tmp_path / "saved"}
+    names = {
+        **cases.public_names(),
+        **trainer(tmp_path / "trainer"),
+        "torch": torch,
+        "path": tmp_path / "saved",
+    }
     from bisam.integrations.pairs import InPairs
     from bisam.integrations.transformers import SharpnessAwareTrainer
 

@@ -138,10 +138,19 @@ CORE = [
 
 
 def test_the_public_names_are_these():
-    public = {n for n, value in vars(bisam).items() if not n.startswith("_") and not isinstance(value, ModuleType)}
-    assert public == NAMES
+    assert {name for name in bisam.__all__ if not isinstance(getattr(bisam, name), ModuleType)} == NAMES
+    assert set(bisam.__all__) <= set(dir(bisam))
     assert (bisam.perturbations, bisam.masks, bisam.schedules) == (perturbations, masks, schedules)
     assert bisam.proximal is proximal
+
+
+def test_type_checkers_read_the_names_that_are_loaded_when_they_are_used():
+    (block,) = (node for node in ast.parse(Path(bisam.__file__).read_text()).body if isinstance(node, ast.If))
+    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
+    for_checkers = {alias.asname: node.module for node in imports for alias in node.names}
+    assert {*for_checkers} == {*bisam.__all__}
+    for name, module in for_checkers.items():
+        assert getattr(bisam, name) is getattr(importlib.import_module(module), name)
 
 
 SAM = "SAM(perturb=L2(rho=0.05), ascent=None, descent=None)"
@@ -233,8 +242,15 @@ def test_defaults_are_those_of_the_papers():
     assert bisam.NegLog(2.0) != bisam.NegLog() != bisam.Tanh()
 
 
-def test_an_import_loads_torch_and_no_extra():
-    code = "import sys, torch; before = set(sys.modules); import bisam; print(*(set(sys.modules) - before))"
+def test_an_import_loads_no_torch_and_a_name_is_loaded_when_it_is_used():
+    code = "import sys, bisam; assert not {'torch', 'numpy'} & {*sys.modules}; bisam.SAM; assert 'torch' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    with pytest.raises(AttributeError, match="no attribute 'Sam'"):
+        bisam.Sam  # noqa: B018
+
+
+def test_the_names_load_torch_and_no_extra():
+    code = "import sys, torch; before = set(sys.modules); from bisam import *; print(*(set(sys.modules) - before))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout
     roots = {name.split(".")[0] for name in loaded.split()}
     assert "bisam" in roots

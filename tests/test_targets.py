@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import bisam
 from bisam import SAM, Binary, BiSAM, LowerBound, NegLog, SharpnessAware, Tanh, cross_entropy
+from tests.support import cases
 
 OBJECTIVES = {"cross-entropy": cross_entropy, "NegLog": NegLog(), "Tanh": Tanh(), "Binary": Binary()}
 BOUNDS = [NegLog(), Tanh(), LowerBound(torch.erf, 2.0)]
@@ -31,7 +32,13 @@ def remedies(message: str) -> list[dict[str, str | None]]:
 
 
 def follow(remedy: dict[str, str | None], objective: Any, outputs: Tensor, targets: Tensor) -> Tensor:
-    scope = {"bisam": bisam, "torch": torch, **vars(bisam), "outputs": outputs, "targets": targets}
+    scope = {
+        "bisam": bisam,
+        "torch": torch,
+        **cases.public_names(),
+        "outputs": outputs,
+        "targets": targets,
+    }
     if remedy["objective"]:
         objective = eval(remedy["objective"].replace("(...)", "()"), scope)
     for code in (remedy["its"], remedy["code"], remedy["more"]):

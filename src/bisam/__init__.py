@@ -1,77 +1,121 @@
-"""bisam: sharpness-aware training for PyTorch. SAM, BiSAM and related methods as losses whose parts combine freely."""
+"""bisam: sharpness-aware training for PyTorch. SAM, BiSAM and related methods as losses whose parts combine freely.
 
-from bisam import (
-    deprecated as _deprecated,
-    masks as masks,
-    perturbations as perturbations,
-    proximal as proximal,
-    schedules as schedules,
-)
-from bisam.evaluation import Evaluation as Evaluation
-from bisam.loss import SharpnessAware as SharpnessAware
-from bisam.methods import (
-    AESAM as AESAM,
-    ASAM as ASAM,
-    BSAM as BSAM,
-    CRSAM as CRSAM,
-    ERM as ERM,
-    ESAM as ESAM,
-    FSAM as FSAM,
-    GSAM as GSAM,
-    KSAM as KSAM,
-    LESAM as LESAM,
-    MESA as MESA,
-    MSAM as MSAM,
-    RAPP as RAPP,
-    RSAM as RSAM,
-    SAF as SAF,
-    SAM as SAM,
-    SAMDB as SAMDB,
-    SAMON as SAMON,
-    SSAMD as SSAMD,
-    SSAMF as SSAMF,
-    WSAM as WSAM,
-    XSAM as XSAM,
-    ABiSAM as ABiSAM,
-    AsyncSAM as AsyncSAM,
-    BiSAM as BiSAM,
-    CEGPlus as CEGPlus,
-    During as During,
-    EBiSAM as EBiSAM,
-    Every as Every,
-    ExtraGradient as ExtraGradient,
-    FisherSAM as FisherSAM,
-    FunctionalSAM as FunctionalSAM,
-    GBiSAM as GBiSAM,
-    LookSAM as LookSAM,
-    Method as Method,
-    MomentumSAM as MomentumSAM,
-    MultiStepSAM as MultiStepSAM,
-    OptSAM as OptSAM,
-    SAMPa as SAMPa,
-    VaSSO as VaSSO,
-    ZSharp as ZSharp,
-)
-from bisam.model.oracle import ModelOracle as ModelOracle
-from bisam.model.passes import displaced as displaced
-from bisam.objectives import (
-    OBF as OBF,
-    Binary as Binary,
-    LowerBound as LowerBound,
-    NegLog as NegLog,
-    Tanh as Tanh,
-    WrongClasses as WrongClasses,
-    cross_entropy as cross_entropy,
-)
-from bisam.optim import Lookahead as Lookahead, ProximalPoint as ProximalPoint, next_step as next_step
-from bisam.oracle import Oracle as Oracle, Query as Query
-from bisam.perturbations import L2 as L2, Adaptive as Adaptive, Only as Only, Perturbation as Perturbation
-from bisam.vector import Vector as Vector
+`import bisam` imports no torch; a name is loaded when it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from bisam import deprecated as _deprecated
+
+if TYPE_CHECKING:
+    from bisam import (
+        masks as masks,
+        perturbations as perturbations,
+        proximal as proximal,
+        schedules as schedules,
+    )
+    from bisam.evaluation import Evaluation as Evaluation
+    from bisam.loss import SharpnessAware as SharpnessAware
+    from bisam.methods import (
+        AESAM as AESAM,
+        ASAM as ASAM,
+        BSAM as BSAM,
+        CRSAM as CRSAM,
+        ERM as ERM,
+        ESAM as ESAM,
+        FSAM as FSAM,
+        GSAM as GSAM,
+        KSAM as KSAM,
+        LESAM as LESAM,
+        MESA as MESA,
+        MSAM as MSAM,
+        RAPP as RAPP,
+        RSAM as RSAM,
+        SAF as SAF,
+        SAM as SAM,
+        SAMDB as SAMDB,
+        SAMON as SAMON,
+        SSAMD as SSAMD,
+        SSAMF as SSAMF,
+        WSAM as WSAM,
+        XSAM as XSAM,
+        ABiSAM as ABiSAM,
+        AsyncSAM as AsyncSAM,
+        BiSAM as BiSAM,
+        CEGPlus as CEGPlus,
+        During as During,
+        EBiSAM as EBiSAM,
+        Every as Every,
+        ExtraGradient as ExtraGradient,
+        FisherSAM as FisherSAM,
+        FunctionalSAM as FunctionalSAM,
+        GBiSAM as GBiSAM,
+        LookSAM as LookSAM,
+        Method as Method,
+        MomentumSAM as MomentumSAM,
+        MultiStepSAM as MultiStepSAM,
+        OptSAM as OptSAM,
+        SAMPa as SAMPa,
+        VaSSO as VaSSO,
+        ZSharp as ZSharp,
+    )
+    from bisam.model.oracle import ModelOracle as ModelOracle
+    from bisam.model.passes import displaced as displaced
+    from bisam.objectives import (
+        OBF as OBF,
+        Binary as Binary,
+        LowerBound as LowerBound,
+        NegLog as NegLog,
+        Tanh as Tanh,
+        WrongClasses as WrongClasses,
+        cross_entropy as cross_entropy,
+    )
+    from bisam.optim import Lookahead as Lookahead, ProximalPoint as ProximalPoint, next_step as next_step
+    from bisam.oracle import Oracle as Oracle, Query as Query
+    from bisam.perturbations import L2 as L2, Adaptive as Adaptive, Only as Only, Perturbation as Perturbation
+    from bisam.vector import Vector as Vector
 
 __version__ = "0.1.0"
+
+_NAMES = {
+    "bisam.evaluation": "Evaluation",
+    "bisam.loss": "SharpnessAware",
+    "bisam.methods": (
+        "AESAM ASAM BSAM CRSAM ERM ESAM FSAM GSAM KSAM LESAM MESA MSAM RAPP RSAM SAF SAM SAMDB SAMON SSAMD "
+        "SSAMF WSAM XSAM ABiSAM AsyncSAM BiSAM CEGPlus During EBiSAM Every ExtraGradient FisherSAM "
+        "FunctionalSAM GBiSAM LookSAM Method MomentumSAM MultiStepSAM OptSAM SAMPa VaSSO ZSharp"
+    ),
+    "bisam.model.oracle": "ModelOracle",
+    "bisam.model.passes": "displaced",
+    "bisam.objectives": "OBF Binary LowerBound NegLog Tanh WrongClasses cross_entropy",
+    "bisam.optim": "Lookahead ProximalPoint next_step",
+    "bisam.oracle": "Oracle Query",
+    "bisam.perturbations": "L2 Adaptive Only Perturbation",
+    "bisam.vector": "Vector",
+}
+"""The public names, by the module that has them; type checkers read the imports above."""
+_PUBLIC_MODULES = ("masks", "perturbations", "proximal", "schedules")
+_MODULES = {
+    *_PUBLIC_MODULES,
+    *("analysis", "batches", "distributed", "evaluation", "loss", "methods", "model", "objectives", "optim"),
+    *("oracle", "state", "statistics", "targets", "validation", "vector"),
+}
+_HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
+
+__all__ = [*_PUBLIC_MODULES, *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
 
 _deprecated.install()
 
 
 def __getattr__(name: str) -> object:
-    return _deprecated.attribute(name)
+    if name in _MODULES:
+        return import_module(f"bisam.{name}")  # which makes it an attribute
+    if name not in _HOME:
+        return _deprecated.attribute(name)
+    value = globals()[name] = getattr(import_module(_HOME[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

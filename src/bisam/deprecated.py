@@ -1,6 +1,7 @@
 """Deprecated: the names of bisam 0.1. They warn, and bisam 0.3 removes them.
 
-This file contains all code for them. To remove them, delete this file, its two imports (in `bisam` and in
+This file contains all code for them, and imports nothing of bisam before an old name is used: `import bisam` must not
+import torch. To remove them, delete this file, its two imports (in `bisam` and in
 `bisam.integrations.transformers.trainer`), `OLDER_NAMES` of `bisam.methods.method`, and `tests/test_deprecated.py`.
 """
 
@@ -12,17 +13,14 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
-from bisam.evaluation import Evaluation
-from bisam.loss import SharpnessAware
-from bisam.methods import method
-from bisam.model.oracle import ModelOracle
-from bisam.optim import Lookahead, next_step
-from bisam.oracle import Oracle, Query
-from bisam.vector import Vector
+if TYPE_CHECKING:
+    from bisam.evaluation import Evaluation
+    from bisam.optim import Lookahead
+    from bisam.oracle import Oracle
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -46,22 +44,8 @@ MODULES = {
 
 def install() -> None:
     """Makes the old names work; called once, when bisam is imported."""
-    SharpnessAware.__init__ = renamed(scale="scaler", perturbation="scope")(SharpnessAware.__init__)
-    ModelOracle.__init__ = renamed(scale="scaler", perturbation="scope")(ModelOracle.__init__)
-    Lookahead.__init__ = renamed(lam="alpha")(Lookahead.__init__)
-    cast(Any, Lookahead).__setstate__ = _with_alpha(Lookahead.__setstate__)
-    for owner, old, new in (
-        (Lookahead, "lam", "alpha"),
-        (Oracle, "alone", "is_local"),
-        (Oracle, "still", "without_tracking"),
-        (Vector, "agreed", "from_first_rank"),
-        (Vector, "drawn", "random"),
-    ):
-        setattr(owner, old, _Alias(owner, old, new))
-    cast(Any, Oracle).together = _together
-    method.OLDER_NAMES.update(stateful="remembers", data_dependent="decides")
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.append(_Finder())
+        sys.meta_path.insert(0, _Finder())
 
 
 def renamed(**new_names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -94,6 +78,8 @@ def attribute(name: str) -> Any:
         AttributeError: there was no such name.
     """
     if name == "lookahead":
+        from bisam.optim import next_step
+
         _warn("bisam.lookahead", "bisam.next_step", level=4)
         return next_step
     raise AttributeError(f"module 'bisam' has no attribute {name!r}")
@@ -114,6 +100,8 @@ class _Alias:
 
 def _together(oracle: Oracle, *queries: Mapping[str, Any]) -> list[Evaluation]:
     """Answers queries that are given as keyword arguments; now `Oracle.ask`."""
+    from bisam.oracle import Query
+
     _warn("Oracle.together({...}, ...)", "Oracle.ask([Query(...), ...])", level=3)
     return oracle.ask([Query(**query) for query in queries])
 
@@ -127,11 +115,66 @@ def _with_alpha(setstate: Callable[[Lookahead, dict[str, Any]], None]) -> Callab
     return restore
 
 
+def _loss(module: Any) -> None:
+    module.SharpnessAware.__init__ = renamed(scale="scaler", perturbation="scope")(module.SharpnessAware.__init__)
+
+
+def _model_oracle(module: Any) -> None:
+    module.ModelOracle.__init__ = renamed(scale="scaler", perturbation="scope")(module.ModelOracle.__init__)
+
+
+def _lookahead(module: Any) -> None:
+    owner = module.Lookahead
+    owner.__init__ = renamed(lam="alpha")(owner.__init__)
+    owner.__setstate__ = _with_alpha(owner.__setstate__)
+    owner.lam = _Alias(owner, "lam", "alpha")
+
+
+def _oracle(module: Any) -> None:
+    owner = module.Oracle
+    owner.alone = _Alias(owner, "alone", "is_local")
+    owner.still = _Alias(owner, "still", "without_tracking")
+    owner.together = _together
+
+
+def _vector(module: Any) -> None:
+    owner = module.Vector
+    owner.agreed = _Alias(owner, "agreed", "from_first_rank")
+    owner.drawn = _Alias(owner, "drawn", "random")
+
+
+def _method(module: Any) -> None:
+    module.OLDER_NAMES.update(stateful="remembers", data_dependent="decides")
+
+
+_CHANGED: dict[str, Callable[[Any], None]] = {
+    "bisam.loss": _loss,
+    "bisam.methods.method": _method,
+    "bisam.model.oracle": _model_oracle,
+    "bisam.optim.lookahead": _lookahead,
+    "bisam.oracle": _oracle,
+    "bisam.vector": _vector,
+}
+"""What to do with a module once it is loaded."""
+
+
 class _Finder(MetaPathFinder):
-    """Finds modules by their old names."""
+    """Finds modules by their old names, and adds old names to the modules that have them."""
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
-        return ModuleSpec(fullname, _Moved(MODULES[fullname])) if fullname in MODULES else None
+        if fullname in MODULES:
+            return ModuleSpec(fullname, _Moved(MODULES[fullname]))
+        if fullname not in _CHANGED or (spec := PathFinder.find_spec(fullname, path, target)) is None:
+            return None
+        loader = cast(Any, spec.loader)
+        execute = loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            _CHANGED[fullname](module)
+
+        loader.exec_module = exec_module
+        return spec
 
 
 class _Moved(Loader):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+import bisam
 from bisam import (
     AESAM,
     ASAM,
@@ -565,6 +566,11 @@ FAMILY: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], references.Twin]
 
 
 # The state that a call must leave behind.
+
+
+def public_names() -> dict[str, Any]:
+    """The public objects of bisam by name, to evaluate text that names them; `vars(bisam)` has those in use only."""
+    return {name: getattr(bisam, name) for name in bisam.__all__}
 
 
 def named(value: Any) -> str:

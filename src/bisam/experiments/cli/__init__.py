@@ -1,6 +1,7 @@
 """The command line, a file a command: `bisam run`, `train`, `analyse`, `report`, `plot`, `archive`, `list` and others.
 
 run, report, ...          work on a subject of `subjects.py`: a study (`study.py`) or a measurement (`measurement.py`)
+study_report.py           the report of a study: tables on the terminal, and files
 train                     trains one recipe
 analyse                   measures finished runs, or the weights in a file
 methods                   shows the catalogue of methods

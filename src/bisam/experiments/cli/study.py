@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import itertools
 import signal
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.table import Column, Table
-from rich.text import Text
-
 from bisam.experiments.cli.idle import refuse_idle
 from bisam.experiments.cli.options import Launch, flag
 from bisam.experiments.cli.plan import show_runs, show_times
 from bisam.experiments.cli.progress import Display, duration
-from bisam.experiments.cli.report_files import write_report
 from bisam.experiments.cli.terminal import console, errors
 from bisam.experiments.errors import DamagedError, RunError
 from bisam.experiments.recipes.changes import pairs
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.recipes.versions import VERSION
 from bisam.experiments.runs.archive import Source, source, write_archive
-from bisam.experiments.runs.files import to_csv
 from bisam.experiments.runs.folder import Finished, Run, finished, read_recipe
 from bisam.experiments.runs.machine import Machine, threads
 from bisam.experiments.studies.study import Analyses, Study, expand
@@ -32,9 +27,7 @@ from bisam.experiments.studies.study import Analyses, Study, expand
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from bisam.experiments.analyses.file import Entry
     from bisam.experiments.launch.outcomes import Outcome
-    from bisam.experiments.reports.predictors import Comparison, Measured
 
 
 @dataclass(frozen=True)
@@ -138,16 +131,20 @@ class StudySubject:
                 )
                 return 130
         if any(outcome.result for outcome in outcomes):
+            from bisam.experiments.cli.study_report import report
+
             wanted = dict.fromkeys(replace(recipe, seed=0) for recipe in recipes)
             runs, left_out = all_finished(root, here := Source(out, out))
             found = [run for run in runs if without_seed(run) in wanted]
-            self._report(self._arranged(found, list(wanted)), left_out, here, out / self.name)
+            report(self.study, self._arranged(found, list(wanted)), left_out, here, out / self.name)
         return show_failed(outcomes)
 
     def report(self, changes: tuple[str, ...], out: Path, to: Path | None) -> int:
         """Print the table, and write the report."""
+        from bisam.experiments.cli.study_report import report
+
         with source(out) as place:
-            self._report(*self._finished(changes, place), place, to or place.beside / self.name)
+            report(self.study, *self._finished(changes, place), place, to or place.beside / self.name)
         return 0
 
     def archive(self, changes: tuple[str, ...], out: Path, to: Path) -> int:
@@ -172,16 +169,17 @@ class StudySubject:
             ValueError: the name is unknown, or no finished run is in that figure.
         """
         from bisam.experiments.reports import analyses, figures, predictor_plot
+        from bisam.experiments.reports.parts import compared
 
         with source(out) as place:
             runs, _ = self._finished(changes, place)
             entries, _ = analyses.read(runs if name == predictor_plot.NAME else ())
         if name != predictor_plot.NAME:
             return figures.draw(name or self.study.figures[0], runs)
-        if (compared := self.study.analyses) is None:
+        if (own := self.study.analyses) is None:
             raise ValueError(f"{name} shows the analyses of a study, and {self.name} has none: try bisam list")
-        comparisons, _, _ = _compared(runs, entries, compared)
-        return predictor_plot.predictors(comparisons, compared.shown)
+        comparisons, _, _ = compared(runs, entries, own)
+        return predictor_plot.predictors(comparisons, own.shown)
 
     def _recipes(self, launch: Launch) -> list[Recipe]:
         changed = self.study.changed(launch.epochs, launch.changes)
@@ -216,103 +214,6 @@ class StudySubject:
         from bisam.experiments.reports.groups import arranged
 
         return arranged(runs, recipes, self.study.baselines)
-
-    def _report(self, runs: list[Finished], left_out: list[str], place: Source, to: Path) -> None:
-        from bisam.experiments.reports import analyses, ascents, choice, figures, legends, predictor_plot, tables
-        from bisam.experiments.reports.drawing import rendered
-        from bisam.experiments.reports.flips import flips, rows as flips_rows
-        from bisam.experiments.reports.groups import grouped
-
-        entries, faults = analyses.read(runs)
-        for fault in faults:
-            if place.archived:
-                raise place.fault(fault)
-            errors.print(f"bisam: skipped: {fault}")
-        study = self.study
-        rows = tables.summary(runs, study.baselines, study.registered)
-        narrow = console.width < 150
-        header = tables.header(rows, brief=narrow)
-        heads = {name: "diff." if name == "difference" and narrow else name for name in header}
-        columns = (Column(heads[name], no_wrap=name == "name", overflow="fold") for name in header)
-        table = Table(*columns, title=study.title, caption=legends.caption(runs))
-        marks, recipes = tables.marks_of(runs, study.assumptions), list(grouped(runs))
-        for recipe, row, following in zip(recipes, rows, [*rows[1:], None], strict=True):
-            new = following is not None and any(following[key] != row[key] for key in ("dataset", "model", "noise"))
-            cells = marks.beside(recipe, header, tables.cells(row, header), told=marks.subjects)
-            table.add_row(*map(Text, cells), end_section=new)
-        console.print(table)
-        for mark, value, kind, _ in marks.rows():
-            console.print(f"{mark} {value}: {kind}", markup=False, highlight=False)
-        drawn = [name for name in study.figures if figures.usable(name, runs)]
-        pictures = {f"{name}.png": rendered(figures.draw(name, runs)) for name in drawn}
-        captions = {f"{name}.png": figures.CAPTIONS[name] for name in drawn}
-        analysed = "" if place.archived else f"{place.folder / study.folder}"
-        more = [
-            ascents.section(ascents.compared(runs, study.registered), runs),
-            analyses.section(runs, entries, faults, analysed),
-        ]
-        flipped = flips_rows(flips(grouped(runs), study.baselines))
-        files = {
-            "ascents.csv": to_csv(ascents.rows(runs)),
-            "flips.csv": to_csv(flipped),
-            "analysis.csv": to_csv(analyses.rows(runs, entries)),
-        }
-        if study.tunes:
-            more, files = [choice.section(runs), *more], files | {"choices.csv": to_csv(choice.rows(runs))}
-        if study.regret is not None:
-            from bisam.experiments.reports import regret
-
-            registered = range(study.first_seed, study.first_seed + study.seeds)
-            more = [regret.section(grouped(runs), study.regret, registered), *more]
-            files["regret.csv"] = to_csv(regret.rows(grouped(runs), study.regret, registered))
-        if study.analyses is not None:
-            section, own, figure = _predictors(runs, entries, study.analyses, study.seeds)
-            more, files = [section, *more], files | own
-            if figure is not None:
-                pictures[f"{predictor_plot.NAME}.png"] = rendered(figure)
-                captions[f"{predictor_plot.NAME}.png"] = predictor_plot.CAPTION
-        text = tables.markdown(
-            study.title,
-            runs,
-            captions,
-            study.note,
-            study.baselines,
-            left_out,
-            study.assumptions,
-            more,
-            study.registered,
-        )
-        write_report(to, text, to_csv(rows), pictures, files)
-
-
-def _compared(
-    runs: Sequence[Finished], entries: Mapping[Recipe, Sequence[Entry]], analyses: Analyses
-) -> tuple[list[Comparison], list[Measured], list[str]]:
-    """The comparisons of measures with the test error, the measured runs, and those that are not measured."""
-    from bisam.experiments.reports import predictors
-
-    found, unmeasured = predictors.measured(runs, entries, analyses)
-    return predictors.compare(predictors.levels(found), analyses.primary, analyses.control), found, unmeasured
-
-
-def _predictors(
-    runs: Sequence[Finished], entries: Mapping[Recipe, Sequence[Entry]], analyses: Analyses, seeds: int
-) -> tuple[str, dict[str, str], Figure | None]:
-    """Print the comparisons of measures with the test error; return them as Markdown, CSV files and a figure."""
-    from bisam.experiments.reports import predictor_plot, predictors
-
-    comparisons, found, unmeasured = _compared(runs, entries, analyses)
-    section = predictors.section(comparisons, unmeasured, seeds)
-    files = {"measures.csv": to_csv(predictors.run_rows(found))}
-    if not comparisons:
-        return section, files, None
-    table = Table(*predictors.BRIEF, title=predictors.TITLE)
-    for one, following in zip(comparisons, [*comparisons[1:], None], strict=True):
-        end = following is not None and following.level is not one.level
-        table.add_row(*map(Text, predictors.brief(one)), end_section=end)
-    console.print(table)
-    files["correlations.csv"] = to_csv(predictors.rows(comparisons))
-    return section, files, predictor_plot.predictors(comparisons, analyses.shown)
 
 
 def _check_methods(recipes: Iterable[Recipe]) -> None:

@@ -55,7 +55,7 @@ _HIDDEN = {
 VOCABULARY: dict[str, Callable[..., Any]] = {
     name: value
     for module in _MODULES
-    for name, value in vars(module).items()
+    for name, value in ((name, getattr(module, name)) for name in dir(module))  # bisam loads a name when asked for it
     if getattr(value, "__module__", "").startswith("bisam.")
     and callable(value)
     and (name[0].isupper() or name in ("next_step", "cross_entropy"))

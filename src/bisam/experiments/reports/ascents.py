@@ -239,16 +239,24 @@ def _one(
     by: Mapping[tuple[Recipe, str, str], Compared],
 ) -> tuple[str, ...]:
     values = {quantity: [_last(run, quantity, ascent) for run in group] for quantity in QUANTITIES}
-    written = {quantity: spread(of, 1 if quantity in ("rise", "cosine") else 100) for quantity, of in values.items()}
+    written = {quantity: spread(of, 100) for quantity, of in values.items()}
     first = NAMES[ascent], written["flips_near"], written["flips"], *_cells(by.get((recipe, "flips", ascent)))
-    return *first, written["repaired"], *(written[name].replace("-", "−") for name in ("rise", "cosine"))
+    return *first, written["repaired"], _finely(values["rise"]), _finely(values["cosine"])
+
+
+def _finely(values: Sequence[float]) -> str:
+    """Mean ± standard deviation with three digits; a dash if a value is not finite."""
+    if not all(map(isfinite, values)):
+        return NOTHING
+    centre = f"{mean(values):.3f}".replace("-", "−")
+    return f"{centre} ± {stdev(values):.3f}" if len(values) > 1 else centre
 
 
 def _cells(one: Compared | None) -> tuple[str, str, str]:
     if one is None:
         return NOTHING, NOTHING, NOTHING
-    interim = " (interim)" if one.difference.pairs < one.registered else ""
-    p = probability(one.adjusted) + " (primary)" * one.primary + interim
+    interim = one.difference.pairs < one.registered and not isnan(one.adjusted)
+    p = probability(one.adjusted) + " (primary)" * one.primary + " (interim)" * interim
     return interval(one.difference, 100), p, detectable(one.detectable, 100)
 
 
@@ -262,8 +270,8 @@ def _words(found: Sequence[Compared], groups: Groups) -> list[str]:
             verdict = f"interim, {pairs} of {n} networks: nothing is decided before all are there"
         said.append(
             f"Primary comparison, flips of {NAMES[one.ascent]} minus those of {NAMES[PLAIN_ASCENT]} "
-            f"({setting(one.recipe)}): {interval(one.difference, 100)} per cent of the examples, "
-            f"p = {probability(one.adjusted)}: {verdict}.{_beside_figure2(one, groups[one.recipe])}"
+            f"({setting(one.recipe)}), in per cent of the examples: {interval(one.difference, 100)}, "
+            f"p {probability(one.adjusted)}; {verdict}.{_beside_figure2(one, groups[one.recipe])}"
         )
     for quantity, name in zip(TESTED, ("flips", "largest errors"), strict=True):
         others = [one for one in found if one.quantity == quantity and not one.primary]

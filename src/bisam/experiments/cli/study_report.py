@@ -1,0 +1,83 @@
+"""The report of a study: its tables on the terminal, and its files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.table import Column, Table
+from rich.text import Text
+
+from bisam.experiments.analyses.file import Entry
+from bisam.experiments.cli.report_files import write_report
+from bisam.experiments.cli.terminal import console, errors
+from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.reports import analyses, legends, predictors, tables
+from bisam.experiments.reports.groups import grouped
+from bisam.experiments.reports.parts import compared, parts
+from bisam.experiments.runs.archive import Source
+from bisam.experiments.runs.files import to_csv
+from bisam.experiments.runs.folder import Finished
+from bisam.experiments.studies.study import Study
+
+
+def report(study: Study, runs: list[Finished], left_out: list[str], place: Source, to: Path) -> None:
+    """Print the tables of a study, and write its report.
+
+    Args:
+        study: the study.
+        runs: finished runs, in the order of the table.
+        left_out: files of finished runs that cannot be used, each with the reason.
+        place: where the runs are.
+        to: folder of the report.
+    """
+    entries, faults = analyses.read(runs)
+    for fault in faults:
+        if place.archived:
+            raise place.fault(fault)
+        errors.print(f"bisam: skipped: {fault}")
+    rows = tables.summary(runs, study.baselines, study.registered)
+    _print_table(study, runs, rows)
+    _print_predictors(study, runs, entries)
+    found = parts(study, runs, entries, faults, "" if place.archived else f"{place.folder / study.folder}")
+    text = tables.markdown(
+        study.title,
+        runs,
+        {name: caption for part in found for name, caption in part.captions.items()},
+        study.note,
+        study.baselines,
+        left_out,
+        study.assumptions,
+        [part.text for part in found if part.text],
+        study.registered,
+    )
+    pictures = {name: picture for part in found for name, picture in part.pictures.items()}
+    files = {name: content for part in found for name, content in part.files.items()}
+    write_report(to, text, to_csv(rows), pictures, files)
+
+
+def _print_table(study: Study, runs: Sequence[Finished], rows: Sequence[tables.Row]) -> None:
+    narrow = console.width < 150
+    header = tables.header(rows, brief=narrow)
+    heads = {name: "diff." if name == "difference" and narrow else name for name in header}
+    columns = (Column(heads[name], no_wrap=name == "name", overflow="fold") for name in header)
+    table = Table(*columns, title=study.title, caption=legends.caption(runs))
+    marks, recipes = tables.marks_of(runs, study.assumptions), list(grouped(runs))
+    for recipe, row, following in zip(recipes, rows, [*rows[1:], None], strict=True):
+        new = following is not None and any(following[key] != row[key] for key in ("dataset", "model", "noise"))
+        cells = marks.beside(recipe, header, tables.cells(row, header), told=marks.subjects)
+        table.add_row(*map(Text, cells), end_section=new)
+    console.print(table)
+    for mark, value, kind, _ in marks.rows():
+        console.print(f"{mark} {value}: {kind}", markup=False, highlight=False)
+
+
+def _print_predictors(study: Study, runs: Sequence[Finished], entries: Mapping[Recipe, Sequence[Entry]]) -> None:
+    comparisons = [] if study.analyses is None else compared(runs, entries, study.analyses)[0]
+    if not comparisons:
+        return
+    table = Table(*predictors.BRIEF, title=predictors.TITLE)
+    for one, following in zip(comparisons, [*comparisons[1:], None], strict=True):
+        end = following is not None and following.level is not one.level
+        table.add_row(*map(Text, predictors.brief(one)), end_section=end)
+    console.print(table)
