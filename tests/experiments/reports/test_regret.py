@@ -170,6 +170,21 @@ def test_the_figure_has_a_column_for_each_level_and_plain_training_at_its_best_d
     assert {"SAM", "ASAM (rho / 10)", "SGD (weight decay 0.002)"} <= labels
 
 
+def test_the_figure_marks_the_optimum_of_the_study():
+    runs = grid("sam", (0.6, 0.9, 0.8, 0.5))
+    (line,) = lines(grouped(runs))
+    assert line.marked({("sam", 0.0): 0.14}) == 0.14
+    assert line.marked({("sam", 0.4): 0.14}) == line.marked({}) == 0.2
+    for regret, optimum in ((GRID, 0.2), (replace(GRID, optima={("sam", 0.0): 0.14}), 0.14)):
+        ax = figures.draw("radii", runs, regret).axes[0]
+        (large,) = (
+            one
+            for one in ax.lines
+            if one.get_markersize() == 8 and one.get_markerfacecolor() != "white" and len(one.get_xdata())
+        )
+        assert list(large.get_xdata()) == [optimum]
+
+
 def test_the_figure_needs_several_radii():
     with pytest.raises(ValueError, match="there is no run for radii"):
         figures.draw("radii", [run("sam", 0.2, 0, 0.9)])

@@ -8,10 +8,11 @@ A band is Student's 95 % interval of the mean over the seeds.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isclose, log10
 from statistics import mean, median
+from types import MappingProxyType
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -72,6 +73,12 @@ class Line:
 
         return max(self.recipes, key=lambda value: (round(average(value), 9), -value))
 
+    def marked(self, optima: Mapping[tuple[str, float], float]) -> float:
+        """The optimum that other runs have found, or else that of these."""
+        given = optima.get((self.key, self.place.noise))
+        found = None if given is None else self.times(1, given)
+        return self.optimum if found is None else found
+
     @property
     def at_end(self) -> bool:
         """Whether the optimum is the smallest or the largest value."""
@@ -110,11 +117,15 @@ def varied(runs: Iterable[Finished]) -> list[Finished]:
     return [run for run in runs if replace(run.recipe, seed=0) in some]
 
 
-def radii(runs: Sequence[Finished]) -> Figure:
+def radii(runs: Sequence[Finished], optima: Mapping[tuple[str, float], float] = MappingProxyType({})) -> Figure:
     """Headline test score against the radius: above the whole range, below the scores near the best one.
 
     Filled markers are the optimum, open ones twice the optimum. Plain training is a horizontal line, at the weight
     decay that is best by the same rule.
+
+    Args:
+        runs: finished runs.
+        optima: the optimum of a method, as recipes name it, at a level of label noise, where other runs have found it.
 
     Raises:
         ValueError: no method has several radii.
@@ -132,7 +143,7 @@ def radii(runs: Sequence[Finished]) -> Figure:
         best = max(mean(line.scores(line.optimum).values()) for line in mine)
         for ax in (whole, near):
             for line in mine:
-                _draw(ax, line, called[line.method], scales[line.method])
+                _draw(ax, line, line.marked(optima), called[line.method], scales[line.method])
             for line in plain_lines(groups):
                 if line.place == at:
                     _draw_plain(ax, line, called[line.method])
@@ -146,7 +157,7 @@ def radii(runs: Sequence[Finished]) -> Figure:
     return figure
 
 
-def _draw(ax: Axes, line: Line, style: Style, scale: float) -> None:
+def _draw(ax: Axes, line: Line, optimum: float, style: Style, scale: float) -> None:
     rhos = list(line.recipes)
     found = [student(list(line.scores(rho).values())) for rho in rhos]
     xs, centres = [rho / scale for rho in rhos], [one.mean for one in found]
@@ -154,7 +165,6 @@ def _draw(ax: Axes, line: Line, style: Style, scale: float) -> None:
     drawn: dict[str, Any] = {**style.line, "markersize": 3, "linewidth": 1.3}
     ax.plot(xs, centres, **drawn, label=plain(label))
     ax.fill_between(xs, [one.low for one in found], [one.high for one in found], color=style.colour, alpha=0.13, lw=0)
-    optimum = line.optimum
     ax.plot(optimum / scale, centres[rhos.index(optimum)], style.marker, color=style.colour, ms=8, zorder=3)
     if (twice := line.times(2, optimum)) is not None:
         own: dict[str, Any] = {"color": style.colour, "ms": 8, "mfc": "white", "zorder": 3}
