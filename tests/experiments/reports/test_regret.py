@@ -115,7 +115,7 @@ def test_the_primary_comparison_is_a_paired_t_test_adjusted_over_the_noise_level
     holm = {smallest: min(1.0, 2 * smallest), largest: max(min(1.0, 2 * smallest), largest)}
     assert [one.adjusted for one in primary] == pytest.approx([holm[p] for p in values])
     others = [one for one in compared if not one.primary]
-    assert {(one.cost.factor, one.family) for one in others} == {(1.4, 2)}  # of factors below 1 there is none
+    assert {(one.cost.factor, one.family) for one in others} == {(0.5, 4), (1.4, 4)}
 
 
 def test_seeds_that_were_not_registered_have_no_part_in_the_primary_comparison():
@@ -148,7 +148,7 @@ def test_a_grid_is_exploratory_and_names_optima_at_its_ends():
 def test_the_rows_of_the_file_have_all_regrets_and_comparisons():
     runs, _, spec = measured()
     rows = regrets.rows(grouped(runs), spec, range(8))
-    assert len(rows) == 12 + 4  # two methods, two levels of noise, three factors
+    assert len(rows) == 12 + 6  # two methods, two levels of noise, three factors
     assert sum(row["primary"] for row in rows) == 2
 
 
@@ -170,13 +170,19 @@ def test_the_figure_has_a_column_for_each_level_and_plain_training_at_its_best_d
     assert {"SAM", "ASAM (rho / 10)", "SGD (weight decay 0.002)"} <= labels
 
 
-def test_the_figure_marks_the_optimum_that_another_study_has_found():
-    runs = grid("sam", (0.6, 0.7, 0.8, 0.9))
-    marked = {}
-    for optima in ({}, {("sam", 0.0): 0.14}, {("sam", 0.4): 0.14}, {("sam", 0.0): 3.0}):
-        ax = figures.draw("radii", runs, optima).axes[0]
-        marked[str(optima)] = [line.get_xdata()[0] for line in ax.lines if line.get_markersize() == 8]
-    assert [*marked.values()] == [[0.4], [0.14, 0.28], [0.4], [0.4]]
+def test_the_figure_marks_the_optimum_of_the_study():
+    runs = grid("sam", (0.6, 0.9, 0.8, 0.5))
+    (line,) = lines(grouped(runs))
+    assert line.marked({("sam", 0.0): 0.14}) == 0.14
+    assert line.marked({("sam", 0.4): 0.14}) == line.marked({}) == 0.2
+    for regret, optimum in ((GRID, 0.2), (replace(GRID, optima={("sam", 0.0): 0.14}), 0.14)):
+        ax = figures.draw("radii", runs, regret).axes[0]
+        (large,) = (
+            one
+            for one in ax.lines
+            if one.get_markersize() == 8 and one.get_markerfacecolor() != "white" and len(one.get_xdata())
+        )
+        assert list(large.get_xdata()) == [optimum]
 
 
 def test_the_figure_needs_several_radii():

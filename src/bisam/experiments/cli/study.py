@@ -175,8 +175,7 @@ class StudySubject:
             runs, _ = self._finished(changes, place)
             entries, _ = analyses.read(runs if name == predictor_plot.NAME else ())
         if name != predictor_plot.NAME:
-            optima = {} if self.study.regret is None else self.study.regret.optima
-            return figures.draw(name or self.study.figures[0], runs, optima)
+            return figures.draw(name or self.study.figures[0], runs, self.study.regret)
         if (own := self.study.analyses) is None:
             raise ValueError(f"{name} shows the analyses of a study, and {self.name} has none: try bisam list")
         comparisons, _, _ = compared(runs, entries, own)

@@ -33,10 +33,11 @@ from bisam.experiments.reports.drawing import (
     tested,
 )
 from bisam.experiments.reports.groups import grouped, measured, names, perturbed
-from bisam.experiments.reports.radii import NO_OPTIMA, Optima, radii as radii, varied as with_several_radii
+from bisam.experiments.reports.radii import radii as radii, varied as with_several_radii
 from bisam.experiments.reports.scatter import time as time
 from bisam.experiments.reports.tuning import grid as grid, radius as radius, varied, with_radius
 from bisam.experiments.runs.folder import Finished
+from bisam.experiments.studies.study import Regret
 
 
 def accuracy(runs: Sequence[Finished]) -> Figure:
@@ -113,13 +114,13 @@ def usable(name: str, runs: Sequence[Finished]) -> list[Finished]:
     return _FIGURES[name][2](runs)
 
 
-def draw(name: str, runs: Sequence[Finished], optima: Optima = NO_OPTIMA) -> Figure:
+def draw(name: str, runs: Sequence[Finished], regret: Regret | None = None) -> Figure:
     """A figure by its name.
 
     Args:
-        name: a key of `CAPTIONS`.
-        runs: finished runs, in the order of the table.
-        optima: radii that the figure `radii` marks as the optima, see `radii`.
+        name: of the figure.
+        runs: finished runs.
+        regret: of the study, whose optima the figure of all radii marks.
 
     Raises:
         ValueError: the name is unknown, or there is no run that the figure shows.
@@ -129,4 +130,4 @@ def draw(name: str, runs: Sequence[Finished], optima: Optima = NO_OPTIMA) -> Fig
     caption, function, _ = _FIGURES[name]
     if not usable(name, runs):
         raise ValueError(f"there is no run for {name}: {caption}")
-    return radii(runs, optima) if function is radii else function(runs)
+    return radii(runs, {} if regret is None else regret.optima) if name == "radii" else function(runs)

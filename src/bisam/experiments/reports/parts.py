@@ -108,8 +108,7 @@ def _choice(study: Study, runs: Sequence[Finished]) -> Part:
 
 def _figures(study: Study, runs: Sequence[Finished]) -> Part:
     drawn = [name for name in study.figures if figures.usable(name, runs)]
-    optima = {} if study.regret is None else study.regret.optima
     return Part(
-        pictures={f"{name}.png": rendered(figures.draw(name, runs, optima)) for name in drawn},
+        pictures={f"{name}.png": rendered(figures.draw(name, runs, study.regret)) for name in drawn},
         captions={f"{name}.png": figures.CAPTIONS[name] for name in drawn},
     )

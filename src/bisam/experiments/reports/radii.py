@@ -25,10 +25,6 @@ from bisam.experiments.reports.groups import Groups, Place, grouped, place, titl
 from bisam.experiments.reports.significance import student
 from bisam.experiments.runs.folder import Finished
 
-Optima = Mapping[tuple[str, float], float]
-"""Radii by method, as recipes name it, and label noise."""
-NO_OPTIMA: Optima = MappingProxyType({})
-
 _SAME = 0.03  # relative difference of two radii that stand for the same multiple: grids by sqrt(2) are rounded
 _NEAR = 4.0  # points below the best mean score that the lower panels show
 
@@ -77,15 +73,16 @@ class Line:
 
         return max(self.recipes, key=lambda value: (round(average(value), 9), -value))
 
+    def marked(self, optima: Mapping[tuple[str, float], float]) -> float:
+        """The optimum that other runs have found, or else that of these."""
+        given = optima.get((self.key, self.place.noise))
+        found = None if given is None else self.times(1, given)
+        return self.optimum if found is None else found
+
     @property
     def at_end(self) -> bool:
         """Whether the optimum is the smallest or the largest value."""
         return self.optimum in (min(self.recipes), max(self.recipes))
-
-    def given(self, optima: Optima) -> float:
-        """The optimum that another study has found, if it is among the values, or else that of these runs."""
-        known = optima.get((self.key, self.place.noise))
-        return self.optimum if known is None or (value := self.times(1, known)) is None else value
 
     def times(self, factor: float, value: float) -> float | None:
         """The value that is `factor` times another one, or None if there is none."""
@@ -120,15 +117,15 @@ def varied(runs: Iterable[Finished]) -> list[Finished]:
     return [run for run in runs if replace(run.recipe, seed=0) in some]
 
 
-def radii(runs: Sequence[Finished], optima: Optima = NO_OPTIMA) -> Figure:
+def radii(runs: Sequence[Finished], optima: Mapping[tuple[str, float], float] = MappingProxyType({})) -> Figure:
     """Headline test score against the radius: above the whole range, below the scores near the best one.
 
     Filled markers are the optimum, open ones twice the optimum. Plain training is a horizontal line, at the weight
     decay that is best by the same rule.
 
     Args:
-        runs: finished runs, in the order of the table.
-        optima: those that another study has found; of other methods it is the best radius of these runs.
+        runs: finished runs.
+        optima: the optimum of a method, as recipes name it, at a level of label noise, where other runs have found it.
 
     Raises:
         ValueError: no method has several radii.
@@ -143,10 +140,10 @@ def radii(runs: Sequence[Finished], optima: Optima = NO_OPTIMA) -> Figure:
     for panel, whole, near in zip(shown, axes[: len(shown)], axes[len(shown) :], strict=True):
         at = place(panel.shown[0][0])
         mine = [line for line in drawn if line.place == at]
-        best = max(mean(line.scores(line.given(optima)).values()) for line in mine)
+        best = max(mean(line.scores(line.optimum).values()) for line in mine)
         for ax in (whole, near):
             for line in mine:
-                _draw(ax, line, called[line.method], scales[line.method], line.given(optima))
+                _draw(ax, line, line.marked(optima), called[line.method], scales[line.method])
             for line in plain_lines(groups):
                 if line.place == at:
                     _draw_plain(ax, line, called[line.method])
@@ -160,7 +157,7 @@ def radii(runs: Sequence[Finished], optima: Optima = NO_OPTIMA) -> Figure:
     return figure
 
 
-def _draw(ax: Axes, line: Line, style: Style, scale: float, optimum: float) -> None:
+def _draw(ax: Axes, line: Line, optimum: float, style: Style, scale: float) -> None:
     rhos = list(line.recipes)
     found = [student(list(line.scores(rho).values())) for rho in rhos]
     xs, centres = [rho / scale for rho in rhos], [one.mean for one in found]

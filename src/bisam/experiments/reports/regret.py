@@ -80,7 +80,7 @@ def costs(groups: Groups, regret: Regret) -> list[Cost]:
 
 
 def compare(found: Sequence[Cost], regret: Regret, registered: range) -> list[Compared]:
-    """The comparisons of all methods with the control, of factors above 1.
+    """The comparisons of all methods with the control.
 
     Args:
         found: the regrets.
@@ -91,7 +91,7 @@ def compare(found: Sequence[Cost], regret: Regret, registered: range) -> list[Co
     pairs: list[Compared] = []
     for one in found:
         control = controls.get((one.line.place, one.factor))
-        if one.factor <= 1 or control is None or one is control:
+        if control is None or one is control:
             continue
         primary = one.line.key == regret.method and one.factor == regret.factor and not (one.found or control.found)
         seeds = [s for s in one.regrets if s in control.regrets and (s in registered or not primary)]
@@ -177,9 +177,9 @@ _EXPLANATION = (
     "table compares regrets, and a negative difference says that the method forgives more than the control. Read it "
     "with the score at the optimum, as a method that is worse everywhere has little to lose, and with the regret of "
     "half the optimum: where a method loses more at small radii and less at large ones, its curve is shifted, which is "
-    "a question of the unit of its radius. Holm: p adjusted over the "
-    "primary comparisons, and over all others together; below 0.05 a comparison is decided. Detectable: the true "
-    "difference that this n would have shown with a probability of 80 %, in a test by itself."
+    "a question of the unit of its radius. Holm: p adjusted over the primary comparisons, and over all others "
+    "together; below 0.05 a comparison is decided. Detectable: the true difference that this n would have shown with a "
+    "probability of 80 %, in a test by itself."
 )
 
 
@@ -253,8 +253,8 @@ def _sentences(compared: Sequence[Compared], called: Mapping[Place, str], seeds:
 
 def _said(one: Compared) -> str:
     name, control = one.cost.line.method, one.control.line.method
-    ours, theirs = (mean(cost.regrets.values()) for cost in (one.cost, one.control))
-    both = f"the regret is {signed(ours)} for {name} and {signed(theirs)} for {control}"
+    ours, theirs = (round(mean(cost.regrets.values()), 2) + 0.0 for cost in (one.cost, one.control))  # no -0.00
+    both = f"the regret is {ours:.2f} for {name} and {theirs:.2f} for {control}"
     if not one.adjusted < ALPHA:
         return f"{both}; the difference is not decided"
     return f"{both}; {name} forgives {'more' if one.difference.mean < 0 else 'less'}"

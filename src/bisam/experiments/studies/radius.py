@@ -170,7 +170,7 @@ _GRIDS = (
         60,
         f"{_TUNED} Without label noise the best of the first eight radii was the smallest one for SAM, SAM (CE ascent) "
         "and BiSAM (-log): by the rule above the grid was extended at its lower end by two factors of 2, for all "
-        f"methods and without label noise. {_SMALL} {_FRESH}",
+        f"methods that have a radius. {_SMALL} {_FRESH}",
     ),
     (
         "radius-convnet",
