@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import Parser, at_least, interleaved, ratio, report, verdict, write
+from benchmarks.measure import Parser, at_least, interleaved, interval, judged, ratio, report, verdict, write
 from bisam.experiments.launch.outcomes import train_or_explain, train_stack_or_explain
+from bisam.experiments.measurements.timing import Times
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.machine import Machine
 
@@ -45,13 +46,13 @@ def rows(recipe: Recipe, stacks: Sequence[int], repeats: int) -> list[dict[str, 
         sizes = {ALONE: 1} | {f"a stack of {size}": size for size in stacks}
         calls = {ALONE: alone} | {f"a stack of {size}": partial(stack, size) for size in stacks}
         times = interleaved(calls, repeats)
-    each = {name: [seconds / sizes[name] for seconds in found] for name, found in times.items()}
+    each = Times({name: [s / sizes[name] for s in found] for name, found in times.seconds.items()}, times.load)
     listed: list[dict[str, Any]] = []
     for name, size in sizes.items():
         gain, own = ratio(each, ALONE, name), ratio(each, name, ALONE).seconds
         bar = BAR if size == max(stacks) and name != ALONE else None
-        row = {"contestant": name, "size": size, **vars(gain), "seconds": own, "runs_per_minute": 60 / own}
-        listed.append(row | {"bar": bar, "passed": None if bar is None else gain.median >= bar})
+        row = {"contestant": name, "size": size, **judged(gain, bar, at_least=True)}
+        listed.append(row | {"seconds": own, "runs_per_minute": 60 / own})
     return listed
 
 
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "training": lambda r: r["contestant"],
             "runs / min": lambda r: f"{r['runs_per_minute']:.1f}",
             "ratio": lambda r: f"{r['median']:.2f}",
-            "quartiles": lambda r: f"{r['low']:.2f} to {r['high']:.2f}",
+            "interval": lambda r: interval(r, 2),
             "": verdict,
         },
         found,

@@ -131,7 +131,7 @@ def test_stacked(tmp_path, capsys, monkeypatch):
     assert [row["size"] for row in content["rows"]] == [1, 2, 3]
     assert all(row.keys() >= RATIO for row in content["rows"])
     assert content["rows"][0]["median"] == 1.0
-    assert [row["passed"] for row in content["rows"][:2]] == [None, None]
+    assert [row["verdict"] for row in content["rows"][:2]] == [None, None]
     assert "(bar 3)" in capsys.readouterr().out
 
 

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 
 METHODS = ("tests/methods/test_references.py", "tests/methods/test_steps.py", "tests/methods/test_sam.py")
 METHODS += ("tests/methods/test_degenerate_cases.py", "tests/methods/test_state.py", "tests/methods/test_arguments.py")
-METHODS += ("tests/methods/test_esam.py", "tests/methods/test_trajectory.py")
+METHODS += ("tests/methods/test_esam.py", "tests/methods/test_trajectory.py", "tests/methods/test_flip_rate.py")
 MODEL = ("tests/model/test_oracle.py", "tests/model/test_gradients.py", "tests/model/test_parameters.py")
 MODEL += ("tests/model/test_module_state.py", "tests/model/test_rng.py", "tests/model/test_compatibility.py")
 MODEL += ("tests/model/test_inputs.py", "tests/model/test_partial_gradients.py")
 
 SUBJECTS: dict[str, tuple[str, ...]] = {
     "vector": ("tests/test_vector.py", "tests/methods/test_steps.py"),
-    "objectives": ("tests/test_objectives.py",),
+    "objectives": ("tests/test_objectives.py", "tests/test_adversaries.py"),
     "targets": ("tests/test_targets.py",),
     "evaluation": (
         "tests/test_evaluation.py",
@@ -72,6 +72,7 @@ TESTS: tuple[str, ...] = (
     "tests/optim/test_proximal_point.py",
     "tests/test_proximal.py",
     "tests/test_objectives.py",
+    "tests/test_adversaries.py",
     "tests/test_targets.py",
     *METHODS,
     "tests/test_golden.py",
@@ -85,6 +86,7 @@ TESTS: tuple[str, ...] = (
     "tests/integrations/transformers/test_callback.py",
     "tests/integrations/transformers/test_trainer.py",
     "tests/distributed/test_statistics.py",
+    "tests/distributed/test_flip_rate.py",
     "tests/distributed/test_distributed.py",
 )
 """The tests of the core, fast ones first: what the tests of its subject did not find is put to all of these."""
@@ -259,14 +261,14 @@ MUTANTS: tuple[Mutant, ...] = (
         "objectives",
         "mu_missing_in_the_soft_maximum",
         "The log-sum-exp over the classes is not sharpened by mu.",
-        "torch.logsumexp(self.mu * self.phi(",
-        "torch.logsumexp(self.phi(",
+        "torch.logsumexp(mu * self.phi(margins), 1)",
+        "torch.logsumexp(self.phi(margins), 1)",
     ),
     Mutant(
         "objectives",
         "mu_not_divided_out",
         "The closed form of Q is not divided by mu.",
-        "torch.rsub(total.log(), 1.0, alpha=-1 / bound.mu)",
+        "torch.rsub(total.log(), 1.0, alpha=-1 / bound._mu)",
         "torch.rsub(total.log(), 1.0, alpha=-1)",
     ),
     Mutant(
@@ -453,37 +455,37 @@ MUTANTS: tuple[Mutant, ...] = (
         "perturbations",
         "l2_sign",
         "SAM descends in place of climbing.",
-        "return gradient * (schedules.at(self.rho, oracle.step) / (gradient.norm() + TINY))",
-        "return gradient * (-schedules.at(self.rho, oracle.step) / (gradient.norm() + TINY))",
+        "return gradient * (_present(self.rho, oracle) / (gradient.norm() + TINY))",
+        "return gradient * (-_present(self.rho, oracle) / (gradient.norm() + TINY))",
     ),
     Mutant(
         "perturbations",
         "l2_without_norm",
         "The displacement is the gradient times rho, not of length rho.",
-        "return gradient * (schedules.at(self.rho, oracle.step) / (gradient.norm() + TINY))",
-        "return gradient * schedules.at(self.rho, oracle.step)",
+        "return gradient * (_present(self.rho, oracle) / (gradient.norm() + TINY))",
+        "return gradient * _present(self.rho, oracle)",
     ),
     Mutant(
         "perturbations",
         "l2_norm_of_each_tensor",
         "Each tensor is displaced by rho, in place of all of them together.",
-        "return gradient * (schedules.at(self.rho, oracle.step) / (gradient.norm() + TINY))",
-        "rho = schedules.at(self.rho, oracle.step)\n"
+        "return gradient * (_present(self.rho, oracle) / (gradient.norm() + TINY))",
+        "rho = _present(self.rho, oracle)\n"
         "        return gradient.like([g * (rho / (g.norm() + TINY)) for g in gradient], gradient.holes)",
     ),
     Mutant(
         "perturbations",
         "l2_without_tiny",
         "A zero gradient is divided by zero.",
-        "return gradient * (schedules.at(self.rho, oracle.step) / (gradient.norm() + TINY))",
-        "return gradient * (schedules.at(self.rho, oracle.step) / gradient.norm())",
+        "return gradient * (_present(self.rho, oracle) / (gradient.norm() + TINY))",
+        "return gradient * (_present(self.rho, oracle) / gradient.norm())",
     ),
     Mutant(
         "perturbations",
         "radius_of_the_first_step",
         "A schedule of the radius stays at its first value.",
-        "return gradient * (schedules.at(self.rho, oracle.step) / (gradient.norm() + TINY))",
-        "return gradient * (schedules.at(self.rho, 0) / (gradient.norm() + TINY))",
+        "return rho.now(oracle.state) if isinstance(rho, FlipRate) else schedules.at(rho, oracle.step)",
+        "return rho.now(oracle.state) if isinstance(rho, FlipRate) else schedules.at(rho, 0)",
     ),
     Mutant(
         "perturbations",
@@ -688,7 +690,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "methods",
         "both_tracks_twice",
         "Running statistics move twice where a method needs the plain gradient and another ascent.",
-        "g = oracle.query(batch, self.descent, track=False).gradient",
+        "g = oracle.query(batch, self.descent, track=None if self.ascent == self.descent else False).gradient",
         "g = oracle.query(batch, self.descent).gradient",
     ),
     Mutant(

@@ -157,7 +157,10 @@ def test_ctrl_c_is_noticed_where_torch_makes_another_error_of_it(bisam, out, mon
         (("runs", "--weights", "bst"), "unknown weights of a run 'bst', did you mean 'best'?"),
         (("runs", "--weights", "file.pt"), "--weights file.pt is a file: give it without run folders"),
         (("runs", "--model", "resnet20"), "the folder of a run says what it is: leave --model out"),
-        (("runs", "--data-dir", "data"), "without effect, leave out: --data-dir (needs a dataset in that folder"),
+        (
+            ("runs", "--data-dir", "data"),
+            "without effect, leave out: --data-dir (needs a dataset or weights in that folder",
+        ),
         (("file.pt",), "file.pt is a file: give the folder of a run"),
         (("--weights", "file.pt"), "--weights file.pt is a file of weights: give --model, --dataset, --out too"),
         (("--weights", "file.pt", "--model", "resnet20", "--dataset", "digits"), "give --out too"),

@@ -77,7 +77,7 @@ def test_an_official_test_set_is_the_same_for_every_seed(tmp_path, monkeypatch):
     random = torch.Generator().manual_seed(0)
     files = {part: (torch.randint(256, (n, 3, 4, 4), generator=random, dtype=torch.uint8), torch.arange(n) % 10)
              for part, n in ((True, 50), (False, 20))}  # fmt: skip
-    monkeypatch.setattr(cifar, "_cifar", lambda _name, _root, train, _download: files[train])
+    monkeypatch.setattr(cifar, "_cifar", lambda _name, _root, train, *_: files[train])
     whole, one, other = (
         data.load(Recipe(dataset="cifar10", model="resnet20", limit=limit, seed=seed), Machine())
         for limit, seed in ((None, 1), (10, 1), (10, 2))

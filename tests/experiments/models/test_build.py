@@ -19,6 +19,7 @@ from bisam.experiments.models.build import NAMES, Logits, build, statistics, tok
 COUNTS = {  # of parameters, for 10 and for 100 classes
     "convnet": (14_746, 17_716),
     "mlp": (17_418, 23_268),
+    "resnet8": (75_290, 81_140),
     "resnet20": (269_722, 275_572),
     "resnet32": (464_154, 470_004),
     "resnet44": (658_586, 664_436),

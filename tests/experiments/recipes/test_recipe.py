@@ -25,7 +25,7 @@ def test_the_folder_name_depends_on_every_field_but_the_seed():
     one = replace(SHORT, method="abisam_tanh")  # which takes them all
     assert replace(one, seed=7).slug == one.slug
     changed: dict[str, Any] = {"method": "abisam_log", "model": "other", "dataset": "other", "weights": "pretrained"}
-    changed |= {"optimizer": "adamw", "schedule": "linear", "warmup": 3, "precision": "bf16"}
+    changed |= {"optimizer": "adamw", "schedule": "linear", "warmup": 3, "precision": "bf16", "measured": "ascents"}
     one = replace(one, schedule="constant", weights="file.pt")
     assert replace(one, epochs=None, steps=7).slug != one.slug
     for field in fields(Recipe):

@@ -97,7 +97,7 @@ WRONG = {
     "test_ema": [None, "0.9", 2],
     "best_epoch": [None, True, 1.0, 0, 4, "1", 10**400],
     "validation_ties": [None, True, 1.0, 0, 4, "1"],
-    "validation_examples": [None, True, 0, -1, 1.5, "270"],
+    "validation_examples": [None, True, -1, 1.5, "270"],
     "headline": [None, 5, "", "first", ["best"]],
     "diverged": [True, 0, 4, 1.5, "1"],
     "metric": [5, None, "", "a\nb", "\ud800", "x" * 1000],

@@ -371,7 +371,7 @@ def test_the_command_trains_for_steps(bisam, tmp_path):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_an_estimate_is_of_the_steps(monkeypatch, accumulate):
     """With a second a step and 0.5 seconds until the first batch, 1,000 training and 256 validation examples."""
-    monkeypatch.setattr(estimates, "_measured", lambda *_: (1.0, 0.5, 1000, 256))
+    monkeypatch.setattr(estimates, "_measured", lambda *_: (1.0, 0.5, 0.0, 1000, 256))
     recipe = Recipe(method="sam", batch_size=64, accumulate=accumulate, steps=20)
     assert batches_of(1000, 64) == 16
     epochs, losses = (2, 20) if accumulate == 1 else (3, 40)

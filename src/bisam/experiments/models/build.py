@@ -28,8 +28,8 @@ PRETRAINED = "pretrained"
 
 NETWORKS: dict[str, tuple[Callable[[int, int], nn.Module], str]] = {
     "convnet": (ConvNet, "three convolutions, for digits of 8x8"),
-    "resnet8": (partial(ResNet, 8), "CIFAR ResNet (He et al. 2016) of three blocks, 0.08M parameters"),
     "mlp": (MLP, "two hidden layers of 64 with batch normalisation, for digits of 8x8"),
+    "resnet8": (partial(ResNet, 8), "CIFAR ResNet (He et al. 2016) of three blocks, 0.08M parameters"),
     "resnet20": (partial(ResNet, 20), "CIFAR ResNet (He et al. 2016), 0.27M parameters"),
     "resnet32": (partial(ResNet, 32), "CIFAR ResNet (He et al. 2016), 0.46M parameters"),
     "resnet44": (partial(ResNet, 44), "CIFAR ResNet (He et al. 2016), 0.66M parameters"),

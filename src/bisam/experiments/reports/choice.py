@@ -124,7 +124,9 @@ def rows(runs: Iterable[Finished]) -> list[dict[str, Any]]:
     """A row for each trial, for a CSV file."""
     return [
         {
-            **one.place._asdict(),
+            "dataset": one.place.dataset,
+            "model": one.place.model,
+            "noise": one.place.noise,
             "method": one.method,
             "settings": " ".join(one.settings),
             "values": " ".join(f"{value:g}" for value in trial.values),

@@ -187,8 +187,8 @@ RECOVER = (
         DIGITS.tests,
         seeds=60,
         figures=("accuracy", "flips"),
-        first_seed=300,
-        note=_note(DIGITS, "recover-tune", "n = 60 (seeds 300 to 359)", _OF_DIGITS),
+        first_seed=600,
+        note=_note(DIGITS, "recover-tune", "n = 60 (seeds 600 to 659)", _OF_DIGITS),
         labels=DIGITS.labels(),
     ),
     Study(
@@ -207,8 +207,8 @@ RECOVER = (
         CIFAR10.tests,
         seeds=20,
         figures=("accuracy", "flips"),
-        first_seed=300,
-        note=_note(CIFAR10, "recover-cifar10-tune", "n = 20 (seeds 300 to 319)", _OF_CIFAR10),
+        first_seed=600,
+        note=_note(CIFAR10, "recover-cifar10-tune", "n = 20 (seeds 600 to 619)", _OF_CIFAR10),
         labels=CIFAR10.labels(),
     ),
     Study(
