@@ -159,7 +159,7 @@ def test_ctrl_c_is_noticed_where_torch_makes_another_error_of_it(bisam, out, mon
         (("runs", "--model", "resnet20"), "the folder of a run says what it is: leave --model out"),
         (
             ("runs", "--data-dir", "data"),
-            "without effect, leave out: --data-dir (needs a dataset or weights in that folder",
+            "leave out: --data-dir (needs a dataset or weights in that folder",
         ),
         (("file.pt",), "file.pt is a file: give the folder of a run"),
         (("--weights", "file.pt"), "--weights file.pt is a file of weights: give --model, --dataset, --out too"),
@@ -201,7 +201,7 @@ def test_a_report_has_the_analyses(bisam, out):
     changes = ("--set", "epochs=1", "--set", "batch_size=32", "--set", "limit=64")
     code, said, err = bisam("report", "digits", *changes, "--out", out)
     assert (code, err) == (0, "")
-    assert f"{out / 'digits'}/: report.md, report.csv, analysis.csv, report.html" in said
+    assert f"{out / 'digits'}/: report.md, report.csv, flips.csv, analysis.csv, report.html" in said
     text = (out / "digits" / "report.md").read_text()
     assert "## Analysis" in text
     assert "for 1 of 2 finished runs" in text
