@@ -18,7 +18,7 @@ pytest.importorskip("matplotlib")
 from bisam.experiments.recipes.catalogue import METHODS
 from bisam.experiments.recipes.presets import CIFAR
 from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.reports import drawing, figures, pages, tables as report, tuning
+from bisam.experiments.reports import drawing, figures, legends, pages, tables as report, tuning
 from bisam.experiments.reports.comparison import beside
 from bisam.experiments.reports.differences import baseline, differences
 from bisam.experiments.reports.groups import arranged, grouped, names, places
@@ -962,6 +962,14 @@ def test_a_report_of_sgd_alone_has_no_figure_of_flips(finished, tmp_path, bisam)
     made = {p.name for p in (tmp_path / "elsewhere").iterdir()}
     assert made == {"report.md", "report.csv", "report.html", "accuracy.png"}
     assert "flips" not in (tmp_path / "elsewhere" / "report.md").read_text()
+
+
+def test_the_caption_says_which_times_are_those_of_stacks():
+    alone, stacked = run(SAM), run(replace(SAM, seed=1))
+    stacked.result["stacked"] = 12
+    assert "stack" not in legends.caption([alone])
+    assert "; the runs were trained in stacks of 12 seeds at once, and" in legends.caption([stacked])
+    assert "; some of the runs were trained in stacks of 12 seeds at once, and" in legends.caption([alone, stacked])
 
 
 def test_run_folders_before_metrics_were_named_are_reported(finished):

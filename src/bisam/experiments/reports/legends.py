@@ -47,8 +47,19 @@ def caption(runs: Collection[Finished]) -> str:
         "evaluated once, at the end of each run. Label noise is in the training labels, and in the validation labels "
         f"of runs with validation noise only. Seeds vary {seeds}. Gradients: batch gradients per step, as counted, "
         "plus forward passes (f). Time: duration of an epoch relative to plain training, which was measured between "
-        "the epochs of the same run. Runs that diverged, with a loss that is not finite, are part of all means."
+        f"the epochs of the same run{_stacked(runs)}. Runs that diverged, with a loss that is not finite, are part of all "
+        "means."
     )
+
+
+def _stacked(runs: Collection[Finished]) -> str:
+    """Which times are those of stacks; empty if none are."""
+    sizes = sorted({run.result["stacked"] for run in runs if "stacked" in run.result})
+    if not sizes:
+        return ""
+    several = " or ".join(map(str, sizes))
+    part = "" if all("stacked" in run.result for run in runs) else "some of "
+    return f"; {part}the runs were trained in stacks of {several} seeds at once, and both times are those of the stack"
 
 
 def older(groups: Groups) -> str:
