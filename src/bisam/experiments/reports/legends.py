@@ -47,8 +47,8 @@ def caption(runs: Collection[Finished]) -> str:
         "evaluated once, at the end of each run. Label noise is in the training labels, and in the validation labels "
         f"of runs with validation noise only. Seeds vary {seeds}. Gradients: batch gradients per step, as counted, "
         "plus forward passes (f). Time: duration of an epoch relative to plain training, which was measured between "
-        f"the epochs of the same run{_stacked(runs)}. Runs that diverged, with a loss that is not finite, are part of all "
-        "means."
+        f"the epochs of the same run{_stacked(runs)}. Runs that diverged, with a loss that is not finite, are part of "
+        "all means."
     )
 
 
