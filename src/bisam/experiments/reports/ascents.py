@@ -9,7 +9,7 @@ A pair is one network at its last mark, displaced by an ascent and by plain cros
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from math import isfinite, isnan, nan
@@ -22,11 +22,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.reports.cells import NOTHING, detectable, interval, probability, spread
+from bisam.experiments.reports.cells import NOTHING, cells_of, interval, probability, spread
 from bisam.experiments.reports.drawing import BLACK, BLUE, ORANGE, RED, SKY, Style, heading, legend
 from bisam.experiments.reports.groups import Groups, grouped, title
 from bisam.experiments.reports.markdown import table
-from bisam.experiments.reports.significance import ALPHA, Difference, holm, student
+from bisam.experiments.reports.significance import Tested, adjusted, student
 from bisam.experiments.runs.folder import Finished
 from bisam.experiments.runs.results import ASCENTS, PLAIN_ASCENT, QUANTITIES
 from bisam.experiments.studies.study import Primary
@@ -62,39 +62,21 @@ _STYLES = {
 }
 
 
-@dataclass(frozen=True)
-class Compared:
+@dataclass(frozen=True, kw_only=True)
+class Compared(Tested):
     """An ascent against plain cross-entropy's on the same networks, at the last mark.
+
+    The difference is the ascent's value minus plain cross-entropy's, as a share of the examples, by network.
 
     Attributes:
         recipe: of the networks.
         ascent: one of `OTHERS`.
-        quantity: one of `TESTED`.
-        difference: the ascent's value minus plain cross-entropy's, as a share of the examples, by network.
-        adjusted: p, adjusted over the family (Holm); nan if there is no test.
-        family: number of comparisons in it.
-        primary: whether it is the registered comparison, a family of its own.
-        registered: number of networks that the study has registered, 0 for none. With fewer nothing is decided.
+        quantity: one of `TESTED`; the comparisons of each are a family.
     """
 
     recipe: Recipe
     ascent: str
     quantity: str
-    difference: Difference
-    adjusted: float = nan
-    family: int = 1
-    primary: bool = False
-    registered: int = 0
-
-    @property
-    def decided(self) -> bool:
-        """Whether the adjusted p is below 5 %, with all registered networks."""
-        return self.adjusted < ALPHA and self.difference.pairs >= self.registered
-
-    @property
-    def detectable(self) -> tuple[float, float]:
-        """The smallest true difference that this n shows: in a test by itself, and at the first step of Holm's."""
-        return self.difference.detectable(), self.difference.detectable(ALPHA / self.family)
 
 
 def usable(runs: Iterable[Finished]) -> list[Finished]:
@@ -124,21 +106,16 @@ def compared(runs: Iterable[Finished], registered: Primary | None = None) -> lis
             if networks:
                 values = [_last(run, quantity, ascent) - _last(run, quantity, PLAIN_ASCENT) for run in networks]
                 found.append(
-                    Compared(recipe, ascent, quantity, student(values), primary=primary, registered=len(seeds))
+                    Compared(
+                        recipe=recipe,
+                        ascent=ascent,
+                        quantity=quantity,
+                        difference=student(values),
+                        primary=primary,
+                        registered=len(seeds),
+                    )
                 )
-    return _adjusted(found)
-
-
-def _adjusted(found: list[Compared]) -> list[Compared]:
-    """With adjusted p values; a comparison without a test counts as one that is not rejected."""
-    families = [(quantity, primary) for quantity in TESTED for primary in (True, False)]
-    for family in families:
-        own = [i for i, one in enumerate(found) if (one.quantity, one.primary) == family]
-        values = [found[i].difference.p for i in own]
-        for i, p in zip(own, holm([1.0 if isnan(value) else value for value in values]), strict=True):
-            known = not isnan(found[i].difference.p)
-            found[i] = replace(found[i], adjusted=p if known else nan, family=len(own))
-    return found
+    return adjusted(found, lambda one: (one.quantity, one.primary))
 
 
 def _last(run: Finished, quantity: str, ascent: str) -> float:
@@ -200,7 +177,7 @@ def section(found: Sequence[Compared], runs: Iterable[Finished]) -> str:
     for recipe, group in groups.items():
         for ascent in ASCENTS:
             values = [_last(run, "worst", ascent) for run in group]
-            compared = _cells(by.get((recipe, "worst", ascent)))
+            compared = cells_of(by.get((recipe, "worst", ascent)), 100)
             lines.append((setting(recipe), NAMES[ascent], spread(values, 100), *compared, f"{len(group)}"))
     blocks += [table(("networks", *_MORE, "n"), lines), *_words(found, groups), _READING]
     return "\n\n".join(blocks)
@@ -240,7 +217,7 @@ def _one(
 ) -> tuple[str, ...]:
     values = {quantity: [_last(run, quantity, ascent) for run in group] for quantity in QUANTITIES}
     written = {quantity: spread(of, 100) for quantity, of in values.items()}
-    first = NAMES[ascent], written["flips_near"], written["flips"], *_cells(by.get((recipe, "flips", ascent)))
+    first = NAMES[ascent], written["flips_near"], written["flips"], *cells_of(by.get((recipe, "flips", ascent)), 100)
     return *first, written["repaired"], _finely(values["rise"]), _finely(values["cosine"])
 
 
@@ -250,14 +227,6 @@ def _finely(values: Sequence[float]) -> str:
         return NOTHING
     centre = f"{mean(values):.3f}".replace("-", "−")
     return f"{centre} ± {stdev(values):.3f}" if len(values) > 1 else centre
-
-
-def _cells(one: Compared | None) -> tuple[str, str, str]:
-    if one is None:
-        return NOTHING, NOTHING, NOTHING
-    interim = one.difference.pairs < one.registered and not isnan(one.adjusted)
-    p = probability(one.adjusted) + " (primary)" * one.primary + " (interim)" * interim
-    return interval(one.difference, 100), p, detectable(one.detectable, 100)
 
 
 def _words(found: Sequence[Compared], groups: Groups) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from math import isfinite, isnan
 from statistics import mean, stdev
 
-from bisam.experiments.reports.significance import Difference
+from bisam.experiments.reports.significance import Difference, Tested
 
 NOTHING = "–"
 
@@ -60,3 +60,16 @@ def detectable(ends: tuple[float, float], unit: float) -> str:
     """
     low, high = (f"{unit * value:.2f}" for value in ends)
     return NOTHING if isnan(ends[0]) else low if low == high else f"{low} to {high}"
+
+
+def cells_of(one: Tested | None, unit: float) -> tuple[str, str, str]:
+    """Difference with its interval, adjusted p and detectable difference as cells of a table; dashes without one.
+
+    Args:
+        one: the comparison.
+        unit: factor of the values, as 100 for per cent.
+    """
+    if one is None:
+        return NOTHING, NOTHING, NOTHING
+    marks = "" if isnan(one.adjusted) else " (primary)" * one.primary + " (interim)" * one.interim
+    return interval(one.difference, unit), probability(one.adjusted) + marks, detectable(one.detectable, unit)

@@ -14,14 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from math import isnan, nan
+from math import nan
 from typing import Any
 
 from bisam.experiments.recipes.entries import SETTINGS
 from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.reports.cells import NOTHING, detectable, interval, probability
 from bisam.experiments.reports.groups import Groups
-from bisam.experiments.reports.significance import ALPHA, Difference as Difference, holm, student as student
+from bisam.experiments.reports.significance import Difference as Difference, Tested, adjusted, student as student
 from bisam.experiments.runs.folder import Finished
 from bisam.experiments.runs.results import headline_score
 from bisam.experiments.studies.study import Primary
@@ -30,43 +29,17 @@ Baselines = Sequence[str] | Mapping[str, str]
 """Methods to compare with, in order of preference; or a mapping from each method to its baseline."""
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """A recipe against its baseline.
+@dataclass(frozen=True, kw_only=True)
+class Comparison(Tested):
+    """A recipe against its baseline: the method's value minus the baseline's, by seed.
 
     Attributes:
         recipe: of the method.
         baseline: the recipe that it is compared with.
-        difference: the method's value minus the baseline's, by seed.
-        adjusted: p, adjusted over the family (Holm); nan if there is no test.
-        family: number of comparisons in the family, those without a test included.
-        primary: whether the study has registered it.
-        registered: number of pairs that the study has registered, 0 for none. With fewer nothing is decided: a study
-            that stops when it looks decided is wrong more often than its p values say.
     """
 
     recipe: Recipe
     baseline: Recipe
-    difference: Difference
-    adjusted: float = nan
-    family: int = 1
-    primary: bool = False
-    registered: int = 0
-
-    @property
-    def interim(self) -> bool:
-        """Whether there are fewer pairs than were registered."""
-        return self.difference.pairs < self.registered
-
-    @property
-    def decided(self) -> bool:
-        """Whether the adjusted p is below `ALPHA`, with all registered pairs."""
-        return self.adjusted < ALPHA and not self.interim
-
-    @property
-    def detectable(self) -> tuple[float, float]:
-        """The smallest true difference that this n shows: in a test by itself, and at the first step of Holm's."""
-        return self.difference.detectable(), self.difference.detectable(ALPHA / self.family)
 
 
 def score(run: Finished) -> float:
@@ -114,23 +87,7 @@ def compare(
         other = baseline(recipe, groups, baselines)
         values = paired(runs, groups[other], lambda a, b: value(a) - value(b)) if other else []
         if other and values:
-            found[recipe] = Comparison(recipe, other, student(values))
-    return found
-
-
-def adjusted(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """The comparisons of one quantity with adjusted p values: the primary ones together, and all others together.
-
-    One without a test, as where all differences are equal, counts as one that is not rejected: the number of
-    comparisons must not depend on their results.
-    """
-    found = list(comparisons)
-    for primary in (True, False):
-        family = [i for i, one in enumerate(found) if one.primary == primary]
-        values = [found[i].difference.p for i in family]
-        for i, p in zip(family, holm([1.0 if isnan(value) else value for value in values]), strict=True):
-            known = not isnan(found[i].difference.p)
-            found[i] = replace(found[i], adjusted=p if known else nan, family=len(family))
+            found[recipe] = Comparison(recipe=recipe, baseline=other, difference=student(values))
     return found
 
 
@@ -185,19 +142,6 @@ def columns(one: Comparison | None) -> dict[str, Any]:
         "detectable": alone,
         "detectable_holm": corrected,
     }
-
-
-def cells_of(one: Comparison | None, unit: float) -> tuple[str, str, str]:
-    """Difference with its interval, adjusted p and detectable difference as cells of a table; dashes without one.
-
-    Args:
-        one: the comparison.
-        unit: factor of the values, as 100 for per cent.
-    """
-    if one is None:
-        return NOTHING, NOTHING, NOTHING
-    marks = " (primary)" * one.primary + " (interim)" * one.interim
-    return interval(one.difference, unit), probability(one.adjusted) + marks, detectable(one.detectable, unit)
 
 
 def _unlike(a: Recipe, b: Recipe) -> set[str]:

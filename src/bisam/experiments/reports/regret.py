@@ -7,7 +7,7 @@ the same seed. A comparison is the regret of a method minus that of the control,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import isnan, nan
 from statistics import mean
 from typing import Any
@@ -16,7 +16,7 @@ from bisam.experiments.reports.cells import NOTHING, probability, signed
 from bisam.experiments.reports.groups import Groups, Place, places
 from bisam.experiments.reports.markdown import table
 from bisam.experiments.reports.radii import Line, lines
-from bisam.experiments.reports.significance import ALPHA, Difference, holm, student
+from bisam.experiments.reports.significance import Difference, Tested, adjusted, student
 from bisam.experiments.studies.study import Regret
 
 TITLE = "The regret of a radius that is too large"
@@ -41,25 +41,17 @@ class Cost:
     regrets: Mapping[int, float]
 
 
-@dataclass(frozen=True)
-class Compared:
-    """The regret of a method minus that of the control.
+@dataclass(frozen=True, kw_only=True)
+class Compared(Tested):
+    """The regret of a method minus that of the control, in points.
 
     Attributes:
         cost: of the method.
         control: of the control.
-        difference: in points.
-        primary: whether it was fixed before the first run.
-        adjusted: p, adjusted over the primary comparisons, or over all others (Holm).
-        family: number of comparisons that it is adjusted with.
     """
 
     cost: Cost
     control: Cost
-    difference: Difference
-    primary: bool
-    adjusted: float = nan
-    family: int = 1
 
 
 def costs(groups: Groups, regret: Regret) -> list[Cost]:
@@ -98,15 +90,9 @@ def compare(found: Sequence[Cost], regret: Regret, registered: range) -> list[Co
         if not seeds:
             continue
         difference = student([one.regrets[seed] - control.regrets[seed] for seed in seeds])
-        pairs.append(Compared(one, control, difference, primary))
-    for primary in (True, False):
-        family = [i for i, one in enumerate(pairs) if one.primary == primary]
-        # One without a test counts: the number of comparisons must not depend on their results.
-        values = [1.0 if isnan(p := pairs[i].difference.p) else p for i in family]
-        for i, p in zip(family, holm(values), strict=True):
-            adjusted = nan if isnan(pairs[i].difference.p) else p
-            pairs[i] = replace(pairs[i], adjusted=adjusted, family=len(family))
-    return sorted(pairs, key=lambda one: not one.primary)
+        count = len(registered) if primary else 0
+        pairs.append(Compared(cost=one, control=control, difference=difference, primary=primary, registered=count))
+    return sorted(adjusted(pairs), key=lambda one: not one.primary)
 
 
 HEADER = ("label noise", "method", "optimum", "at the optimum", "factor", "regret", "n")
@@ -244,8 +230,8 @@ def _sentences(compared: Sequence[Compared], called: Mapping[Place, str], seeds:
     primary = [one for one in compared if one.primary]
     if not primary:
         return ["All comparisons on this page are exploratory."]
-    if fewest := [one for one in primary if one.difference.pairs < seeds]:
-        n = min(one.difference.pairs for one in fewest)
+    if interim := [one.difference.pairs for one in primary if one.interim]:
+        n = min(interim)
         return [f"The primary comparison has {n} of its {seeds} seeds, and nothing is decided before the last one."]
     said = [f"With label noise {called[one.cost.line.place]} {_said(one)}." for one in primary]
     return [f"**Primary comparison.** {' '.join(said)}"]
@@ -255,6 +241,6 @@ def _said(one: Compared) -> str:
     name, control = one.cost.line.method, one.control.line.method
     ours, theirs = (round(mean(cost.regrets.values()), 2) + 0.0 for cost in (one.cost, one.control))  # no -0.00
     both = f"the regret is {ours:.2f} for {name} and {theirs:.2f} for {control}"
-    if not one.adjusted < ALPHA:
+    if not one.decided:
         return f"{both}; the difference is not decided"
     return f"{both}; {name} forgives {'more' if one.difference.mean < 0 else 'less'}"

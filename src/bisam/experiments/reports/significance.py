@@ -11,11 +11,13 @@ comparison and not for a page of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import isfinite, isnan, nan, sqrt
 from statistics import mean, stdev
+from typing import TypeVar
 
 from scipy.special import nctdtrinc, stdtr, stdtrit
 
@@ -59,6 +61,65 @@ class Difference:
                 comparisons.
         """
         return nan if isnan(self.p) else self.spread * detectable_effect(self.pairs, level)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tested:
+    """A difference that is tested among others, the base of the comparisons of a report.
+
+    Attributes:
+        difference: of the pairs.
+        adjusted: p, adjusted over the family (Holm); nan if there is no test.
+        family: number of comparisons in the family, those without a test included.
+        primary: whether the study has registered it.
+        registered: number of pairs that the study has registered, 0 for none. With fewer nothing is decided: a study
+            that stops when it looks decided is wrong more often than its p values say.
+    """
+
+    difference: Difference
+    adjusted: float = nan
+    family: int = 1
+    primary: bool = False
+    registered: int = 0
+
+    @property
+    def interim(self) -> bool:
+        """Whether there are fewer pairs than were registered."""
+        return self.difference.pairs < self.registered
+
+    @property
+    def decided(self) -> bool:
+        """Whether the adjusted p is below `ALPHA`, with all registered pairs."""
+        return self.adjusted < ALPHA and not self.interim
+
+    @property
+    def detectable(self) -> tuple[float, float]:
+        """The smallest true difference that this n shows: in a test by itself, and at the first step of Holm's."""
+        return self.difference.detectable(), self.difference.detectable(ALPHA / self.family)
+
+
+T = TypeVar("T", bound=Tested)
+
+
+def adjusted(comparisons: Iterable[T], family: Callable[[T], Hashable] = lambda one: one.primary) -> list[T]:
+    """The comparisons with adjusted p values, in the same order.
+
+    One without a test, as where all differences are equal, counts as one that is not rejected: the number of
+    comparisons must not depend on their results.
+
+    Args:
+        comparisons: all of them.
+        family: those with the same value are adjusted together; by default the primary ones, and all others.
+    """
+    found = list(comparisons)
+    families: dict[Hashable, list[int]] = defaultdict(list)
+    for i, one in enumerate(found):
+        families[family(one)].append(i)
+    for members in families.values():
+        values = [found[i].difference.p for i in members]
+        for i, p, value in zip(members, holm([1.0 if isnan(v) else v for v in values]), values, strict=True):
+            found[i] = replace(found[i], adjusted=nan if isnan(value) else p, family=len(members))
+    return found
 
 
 def student(values: Sequence[float]) -> Difference:

@@ -13,13 +13,11 @@ from bisam.experiments.recipes.assumptions import Assumption
 from bisam.experiments.recipes.catalogue import BASELINE
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports import legends
-from bisam.experiments.reports.cells import NOTHING, detectable, interval, probability, spread
+from bisam.experiments.reports.cells import NOTHING, cells_of, detectable, interval, probability, spread
 from bisam.experiments.reports.comparison import beside
 from bisam.experiments.reports.differences import (
     Baselines,
     Difference,
-    adjusted,
-    cells_of,
     columns,
     compare,
     differences,
@@ -39,6 +37,7 @@ from bisam.experiments.reports.groups import (
 )
 from bisam.experiments.reports.markdown import escaped as escaped, table as _table
 from bisam.experiments.reports.marks import Marks
+from bisam.experiments.reports.significance import adjusted
 from bisam.experiments.runs.folder import Finished
 from bisam.experiments.runs.provenance import RESULT, line, where
 from bisam.experiments.runs.results import BALL, headline
