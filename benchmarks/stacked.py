@@ -13,11 +13,20 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.measure import Parser, at_least, interleaved, interval, judged, ratio, report, verdict, write
+from benchmarks.measure import (
+    Parser,
+    Times,
+    at_least,
+    interleaved,
+    interval,
+    judged,
+    load,
+    ratio,
+    report,
+    verdict,
+    write,
+)
 from bisam.experiments.launch.outcomes import train_or_explain, train_stack_or_explain
-from bisam.experiments.measurements.timing import Times
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.machine import Machine
 
@@ -75,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--stacks", type=at_least(1), nargs="+", default=[12, 30], help="default: %(default)s")
     parser.add_argument("--epochs", type=at_least(1), default=30, help="default: %(default)s")
     arguments = parser.parse_args(argv)
-    torch.set_num_threads(arguments.threads)
+    parser.begin(arguments.threads)
 
     recipe = Recipe(model="mlp", method="bisam_log", rho=0.4, noise=0.4, label_smoothing=0.1, epochs=arguments.epochs)
     found = rows(recipe, arguments.stacks, arguments.repeats)
@@ -86,11 +95,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             "training": lambda r: r["contestant"],
             "runs / min": lambda r: f"{r['runs_per_minute']:.1f}",
             "ratio": lambda r: f"{r['median']:.2f}",
-            "interval": lambda r: interval(r, 2),
-            "": verdict,
+            "95 % interval": lambda r: interval(r, 2),
+            "verdict": verdict,
         },
         found,
-        [f"{arguments.repeats} rounds, in which the contestants take turns; {arguments.epochs} epochs."],
+        [f"{arguments.repeats} rounds, in which the contestants take turns; {arguments.epochs} epochs.", load(found)],
     )
     if arguments.json:
         settings = {"stacks": arguments.stacks, "epochs": arguments.epochs, "repeats": arguments.repeats}

@@ -118,7 +118,11 @@ class Evaluation:
             )
         if not check.fits(outputs, labels):
             raise check.mismatch(outputs, labels, check.IN_TORCH)
-        return outputs.argmax(min(1, outputs.dim() - 1)) == labels  # an ignored label is no class
+        right, ignored = (
+            outputs.argmax(min(1, outputs.dim() - 1)) == labels,
+            getattr(self.objective, "ignore_index", None),
+        )
+        return right if ignored is None else right & (labels != ignored)
 
     @torch.no_grad()
     def under(self, objective: Objective) -> Evaluation:

@@ -235,17 +235,11 @@ def needed(perturb: Perturbation, oracle: Oracle, among: Part = None) -> Part:
     return None if part is None else part(oracle, among)
 
 
-def follows_flips(perturb: Perturbation | Radius) -> bool:
-    """Whether a radius in a perturbation is a `FlipRate`, to which `learn` must report the flips of each step."""
-    inner = getattr(perturb, "perturb", None)
-    return isinstance(getattr(perturb, "rho", None), FlipRate) or (inner is not None and follows_flips(inner))
-
-
 def learn(perturb: Perturbation, correct: Tensor, answer: Evaluation, oracle: Oracle) -> None:
     """Reports to the radius in a perturbation which predictions the step has flipped.
 
     Args:
-        perturb: a perturbation for which `follows_flips`.
+        perturb: a perturbation whose radius is a `FlipRate`, see `bisam.methods.method.follows_flips`.
         correct: whether each prediction at the weights was right, `Evaluation.correct`.
         answer: the answer of a query for the same examples at the displaced weights.
         oracle: the oracle that the perturbation was called with.

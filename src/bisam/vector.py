@@ -35,7 +35,8 @@ TINY = 1e-12
 
 _HALF = frozenset({torch.float16, torch.bfloat16})
 _HAVE_DOUBLE = frozenset({"cpu", "cuda"})  # other devices may have no float64, as MPS
-_ORDINARY = 1e-15, float("inf")  # a norm of float32 between these is exact: its squares are normal numbers
+ORDINARY = 1e-15, float("inf")
+"""A norm of float32 numbers between these is exact: its squares are normal numbers."""
 
 
 class Layout:
@@ -161,7 +162,7 @@ class Vector:
 
     def like(self, tensors: Tensors, holes: frozenset[int] = frozenset()) -> Vector:
         """Returns a Vector of other tensors of the same shapes, in the same layout."""
-        return Vector(tensors, holes, self.layout)
+        return type(self)(tensors, holes, self.layout)
 
     def _with(self, other: Vector, operation: Callable[..., Any], holes: frozenset[int]) -> Vector:
         """Applies an elementwise operation to two vectors; nothing is computed where the result has a hole."""
@@ -179,7 +180,7 @@ class Vector:
                 else operation([a[i]], [b[i]])[0]
                 for i in range(len(a))
             ]
-        return Vector(tensors, holes, other.layout if self.layout is WHOLE else self.layout)
+        return type(self)(tensors, holes, other.layout if self.layout is WHOLE else self.layout)
 
     def _outside(self, operation: Callable[..., Any], *arguments: Any) -> Vector:
         """Applies an operation on lists of tensors, which leaves zeros unchanged, outside of the holes."""
@@ -252,7 +253,7 @@ class Vector:
         """Returns the tensors of this vector where `mask` is true and those of `other` elsewhere, without copying."""
         tensors = [a if keep else b for keep, a, b in zip(mask, self.tensors, other.tensors, strict=True)]
         holes = frozenset(i for i, keep in enumerate(mask) if i in (self if keep else other).holes)
-        return Vector(tensors, holes, other.layout if self.layout is WHOLE else self.layout)
+        return type(self)(tensors, holes, other.layout if self.layout is WHOLE else self.layout)
 
     def confined(self, mask: Sequence[bool]) -> Vector:
         """Returns the tensors of this vector where `mask` is true and structural zeros elsewhere, without copying."""
@@ -387,7 +388,7 @@ def _spread(numbers: Tensor, n: int, holes: frozenset[int]) -> Tensor:
 
 def _is_ordinary(norm: Tensor) -> bool:
     """Whether the squares of float32 numbers with this norm (on a CPU) are in range."""
-    least, most = _ORDINARY
+    least, most = ORDINARY
     return least < cast(float, norm.tolist()) < most
 
 

@@ -409,6 +409,10 @@ def test_predictions_are_compared_with_labels():
     assert answer.correct.tolist() == [True, False, False]
     one = Evaluation(torch.zeros(()), outputs=logits[0], targets=torch.tensor(0))
     assert one.correct.item()
+    padding = Evaluation(
+        torch.zeros(3), outputs=logits, targets=torch.tensor([0, 1, 1]), objective=NegLog(ignore_index=0)
+    )
+    assert padding.correct.tolist() == [False, False, True]  # the first label is ignored, and is a class
 
 
 @pytest.mark.parametrize(

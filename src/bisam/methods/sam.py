@@ -20,6 +20,7 @@ from typing import ClassVar, cast
 from bisam.batches import Batch
 from bisam.evaluation import Evaluation
 from bisam.masks import DropGrow, FisherMask
+from bisam.methods.method import follows_flips
 from bisam.objectives import Bound, NegLog, Objective
 from bisam.oracle import Oracle, Query
 from bisam.perturbations import (
@@ -32,7 +33,6 @@ from bisam.perturbations import (
     Perturbation,
     Smoothed,
     ZScore,
-    follows_flips,
     geometry,
     learn,
     needed,

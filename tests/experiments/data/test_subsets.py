@@ -117,6 +117,12 @@ def test_the_seed_draws_a_number_of_training_examples_and_leaves_the_others_comp
         loaded(root, train_examples=55)
 
 
+def test_a_share_that_holds_out_no_text_is_refused(root):
+    """Else the training texts would be the validation texts, and the result would say that they are not."""
+    with pytest.raises(ValueError, match=r"of the 60 texts of .* none is held out: give a larger --held-out"):
+        loaded(root, held_out=0.001)
+
+
 @pytest.mark.parametrize(("share", "held"), [(None, 6), (0.1, 6), (0.5, 30), (0.0, 60)])
 def test_a_share_of_texts_is_held_out(root, share, held):
     parts = loaded(root, held_out=share)

@@ -10,10 +10,10 @@ import torch
 
 pytest.importorskip("matplotlib")
 
-from bisam import NegLog, cross_entropy
+from bisam import cross_entropy
 from bisam.experiments.errors import DataError
 from bisam.experiments.measurements import MEASUREMENTS, report, run
-from bisam.experiments.measurements.adversaries import ASCENTS, TRAINED, without_own_class
+from bisam.experiments.measurements.adversaries import ASCENTS, TRAINED
 from bisam.experiments.models.build import build
 from bisam.experiments.runs.machine import Machine
 
@@ -45,17 +45,6 @@ def test_the_gradient_at_the_label_by_hand(tmp_path, classes, margin):
     }
     assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-9)
     assert row["margin"] == margin
-
-
-def test_q_without_the_own_class_is_a_lower_bound_up_to_the_log_of_the_others():
-    """Over one wrong class it is phi itself: at most 1 where that class is ahead, at most 0 elsewhere."""
-    torch.manual_seed(0)
-    logits, labels = torch.randn(200, 2, dtype=torch.float64), torch.randint(2, (200,))
-    margins = logits.gather(1, 1 - labels[:, None]) - logits.gather(1, labels[:, None])
-    assert torch.equal(without_own_class(logits, labels), NegLog().phi(margins)[:, 0])
-    logits, labels = torch.randn(200, 7, dtype=torch.float64), torch.randint(7, (200,))
-    wrong = (logits.argmax(1) != labels).double()
-    assert (without_own_class(logits, labels) - math.log(6) <= wrong).all()
 
 
 def test_cosines_are_those_of_the_gradients(tmp_path):

@@ -122,8 +122,8 @@ def root(tmp_path, monkeypatch):
     return tmp_path
 
 
-GLUE = ("train_examples=8", "batch_size=4")
-FLOWERS = ("model=timm:test_efficientnet", "weights=small.pt", "image_size=32", "batch_size=8", "frozen=1")
+GLUE = ("train_examples=8", "batch_size=4", "warmup=0")
+FLOWERS = ("model=timm:test_efficientnet", "weights=small.pt", "image_size=32", "batch_size=8", "frozen=1", "warmup=0")
 SMALL = {"finetune-glue": GLUE, "finetune-flowers": FLOWERS}
 
 

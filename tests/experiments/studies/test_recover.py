@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 from dataclasses import replace
 
 import pytest
@@ -10,6 +9,7 @@ import pytest
 from bisam.experiments.launch import processes
 from bisam.experiments.launch.outcomes import Outcome
 from bisam.experiments.recipes.expressions import check_step
+from bisam.experiments.reports.choice import choices
 from bisam.experiments.runs.folder import Finished, Run
 from bisam.experiments.runs.machine import Machine
 from bisam.experiments.studies import LABELS, STUDIES, recover
@@ -23,12 +23,10 @@ each_task = pytest.mark.parametrize("name", TASKS)
 def test_every_method_has_as_many_trials_as_sam(name):
     recipes, task = STUDIES[f"{name}-tune"].recipes(None), TASKS[name]
     assert len(set(recipes)) == len(recipes) == 2 * 7 * 8
-    places = task.places()
-    assert [*places] == recipes
     for noise in (0.4, 0.0):
         for method in ("sam", *recover.CANDIDATES):
-            mine = [value for (_, at, which), value in places.values() if (at, which) == (noise, method)]
-            assert mine == sorted(task.rates if method == recover.FLIP_RATE else task.radii)
+            mine = [r for r in recipes if r.noise == noise and LABELS.get(r.method, r.method) == method]
+            assert [r.setting("rho") for r in mine] == sorted(task.rates if method == recover.FLIP_RATE else task.radii)
     for study in (STUDIES[name], STUDIES[f"{name}-tune"]):
         assert all(recipe.method == "sam" or recipe.method in LABELS for recipe in study.recipes(None))
         assert all(recipe.setting("rho") is not None for recipe in study.recipes(None))
@@ -55,24 +53,27 @@ def test_a_test_has_one_trial_of_each_method_and_seeds_that_no_study_shares(name
     assert ("on other seeds" in study.note) is chosen
 
 
-def run(recipe, last: float, best: float, headline: str) -> Finished:
-    result = {"validation_best": best, "headline": headline}
-    return Finished(recipe, result, [{"validation": best}, {"validation": last}])  # pyright: ignore
+@each_task
+def test_the_report_of_the_tuning_study_chooses_a_setting_for_each_method_and_noise(name):
+    tuning = STUDIES[f"{name}-tune"]
+    assert tuning.tunes
+    runs = [
+        Finished(replace(recipe, seed=100), {"validation_best": 0.5, "headline": "best"}, [{"validation": 0.5}])
+        for recipe in tuning.recipes(None)
+    ]
+    found = choices(runs)
+    assert {(one.place.noise, one.method) for one in found} == {
+        (noise, method) for noise in (0.4, 0.0) for method in ("SAM", *recover.CANDIDATES)
+    }
+    assert {one.settings for one in found} == {("rho",)}
+    assert {len(one.trials) for one in found} == {8}
 
 
-def test_the_best_setting_is_that_of_the_score_that_is_tested():
-    """The largest mean over the seeds, of the last or the best epoch as the headline says; ties go to the smaller."""
-    task, name = recover.DIGITS, recover.FLIP_RATE
-    a, b, c = (task.trial(name, 0.4, rate, None) for rate in (0.02, 0.03, 0.045))
-    runs = [run(replace(r, seed=s), *rest) for r, s, *rest in [(a, 100, 0.7, 0.9, "last"), (a, 101, 0.9, 0.9, "last")]]
-    runs += [run(replace(b, seed=100), 0.8, 0.8, "last"), run(replace(c, seed=100), 0.1, 0.99, "last")]
-    assert recover.choose(runs) == {("digits", 0.4, name): 0.02}
-    better = [replace(one, result={**one.result, "headline": "best"}) for one in runs]  # pyright: ignore
-    assert recover.choose(better) == {("digits", 0.4, name): 0.045}
-    sam = run(task.trial("sam", 0.0, 0.4, None), 0.5, 0.5, "last")
-    foreign = run(replace(a, epochs=3), 1.0, 1.0, "last")
-    assert recover.choose([*runs, sam, foreign]) == {("digits", 0.4, name): 0.02, ("digits", 0.0, "sam"): 0.4}
-    assert recover.choose([foreign]) == {}
+@each_task
+def test_the_primary_comparison_is_one_row_with_label_noise(name):
+    primary = STUDIES[name].primary
+    rows = [r for r in STUDIES[name].recipes(None) if r.method == primary.method and r.noise == primary.where["noise"]]
+    assert [LABELS[r.method] for r in rows] == [recover.FLIP_RATE]
 
 
 def test_chosen_settings_are_tested(monkeypatch):
@@ -82,7 +83,8 @@ def test_chosen_settings_are_tested(monkeypatch):
     assert recipes[0] == task.trial("sam", 0.4, 1.13, None)
     assert task.trial(recover.FLIP_RATE, 0.0, 0.012, None) in recipes
     assert not task.is_tuned
-    monkeypatch.setattr(recover, "CHOSEN", dict(task.places().values()))
+    every = {("digits", noise, name): task.settings(name)[-1] for noise in (0.4, 0.0) for name in _NAMES}
+    monkeypatch.setattr(recover, "CHOSEN", every)
     assert task.is_tuned
     assert task.tests(None)[0].rho == task.radii[-1]
 
@@ -101,26 +103,13 @@ def here(monkeypatch):
     monkeypatch.setattr(processes, "run_all", run_all)
 
 
-def test_the_studies_end_to_end(tmp_path, here, bisam, capsys, monkeypatch):
+def test_the_studies_end_to_end(tmp_path, here, bisam):
     small = ("--set", "limit=48", "--set", "batch_size=16", "--out", tmp_path)
     code, _, _ = bisam("run", "recover", "--epochs", 2, "--seeds", 1, *small)
     assert code == 0
     page = (tmp_path / "recover" / "report.md").read_text()
     assert all(name in page for name in recover.CANDIDATES)
     assert "primary comparison" in page
-    assert recover.main([str(tmp_path / "recover")]) == 2  # other recipes than the tuning study's
-    assert "no finished run" in capsys.readouterr().err
-    assert recover.main([]) == 2
-    assert "usage" in capsys.readouterr().err
-    task = replace(recover.DIGITS, recipe=replace(recover.DIGITS.recipe, epochs=2, limit=48, batch_size=16))
-    monkeypatch.setattr(recover, "DIGITS", task)
-    assert recover.main([str(tmp_path / "recover")]) == 0
-    printed = ast.literal_eval("{" + capsys.readouterr().out + "}")
-    assert printed == {("digits", noise, name): task.setting(name, noise) for noise in (0.4, 0.0) for name in _NAMES}
-    damaged = next(tmp_path.glob("recover/*/seed-600/result.json"))
-    damaged.write_text("{")
-    assert recover.main([str(tmp_path / "recover")]) == 2
-    assert str(damaged) in capsys.readouterr().err
 
 
 _NAMES = ("sam", *recover.CANDIDATES)

@@ -159,3 +159,9 @@ def test_the_superseded_study_says_so():
     assert {recipe.method for recipe in fitted.recipes(None)} >= {"sgd", "sam", "sam_ce", "bisam_log", "bisam_tanh"}
     assert {recipe.noise for recipe in fitted.recipes(None)} == {0.0, 0.4}
     assert "primary comparison" in fitted.note
+
+
+def test_a_primary_comparison_in_a_note_is_one_that_the_report_tests():
+    for study in studies.STUDIES.values():
+        if "primary comparison" in study.note:
+            assert study.primary or study.analyses or study.regret, study.name

@@ -62,6 +62,7 @@ METHODS = {
     "asam": {"rho": 2.0},
     "abisam_log": {"rho": 2.0, "eta": 0.01},
     "SAM(L2(Linear(0.5, 0.1, steps=6)), ascent=NegLog(mu=80))": {},
+    "BiSAM(0.5, NegLog(Linear(1, 10, steps=6)))": {},
 }
 
 
@@ -200,6 +201,7 @@ def test_answers_are_those_of_an_oracle_for_each_network(objective, displaced):
     [
         ({"method": "gsam"}, "method gsam"),
         ({"method": "SAM(Friendly(L2(0.1)))", "rho": None}, "method SAM(Friendly(L2(0.1)))"),
+        ({"method": "SAM(FlipRate(0.06))"}, "method SAM(FlipRate(0.06))"),  # one rate would follow the flips of all
         ({"optimizer": "adamw"}, "optimizer adamw"),
         ({"precision": "bf16"}, "precision bf16"),
         ({"model": "convnet"}, "model convnet"),

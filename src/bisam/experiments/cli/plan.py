@@ -81,7 +81,10 @@ def show_times(left: Mapping[Recipe, int], machine: Machine, stack: int | None =
                 cost = estimate(recipe, machine)
             else:
                 gradients, _ = queries(recipe.expression, recipe.batch_size)
-                cost = Estimate(gradients, stacked_seconds(recipe, machine, count, stack) / count)
+                try:
+                    cost = Estimate(gradients, stacked_seconds(recipe, machine, count, stack) / count)
+                except ValueError as error:
+                    cost = Estimate(gradients, None, str(error))
         if cost.problem and cost.problem not in problems:
             problems[cost.problem] = None
             errors.print(f"bisam: no estimate: {cost.problem}")

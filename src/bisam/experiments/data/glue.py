@@ -225,6 +225,8 @@ def glue(
     n = len(training.labels)
     order = drawn(n, seed).numpy()
     held = n // 10 if held_out is None else round(held_out * n)
+    if not held and held_out != 0:
+        raise ValueError(f"of the {n} texts of {task} none is held out: give a larger --held-out, or 0 to train all")
     parts = (training.of(order[held:]), training.of(order[: held or n]), test)
     return Data(
         *(_tokenised(part, tokenizer, max_length) for part in parts), classes=len(one.labels), metrics=one.metrics

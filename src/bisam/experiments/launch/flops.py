@@ -190,9 +190,10 @@ def operations(recipe: Recipe, counts: Counts) -> float:
         KeyError: the network and method were not counted.
     """
     size, one = size_of(recipe.dataset), counts.counted[key(recipe)]
-    train, validation, test = (min(n, recipe.limit or n) for n in size[:3])
+    train, validation, test = size[:3]
     if recipe.held_out is not None:
         train, validation = _divided(train + validation, recipe.held_out)
+    train, validation, test = (min(n, recipe.limit or n) for n in (train, validation, test))  # as `data.load` does
     train = min(train, recipe.train_examples or train)
     length = run_length(recipe, batches_of(train, recipe.batch_size))
     trained = (length.epochs - 1) * train + min(train, length.losses_in(length.epochs) * recipe.batch_size)

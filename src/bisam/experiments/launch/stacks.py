@@ -19,7 +19,6 @@ from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.checkpoint import CHECKPOINT, PREVIOUS
 from bisam.experiments.runs.folder import Run
 from bisam.experiments.runs.machine import Machine
-from bisam.experiments.training.stacked.checks import check as check
 from bisam.experiments.training.stacked.train import REFERENCE_STEPS, StackTraining
 
 STACK_THREADS = 1
@@ -29,7 +28,7 @@ other longer than they compute, above all on a machine with other work."""
 
 @dataclass(frozen=True)
 class Job:
-    """What a process does at a time."""
+    """A unit of work of one worker process: one run, or one stack."""
 
     recipes: tuple[Recipe, ...]
     """One recipe; or of a stack, one with different seeds."""
@@ -85,9 +84,13 @@ def seconds(recipe: Recipe, machine: Machine, runs: int, stack: int) -> float:
 @cache
 def _of_plain(recipe: Recipe, machine: Machine, count: int) -> tuple[float, float, int]:
     """Return seconds to prepare a stack of plain training and seconds of a loss, and the losses of an epoch."""
+    before = torch.get_num_threads()
     torch.set_num_threads(STACK_THREADS)
-    start = time.perf_counter()
-    training = StackTraining([replace(recipe, seed=seed) for seed in range(count)], machine)
-    loading = time.perf_counter() - start
-    _, rows = training.train()[0]
+    try:
+        start = time.perf_counter()
+        training = StackTraining([replace(recipe, seed=seed) for seed in range(count)], machine)
+        loading = time.perf_counter() - start
+        _, rows = training.train()[0]
+    finally:
+        torch.set_num_threads(before)
     return loading, rows[0]["seconds"] * count / rows[0]["losses"], int(rows[0]["losses"])

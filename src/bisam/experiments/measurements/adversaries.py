@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from bisam import L2, ModelOracle, NegLog, SharpnessAware, Tanh, cross_entropy
+from bisam import L2, ModelOracle, NegLog, SharpnessAware, Tanh, WrongClasses, cross_entropy
 from bisam.analysis import flips
 from bisam.experiments import data
 from bisam.experiments.data.image_tensors import channels
@@ -36,18 +36,6 @@ _SMOOTHING = 0.1
 _PLAIN = "cross-entropy"
 
 
-def without_own_class(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Q of BiSAM (-log) with mu = 1, without the label's own class in the sum over the classes.
-
-    Args:
-        outputs: logits (N, K).
-        targets: classes (N,).
-    """
-    margins = outputs - outputs.gather(1, targets[:, None])
-    own = torch.zeros_like(outputs, dtype=torch.bool).scatter(1, targets[:, None], True)
-    return torch.logsumexp(NegLog().phi(margins).masked_fill(own, float("-inf")), 1)
-
-
 def _smoothed(outputs: Tensor, targets: Tensor) -> Tensor:
     # As the descent loss of recipes and of the authors' code: the mass is spread over the wrong classes.
     classes = outputs.shape[1]
@@ -62,7 +50,7 @@ ASCENTS: Mapping[str, Objective] = {
     "tanh, µ 1": Tanh(mu=1.0),
     "-log": NegLog(),
     "-log, µ 5": NegLog(mu=5.0),
-    "-log, no own class": without_own_class,
+    "-log, no own class": WrongClasses(NegLog()),
 }
 """The objectives that are compared with cross-entropy, by their names in the tables."""
 
@@ -73,7 +61,7 @@ TRAINED: Mapping[str, Mapping[str, Any]] = {
     "CIFAR-10": _CIFAR,
     "CIFAR-10, 40 % noise": {**_CIFAR, "noise": 0.4},
 }
-"""By name the fields of the recipes that are trained."""
+"""Recipe fields of each trained network, by name."""
 
 
 def _recipe(name: str, settings: Settings, seed: int) -> Recipe:
@@ -237,7 +225,7 @@ _SIZED: Mapping[str, tuple[Callable[[Tensor, Tensor], Tensor], float]] = {
     "tanh": (Tanh(), 1 / Tanh.alpha),
     "-log": (NegLog(), 1.0),
     "-log, µ 5": (NegLog(mu=5.0), 1.0),
-    "-log, no own class": (without_own_class, 1.0),
+    "-log, no own class": (WrongClasses(NegLog()), 1.0),
 }
 
 

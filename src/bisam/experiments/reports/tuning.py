@@ -1,4 +1,4 @@
-"""Figures of the best validation score against tuned settings."""
+"""Figures of the validation score against tuned settings."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from bisam.experiments.reports.choice import validation_score
 from bisam.experiments.reports.drawing import (
     BLACK,
     BLUE,
@@ -53,7 +54,7 @@ def radius(runs: Sequence[Finished]) -> Figure:
         raise ValueError("radius shows runs that have one, and there is none")
     titles, points = places(groups), defaultdict[str, list[Any]](list)
     for recipe, group in groups.items():
-        values = [100 * run.result["validation_best"] for run in group]
+        values = [100 * validation_score(run) for run in group]
         points[title(recipe)].append((recipe, recipe.setting("rho"), np.mean(values), spread(values) or 0))
     lines = [(method, at, [p for p in each if place(p[0]) == at]) for method, each in points.items() for at in titles]
     figure, found = sheet(len(points), (2.2, 1.8), columns=6, sharey=True)
@@ -83,7 +84,7 @@ def radius(runs: Sequence[Finished]) -> Figure:
         ax.set_title(plain(method, 24), fontsize=8)
     for ax in found[-6:]:
         ax.set_xlabel("rho", fontsize=8)
-    figure.supylabel("best validation score × 100", fontsize=9)
+    figure.supylabel("validation score × 100", fontsize=9)
     heading(figure, "The radius, or what stands in its place", groups)
     if len(titles) > 1:
         legend(figure, found)
@@ -110,7 +111,7 @@ def grid(runs: Sequence[Finished]) -> Figure:
             ax.errorbar(xs, centres, widths, label=plain(label, 40), **style)
         _ticks(ax, sorted({x for points in lines.values() for x, *_ in points}), 8)
         ax.set_xlabel(name)
-        ax.set_ylabel(f"best validation {panel.metric}")
+        ax.set_ylabel(f"validation {panel.metric}")
         ax.set_title(plain(panel.title, 60), fontsize=10)
     heading(figure, "Settings", groups)
     for ax in axes:
@@ -137,7 +138,7 @@ def _lines(panel: Panel, name: str) -> dict[str, list[tuple[float, float, float]
             continue
         kin = [other for other, *_ in panel.shown if title(other) == title(recipe)]
         others = [o for o in _TUNED if o != name and len({other.setting(o) for other in kin}) > 1]
-        values = [100 * run.result["validation_best"] for run in group]
+        values = [100 * validation_score(run) for run in group]
         label = ", ".join([title(recipe), *(f"{other} {recipe.setting(other):g}" for other in others)])
         found[label].append((recipe.setting(name), float(np.mean(values)), spread(values) or 0.0))
     return {label: sorted(points) for label, points in found.items() if len(points) > 1}

@@ -16,7 +16,18 @@ from bisam.experiments.studies.study import Primary, Study
 METHODS = (PLAIN, "sam", "sam_ce", "bisam_log", "bisam_tanh", "asam")
 """The compared methods, in the order of the tables."""
 
-GLUE = Recipe(
+_ADAMW = Recipe(
+    method=PLAIN,
+    batch_size=32,
+    optimizer="adamw",
+    weight_decay=0.01,
+    schedule="linear",
+    warmup=8,
+    clip=1.0,
+    label_smoothing=0.1,
+)
+GLUE = replace(
+    _ADAMW,
     dataset="glue:sst2",
     model="hf:minilm-l6-h384",
     weights="pretrained",
@@ -25,37 +36,22 @@ GLUE = Recipe(
     limit=1050,
     max_length=64,
     bucket=8,
-    method=PLAIN,
     epochs=4,
-    batch_size=32,
-    optimizer="adamw",
     learning_rate=3e-4,
-    weight_decay=0.01,
-    schedule="linear",
-    warmup=8,
-    clip=1.0,
-    label_smoothing=0.1,
 )
 """MiniLM on 512 examples of a task. The learning rate is the better one of 1e-4 and 3e-4 for plain AdamW on SST-2, by
 validation with seed 99; the length is that in which AdamW fits the training examples."""
 
-FLOWERS = Recipe(
+FLOWERS = replace(
+    _ADAMW,
     dataset="folder:flowers102-128",
     model="timm:tf_efficientnet_lite0",
     weights="tf_efficientnet_lite0/model.safetensors",
     frozen=3,
     image_size=96,
     held_out=0.0,
-    method=PLAIN,
     epochs=8,
-    batch_size=32,
-    optimizer="adamw",
     learning_rate=1e-3,
-    weight_decay=0.01,
-    schedule="linear",
-    warmup=8,
-    clip=1.0,
-    label_smoothing=0.1,
 )
 """EfficientNet-Lite0 on 510 images of 102 flowers."""
 
@@ -84,13 +80,8 @@ def recipe_of(base: Recipe, method: str, tuned: float) -> Recipe:
     return replace(base, method=method, rho=tuned)
 
 
-def _shortened(base: Recipe, epochs: int | None) -> Recipe:
-    """`base`, or with another number of epochs, without warm-up: in an epoch or two it would not end."""
-    return base if epochs is None else replace(base, epochs=epochs, warmup=0)
-
-
 def _glue_tasks(epochs: int | None) -> dict[str, Recipe]:
-    return {task: replace(_shortened(GLUE, epochs), dataset=f"glue:{task}") for task in TASKS}
+    return {task: replace(GLUE, dataset=f"glue:{task}", epochs=epochs or GLUE.epochs) for task in TASKS}
 
 
 def _glue(epochs: int | None) -> list[Recipe]:
@@ -103,12 +94,13 @@ def _glue_tuning(epochs: int | None) -> list[Recipe]:
 
 
 def _flowers(epochs: int | None) -> list[Recipe]:
-    return [recipe_of(_shortened(FLOWERS, epochs), method, CHOSEN["flowers"][method]) for method in METHODS]
+    base = replace(FLOWERS, epochs=epochs or FLOWERS.epochs)
+    return [recipe_of(base, method, CHOSEN["flowers"][method]) for method in METHODS]
 
 
 def _flowers_tuning(epochs: int | None) -> list[Recipe]:
     """Two of the five training images of each class are held out."""
-    return _grid(replace(_shortened(FLOWERS, epochs), held_out=0.4))
+    return _grid(replace(FLOWERS, epochs=epochs or FLOWERS.epochs, held_out=0.4))
 
 
 def _grid(base: Recipe) -> list[Recipe]:

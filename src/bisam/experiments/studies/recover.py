@@ -1,28 +1,18 @@
 """Recover: changes of SAM's adversary that might make it what BiSAM's paper wanted, and their comparison with SAM.
 
 SAM and all candidates (`CANDIDATES`) have a setting of their own, a radius or a flip rate, chosen with the same number
-of trials. The studies `recover-tune` and `recover-cifar10-tune` make the trials, and
-
-    python -m bisam.experiments.studies.recover RUNS/recover-tune RUNS/recover-cifar10-tune
-
-prints the best setting of each, to be written into `CHOSEN`. `recover` and `recover-cifar10` test them on other seeds.
+of trials. The studies `recover-tune` and `recover-cifar10-tune` make the trials; what the section "Chosen settings" of
+their reports says is entered in `CHOSEN`. `recover` and `recover-cifar10` test it on other seeds.
 """
 
 from __future__ import annotations
 
-import sys
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from statistics import fmean
 
-from bisam.experiments.errors import RunError
 from bisam.experiments.recipes.catalogue import BASELINE
 from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.runs.folder import Finished, finished
-from bisam.experiments.runs.results import headline
-from bisam.experiments.studies.study import Study
+from bisam.experiments.studies.study import Primary, Study
 
 CANDIDATES: Mapping[str, str] = {
     "SAM at a flip rate": "SAM(FlipRate({:g}))",
@@ -39,11 +29,9 @@ FLIP_RATE = "SAM at a flip rate"
 NOISE = (0.4, 0.0)
 """Shares of noisy training labels."""
 
-Place = tuple[str, float, str]
-"""A data set, a share of noisy labels, and the name of a candidate, or `BASELINE`."""
-
-CHOSEN: Mapping[Place, float] = {}
-"""The setting with the best validation accuracy, as `choose` finds it in the runs of the tuning studies."""
+CHOSEN: Mapping[tuple[str, float, str], float] = {}
+"""The setting with the best validation accuracy in the tuning studies, by data set, share of noisy labels, and name of
+a candidate or `BASELINE`."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +60,17 @@ class Task:
 
     @property
     def is_tuned(self) -> bool:
-        """Whether all settings are chosen."""
+        """True once every setting has been chosen."""
         return all((self.recipe.dataset, noise, name) in CHOSEN for noise in NOISE for name in _METHODS)
 
     def trials(self, epochs: int | None) -> list[Recipe]:
         """The recipes of the tuning study."""
-        return [recipe for _, _, recipe in self._places(epochs)]
+        return [
+            self.trial(name, noise, setting, epochs)
+            for noise in NOISE
+            for name in _METHODS
+            for setting in self.settings(name)
+        ]
 
     def tests(self, epochs: int | None) -> list[Recipe]:
         """The recipes of the study that tests the chosen settings."""
@@ -87,15 +80,13 @@ class Task:
         """Names of the expressions."""
         return {CANDIDATES[name].format(s): name for name in CANDIDATES for s in self.settings(name)}
 
-    def places(self) -> dict[Recipe, tuple[Place, float]]:
-        """What each recipe of the tuning study is a trial of, and its setting."""
-        return {recipe: (place, setting) for place, setting, recipe in self._places(None)}
-
-    def _places(self, epochs: int | None) -> Iterator[tuple[Place, float, Recipe]]:
-        for noise in NOISE:
-            for name in _METHODS:
-                for setting in self.settings(name):
-                    yield (self.recipe.dataset, noise, name), setting, self.trial(name, noise, setting, epochs)
+    def primary(self) -> Primary:
+        """The comparison that is fixed before the first run."""
+        return Primary(
+            "SAM at a flip rate against SAM with label noise",
+            self.trial(FLIP_RATE, 0.4, self.setting(FLIP_RATE, 0.4), None).method,
+            where={"noise": 0.4},
+        )
 
 
 _METHODS = (BASELINE, *CANDIDATES)
@@ -118,25 +109,6 @@ CIFAR10 = Task(
     radii=(0.05, 0.07, 0.1, 0.14, 0.2, 0.28, 0.4, 0.57),
     rates=(0.012, 0.02, 0.03, 0.045, 0.07, 0.1, 0.15, 0.22),
 )
-
-
-def choose(runs: Iterable[Finished]) -> dict[Place, float]:
-    """The best setting of each method at each data set and level of noise.
-
-    It is the one with the largest mean validation accuracy over the seeds, of the epoch that the test score is of (see
-    `bisam.experiments.runs.results.headline`); of equal ones the smaller.
-
-    Args:
-        runs: finished runs of the tuning studies; others are left out.
-    """
-    places = {**DIGITS.places(), **CIFAR10.places()}
-    scores: dict[Place, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for run in runs:
-        if (found := places.get(replace(run.recipe, seed=0))) is not None:
-            place, setting = found
-            best = headline(run.result) == "best"
-            scores[place][setting].append(run.result["validation_best"] if best else run.metrics[-1]["validation"])
-    return {place: min(each, key=lambda s: (-fmean(each[s]), s)) for place, each in scores.items()}
 
 
 _QUESTION = (
@@ -177,7 +149,7 @@ _TUNING = (
     "Eight trials for each method at each level of noise, on seeds that no test uses. Fixed before the first run: the "
     "setting with the largest mean validation accuracy over the seeds is tested, the smaller of equal ones. If the "
     "best one of a method is at an end of the trials, one more trial by the same factor is added for all methods "
-    "there. In place of rho stands the flip rate where that is the setting. "
+    "there. For SAM at a flip rate the column rho has the flip rate. "
 )
 
 RECOVER = (
@@ -188,6 +160,7 @@ RECOVER = (
         seeds=60,
         figures=("accuracy", "flips"),
         first_seed=600,
+        primary=DIGITS.primary(),
         note=_note(DIGITS, "recover-tune", "n = 60 (seeds 600 to 659)", _OF_DIGITS),
         labels=DIGITS.labels(),
     ),
@@ -199,6 +172,7 @@ RECOVER = (
         figures=("radius",),
         first_seed=100,
         note=_TUNING + _OF_DIGITS,
+        tunes=True,
         labels=DIGITS.labels(),
     ),
     Study(
@@ -208,6 +182,7 @@ RECOVER = (
         seeds=20,
         figures=("accuracy", "flips"),
         first_seed=600,
+        primary=CIFAR10.primary(),
         note=_note(CIFAR10, "recover-cifar10-tune", "n = 20 (seeds 600 to 619)", _OF_CIFAR10),
         labels=CIFAR10.labels(),
     ),
@@ -219,31 +194,8 @@ RECOVER = (
         figures=("radius",),
         first_seed=100,
         note=_TUNING + _OF_CIFAR10,
+        tunes=True,
         labels=CIFAR10.labels(),
     ),
 )
 """The tests, each with the study that chooses its settings."""
-
-
-def main(folders: list[str]) -> int:
-    """Prints the chosen settings of the runs in folders, as `CHOSEN` has them; returns the exit code."""
-    if not folders:
-        print("usage: python -m bisam.experiments.studies.recover RUNS/recover-tune ...", file=sys.stderr)
-        return 2
-    runs: list[Finished] = []
-    for folder in folders:
-        for run in finished(Path(folder)):
-            if isinstance(run, RunError):
-                print(run, file=sys.stderr)
-                return 2
-            runs.append(run)
-    if not (chosen := choose(runs)):
-        print(f"no finished run of recover-tune or recover-cifar10-tune in {', '.join(folders)}", file=sys.stderr)
-        return 2
-    for place, setting in chosen.items():
-        print(f"    {place!r}: {setting:g},")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -11,13 +11,14 @@ from bisam.experiments.models.build import NETWORKS
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.machine import Machine
 from bisam.experiments.training.stacked.network import layers_fault
+from bisam.methods.method import follows_flips
 from bisam.objectives import CrossEntropy
 
 FITS = (
     "sgd, sam, sam_ce, bisam_log, bisam_tanh, asam, abisam_log and abisam_tanh with the optimizer sgd in precision 32 "
     "or 64, model mlp, data sets digits and cifar, on one device"
 )
-"""What can be stacked, in words."""
+"""The recipes that can be stacked, for messages."""
 
 
 def check(recipe: Recipe, machine: Machine) -> None:
@@ -71,4 +72,8 @@ def _has_batched_method(recipe: Recipe) -> bool:
         return False
     ball: Any = method.perturb
     inside = type(ball) is L2 or (type(ball) is Adaptive and ball.where is None)
-    return inside and (method.ascent is None or type(method.ascent) in (CrossEntropy, NegLog, Tanh))
+    return (
+        inside
+        and not follows_flips(method)
+        and (method.ascent is None or type(method.ascent) in (CrossEntropy, NegLog, Tanh))
+    )

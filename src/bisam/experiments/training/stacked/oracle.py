@@ -18,11 +18,9 @@ from torch import Tensor
 
 from bisam import Evaluation, Oracle, Vector
 from bisam.experiments.training.stacked.network import Stack
-from bisam.objectives import Objective
+from bisam.objectives import Objective, at_step
 from bisam.oracle import Query
-from bisam.vector import Scalar, Tensors
-
-_ORDINARY = 1e-15, float("inf")  # as in bisam.vector: squares of float32 numbers with a norm between these are in range
+from bisam.vector import ORDINARY, Scalar
 
 
 class StackedVector(Vector):
@@ -33,31 +31,31 @@ class StackedVector(Vector):
 
     __slots__ = ()
 
-    def like(self, tensors: Tensors, holes: frozenset[int] = frozenset()) -> StackedVector:
-        """See `Vector.like`."""
-        return StackedVector(tensors, holes, self.layout)
-
-    def __add__(self, other: Vector | Scalar) -> StackedVector:
-        return self.like(super().__add__(other).tensors)
-
-    def __sub__(self, other: Vector) -> StackedVector:
-        return self.like(super().__sub__(other).tensors)
-
     def __mul__(self, other: Vector | Scalar) -> StackedVector:
         if isinstance(other, Tensor) and other.dim():
-            return self.like([t * other.view(-1, *[1] * (t.dim() - 1)) for t in self.tensors])
-        return self.like(super().__mul__(other).tensors)
+            return cast(StackedVector, self.like([t * _beside(other, t) for t in self.tensors]))
+        return cast(StackedVector, super().__mul__(other))
 
     __rmul__ = __mul__
+
+    def __truediv__(self, other: Vector | Scalar) -> StackedVector:
+        if isinstance(other, Tensor) and other.dim():
+            return cast(StackedVector, self.like([t / _beside(other, t) for t in self.tensors]))
+        return cast(StackedVector, super().__truediv__(other))
 
     def norm(self) -> Tensor:
         """The Euclidean norm of each network's vector (S,), finite if all entries are; see `Vector.norm`."""
         flat = torch.cat([t.flatten(1) for t in self.tensors], 1)
         norms = torch.linalg.vector_norm(flat, dim=1)
-        ordinary = (norms > _ORDINARY[0]) & (norms < _ORDINARY[1])
+        ordinary = (norms > ORDINARY[0]) & (norms < ORDINARY[1])
         if bool(ordinary.all()):
             return norms
         return torch.where(ordinary, norms, torch.linalg.vector_norm(flat.double(), dim=1).to(norms.dtype))
+
+
+def _beside(factors: Tensor, tensor: Tensor) -> Tensor:
+    """Returns factors (S,) in a shape that multiplies a tensor (S, ...) network by network."""
+    return factors.view(-1, *[1] * (tensor.dim() - 1))
 
 
 class StackedOracle(Oracle):
@@ -103,7 +101,7 @@ class StackedOracle(Oracle):
         inputs, labels = cast("tuple[Tensor, Tensor]", query.batch)
         at = query.take()
         weights = [w.requires_grad_() for w in (self.weights if at is None else self.weights + at)]
-        objective = self.loss if query.objective is None else query.objective
+        objective = at_step(self.loss if query.objective is None else query.objective, self.step)
         with torch.enable_grad():
             outputs = self.stack.train_logits(inputs.unflatten(0, (self.stack.count, -1)), weights, track=query.tracks)
             outputs = outputs.flatten(0, 1)

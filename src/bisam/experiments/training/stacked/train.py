@@ -134,8 +134,8 @@ class StackTraining:
             sums.add(oracle, self._method.outputs, labels)
             if len(first) < REFERENCE_STEPS:
                 first.append((inputs, labels))
+        rows = sums.rows(self._method.counts[True], self._method.counts[False])  # waits for the device
         seconds = time.perf_counter() - start
-        rows = sums.rows(self._method.counts[True], self._method.counts[False])
         relative = seconds / losses / self._reference.seconds_per_loss(first)
         shared_after: Row = {"losses": losses, "seconds": seconds / count, "relative_time": relative}
         if by_epoch:
@@ -213,6 +213,7 @@ class _Reference:
         start = time.perf_counter()
         for batch in batches:
             _step(StackedOracle(self._stack, self._loss), ERM(), self._optimizer, batch)
+        self._stack.finite().any().item()  # waits for the device
         return (time.perf_counter() - start) / len(batches)
 
 
