@@ -127,11 +127,7 @@ def _scaling(content: Mapping[str, Any]) -> list[str]:
 
 
 def _stacked(content: Mapping[str, Any]) -> list[str]:
-    rows = [
-        (r["contestant"], f"{r['runs_per_minute']:.1f}", *_ratio(r))
-        for r in content["rows"]
-        if r["bar"] is not None or r["size"] > 1
-    ]
+    rows = [(r["contestant"], f"{r['runs_per_minute']:.1f}", *_ratio(r)) for r in content["rows"] if r["size"] > 1]
     heading = ("training", "runs per minute", "ratio", "95 % interval", "bar")
     title = "## Runs per minute of seeds that are trained in a stack, relative to runs of their own"
     return [f"{title}{_threads(content)}", "", *_table(heading, rows)]

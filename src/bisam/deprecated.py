@@ -155,7 +155,7 @@ _CHANGED: dict[str, Callable[[Any], None]] = {
     "bisam.oracle": _oracle,
     "bisam.vector": _vector,
 }
-"""What to do with a module once it is loaded."""
+"""The change to each module, applied after it is loaded."""
 
 
 class _Finder(MetaPathFinder):

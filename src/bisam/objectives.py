@@ -138,7 +138,7 @@ class LowerBound:
         return None
 
     def at_step(self, step: int) -> LowerBound:
-        """Returns the bound of a training step, whose mu is a number; itself if mu is one.
+        """Returns the bound at a training step, with mu as a number. If mu is a number already, returns itself.
 
         Args:
             step: number of earlier steps, `oracle.step`.
@@ -411,7 +411,7 @@ class OBF:
     gradient of confident correct examples does not vanish. The loss is no bound of the 0-1 loss, and may be negative.
 
     The authors' script has gamma 1 for SAM and GSAM on ViTs, and 1e-12, which is 0, for ResNets, for ASAM and for
-    fine-tuning; lam is 1 over the number of classes; p is of sigmoids.
+    fine-tuning; lam is 1 over the number of classes; p consists of sigmoids.
 
     Args:
         gamma: weight of the prediction, in [0, 1].
@@ -427,7 +427,7 @@ class OBF:
     Example:
         >>> import torch
         >>> from bisam import OBF, SAM
-        >>> OBF()(torch.zeros(1, 4), torch.tensor([0]))    # a prediction that is uniform already: 0 in gradient too
+        >>> OBF()(torch.zeros(1, 4), torch.tensor([0]))    # a uniform prediction: the loss is 0, its gradient is not
         tensor([0.])
         >>> forgetting = SAM(0.1, ascent=OBF())
     """

@@ -152,7 +152,8 @@ def looks(method: SAM, batch: Batch, at: Vector | None, track: bool) -> list[Que
 def BiSAM(rho: Perturbation | Radius = 0.05, bound: Bound = NegLog(), descent: Objective | None = None) -> SAM:  # noqa: B008
     """BiSAM: SAM whose adversary climbs Q, a lower bound of the 0-1 loss up to log(K)/mu (Xie et al., 2024).
 
-    Source: https://arxiv.org/abs/2407.12993. What is true of Q, and what of its parts alone, is said in `LowerBound`.
+    Source: https://arxiv.org/abs/2407.12993. `LowerBound` states which properties hold
+    for Q and which only for its parts.
     Where labels are smoothed, SAM climbs the smoothed loss and BiSAM does not: `SAM(rho, ascent=cross_entropy)` is the
     control that separates the bound from this difference.
 

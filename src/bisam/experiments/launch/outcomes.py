@@ -170,7 +170,7 @@ def train_stack_or_explain(
 
 
 def _explanation(error: BaseException) -> str:
-    """Why a run failed, in one line."""
+    """Returns the reason for a failure, in one line."""
     if isinstance(error, DataError | RunError | ValueError):
         message = str(error)
     elif is_out_of_memory(error):

@@ -1,4 +1,4 @@
-"""What BiSAM's adversary climbs, beside cross-entropy: directions of ascent gradients, and their size by margin.
+"""Adversaries: the direction of ascent gradients compared with cross-entropy's, and their size by margin.
 
 `COSINES` compares the ascent gradients of several objectives on the same weights and batches with that of the
 cross-entropy without label smoothing, at marks of a training run. `LABEL_GRADIENT` has the size of the gradient at the

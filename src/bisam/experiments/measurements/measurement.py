@@ -378,11 +378,11 @@ READING = (
     "processes or machines differ. A bar is met if the whole interval meets it, missed if no part of it does, and else "
     f"undecided; if the load of other programs was above {LIMIT:g} per core, there is no verdict"
 )
+"""The explanation of a ratio in a table, after the word "median"."""
 _OLDER = (
     "Measured by an earlier version, without the intervals and the load of other programs: in parentheses are the "
     "quartiles of the ratios, and a verdict is that of the median alone."
 )
-"""How a ratio in a table is read, after the word "median"."""
 
 
 def flat(key: str, r: Ratio) -> dict[str, float | None]:

@@ -39,7 +39,7 @@ CPU = torch.device("cpu")
 LIMIT = 1.5
 """Load of other programs per core above which there is no verdict."""
 CONFIDENCE = 0.95
-"""Of the interval of a median."""
+"""Confidence level of the intervals of medians."""
 MINUTE = 60.0
 
 _STARTED = perf_counter()
@@ -94,7 +94,7 @@ class Load:
 
     @property
     def warning(self) -> str:
-        """What to know before the measurement begins; empty if the load permits a verdict."""
+        """The warning to print before measuring; empty if the load permits a verdict."""
         if not self.too_high:
             return ""
         return (
@@ -112,7 +112,7 @@ def highest(loads: Iterable[Load]) -> str:
 
 
 def own_load(busy: int, elapsed: float) -> float:
-    """What threads that have run for some seconds have added to the load average of a minute.
+    """Returns what busy threads add to the load average of a minute.
 
     Args:
         busy: number of threads.

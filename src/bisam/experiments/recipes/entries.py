@@ -151,8 +151,8 @@ def page(methods: Mapping[str, Entry], games: Mapping[str, Entry]) -> str:
             "",
             "## Other adversaries",
             "",
-            "They cost what SAM costs. Those without a source are this library's; no advantage over SAM has been shown "
-            "for any of them (`bisam run recover` compares them).",
+            "They cost what SAM costs. Those without a source are this library's. `bisam run recover` compares them "
+            "with SAM; no result is here yet.",
             "",
             "| adversary | expression | what | source |",
             "|---|---|---|---|",

@@ -145,8 +145,8 @@ class Recipe:
     measured_epochs: int = 0
     """Number of evenly spaced epochs, the last included, after which the run measures its weights."""
     measured: str = "ball"
-    """What is measured: ball (the largest error in a ball around the weights, and what adversaries flip), or ascents
-    (flips, cosines and largest error of five adversaries on the same weights)."""
+    """Kind of the measurement: ball (the largest error in a ball around the weights, and what adversaries flip), or
+    ascents (flips, cosines and largest error of five adversaries on the same weights)."""
     seed: int = 0
     """Seed of the initial weights, the label noise, the order of the batches, the examples that a limit keeps, and the
     split where the data set has none of its own."""

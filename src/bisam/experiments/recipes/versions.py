@@ -37,7 +37,7 @@ CHANGES: dict[int, Change] = {
     ),
     3: Change("the latest of tied validation epochs is tested, and small data sets are split anew for each seed"),
 }
-"""What each version changed. Recipes that a change does not concern keep their results, folders and fingerprints."""
+"""The change that each version made. Recipes that it does not concern keep their results, folders and fingerprints."""
 
 
 def changed_in(version: int, called: AbstractSet[str]) -> int:

@@ -29,7 +29,7 @@ from bisam.experiments.errors import DamagedError, RunError, reason
 from bisam.experiments.runs.files import read_bytes, write
 
 SUFFIX = ".tar.xz"
-"""How the name of an archive ends."""
+"""File name suffix of an archive."""
 
 REQUIRED = ("recipe.json", "result.json", "metrics.csv")
 """The files of each run in an archive."""
@@ -44,7 +44,7 @@ _REMEDY = "get it again, or write it again from the run folders with `bisam arch
 
 @dataclass(frozen=True)
 class Source:
-    """Where finished runs are read from.
+    """The location of finished runs: a folder or an archive.
 
     Attributes:
         given: as the user named it: a folder, or an archive.

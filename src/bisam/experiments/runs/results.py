@@ -136,7 +136,7 @@ PLAIN_ASCENT = "cross_entropy"
 ASCENTS = (PLAIN_ASCENT, "smoothed", "tanh", "log", "log_5")
 """Names of the adversaries in columns, see `bisam.experiments.training.ascents`."""
 QUANTITIES = ("flips_near", "flips", "repaired", "rise", "cosine", "worst")
-"""What is measured of each of them."""
+"""Measured quantities, a column for each ascent."""
 BY_ASCENT = (
     "ascents_error",
     *(f"{name}_by_{ascent}" for name in QUANTITIES for ascent in ASCENTS),

@@ -20,7 +20,7 @@ NOISES = (0.0, 0.4)
 FACTOR = 2.0
 """How much too large the radius of the primary comparison is."""
 FACTORS = (1.4, FACTOR)
-"""How much too large radii are."""
+"""Multiples of the optimum that are compared."""
 _SHOWN = (1 / FACTOR, *FACTORS)
 
 _STEPS = (1.4, 2.0, 2.8, 4.0, 5.6, 8.0, 11.2, 16.0)  # by a factor of sqrt(2), rounded so that every second is twice
@@ -98,7 +98,7 @@ def _compared(where: str, seeds: int, n: int) -> str:
 _CONTROL = (
     f"The descent loss has label smoothing {_SMOOTHING:g}, as in the BiSAM authors' recipe. SAM climbs this loss, and "
     "both BiSAMs climb a bound without smoothing. SAM (CE ascent), which climbs the cross-entropy without smoothing, "
-    "tells the two changes apart. SGD, whose weight decay is tuned on a grid of the same size, has twice the epochs. "
+    "tells the two changes apart. SGD, whose weight decay is tuned on a grid of eight values, has twice the epochs. "
     "The other methods have weight decay 0.0005."
 )
 
@@ -121,12 +121,11 @@ OPTIMA: dict[str, dict[tuple[str, float], float]] = {
         ("bisam_log", 0.4): 0.8,
     }
 }
-"""By the name of a grid's study, the optima that it found by the rule in its note, for methods and levels of noise."""
+"""Maps the study of a grid to the optima that it found by the rule in its note, by method and level of noise."""
 
 
 EXTENDED: dict[str, dict[float, tuple[float, ...]]] = {"radius": {0.0: (0.35, 0.5, 0.7, 1.0)}}
-"""By the name of a grid's study and label noise, radii in units of each method that were added by the rule in its note.
-"""
+"""Maps the study of a grid and a level of noise to radii, in units of each method, that the rule in its note added."""
 
 
 def _grid(name: str, title: str, base: Recipe, seeds: int, n: int, note: str) -> Study:

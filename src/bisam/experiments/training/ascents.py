@@ -1,4 +1,4 @@
-"""Ascents: what five adversaries do with the same weights, on the same batches and at the same radius.
+"""Ascents: five adversaries at the same weights, on the same batches and at the same radius.
 
 Figure 2 of Xie et al. (2024, https://arxiv.org/abs/2407.12993) counts the examples that the displacement of each method
 flips on the network that this method has trained, so that networks and adversaries differ at once. Here all adversaries

@@ -1,4 +1,4 @@
-"""Hidden: what the frozen layers of a text model return, computed once in place of in each step.
+"""Hidden: the outputs of the frozen layers of a text model, computed once and not in each step.
 
 Frozen layers are in eval mode and their weights stay the same, so their states of a text are the same in each step: a
 run that computes them once has the same results, up to the rounding of other padding. Images are augmented, so that the

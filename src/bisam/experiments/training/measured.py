@@ -1,4 +1,4 @@
-"""Measured: what a run measures of its weights after the `measured_epochs` of its recipe.
+"""Measured: the measurements of a run's weights after the `measured_epochs` of its recipe.
 
 ball.py     the largest error in a ball, and what adversaries flip
 ascents.py  what five adversaries do with the same weights
