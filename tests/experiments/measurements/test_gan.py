@@ -210,7 +210,7 @@ def test_a_small_study_and_its_report(tmp_path):
 
 def row(method: str, seed: int, gradients: int, value: float | None) -> dict:
     images = "" if value is None else "AAAA" * (10 * 32 * 32 // 3) + "AA=="
-    return {"data": "digits", "features": "f", "method": method, "seed": seed, "gradients": gradients} | {
+    return {"data": "digits", "features": "f", "method": method, "seed": seed, "scale": 1.0, "gradients": gradients} | {
         "distance": value, "loss_d": None, "loss_g": None, "_samples": images,
     }  # fmt: skip
 
@@ -220,8 +220,8 @@ def test_a_run_that_diverges_is_said_to_diverge():
     rows += [row("GDA", 1, 60, 7.0), row("EG", 0, 0, 9.0), row("EG", 0, 60, None)]
     assert GAN.tabled is not None
     cells = {line["method"]: [cell(line) for cell in GAN.columns.values()] for line in GAN.tabled(rows)}
-    assert cells["GDA"][3:5] == ["7.00 (1 diverged)", "8.00 ± 1.41"]
-    assert cells["EG"][3] == "diverged"
+    assert cells["GDA"][4:6] == ["7.00 (1 diverged)", "8.00 ± 1.41"]
+    assert cells["EG"][4] == "diverged"
     assert len(samples(rows).axes) == 3
     assert len(curves(rows).axes[0].lines) == 3
 
