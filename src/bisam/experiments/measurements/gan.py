@@ -338,12 +338,12 @@ GAN = Measurement(
         "comparable with the paper's. The discriminator steps first, then the generator, and each inner step has new "
         "batches. The budget counts gradient evaluations of each player. The Fréchet distance compares `samples` "
         "images (fewer if fewer are held out) with the training images; the row of real images compares held-out ones. "
-        "It is not the FID unless its features are named so. The base learning rates of methods with SGD are those of the "
-        "authors' README (0.02 and 0.1); that of Adam, alpha and k are this package's choice. `scale` multiplies the "
-        "learning rates of all methods, or of one (`EG=0.3`). Its defaults are for digits: for each method the factor "
-        "among 0.1, 0.3, 1 and 3, and 10, 30 or 0.03 where the best one was at an end, with the smallest distance "
-        "after 300 gradients with seed 100, which is not one of the study. EG was best with 0.03, and no better there "
-        "than an untrained generator. Mean ± standard deviation over the seeds."
+        "It is not the FID unless its features are named so. The base learning rates of methods with SGD are those of "
+        "the authors' README (0.02 and 0.1); that of Adam, alpha and k are this package's choice. `scale` multiplies "
+        "the learning rates of all methods, or of one (`EG=0.3`). Its defaults are for digits: for each method the "
+        "factor among 0.1, 0.3, 1 and 3, and 10, 30 or 0.03 where the best one was at an end, with the smallest "
+        "distance after 300 gradients with seed 100, which is not one of the study. EG was best with 0.03, and no "
+        "better there than an untrained generator. Mean ± standard deviation over the seeds."
     ),
     settings={
         "data": "digits",
