@@ -48,9 +48,7 @@ def test_a_test_has_one_trial_of_each_method_and_seeds_that_no_study_shares(name
     assert not any(seeds & set(range(one.first_seed, one.first_seed + one.seeds)) for one in others)
     assert f"n = {study.seeds} (seeds {min(seeds)} to {max(seeds)})" in study.note
     assert "primary comparison" in study.note
-    chosen = TASKS[name].is_tuned
-    assert ("settings are not chosen yet" in study.note) is not chosen
-    assert ("on other seeds" in study.note) is chosen
+    assert "best of eight trials by validation accuracy on other seeds" in study.note
 
 
 @each_task
@@ -76,16 +74,15 @@ def test_the_primary_comparison_is_one_row_with_label_noise(name):
     assert [LABELS[r.method] for r in rows] == [recover.FLIP_RATE]
 
 
-def test_chosen_settings_are_tested(monkeypatch):
-    task = recover.DIGITS
-    monkeypatch.setattr(recover, "CHOSEN", {("digits", 0.4, "sam"): 1.13, ("digits", 0.0, recover.FLIP_RATE): 0.012})
+def test_chosen_settings_are_tested():
+    task = replace(recover.DIGITS, chosen={("sam", 0.4): 1.13, (recover.FLIP_RATE, 0.0): 0.012})
     recipes = task.tests(None)
     assert recipes[0] == task.trial("sam", 0.4, 1.13, None)
     assert task.trial(recover.FLIP_RATE, 0.0, 0.012, None) in recipes
-    assert not task.is_tuned
-    every = {("digits", noise, name): task.settings(name)[-1] for noise in (0.4, 0.0) for name in _NAMES}
-    monkeypatch.setattr(recover, "CHOSEN", every)
-    assert task.is_tuned
+    assert "sam (0.0)" in task.settings.note()
+    every = {(name, noise): task.trials_of(name)[-1] for noise in (0.4, 0.0) for name in _NAMES}
+    task = replace(task, chosen=every)
+    assert not task.settings.note()
     assert task.tests(None)[0].rho == task.radii[-1]
 
 

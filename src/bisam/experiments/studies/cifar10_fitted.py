@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from bisam.experiments.recipes.catalogue import PLAIN
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.studies.equal import at_equal_gradients
 from bisam.experiments.studies.study import Primary, Study
+from bisam.experiments.studies.tuned import Settings, with_setting
 
 NOISES = (0.0, 0.4)
 _EPOCHS = 40
@@ -24,16 +24,16 @@ GRIDS: Mapping[str, tuple[float, ...]] = {
 }
 """What `cifar10-fitted-rho` tries: as many radii of each method as weight decays of SGD."""
 
-CHOSEN: Mapping[tuple[str, float], float] = {
-    **{(PLAIN, noise): 5e-4 for noise in NOISES},
-    **{(method, noise): 0.05 for method in ("sam", "sam_ce", "bisam_log", "bisam_tanh") for noise in NOISES},
-    **{("asam", noise): 0.5 for noise in NOISES},
-}
-"""The setting of each method at each level of noise: the radius, or the weight decay of SGD.
-
-`bisam run cifar10-fitted-rho` finds them, and has not been run: these are the paper's, those of Kwon et al. for ASAM,
-and the default. Enter what its report chooses, and change the note.
-"""
+SETTINGS = Settings(
+    "cifar10-fitted-rho",
+    before={
+        **{(PLAIN, noise): 5e-4 for noise in NOISES},
+        **{(method, noise): 0.05 for method in ("sam", "sam_ce", "bisam_log", "bisam_tanh") for noise in NOISES},
+        **{("asam", noise): 0.5 for noise in NOISES},
+    },
+    origin="the radius of the paper (0.05), that of Kwon et al. for ASAM (0.5), and the default weight decay",
+)
+"""The radius of each method at each level of noise, or the weight decay of SGD."""
 
 _BASE = Recipe(
     dataset="cifar10:16",
@@ -47,12 +47,11 @@ _BASE = Recipe(
 
 
 def _recipe(method: str, noise: float, value: float, epochs: int | None) -> Recipe:
-    tuned: dict[str, Any] = {"weight_decay": value} if method == PLAIN else {"rho": value}
-    return at_equal_gradients(replace(_BASE, method=method, noise=noise, epochs=epochs or _EPOCHS, **tuned))
+    return at_equal_gradients(with_setting(replace(_BASE, noise=noise, epochs=epochs or _EPOCHS), method, value))
 
 
 def _fitted(epochs: int | None) -> list[Recipe]:
-    return [_recipe(method, noise, CHOSEN[method, noise], epochs) for noise in NOISES for method in GRIDS]
+    return [_recipe(method, noise, SETTINGS[method, noise], epochs) for noise in NOISES for method in GRIDS]
 
 
 def _fitted_rho(epochs: int | None) -> list[Recipe]:
@@ -76,11 +75,10 @@ CIFAR10_FITTED = (
         "labels of the descent loss are smoothed by 0.1, as the paper's, and SAM (CE ascent) is the control for what "
         "BiSAM changes besides: it climbs the cross-entropy without smoothing. SGD trains for twice the epochs. Each "
         "method has a radius of its own for each level of noise, and SGD a weight decay, by validation score on other "
-        "seeds: run [cifar10-fitted-rho](../cifar10-fitted-rho/report.md) first. Until its choice is entered, the "
-        "radii are those of the paper (0.05) and of Kwon et al. for ASAM (0.5). The *primary comparison* was fixed "
-        "before the first run: BiSAM (-log) against SAM (CE ascent) at each level of noise, 16 seeds (0 to 15), both "
+        "seeds ([cifar10-fitted-rho](../cifar10-fitted-rho/report.md)). The *primary comparison* was fixed before the first run: BiSAM (-log) against SAM (CE ascent) at each level of noise, 16 seeds (0 to 15), both "
         "adjusted together (Holm). Where the paired differences have a standard deviation of 1 point, 16 seeds show "
-        "0.75 points (two-sided 5 %, power 80 %), and 8 would show 1.16. On two cores all runs take about half a day.",
+        "0.75 points (two-sided 5 %, power 80 %), and 8 would show 1.16. On two cores all runs take about half a day."
+        + SETTINGS.note(),
         primary=Primary("BiSAM (-log) against SAM (CE ascent) at each level of noise", "bisam_log", "sam_ce"),
     ),
     Study(

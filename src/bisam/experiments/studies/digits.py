@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from bisam.experiments.recipes.catalogue import PLAIN
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.studies.equal import at_equal_gradients
 from bisam.experiments.studies.study import Primary, Study
+from bisam.experiments.studies.tuned import Settings, with_setting
 
 NOISES = (0.0, 0.4)
 _EPOCHS = 30
@@ -22,29 +22,24 @@ GRIDS: Mapping[str, tuple[float, ...]] = {
 }
 """What `digits-rho` tries: as many radii of each method as weight decays of SGD."""
 
-CHOSEN: Mapping[tuple[str, float], float] = {
-    **{(PLAIN, noise): 5e-4 for noise in NOISES},
-    **{(method, noise): 0.4 for method in ("sam", "bisam_log", "bisam_tanh") for noise in NOISES},
-    **{("asam", noise): 4.0 for noise in NOISES},
-}
-"""The setting of each method at each level of noise: the radius, or the weight decay of SGD.
-
-`bisam run digits-rho` finds them. These are older: the radii were chosen by validation at 40 % noise with recipes of
-version 2, and the weight decay is the default. Enter what its report chooses, and delete `_NOT_YET`.
-"""
-_NOT_YET = (
-    " *Not yet*: digits-rho has not been finished with the present recipes, and the settings are those before it, the "
-    "same for both levels of noise."
+SETTINGS = Settings(
+    "digits-rho",
+    before={
+        **{(PLAIN, noise): 5e-4 for noise in NOISES},
+        **{(method, noise): 0.4 for method in ("sam", "bisam_log", "bisam_tanh") for noise in NOISES},
+        **{("asam", noise): 4.0 for noise in NOISES},
+    },
+    origin="older: radii that validation chose at 40 % noise with recipes of version 2, and the default weight decay",
 )
+"""The radius of each method at each level of noise, or the weight decay of SGD."""
 
 
 def _recipe(method: str, noise: float, value: float, epochs: int | None) -> Recipe:
-    tuned: dict[str, Any] = {"weight_decay": value} if method == PLAIN else {"rho": value}
-    return at_equal_gradients(Recipe(method=method, noise=noise, epochs=epochs or _EPOCHS, **tuned))
+    return at_equal_gradients(with_setting(Recipe(noise=noise, epochs=epochs or _EPOCHS), method, value))
 
 
 def _digits(epochs: int | None) -> list[Recipe]:
-    return [_recipe(method, noise, CHOSEN[method, noise], epochs) for noise in NOISES for method in GRIDS]
+    return [_recipe(method, noise, SETTINGS[method, noise], epochs) for noise in NOISES for method in GRIDS]
 
 
 def _digits_rho(epochs: int | None) -> list[Recipe]:
@@ -65,7 +60,7 @@ DIGITS = (
         "SAM (CE ascent), the control of the studies with label smoothing, would be SAM itself. The *primary "
         "comparison* was fixed before the first run: BiSAM (-log) against SAM with 40 % noise, seeds 0 to 19 "
         "(`--seeds 20`); where the paired differences have a standard deviation of 1 point, 20 seeds show 0.66 points "
-        "(two-sided 5 %, power 80 %)." + _NOT_YET,
+        "(two-sided 5 %, power 80 %)." + SETTINGS.note(),
         primary=Primary(
             "BiSAM (-log) against SAM with 40 % label noise", "bisam_log", where={"noise": 0.4}, seeds=range(20)
         ),

@@ -1,7 +1,7 @@
 """Finetune: pretrained networks fine-tuned at a size for two cores, as in tables 6 and 7 of Xie et al. (2024).
 
 Each comparison has a study of its own that tunes it, on other seeds: five radii of each method, and as many weight
-decays of plain training. `CHOSEN` is what these studies have found.
+decays of plain training. `GLUE_SETTINGS` and `FLOWERS_SETTINGS` have what these studies have found.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from dataclasses import replace
 
 from bisam.experiments.recipes.catalogue import PLAIN
 from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.studies.equal import at_equal_gradients
 from bisam.experiments.studies.study import Primary, Study
+from bisam.experiments.studies.tuned import Settings, with_setting
 
 METHODS = (PLAIN, "sam", "sam_ce", "bisam_log", "bisam_tanh", "asam")
 """The compared methods, in the order of the tables."""
@@ -66,18 +68,20 @@ GRIDS: Mapping[str, tuple[float, ...]] = {
 TASKS = ("sst2", "cola")
 """The tasks of the study, in its order. For others: `bisam run finetune-glue-rho --set dataset=glue:mrpc`."""
 
-_MIDDLE = {method: grid[2] for method, grid in GRIDS.items()}
-CHOSEN: Mapping[str, Mapping[str, float]] = {"sst2": _MIDDLE, "cola": _MIDDLE, "flowers": _MIDDLE}
-"""What the studies of tuning have chosen, by task and method; the middle of its grid until they are finished."""
-TUNED: tuple[str, ...] = ()
-"""The tasks whose tuning is finished."""
+_ORIGIN = "the middle of their grids"
+GLUE_SETTINGS = Settings(
+    "finetune-glue-rho", {(method, task): grid[2] for task in TASKS for method, grid in GRIDS.items()}, _ORIGIN
+)
+"""The setting of each method for each task."""
+FLOWERS_SETTINGS = Settings(
+    "finetune-flowers-rho", {(method, "flowers"): grid[2] for method, grid in GRIDS.items()}, _ORIGIN
+)
+"""The setting of each method for the flowers."""
 
 
-def recipe_of(base: Recipe, method: str, tuned: float) -> Recipe:
-    """`base` with a method and its tuned value; plain training has twice the length, and so as many gradients."""
-    if method == PLAIN:
-        return replace(base, weight_decay=tuned).times(2)
-    return replace(base, method=method, rho=tuned)
+def recipe_of(base: Recipe, method: str, setting: float) -> Recipe:
+    """`base` with a method and its setting; plain training has twice the length, and so as many gradients."""
+    return at_equal_gradients(with_setting(base, method, setting))
 
 
 def _glue_tasks(epochs: int | None) -> dict[str, Recipe]:
@@ -86,7 +90,7 @@ def _glue_tasks(epochs: int | None) -> dict[str, Recipe]:
 
 def _glue(epochs: int | None) -> list[Recipe]:
     bases = _glue_tasks(epochs)
-    return [recipe_of(base, method, CHOSEN[task][method]) for task, base in bases.items() for method in METHODS]
+    return [recipe_of(base, method, GLUE_SETTINGS[method, task]) for task, base in bases.items() for method in METHODS]
 
 
 def _glue_tuning(epochs: int | None) -> list[Recipe]:
@@ -95,7 +99,7 @@ def _glue_tuning(epochs: int | None) -> list[Recipe]:
 
 def _flowers(epochs: int | None) -> list[Recipe]:
     base = replace(FLOWERS, epochs=epochs or FLOWERS.epochs)
-    return [recipe_of(base, method, CHOSEN["flowers"][method]) for method in METHODS]
+    return [recipe_of(base, method, FLOWERS_SETTINGS[method, "flowers"]) for method in METHODS]
 
 
 def _flowers_tuning(epochs: int | None) -> list[Recipe]:
@@ -107,12 +111,10 @@ def _grid(base: Recipe) -> list[Recipe]:
     return [recipe_of(base, method, value) for method in METHODS for value in GRIDS[method]]
 
 
-def _values(*tasks: str) -> str:
-    """What a table of results does not show, and which values are not tuned yet."""
-    decays = ", ".join(f"{CHOSEN[task][PLAIN]:g} ({task})" for task in tasks)
-    left = [task for task in tasks if task not in TUNED]
-    untuned = f" **Not tuned yet: {', '.join(left)}**; until then each value is the middle of its grid." if left else ""
-    return f" The weight decay of AdamW is {decays}.{untuned}"
+def _values(settings: Settings) -> str:
+    """What a table of results does not show, and which settings are not tuned yet."""
+    decays = ", ".join(f"{settings[PLAIN, task]:g} ({task})" for method, task in settings.before if method == PLAIN)
+    return f" The weight decay of AdamW is {decays}.{settings.note()}"
 
 
 _SAME = (
@@ -163,7 +165,7 @@ FINETUNE = (
         _glue,
         seeds=10,
         figures=("accuracy", "flips", "curves"),
-        note=_GLUE_NOTE + _values(*TASKS),
+        note=_GLUE_NOTE + _values(GLUE_SETTINGS),
         primary=Primary("BiSAM (-log) against SAM on SST-2", "bisam_log", where={"dataset": "glue:sst2"}),
     ),
     Study(
@@ -182,7 +184,7 @@ FINETUNE = (
         _flowers,
         seeds=10,
         figures=("accuracy", "flips", "curves"),
-        note=_FLOWERS_NOTE + _values("flowers"),
+        note=_FLOWERS_NOTE + _values(FLOWERS_SETTINGS),
         primary=Primary("BiSAM (-log) against SAM", "bisam_log"),
     ),
     Study(

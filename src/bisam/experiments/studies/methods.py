@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from bisam.experiments.recipes.catalogue import METHODS
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.studies.equal import at_equal_gradients
 from bisam.experiments.studies.study import Study
+from bisam.experiments.studies.tuned import Settings, with_setting
 
 _EPOCHS = 30
 _NOISE = 0.4
@@ -20,7 +20,7 @@ COMPARED = tuple(method for method in METHODS if method != _WITHOUT_SMOOTHING)
 DECAYS = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2)
 """Weight decays that are tried for the methods that have no radius."""
 
-CHOSEN: Mapping[str, float] = {
+_BEFORE: Mapping[str, float] = {
     "sgd": 5e-4,
     "saf": 5e-4,
     "mesa": 5e-4,
@@ -62,12 +62,12 @@ CHOSEN: Mapping[str, float] = {
     "rsam": 0.2,
     "bsam": 0.05,
 }
-"""The setting of each method: the radius (or what stands in its place), or the weight decay.
-
-`bisam run methods-rho` finds them. These are older: chosen with recipes of version 2 at equal epochs, but for LE-SAM,
-whose clip decided there; the weight decay is the default. Enter what its report chooses, and delete `_NOT_YET`.
-"""
-_NOT_YET = " *Not yet*: methods-rho has not been run with the present recipes, and the settings are those before it."
+SETTINGS = Settings(
+    "methods-rho",
+    before={(method, _NOISE): value for method, value in _BEFORE.items()},
+    origin="older: chosen with recipes of version 2 at equal epochs (LE-SAM: by hand), and the default weight decay",
+)
+"""The radius of each method (or what stands in its place), or its weight decay."""
 
 _STEPS = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4)
 _CENTRES: Mapping[str, float] = {
@@ -106,12 +106,11 @@ def _one(method: str, value: float, epochs: int | None) -> Recipe:
     recipe = Recipe(method=method, noise=_NOISE, epochs=epochs or _EPOCHS)
     # A method with momentum and a prior of its own, as bSAM, replaces the optimizer's.
     recipe = replace(recipe, **dict.fromkeys({"momentum", "weight_decay"} & {*recipe.own_fields}, 0.0))
-    tuned: dict[str, Any] = {"weight_decay": value} if METHODS[method].rho is None else {"rho": value}
-    return at_equal_gradients(replace(recipe, **tuned))
+    return at_equal_gradients(with_setting(recipe, method, value))
 
 
 def _methods(epochs: int | None) -> list[Recipe]:
-    return [_one(method, CHOSEN[method], epochs) for method in COMPARED]
+    return [_one(method, SETTINGS[method, _NOISE], epochs) for method in COMPARED]
 
 
 def _methods_rho(epochs: int | None) -> list[Recipe]:
@@ -134,7 +133,7 @@ EVERY_METHOD = (
         "methods are smaller than their spread over seeds: one small data set does not rank them. K-SAM descends on "
         "the examples with the largest losses, which under label noise are those with the wrong labels. The clip of "
         "LE-SAM's radius (100) is out of reach, so that sigma alone decides. Labels are not smoothed, so that SAM (CE "
-        "ascent) would be SAM itself." + _NOT_YET,
+        "ascent) would be SAM itself." + SETTINGS.note(),
     ),
     Study(
         "methods-rho",

@@ -2,17 +2,18 @@
 
 SAM and all candidates (`CANDIDATES`) have a setting of their own, a radius or a flip rate, chosen with the same number
 of trials. The studies `recover-tune` and `recover-cifar10-tune` make the trials; what the section "Chosen settings" of
-their reports says is entered in `CHOSEN`. `recover` and `recover-cifar10` test it on other seeds.
+their reports says is entered in `settings` of the task. `recover` and `recover-cifar10` test it on other seeds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from bisam.experiments.recipes.catalogue import BASELINE
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.studies.study import Primary, Study
+from bisam.experiments.studies.tuned import Condition, Settings
 
 CANDIDATES: Mapping[str, str] = {
     "SAM at a flip rate": "SAM(FlipRate({:g}))",
@@ -29,20 +30,41 @@ FLIP_RATE = "SAM at a flip rate"
 NOISE = (0.4, 0.0)
 """Shares of noisy training labels."""
 
-CHOSEN: Mapping[tuple[str, float, str], float] = {}
-"""The setting with the best validation accuracy in the tuning studies, by data set, share of noisy labels, and name of
-a candidate or `BASELINE`."""
-
 
 @dataclass(frozen=True)
 class Task:
-    """A data set with its network, and the trials of the settings."""
+    """A data set with its network, and the trials of the settings.
 
+    Attributes:
+        name: of the study that tests the chosen settings.
+        recipe: without a candidate and its setting.
+        radii: trials of each method that has a radius.
+        rates: trials of the flip rate.
+        chosen: the settings that the tuning study has chosen, by name and noise.
+    """
+
+    name: str
     recipe: Recipe
     radii: tuple[float, ...]
     rates: tuple[float, ...]
+    chosen: Mapping[tuple[str, Condition], float] = field(
+        default_factory=dict[tuple[str, Condition], float], hash=False
+    )
 
-    def settings(self, name: str) -> tuple[float, ...]:
+    @property
+    def tuning(self) -> str:
+        """Name of the study that makes the trials."""
+        return f"{self.name}-tune"
+
+    @property
+    def settings(self) -> Settings:
+        """The setting of each method at each level of noise; before it is chosen, the fifth of the trials."""
+        before: dict[tuple[str, Condition], float] = {
+            (name, noise): self.trials_of(name)[4] for name in _METHODS for noise in NOISE
+        }
+        return Settings(self.tuning, before, "the fifth of eight trials, and all runs are trial runs", self.chosen)
+
+    def trials_of(self, name: str) -> tuple[float, ...]:
         """The trials of a candidate, or of SAM: as many for each."""
         return self.rates if name == FLIP_RATE else self.radii
 
@@ -53,38 +75,29 @@ class Task:
             return replace(base, method=BASELINE, rho=setting)
         return replace(base, method=CANDIDATES[name].format(setting))
 
-    def setting(self, name: str, noise: float) -> float:
-        """The chosen setting; before there is one, for trial runs, the fifth of the trials."""
-        trials = self.settings(name)
-        return CHOSEN.get((self.recipe.dataset, noise, name), trials[4])
-
-    @property
-    def is_tuned(self) -> bool:
-        """True once every setting has been chosen."""
-        return all((self.recipe.dataset, noise, name) in CHOSEN for noise in NOISE for name in _METHODS)
-
     def trials(self, epochs: int | None) -> list[Recipe]:
         """The recipes of the tuning study."""
         return [
             self.trial(name, noise, setting, epochs)
             for noise in NOISE
             for name in _METHODS
-            for setting in self.settings(name)
+            for setting in self.trials_of(name)
         ]
 
     def tests(self, epochs: int | None) -> list[Recipe]:
         """The recipes of the study that tests the chosen settings."""
-        return [self.trial(name, noise, self.setting(name, noise), epochs) for noise in NOISE for name in _METHODS]
+        settings = self.settings
+        return [self.trial(name, noise, settings[name, noise], epochs) for noise in NOISE for name in _METHODS]
 
     def labels(self) -> dict[str, str]:
         """Names of the expressions."""
-        return {CANDIDATES[name].format(s): name for name in CANDIDATES for s in self.settings(name)}
+        return {CANDIDATES[name].format(s): name for name in CANDIDATES for s in self.trials_of(name)}
 
     def primary(self) -> Primary:
         """The comparison that is fixed before the first run."""
         return Primary(
             "SAM at a flip rate against SAM with label noise",
-            self.trial(FLIP_RATE, 0.4, self.setting(FLIP_RATE, 0.4), None).method,
+            self.trial(FLIP_RATE, 0.4, self.settings[FLIP_RATE, 0.4], None).method,
             where={"noise": 0.4},
         )
 
@@ -92,11 +105,13 @@ class Task:
 _METHODS = (BASELINE, *CANDIDATES)
 
 DIGITS = Task(
+    "recover",
     Recipe(model="mlp", method=BASELINE, epochs=30),
     radii=(0.14, 0.2, 0.28, 0.4, 0.57, 0.8, 1.13, 1.6),
     rates=(0.005, 0.008, 0.012, 0.02, 0.03, 0.045, 0.07, 0.1),
 )
 CIFAR10 = Task(
+    "recover-cifar10",
     Recipe(
         dataset="cifar10:8",
         model="resnet8",
@@ -120,20 +135,16 @@ _QUESTION = (
 )
 
 
-def _note(task: Task, tuning: str, seeds: str, smaller: str) -> str:
+def _note(task: Task, seeds: str, smaller: str) -> str:
     """The note of a test: the question, where the settings are from, and what was fixed before the first run."""
-    settings = (
-        f"Each setting, that of SAM too, is the best of eight trials by validation accuracy on other seeds ({tuning}). "
-        if task.is_tuned
-        else f"The settings are not chosen yet, and runs are trial runs: `bisam run {tuning}` comes first. "
-    )
     return (
-        f"{_QUESTION}{settings}"
+        f"{_QUESTION}Each setting, that of SAM too, is the best of eight trials by validation accuracy on other seeds "
+        f"({task.tuning}). "
         "Fixed before the first run: the *primary comparison* is SAM at a flip rate minus SAM, each with its own "
         "setting, in test accuracy at 40 % label noise, paired by seed, two-sided at 5 %; "
         f"{seeds}; the study ends there and not earlier. All other comparisons of this page are adjusted together "
         "(Holm). A candidate is called better than SAM only if its difference is above 0 after Holm at the same level "
-        f"of noise on both data sets, here and on the page of the other one. {smaller}"
+        f"of noise on both data sets, here and on the page of the other one. {smaller}{task.settings.note()}"
     )
 
 
@@ -154,18 +165,18 @@ _TUNING = (
 
 RECOVER = (
     Study(
-        "recover",
+        DIGITS.name,
         "Other adversaries against SAM, on digits, with and without label noise",
         DIGITS.tests,
         seeds=60,
         figures=("accuracy", "flips"),
         first_seed=600,
         primary=DIGITS.primary(),
-        note=_note(DIGITS, "recover-tune", "n = 60 (seeds 600 to 659)", _OF_DIGITS),
+        note=_note(DIGITS, "n = 60 (seeds 600 to 659)", _OF_DIGITS),
         labels=DIGITS.labels(),
     ),
     Study(
-        "recover-tune",
+        DIGITS.tuning,
         "The settings of `recover`, by validation accuracy",
         DIGITS.trials,
         seeds=6,
@@ -176,18 +187,18 @@ RECOVER = (
         labels=DIGITS.labels(),
     ),
     Study(
-        "recover-cifar10",
+        CIFAR10.name,
         "Other adversaries against SAM, on 5,000 small CIFAR-10 images, with and without label noise",
         CIFAR10.tests,
         seeds=20,
         figures=("accuracy", "flips"),
         first_seed=600,
         primary=CIFAR10.primary(),
-        note=_note(CIFAR10, "recover-cifar10-tune", "n = 20 (seeds 600 to 619)", _OF_CIFAR10),
+        note=_note(CIFAR10, "n = 20 (seeds 600 to 619)", _OF_CIFAR10),
         labels=CIFAR10.labels(),
     ),
     Study(
-        "recover-cifar10-tune",
+        CIFAR10.tuning,
         "The settings of `recover-cifar10`, by validation accuracy",
         CIFAR10.trials,
         seeds=2,
