@@ -15,7 +15,7 @@ from bisam.analysis import flips, zero_one_sharpness
 from bisam.experiments import data
 from bisam.experiments.analyses.file import read_entries
 from bisam.experiments.models.build import build
-from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.recipes.recipe import CHOICES, Recipe
 from bisam.experiments.runs.folder import Run
 from bisam.experiments.runs.machine import Machine
 from bisam.experiments.runs.results import ASCENTS, BALL, BY_ASCENT, QUANTITIES
@@ -180,3 +180,7 @@ def test_unknown_kinds_and_kinds_without_marks_are_one_line(bisam, tmp_path):
         assert (code, out, err.count("\n")) == (2, "", 1)
         assert said in err
     assert not (tmp_path / "out").exists()
+
+
+def test_each_kind_of_the_recipe_is_measured():
+    assert set(measured.KINDS) == set(CHOICES["measured"])

@@ -12,6 +12,8 @@ A measurement changes nothing in the run, and its time is not that of the epoch.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from math import nan
 
@@ -21,6 +23,7 @@ from torch import nn
 
 from bisam import ModelOracle
 from bisam.analysis.samples import NonFiniteLossError
+from bisam.batches import Batch
 from bisam.experiments.data.splits import Split, batches_of
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Row
@@ -29,15 +32,35 @@ from bisam.experiments.training import ascents, ball
 from bisam.experiments.training.epoch import prepared
 from bisam.objectives import Objective
 
-COLUMNS = {"ball": BALL, "ascents": BY_ASCENT}
-"""The columns of each kind."""
+
+@dataclass(frozen=True)
+class Kind:
+    """What is measured.
+
+    Attributes:
+        columns: of a row.
+        gradients: for each example.
+        forwards: forward passes without gradient for each example.
+        row: `(the model with its training loss, batches, number of classes) -> the columns`.
+    """
+
+    columns: Sequence[str]
+    gradients: int
+    forwards: int
+    row: Callable[[ModelOracle, Sequence[Batch], int], Row]
+
+
+KINDS: Mapping[str, Kind] = {
+    "ball": Kind(BALL, ball.GRADIENTS, ball.FORWARDS, lambda oracle, batches, classes: ball.row(oracle, batches)),
+    "ascents": Kind(BY_ASCENT, ascents.GRADIENTS, ascents.FORWARDS, ascents.row),
+}
+"""By the name in the recipe's field `measured`."""
 
 
 def cost(recipe: Recipe) -> tuple[int, int]:
     """Return the gradients and the forward passes without gradient of a measurement, for each of its examples."""
-    if recipe.measured == "ascents":
-        return ascents.GRADIENTS, ascents.FORWARDS
-    return ball.GRADIENTS, ball.FORWARDS
+    kind = KINDS[recipe.measured]
+    return kind.gradients, kind.forwards
 
 
 def measured_batches(recipe: Recipe, examples: int) -> int:
@@ -62,6 +85,7 @@ class Measured:
     ) -> None:
         self._fabric, self._model, self._loss = fabric, model, loss
         self._train, self._classes, self._recipe = train.unaugmented(), classes, recipe
+        self._kind = KINDS[recipe.measured]
 
     def row(self, epoch: int, epochs: int) -> Row:
         """Return the columns of the recipe's kind at the present weights; nan where the loss is not finite.
@@ -77,7 +101,7 @@ class Measured:
         return self._fabric.broadcast(self._measure())
 
     def _unknown(self) -> Row:
-        return dict.fromkeys(COLUMNS[self._recipe.measured], nan)
+        return dict.fromkeys(self._kind.columns, nan)
 
     def _measure(self) -> Row:
         recipe, random = self._recipe, torch.Generator().manual_seed(self._recipe.seed)
@@ -87,8 +111,7 @@ class Measured:
         oracle = ModelOracle(self._model, self._loss)
         try:
             with self._fabric.autocast():
-                ascent = recipe.measured == "ascents"
-                found = ascents.row(oracle, pairs, self._classes) if ascent else ball.row(oracle, pairs)
+                found = self._kind.row(oracle, pairs, self._classes)
         except NonFiniteLossError:  # the run has diverged, and continues to its end
             return self._unknown()
-        return {name: found[name] for name in COLUMNS[recipe.measured]}
+        return {name: found[name] for name in self._kind.columns}
