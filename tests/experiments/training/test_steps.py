@@ -117,9 +117,9 @@ def test_a_recipe_has_thirty_epochs_unless_it_has_another_length():
 
 
 def test_a_length_replaces_that_of_a_preset():
-    assert (started("paper", {"steps": 7}).steps, started("paper", {"steps": 7}).epochs) == (7, None)
-    assert (started("vit", {"epochs": 7}).steps, started("vit", {"epochs": 7}).epochs) == (None, 7)
-    assert (started("vit", {}).steps, PRESETS["vit"].warmup) == (500, 100)
+    assert (started(PRESETS["paper"], {"steps": 7}).steps, started(PRESETS["paper"], {"steps": 7}).epochs) == (7, None)
+    assert (started(PRESETS["vit"], {"epochs": 7}).steps, started(PRESETS["vit"], {"epochs": 7}).epochs) == (None, 7)
+    assert (started(PRESETS["vit"], {}).steps, PRESETS["vit"].warmup) == (500, 100)
 
 
 def test_a_study_gets_its_steps_and_sgd_twice_as_many():

@@ -48,11 +48,11 @@ _NAMES: dict[str, dict[str, str]] = {
 _TRUE, _FALSE = ("true", "1", "yes"), ("false", "0", "no")
 
 
-def translated(preset: str | None, given: Mapping[str, Any], flags: AuthorsFlags) -> dict[str, Any]:
+def translated(base: Recipe, given: Mapping[str, Any], flags: AuthorsFlags) -> dict[str, Any]:
     """Fields of a recipe and their values, with the authors' flags and names in terms of `Recipe`.
 
     Args:
-        preset: where the recipe starts from.
+        base: the recipe that the flags change.
         given: fields of the recipe that are given as flags.
         flags: the authors' flags.
 
@@ -77,7 +77,7 @@ def translated(preset: str | None, given: Mapping[str, Any], flags: AuthorsFlags
                 f"--adam is --optimizer adamw, and --optimizer {values['optimizer']} is given: leave one out"
             )
         values["optimizer"] = "adamw"
-    return values | _adaptive(started(preset, values), values, flags.adaptive)
+    return values | _adaptive(started(base, values), values, flags.adaptive)
 
 
 def _adaptive(recipe: Recipe, given: Mapping[str, Any], text: str | None) -> dict[str, Any]:

@@ -16,14 +16,19 @@ from bisam.experiments.cli.options import Given, MachineFlags, Out, refuse_archi
 from bisam.experiments.cli.progress import Display
 from bisam.experiments.cli.terminal import console, errors
 from bisam.experiments.errors import RunError, is_out_of_memory, reason
+from bisam.experiments.recipes import presets
+from bisam.experiments.recipes.config import read, text
 from bisam.experiments.recipes.presets import started
+from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.runs.files import write
 from bisam.experiments.runs.folder import Result, Run
 from bisam.experiments.runs.machine import Machine
 from bisam.experiments.runs.results import headline
 
 EXAMPLES = (
     "Examples:  bisam train --method sam --noise 0.4 --rho 0.4   |   "
-    "bisam train --optim bisam_log --rho 0.05 --epochs 20 --learning_rate 0.1"
+    "bisam train --optim bisam_log --rho 0.05 --epochs 20 --learning_rate 0.1   |   "
+    "bisam train --config RUN/recipe.json --seed 1"
 )
 
 
@@ -31,6 +36,8 @@ def train(
     *,
     flags: Annotated[RecipeFlags, Parameter(name="*")] = RecipeFlags(),  # noqa: B008
     preset: str | None = None,
+    config: Path | None = None,
+    save_config: Path | None = None,
     authors: Annotated[AuthorsFlags, Parameter(name="*", group="The BiSAM authors' flags")] = AuthorsFlags(),  # noqa: B008
     machine: MachineFlags = Machine(),  # noqa: B008
     out: Out = Path("runs"),
@@ -40,14 +47,21 @@ def train(
 
     Args:
         preset: Settings to start from: paper, authors, imagenet, vit or bert; other flags change them.
+        config: A recipe in a file to start from, TOML or JSON, such as a run's recipe.json; other flags change it.
+        save_config: Write the recipe to this file, .toml or .json, for --config, and train nothing.
     """
     from bisam.experiments.training import loggers
     from bisam.experiments.training.metrics import TITLES
     from bisam.experiments.training.train import train as train_run
 
     refuse_archive(out)
-    recipe = started(preset, translated(preset, flags.given, authors))
+    base = _base(preset, config)
+    recipe = started(base, translated(base, flags.given, authors))
     refuse_idle([recipe], machine, given)
+    if save_config is not None:
+        write(save_config, text(recipe, save_config))
+        console.print(f"{save_config}: bisam train --config {save_config}", soft_wrap=True, highlight=False)
+        return 0
     in_files = CONDITIONS["loaders"].holds(recipe, machine)
     for note in notes(recipe, authors, in_files):
         errors.print(f"bisam: {note}")
@@ -76,6 +90,15 @@ def train(
     if (diverged := result.get("diverged")) is not None:
         errors.print(f"bisam: the training diverged: the loss is not finite from epoch {diverged} on; {one.folder}")
     return 0
+
+
+def _base(preset: str | None, config: Path | None) -> Recipe:
+    """The recipe that the flags change."""
+    if config is None:
+        return Recipe() if preset is None else presets.preset(preset)
+    if preset is not None:
+        raise ValueError(f"--preset {preset} and --config {config} are both a recipe to start from: leave one out")
+    return read(config)
 
 
 def _scores(result: Result) -> str:

@@ -112,23 +112,30 @@ ASSUMED: dict[str, tuple[Assumption, ...]] = {
 """For each preset its values that no public source of the paper gives."""
 
 
-def started(preset: str | None, given: Mapping[str, Any]) -> Recipe:
-    """The recipe of a preset, or the default recipe, with other values of some fields.
+def preset(name: str) -> Recipe:
+    """The recipe of a preset.
+
+    Raises:
+        ValueError: the preset is unknown.
+    """
+    if name not in PRESETS:
+        raise unknown("preset", name, PRESETS)
+    return PRESETS[name]
+
+
+def started(base: Recipe, given: Mapping[str, Any]) -> Recipe:
+    """A recipe with other values of some fields.
 
     Args:
-        preset: key of `PRESETS`, or None.
+        base: the recipe to start from.
         given: fields and their values. A method here comes with its own settings: where they have no values here, rho,
-            mu, alpha and eta are its defaults and not the preset's. Epochs here replace steps of the preset, and steps
+            mu, alpha and eta are its defaults and not those of `base`. Epochs here replace steps of `base`, and steps
             its epochs.
 
     Raises:
-        ValueError: the preset is unknown, or a value is refused.
+        ValueError: a value is refused.
     """
-    if preset is None:
-        return Recipe(**given)
-    if preset not in PRESETS:
-        raise unknown("preset", preset, PRESETS)
     unset: dict[str, Any] = dict.fromkeys(SETTINGS) if "method" in given else {}
     if given.keys() & {"epochs", "steps"}:
         unset |= dict.fromkeys(("epochs", "steps"))
-    return replace(PRESETS[preset], **{**unset, **given})
+    return replace(base, **{**unset, **given})

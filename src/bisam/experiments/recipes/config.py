@@ -1,0 +1,82 @@
+"""Config: a recipe in a file, TOML or JSON, with the names of its fields as keys.
+
+    method = "bisam_log"
+    rho = 0.1
+    noise = 0.4
+
+A run's own recipe.json is one.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from bisam.experiments.errors import unknown
+from bisam.experiments.recipes.recipe import Recipe
+
+SUFFIXES = (".toml", ".json")
+
+
+def read(path: Path) -> Recipe:
+    """Return the recipe in a file; fields that it leaves out have their defaults.
+
+    Args:
+        path: of a file of TOML or JSON.
+
+    Raises:
+        ValueError: the file is missing or no such file, or a field or its value is refused; the message names it.
+        RunError: the recipe has a later version.
+    """
+    _check(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8") from error
+    try:
+        values: Any = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except ValueError as error:  # of both parsers
+        raise ValueError(f"{path} is no {path.suffix[1:].upper()}: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f'{path} has no fields of a recipe, as in {{"method": "sam"}}')
+    found: dict[str, Any] = {str(name): value for name, value in values.items()}  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+    for name, value in found.items():
+        if name not in _NAMES:
+            raise ValueError(f"{path}: {unknown('field of a recipe', name, _NAMES)}")
+        if isinstance(value, dict | list):
+            raise ValueError(f"{path}: {name} must be one value, got {value}")
+    try:
+        return Recipe.from_dict({"version": Recipe.version, "method": Recipe.method, **found})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def text(recipe: Recipe, path: Path) -> str:
+    """Return a recipe as the content of a file, which `read` turns into the same recipe.
+
+    Args:
+        recipe: any recipe.
+        path: the file, whose name says whether it is TOML or JSON.
+
+    Raises:
+        ValueError: its name ends in something else.
+    """
+    _check(path)
+    if path.suffix == ".json":
+        return json.dumps(recipe.to_dict(), indent=2) + "\n"
+    import tomli_w  # not at the top: reading needs the standard library alone
+
+    return tomli_w.dumps({name: value for name, value in recipe.to_dict().items() if value is not None})
+
+
+_NAMES = [field.name for field in fields(Recipe)]
+
+
+def _check(path: Path) -> None:
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path}: the name of a recipe's file ends in {' or '.join(SUFFIXES)}")
