@@ -20,7 +20,6 @@ from rich.text import Text
 from bisam.experiments.cli.terminal import console
 from bisam.experiments.recipes.recipe import Recipe
 
-
 _WIDE = 80
 """Columns of a terminal from which on the bar has news."""
 

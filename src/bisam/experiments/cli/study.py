@@ -19,8 +19,8 @@ from bisam.experiments.errors import DamagedError, RunError
 from bisam.experiments.recipes.changes import pairs
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.recipes.versions import VERSION
-from bisam.experiments.runs.durations import duration
 from bisam.experiments.runs.archive import Source, source, write_archive
+from bisam.experiments.runs.durations import duration
 from bisam.experiments.runs.folder import Finished, Run, finished, read_recipe
 from bisam.experiments.runs.machine import Machine, threads
 from bisam.experiments.studies.study import Analyses, Study, expand

@@ -3,7 +3,7 @@
 runs/digits/sam-noise-0.4-1f0c22e9/seed-0/
     recipe.json             the recipe; its fingerprint is in the name of the folder
     metrics.csv             one row for each epoch; the last one of a run of steps may be cut short
-    log.txt                 lines with times: each epoch, long epochs in between, and how the run ended; only appended to
+    log.txt                 lines with times, of each epoch and of how the run ended; a resumed run appends to it
     stats.csv               with --stats, mean statistics of the steps of each epoch that was trained with it
     checkpoint.pt           the state after the last completed epoch, see checkpoint.py
     checkpoint-previous.pt  the checkpoint before it, until the run is finished
@@ -11,8 +11,8 @@ runs/digits/sam-noise-0.4-1f0c22e9/seed-0/
     result.json             written once, at the end, see results.py
     analysis.json           what `bisam analyse` measured afterwards, with its figures in analysis/
 
-Each file except log.txt is replaced atomically and is on the disk before the next one is written. The command that started a run also
-resumes it: after the last completed epoch, or after the one before if checkpoint.pt is damaged.
+Each file except log.txt is replaced atomically and is on the disk before the next one is written. The command that
+started a run also resumes it: after the last completed epoch, or after the one before if checkpoint.pt is damaged.
 """
 
 from __future__ import annotations
