@@ -37,7 +37,7 @@ from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.files import checksum, make_folders, write
 from bisam.experiments.runs.folder import Result, Run, read_recipe
 from bisam.experiments.runs.machine import Machine
-from bisam.experiments.runs.results import first_diverged
+from bisam.experiments.training.trained import result_of
 
 
 class AnalysisError(ValueError):
@@ -90,9 +90,9 @@ def analyse(
     if not (folder / "recipe.json").is_file():
         raise RunError(f"{folder} is no run folder: it has no recipe.json")
     run = Run(folder, read_recipe(folder))
-    _result_of(run)  # before the lock file is made
+    result_of(run)  # before the lock file is made
     with run.open():
-        result, writer = _result_of(run), run.writer()
+        result, writer = result_of(run), run.writer()
 
         def save(entries: Iterable[Entry]) -> None:
             writer.write(ANALYSIS, as_text(entries))
@@ -186,16 +186,6 @@ def missing(folder: Path, result: Result, wanted: Mapping[str, Settings]) -> lis
         if any(find(entries, name, one.relevant(own), of) is None for one in settings.each(own)):
             left.append(name)
     return left
-
-
-def _result_of(run: Run) -> Result:
-    """The result of a run whose weights can be analysed."""
-    if (result := run.result) is None:
-        raise RunError(f"{run.folder} is not finished: the command that started the run resumes it")
-    diverged = result["diverged"] if "diverged" in result else first_diverged(run.metrics())
-    if diverged is not None:
-        raise RunError(f"{run.folder} diverged: its loss is not finite from epoch {diverged} on, and is not analysed")
-    return result
 
 
 def _completed(

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bisam.experiments.errors import unknown
+from bisam.experiments.runs.results import WEIGHTS as WEIGHTS
 from bisam.validation import positive, whole
 
 SPLITS = ("train", "validation", "test")
-WEIGHTS = ("best", "last", "ema")
 FILE = "file"
 """The weights of a file, which belong to no run."""
 

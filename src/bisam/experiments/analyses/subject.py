@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -15,18 +15,14 @@ from bisam.experiments import data
 from bisam.experiments.analyses.settings import Settings
 from bisam.experiments.data.image_tensors import channels
 from bisam.experiments.data.splits import Data, Split
-from bisam.experiments.errors import RunError, is_out_of_memory
-from bisam.experiments.models.build import PRETRAINED, build
-from bisam.experiments.models.frozen import with_frozen
+from bisam.experiments.models.build import build
 from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.runs.checkpoint import CHECKPOINT
-from bisam.experiments.runs.files import damaged
 from bisam.experiments.runs.folder import Result, Run
 from bisam.experiments.runs.machine import Machine
-from bisam.experiments.runs.results import checksum_of_rows
 from bisam.experiments.training.checks import check_data, check_model
 from bisam.experiments.training.epoch import prepared
 from bisam.experiments.training.optimizers import descent_loss
+from bisam.experiments.training.trained import network, weights
 
 
 @dataclass(frozen=True)
@@ -64,31 +60,13 @@ def of_run(run: Run, result: Result, settings: Settings, machine: Machine) -> Su
             recipe has an earlier version, whose examples were others.
         ValueError: the data or the model cannot be loaded.
     """
-    weights = _weights(run, result, settings.weights)
-    recipe = run.recipe
-
-    def make(classes: int, channels: int) -> nn.Module:
-        # Pretrained models of torchvision can differ from others by more than their values. The values in a file are
-        # needed only where some are not trained.
-        source = recipe.weights if recipe.weights == PRETRAINED or recipe.frozen is not None else None
-        model = build(
-            recipe.model,
-            classes,
-            channels=channels,
-            weights=source,
-            frozen=recipe.frozen,  # what was not trained is not displaced
-            root=machine.data_dir,
-        )
-        model = model.double() if recipe.precision == "64" else model
-        try:
-            model.load_state_dict(with_frozen(weights, model))
-        except Exception as error:  # torch raises errors of several types for a state of another form
-            if is_out_of_memory(error):
-                raise
-            raise damaged(run.folder / CHECKPOINT, error) from error
-        return model
-
-    return _subject(recipe, make, settings, machine)
+    state = weights(run, result, settings.weights)
+    return _subject(
+        run.recipe,
+        lambda classes, channels: network(run, state, classes, channels, machine.data_dir),
+        settings,
+        machine,
+    )
 
 
 def of_file(path: Path, recipe: Recipe, settings: Settings, machine: Machine) -> Subject:
@@ -134,30 +112,3 @@ def _chosen(splits: Data, settings: Settings) -> Split:
         return split
     random = torch.Generator().manual_seed(settings.seed)
     return split.chosen(torch.randperm(len(split), generator=random)[: settings.examples].sort().values)
-
-
-def _weights(run: Run, result: Result, which: str) -> dict[str, Tensor]:
-    """The weights of a finished run, from its checkpoint."""
-    if (state := run.checkpoint()) is None:
-        raise RunError(
-            f"{run.folder} has no {CHECKPOINT}, as copies of results without weights: train the run again to analyse it"
-        )
-    rows = state["history"]
-    if run.recipe.completed(rows[-1]) != run.recipe.length or (
-        result.get("metrics", checksum_of_rows(rows)) != checksum_of_rows(rows)
-    ):
-        raise RunError(
-            f"{run.folder}: {CHECKPOINT} is not that of the end of the run in result.json: delete result.json, and the "
-            "command that started the run finishes it"
-        )
-    if which == "best":
-        return state["best"]["weights"]
-    if which == "last":
-        return _below("model.", state["sharp"])
-    if run.recipe.ema is None:
-        raise RunError(f"{run.folder} has no average of the weights (--ema): its weights are best or last")
-    return _below("module.", state["average"])
-
-
-def _below(prefix: str, state: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

@@ -1,9 +1,10 @@
-"""The command line, a file a command: `bisam run`, `train`, `analyse`, `report`, `plot`, `archive`, `list` and others.
+"""The command line, a file a command: `bisam run`, `train`, `analyse`, `export`, `report`, `list` and others.
 
 run, report, ...          work on a subject of `subjects.py`: a study (`study.py`) or a measurement (`measurement.py`)
 study_report.py           the report of a study: tables on the terminal, and files
 train                     trains one recipe
 analyse                   measures finished runs, or the weights in a file
+export                    writes the weights of a finished run for other programs
 methods                   shows the catalogue of methods
 tables                    writes the page of the tables and figures of the papers
 options.py, flags.py      flags that commands share, and those that are fields of a recipe
@@ -19,7 +20,7 @@ from typing import Any
 from cyclopts import App, CycloptsError
 
 from bisam import __version__
-from bisam.experiments.cli import analyse, archive, list as listing, methods, plot, report, run, tables, train
+from bisam.experiments.cli import analyse, archive, export, list as listing, methods, plot, report, run, tables, train
 from bisam.experiments.cli.terminal import errors
 from bisam.experiments.errors import RunError, is_out_of_memory, reason, show_warnings_in_one_line
 
@@ -38,6 +39,7 @@ app.command(tables.tables, help_epilogue=tables.EXAMPLES)
 app.command(report.report, help_epilogue=report.EXAMPLES)
 app.command(plot.plot, help_epilogue=plot.EXAMPLES)
 app.command(archive.archive, help_epilogue=archive.EXAMPLES)
+app.command(export.export, help_epilogue=export.EXAMPLES)
 
 
 def main() -> None:

@@ -45,6 +45,11 @@ NAMES = {
 """The data sets, with a short description of each."""
 
 
+def channels_of(recipe: Recipe) -> int:
+    """Return the number of channels of a recipe's images, without loading them."""
+    return 1 if recipe.dataset == "digits" else 3
+
+
 def load(recipe: Recipe, machine: Machine) -> Data:
     """Load the data of a recipe, in the split of its seed.
 

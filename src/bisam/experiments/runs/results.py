@@ -150,6 +150,10 @@ _NOT_ALWAYS_FINITE = (
 )  # after a divergence; where a method leaves examples out
 
 
+WEIGHTS = ("best", "last", "ema")
+"""The weights of a run: of the best validation epoch, of the last epoch, and their moving average."""
+
+
 def headline(result: Result) -> Headline:
     """Return which test score of a run is shown and compared, `headline_score`.
 

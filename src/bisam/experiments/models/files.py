@@ -1,0 +1,149 @@
+"""Files: a trained model in the formats of torch, safetensors, ONNX, timm and Hugging Face."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bisam.experiments.models.build import tokenizer
+from bisam.experiments.models.logits import Logits
+
+STATES = (".safetensors", ".pt", ".pth")
+"""Names of files of weights alone end so."""
+PROGRAMS = (".pt2", ".onnx")
+"""Names of files of a program end so: the computation with its weights, which needs no code of the model."""
+WEIGHTS_FILE = "model.safetensors"
+"""The weights in a folder."""
+
+
+def classes_of(state: Mapping[str, Tensor]) -> int:
+    """Return the number of classes of a model, by its weights: the length of the last one, which is that of the head.
+
+    Raises:
+        ValueError: there are no weights.
+    """
+    vectors = [value for value in state.values() if value.ndim]
+    if not vectors:
+        raise ValueError("the model has no weights")
+    return vectors[-1].shape[0]
+
+
+def write_state(model: nn.Module, to: Path, facts: Mapping[str, Any]) -> None:
+    """Write the weights of a model to a file: those of the network itself for models of Hugging Face.
+
+    Args:
+        model: any model.
+        to: a file of `STATES`; it must not be in use.
+        facts: for the metadata of the safetensors format, under the key `bisam`, as JSON.
+
+    Raises:
+        ValueError: the package safetensors is missing.
+        OSError: the file cannot be written.
+    """
+    # A copy of each: tied weights share memory, which safetensors refuses.
+    state = {name: value.detach().cpu().clone().contiguous() for name, value in _network(model).state_dict().items()}
+    if to.suffix == ".safetensors":
+        save: Any = _package("safetensors.torch", "a file of safetensors")
+        # Not save_file, which lets nobody else read the file.
+        to.write_bytes(save.save(state, {"format": "pt", "bisam": json.dumps(facts)}))
+    else:
+        torch.save(state, to)
+
+
+def write_program(model: nn.Module, to: Path, images: Tensor) -> None:
+    """Write a model as a program for batches of any size, in eval mode.
+
+    Args:
+        model: a model of images.
+        to: a file of `PROGRAMS`.
+        images: two or more inputs (N, channels, height, width), whose shape but for N is that of the program.
+
+    Raises:
+        ValueError: packages for ONNX are missing, or the model cannot be written as a program.
+        OSError: the file cannot be written.
+    """
+    if isinstance(model, Logits):
+        raise ValueError(f"{to.name}: models of Hugging Face are exported to a folder; give --to a name without suffix")
+    if to.suffix == ".onnx":
+        for package in ("onnx", "onnxscript"):
+            _package(package, "a file of ONNX")
+    model = model.eval()
+    batch: Any = torch.export.Dim("batch", min=1)
+    try:
+        program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
+        onnx: Any = torch.onnx.export(program, (images,), dynamo=True, verbose=False) if to.suffix == ".onnx" else None
+    except Exception as error:  # torch raises errors of many types for what it cannot trace
+        raise ValueError(f"the model cannot be exported as a program ({_line(error)}): export its weights") from error
+    if onnx is None:
+        torch.export.save(program, to)
+    else:
+        onnx.save(to)
+
+
+def write_folder(
+    model: nn.Module, name: str, channels: int, to: Path, facts: Mapping[str, Any], root: Path | None = None
+) -> str:
+    """Write a model to a folder that its own library reads; return the Python code that does.
+
+    Args:
+        model: any model.
+        name: of the model, as `build` takes it.
+        channels: of its images.
+        to: an empty folder.
+        facts: see `write_state`.
+        root: folder of the data sets, see `build`.
+
+    Raises:
+        ValueError: a package is missing, or the tokenizer cannot be loaded.
+        OSError: a file cannot be written.
+    """
+    source, _, rest = name.partition(":")
+    if isinstance(model, Logits):
+        network: Any = model.network
+        network.save_pretrained(to)
+        tokenizer(name, root).save_pretrained(to)
+        return (
+            "from transformers import AutoModelForSequenceClassification, AutoTokenizer\n\n"
+            'model = AutoModelForSequenceClassification.from_pretrained("FOLDER")\n'
+            'tokenizer = AutoTokenizer.from_pretrained("FOLDER")'
+        )
+    if source == "timm":
+        timm: Any = _package("timm.models", "a folder of timm")
+        timm.save_for_hf(model, str(to), safe_serialization=True)
+        shape = f"num_classes={classes_of(model.state_dict())}, in_chans={channels}"
+        return f'import timm\n\nmodel = timm.create_model("{rest}", {shape}, checkpoint_path="FOLDER/{WEIGHTS_FILE}")'
+    write_state(model, to / WEIGHTS_FILE, facts)
+    classes = classes_of(model.state_dict())
+    load = f'model.load_state_dict(load_file("FOLDER/{WEIGHTS_FILE}"))'
+    if source == "torchvision":
+        return (
+            "from safetensors.torch import load_file\nfrom torchvision.models import get_model\n\n"
+            f'model = get_model("{rest}", num_classes={classes})\n{load}'
+        )
+    return (
+        "from safetensors.torch import load_file\nfrom bisam.experiments.models.build import build\n\n"
+        f'model = build("{name}", {classes}, channels={channels})\n{load}'
+    )
+
+
+def _network(model: nn.Module) -> nn.Module:
+    return model.network if isinstance(model, Logits) else model
+
+
+def _package(package: str, what: str) -> Any:
+    try:
+        return import_module(package)
+    except ImportError as error:
+        package = package.partition(".")[0]
+        raise ValueError(f"{what} needs {package}: pip install 'bisam[experiments,onnx]'") from error
+
+
+def _line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
