@@ -119,8 +119,8 @@ class Journal:
     def _tail(self, learning_rate: float, seconds: float, done: int) -> str:
         """Learning rate, speed, memory and time left, after `done` losses of the run."""
         now, speed = self._clock(), self._seen / seconds if seconds > 0 else float("nan")
-        parts = [f"learning rate {learning_rate:.4g}", f"{speed:,.4g} {self._unit}/s" if speed < 1000 else ""]
-        parts[1] = parts[1] or f"{speed:,.0f} {self._unit}/s"
+        rounded = f"{speed:,.0f}" if speed >= 1000 else f"{speed:.4g}"
+        parts = [f"learning rate {learning_rate:.4g}", f"{rounded} {self._unit}/s"]
         if (used := peak_memory(self._device)) is not None:
             parts.append(f"{used / 2**30:.2f} GiB")
         left = (now - self._start) / max(1, done - self._before) * (self._length.losses - done)

@@ -188,7 +188,7 @@ class Training:
             with suppress(OSError, RunError):  # the folder may be the reason
                 journal.failed(error)
             raise
-        journal.finished({which: result[f"test_{which}"] for which in result["scores"]})
+        journal.finished({which: result[f"test_{which}"] for which in result.get("scores", {})})
         return result
 
     def _trained(self, on_epoch: OnEpoch | None) -> Result:
