@@ -109,9 +109,18 @@ class Silent:
     """The progress of several runs: keeps each epoch, each measure and each end."""
 
     def __init__(self) -> None:
+        self.started = (0, 0)
+        self.begun: list[tuple[Any, int]] = []
+        self.elsewhere: list[Any] = []
         self.epochs: list[tuple[Any, int]] = []
         self.measures: list[tuple[Any, str, int]] = []
         self.ended: dict[Any, str | None] = {}
+
+    def starting(self, processes: int, runs: int) -> None:
+        self.started = (processes, runs)
+
+    def begins(self, recipe: Any, worker: int) -> None:
+        self.begun.append((recipe, worker))
 
     def epoch(self, recipe: Any, epoch: int, validation: Any) -> None:
         self.epochs.append((recipe, epoch))
@@ -119,5 +128,7 @@ class Silent:
     def measuring(self, recipe: Any, measure: str, completed: int) -> None:
         self.measures.append((recipe, measure, completed))
 
-    def done(self, recipe: Any, error: str | None) -> None:
+    def done(self, recipe: Any, error: str | None, elsewhere: bool = False) -> None:
         self.ended[recipe] = error
+        if elsewhere:
+            self.elsewhere.append(recipe)

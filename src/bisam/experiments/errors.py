@@ -64,6 +64,10 @@ class RunError(Exception):
     """A run folder cannot be used; the message says why and gives the remedy."""
 
 
+class InUseError(RunError):
+    """Another process has the folder."""
+
+
 class DamagedError(RunError):
     """A file of a run folder is not as it was written.
 

@@ -112,7 +112,10 @@ def test_a_run_that_another_study_holds_is_said_and_the_others_go_on(tmp_path):
     held = Run.under(tmp_path, SHORT).folder
     held.mkdir(parents=True)
     with FileLock(held / ".lock"):
-        outcomes = processes.run_all([SHORT, SGD], tmp_path, 1, Machine(log=()), Silent())
+        outcomes = processes.run_all([SHORT, SGD], tmp_path, 1, Machine(log=()), progress := Silent())
+    assert [outcome.elsewhere for outcome in outcomes] == [True, False]
+    assert (progress.started, progress.elsewhere) == ((1, 2), [SHORT])
+    assert progress.begun == [(SHORT, 1), (SGD, 1)]
     assert f"{held} is in use by another process: let it finish, or give another --out" in outcomes[0].error
     assert outcomes[1].error is None
     assert [run.recipe for run in finished(tmp_path)] == [SGD]
@@ -221,10 +224,12 @@ from bisam.experiments.runs.machine import Machine, end_with_parent, threads
 from bisam.experiments.recipes.recipe import Recipe
 
 class Killer:
+    def starting(self, processes, runs): ...
+    def begins(self, recipe, worker): ...
     def epoch(self, recipe, epoch, validation):
         print(*[process.pid for process in mp.active_children()], flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
-    def done(self, recipe, error): ...
+    def done(self, recipe, error, elsewhere=False): ...
 
 if __name__ == "__main__":
     recipe = Recipe(method="bisam_log", noise=0.4, rho=0.4, epochs=1000, batch_size=256)

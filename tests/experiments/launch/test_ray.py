@@ -136,7 +136,7 @@ from bisam.experiments.recipes.recipe import Recipe
 class Progress:
     def epoch(self, recipe, epoch, validation):
         print("epoch", flush=True)
-    def done(self, recipe, error):
+    def done(self, recipe, error, elsewhere=False):
         print(error, flush=True)
 
 recipe = Recipe(method="bisam_log", noise=0.4, rho=0.4, epochs=100000, batch_size=256)

@@ -17,6 +17,8 @@ In = Annotated[Path, Parameter(name="--out", help="Folder that the run folders a
 Changes = Annotated[
     tuple[str, ...], Parameter(name="--set", negative="", help="Change a field of all recipes: --set epochs=1.")
 ]
+Quiet = Annotated[bool, Parameter(negative="", help="Show no progress: only results, errors and warnings.")]
+Verbose = Annotated[bool, Parameter(negative="", help="Show a line for each epoch, above the bar if there is one.")]
 MachineFlags = Annotated[Machine, Parameter(name="*")]
 Given = Annotated[frozenset[str], Parameter(parse=False)]
 """Names of the flags on the command line, as in `data_dir`; `main` fills them in."""
@@ -53,10 +55,24 @@ class Launch:
     estimate: bool = True
     """Whether --dry-run measures times, which loads the data."""
 
+    quiet: Quiet = False
+    verbose: Verbose = False
+
     def __post_init__(self) -> None:
+        refuse_contradiction(self.quiet, self.verbose)
         for name in ("seeds", "epochs", "workers", "stack"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
+
+
+def refuse_contradiction(quiet: bool, verbose: bool) -> None:
+    """Refuse to be both quiet and verbose.
+
+    Raises:
+        ValueError: both are given.
+    """
+    if quiet and verbose:
+        raise ValueError("--quiet shows no progress and --verbose shows more of it: leave one out")
 
 
 def refuse_archive(out: Path) -> None:

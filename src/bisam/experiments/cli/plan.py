@@ -9,11 +9,11 @@ from pathlib import Path
 
 from rich.table import Table
 
-from bisam.experiments.cli.progress import duration
 from bisam.experiments.cli.terminal import console, errors
 from bisam.experiments.errors import RunError
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports.groups import names, place, places
+from bisam.experiments.runs.durations import duration
 from bisam.experiments.runs.folder import Result, Run
 from bisam.experiments.runs.machine import Machine
 from bisam.experiments.studies.study import Analyses

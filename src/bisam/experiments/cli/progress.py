@@ -10,20 +10,25 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
+    Task,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from bisam.experiments.cli.terminal import console
 from bisam.experiments.recipes.recipe import Recipe
+
+_WIDE = 80
+"""Columns of a terminal from which on the bar has news."""
 
 
 class _Live:
     """A context in which a bar is updated; nothing is shown if the output is not a terminal."""
 
-    def __init__(self, *columns: ProgressColumn) -> None:
-        self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
+    def __init__(self, *columns: ProgressColumn, quiet: bool = False) -> None:
+        self._bar = Progress(*columns, console=console, disable=quiet or not console.is_terminal)
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -37,15 +42,28 @@ class _Live:
         self._bar.stop()
 
 
+class _News(ProgressColumn):
+    """The latest result; dropped on a narrow terminal, where counts and times need the room."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields["news"] if console.width >= _WIDE else "", no_wrap=True, overflow="ellipsis")
+
+
 class Display(_Live):
-    """A bar over all epochs (or steps) with the latest result; one line per run if the output is not a terminal.
+    """A bar over all epochs (or steps) with the latest result; lines if the output is not a terminal.
 
     Args:
         recipes: the runs.
         analyses: number of analyses of each run, which count as epochs.
+        quiet: show neither a bar nor lines.
+        verbose: show lines on a terminal too, and of a study a line for each epoch.
     """
 
-    def __init__(self, recipes: Sequence[Recipe], analyses: int = 0) -> None:
+    def __init__(
+        self, recipes: Sequence[Recipe], analyses: int = 0, *, quiet: bool = False, verbose: bool = False
+    ) -> None:
+        self._speaks, self._verbose = not quiet and (verbose or not console.is_terminal), verbose
+        self._worker: dict[Recipe, int] = {}
         self.finished = 0
         self._analyses = analyses
         self._runs = len(recipes)
@@ -59,26 +77,51 @@ class Display(_Live):
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[news]}"),
+            _News(),
+            quiet=quiet,
         )
         total = sum(recipe.length + analyses for recipe in recipes)
         self._task = self._bar.add_task("", total=total, runs=self._count(), news="")
 
+    def line(self, text: str) -> None:
+        """Print a line, above the bar if there is one; nothing if the display is quiet or a bar suffices."""
+        if self._speaks:
+            console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+    def starting(self, processes: int, runs: int) -> None:
+        """Say that worker processes are started for so many runs."""
+        self.line(f"starting {_number(processes, 'process', 'processes')} for {_number(runs, 'run', 'runs')}")
+
+    def begins(self, recipe: Recipe, worker: int) -> None:
+        """Say which worker gets a run."""
+        self._worker[recipe] = worker
+        self.line(f"worker {worker}: {recipe.slug} seed {recipe.seed}")
+
     def epoch(self, recipe: Recipe, completed: int, validation: float) -> None:
-        """Show a completed epoch of a run, after which so many of its epochs or steps are completed."""
+        """Show a completed epoch of a run of a study, after which so many of its epochs or steps are completed."""
+        self.advanced(recipe, completed, validation)
+        if self._verbose:
+            place = f"worker {self._worker[recipe]}: " if recipe in self._worker else ""
+            unit = recipe.unit.removesuffix("s")
+            self.line(
+                f"{place}{recipe.slug} seed {recipe.seed}: {unit} {completed}/{recipe.length}, "
+                f"validation {100 * validation:.1f} %"
+            )
+
+    def advanced(self, recipe: Recipe, completed: int, validation: float) -> None:
+        """Show a completed epoch on the bar alone."""
         self._advance(recipe, completed, f"{_called(recipe)}: {100 * validation:.1f} % valid.")
 
     def measuring(self, recipe: Recipe, measure: str, completed: int) -> None:
         """Show a measure of a finished run that is being computed, after so many completed analyses."""
         self._advance(recipe, recipe.length + completed, f"{_called(recipe)}: {measure}")
 
-    def done(self, recipe: Recipe, error: str | None) -> None:
-        """Show that a run finished or failed."""
+    def done(self, recipe: Recipe, error: str | None, elsewhere: bool = False) -> None:
+        """Show that a run finished or failed and why, or that another process has it."""
         self.finished += error is None
         self._advance(recipe, recipe.length + self._analyses, None)
-        if not console.is_terminal:
-            state = "done" if error is None else "failed"
-            console.print(f"{self._count()}: {recipe.slug} seed {recipe.seed} {state}", soft_wrap=True, highlight=False)
+        state = "done" if error is None else "in use elsewhere" if elsewhere else f"failed: {error}"
+        self.line(f"{self._count()}: {recipe.slug} seed {recipe.seed} {state}")
 
     def _advance(self, recipe: Recipe, completed: int, news: str | None) -> None:
         before = self._completed.get(recipe, 0)
@@ -90,16 +133,12 @@ class Display(_Live):
         return f"{self.finished}/{self._runs} runs"
 
 
+def _number(count: int, one: str, several: str) -> str:
+    return f"{count} {one if count == 1 else several}"
+
+
 def _called(recipe: Recipe) -> str:
     return f"{recipe.method} noise {recipe.noise:g} seed {recipe.seed}"
-
-
-def duration(seconds: float) -> str:
-    """A duration in a readable unit."""
-    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds:.3g} s"
 
 
 class MeasuringDisplay(_Live):

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 from bisam.experiments.cli.idle import refuse_idle
 from bisam.experiments.cli.options import Launch, flag
 from bisam.experiments.cli.plan import show_runs, show_times
-from bisam.experiments.cli.progress import Display, duration
+from bisam.experiments.cli.progress import Display
 from bisam.experiments.cli.terminal import console, errors
 from bisam.experiments.errors import DamagedError, RunError
 from bisam.experiments.recipes.changes import pairs
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.recipes.versions import VERSION
 from bisam.experiments.runs.archive import Source, source, write_archive
+from bisam.experiments.runs.durations import duration
 from bisam.experiments.runs.folder import Finished, Run, finished, read_recipe
 from bisam.experiments.runs.machine import Machine, threads
 from bisam.experiments.studies.study import Analyses, Study, expand
@@ -117,7 +118,8 @@ class StudySubject:
         """Run what is not finished yet, and report."""
         recipes, root = self._recipes(launch), out / self.study.folder
         analyses = self.study.analyses
-        with Display(recipes, 0 if analyses is None else len(analyses.what)) as display:
+        units = 0 if analyses is None else len(analyses.what)
+        with Display(recipes, units, quiet=launch.quiet, verbose=launch.verbose) as display:
             try:
                 outcomes = _launched(recipes, root, launch, machine, display, analyses)
             except KeyboardInterrupt:
@@ -314,7 +316,8 @@ def show_failed(outcomes: Sequence[Outcome]) -> int:
         first, *others = same
         more = f" and {len(others)} more" if others else ""
         which = f"{first.recipe.slug}, seed {first.recipe.seed}{more}"
-        errors.print(f"bisam: {which} {'failed' if started else 'did not start'}: {error}")
+        state = "in use elsewhere" if first.elsewhere else "failed" if started else "did not start"
+        errors.print(f"bisam: {which} {state}: {error}")
     if not failed:
         return 0
     return 1 if any(outcome.started for outcome in outcomes) else 2

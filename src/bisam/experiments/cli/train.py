@@ -12,7 +12,7 @@ from cyclopts import Parameter
 from bisam.experiments.cli.authors import AuthorsFlags, notes, translated
 from bisam.experiments.cli.flags import RecipeFlags
 from bisam.experiments.cli.idle import CONDITIONS, refuse_idle
-from bisam.experiments.cli.options import Given, MachineFlags, Out, refuse_archive
+from bisam.experiments.cli.options import Given, MachineFlags, Out, Quiet, Verbose, refuse_archive, refuse_contradiction
 from bisam.experiments.cli.progress import Display
 from bisam.experiments.cli.terminal import console, errors
 from bisam.experiments.errors import RunError, is_out_of_memory, reason
@@ -41,6 +41,8 @@ def train(
     authors: Annotated[AuthorsFlags, Parameter(name="*", group="The BiSAM authors' flags")] = AuthorsFlags(),  # noqa: B008
     machine: MachineFlags = Machine(),  # noqa: B008
     out: Out = Path("runs"),
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     given: Given = frozenset(),
 ) -> int:
     """Train one recipe; the flags are its fields, and those of the BiSAM authors' script (--optim, --learning_rate).
@@ -54,6 +56,7 @@ def train(
     from bisam.experiments.training.metrics import TITLES
     from bisam.experiments.training.train import train as train_run
 
+    refuse_contradiction(quiet, verbose)
     refuse_archive(out)
     base = _base(preset, config)
     recipe = started(base, translated(base, flags.given, authors))
@@ -70,10 +73,13 @@ def train(
     recipe.check_trainable()
     loggers.check(machine.log)
     one = Run.under(out / "train", recipe)
-    with Display([recipe]) as display:
+    with Display([recipe], quiet=quiet, verbose=verbose) as display:
         try:
             result = train_run(
-                one, machine, lambda row: display.epoch(recipe, recipe.completed(row), row["validation"])
+                one,
+                machine,
+                lambda row: display.advanced(recipe, recipe.completed(row), row["validation"]),
+                display.line,
             )
         except KeyboardInterrupt:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not end the message

@@ -12,7 +12,7 @@ from typing import Protocol
 from bisam.experiments.analyses.catalogue import known
 from bisam.experiments.analyses.run import analyse, missing
 from bisam.experiments.analyses.settings import Settings
-from bisam.experiments.errors import DataError, RunError, is_out_of_memory, reason
+from bisam.experiments.errors import DataError, InUseError, RunError, is_out_of_memory, reason
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Result, Row, Run
 from bisam.experiments.runs.machine import Machine
@@ -25,6 +25,14 @@ from bisam.experiments.training.train import train
 class Progress(Protocol):
     """Receives the progress of a study, to display it."""
 
+    def starting(self, processes: int, runs: int) -> None:
+        """Worker processes are started for so many runs."""
+        ...
+
+    def begins(self, recipe: Recipe, worker: int) -> None:
+        """A worker, numbered from 1, gets a run."""
+        ...
+
     def epoch(self, recipe: Recipe, completed: int, validation: float) -> None:
         """An epoch of a run is completed; `completed` is the number of its epochs, or of its steps, until then."""
         ...
@@ -33,8 +41,8 @@ class Progress(Protocol):
         """A measure of a finished run is being computed; `completed` is the number of analyses until then."""
         ...
 
-    def done(self, recipe: Recipe, error: str | None) -> None:
-        """A run is finished and analysed, or failed with `error`."""
+    def done(self, recipe: Recipe, error: str | None, elsewhere: bool = False) -> None:
+        """A run is finished and analysed, or failed with `error`, or another process has it (`elsewhere`)."""
         ...
 
 
@@ -47,6 +55,8 @@ class Outcome:
     error: str | None = None
     started: bool = True
     """False if its data cannot be loaded."""
+    elsewhere: bool = False
+    """Whether another process has its folder."""
 
 
 Done = Callable[[Outcome], None]
@@ -70,7 +80,7 @@ def collect_outcomes(
     def done(outcome: Outcome) -> None:
         outcomes[outcome.recipe] = outcome
         if outcome.started:
-            progress.done(outcome.recipe, outcome.error)
+            progress.done(outcome.recipe, outcome.error, outcome.elsewhere)
 
     left: list[Recipe] = []
     for recipe in dict.fromkeys(recipes):
@@ -129,7 +139,7 @@ def train_or_explain(
         return Outcome(recipe, result)
     except (Exception, SystemExit) as error:
         message = ("" if result is None else "its analysis: ") + _explanation(error)
-        return Outcome(recipe, result, message, started=not isinstance(error, DataError))
+        return Outcome(recipe, result, message, not isinstance(error, DataError), isinstance(error, InUseError))
 
 
 def train_stack_or_explain(
@@ -154,7 +164,7 @@ def train_stack_or_explain(
                 else:
                     outcomes[recipe] = Outcome(recipe, result)
             except (RunError, OSError) as error:
-                outcomes[recipe] = Outcome(recipe, None, _explanation(error))
+                outcomes[recipe] = Outcome(recipe, None, _explanation(error), elsewhere=isinstance(error, InUseError))
         left = [run.recipe for run in opened]
         try:
             if opened:

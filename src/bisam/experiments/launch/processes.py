@@ -149,14 +149,22 @@ def _in_processes(
     analyses: Analyses | None,
 ) -> None:
     left, killed = deque(todo), Counter[Job]()
+
+    def give(worker: _Worker) -> None:
+        job = left.popleft()
+        worker.give(job, root, machine, analyses)
+        for recipe in job.recipes:
+            progress.begins(recipe, worker.place + 1)
+
+    progress.starting(min(workers, len(todo)), sum(len(job.recipes) for job in todo))
     with _workers() as pool:
         while True:
             for worker in pool:
                 if worker.job is None and left:
-                    worker.give(left.popleft(), root, machine, analyses)
+                    give(worker)
             while left and len(pool) < workers:
                 pool.append(_Worker(workers, min(set(range(workers)) - {worker.place for worker in pool})))
-                pool[-1].give(left.popleft(), root, machine, analyses)
+                give(pool[-1])
             busy = {worker.connection: worker for worker in pool if worker.job is not None}
             if not busy:
                 return

@@ -3,6 +3,7 @@
 runs/digits/sam-noise-0.4-1f0c22e9/seed-0/
     recipe.json             the recipe; its fingerprint is in the name of the folder
     metrics.csv             one row for each epoch; the last one of a run of steps may be cut short
+    log.txt                 lines with times, of each epoch and of how the run ended; a resumed run appends to it
     stats.csv               with --stats, mean statistics of the steps of each epoch that was trained with it
     checkpoint.pt           the state after the last completed epoch, see checkpoint.py
     checkpoint-previous.pt  the checkpoint before it, until the run is finished
@@ -10,8 +11,8 @@ runs/digits/sam-noise-0.4-1f0c22e9/seed-0/
     result.json             written once, at the end, see results.py
     analysis.json           what `bisam analyse` measured afterwards, with its figures in analysis/
 
-Each file is replaced atomically and is on the disk before the next one is written. The command that started a run also
-resumes it: after the last completed epoch, or after the one before if checkpoint.pt is damaged.
+Each file except log.txt is replaced atomically and is on the disk before the next one is written. The command that
+started a run also resumes it: after the last completed epoch, or after the one before if checkpoint.pt is damaged.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any, cast
 
 from filelock import FileLock, Timeout
 
-from bisam.experiments.errors import RunError, RunWarning
+from bisam.experiments.errors import InUseError, RunError, RunWarning
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.checkpoint import CHECKPOINT, DAMAGED, PREVIOUS, file_fault, read_checkpoint, serialized
 from bisam.experiments.runs.environment import environment
@@ -76,7 +77,7 @@ class Run:
                 self._claim()
                 yield
         except Timeout:
-            raise RunError(
+            raise InUseError(
                 f"{self.folder} is in use by another process: let it finish, or give another --out"
             ) from None
 
@@ -240,6 +241,20 @@ class Writer:
         checkpoint = serialized(state, self._run.recipe)
         self.metrics(history)
         self.write(CHECKPOINT, checkpoint, keep=self._run.folder / PREVIOUS)
+
+    def log(self, line: str) -> None:
+        """Append a line to log.txt.
+
+        Raises:
+            RunError: the folder was deleted or replaced.
+            OSError: the disk is full or read-only.
+        """
+        self.check()
+        try:
+            with open(self._run.folder / "log.txt", "a", encoding="utf-8") as file:
+                file.write(f"{line}\n")
+        except (FileNotFoundError, NotADirectoryError) as error:  # deleted since
+            raise self._gone() from error
 
     def finish(self, result: Mapping[str, Any], history: Sequence[Row]) -> Result:
         """Write the result with its environment and time, and return it; the run is finished then.

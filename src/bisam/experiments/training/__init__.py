@@ -17,6 +17,7 @@ metrics.py          accuracy and other scores; sums over the batches of an epoch
 measured.py         what a run measures of its weights after some epochs: ball.py, or ascents.py
 reference_speed.py  plain training steps beside the run, the unit of its relative time
 stacked/            several seeds of a recipe at once, as one batched model
+journal.py          the lines of log.txt
 loggers.py          TensorBoard, Weights & Biases, MLflow
 
 The file of a checkpoint is in `runs/checkpoint.py`, the recipe in `recipes/recipe.py`.

@@ -17,6 +17,7 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 from bisam.experiments.errors import RunError, show_warnings_in_one_line
 from bisam.experiments.runs.folder import Result, Row, Run
 from bisam.experiments.runs.machine import Machine, end_with_parent
+from bisam.experiments.training.journal import OnLine
 
 OnEpoch = Callable[[Row], None]
 """Called with the row of metrics of each epoch."""
@@ -25,7 +26,12 @@ TrainOne = Callable[[Fabric, Run, Machine], Any]
 
 
 def train_in_processes(
-    train_one: TrainOne, fabric: Fabric, run: Run, machine: Machine, on_epoch: OnEpoch | None
+    train_one: TrainOne,
+    fabric: Fabric,
+    run: Run,
+    machine: Machine,
+    on_epoch: OnEpoch | None,
+    on_line: OnLine | None = None,
 ) -> Result:
     """Train a run in a new process for each device and return its result.
 
@@ -35,14 +41,14 @@ def train_in_processes(
         run: the folder, which this process holds.
         machine: where to compute.
         on_epoch: called in a thread of this process, with the rows that the first of the others writes.
+        on_line: called in the same thread, with the lines that it appends to log.txt.
 
     Raises:
         RunError: a process failed or was killed.
     """
     ended = threading.Event()
-    reporter = threading.Thread(target=_report_epochs, args=(run, on_epoch, ended), daemon=True)
-    if on_epoch is not None:
-        reporter.start()
+    reporter = threading.Thread(target=_report, args=(run, on_epoch, on_line, ended), daemon=True)
+    reporter.start()
     try:
         # A partial, because `launch` would take further arguments for data.
         fabric.launch(partial(_train_in_child, train_one, run, machine, torch.get_num_threads()))
@@ -52,7 +58,6 @@ def train_in_processes(
         raise RunError(f"a process of {run.folder} failed ({reason}){remedy}") from error
     finally:
         ended.set()
-    if on_epoch is not None:
         reporter.join()
     assert run.result is not None
     return run.result
@@ -66,12 +71,23 @@ def _train_in_child(train_one: TrainOne, run: Run, machine: Machine, threads: in
     train_one(fabric, run, machine)
 
 
-def _report_epochs(run: Run, on_epoch: OnEpoch, ended: threading.Event) -> None:
-    """Pass on the epochs that appear in metrics.csv, and look a last time after the run has ended."""
-    reported, last = 0, False
+def _report(run: Run, on_epoch: OnEpoch | None, on_line: OnLine | None, ended: threading.Event) -> None:
+    """Pass on what appears in metrics.csv and log.txt, and look a last time after the run has ended."""
+    reported, last, log = 0, False, run.folder / "log.txt"
+    position = log.stat().st_size if log.exists() else 0  # a resumed run has the lines of an earlier process
     while not last:
         last = ended.wait(0.5)
         with suppress(OSError, RunError):  # damaged or deleted, which the run itself reports
+            if on_line is not None and log.exists():
+                with open(log, "rb") as file:
+                    file.seek(position)
+                    whole = file.read().rpartition(b"\n")[0]  # the last line may be half written
+                if whole:
+                    position += len(whole) + 1
+                    for line in whole.decode(errors="replace").splitlines():
+                        on_line(line)
+            if on_epoch is None:
+                continue
             rows = run.metrics()
             for row in rows[reported:]:
                 on_epoch(row)

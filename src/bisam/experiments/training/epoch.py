@@ -18,6 +18,7 @@ from bisam.experiments.models.frozen import to_train
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Row
 from bisam.experiments.training.counting import CountedMethod
+from bisam.experiments.training.journal import Journal
 from bisam.experiments.training.metrics import TrainingSums, ranked
 from bisam.experiments.training.weight_average import WeightAverage
 from bisam.methods.method import indexed
@@ -36,6 +37,7 @@ def train_epoch(
     average: WeightAverage | None = None,
     losses: int | None = None,
     stats: StatsMean | None = None,
+    journal: Journal | None = None,
 ) -> Row:
     """Train for one epoch, or for a part of it, and return its row of metrics.
 
@@ -51,6 +53,7 @@ def train_epoch(
         average: moving average of the weights to update after each optimizer step, if any.
         losses: number of losses after which to stop, each over one batch; by default all batches of the split.
         stats: what to add the statistics of each step to, which `sharp` records.
+        journal: counts the batches, and writes lines within a long epoch.
     """
     if recipe.frozen is None:
         sharp.train()
@@ -85,6 +88,8 @@ def train_epoch(
         sums.add(sharp.clean, method.outputs, labels)
         if stats is not None:
             stats.add(sharp.stats)
+        if journal is not None:
+            journal.batch(inputs, sums, optimizer.param_groups[0]["lr"])
     return {
         **sums.row(fabric, gradients=method.counts[True], forwards=method.counts[False]),
         "losses": losses,

@@ -7,7 +7,7 @@ each, and tests once at the end. The loop over the batches is `train_epoch` in e
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from statistics import fmean, median
 from typing import Any, cast
 
@@ -20,6 +20,7 @@ from bisam.distributed.fsdp import reshard
 from bisam.experiments import data
 from bisam.experiments.data.image_tensors import channels
 from bisam.experiments.data.splits import Data, Split, batches_of
+from bisam.experiments.errors import RunError
 from bisam.experiments.models.build import build
 from bisam.experiments.models.frozen import with_frozen, without_frozen
 from bisam.experiments.recipes.length import run_length
@@ -35,6 +36,7 @@ from bisam.experiments.training.devices import OnEpoch, train_in_processes
 from bisam.experiments.training.epoch import predict, train_epoch
 from bisam.experiments.training.fsdp import divided, shard, share_buffers, whole
 from bisam.experiments.training.hidden import with_hidden_states
+from bisam.experiments.training.journal import Journal, OnLine
 from bisam.experiments.training.loggers import loggers
 from bisam.experiments.training.measured import Measured
 from bisam.experiments.training.metrics import scores, stats_row
@@ -52,7 +54,12 @@ from bisam.state import StateError
 from bisam.statistics import StatsMean
 
 
-def train(run: Run, machine: Machine = Machine(), on_epoch: OnEpoch | None = None) -> Result:  # noqa: B008
+def train(
+    run: Run,
+    machine: Machine = Machine(),  # noqa: B008
+    on_epoch: OnEpoch | None = None,
+    on_line: OnLine | None = None,
+) -> Result:
     """Train a run to its end and return its result; an interrupted run resumes after its last completed epoch.
 
     A run whose loss is not finite is trained to its end too; its result says from which epoch on (`diverged`).
@@ -61,6 +68,7 @@ def train(run: Run, machine: Machine = Machine(), on_epoch: OnEpoch | None = Non
         run: folder and recipe; a finished run is not run again.
         machine: where to compute.
         on_epoch: called with the row of metrics of each epoch.
+        on_line: called with each line of log.txt.
 
     Raises:
         ValueError: the recipe or the device names something that is unknown or not installed.
@@ -77,19 +85,22 @@ def train(run: Run, machine: Machine = Machine(), on_epoch: OnEpoch | None = Non
         fabric.launch()
         with run.open() if fabric.is_global_zero else nullcontext():
             fabric.barrier()
-            return run.result or _train_here(fabric, run, machine, on_epoch if fabric.is_global_zero else None)
+            first = fabric.is_global_zero
+            return run.result or _train_here(fabric, run, machine, on_epoch if first else None, on_line)
     if machine.devices > 1:
         check_data(run.recipe, data.load(run.recipe, machine), machine)  # here, so that an error is reported once
         with run.open():
-            return run.result or train_in_processes(_train_here, fabric, run, machine, on_epoch)
+            return run.result or train_in_processes(_train_here, fabric, run, machine, on_epoch, on_line)
     splits, model = prepare(run.recipe, machine)
     with run.open():
-        return run.result or Training(fabric, run, machine, splits, model).train(on_epoch)
+        return run.result or Training(fabric, run, machine, splits, model).train(on_epoch, on_line)
 
 
-def _train_here(fabric: Fabric, run: Run, machine: Machine, on_epoch: OnEpoch | None = None) -> Result:
+def _train_here(
+    fabric: Fabric, run: Run, machine: Machine, on_epoch: OnEpoch | None = None, on_line: OnLine | None = None
+) -> Result:
     """Train in this process, one of the run's; the folder is held already."""
-    return Training(fabric, run, machine, *prepare(run.recipe, machine)).train(on_epoch)
+    return Training(fabric, run, machine, *prepare(run.recipe, machine)).train(on_epoch, on_line)
 
 
 def prepare(recipe: Recipe, machine: Machine) -> tuple[Data, nn.Module]:
@@ -155,9 +166,32 @@ class Training:
         earlier = run.stats() if machine.stats and self._writer is not None else []
         self._stats = [row for row in earlier if row["epoch"] <= len(self._state.history)]
         self._mean: StatsMean | None = None  # of the steps of the last epoch
+        self._journal: Journal | None = None  # in the first process, while `train` runs
 
-    def train(self, on_epoch: OnEpoch | None) -> Result:
-        """Train the remaining epochs, test, and write the result."""
+    def train(self, on_epoch: OnEpoch | None, on_line: OnLine | None = None) -> Result:
+        """Train the remaining epochs, test, and write the result; log.txt tells how it ended."""
+        if (writer := self._writer) is None:
+            return self._trained(on_epoch)
+
+        def write(line: str) -> None:
+            writer.log(line)
+            if on_line is not None:
+                on_line(line)
+
+        fabric, recipe = self._fabric, self._recipe
+        journal = Journal(write, self._length, fabric.device, fabric.world_size, len(self._state.history))
+        self._journal = journal
+        journal.begin(recipe.slug, recipe.seed, device_name(fabric.device))
+        try:
+            result = self._trained(on_epoch)
+        except BaseException as error:
+            with suppress(OSError, RunError):  # the folder may be the reason
+                journal.failed(error)
+            raise
+        journal.finished({which: result[f"test_{which}"] for which in result.get("scores", {})})
+        return result
+
+    def _trained(self, on_epoch: OnEpoch | None) -> Result:
         fabric, state, writer = self._fabric, self._state, self._writer
         boards = [] if writer is None else loggers(self._machine.log, self._run.folder, self._recipe.to_dict())
         for epoch in range(len(state.history) + 1, self._length.epochs + 1):
@@ -177,6 +211,8 @@ class Training:
                     self._stats.append({"epoch": epoch, **stats})
                     writer.stats(self._stats)
                 writer.save(checkpoint, state.history)
+            if self._journal is not None:
+                self._journal.epoch_ends(row)
             if on_epoch is not None:
                 on_epoch(row)
         for board in boards:
@@ -198,6 +234,8 @@ class Training:
         row: Row = {"epoch": epoch, "learning_rate": float(state.scheduler.get_last_lr()[0])}
         if recipe.steps is not None:
             row["step"] = self._length.steps_until(epoch)
+        if self._journal is not None:
+            self._journal.epoch_begins(epoch, row["learning_rate"])
         row |= train_epoch(
             self._fabric,
             state.sharp,
@@ -210,6 +248,7 @@ class Training:
             state.average,
             self._length.losses_in(epoch),
             self._mean,
+            self._journal,
         )
         row["relative_time"] = row["seconds"] / row["losses"] / self._reference_speed.seconds_per_loss()
         if by_epoch:

@@ -1,0 +1,237 @@
+"""Lines of a run: log.txt, the command without a terminal, and what a line costs."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from rich.console import Console
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytest.importorskip("cyclopts")
+
+from bisam.experiments.cli import progress
+from bisam.experiments.cli.progress import Display
+from bisam.experiments.errors import RunError
+from bisam.experiments.recipes.length import RunLength
+from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.runs.folder import Run
+from bisam.experiments.runs.machine import Machine
+from bisam.experiments.training import train as training
+from bisam.experiments.training.journal import Journal, counted
+from bisam.experiments.training.train import Training, prepare, train
+
+SHORT = Recipe(method="sam", epochs=3, batch_size=64, limit=300)
+MACHINE = Machine(log=())
+TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  "
+EPOCH = TIME + (
+    r"epoch (\d)/3: loss [\d.]+, validation [\d.]+ %, learning rate [\d.e-]+, [\d.,e+]+ images/s(?:, [\d.]+ GiB)?, "
+    r"[\d.]+ (?:s|min) (left|in all)"
+)
+
+
+class Clock:
+    """A clock that stands still unless it is moved."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+class Loss:
+    """Sums with a loss, which count how often it is read."""
+
+    def __init__(self):
+        self.read = 0
+
+    def mean_loss(self):
+        self.read += 1
+        return 0.25
+
+
+def test_without_a_terminal_the_command_prints_the_lines_of_log_txt(bisam, tmp_path):
+    flags = ("--method", "sam", "--limit", 300, "--batch-size", 64, "--epochs", 3, "--out", tmp_path)
+    code, out, err = bisam("train", *flags)
+    assert (code, err) == (0, "")
+    (log,) = tmp_path.glob("train/*/seed-0/log.txt")
+    first, *epochs, last = lines = log.read_text().splitlines()
+    assert out.splitlines()[: len(lines)] == lines
+    assert re.fullmatch(TIME + r"sam-.* seed 0: 3 epochs on cpu", first)
+    found = [re.fullmatch(EPOCH, line) for line in epochs]
+    assert [one and one.groups() for one in found] == [("1", "left"), ("2", "left"), ("3", "in all")]
+    assert re.fullmatch(
+        TIME + r"finished after [\d.]+ (s|min): test best [\d.]+ %, last [\d.]+ %", last
+    ) or re.fullmatch(TIME + r"finished after [\d.]+ (s|min): test last [\d.]+ %, best [\d.]+ %", last)
+    again = bisam("train", *flags)  # nothing is trained, and nothing is logged
+    assert again[0] == 0
+    assert log.read_text().splitlines() == lines
+
+
+def test_a_line_has_the_numbers_of_its_row(tmp_path):
+    run, said = Run.under(tmp_path, SHORT), []
+    train(run, MACHINE, on_line=said.append)
+    for row, line in zip(run.metrics(), said[1:-1], strict=True):
+        assert f"loss {row['train_loss']:.4g}, validation {100 * row['validation']:.1f} %" in line
+        assert f"learning rate {row['learning_rate']:.4g}," in line
+        speed = re.search(r"([\d.,e+]+) images/s", line)
+        assert speed
+        assert float(speed[1].replace(",", "")) == pytest.approx(300 / row["seconds"], rel=1e-3)
+
+
+def test_quiet_prints_the_result_alone_and_writes_log_txt(bisam, tmp_path):
+    flags = ("--method", "sam", "--limit", 300, "--batch-size", 64, "--epochs", 1, "--out", tmp_path)
+    code, out, err = bisam("train", *flags, "--quiet")
+    assert (code, err, len(out.splitlines())) == (0, "", 1)
+    assert out.startswith("test accuracy")
+    (log,) = tmp_path.glob("train/*/seed-0/log.txt")
+    assert len(log.read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("command", [("train",), ("run", "digits")])
+def test_quiet_and_verbose_exclude_each_other(bisam, command, tmp_path):
+    code, out, err = bisam(*command, "--quiet", "--verbose", "--out", tmp_path)
+    assert (code, out) == (2, "")
+    assert "leave one out" in err
+
+
+def test_a_resumed_run_appends_to_log_txt(tmp_path):
+    run = Run.under(tmp_path, SHORT)
+
+    def stop(row):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(run, MACHINE, on_epoch=stop)
+    before = (run.folder / "log.txt").read_text()
+    assert before.splitlines()[-1].endswith("  interrupted: the same command resumes after the last completed epoch")
+    train(run, MACHINE)
+    after = (run.folder / "log.txt").read_text()
+    assert after.startswith(before)
+    first, *epochs, _ = after.removeprefix(before).splitlines()
+    assert first.endswith(" seed 0: 3 epochs on cpu, resumed after epoch 1")
+    assert [re.fullmatch(EPOCH, line)[1] for line in epochs] == ["2", "3"]
+
+
+def test_log_txt_says_why_a_run_failed(tmp_path, monkeypatch):
+    run = Run.under(tmp_path, SHORT)
+
+    def broken(*_):
+        raise RunError("no such luck")
+
+    monkeypatch.setattr(training, "train_epoch", broken)
+    with pytest.raises(RunError):
+        train(run, MACHINE)
+    assert (run.folder / "log.txt").read_text().splitlines()[-1].endswith("  failed: RunError: no such luck")
+
+
+def test_a_long_epoch_has_lines_and_reads_the_loss_for_these_alone():
+    clock, said, sums = Clock(), [], Loss()
+    length = RunLength(epochs=2, steps=200, losses=200, losses_per_epoch=100, steps_per_epoch=100)
+    journal = Journal(said.append, length, torch.device("cpu"), every=30.0, clock=clock)
+    journal.epoch_begins(1, 0.1)
+    for _ in range(100):
+        clock.now += 1.0
+        journal.batch(torch.zeros(8, 3, 2, 2), sums, 0.05)
+    assert sums.read == 3  # after 30, 60 and 90 seconds
+    assert [re.search(r"batch (\d+)/100: loss 0.25, learning rate 0.05, 8 images/s", line)[1] for line in said] == [
+        *("30", "60", "90")
+    ]
+    assert said[0].endswith("2.83 min left")  # 170 s: a second for each of 170 losses
+
+
+def test_the_time_left_counts_what_this_process_did():
+    """Resumed after 8 of 10 epochs: one epoch took 60 s, so that one minute is left, and not 60 / 9."""
+    clock, said = Clock(), []
+    length = RunLength(epochs=10, steps=40, losses=40, losses_per_epoch=4, steps_per_epoch=4)
+    journal = Journal(said.append, length, torch.device("cpu"), done=8, clock=clock)
+    journal.epoch_begins(9, 0.1)
+    clock.now += 60.0
+    journal.epoch_ends({"train_loss": 0.5, "validation": 0.5, "seconds": 60.0})
+    assert said[0].endswith("60 s left")
+
+
+class Reads(TorchDispatchMode):
+    """Counts the operations that make the host wait for the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_line_of_an_epoch_reads_the_loss_once_and_a_step_never(tmp_path):
+    def reads(journal) -> int:
+        run = Run.under(tmp_path, SHORT)
+        splits, model = prepare(SHORT, MACHINE)
+        with run.open(), Reads() as counted_reads:
+            one = Training(MACHINE.fabric(), run, MACHINE, splits, model)
+            before = counted_reads.count
+            one._journal = journal(one)
+            one.epoch(1)
+        return counted_reads.count - before
+
+    def every(seconds: float):
+        return lambda one: Journal(lambda _: None, one._length, torch.device("cpu"), every=seconds)
+
+    without = reads(lambda one: None)
+    assert reads(every(1e9)) == without
+    assert reads(every(0.0)) == without + 4  # 5 batches, and the last one has the line of the epoch
+
+
+def test_batches_count_in_images_tokens_or_examples():
+    assert counted(torch.zeros(8, 3, 4, 4)) == (8, "images")
+    assert counted({"input_ids": torch.zeros(8, 16), "attention_mask": torch.zeros(8, 16)}) == (128, "tokens")
+    assert counted(torch.zeros(8, 3)) == (8, "examples")
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """The text that a display prints on a terminal with so many columns, or without one."""
+
+    def of(width: int, act, terminal: bool = True, **flags) -> str:
+        console = Console(width=width, force_terminal=terminal, record=True)
+        monkeypatch.setattr(progress, "console", console)
+        with Display([SHORT, replace(SHORT, seed=1)], **flags) as display, console.capture() as captured:
+            act(display)
+            if terminal:
+                console.print(display._bar.get_renderable())
+        return captured.get()
+
+    return of
+
+
+def test_a_study_without_a_terminal_says_who_does_what_and_why_a_run_failed(shown):
+    def act(display):
+        display.starting(2, 2)
+        display.begins(SHORT, 2)
+        display.epoch(SHORT, 1, 0.5)
+        display.done(SHORT, "the disk is full")
+        display.done(replace(SHORT, seed=1), "somewhere is in use", True)
+
+    slug = SHORT.slug
+    expected = [
+        "starting 2 processes for 2 runs",
+        f"worker 2: {slug} seed 0",
+        f"0/2 runs: {slug} seed 0 failed: the disk is full",
+        f"0/2 runs: {slug} seed 1 in use elsewhere",
+    ]
+    assert shown(80, act, terminal=False).splitlines() == expected
+    spoken = [*expected[:2], f"worker 2: {slug} seed 0: epoch 1/3, validation 50.0 %", *expected[2:]]
+    assert shown(80, act, terminal=False, verbose=True).splitlines() == spoken
+    assert shown(80, act, terminal=False, quiet=True) == ""
+
+
+def test_a_narrow_bar_keeps_count_and_time_and_drops_the_news(shown):
+    def act(display):
+        display.epoch(SHORT, 2, 0.5)
+
+    assert "50.0 % valid." in shown(140, act)
+    narrow = shown(60, act)
+    assert "valid." not in narrow
+    for part in ("0/2 runs", "2/6", "epochs", "0:00:0", "left"):
+        assert part in narrow
