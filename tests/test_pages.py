@@ -729,3 +729,22 @@ def test_links_of_the_page_lead_somewhere():
     anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
     assert set(re.findall(r"\]\(#([^)]+)\)", page)) == anchors
     assert set(re.findall(r"add-to-your-loop\.md#([^)]+)\)", (ROOT / README).read_text())) <= anchors
+
+
+def test_the_radius_of_the_page_on_rho_rises():
+    names: dict[str, Any] = {}
+    (block,) = [block for block in blocks("docs/choosing-rho.md") if block.language == "python"]
+    exec(block.code, names)
+    assert [names["method"].perturb.rho(step) for step in (0, 500, 1000, 2000)] == [0.0, 0.05, 0.1, 0.1]
+
+
+def test_the_accuracies_of_the_page_on_rho_are_those_of_the_study():
+    """The rows of the table: for each method the scores at half, 1, 1.4 and 2 times its best radius."""
+    lines = (ROOT / "docs" / "choosing-rho.md").read_text().splitlines()
+    shown = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if re.match(r"\| \d+ % \|", line)]
+    study = (ROOT / "docs" / "reproduction" / "radius-regret" / "report.md").read_text()
+    assert len(shown) == 4
+    for noise, method, *scores in shown:
+        name, _, best = method.rpartition(", ")
+        for factor, score in zip((0.5, 1, 1.4, 2), scores, strict=True):
+            assert f"| {noise} | {name} | {float(best) * factor:.4g} | 30 | {score} ±" in study
