@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.progress import (
     BarColumn,
@@ -16,7 +16,9 @@ from rich.progress import (
 )
 
 from bisam.experiments.cli.terminal import console
-from bisam.experiments.recipes.recipe import Recipe
+
+if TYPE_CHECKING:
+    from bisam.experiments.recipes.recipe import Recipe
 
 
 class _Live:
