@@ -10,8 +10,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from textwrap import shorten
 
-import torch
-
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> ValueError:
     """Return the error for a name that is not in `known`, with the most similar one."""
@@ -49,11 +47,15 @@ _NO_MEMORY = (
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that the memory of the machine or of a device does not suffice."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+    if isinstance(error, MemoryError):
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+    if not isinstance(error, RuntimeError):
+        return False
+    import torch  # not at the top: each command imports this module before its flags are read
+
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _NO_MEMORY)
 
 
 class DataError(ValueError):

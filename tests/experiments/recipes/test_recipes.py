@@ -22,6 +22,7 @@ from bisam.experiments.errors import RunError
 from bisam.experiments.recipes import versions
 from bisam.experiments.recipes.catalogue import METHODS
 from bisam.experiments.recipes.expressions import VOCABULARY, build
+from bisam.experiments.recipes.fields import Fields
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports.groups import arranged, grouped, names
 from bisam.experiments.runs.folder import Finished, Run, finished, read_recipe
@@ -308,7 +309,7 @@ def test_flags_are_the_fields_of_a_recipe():
     assert {name: one.default for name, one in found.items() if name != "self"} == {
         field.name: field.default for field in fields(Recipe) if field.name not in flags.NO_FLAG
     }
-    assert set(flags.field_docs(Recipe)) >= {field.name for field in fields(Recipe)}
+    assert set(flags.field_docs(Fields)) >= {field.name for field in fields(Recipe)}
 
 
 COMMANDS = [

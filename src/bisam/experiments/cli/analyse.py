@@ -21,15 +21,14 @@ from bisam.experiments.cli.options import Given, flag
 from bisam.experiments.cli.progress import MeasuringDisplay
 from bisam.experiments.cli.terminal import console, errors
 from bisam.experiments.errors import RunError, is_out_of_memory, reason
-from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.archive import is_archive
 from bisam.experiments.runs.files import write
-from bisam.experiments.runs.folder import read_recipe
 from bisam.experiments.runs.machine import Machine
 
 if TYPE_CHECKING:
     from bisam.experiments.analyses.file import Entry
     from bisam.experiments.analyses.settings import Settings
+    from bisam.experiments.recipes.recipe import Recipe
 
 EXAMPLES = (
     "Examples:  bisam analyse runs/digits   |   bisam analyse RUN --what sharpness,flips --rho 0.05,0.1   |   "
@@ -130,6 +129,7 @@ class _Job:
 
 def _of_runs(runs: Iterable[Path], names: Sequence[str], settings: Settings, machine: Machine) -> list[_Job]:
     from bisam.experiments.analyses.run import analyse as analyse_run
+    from bisam.experiments.runs.folder import read_recipe
 
     def job(folder: Path) -> _Job:
         recipe = None
@@ -184,6 +184,7 @@ def _of_file(
 ) -> _Job:
     from bisam.experiments.analyses.run import analyse_weights
     from bisam.experiments.analyses.settings import FILE
+    from bisam.experiments.recipes.recipe import Recipe
 
     if weights is None:
         raise ValueError("nothing to analyse: give run folders, such as runs/digits, or a file with --weights")

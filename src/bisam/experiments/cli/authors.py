@@ -1,4 +1,4 @@
-"""The flags of the BiSAM authors' `train.py` that have another name in `bisam train`, and their values.
+"""The flags of the BiSAM authors' `train.py` that have another name in `bisam train`, in terms of a recipe.
 
     bisam train --preset authors --opt bisam_tanh --adaptive True --model wrn282 --dataset cifar100
 
@@ -8,36 +8,12 @@ Source: `args.py` and `utility/setup.py` of github.com/LIONS-EPFL/BiSAM at commi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
-from cyclopts import Parameter
-
-from bisam.experiments.cli.flags import Whole
+from bisam.experiments.cli.flags import AuthorsFlags
 from bisam.experiments.recipes.catalogue import PLAIN
 from bisam.experiments.recipes.presets import AUTHORS, started
 from bisam.experiments.recipes.recipe import Recipe
-
-
-@dataclass(frozen=True)
-class AuthorsFlags:
-    """Flags of the authors' script. Those that `bisam train` has under the same name are fields of `Recipe`."""
-
-    adaptive: str | None = None
-    """True: their Adaptive SAM, which is --method asam, abisam_log or abisam_tanh here (their radius is 0.05)."""
-    adam: Annotated[bool, Parameter(negative="")] = False
-    """AdamW: --optimizer adamw here."""
-    valid: Annotated[bool, Parameter(negative="")] = False
-    """No effect, as in their script: a tenth of the training images is always held out for validation."""
-    threads: Whole | None = None
-    """Processes that load data: --loaders here; CIFAR is in memory and needs none."""
-    dropout: float | None = None
-    """Dropout of their WideResNets: 0, because the networks here have none."""
-    depth: Whole | None = None
-    """Their script does not read it: --model names the network."""
-    width_factor: Whole | None = None
-    """Their script does not read it: --model names the network."""
-
 
 _ADAPTIVE = {"sam": "asam", "bisam_log": "abisam_log", "bisam_tanh": "abisam_tanh"}
 _NAMES: dict[str, dict[str, str]] = {

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from bisam.experiments.cli.terminal import console
-from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.files import make_folders
 from bisam.experiments.runs.machine import Machine
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from bisam.experiments.recipes.recipe import Recipe
 
 EXAMPLES = (
     "Examples:  bisam export RUN --to model.safetensors   |   bisam export RUN --which last --to model.onnx   |   "

@@ -1,4 +1,6 @@
-"""Flags of `bisam train` that are fields of a recipe, derived from `Recipe`: names, types, defaults and help.
+"""Flags of `bisam train`: those that are fields of a recipe, and those of the BiSAM authors.
+
+Names, types, defaults and help of the former are derived from `recipes.fields`, which needs no torch.
 
 The parser passes only the flags that were given, so that others can come from a preset:
 
@@ -11,14 +13,14 @@ from __future__ import annotations
 import ast
 import inspect
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from textwrap import dedent
 from typing import Annotated, Any, cast, get_type_hints
 
 from cyclopts import Parameter, Token
 
-from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.recipes.fields import Fields
 
 
 def whole(type_: Any, tokens: Sequence[Token]) -> int:
@@ -48,6 +50,26 @@ class RecipeFlags:
         self.given = given
 
 
+@dataclass(frozen=True)
+class AuthorsFlags:
+    """Flags of the authors' script. Those that `bisam train` has under the same name are fields of `Recipe`."""
+
+    adaptive: str | None = None
+    """True: their Adaptive SAM, which is --method asam, abisam_log or abisam_tanh here (their radius is 0.05)."""
+    adam: Annotated[bool, Parameter(negative="")] = False
+    """AdamW: --optimizer adamw here."""
+    valid: Annotated[bool, Parameter(negative="")] = False
+    """No effect, as in their script: a tenth of the training images is always held out for validation."""
+    threads: Whole | None = None
+    """Processes that load data: --loaders here; CIFAR is in memory and needs none."""
+    dropout: float | None = None
+    """Dropout of their WideResNets: 0, because the networks here have none."""
+    depth: Whole | None = None
+    """Their script does not read it: --model names the network."""
+    width_factor: Whole | None = None
+    """Their script does not read it: --model names the network."""
+
+
 def field_docs(owner: type) -> dict[str, str]:
     """The docstrings below the fields of a class."""
     (body,) = (node.body for node in ast.parse(dedent(inspect.getsource(owner))).body if isinstance(node, ast.ClassDef))
@@ -62,7 +84,7 @@ def field_docs(owner: type) -> dict[str, str]:
 
 
 def _signature() -> inspect.Signature:
-    hints, docs = get_type_hints(Recipe), field_docs(Recipe)
+    hints, docs = get_type_hints(Fields), field_docs(Fields)
     converted: dict[Any, Any] = {int: Whole, int | None: cast(Any, Whole) | None}
     flags = [
         inspect.Parameter(
@@ -74,7 +96,7 @@ def _signature() -> inspect.Signature:
                 Parameter(alias=ALIASES.get(one.name), help=docs.get(one.name)),
             ],
         )
-        for one in fields(Recipe)
+        for one in fields(Fields)
         if one.name not in NO_FLAG
     ]
     return inspect.Signature([inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD), *flags])

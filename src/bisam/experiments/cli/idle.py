@@ -11,10 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bisam.experiments.cli.options import flag
-from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.runs.machine import Machine
+
+if TYPE_CHECKING:
+    from bisam.experiments.recipes.recipe import Recipe
+    from bisam.experiments.runs.machine import Machine
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.progress import (
     BarColumn,
@@ -18,7 +18,9 @@ from rich.progress import (
 from rich.text import Text
 
 from bisam.experiments.cli.terminal import console
-from bisam.experiments.recipes.recipe import Recipe
+
+if TYPE_CHECKING:
+    from bisam.experiments.recipes.recipe import Recipe
 
 _WIDE = 80
 """Columns of a terminal from which on the bar has news."""

@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bisam.experiments.cli.terminal import console
-from bisam.experiments.recipes.catalogue import BASELINE
-from bisam.experiments.recipes.presets import CIFAR
-from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.files import write
 
 if TYPE_CHECKING:
     from bisam.experiments.launch.flops import Counts
+    from bisam.experiments.recipes.recipe import Recipe
 
 EXAMPLES = "Example:  bisam tables --to docs/tables.md"
 
@@ -72,4 +70,7 @@ def written(docs: Path, counts: Counts) -> str:
 
 
 def _timed() -> Recipe:
+    from bisam.experiments.recipes.catalogue import BASELINE
+    from bisam.experiments.recipes.presets import CIFAR
+
     return replace(CIFAR, method=BASELINE)

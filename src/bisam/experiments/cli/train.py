@@ -5,25 +5,21 @@ from __future__ import annotations
 import signal
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from bisam.experiments.cli.authors import AuthorsFlags, notes, translated
-from bisam.experiments.cli.flags import RecipeFlags
+from bisam.experiments.cli.flags import AuthorsFlags, RecipeFlags
 from bisam.experiments.cli.idle import CONDITIONS, refuse_idle
 from bisam.experiments.cli.options import Given, MachineFlags, Out, Quiet, Verbose, refuse_archive, refuse_contradiction
 from bisam.experiments.cli.progress import Display
 from bisam.experiments.cli.terminal import console, errors
 from bisam.experiments.errors import RunError, is_out_of_memory, reason
-from bisam.experiments.recipes import presets
-from bisam.experiments.recipes.config import read, text
-from bisam.experiments.recipes.presets import started
-from bisam.experiments.recipes.recipe import Recipe
-from bisam.experiments.runs.files import write
-from bisam.experiments.runs.folder import Result, Run
 from bisam.experiments.runs.machine import Machine
-from bisam.experiments.runs.results import headline
+
+if TYPE_CHECKING:
+    from bisam.experiments.recipes.recipe import Recipe
+    from bisam.experiments.runs.results import Result
 
 EXAMPLES = (
     "Examples:  bisam train --method sam --noise 0.4 --rho 0.4   |   "
@@ -52,6 +48,11 @@ def train(
         config: A recipe in a file to start from, TOML or JSON, such as a run's recipe.json; other flags change it.
         save_config: Write the recipe to this file, .toml or .json, for --config, and train nothing.
     """
+    from bisam.experiments.cli.authors import notes, translated
+    from bisam.experiments.recipes.config import text
+    from bisam.experiments.recipes.presets import started
+    from bisam.experiments.runs.files import write
+    from bisam.experiments.runs.folder import Run
     from bisam.experiments.training import loggers
     from bisam.experiments.training.metrics import TITLES
     from bisam.experiments.training.train import train as train_run
@@ -100,6 +101,10 @@ def train(
 
 def _base(preset: str | None, config: Path | None) -> Recipe:
     """The recipe that the flags change."""
+    from bisam.experiments.recipes import presets
+    from bisam.experiments.recipes.config import read
+    from bisam.experiments.recipes.recipe import Recipe
+
     if config is None:
         return Recipe() if preset is None else presets.preset(preset)
     if preset is not None:
@@ -109,6 +114,8 @@ def _base(preset: str | None, config: Path | None) -> Recipe:
 
 def _scores(result: Result) -> str:
     """Both test scores of a run, the headline first."""
+    from bisam.experiments.runs.results import headline
+
     ties, examples = result.get("validation_ties", 1), result.get("validation_examples", 0)
     tied = f", the latest of {ties} that tie" if ties > 1 else ""
     best = f"{100 * result['test_best']:.1f} % at the best validation epoch ({result['best_epoch']}{tied})"

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 from cyclopts import Parameter
 
 from bisam.experiments.errors import unknown
@@ -69,7 +68,12 @@ class Machine:
     @property
     def slots(self) -> int:
         """Number of runs that fit at a time, by the number of cores or GPUs."""
-        count = torch.cuda.device_count() if self.device == "cuda" else cores()
+        if self.device == "cuda":
+            import torch  # not at the top: the flags of the commands are fields of this class
+
+            count = torch.cuda.device_count()
+        else:
+            count = cores()
         return max(1, count // self.devices) if self.device in ("cpu", "cuda") else 1
 
     def at(self, place: int) -> Machine:
@@ -132,6 +136,8 @@ def cores() -> int:
 
 def threads(share: int) -> None:
     """Limit the threads of this process to the cores divided by the number `share` of processes."""
+    import torch
+
     torch.set_num_threads(max(1, cores() // share))
 
 
