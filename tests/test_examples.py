@@ -44,6 +44,7 @@ def is_a_picture(path: Path) -> bool:
     return path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_the_games_end_as_the_figure_shows(tmp_path):
     rows = [line.split() for line in run("games.py", "--to", tmp_path / "games.png").splitlines()[2:]]
     distance = {name: (float(bilinear), float(cohypomonotone)) for name, bilinear, cohypomonotone in rows}

@@ -12,10 +12,11 @@ from textwrap import shorten
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> ValueError:
-    """Return the error for a name that is not in `known`, with the most similar one."""
-    names = list(known)
-    near = get_close_matches(name, names, 1) or [n for n in names if n.lower() == name.lower()]
-    hint = f"did you mean {near[0]!r}? Available: " if near else "available: "
+    """Return the error for a name that is not in `known`, with the most similar ones: of a family its first members."""
+    names, lower = list(known), name.lower()
+    near = [n for n in names if n.lower() == lower] or [n for n in names if n.lower().startswith(f"{lower}_")][:3]
+    near = near or get_close_matches(name, names, 1) or get_close_matches(lower, names, 1)
+    hint = f"did you mean {' or '.join(map(repr, near))}? Available: " if near else "available: "
     return ValueError(f"unknown {kind} {name!r}, {hint}{', '.join(names)}")
 
 
@@ -56,6 +57,30 @@ def is_out_of_memory(error: BaseException) -> bool:
     import torch  # not at the top: each command imports this module before its flags are read
 
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _NO_MEMORY)
+
+
+_REMEDIES = {
+    "Free space or give another --out": (errno.ENOSPC, errno.EDQUOT),
+    "It cannot be written there: give another --out, or change the permissions": (
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+    ),
+    "Something else has its name: move it away, or give another --out": (errno.EISDIR, errno.ENOTDIR, errno.EEXIST),
+    "Raise the limit (ulimit -n), or use fewer --workers and --loaders": (errno.EMFILE, errno.ENFILE),
+    "The network or a remote disk does not answer: try again": (
+        errno.ETIMEDOUT,
+        errno.ECONNREFUSED,
+        errno.EHOSTUNREACH,
+    ),
+}
+
+
+def of_system(error: OSError) -> str:
+    """Return what failed in an error of the operating system, on one line, and what can be done about it."""
+    remedy = next((words for words, codes in _REMEDIES.items() if error.errno in codes), None)
+    what = f"{error.filename}: " if error.filename else ""
+    return f"{what}{reason(error).rstrip('.')}. {f'{remedy}; finished' if remedy else 'Finished'} runs are unchanged"
 
 
 class DataError(ValueError):

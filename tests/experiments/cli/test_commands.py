@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
 import sys
 
 import pytest
@@ -51,11 +54,63 @@ def test_without_the_extra_the_command_says_what_to_install(monkeypatch, capsys)
     assert capsys.readouterr().err == "bisam: the command needs cyclopts: pip install 'bisam[experiments]'\n"
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("--method", "bisam"), "unknown method 'bisam', did you mean 'bisam_log' or 'bisam_tanh'?"),
+        (("--resume",), "Unknown option: --resume. The same command resumes an interrupted run by itself"),
+        (("--foo", 3), "Unknown option: --foo."),
+        (("--epoch", 3), "Unknown option: --epoch. Did you mean --epochs?"),
+        (("--method", "SAM(("), "'SAM((' is no expression ('(' was never closed): write it as in"),
+        (("--lr", "1e300"), "learning_rate must be at most 3.4e+38"),
+    ],
+)
+def test_a_slip_is_one_line_that_helps(given, message, bisam):
+    code, _, err = bisam("train", *given)
+    assert code == 2
+    assert f"bisam: {message}" in " ".join(err.split())
+    assert "frozen?" not in err
+
+
+def test_names_of_flags_have_any_case_and_paths_keep_theirs(bisam, tmp_path):
+    for given, found in (
+        (("--method", "SAM", "--dataset", "CIFAR10:16", "--model", "ResNet8"), ("sam", "cifar10:16", "resnet8")),
+        (("--method", "SAM(0.1)", "--dataset", "Folder:My/Images"), ("SAM(0.1)", "folder:My/Images", "convnet")),
+        (("--dataset", "GLUE:CoLA", "--model", "HF:Mine/Bert"), ("bisam_log", "glue:cola", "hf:Mine/Bert")),
+    ):
+        assert bisam("train", *given, "--save-config", tmp_path / "a.json")[0] == 0
+        saved = json.loads((tmp_path / "a.json").read_text())
+        assert (saved["method"], saved["dataset"], saved["model"]) == found
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.ENOSPC, "Free space"),
+        (errno.EROFS, "cannot be written there"),
+        (errno.EISDIR, "Something else has its name"),
+        (errno.EMFILE, "Raise the limit"),
+        (errno.ETIMEDOUT, "does not answer"),
+        (errno.EIO, "error. Finished runs are unchanged"),
+    ],
+)
+def test_an_error_of_the_system_is_named_for_what_it_is(number, remedy, bisam, tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise OSError(number, os.strerror(number), str(tmp_path))
+
+    monkeypatch.setattr("bisam.experiments.runs.files.make_folders", fails)
+    code, _, err = bisam("train", "--save-config", tmp_path / "a.json")
+    said = " ".join(err.split())
+    assert code == 2
+    assert remedy in said
+    assert said.startswith(f"bisam: {tmp_path}: {os.strerror(number)}. ")
+
+
 def test_a_place_that_cannot_be_written_is_one_line(bisam, tmp_path):
     (tmp_path / "file").write_text("")
     code, _, err = bisam("train", "--epochs", 1, "--out", tmp_path / "file")
     assert code == 2
-    assert "cannot write" in err
+    assert "Not a directory. Something else has its name: move it away" in " ".join(err.split())
     assert len(err.strip().splitlines()) == 1
 
 

@@ -107,6 +107,7 @@ def test_without_a_generator_images_come_in_order_and_always_the_same(split):
     assert not torch.equal(*twice)
 
 
+@pytest.mark.slow
 def test_processes_change_nothing_and_name_what_they_cannot_read(split):
     apart = Folder(split.paths, split.labels, 8, training=True, processes=2)
     state = torch.get_rng_state()

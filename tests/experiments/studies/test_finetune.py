@@ -125,6 +125,7 @@ FLOWERS = ("model=timm:test_efficientnet", "weights=small.pt", "image_size=32", 
 SMALL = {"finetune-glue": GLUE, "finetune-flowers": FLOWERS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_study_of_fine_tuning_end_to_end(name, root, bisam):
     changes = [f"--set={change}" for change in SMALL[name]]

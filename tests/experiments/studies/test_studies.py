@@ -108,7 +108,8 @@ RUNS |= {"sampa-cifar10": 5, "sampa-cifar100": 5, "sampa-noise": 20, "sampa-vari
 RUNS |= {"sampa-stale": 6, "sampa-penalty": 6}
 
 
-@pytest.mark.parametrize("name", [*IMAGES, *[pytest.param(name, marks=pytest.mark.slow) for name in SAMPA_IMAGES]])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*IMAGES, *SAMPA_IMAGES])
 def test_a_study_of_cifar_end_to_end(name, cifar_root, here, bisam, monkeypatch):
     monkeypatch.setattr(ball, "STEPS", 3)  # of figure 2, for time
     small = ("--set", "model=convnet", "--set", "limit=32", "--set", "batch_size=16", "--seeds", 1)
@@ -327,6 +328,7 @@ def test_sampas_glue_on_every_task(tmp_path, bert, here, bisam):  # noqa: F811
     checked(out / "sampa-glue", out / "sampa-glue", 4 * len(TASKS))
 
 
+@pytest.mark.slow
 def test_table6_on_flowers_and_pets(flower_root, pet_root, here, bisam):  # noqa: F811
     pytest.importorskip("timm")
     assert flower_root == pet_root
@@ -382,6 +384,7 @@ def test_table8_on_all_networks(cifar_root, here, bisam, monkeypatch):
     assert "Side by side" in text
 
 
+@pytest.mark.slow
 def test_table7_on_every_task(tmp_path, bert, here, bisam):  # noqa: F811
     pytest.importorskip("datasets")
     for task in TASKS:

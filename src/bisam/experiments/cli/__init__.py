@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from difflib import SequenceMatcher
 from typing import Any
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, UnknownOptionError
 
 from bisam import __version__
 from bisam.experiments.cli import analyse, archive, export, list as listing, methods, plot, report, run, tables, train
 from bisam.experiments.cli.terminal import errors
-from bisam.experiments.errors import RunError, is_out_of_memory, reason, show_warnings_in_one_line
+from bisam.experiments.errors import RunError, is_out_of_memory, of_system, reason, show_warnings_in_one_line
 
 app = App(
     name="bisam",
@@ -47,6 +48,9 @@ def main() -> None:
     show_warnings_in_one_line()
     try:
         code = _called(sys.argv[1:])
+    except UnknownOptionError as error:
+        errors.print(f"bisam: {_without_nonsense(error)}")
+        sys.exit(2)
     except (CycloptsError, RunError, ValueError) as error:
         errors.print(f"bisam: {' '.join(str(error).split())}")
         sys.exit(2)
@@ -54,10 +58,7 @@ def main() -> None:
         if is_out_of_memory(error):
             message = f"out of memory ({reason(error)}): finished runs are unchanged"
         elif isinstance(error, OSError):
-            message = (
-                f"cannot write {error.filename or 'the output folder'}: {error.strerror or error}. Free space or give "
-                "another --out; finished runs are unchanged"
-            )
+            message = of_system(error)
         else:
             raise
         errors.print(f"bisam: {message}")
@@ -66,6 +67,20 @@ def main() -> None:
         errors.print("interrupted")
         sys.exit(130)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _without_nonsense(error: UnknownOptionError) -> str:
+    """The parser's message, without the nearest flag if that has little in common with the given one.
+
+    The parser counts the dashes of both among the letters that they have in common.
+    """
+    message = " ".join(str(error).split())
+    if (error.token.keyword or error.token.value) == "--resume":
+        return "Unknown option: --resume. The same command resumes an interrupted run by itself"
+    head, suggestion, near = message.partition(" Did you mean --")
+    given = head.rpartition("--")[2].rstrip(".")
+    alike = SequenceMatcher(None, given, near.rstrip("?")).ratio() >= 0.6
+    return message if alike or not suggestion else head
 
 
 def _called(arguments: list[str]) -> Any:

@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from bisam.experiments.cli.flags import AuthorsFlags
-from bisam.experiments.recipes.catalogue import PLAIN
+from bisam.experiments.data import NAMES as DATA
+from bisam.experiments.models.build import NAMES as NETWORKS
+from bisam.experiments.recipes.catalogue import METHODS, PLAIN
 from bisam.experiments.recipes.presets import AUTHORS, started
 from bisam.experiments.recipes.recipe import Recipe
 
@@ -46,7 +48,7 @@ def translated(base: Recipe, given: Mapping[str, Any], flags: AuthorsFlags) -> d
             f"--dropout {flags.dropout:g}: the networks of --model have no dropout. Leave it out, or train a network "
             "of your own with bisam.SharpnessAware"
         )
-    values = {name: _NAMES.get(name, {}).get(value, value) for name, value in given.items()}
+    values = {name: _NAMES.get(name, {}).get(value, _in_lower_case(name, value)) for name, value in given.items()}
     if flags.adam:
         if values.get("optimizer", "adamw") != "adamw":
             raise ValueError(
@@ -54,6 +56,16 @@ def translated(base: Recipe, given: Mapping[str, Any], flags: AuthorsFlags) -> d
             )
         values["optimizer"] = "adamw"
     return values | _adaptive(started(base, values), values, flags.adaptive)
+
+
+def _in_lower_case(name: str, value: Any) -> Any:
+    """The value of a field with the case of the name that it has here: `SAM`, `CIFAR10:16`; paths keep theirs."""
+    known = {"method": METHODS, "dataset": DATA, "model": NETWORKS}.get(name, ())
+    if not isinstance(value, str) or value in known:
+        return value
+    head, colon, rest = value.partition(":")
+    lower = head.lower() + colon + (rest.lower() if head.lower() == "glue" else rest)
+    return lower if any(one.partition(":")[0] == head.lower() for one in known) else value
 
 
 def _adaptive(recipe: Recipe, given: Mapping[str, Any], text: str | None) -> dict[str, Any]:

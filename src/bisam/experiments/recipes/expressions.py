@@ -81,7 +81,9 @@ def build(expression: str, **names: Any) -> Method:
     try:
         tree = ast.parse(expression.strip(), mode="eval")
     except (SyntaxError, ValueError) as error:
-        raise ValueError(f"{expression!r} is no expression ({error}): write it as in SAM(L2(0.1))") from None
+        # Without the place that a SyntaxError adds, "(<unknown>, line 1)".
+        said = error.msg if isinstance(error, SyntaxError) else error
+        raise ValueError(f"{expression!r} is no expression ({said}): write it as in SAM(L2(0.1))") from None
     except (RecursionError, MemoryError):  # the parser's errors for a deep nest
         raise _too_deep(expression) from None
     _check_depth(expression, tree.body)

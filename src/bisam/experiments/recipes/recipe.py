@@ -93,6 +93,7 @@ class Recipe(Fields):
             for name in names:
                 if (value := getattr(self, name)) is not None:
                     in_range(name, value)
+                    _require(value <= _LARGEST, name, value, f"at most {_LARGEST:.2g}, the largest number of float32")
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise unknown(name, str(getattr(self, name)), known)
@@ -278,6 +279,9 @@ class Recipe(Fields):
 def both_given(epochs: int, steps: int) -> ValueError:
     """The error for a length that is given twice."""
     return ValueError(f"epochs {epochs} and steps {steps} are both given: leave one out")
+
+
+_LARGEST = 3.4028234663852886e38
 
 
 @cache
