@@ -82,7 +82,8 @@ def test_equal_runs_give_equal_bytes(done, archive, tmp_path):
 
 def test_an_unpacked_run_is_finished_and_is_not_trained_again(done, archive, tmp_path):
     with tarfile.open(archive) as tar:
-        tar.extractall(tmp_path / "runs", **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))  # Python 3.11.4
+        safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # from Python 3.11.4 on
+        tar.extractall(tmp_path / "runs", **safe)
     run = Run.under(tmp_path / "runs" / done.folder.parents[1].name, done.recipe)
     epochs = []
     assert train(run, MACHINE, epochs.append) == done.result
