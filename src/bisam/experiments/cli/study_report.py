@@ -13,6 +13,7 @@ from bisam.experiments.cli.report_files import write_report
 from bisam.experiments.cli.terminal import console, errors
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports import analyses, legends, predictors, tables
+from bisam.experiments.reports.answer import Wanted
 from bisam.experiments.reports.groups import grouped
 from bisam.experiments.reports.parts import compared, parts
 from bisam.experiments.runs.archive import Source
@@ -50,6 +51,9 @@ def report(study: Study, runs: list[Finished], left_out: list[str], place: Sourc
         study.assumptions,
         [part.text for part in found if part.text],
         study.registered,
+        [part.answer for part in found if part.answer],
+        Wanted(len(study.recipes(None)), study.seeds),
+        tunes=study.tunes,
     )
     pictures = {name: picture for part in found for name, picture in part.pictures.items()}
     files = {name: content for part in found for name, content in part.files.items()}

@@ -23,6 +23,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from bisam.experiments.errors import RunError, unknown
+from bisam.experiments.markdown import aligned
 from bisam.experiments.measurements.timing import LIMIT, Load, Ratio, bracketed, conditions, highest, verdict
 from bisam.experiments.runs.environment import environment
 from bisam.experiments.runs.files import checksum, read_json, write
@@ -187,11 +188,10 @@ def report(measurement: Measurement, place: Path, changed: Mapping[str, str] | N
             f"{folder} holds rows that this version cannot read ({error!r}): delete it to measure again"
         ) from error
     missing = len(names) - len(parts)
-    table = [f"| {' | '.join(line)} |" for line in (header, ("---",) * len(header), *cells)]
     blocks = [
         f"# {measurement.title}",
         measurement.note,
-        "\n".join(table) if header else "",
+        aligned(header, cells) if header else "",
         _OLDER if measurement.timed and not all("load" in row for row in rows) else "",
         f"Not measured yet: {missing} of {len(names)} parts." if missing else "",
         *(f"![{shown}]({file})" for file, (shown, _) in measurement.figures.items()),

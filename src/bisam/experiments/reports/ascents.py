@@ -21,11 +21,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from bisam.experiments.markdown import table
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports.cells import NOTHING, cells_of, interval, probability, spread
 from bisam.experiments.reports.drawing import BLACK, BLUE, ORANGE, RED, SKY, Style, heading, legend
 from bisam.experiments.reports.groups import Groups, grouped, title
-from bisam.experiments.reports.markdown import table
 from bisam.experiments.reports.significance import Tested, adjusted, student
 from bisam.experiments.runs.folder import Finished
 from bisam.experiments.runs.results import ASCENTS, PLAIN_ASCENT, QUANTITIES
@@ -227,6 +227,17 @@ def _finely(values: Sequence[float]) -> str:
         return NOTHING
     centre = f"{mean(values):.3f}".replace("-", "−")
     return f"{centre} ± {stdev(values):.3f}" if len(values) > 1 else centre
+
+
+def answer(found: Sequence[Compared], runs: Iterable[Finished]) -> str:
+    """The sentence of a report on the registered comparison, or else on the others; "" without comparisons.
+
+    Args:
+        found: as `compared` returns them.
+        runs: the same runs.
+    """
+    said = _words(found, grouped(usable(runs)))
+    return " ".join(said[: sum(one.primary for one in found)] or said)
 
 
 def _words(found: Sequence[Compared], groups: Groups) -> list[str]:

@@ -35,12 +35,14 @@ class Part:
         files: rows of CSV files by file name, or "" for none.
         pictures: PNG images by file name.
         captions: of the pictures.
+        answer: a sentence on what was found, for the first paragraph of the report, or "".
     """
 
     text: str = ""
     files: Mapping[str, str] = field(default_factory=dict[str, str])
     pictures: Mapping[str, bytes] = field(default_factory=dict[str, bytes])
     captions: Mapping[str, str] = field(default_factory=dict[str, str])
+    answer: str = ""
 
 
 def parts(
@@ -60,13 +62,14 @@ def parts(
         folder: where `bisam analyse` can measure the others, or "" where it cannot.
     """
     return [
-        _figures(study, runs),
         _predictors(study, runs, entries),
+        _figures(study, runs),
         _regret(study, runs),
         _choice(study, runs),
         Part(
-            ascents.section(ascents.compared(runs, study.registered), runs),
+            ascents.section(found := ascents.compared(runs, study.registered), runs),
             {"ascents.csv": to_csv(ascents.rows(runs))},
+            answer=ascents.answer(found, runs),
         ),
         Part("", {"flips.csv": to_csv(flips.rows(flips.flips(grouped(runs), study.baselines)))}),  # text: by the table
         Part(analyses.section(runs, entries, faults, folder), {"analysis.csv": to_csv(analyses.rows(runs, entries))}),
@@ -92,18 +95,22 @@ def _predictors(study: Study, runs: Sequence[Finished], entries: Mapping[Recipe,
     files["correlations.csv"] = to_csv(predictors.rows(comparisons))
     name = f"{predictor_plot.NAME}.png"
     picture = rendered(predictor_plot.predictors(comparisons, own.shown))
-    return Part(text, files, {name: picture}, {name: predictor_plot.CAPTION})
+    said = predictors.answer(comparisons, study.seeds)
+    return Part(text, files, {name: picture}, {name: predictor_plot.CAPTION}, said)
 
 
 def _regret(study: Study, runs: Sequence[Finished]) -> Part:
     if (own := study.regret) is None:
         return Part()
     groups, seeds = grouped(runs), range(study.first_seed, study.first_seed + study.seeds)
-    return Part(regret.section(groups, own, seeds), {"regret.csv": to_csv(regret.rows(groups, own, seeds))})
+    files = {"regret.csv": to_csv(regret.rows(groups, own, seeds))}
+    return Part(regret.section(groups, own, seeds), files, answer=regret.answer(groups, own, seeds))
 
 
 def _choice(study: Study, runs: Sequence[Finished]) -> Part:
-    return Part(choice.section(runs), {"choices.csv": to_csv(choice.rows(runs))}) if study.tunes else Part()
+    if not study.tunes:
+        return Part()
+    return Part(choice.section(runs), {"choices.csv": to_csv(choice.rows(runs))}, answer=choice.answer(runs))
 
 
 def _figures(study: Study, runs: Sequence[Finished]) -> Part:
