@@ -20,8 +20,7 @@ REGISTERED = Primary("-log against SAM", "bisam_log", seeds=range(5))
 
 
 def answered(runs, **options) -> str:
-    """The second block of the page."""
-    return report.markdown("T", runs, {}, **options).split("\n\n")[1]
+    return report.opening(runs, **options)
 
 
 @pytest.mark.parametrize(

@@ -119,5 +119,5 @@ class MeasurementSubject:
             # At its own width: cells that are cut or folded letter by letter would be of no use.
             width = Width.get(console, console.options.update(max_width=1000), table).maximum
             Console(width=max(width, console.width)).print(table)
-        write_report(to, found.markdown, to_csv(found.rows) if found.rows else "", found.figures)
+        write_report(to, found.markdown, {"report.csv": to_csv(found.rows) if found.rows else ""}, found.figures)
         return 0

@@ -16,9 +16,8 @@ if TYPE_CHECKING:
 def write_report(
     to: Path,
     markdown: str,
-    csv: str,
+    tables: Mapping[str, str],
     figures: Mapping[str, Figure],
-    tables: Mapping[str, str] = {},
 ) -> None:
     """Write report.md, report.html, the figures and, if there are rows, CSV files, and print their names.
 
@@ -27,15 +26,14 @@ def write_report(
     Args:
         to: folder.
         markdown: the report, which names the figures by their files.
-        csv: its rows, or "" if there are none.
+        tables: rows of CSV files by file name, or "" if there are none.
         figures: by file name, of PNG files.
-        tables: rows of further CSV files by file name, or "" if there are none.
     """
     from bisam.experiments.reports import pages
     from bisam.experiments.reports.drawing import rendered
 
     write(to / "report.md", markdown)
-    tables = {name: rows for name, rows in {"report.csv": csv, **tables}.items() if rows.strip()}
+    tables = {name: rows for name, rows in tables.items() if rows.strip()}
     write(to / "report.html", pages.html(markdown, {name: rendered(one, "svg") for name, one in figures.items()}))
     pictures = {name: rendered(one) for name, one in figures.items()}
     for file, content in {**tables, **pictures}.items():

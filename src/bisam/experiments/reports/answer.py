@@ -5,6 +5,7 @@ The registered comparison of a study comes first, and then all others, which are
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -63,6 +64,11 @@ def answer(
     if others or not said:
         said.append(_others(groups, others, called, titles, other=any(one.primary for one in compared.values())))
     return " ".join([_unfinished(groups, wanted), *said]).strip()
+
+
+def unmarked(markdown: str) -> str:
+    """The paragraph as plain text, for a terminal."""
+    return re.sub(r"\\(.)", r"\1", markdown.replace("**", ""))
 
 
 def shown(detectable: float, unit: str = "points") -> str:

@@ -43,7 +43,7 @@ def place(ax: Axes, points: np.ndarray, names: Sequence[str], colours: Sequence[
     renderer = FigureCanvasAgg(figure).get_renderer()
     unit = figure.dpi / 72
     at = ax.transData.transform(points)
-    texts = [ax.text(*point, name, fontsize=size) for point, name in zip(points, names, strict=True)]
+    texts = [ax.text(x, y, name, fontsize=size) for (x, y), name in zip(points, names, strict=True)]
     sizes = [text.get_window_extent(renderer) for text in texts]
     for text in texts:
         text.remove()
@@ -79,9 +79,9 @@ def place(ax: Axes, points: np.ndarray, names: Sequence[str], colours: Sequence[
 _Box = tuple[float, float, float, float]
 
 
-def _box(centre: np.ndarray, width: float, height: float) -> _Box:
+def _box(centre: Any, width: float, height: float) -> _Box:
     """A rectangle around a centre: left, bottom, right, top."""
-    x, y = centre.tolist()
+    x, y = (float(value) for value in centre)
     return x - width / 2, y - height / 2, x + width / 2, y + height / 2
 
 

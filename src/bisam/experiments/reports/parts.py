@@ -115,7 +115,7 @@ def _choice(study: Study, runs: Sequence[Finished]) -> Part:
 
 
 def _figures(study: Study, runs: Sequence[Finished]) -> Part:
-    drawn = [name for name in study.figures if figures.usable(name, runs)]
+    drawn = [name for name in dict.fromkeys((*study.figures, "curves")) if figures.usable(name, runs)]
     return Part(
         pictures={f"{name}.png": figures.draw(name, runs, study.regret) for name in drawn},
         captions={f"{name}.png": figures.CAPTIONS[name] for name in drawn},

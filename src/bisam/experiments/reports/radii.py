@@ -157,7 +157,8 @@ def radii(runs: Sequence[Finished], optima: Mapping[tuple[str, float], float] = 
             plain(f"{f'{panel.title}, ' if panel.title else ''}{_optima(mine, optima, scales)}", 60), fontsize=10
         )
         near.set_ylim(best - _NEAR, best + 0.25 * _NEAR)
-        near.set_title(f"{f'{panel.title}, ' if panel.title else ''}near the best score", fontsize=10)
+        own = " (each panel has its own scale)" if len(shown) > 1 else ""
+        near.set_title(plain(f"{f'{panel.title}, ' if panel.title else ''}near the best score{own}", 60), fontsize=10)
     whole = axes[: len(shown)]
     means = [np.asarray(line.get_ydata(), float) for ax in whole for line in ax.get_lines()]
     if all(panel.metric.startswith("accuracy") for panel in shown) and widen_scores(whole, "y", means):

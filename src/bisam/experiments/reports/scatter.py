@@ -214,9 +214,8 @@ def _many(found: Sequence[_Panel], title: str) -> Figure:
     _scale(wholes, found)
     for near, crowd in zip(nears, filter(None, crowds), strict=True):
         times, scores = [one.time for one in crowd], [one.score for one in crowd]
-        for which, values in (("x", times), ("y", scores)):
-            margin = 0.1 * (max(values) - min(values)) or 1.0
-            limit(near, which, min(values) - margin, max(values) + margin)
+        limit(near, "x", *_around(times))
+        limit(near, "y", *_around(scores))
     _scale(nears, [replace(panel, points=crowd) for panel, crowd in zip(found, crowds, strict=True) if crowd])
     for whole, panel, crowd in zip(wholes, found, crowds, strict=True):
         if crowd:
@@ -252,3 +251,9 @@ def _points(ax: Axes, points: Sequence[Point]) -> None:
         ax.errorbar(one.time, one.score, one.score_spread, one.time_spread, color=one.colour, **style)
         ax.plot(one.time, one.score, "o", color=one.colour, ms=4, zorder=3)
         _hover(ax, one)
+
+
+def _around(values: Sequence[float]) -> tuple[float, float]:
+    """Limits of an axis for values, with a margin."""
+    margin = 0.1 * (max(values) - min(values)) or 1.0
+    return min(values) - margin, max(values) + margin

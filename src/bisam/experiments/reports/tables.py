@@ -14,7 +14,7 @@ from bisam.experiments.recipes.assumptions import Assumption
 from bisam.experiments.recipes.catalogue import BASELINE
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports import legends
-from bisam.experiments.reports.answer import Wanted, answer
+from bisam.experiments.reports.answer import Wanted, answer as answer_of
 from bisam.experiments.reports.cells import NOTHING, cells_of, detectable, interval, probability, spread
 from bisam.experiments.reports.comparison import beside
 from bisam.experiments.reports.differences import (
@@ -167,11 +167,8 @@ def markdown(
     assumptions: Sequence[Assumption] = (),
     more: Sequence[str] = (),
     primary: Primary | None = None,
-    answers: Sequence[str] = (),
-    wanted: Wanted | None = None,
     files: str = "",
-    *,
-    tunes: bool = False,
+    answer: str = "",
 ) -> str:
     """The whole report as Markdown: its answer, the first figure, the table, and then what explains them.
 
@@ -185,10 +182,8 @@ def markdown(
         assumptions: values that no public source of the paper gives.
         more: further sections, before the published numbers.
         primary: the registered comparison of the study.
-        answers: sentences of the other sections on what they have found.
-        wanted: the runs of the finished study.
-        files: the paragraph on the files of the report.
-        tunes: whether the study chooses settings, so that its answer is the choice and not the differences.
+        files: the section on the files of the report and the runs.
+        answer: the first paragraph; by default `opening` of these runs.
     """
     rows, groups = summary(runs, baselines, primary), grouped(runs)
     heads, marks = header(rows), marks_of(runs, assumptions)
@@ -196,11 +191,10 @@ def markdown(
     lines = [marks.beside(recipe, heads, cells(row, heads), shared) for recipe, row in zip(groups, rows, strict=True)]
     compared, registered = differences(groups, baselines, primary), primary_comparisons(groups, primary)
     called, titles = names(groups), places(groups)
-    asked = {} if tunes and answers else compared
     shown = [f"![{what}]({file})" for file, what in pictures.items()]
     blocks = [
         f"# {title}",
-        answer(groups, called, titles, primary, registered, asked, answers, wanted),
+        answer or opening(runs, baselines, primary),
         legends.older(groups),
         *shown[:1],
         _table(heads, lines),
@@ -225,6 +219,31 @@ def markdown(
         "\n".join(provenance(runs)),
     ]
     return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def opening(
+    runs: Sequence[Finished],
+    baselines: Baselines = (BASELINE,),
+    primary: Primary | None = None,
+    answers: Sequence[str] = (),
+    wanted: Wanted | None = None,
+    *,
+    tunes: bool = False,
+) -> str:
+    """The first paragraph of a report, in Markdown: which differences are decided; see `answer`.
+
+    Args:
+        runs: finished runs.
+        baselines: methods to compare with, see `differences.baseline`.
+        primary: the registered comparison of the study.
+        answers: sentences of the other sections on what they have found.
+        wanted: the runs of the finished study.
+        tunes: whether the study chooses settings, so that its answer is the choice and not the differences.
+    """
+    groups = grouped(runs)
+    compared = {} if tunes and answers else differences(groups, baselines, primary)
+    found = primary_comparisons(groups, primary)
+    return answer_of(groups, names(groups), places(groups), primary, found, compared, answers, wanted)
 
 
 def _diverged(groups: Groups) -> str:
