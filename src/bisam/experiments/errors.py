@@ -91,6 +91,10 @@ class RunError(Exception):
     """A run folder cannot be used; the message says why and gives the remedy."""
 
 
+class OutOfTimeError(RunError):
+    """The time that the user gives the command is over; what was trained until then is saved."""
+
+
 class InUseError(RunError):
     """Another process has the folder."""
 

@@ -100,6 +100,8 @@ WRONG = {
     "validation_examples": [None, True, -1, 1.5, "270"],
     "headline": [None, 5, "", "first", ["best"]],
     "diverged": [True, 0, 4, 1.5, "1"],
+    "stopped": [None, 1, "", "nan", ["patience"]],
+    "message": [None, 5, "", "a\nb", "x" * 1000],
     "metric": [5, None, "", "a\nb", "\ud800", "x" * 1000],
     "scores": [None, 5, [], {"best": 0.9}, {"best": {"accuracy": "high"}}, {"best": {"accuracy": 2}}],
     "examples": [0, -1, 1.5, True, "many"],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import signal
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from bisam.experiments.runs.archive import Source, source, write_archive
 from bisam.experiments.runs.durations import duration
 from bisam.experiments.runs.folder import Finished, Run, finished, read_recipe
 from bisam.experiments.runs.machine import Machine, threads
+from bisam.experiments.runs.signals import exit_code, ignore_further, past_tense
 from bisam.experiments.studies.study import Analyses, Study, expand
 
 if TYPE_CHECKING:
@@ -122,16 +122,15 @@ class StudySubject:
         with Display(recipes, units, quiet=launch.quiet, verbose=launch.verbose) as display:
             try:
                 outcomes = _launched(recipes, root, launch, machine, display, analyses)
-            except KeyboardInterrupt:
-                signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not end the message
+            except KeyboardInterrupt as error:
+                ignore_further()
                 display.stop()
-                again = "resumes the others"
-                if launch.stack is not None:
-                    again += ", and an interrupted stack begins again"
-                errors.print(
-                    f"interrupted: {display.finished} of {len(recipes)} runs are finished; the same command {again}"
-                )
-                return 130
+                errors.print(f"{past_tense(error)}: {_goes_on(display.finished, len(recipes), launch)}")
+                return exit_code(error)
+        if any(outcome.out_of_time for outcome in outcomes):
+            show_failed(outcomes)
+            errors.print(f"--max-time is over: {_goes_on(display.finished, len(recipes), launch)}")
+            return 130
         if any(outcome.result for outcome in outcomes):
             from bisam.experiments.cli.study_report import report
 
@@ -139,6 +138,7 @@ class StudySubject:
             runs, left_out = all_finished(root, here := Source(out, out))
             found = [run for run in runs if without_seed(run) in wanted]
             report(self.study, self._arranged(found, list(wanted)), left_out, here, out / self.name)
+        show_diverged(outcomes)
         return show_failed(outcomes)
 
     def report(self, changes: tuple[str, ...], out: Path, to: Path | None) -> int:
@@ -321,6 +321,25 @@ def show_failed(outcomes: Sequence[Outcome]) -> int:
     if not failed:
         return 0
     return 1 if any(outcome.started for outcome in outcomes) else 2
+
+
+def show_diverged(outcomes: Sequence[Outcome]) -> None:
+    """Print one line for each way in which runs diverged."""
+    diverged = [(o.recipe, o.result) for o in outcomes if o.result is not None and o.result.get("diverged") is not None]
+    if not diverged:
+        return
+    recipe, result = diverged[0]
+    message = result.get("message", f"the loss is not finite since epoch {result.get('diverged')}")
+    more = f" and {len(diverged) - 1} more" if len(diverged) > 1 else ""
+    errors.print(
+        f"bisam: {len(diverged)} of {len(outcomes)} runs diverged, and are in the means with their scores: "
+        f"{recipe.slug}, seed {recipe.seed}{more}: {message}"
+    )
+
+
+def _goes_on(finished: int, runs: int, launch: Launch) -> str:
+    stacks = "" if launch.stack is None else ", and an interrupted stack begins again"
+    return f"{finished} of {runs} runs are finished; the same command resumes the others{stacks}"
 
 
 def _refuse(why: str, idle: frozenset[str]) -> None:

@@ -12,7 +12,7 @@ from typing import Protocol
 from bisam.experiments.analyses.catalogue import known
 from bisam.experiments.analyses.run import analyse, missing
 from bisam.experiments.analyses.settings import Settings
-from bisam.experiments.errors import DataError, InUseError, RunError, is_out_of_memory, reason
+from bisam.experiments.errors import DataError, InUseError, OutOfTimeError, RunError, is_out_of_memory, reason
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Result, Row, Run
 from bisam.experiments.runs.machine import Machine
@@ -57,6 +57,8 @@ class Outcome:
     """False if its data cannot be loaded."""
     elsewhere: bool = False
     """Whether another process has its folder."""
+    out_of_time: bool = False
+    """Whether it is unfinished because `Machine.max_time` is over."""
 
 
 Done = Callable[[Outcome], None]
@@ -79,7 +81,7 @@ def collect_outcomes(
 
     def done(outcome: Outcome) -> None:
         outcomes[outcome.recipe] = outcome
-        if outcome.started:
+        if outcome.started and not outcome.out_of_time:
             progress.done(outcome.recipe, outcome.error, outcome.elsewhere)
 
     left: list[Recipe] = []
@@ -137,6 +139,8 @@ def train_or_explain(
         if analyses is not None:
             _analyse(run, result, analyses, machine, on_measure)
         return Outcome(recipe, result)
+    except OutOfTimeError:
+        return Outcome(recipe, None, out_of_time=True)
     except (Exception, SystemExit) as error:
         message = ("" if result is None else "its analysis: ") + _explanation(error)
         return Outcome(recipe, result, message, not isinstance(error, DataError), isinstance(error, InUseError))
@@ -170,6 +174,8 @@ def train_stack_or_explain(
             if opened:
                 results = train_stack(opened, machine, None if on_epoch is None else partial(on_epoch, left))
                 outcomes |= {r: Outcome(r, result) for r, result in zip(left, results, strict=True)}
+        except OutOfTimeError:
+            outcomes |= {run.recipe: Outcome(run.recipe, None, out_of_time=True) for run in opened}
         except (Exception, SystemExit) as error:
             started = not isinstance(error, DataError)
             for run in opened:  # some may be finished, if a folder of the stack cannot be written
