@@ -41,20 +41,27 @@ def test_sigterm_raises_in_the_block_alone():
 
 
 def test_a_second_sigterm_is_ignored():
-    with pytest.raises(Terminated), terminable():
+    def twice():
         try:
             signal.raise_signal(signal.SIGTERM)
         finally:
             signal.raise_signal(signal.SIGTERM)
 
+    with pytest.raises(Terminated), terminable():
+        twice()
+
 
 def test_an_error_that_sigterm_became_on_its_way_is_sigterm_again():
     """As of a DataLoader whose processes got the signal too, and of torch's C++ code that calls Python."""
-    with pytest.raises(Terminated), terminable():
+
+    def another():
         try:
             signal.raise_signal(signal.SIGTERM)
         except KeyboardInterrupt:
             raise RuntimeError("a worker was killed") from None
+
+    with pytest.raises(Terminated), terminable():
+        another()
     with pytest.raises(RuntimeError), terminable():
         raise RuntimeError
 
@@ -71,18 +78,19 @@ def test_a_handler_of_another_program_stays():
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_signals_are_delayed_to_the_end_of_a_block(fails):
+@pytest.mark.parametrize(("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
+def test_signals_are_delayed_to_the_end_of_a_block(number, kind, fails):
     done = []
-    with pytest.raises(KeyboardInterrupt), delayed():
-        signal.raise_signal(signal.SIGINT)
+
+    def act():
+        signal.raise_signal(number)
         done.append(1)
         if fails:
             raise OSError
-    assert done == [1]
-    with pytest.raises(Terminated), terminable(), delayed():
-        signal.raise_signal(signal.SIGTERM)
-        done.append(2)
-    assert done == [1, 2]
+
+    with pytest.raises(KeyboardInterrupt) as caught, terminable(), delayed():
+        act()
+    assert (done, type(caught.value)) == ([1], kind)
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 

@@ -23,7 +23,14 @@ from cyclopts import App, CycloptsError, UnknownOptionError
 from bisam import __version__
 from bisam.experiments.cli import analyse, archive, export, list as listing, methods, plot, report, run, tables, train
 from bisam.experiments.cli.terminal import errors
-from bisam.experiments.errors import RunError, is_out_of_memory, of_system, reason, show_warnings_in_one_line
+from bisam.experiments.errors import (
+    RunError,
+    is_out_of_memory,
+    missing_package,
+    of_system,
+    reason,
+    show_warnings_in_one_line,
+)
 from bisam.experiments.runs.signals import exit_code, past_tense, terminable
 
 app = App(
@@ -59,6 +66,8 @@ def main() -> None:
     except Exception as error:
         if is_out_of_memory(error):
             message = f"out of memory ({reason(error)}): finished runs are unchanged"
+        elif (missing := missing_package(error)) is not None:
+            message = missing
         elif isinstance(error, OSError):
             message = of_system(error)
         else:

@@ -138,7 +138,6 @@ class StudySubject:
             runs, left_out = all_finished(root, here := Source(out, out))
             found = [run for run in runs if without_seed(run) in wanted]
             report(self.study, self._arranged(found, list(wanted)), left_out, here, out / self.name)
-        show_diverged(outcomes)
         return show_failed(outcomes)
 
     def report(self, changes: tuple[str, ...], out: Path, to: Path | None) -> int:
@@ -321,20 +320,6 @@ def show_failed(outcomes: Sequence[Outcome]) -> int:
     if not failed:
         return 0
     return 1 if any(outcome.started for outcome in outcomes) else 2
-
-
-def show_diverged(outcomes: Sequence[Outcome]) -> None:
-    """Print one line for each way in which runs diverged."""
-    diverged = [(o.recipe, o.result) for o in outcomes if o.result is not None and o.result.get("diverged") is not None]
-    if not diverged:
-        return
-    recipe, result = diverged[0]
-    message = result.get("message", f"the loss is not finite since epoch {result.get('diverged')}")
-    more = f" and {len(diverged) - 1} more" if len(diverged) > 1 else ""
-    errors.print(
-        f"bisam: {len(diverged)} of {len(outcomes)} runs diverged, and are in the means with their scores: "
-        f"{recipe.slug}, seed {recipe.seed}{more}: {message}"
-    )
 
 
 def _goes_on(finished: int, runs: int, launch: Launch) -> str:

@@ -12,7 +12,15 @@ from typing import Protocol
 from bisam.experiments.analyses.catalogue import known
 from bisam.experiments.analyses.run import analyse, missing
 from bisam.experiments.analyses.settings import Settings
-from bisam.experiments.errors import DataError, InUseError, OutOfTimeError, RunError, is_out_of_memory, reason
+from bisam.experiments.errors import (
+    DataError,
+    InUseError,
+    OutOfTimeError,
+    RunError,
+    is_out_of_memory,
+    missing_package,
+    reason,
+)
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Result, Row, Run
 from bisam.experiments.runs.machine import Machine
@@ -191,6 +199,8 @@ def _explanation(error: BaseException) -> str:
         message = str(error)
     elif is_out_of_memory(error):
         message = f"out of memory: fewer runs at a time or a smaller batch_size need less ({reason(error)})"
+    elif (missing := missing_package(error)) is not None:
+        message = missing
     elif isinstance(error, OSError):
         message = f"cannot write under {error.filename or 'its folder'}: {error.strerror or error}"
     else:  # with its type, for a bug report
