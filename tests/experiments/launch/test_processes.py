@@ -321,7 +321,7 @@ def test_a_signal_ends_the_study_and_its_workers_and_each_log_says_so(tmp_path, 
         time.sleep(0.2)
     children = [int(pid) for pid in Path(f"/proc/{study.pid}/task/{study.pid}/children").read_text().split()]
     study.send_signal(number)
-    out, err = study.communicate(timeout=60)
+    _, err = study.communicate(timeout=60)
     word = "terminated" if number == signal.SIGTERM else "interrupted"
     assert study.returncode == 128 + number
     assert err == f"{word}: 0 of 10 runs are finished; the same command resumes the others\n"
