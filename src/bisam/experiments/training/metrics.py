@@ -21,9 +21,6 @@ from bisam.experiments.runs.folder import Row
 from bisam.statistics import NAMES, StatsMean
 from bisam.vector import widened
 
-TITLES = {"accuracy": "accuracy", "top5": "top-5 accuracy", "f1": "F1", "matthews": "Matthews correlation"}
-"""The metrics, as they are written in reports."""
-
 
 def ranked(logits: Tensor, metrics: Sequence[str]) -> Tensor:
     """Return the classes (N, R) of the largest logits (N, K), the most likely first, with R as the metrics need."""
