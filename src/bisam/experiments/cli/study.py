@@ -85,7 +85,7 @@ class StudySubject:
     def _check_stack(self, recipes: Sequence[Recipe], machine: Machine, given: frozenset[str]) -> None:
         from bisam.experiments.training.stacked.checks import check
 
-        _refuse("a stack writes metrics.csv and no other log", given & {"log"})
+        _refuse("a stack writes metrics.csv and no other log", given & {"log", "log_every"})
         if self.study.analyses is not None:
             raise ValueError(f"--stack keeps no weights, which the analyses of {self.name} need: leave --stack out")
         for recipe in recipes:

@@ -109,6 +109,7 @@ def _trained(run: Run, machine: Machine, quiet: bool, verbose: bool) -> Result:
                 machine,
                 lambda row: display.advanced(recipe, recipe.completed(row), row["validation"]),
                 display.line,
+                display.point,
             )
         except Exception as error:
             if not is_out_of_memory(error):

@@ -56,6 +56,8 @@ class Machine:
     """Processes that read and decode image files."""
     log: Annotated[tuple[str, ...], Parameter(negative="")] = ("tensorboard",)
     """Loggers of the metrics, besides metrics.csv: tensorboard, wandb, mlflow."""
+    log_every: int = 50
+    """Losses between two points within an epoch that the loggers get, besides the metrics of each epoch; 0: none."""
     stats: bool = False
     """Record statistics of the training steps, their means over an epoch in stats.csv and in the loggers."""
     stop_on_nan: bool = True
@@ -65,9 +67,9 @@ class Machine:
     is saved, and the same command goes on. Each run trains at least one epoch."""
 
     def __post_init__(self) -> None:
-        for name, least in (("devices", 1), ("nodes", 1), ("loaders", 0)):
+        for name, least in (("devices", 1), ("nodes", 1), ("loaders", 0), ("log_every", 0)):
             if (value := getattr(self, name)) < least:
-                raise ValueError(f"--{name} must be at least {least}, got {value}")
+                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
         if self.max_time is not None and not 0 < self.max_time < inf:
             raise ValueError(f"--max-time must be above 0, got {self.max_time}")
         if self.strategy not in STRATEGIES:

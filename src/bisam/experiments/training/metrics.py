@@ -94,9 +94,9 @@ class TrainingSums:
         else:
             self._flipped += float("nan")  # the method descended on a part of the batch
 
-    def mean_loss(self) -> float:
-        """Return the mean loss of the batches so far, in this process; waits for the device."""
-        return float(self._loss / self._examples)
+    def totals(self) -> tuple[float, float]:
+        """Return the sum of the losses so far and the number of examples, in this process; waits for the device."""
+        return float(self._loss), float(self._examples)
 
     def is_finite(self, fabric: Fabric) -> bool:
         """Return whether the loss of all batches so far is finite, over all processes; waits for the device."""
