@@ -1,5 +1,7 @@
 """Settings of the site: `sphinx-build -W --keep-going docs docs/build` writes it to docs/build/index.html.
 
+The first build executes the examples of the gallery, later ones those that have changed, and `-D plot_gallery=0` none.
+
 The pages are Markdown, and links between them work on the site as in the repository. `BISAM_DOCS_NETWORK=1` adds links
 to the references of Python, torch and NumPy, which needs their inventories from the network; the site is whole without.
 """
@@ -33,8 +35,21 @@ extensions = [
     "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
+    "sphinx_gallery.gen_gallery",
 ]
 exclude_patterns = ["build"]
+sphinx_gallery_conf = {
+    "examples_dirs": "../examples/gallery",
+    "gallery_dirs": "gallery",
+    "filename_pattern": r"\.py$",  # all of them are executed; `-D plot_gallery=0` executes none
+    "abort_on_example_error": True,
+    "backreferences_dir": None,
+    "doc_module": "bisam",
+    "reference_url": {"bisam": None},  # links from the code to the reference, without the network
+    "default_thumb_file": str(ROOT / "docs" / "how-it-works.svg"),
+    "show_signature": False,
+    "within_subsection_order": "FileNameSortKey",
+}
 templates_path = ["_templates"]
 default_role = "py:obj"  # of `text` in a docstring: a link where it is a name, else code
 nitpicky = True
