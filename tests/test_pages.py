@@ -711,6 +711,8 @@ def test_the_commands_of_the_pages_are_accepted(page, code):
     cli = pytest.importorskip("bisam.experiments.cli")
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for program, *words in commands(code):
+        while "=" in program:  # a variable of the environment
+            program, *words = words
         if program == "bisam":
             command, bound, _ = cli.app.parse_args(words, exit_on_error=False, print_error=False)
             assert command.__name__.startswith(words[0]), words
@@ -729,7 +731,7 @@ def test_the_commands_of_the_pages_are_accepted(page, code):
 
 
 def test_no_page_installs_a_name_that_is_not_on_an_index():
-    for page in PAGES:
+    for page in {*PAGES} - {"CONTRIBUTING.md"}:  # which says when this changes
         assert not re.search(r"pip install \"?bisam(?! @)", (ROOT / page).read_text()), page
 
 
