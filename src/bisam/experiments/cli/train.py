@@ -85,9 +85,12 @@ def train(
         console.print("finished before: nothing is left to train")
     metric = result.get("metric", "accuracy")
     console.print(f"test {TITLES.get(metric, metric)} {_scores(result)}; {one.folder}", soft_wrap=True)
-    if (message := result.get("message")) is not None:
+    message, diverged = result.get("message"), result.get("diverged")
+    if message is None and diverged is not None:  # results of earlier versions have none
+        message = f"the loss is not finite from epoch {diverged} on"
+    if message is not None:
         said = f"{'ended early: ' if 'stopped' in result else ''}{message}"
-        if result.get("diverged") is None:
+        if diverged is None:
             console.print(said, soft_wrap=True)
         else:
             errors.print(f"bisam: {said}; {one.folder}")
