@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bisam.experiments.cli.options import Changes, In
+from bisam.experiments.cli.options import Changes, In, StudyName
 from bisam.experiments.cli.terminal import console
 from bisam.experiments.errors import unknown
 from bisam.experiments.runs.archive import is_archive
@@ -16,7 +16,12 @@ EXAMPLES = (
 
 
 def plot(
-    figure: str, study: str | None = None, *, changes: Changes = (), out: In = Path("runs"), to: Path | None = None
+    figure: str,
+    study: StudyName | None = None,
+    *,
+    changes: Changes = (),
+    out: In = Path("runs"),
+    to: Path | None = None,
 ) -> int:
     """Draw one figure, from run folders: PNG, PDF or SVG.
 
