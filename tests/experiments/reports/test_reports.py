@@ -906,8 +906,8 @@ def test_the_terminal_names_the_rows_with_runs_that_diverged():
     )
     told = [*others, ended_early(last, message="loss is nan since epoch 2: a smaller --learning-rate or --rho")]
     assert report.brief_of_diverged(told).endswith("one: loss is nan since epoch 2: a smaller --learning-rate or --rho")
-    noisy = [*told, run(replace(SAM, noise=0.4), 0.1, diverged=1)]
-    assert "label noise 40 % (1 of 1)" in report.brief_of_diverged(noisy)
+    noisy = [*told, run(replace(SAM, noise=0.2), 0.1, diverged=1)]
+    assert "label noise 20 % (1 of 1)" in report.brief_of_diverged(noisy)
     assert report.brief_of_diverged(SMALL) == ""
 
 
