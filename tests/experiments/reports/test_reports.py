@@ -901,9 +901,9 @@ def test_a_report_says_how_many_ended_where_they_diverged():
 def test_the_terminal_names_the_rows_with_runs_that_diverged():
     called = names(grouped(DIVERGED))[LOG]
     *others, last = DIVERGED
-    words = "runs diverged, and are part of the means"
+    words = "1 of 4 runs diverged, and are part of the means"
     assert report.brief_of_diverged(DIVERGED) == (
-        f"{words}: {called} (1 of 2); the first one: the loss is not finite since epoch 2"
+        f"{words}: {called} (1 of 2). The first one: the loss is not finite since epoch 2"
     )
     told = [*others, ended_early(last, message="loss is nan since epoch 2: a smaller --learning-rate or --rho")]
     assert report.brief_of_diverged(told).endswith("one: loss is nan since epoch 2: a smaller --learning-rate or --rho")
