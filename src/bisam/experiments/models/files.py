@@ -12,26 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from bisam.experiments.models.build import tokenizer
+from bisam.experiments.models.initial import WEIGHTS_FILE as WEIGHTS_FILE, classes_of as classes_of
 from bisam.experiments.models.logits import Logits
 
 STATES = (".safetensors", ".pt", ".pth")
 """Names of files of weights alone end so."""
 PROGRAMS = (".pt2", ".onnx")
 """Names of files of a program end so: the computation with its weights, which needs no code of the model."""
-WEIGHTS_FILE = "model.safetensors"
-"""The weights in a folder."""
-
-
-def classes_of(state: Mapping[str, Tensor]) -> int:
-    """Return the number of classes of a model, by its weights: the length of the last one, which is that of the head.
-
-    Raises:
-        ValueError: there are no weights.
-    """
-    vectors = [value for value in state.values() if value.ndim]
-    if not vectors:
-        raise ValueError("the model has no weights")
-    return vectors[-1].shape[0]
 
 
 def write_state(model: nn.Module, to: Path, facts: Mapping[str, Any]) -> None:
