@@ -39,7 +39,7 @@ FLOORS = [
     {"experiments.data"},
     {"experiments.studies"},
     {"experiments.training", "experiments.measurements"},
-    {"experiments.analyses"},
+    {"experiments.analyses", "experiments.inference"},
     {"experiments.launch", "experiments.reports"},
     {"experiments.cli"},
     {"experiments"},  # its entry point

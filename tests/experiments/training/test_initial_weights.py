@@ -66,11 +66,11 @@ def test_a_checksum_is_that_of_the_tensors(tmp_path):
     state = model.state_dict()
     torch.save(state, tmp_path / "a.pt")
     torch.save({"state_dict": dict(reversed(state.items()))}, tmp_path / "b.pt")
-    first, second = (read(str(tmp_path / name), None).text.partition("@")[2] for name in ("a.pt", "b.pt"))
+    first, second = (read(str(tmp_path / name), None).checksum for name in ("a.pt", "b.pt"))
     assert first == second
     next(iter(state.values())).view(-1)[5] += 1e-6
     torch.save(state, tmp_path / "b.pt")
-    assert read(str(tmp_path / "b.pt"), None).text.partition("@")[2] != first
+    assert read(str(tmp_path / "b.pt"), None).checksum != first
 
 
 def test_the_same_command_goes_on_with_the_same_weights_and_not_with_changed_ones(run, tmp_path, bisam):
@@ -166,6 +166,8 @@ def test_what_cannot_be_started_with_is_named(run, tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             read(given, None)
+    with pytest.raises(ValueError, match="unknown weights of a run 'bset', did you mean 'best'"):
+        read(f"{run.folder}:bset", None)
     (run.folder / "result.json").unlink()
     with pytest.raises(RunError, match="is not finished: the command that started the run resumes it"):
         read(str(run.folder), None)

@@ -5,6 +5,7 @@ study_report.py           the report of a study: tables on the terminal, and fil
 train                     trains one recipe
 analyse                   measures finished runs, or the weights in a file
 export                    writes the weights of a finished run for other programs
+evaluate                  tests a trained model, of a run or in a file
 methods                   shows the catalogue of methods
 tables                    writes the page of the tables and figures of the papers
 options.py, flags.py      flags that commands share, and those that are fields of a recipe
@@ -21,7 +22,19 @@ from typing import Any
 from cyclopts import App, CycloptsError, UnknownOptionError
 
 from bisam import __version__
-from bisam.experiments.cli import analyse, archive, export, list as listing, methods, plot, report, run, tables, train
+from bisam.experiments.cli import (
+    analyse,
+    archive,
+    evaluate,
+    export,
+    list as listing,
+    methods,
+    plot,
+    report,
+    run,
+    tables,
+    train,
+)
 from bisam.experiments.cli.terminal import errors
 from bisam.experiments.errors import RunError, is_out_of_memory, of_system, reason, show_warnings_in_one_line
 
@@ -41,6 +54,7 @@ app.command(report.report, help_epilogue=report.EXAMPLES)
 app.command(plot.plot, help_epilogue=plot.EXAMPLES)
 app.command(archive.archive, help_epilogue=archive.EXAMPLES)
 app.command(export.export, help_epilogue=export.EXAMPLES)
+app.command(evaluate.evaluate, help_epilogue=evaluate.EXAMPLES)
 
 
 def main() -> None:

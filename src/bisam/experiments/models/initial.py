@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bisam.experiments.errors import reason, reason_not_loaded
+from bisam.experiments.errors import reason, reason_not_loaded, unknown
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.checkpoint import CHECKPOINT
 from bisam.experiments.runs.folder import Run, read_recipe
@@ -63,12 +63,14 @@ class Initial:
     Attributes:
         state: by name. Of a run without those that it did not train.
         recipe: of the run; None for a file.
-        text: the place, with which of the weights of a run they are, and their checksum.
+        place: as it was given, with which of the weights of a run they are.
+        checksum: of the weights.
     """
 
     state: dict[str, Tensor]
     recipe: Recipe | None
-    text: str
+    place: str
+    checksum: str
 
 
 def local(path: str, root: Path | None) -> Path:
@@ -79,13 +81,24 @@ def local(path: str, root: Path | None) -> Path:
 
 
 def source(given: str, root: Path | None) -> Source:
-    """Return what a text names: a file, or a run folder with `:best`, `:last` or `:ema` after it; then `@CHECKSUM`."""
+    """Return what a text names: a file, or a run folder with `:best`, `:last` or `:ema` after it; then `@CHECKSUM`.
+
+    Raises:
+        ValueError: it names a run folder, and something else than its weights.
+    """
     text, which, checksum = given, None, None
     if not local(text, root).exists() and (found := re.fullmatch(r"(.+)@([0-9a-f]{16})", text)):
         text, checksum = found.groups()
     if not local(text, root).exists() and (found := re.fullmatch(rf"(.+):({'|'.join(KINDS)})", text)):
         text, which = found.groups()
+    if not local(text, root).exists() and (local(text.rpartition(":")[0], root) / "recipe.json").is_file():
+        raise unknown("weights of a run", text.rpartition(":")[2], KINDS)
     return Source(text, local(text, root), which, checksum)
+
+
+def is_run(place: Path) -> bool:
+    """Whether it is the folder of a run, and not one that `bisam export` wrote, which has a recipe.json too."""
+    return (place / "recipe.json").is_file() and ((place / CHECKPOINT).exists() or not (place / WEIGHTS_FILE).is_file())
 
 
 def read(given: str, root: Path | None) -> Initial:
@@ -100,7 +113,7 @@ def read(given: str, root: Path | None) -> Initial:
         RunError: the run is unfinished, has diverged, or has no such weights.
     """
     one = source(given, root)
-    if (one.place / "recipe.json").is_file() and not _is_exported(one.place):
+    if is_run(one.place):
         run = Run(one.place, read_recipe(one.place))
         result, recipe = result_of(run), run.recipe
         which = one.which or "best"
@@ -117,7 +130,7 @@ def read(given: str, root: Path | None) -> Initial:
             f"the weights of {place} have changed: their checksum is {checksum}, and the recipe has @{one.checksum}; "
             f"write {place} without it to start a new run from the present ones"
         )
-    return Initial(state, recipe, f"{place}@{checksum}")
+    return Initial(state, recipe, place, checksum)
 
 
 def pinned(given: str | None, root: Path | None) -> str | None:
@@ -127,7 +140,10 @@ def pinned(given: str | None, root: Path | None) -> str | None:
         ValueError: see `read`.
         RunError: see `read`.
     """
-    return given if given is None or given == PRETRAINED else read(given, root).text
+    if given is None or given == PRETRAINED:
+        return given
+    found = read(given, root)
+    return f"{found.place}@{found.checksum}"
 
 
 def without_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -149,10 +165,6 @@ def classes_of(state: Mapping[str, Tensor]) -> int:
     if not vectors:
         raise ValueError("the model has no weights")
     return vectors[-1].shape[0]
-
-
-def _is_exported(folder: Path) -> bool:
-    return (folder / WEIGHTS_FILE).is_file() and not (folder / CHECKPOINT).exists()
 
 
 def _file(one: Source) -> Path:
