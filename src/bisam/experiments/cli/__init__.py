@@ -6,6 +6,7 @@ train                     trains one recipe
 analyse                   measures finished runs, or the weights in a file
 export                    writes the weights of a finished run for other programs
 evaluate                  tests a trained model, of a run or in a file
+predict                   writes the most probable classes of a user's files
 methods                   shows the catalogue of methods
 tables                    writes the page of the tables and figures of the papers
 options.py, flags.py      flags that commands share, and those that are fields of a recipe
@@ -30,6 +31,7 @@ from bisam.experiments.cli import (
     list as listing,
     methods,
     plot,
+    predict,
     report,
     run,
     tables,
@@ -55,6 +57,7 @@ app.command(plot.plot, help_epilogue=plot.EXAMPLES)
 app.command(archive.archive, help_epilogue=archive.EXAMPLES)
 app.command(export.export, help_epilogue=export.EXAMPLES)
 app.command(evaluate.evaluate, help_epilogue=evaluate.EXAMPLES)
+app.command(predict.predict, help_epilogue=predict.EXAMPLES)
 
 
 def main() -> None:
