@@ -16,7 +16,7 @@ from bisam.experiments.errors import (
     show_warnings_in_one_line,
 )
 from bisam.experiments.launch import estimate
-from bisam.experiments.launch.outcomes import train_or_explain
+from bisam.experiments.launch.work import train_or_explain
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.machine import Machine
 from bisam.experiments.training import train as training

@@ -19,7 +19,7 @@ import torch
 from filelock import FileLock
 
 from bisam.experiments.launch import processes
-from bisam.experiments.launch.outcomes import train_or_explain
+from bisam.experiments.launch.work import train_or_explain
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Run, finished
 from bisam.experiments.runs.machine import Machine, end_with_parent, threads

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from bisam import Evaluation, ModelOracle, NegLog, cross_entropy
-from bisam.experiments.launch.outcomes import train_stack_or_explain
 from bisam.experiments.launch.stacks import Job, jobs, seconds
+from bisam.experiments.launch.work import train_stack_or_explain
 from bisam.experiments.models.build import build
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Run, finished

@@ -9,7 +9,6 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from bisam.experiments.cli.flags import Whole
-from bisam.experiments.runs.archive import is_archive
 from bisam.experiments.runs.machine import Machine
 
 Out = Annotated[Path, Parameter(help="Folder that the run folders are in.")]
@@ -73,18 +72,6 @@ def refuse_contradiction(quiet: bool, verbose: bool) -> None:
     """
     if quiet and verbose:
         raise ValueError("--quiet shows no progress and --verbose shows more of it: leave one out")
-
-
-def refuse_archive(out: Path) -> None:
-    """Refuse to run into an archive.
-
-    Raises:
-        ValueError: it is one.
-    """
-    if is_archive(out):
-        raise ValueError(
-            f"--out {out} is an archive of finished runs, without checkpoints: nothing can be run in it. Give a folder"
-        )
 
 
 def flag(name: str) -> str:

@@ -7,7 +7,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from bisam.experiments.cli.options import Given, Launch, MachineFlags, Out, refuse_archive
+from bisam.experiments.cli.folders import check_out
+from bisam.experiments.cli.options import Given, Launch, MachineFlags, Out
 from bisam.experiments.runs.machine import Machine
 
 EXAMPLES = (
@@ -31,7 +32,7 @@ def run(
     """
     from bisam.experiments.cli.subjects import subject
 
-    refuse_archive(out)
+    check_out(out)
     chosen = subject(study)
     chosen.check(launch, machine, given)
     return chosen.plan(launch, machine, out) if launch.dry_run else chosen.run(launch, machine, out)

@@ -10,12 +10,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bisam.experiments.cli.folders import check_data_dir
 from bisam.experiments.cli.idle import refuse_idle
 from bisam.experiments.cli.options import Launch, flag
 from bisam.experiments.cli.plan import show_runs, show_times
 from bisam.experiments.cli.progress import Display
 from bisam.experiments.cli.terminal import console, errors
 from bisam.experiments.errors import DamagedError, RunError
+from bisam.experiments.launch.outcomes import Done, Outcome, collect_outcomes, known_outcome
 from bisam.experiments.recipes.changes import pairs
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.recipes.versions import VERSION
@@ -27,8 +29,6 @@ from bisam.experiments.studies.study import Analyses, Study, expand
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from bisam.experiments.launch.outcomes import Outcome
 
 
 @dataclass(frozen=True)
@@ -81,13 +81,11 @@ class StudySubject:
             from bisam.experiments.analyses.catalogue import known
 
             known(self.study.analyses.what)  # fails here, before the first run, if a package is missing
-        if launch.ray is None:
-            machine.fabric()  # fails here, before the first run, if the device is missing
 
     def _check_stack(self, recipes: Sequence[Recipe], machine: Machine, given: frozenset[str]) -> None:
         from bisam.experiments.training.stacked.checks import check
 
-        _refuse("a stack writes metrics.csv and no other log", given & {"log"})
+        _refuse("a stack writes metrics.csv and no other log", given & {"log", "log_every"})
         if self.study.analyses is not None:
             raise ValueError(f"--stack keeps no weights, which the analyses of {self.name} need: leave --stack out")
         for recipe in recipes:
@@ -244,7 +242,11 @@ def _launched(
     analyses: Analyses | None,
 ) -> Sequence[Outcome]:
     """Outcomes of the runs and their analyses, in processes of this machine or on a cluster."""
+    if all(known_outcome(recipe, root, analyses) for recipe in recipes):  # what trains takes seconds to load
+        return collect_outcomes(recipes, root, display, _none_left, analyses)
+    check_data_dir(recipes, machine)
     if launch.ray is None:
+        machine.fabric()  # fails here, before the first run, if the device is missing
         from bisam.experiments.launch.processes import run_all
 
         return run_all(recipes, root, launch.workers or machine.slots, machine, display, analyses, launch.stack)
@@ -261,6 +263,10 @@ def _launched(
         retries=launch.retries,
         analyses=analyses,
     )
+
+
+def _none_left(left: Sequence[Recipe], _: Done) -> None:
+    raise AssertionError(left)
 
 
 def all_finished(root: Path, place: Source) -> tuple[list[Finished], list[str]]:

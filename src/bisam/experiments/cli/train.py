@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from bisam.experiments.cli.flags import AuthorsFlags, RecipeFlags
+from bisam.experiments.cli.folders import check_data_dir, check_out
 from bisam.experiments.cli.idle import CONDITIONS, refuse_idle
-from bisam.experiments.cli.options import Given, MachineFlags, Out, Quiet, Verbose, refuse_archive, refuse_contradiction
+from bisam.experiments.cli.options import Given, MachineFlags, Out, Quiet, Verbose, refuse_contradiction
 from bisam.experiments.cli.progress import Display
 from bisam.experiments.cli.terminal import console, errors
 from bisam.experiments.errors import RunError, is_out_of_memory, reason
@@ -19,6 +20,7 @@ from bisam.experiments.runs.machine import Machine
 
 if TYPE_CHECKING:
     from bisam.experiments.recipes.recipe import Recipe
+    from bisam.experiments.runs.folder import Run
     from bisam.experiments.runs.results import Result
 
 EXAMPLES = (
@@ -53,12 +55,10 @@ def train(
     from bisam.experiments.recipes.presets import started
     from bisam.experiments.runs.files import write
     from bisam.experiments.runs.folder import Run
-    from bisam.experiments.training import loggers
-    from bisam.experiments.training.metrics import TITLES
-    from bisam.experiments.training.train import train as train_run
+    from bisam.experiments.runs.results import TITLES
 
     refuse_contradiction(quiet, verbose)
-    refuse_archive(out)
+    check_out(out)
     base = _base(preset, config)
     recipe = started(base, translated(base, flags.given, authors))
     refuse_idle([recipe], machine, given)
@@ -72,32 +72,47 @@ def train(
         errors.print(f"bisam: {note}")
     if authors.threads is not None and in_files:
         machine = replace(machine, loaders=authors.threads)
-    recipe.check_trainable()
-    loggers.check(machine.log)
     one = Run.under(out / "train", recipe)
-    with Display([recipe], quiet=quiet, verbose=verbose) as display:
+    if (result := one.known_result()) is None:
         try:
-            result = train_run(
-                one,
-                machine,
-                lambda row: display.advanced(recipe, recipe.completed(row), row["validation"]),
-                display.line,
-            )
+            result = _trained(one, machine, quiet, verbose)
         except KeyboardInterrupt:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not end the message
-            display.stop()
             errors.print(f"interrupted: {one.folder} is saved; the same command resumes after its last completed epoch")
             return 130
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            raise RunError(f"out of memory: a smaller --batch-size needs less ({reason(error)})") from error
-        display.done(recipe, None)
+    else:
+        console.print("finished before: nothing is left to train")
     metric = result.get("metric", "accuracy")
     console.print(f"test {TITLES.get(metric, metric)} {_scores(result)}; {one.folder}", soft_wrap=True)
     if (diverged := result.get("diverged")) is not None:
         errors.print(f"bisam: the training diverged: the loss is not finite from epoch {diverged} on; {one.folder}")
     return 0
+
+
+def _trained(run: Run, machine: Machine, quiet: bool, verbose: bool) -> Result:
+    """Train a run, and show its progress."""
+    from bisam.experiments.training import loggers
+    from bisam.experiments.training.train import train as train_run
+
+    recipe = run.recipe
+    recipe.check_trainable()
+    check_data_dir([recipe], machine)
+    loggers.check(machine.log)
+    with Display([recipe], quiet=quiet, verbose=verbose) as display:
+        try:
+            result = train_run(
+                run,
+                machine,
+                lambda row: display.advanced(recipe, recipe.completed(row), row["validation"]),
+                display.line,
+                display.point,
+            )
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise RunError(f"out of memory: a smaller --batch-size needs less ({reason(error)})") from error
+        display.done(recipe, None)
+    return result
 
 
 def _base(preset: str | None, config: Path | None) -> Recipe:

@@ -1,6 +1,7 @@
 """Launch: many runs of a study.
 
 outcomes.py   how a run ended; finished runs are not run again
+work.py       what a process does with a run
 processes.py  worker processes on this machine
 stacks.py     jobs of several seeds that are trained at once
 ray.py        tasks on a Ray cluster

@@ -23,15 +23,9 @@ import torch
 
 from bisam.experiments.data import source
 from bisam.experiments.errors import show_warnings_in_one_line
-from bisam.experiments.launch.outcomes import (
-    Done,
-    Outcome,
-    Progress,
-    collect_outcomes,
-    train_or_explain,
-    train_stack_or_explain,
-)
+from bisam.experiments.launch.outcomes import Done, Outcome, Progress, collect_outcomes
 from bisam.experiments.launch.stacks import STACK_THREADS, Job, jobs
+from bisam.experiments.launch.work import train_or_explain, train_stack_or_explain
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Row
 from bisam.experiments.runs.machine import Machine, end_with_parent, ignore_interrupts, threads

@@ -26,7 +26,8 @@ from filelock import FileLock, Timeout
 
 from bisam import __version__
 from bisam.experiments.errors import RunError
-from bisam.experiments.launch.outcomes import Done, Outcome, Progress, collect_outcomes, train_or_explain
+from bisam.experiments.launch.outcomes import Done, Outcome, Progress, collect_outcomes
+from bisam.experiments.launch.work import train_or_explain
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.files import write
 from bisam.experiments.runs.folder import Run

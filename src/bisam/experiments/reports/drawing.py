@@ -24,8 +24,7 @@ from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports.groups import Groups, metric, names, place, places
 from bisam.experiments.runs.files import write
 from bisam.experiments.runs.folder import Finished
-from bisam.experiments.runs.results import headline
-from bisam.experiments.training.metrics import TITLES
+from bisam.experiments.runs.results import TITLES, headline
 
 BLACK, GREY = "#000000", "#7F7F7F"
 BLUE, SKY, GREEN, ORANGE, RED, PURPLE = "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7"

@@ -40,11 +40,10 @@ from bisam.experiments.reports.marks import Marks
 from bisam.experiments.reports.significance import adjusted
 from bisam.experiments.runs.folder import Finished
 from bisam.experiments.runs.provenance import RESULT, line, where
-from bisam.experiments.runs.results import BALL, headline
+from bisam.experiments.runs.results import BALL, TITLES, headline
 from bisam.experiments.studies import LABELS
 from bisam.experiments.studies.study import Primary
 from bisam.experiments.training.ball import EXAMPLES, RADIUS, STEPS
-from bisam.experiments.training.metrics import TITLES
 
 Row = dict[str, Any]
 

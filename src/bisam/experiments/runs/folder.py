@@ -135,6 +135,17 @@ class Run:
         """
         return read_result(self.folder, self.recipe)
 
+    def known_result(self) -> Result | None:
+        """Return the result of a folder that nobody has locked, or None; loads nothing else.
+
+        Raises:
+            RunError: the folder is damaged, or belongs to another recipe.
+        """
+        if not (self.folder / "result.json").exists():
+            return None
+        self.check_recipe()  # first: the result of another recipe is no damage
+        return self.result
+
     def checkpoint(self) -> dict[str, Any] | None:
         """Return the state in the latest checkpoint, on the CPU, or None if there is none.
 

@@ -48,13 +48,15 @@ class Machine:
     """Processes that read and decode image files."""
     log: Annotated[tuple[str, ...], Parameter(negative="")] = ("tensorboard",)
     """Loggers of the metrics, besides metrics.csv: tensorboard, wandb, mlflow."""
+    log_every: int = 50
+    """Losses between two points within an epoch that the loggers get, besides the metrics of each epoch; 0: none."""
     stats: bool = False
     """Record statistics of the training steps, their means over an epoch in stats.csv and in the loggers."""
 
     def __post_init__(self) -> None:
-        for name, least in (("devices", 1), ("nodes", 1), ("loaders", 0)):
+        for name, least in (("devices", 1), ("nodes", 1), ("loaders", 0), ("log_every", 0)):
             if (value := getattr(self, name)) < least:
-                raise ValueError(f"--{name} must be at least {least}, got {value}")
+                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
         if self.strategy not in STRATEGIES:
             raise unknown("strategy", self.strategy, STRATEGIES)
         if ":" in self.device and self.devices != (named := self.device.count(",") + 1):

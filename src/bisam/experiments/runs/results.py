@@ -27,6 +27,10 @@ ENOUGH = 2000
 """Validation examples from which on the best epoch is the headline; with fewer its choice is largely chance."""
 
 
+TITLES = {"accuracy": "accuracy", "top5": "top-5 accuracy", "f1": "F1", "matthews": "Matthews correlation"}
+"""The metrics, as they are written in reports."""
+
+
 class Result(TypedDict, total=False):
     """The result of a finished run; scores are in [-1, 1]."""
 

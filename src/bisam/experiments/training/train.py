@@ -47,6 +47,7 @@ from bisam.experiments.training.optimizers import (
     descent_loss,
     grad_scaler,
 )
+from bisam.experiments.training.points import OnPoint, Point
 from bisam.experiments.training.reference_speed import ReferenceSpeed
 from bisam.experiments.training.state import RunState
 from bisam.experiments.training.weight_average import WeightAverage
@@ -59,6 +60,7 @@ def train(
     machine: Machine = Machine(),  # noqa: B008
     on_epoch: OnEpoch | None = None,
     on_line: OnLine | None = None,
+    on_point: OnPoint | None = None,
 ) -> Result:
     """Train a run to its end and return its result; an interrupted run resumes after its last completed epoch.
 
@@ -69,6 +71,7 @@ def train(
         machine: where to compute.
         on_epoch: called with the row of metrics of each epoch.
         on_line: called with each line of log.txt.
+        on_point: called twice a second within an epoch, if the run is in one process.
 
     Raises:
         ValueError: the recipe or the device names something that is unknown or not installed.
@@ -93,7 +96,7 @@ def train(
             return run.result or train_in_processes(_train_here, fabric, run, machine, on_epoch, on_line)
     splits, model = prepare(run.recipe, machine)
     with run.open():
-        return run.result or Training(fabric, run, machine, splits, model).train(on_epoch, on_line)
+        return run.result or Training(fabric, run, machine, splits, model).train(on_epoch, on_line, on_point)
 
 
 def _train_here(
@@ -168,7 +171,7 @@ class Training:
         self._mean: StatsMean | None = None  # of the steps of the last epoch
         self._journal: Journal | None = None  # in the first process, while `train` runs
 
-    def train(self, on_epoch: OnEpoch | None, on_line: OnLine | None = None) -> Result:
+    def train(self, on_epoch: OnEpoch | None, on_line: OnLine | None = None, on_point: OnPoint | None = None) -> Result:
         """Train the remaining epochs, test, and write the result; log.txt tells how it ended."""
         if (writer := self._writer) is None:
             return self._trained(on_epoch)
@@ -179,7 +182,8 @@ class Training:
                 on_line(line)
 
         fabric, recipe = self._fabric, self._recipe
-        journal = Journal(write, self._length, fabric.device, fabric.world_size, len(self._state.history))
+        done = len(self._state.history)
+        journal = Journal(write, self._length, fabric.device, fabric.world_size, done, show=on_point)
         self._journal = journal
         journal.begin(recipe.slug, recipe.seed, device_name(fabric.device))
         try:
@@ -194,6 +198,13 @@ class Training:
     def _trained(self, on_epoch: OnEpoch | None) -> Result:
         fabric, state, writer = self._fabric, self._state, self._writer
         boards = [] if writer is None else loggers(self._machine.log, self._run.folder, self._recipe.to_dict())
+        if self._journal is not None and boards and self._machine.log_every:
+
+            def tell(point: Point) -> None:
+                for board in boards:
+                    board.point(point.scalars(), point.losses)
+
+            self._journal.tell(tell, self._machine.log_every)
         for epoch in range(len(state.history) + 1, self._length.epochs + 1):
             try:
                 row = self.epoch(epoch)
@@ -204,7 +215,7 @@ class Training:
             if writer is not None:
                 writer.check()  # before the loggers, which create their folders
             for board in boards:
-                board.log({**row, **stats}, epoch)
+                board.log({**row, **stats}, epoch, int(sum(past["losses"] for past in state.history)))
             checkpoint = state.gather()  # in all processes, because tensors may be sharded
             if writer is not None:
                 if stats:
@@ -215,9 +226,10 @@ class Training:
                 self._journal.epoch_ends(row)
             if on_epoch is not None:
                 on_epoch(row)
-        for board in boards:
-            board.close()
         result = self._test()  # in all processes, as above
+        for board in boards:
+            board.finish({f"test_{which}": result[f"test_{which}"] for which in result["scores"]}, len(state.history))
+            board.close()
         if writer is not None:
             result = writer.finish(result, state.history)
         return cast(Result, fabric.broadcast(result))  # no process ends before the result is written
