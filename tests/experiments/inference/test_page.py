@@ -26,6 +26,7 @@ BLOCKS = blocks(PAGE)
 def here(digits, tmp_path, monkeypatch, bisam):
     """The working folder of a reader: the files that the page names, and RUN as a folder."""
     monkeypatch.chdir(tmp_path)
+    assert not (tmp_path / "data").exists()  # digits need none
     shutil.copytree(digits.folder, tmp_path / "RUN")
     (tmp_path / "photographs").mkdir()
     for name in ("one", "two"):

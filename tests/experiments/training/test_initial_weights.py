@@ -12,6 +12,7 @@ import torch
 
 pytest.importorskip("lightning_fabric")
 
+from bisam.experiments.cli.folders import check_data_dir
 from bisam.experiments.errors import RunError, RunWarning
 from bisam.experiments.models.build import build
 from bisam.experiments.models.initial import pinned, read, source
@@ -171,3 +172,14 @@ def test_what_cannot_be_started_with_is_named(run, tmp_path):
     (run.folder / "result.json").unlink()
     with pytest.raises(RunError, match="is not finished: the command that started the run resumes it"):
         read(str(run.folder), None)
+
+
+def test_weights_that_are_here_need_no_folder_of_data_sets(run, tmp_path, bisam, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for given in ("./pretrained", "./pretrained:last", f"{run.folder}:best@0123456789abcdef", "pretrained"):
+        code, _, err = bisam("train", *QUICK, "--data-dir", "absent", "--weights", given)
+        assert code == 2
+        assert "without effect, leave out: --data-dir" in err
+        check_data_dir([replace(RECIPE, weights=given)], Machine(data_dir=tmp_path / "absent"))
+    with pytest.raises(ValueError, match="absent is not there: give the folder"):
+        check_data_dir([replace(RECIPE, weights="absent.pt")], Machine(data_dir=tmp_path / "absent"))

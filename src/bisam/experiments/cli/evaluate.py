@@ -116,7 +116,7 @@ def _show(found: Evaluated, unit: str) -> None:
 
 
 def _rows(measured: Measured) -> Iterator[tuple[str, str]]:
-    from bisam.experiments.training.metrics import TITLES
+    from bisam.experiments.runs.results import TITLES
 
     for metric, score in measured.scores.items():
         yield TITLES[metric], f"{100 * score:.2f} %" if metric in ("accuracy", "top5") else f"{score:.4f}"
