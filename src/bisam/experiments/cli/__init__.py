@@ -38,7 +38,15 @@ from bisam.experiments.cli import (
     train,
 )
 from bisam.experiments.cli.terminal import errors
-from bisam.experiments.errors import RunError, is_out_of_memory, of_system, reason, show_warnings_in_one_line
+from bisam.experiments.errors import (
+    RunError,
+    is_out_of_memory,
+    missing_package,
+    of_system,
+    reason,
+    show_warnings_in_one_line,
+)
+from bisam.experiments.runs.signals import exit_code, past_tense, terminable
 
 app = App(
     name="bisam",
@@ -61,10 +69,11 @@ app.command(predict.predict, help_epilogue=predict.EXAMPLES)
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one line and exit code 2, Ctrl-C exit code 130."""
+    """Entry point: a user's mistake is one line and exit code 2, Ctrl-C exit code 130, SIGTERM exit code 143."""
     show_warnings_in_one_line()
     try:
-        code = _called(sys.argv[1:])
+        with terminable():
+            code = _called(sys.argv[1:])
     except UnknownOptionError as error:
         errors.print(f"bisam: {_without_nonsense(error)}")
         sys.exit(2)
@@ -74,15 +83,17 @@ def main() -> None:
     except Exception as error:
         if is_out_of_memory(error):
             message = f"out of memory ({reason(error)}): finished runs are unchanged"
+        elif (missing := missing_package(error)) is not None:
+            message = missing
         elif isinstance(error, OSError):
             message = of_system(error)
         else:
             raise
         errors.print(f"bisam: {message}")
         sys.exit(2)
-    except KeyboardInterrupt:
-        errors.print("interrupted")
-        sys.exit(130)
+    except KeyboardInterrupt as error:
+        errors.print(past_tense(error))
+        sys.exit(exit_code(error))
     sys.exit(code if isinstance(code, int) else 0)
 
 

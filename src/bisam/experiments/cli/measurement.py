@@ -19,6 +19,7 @@ from bisam.experiments.measurements.timing import Load
 from bisam.experiments.recipes.changes import pairs
 from bisam.experiments.runs.files import to_csv
 from bisam.experiments.runs.machine import Machine
+from bisam.experiments.runs.signals import exit_code, ignore_further, past_tense
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -80,9 +81,10 @@ class MeasurementSubject:
 
             try:
                 folder = measure(self.measurement, pairs(launch.changes, _CHANGE), out, machine, tell)
-            except KeyboardInterrupt:
-                errors.print("interrupted: measured parts are kept; the same command measures the others")
-                return 130
+            except KeyboardInterrupt as error:
+                ignore_further()
+                errors.print(f"{past_tense(error)}: measured parts are kept; the same command measures the others")
+                return exit_code(error)
         return self._report(folder, folder, {})
 
     def report(self, changes: tuple[str, ...], out: Path, to: Path | None) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import signal
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from bisam.experiments.runs.archive import Source, source, write_archive
 from bisam.experiments.runs.durations import duration
 from bisam.experiments.runs.folder import Finished, Run, finished, read_recipe
 from bisam.experiments.runs.machine import Machine, threads
+from bisam.experiments.runs.signals import exit_code, ignore_further, past_tense
 from bisam.experiments.studies.study import Analyses, Study, expand
 
 if TYPE_CHECKING:
@@ -120,16 +120,15 @@ class StudySubject:
         with Display(recipes, units, quiet=launch.quiet, verbose=launch.verbose) as display:
             try:
                 outcomes = _launched(recipes, root, launch, machine, display, analyses)
-            except KeyboardInterrupt:
-                signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not end the message
+            except KeyboardInterrupt as error:
+                ignore_further()
                 display.stop()
-                again = "resumes the others"
-                if launch.stack is not None:
-                    again += ", and an interrupted stack begins again"
-                errors.print(
-                    f"interrupted: {display.finished} of {len(recipes)} runs are finished; the same command {again}"
-                )
-                return 130
+                errors.print(f"{past_tense(error)}: {_goes_on(display.finished, len(recipes), launch)}")
+                return exit_code(error)
+        if any(outcome.out_of_time for outcome in outcomes):
+            show_failed(outcomes)
+            errors.print(f"--max-time is over: {_goes_on(display.finished, len(recipes), launch)}")
+            return 130
         if any(outcome.result for outcome in outcomes):
             from bisam.experiments.cli.study_report import report
 
@@ -339,6 +338,11 @@ def show_failed(outcomes: Sequence[Outcome]) -> int:
     if not failed:
         return 0
     return 1 if any(outcome.started for outcome in outcomes) else 2
+
+
+def _goes_on(finished: int, runs: int, launch: Launch) -> str:
+    stacks = "" if launch.stack is None else ", and an interrupted stack begins again"
+    return f"{finished} of {runs} runs are finished; the same command resumes the others{stacks}"
 
 
 def _refuse(why: str, idle: frozenset[str]) -> None:

@@ -38,6 +38,8 @@ def report(study: Study, runs: list[Finished], left_out: list[str], place: Sourc
         errors.print(f"bisam: skipped: {fault}")
     rows = tables.summary(runs, study.baselines, study.registered)
     _print_table(study, runs, rows)
+    if words := tables.brief_of_diverged(runs):
+        errors.print(f"bisam: {words}")
     _print_predictors(study, runs, entries)
     found = parts(study, runs, entries, faults, "" if place.archived else f"{place.folder / study.folder}")
     text = tables.markdown(

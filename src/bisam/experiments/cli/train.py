@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,8 +14,9 @@ from bisam.experiments.cli.idle import CONDITIONS, refuse_idle
 from bisam.experiments.cli.options import Given, MachineFlags, Out, Quiet, Verbose, refuse_contradiction
 from bisam.experiments.cli.progress import Display
 from bisam.experiments.cli.terminal import console, errors
-from bisam.experiments.errors import RunError, is_out_of_memory, reason
+from bisam.experiments.errors import OutOfTimeError, RunError, is_out_of_memory, reason
 from bisam.experiments.runs.machine import Machine
+from bisam.experiments.runs.signals import exit_code, ignore_further, past_tense
 
 if TYPE_CHECKING:
     from bisam.experiments.recipes.recipe import Recipe
@@ -76,16 +76,21 @@ def train(
     if (result := one.known_result()) is None:
         try:
             result = _trained(one, machine, quiet, verbose)
-        except KeyboardInterrupt:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not end the message
-            errors.print(f"interrupted: {one.folder} is saved; the same command resumes after its last completed epoch")
-            return 130
+        except (KeyboardInterrupt, OutOfTimeError) as error:
+            ignore_further()
+            what = "--max-time is over" if isinstance(error, OutOfTimeError) else past_tense(error)
+            errors.print(f"{what}: {one.folder} is saved; the same command resumes after its last completed epoch")
+            return 130 if isinstance(error, OutOfTimeError) else exit_code(error)
     else:
         console.print("finished before: nothing is left to train")
     metric = result.get("metric", "accuracy")
     console.print(f"test {TITLES.get(metric, metric)} {_scores(result)}; {one.folder}", soft_wrap=True)
-    if (diverged := result.get("diverged")) is not None:
-        errors.print(f"bisam: the training diverged: the loss is not finite from epoch {diverged} on; {one.folder}")
+    if (message := result.get("message")) is not None:
+        said = f"{'ended early: ' if 'stopped' in result else ''}{message}"
+        if result.get("diverged") is None:
+            console.print(said, soft_wrap=True)
+        else:
+            errors.print(f"bisam: {said}; {one.folder}")
     return 0
 
 

@@ -51,6 +51,8 @@ class Outcome:
     """False if its data cannot be loaded."""
     elsewhere: bool = False
     """Whether another process has its folder."""
+    out_of_time: bool = False
+    """Whether it is unfinished because `Machine.max_time` is over."""
 
 
 Done = Callable[[Outcome], None]
@@ -73,7 +75,7 @@ def collect_outcomes(
 
     def done(outcome: Outcome) -> None:
         outcomes[outcome.recipe] = outcome
-        if outcome.started:
+        if outcome.started and not outcome.out_of_time:
             progress.done(outcome.recipe, outcome.error, outcome.elsewhere)
 
     left: list[Recipe] = []

@@ -7,6 +7,7 @@ stacks anew in which some runs were not finished, with these runs.
 from __future__ import annotations
 
 import multiprocessing as mp
+import os
 import signal
 import threading
 import time
@@ -29,6 +30,7 @@ from bisam.experiments.launch.work import train_or_explain, train_stack_or_expla
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Row
 from bisam.experiments.runs.machine import Machine, end_with_parent, ignore_interrupts, threads
+from bisam.experiments.runs.signals import Terminated, exit_code, terminable
 from bisam.experiments.studies.study import Analyses
 
 
@@ -49,8 +51,10 @@ def run_all(
 
     If a process is killed, its run is resumed once in a new process; other runs are not affected.
 
+    No run is begun once `machine.max_time` is over, and those that are trained end after the epoch that fits.
+
     Raises:
-        KeyboardInterrupt: the user stopped it; the workers are gone and finished runs are on disk.
+        KeyboardInterrupt: the user or the system stopped it; the workers are gone and finished runs are on disk.
     """
     share = min(
         workers, len(recipes)
@@ -143,16 +147,25 @@ def _in_processes(
     analyses: Analyses | None,
 ) -> None:
     left, killed = deque(todo), Counter[Job]()
+    start = time.monotonic()
+
+    def time_left() -> float | None:
+        return None if machine.max_time is None else machine.max_time + start - time.monotonic()
 
     def give(worker: _Worker) -> None:
         job = left.popleft()
-        worker.give(job, root, machine, analyses)
+        worker.give(job, root, machine.with_time_left(time_left()), analyses)
         for recipe in job.recipes:
             progress.begins(recipe, worker.place + 1)
 
     progress.starting(min(workers, len(todo)), sum(len(job.recipes) for job in todo))
     with _workers() as pool:
         while True:
+            if left and (seconds := time_left()) is not None and seconds <= 0:
+                for job in left:
+                    for recipe in job.recipes:
+                        done(Outcome(recipe, None, out_of_time=True))
+                left.clear()
             for worker in pool:
                 if worker.job is None and left:
                     give(worker)
@@ -214,7 +227,7 @@ def reason_killed(code: int | None) -> str:
             f"its process was killed {_MAX_DEATHS} times, probably because memory is short: "
             f"give fewer --workers; {remedy}"
         )
-    how = f"exit code {code}" if code is None or code >= 0 else _signal(-code)
+    how = f"exit code {code}" if code is None or 0 <= code < 128 else _signal(abs(code) % 128)
     return f"its process died {_MAX_DEATHS} times ({how}): {remedy}"
 
 
@@ -229,6 +242,14 @@ def _serve(connection: Connection, share: int) -> None:
     """Run the loop of a worker process: receive a job, train and analyse its runs, send the outcomes."""
     end_with_parent()
     show_warnings_in_one_line()
+    try:
+        with terminable():
+            _work(connection, share)
+    except Terminated as error:  # by the first process, or by the system; log.txt has said so
+        os._exit(exit_code(error))  # without waiting for its own processes, which end with it
+
+
+def _work(connection: Connection, share: int) -> None:
     one_at_a_time = threading.Lock()  # with several devices, epochs are reported by a thread
 
     def send(message: Any) -> None:

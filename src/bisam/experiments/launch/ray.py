@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
+import threading
 import time
 import uuid
 import warnings
@@ -72,6 +74,7 @@ def run_all(
         if value < 0:
             raise ValueError(f"--{name} is too small: {value + (name == 'cpus'):g}")
     machine, root = machine_of_a_task(machine, gpus), root.resolve()
+    deadline = None if machine.max_time is None else time.time() + machine.max_time
 
     def run(left: Sequence[Recipe], done: Done) -> None:
         with _connected(ray, address), marker_file(root) as mark:
@@ -79,7 +82,9 @@ def run_all(
             task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(work)
 
             def start(recipe: Recipe, again: bool = False) -> Any:
-                return task.remote(recipe, root, machine, mark, __version__, cpus, os.getcwd(), again, analyses)
+                return task.remote(
+                    recipe, root, machine, mark, __version__, cpus, os.getcwd(), again, analyses, deadline
+                )
 
             run_as_tasks(
                 ray, {start(recipe): recipe for recipe in left}, start, retries, EpochPoller(root, progress), done
@@ -89,8 +94,12 @@ def run_all(
 
 
 def _imported() -> Any:
+    before = signal.getsignal(signal.SIGTERM)
     try:
-        return import_module("ray")
+        ray = import_module("ray")  # which replaces the handler in the main thread
+        if threading.current_thread() is threading.main_thread() and before is not None:
+            signal.signal(signal.SIGTERM, before)
+        return ray
     except ModuleNotFoundError:
         raise ValueError("--ray needs ray: pip install 'bisam[cluster]'") from None
 
@@ -258,8 +267,13 @@ def work(
     folder: str,
     again: bool,
     analyses: Analyses | None = None,
+    deadline: float | None = None,
 ) -> Outcome:
-    """Train and analyse one run in a Ray worker."""
+    """Train and analyse one run in a Ray worker; none is begun after `deadline`, a time of the system clock."""
+    if deadline is not None:
+        if (left := deadline - time.time()) <= 0:
+            return Outcome(recipe, None, out_of_time=True)
+        machine = machine.with_time_left(left)
     here = socket.gethostname()
     if version != __version__:
         return Outcome(

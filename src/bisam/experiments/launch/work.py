@@ -9,7 +9,15 @@ from functools import partial
 from pathlib import Path
 
 from bisam.experiments.analyses.run import analyse, settings_by_name
-from bisam.experiments.errors import DataError, InUseError, RunError, is_out_of_memory, reason
+from bisam.experiments.errors import (
+    DataError,
+    InUseError,
+    OutOfTimeError,
+    RunError,
+    is_out_of_memory,
+    missing_package,
+    reason,
+)
 from bisam.experiments.launch.outcomes import OnMeasure, Outcome, lacking
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Result, Row, Run
@@ -35,6 +43,8 @@ def train_or_explain(
         if analyses is not None:
             _analyse(run, result, analyses, machine, on_measure)
         return Outcome(recipe, result)
+    except OutOfTimeError:
+        return Outcome(recipe, None, out_of_time=True)
     except (Exception, SystemExit) as error:
         message = ("" if result is None else "its analysis: ") + _explanation(error)
         return Outcome(recipe, result, message, not isinstance(error, DataError), isinstance(error, InUseError))
@@ -68,6 +78,8 @@ def train_stack_or_explain(
             if opened:
                 results = train_stack(opened, machine, None if on_epoch is None else partial(on_epoch, left))
                 outcomes |= {r: Outcome(r, result) for r, result in zip(left, results, strict=True)}
+        except OutOfTimeError:
+            outcomes |= {run.recipe: Outcome(run.recipe, None, out_of_time=True) for run in opened}
         except (Exception, SystemExit) as error:
             started = not isinstance(error, DataError)
             for run in opened:  # some may be finished, if a folder of the stack cannot be written
@@ -83,6 +95,8 @@ def _explanation(error: BaseException) -> str:
         message = str(error)
     elif is_out_of_memory(error):
         message = f"out of memory: fewer runs at a time or a smaller batch_size need less ({reason(error)})"
+    elif (missing := missing_package(error)) is not None:
+        message = missing
     elif isinstance(error, OSError):
         message = f"cannot write under {error.filename or 'its folder'}: {error.strerror or error}"
     else:  # with its type, for a bug report

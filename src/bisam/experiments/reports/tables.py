@@ -196,6 +196,7 @@ def markdown(
         _labels(groups),
         _assumptions(marks),
         _diverged(groups),
+        _early(groups),
         _left_out(left_out),
         legends.primary(primary, registered, called, titles),
         legends.words(compared, called, titles),
@@ -222,11 +223,44 @@ def _diverged(groups: Groups) -> str:
         for recipe, run in found[:_LISTED]
     ]
     more = f"; and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
+    ended = sum(run.result.get("stopped") == "diverged" for _, run in found)
+    last = f" {'All' if ended == len(found) else ended} of them ended there." if ended else ""
     return (
         f"Diverged: {len(found)} of {sum(map(len, groups.values()))} runs, with the first epoch whose loss is not "
         f"finite: {'; '.join(listed)}{more}. They are part of all means, as the result of their method with that seed. "
         "Their scores of the last epoch are those of weights that are not finite; their scores of the best validation "
-        "epoch are of an epoch before, if there is one."
+        f"epoch are of an epoch before, if there is one.{last}"
+    )
+
+
+def brief_of_diverged(runs: Iterable[Finished]) -> str:
+    """One line on the runs that diverged, by the rows that they are in; empty if none did."""
+    groups = grouped(runs)
+    counts = {recipe: sum(run.diverged is not None for run in group) for recipe, group in groups.items()}
+    if not any(counts.values()):
+        return ""
+    called, titles = names(groups), places(groups)
+    cells = [
+        f"{', '.join(part for part in (called[recipe], titles[place(recipe)]) if part)} ({count} of {len(group)})"
+        for (recipe, group), count in zip(groups.items(), counts.values(), strict=True)
+        if count
+    ]
+    more = f" and {len(cells) - _LISTED} more" if len(cells) > _LISTED else ""
+    first = next(run for group in groups.values() for run in group if run.diverged is not None)
+    message = first.result.get("message", f"the loss is not finite since epoch {first.diverged}")
+    return f"runs diverged, and are part of the means: {', '.join(cells[:_LISTED])}{more}; the first one: {message}"
+
+
+def _early(groups: Groups) -> str:
+    """The paragraph on runs that ended because validation did not improve."""
+    found = [run for group in groups.values() for run in group if run.result.get("stopped") == "patience"]
+    if not found:
+        return ""
+    epochs = sorted(len(run.metrics) for run in found)
+    span = f"{epochs[0]}" if epochs[0] == epochs[-1] else f"{epochs[0]} to {epochs[-1]}"
+    return (
+        f"Early stopping: {len(found)} of {sum(map(len, groups.values()))} runs ended after {span} epochs, because "
+        "validation had not improved for as many epochs as their patience. Scores of the last epoch are of that epoch."
     )
 
 

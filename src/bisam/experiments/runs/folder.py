@@ -106,8 +106,7 @@ class Run:
             raise damaged(latest, ValueError(f"{fault}, and {PREVIOUS} too: {other}"))
         latest.replace(latest.with_name(DAMAGED))
         warnings.warn(
-            f"{latest} is damaged ({fault}): the run resumes from {PREVIOUS}, one epoch earlier; the damaged file is "
-            f"now {DAMAGED}",
+            f"{latest} is damaged ({fault}), and is now {DAMAGED}: the run resumes from {PREVIOUS}, one epoch earlier",
             RunWarning,
             stacklevel=2,
         )

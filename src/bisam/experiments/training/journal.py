@@ -19,13 +19,21 @@ from bisam.experiments.errors import reason
 from bisam.experiments.recipes.length import RunLength
 from bisam.experiments.runs.durations import duration
 from bisam.experiments.runs.folder import Row
+from bisam.experiments.runs.signals import past_tense
 from bisam.experiments.training.points import SHOWN, OnPoint, Point, pace
 
 EVERY: Final = 30.0
 """Seconds between two lines within an epoch."""
 
+RESUMES: Final = "the same command resumes after the last completed epoch"
+
 OnLine = Callable[[str], None]
 """Called with each line of a run."""
+
+
+def line_of(text: str) -> str:
+    """Return a line of log.txt, with the time of day."""
+    return f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}"
 
 
 class Sums(Protocol):
@@ -83,7 +91,7 @@ class Journal:
     def say(self, text: str) -> None:
         """Write a line."""
         self._said = self._clock()
-        self._write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}")
+        self._write(line_of(text))
 
     def begin(self, slug: str, seed: int, device: str) -> None:
         """State what is trained, where, and whether it is resumed."""
@@ -143,9 +151,13 @@ class Journal:
     def failed(self, error: BaseException) -> None:
         """Write why the run ended before its last epoch."""
         if isinstance(error, KeyboardInterrupt):
-            self.say("interrupted: the same command resumes after the last completed epoch")
+            self.say(f"{past_tense(error)}: {RESUMES}")
         else:
             self.say(f"failed: {type(error).__name__}: {reason(error)}")
+
+    def out_of_time(self) -> None:
+        """Write that the time for training is over."""
+        self.say(f"stopped after {duration(self._clock() - self._start)}, --max-time: {RESUMES}")
 
     def _point(self, loss: float, learning_rate: float, seconds: float, done: int) -> Point:
         return Point(

@@ -98,6 +98,10 @@ class TrainingSums:
         """Return the sum of the losses so far and the number of examples, in this process; waits for the device."""
         return float(self._loss), float(self._examples)
 
+    def is_finite(self, fabric: Fabric) -> bool:
+        """Return whether the loss of all batches so far is finite, over all processes; waits for the device."""
+        return bool(cast(Tensor, fabric.all_reduce(self._loss.clone(), reduce_op="sum")).isfinite())
+
     def row(self, fabric: Fabric, gradients: int, forwards: int) -> Row:
         """Return the metrics over all processes.
 

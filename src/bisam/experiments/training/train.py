@@ -6,8 +6,10 @@ each, and tests once at the end. The loop over the batches is `train_epoch` in e
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
+from math import isfinite
 from statistics import fmean, median
 from typing import Any, cast
 
@@ -20,7 +22,7 @@ from bisam.distributed.fsdp import reshard
 from bisam.experiments import data
 from bisam.experiments.data.image_tensors import channels
 from bisam.experiments.data.splits import Data, Split, batches_of
-from bisam.experiments.errors import RunError
+from bisam.experiments.errors import OutOfTimeError, RunError
 from bisam.experiments.models.build import build
 from bisam.experiments.models.frozen import with_frozen, without_frozen
 from bisam.experiments.recipes.length import run_length
@@ -29,7 +31,14 @@ from bisam.experiments.runs.checkpoint import CHECKPOINT
 from bisam.experiments.runs.files import damaged
 from bisam.experiments.runs.folder import Result, Row, Run
 from bisam.experiments.runs.machine import Machine
-from bisam.experiments.runs.results import first_diverged, headline_for
+from bisam.experiments.runs.results import (
+    Stopped,
+    first_diverged,
+    headline_for,
+    since_better,
+    words_of_divergence,
+)
+from bisam.experiments.runs.signals import delayed
 from bisam.experiments.training.checks import check_data, check_model
 from bisam.experiments.training.counting import CountedMethod
 from bisam.experiments.training.devices import OnEpoch, train_in_processes
@@ -39,7 +48,7 @@ from bisam.experiments.training.hidden import with_hidden_states
 from bisam.experiments.training.journal import Journal, OnLine
 from bisam.experiments.training.loggers import loggers
 from bisam.experiments.training.measured import Measured
-from bisam.experiments.training.metrics import scores, stats_row
+from bisam.experiments.training.metrics import TrainingSums, scores, stats_row
 from bisam.experiments.training.optimizers import (
     advances_by_epoch,
     build_optimizer,
@@ -64,7 +73,8 @@ def train(
 ) -> Result:
     """Train a run to its end and return its result; an interrupted run resumes after its last completed epoch.
 
-    A run whose loss is not finite is trained to its end too; its result says from which epoch on (`diverged`).
+    A run whose loss is not finite says so in its result (`diverged`), and ends then unless `Machine.stop_on_nan` is
+    False. With `Recipe.patience` a run ends before its last epoch too. Its result says why (`stopped`).
 
     Args:
         run: folder and recipe; a finished run is not run again.
@@ -77,11 +87,13 @@ def train(
         ValueError: the recipe or the device names something that is unknown or not installed.
         RunError: the folder is damaged, belongs to another recipe or is in use, or it is deleted or replaced during
             training.
+        OutOfTimeError: `Machine.max_time` is over before the run has ended.
         OSError: the disk is full or read-only.
 
     Warns:
         RunWarning: the latest checkpoint is damaged, and the run resumes from the one before.
     """
+    start = time.monotonic()
     run.recipe.check_trainable()
     fabric = machine.fabric(run.recipe.precision)
     if machine.nodes > 1:  # torchrun or srun has started a process for each device
@@ -89,19 +101,38 @@ def train(
         with run.open() if fabric.is_global_zero else nullcontext():
             fabric.barrier()
             first = fabric.is_global_zero
-            return run.result or _train_here(fabric, run, machine, on_epoch if first else None, on_line)
+            rest = _rest(machine, start)
+            return run.result or in_time(run, _train_here(fabric, run, rest, on_epoch if first else None, on_line))
     if machine.devices > 1:
         check_data(run.recipe, data.load(run.recipe, machine), machine)  # here, so that an error is reported once
         with run.open():
-            return run.result or train_in_processes(_train_here, fabric, run, machine, on_epoch, on_line)
+            rest = _rest(machine, start)
+            return run.result or in_time(run, train_in_processes(_train_here, fabric, run, rest, on_epoch, on_line))
     splits, model = prepare(run.recipe, machine)
     with run.open():
-        return run.result or Training(fabric, run, machine, splits, model).train(on_epoch, on_line, on_point)
+        rest = _rest(machine, start)
+        return run.result or in_time(run, Training(fabric, run, rest, splits, model).train(on_epoch, on_line, on_point))
+
+
+def _rest(machine: Machine, start: float) -> Machine:
+    """Return the machine with the time that is left of its own, which began at `start`."""
+    return machine.with_time_left(None if machine.max_time is None else machine.max_time + start - time.monotonic())
+
+
+def in_time(run: Run, result: Result | None) -> Result:
+    """Return the result of a run.
+
+    Raises:
+        OutOfTimeError: there is none.
+    """
+    if result is None:
+        raise OutOfTimeError(f"{run.folder}: --max-time is over; the same command resumes after its last epoch")
+    return result
 
 
 def _train_here(
     fabric: Fabric, run: Run, machine: Machine, on_epoch: OnEpoch | None = None, on_line: OnLine | None = None
-) -> Result:
+) -> Result | None:
     """Train in this process, one of the run's; the folder is held already."""
     return Training(fabric, run, machine, *prepare(run.recipe, machine)).train(on_epoch, on_line)
 
@@ -132,6 +163,7 @@ class Training:
 
     def __init__(self, fabric: Fabric, run: Run, machine: Machine, splits: Data, model: nn.Module) -> None:
         recipe = run.recipe
+        self._start, self._longest = time.monotonic(), 0.0  # seconds of an epoch
         model = fabric._precision.convert_module(model)
         splits = with_hidden_states(splits, model, recipe, fabric)
         self._fabric, self._run, self._machine, self._data, self._recipe = fabric, run, machine, splits, recipe
@@ -171,8 +203,14 @@ class Training:
         self._mean: StatsMean | None = None  # of the steps of the last epoch
         self._journal: Journal | None = None  # in the first process, while `train` runs
 
-    def train(self, on_epoch: OnEpoch | None, on_line: OnLine | None = None, on_point: OnPoint | None = None) -> Result:
-        """Train the remaining epochs, test, and write the result; log.txt tells how it ended."""
+    def train(
+        self, on_epoch: OnEpoch | None, on_line: OnLine | None = None, on_point: OnPoint | None = None
+    ) -> Result | None:
+        """Train the remaining epochs, test, and write the result; log.txt tells how it ended.
+
+        Returns:
+            The result, or None if the time is over before the last epoch.
+        """
         if (writer := self._writer) is None:
             return self._trained(on_epoch)
 
@@ -192,10 +230,13 @@ class Training:
             with suppress(OSError, RunError):  # the folder may be the reason
                 journal.failed(error)
             raise
+        if result is None:
+            journal.out_of_time()
+            return None
         journal.finished({which: result[f"test_{which}"] for which in result.get("scores", {})})
         return result
 
-    def _trained(self, on_epoch: OnEpoch | None) -> Result:
+    def _trained(self, on_epoch: OnEpoch | None) -> Result | None:
         fabric, state, writer = self._fabric, self._state, self._writer
         boards = [] if writer is None else loggers(self._machine.log, self._run.folder, self._recipe.to_dict())
         if self._journal is not None and boards and self._machine.log_every:
@@ -205,7 +246,12 @@ class Training:
                     board.point(point.scalars(), point.losses)
 
             self._journal.tell(tell, self._machine.log_every)
-        for epoch in range(len(state.history) + 1, self._length.epochs + 1):
+        while (stopped := self._stopped()) is None and len(state.history) < self._length.epochs:
+            epoch, began = len(state.history) + 1, time.monotonic()
+            if self._is_out_of_time(began):
+                for board in boards:
+                    board.close()
+                return None
             try:
                 row = self.epoch(epoch)
             except StateError as error:
@@ -221,18 +267,62 @@ class Training:
                 if stats:
                     self._stats.append({"epoch": epoch, **stats})
                     writer.stats(self._stats)
-                writer.save(checkpoint, state.history)
+                with delayed():
+                    writer.save(checkpoint, state.history)
             if self._journal is not None:
                 self._journal.epoch_ends(row)
+                if first_diverged(state.history) == epoch:
+                    self._journal.say(words_of_divergence(self._recipe, state.history, epoch))
             if on_epoch is not None:
                 on_epoch(row)
-        result = self._test()  # in all processes, as above
+            self._longest = max(self._longest, time.monotonic() - began)
+        result = self._test(stopped)  # in all processes, as above
         for board in boards:
             board.finish({f"test_{which}": result[f"test_{which}"] for which in result["scores"]}, len(state.history))
             board.close()
+        if self._journal is not None and stopped is not None:
+            why = "--stop-on-nan" if stopped == "diverged" else result["message"]
+            self._journal.say(f"training ends early, after epoch {len(state.history)}: {why}")
         if writer is not None:
-            result = writer.finish(result, state.history)
+            with delayed():
+                result = writer.finish(result, state.history)
         return cast(Result, fabric.broadcast(result))  # no process ends before the result is written
+
+    def _stopped(self) -> Stopped | None:
+        """Why the run ends after the epochs until now, which are not all; all processes must call it."""
+        history = self._state.history
+        if not history:
+            return None
+        finite = isfinite(history[-1]["train_loss"])
+        if not finite and history[-1]["losses"] < self._length.losses_in(len(history)):  # its last epoch was cut short
+            return "diverged"
+        if len(history) == self._length.epochs:
+            return None
+        if self._machine.stop_on_nan and not finite and self._is_broken():
+            return "diverged"
+        patience = self._recipe.patience
+        return "patience" if patience is not None and since_better(history) >= patience else None
+
+    def _is_out_of_time(self, now: float) -> bool:
+        """Whether another epoch would not fit into the time; the first process decides, and all must call it.
+
+        The first epoch of a process always fits, so that each call goes on.
+        """
+        if (most := self._machine.max_time) is None:
+            return False
+        return self._fabric.broadcast(self._longest > 0 and now - self._start + self._longest > most)
+
+    def _is_hopeless(self, sums: TrainingSums) -> bool:
+        """Whether neither the loss of the epoch until now nor the weights are finite; all processes must call it."""
+        return not sums.is_finite(self._fabric) and self._is_broken()
+
+    def _is_broken(self) -> bool:
+        """Whether a parameter or a buffer is not finite in any of the processes, which must all call it.
+
+        Not every loss that is infinite breaks the weights: a gradient scaler leaves such a step out.
+        """
+        broken = torch.tensor(float(not _is_finite(self._model)), device=self._fabric.device)
+        return bool(cast(Tensor, self._fabric.all_reduce(broken, reduce_op="sum")) > 0)
 
     def epoch(self, epoch: int) -> Row:
         """Train and validate one epoch, numbered from 1, and return its row of metrics."""
@@ -261,7 +351,11 @@ class Training:
             self._length.losses_in(epoch),
             self._mean,
             self._journal,
+            self._is_hopeless if self._machine.stop_on_nan else None,
         )
+        if recipe.steps is not None:  # fewer if the epoch was cut short
+            steps = (epoch - 1) * self._length.steps_per_epoch + -(-int(row["losses"]) // recipe.accumulate)
+            row["step"] = min(row["step"], steps)
         row["relative_time"] = row["seconds"] / row["losses"] / self._reference_speed.seconds_per_loss()
         if by_epoch:
             state.scheduler.step()
@@ -294,7 +388,7 @@ class Training:
         # The first process decides: all have to agree on the best epoch.
         return self._fabric.broadcast(scores(metrics, predicted, labels))
 
-    def _test(self) -> dict[str, Any]:
+    def _test(self, stopped: Stopped | None) -> dict[str, Any]:
         """Test the last weights, their average and the best weights; return the result of the run."""
         test = self._data.test.to(self._fabric.device)  # the test data is used here and nowhere else
         state = self._state
@@ -306,7 +400,7 @@ class Training:
         best_weights = divided(state.best["weights"], self._model.state_dict())
         self._model.load_state_dict(with_frozen(best_weights, self._model))
         tested["best"] = self._scores(self._model, test)
-        return summary(self._recipe, self._data, state.history, tested, state.best, diverged) | {
+        return summary(self._recipe, self._data, state.history, tested, state.best, diverged, stopped) | {
             "device": device_name(self._fabric.device),
             "processes": self._fabric.world_size,
         }
@@ -319,6 +413,7 @@ def summary(
     tested: Mapping[str, Sequence[float]],
     best: Mapping[str, Any],
     diverged: int | None,
+    stopped: Stopped | None,
 ) -> dict[str, Any]:
     """Return the result of a run, without its device.
 
@@ -329,10 +424,18 @@ def summary(
         tested: by weights (best, last, ema), the test scores for the metrics of the data.
         best: score and epoch of the best validation epoch.
         diverged: the first epoch whose loss, or whose last weights, are not finite.
+        stopped: why the run ended before its last epoch.
     """
+    message = None if diverged is None else words_of_divergence(recipe, history, diverged)
+    if message is None and stopped is not None:
+        epochs = since_better(history)
+        message = (
+            f"validation has not improved for {epochs} epoch{'s' if epochs > 1 else ''} (--patience {recipe.patience})"
+        )
     held_out = 0 if recipe.held_out == 0 else len(splits.validation)  # 0: they are training examples
-    # An epoch that the last step cuts short counts less.
-    weights = None if recipe.steps is None else [r["losses"] for r in history]
+    # An epoch that is cut short counts less.
+    losses = [r["losses"] for r in history]
+    weights = None if recipe.steps is None and len(set(losses)) == 1 else losses
     return {
         **{f"test_{which}": values[0] for which, values in tested.items()},
         "validation_best": best["score"],
@@ -341,6 +444,8 @@ def summary(
         "headline": headline_for(held_out),
         "best_epoch": best["epoch"],
         "diverged": diverged,
+        **({} if stopped is None else {"stopped": stopped}),
+        **({} if message is None else {"message": message}),
         "metric": splits.metrics[0],
         "scores": {which: dict(zip(splits.metrics, values, strict=True)) for which, values in tested.items()},
         "examples": len(splits.train),
