@@ -129,6 +129,11 @@ def test_an_exported_model_is_the_run(name, digits, tmp_path, bisam):
 def test_an_exported_folder_of_a_text_model_needs_no_other_files_of_it(task, texts, root, tmp_path, bisam):
     run = texts[task]
     assert bisam("export", run.folder, "--to", tmp_path / "model", "--data-dir", root)[0] == 0
+    for name in ("config.json", "README.md", "tokenizer_config.json"):
+        text = (
+            (tmp_path / "model" / name).read_text().replace(str(tmp_path), "")
+        )  # the card has the place of the folder
+        assert str(root) not in text
     here = tmp_path / "here"
     shutil.copytree(root / "glue", here / "glue")
     code, _, err = bisam("evaluate", tmp_path / "model", "--data-dir", here, "--to", tmp_path / "a.json")

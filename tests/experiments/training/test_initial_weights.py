@@ -164,6 +164,7 @@ def test_what_cannot_be_started_with_is_named(run, tmp_path):
         (f"{tmp_path}/none:last", "none is no run folder, of which :last is a choice"),
         (str(tmp_path / "empty"), "has neither a recipe.json nor a model.safetensors"),
         (str(tmp_path), "has 1 runs: give one, as"),
+        (str(run.folder / "checkpoint.pt"), f"checkpoint.pt holds a whole run: give its folder, {run.folder}"),
     ]:
         with pytest.raises(ValueError, match=message):
             read(given, None)

@@ -169,6 +169,8 @@ def classes_of(state: Mapping[str, Tensor]) -> int:
 
 def _file(one: Source) -> Path:
     """The file of weights at a place."""
+    if one.place.name == CHECKPOINT and is_run(one.place.parent):
+        raise ValueError(f"weights {one.text!r}: {CHECKPOINT} holds a whole run: give its folder, {one.place.parent}")
     if not one.place.is_dir():
         return one.place
     if (one.place / WEIGHTS_FILE).is_file():
