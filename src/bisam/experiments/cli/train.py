@@ -10,6 +10,7 @@ from cyclopts import Parameter
 
 from bisam.experiments.cli.flags import AuthorsFlags, RecipeFlags
 from bisam.experiments.cli.folders import check_data_dir, check_out
+from bisam.experiments.cli.groups import AUTHORS, RECIPE
 from bisam.experiments.cli.idle import CONDITIONS, refuse_idle
 from bisam.experiments.cli.options import Given, MachineFlags, Out, Quiet, Verbose, refuse_contradiction
 from bisam.experiments.cli.progress import Display
@@ -33,10 +34,10 @@ EXAMPLES = (
 def train(
     *,
     flags: Annotated[RecipeFlags, Parameter(name="*")] = RecipeFlags(),  # noqa: B008
-    preset: str | None = None,
-    config: Path | None = None,
-    save_config: Path | None = None,
-    authors: Annotated[AuthorsFlags, Parameter(name="*", group="The BiSAM authors' flags")] = AuthorsFlags(),  # noqa: B008
+    preset: Annotated[str | None, Parameter(group=RECIPE)] = None,
+    config: Annotated[Path | None, Parameter(group=RECIPE)] = None,
+    save_config: Annotated[Path | None, Parameter(group=RECIPE)] = None,
+    authors: Annotated[AuthorsFlags, Parameter(name="*", group=AUTHORS)] = AuthorsFlags(),  # noqa: B008
     machine: MachineFlags = Machine(),  # noqa: B008
     out: Out = Path("runs"),
     quiet: Quiet = False,
