@@ -80,6 +80,7 @@ ALWAYS |= {
     "devices",
     "nodes",
     "log",
+    "log_every",
     "stats",
     "stop_on_nan",
     "max_time",

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("cyclopts")
 
-from bisam.experiments.cli import list as listing
+from bisam.experiments.cli import completion, list as listing
 
 UPDATE = "BISAM_UPDATE_LIST=1 python -m pytest -n 0 tests/experiments/cli/test_list.py"
 
@@ -17,8 +17,8 @@ UPDATE = "BISAM_UPDATE_LIST=1 python -m pytest -n 0 tests/experiments/cli/test_l
 def test_the_file_is_that_of_the_studies_data_sets_models_and_methods():
     found = json.dumps(listing.entries(), indent=1, ensure_ascii=False) + "\n"
     if os.environ.get("BISAM_UPDATE_LIST"):
-        listing.FILE.write_text(found, encoding="utf-8")
-    assert listing.FILE.read_text(encoding="utf-8") == found, f"write it again: {UPDATE}"
+        completion.FILE.write_text(found, encoding="utf-8")
+    assert completion.FILE.read_text(encoding="utf-8") == found, f"write it again: {UPDATE}"
 
 
 def test_every_name_is_printed(bisam):

@@ -370,7 +370,8 @@ def test_many_undecided_are_counted_and_not_listed():
 
 def test_a_page_says_how_to_read_it_and_which_score_is_the_headline():
     text = report.markdown("T", SMALL, {})
-    (paragraph,) = (line for line in text.splitlines() if line.startswith("**How to read this page.**"))
+    _, _, below = text.partition("\n## How to read this page\n")
+    paragraph = next(line for line in below.splitlines() if "The headline score" in line)
     for word in ("95 % interval", "Holm-adjusted p", "Detectable", "The headline score"):
         assert paragraph.count(word) == 1
     assert "is that of the epoch with the best validation score; these runs took the first of several" in paragraph

@@ -8,6 +8,8 @@ export                    writes the weights of a finished run for other program
 methods                   shows the catalogue of methods
 tables                    writes the page of the tables and figures of the papers
 options.py, flags.py      flags that commands share, and those that are fields of a recipe
+groups.py                 the headings of a command's help
+completion.py             the names that the shell completes
 idle.py                   refuses flags that have no effect
 """
 
@@ -22,6 +24,7 @@ from cyclopts import App, CycloptsError, UnknownOptionError
 
 from bisam import __version__
 from bisam.experiments.cli import analyse, archive, export, list as listing, methods, plot, report, run, tables, train
+from bisam.experiments.cli.groups import epilogue
 from bisam.experiments.cli.terminal import errors
 from bisam.experiments.errors import (
     RunError,
@@ -39,16 +42,17 @@ app = App(
     help="Sharpness-aware training: run the studies, train one recipe, report from run folders.",
     help_epilogue="Start with:  bisam run digits",
 )
-app.command(run.run, help_epilogue=run.EXAMPLES)
-app.command(train.train, help_epilogue=train.EXAMPLES)
-app.command(analyse.analyse, help_epilogue=analyse.EXAMPLES)
-app.command(listing.list_all, name="list", help_epilogue=listing.EXAMPLES)
-app.command(methods.methods, help_epilogue=methods.EXAMPLES)
-app.command(tables.tables, help_epilogue=tables.EXAMPLES)
-app.command(report.report, help_epilogue=report.EXAMPLES)
-app.command(plot.plot, help_epilogue=plot.EXAMPLES)
-app.command(archive.archive, help_epilogue=archive.EXAMPLES)
-app.command(export.export, help_epilogue=export.EXAMPLES)
+app.command(run.run, help_epilogue=epilogue(run.EXAMPLES))
+app.command(train.train, help_epilogue=epilogue(train.EXAMPLES))
+app.command(analyse.analyse, help_epilogue=epilogue(analyse.EXAMPLES))
+app.command(listing.list_all, name="list", help_epilogue=epilogue(listing.EXAMPLES))
+app.command(methods.methods, help_epilogue=epilogue(methods.EXAMPLES))
+app.command(tables.tables, help_epilogue=epilogue(tables.EXAMPLES))
+app.command(report.report, help_epilogue=epilogue(report.EXAMPLES))
+app.command(plot.plot, help_epilogue=epilogue(plot.EXAMPLES))
+app.command(archive.archive, help_epilogue=epilogue(archive.EXAMPLES))
+app.command(export.export, help_epilogue=epilogue(export.EXAMPLES))
+app.register_install_completion_command(help="Install the completion of commands, flags and names for your shell.")
 
 
 def main() -> None:

@@ -6,31 +6,17 @@ studies takes seconds, and needs torch.
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import TypedDict
-
 from rich.table import Table
 
+from bisam.experiments.cli.completion import Entries, written
 from bisam.experiments.cli.terminal import console
 
 EXAMPLES = "Example:  bisam list"
-FILE = Path(__file__).with_suffix(".json")
-
-
-class Entries(TypedDict):
-    """What `bisam list` prints."""
-
-    groups: dict[str, list[tuple[str, str, str, str]]]
-    """Studies and measurements by where they come from: name, title, runs, methods."""
-    datasets: dict[str, str]
-    models: dict[str, str]
-    methods: list[str]
 
 
 def list_all() -> int:
     """List the studies and measurements, and the data sets, models and methods that `bisam train` takes."""
-    found: Entries = json.loads(FILE.read_text(encoding="utf-8"))
+    found = written()
     table = Table("study", "title", "runs", "methods", box=None, pad_edge=False, header_style="bold")
     for group, rows in found["groups"].items():
         table.add_row("", f"[bold]{group}[/bold]")

@@ -113,8 +113,6 @@ class MeasurementSubject:
         return next(iter(drawings.values()))
 
     def _report(self, place: Path, to: Path, changed: dict[str, str]) -> int:
-        from bisam.experiments.reports.drawing import rendered
-
         found = report_of(self.measurement, place, changed)
         if found.header:
             table = Table(*found.header, title=found.title)
@@ -123,6 +121,5 @@ class MeasurementSubject:
             # At its own width: cells that are cut or folded letter by letter would be of no use.
             width = Width.get(console, console.options.update(max_width=1000), table).maximum
             Console(width=max(width, console.width)).print(table)
-        figures = {file: rendered(figure) for file, figure in found.figures.items()}
-        write_report(to, found.markdown, to_csv(found.rows) if found.rows else "", figures)
+        write_report(to, found.markdown, {"report.csv": to_csv(found.rows) if found.rows else ""}, found.figures)
         return 0

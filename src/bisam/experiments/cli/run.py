@@ -8,7 +8,8 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from bisam.experiments.cli.folders import check_out
-from bisam.experiments.cli.options import Given, Launch, MachineFlags, Out
+from bisam.experiments.cli.groups import LAUNCH
+from bisam.experiments.cli.options import Given, Launch, MachineFlags, Out, StudyName
 from bisam.experiments.runs.machine import Machine
 
 EXAMPLES = (
@@ -18,9 +19,9 @@ EXAMPLES = (
 
 
 def run(
-    study: str,
+    study: StudyName,
     *,
-    launch: Annotated[Launch, Parameter(name="*")] = Launch(),  # noqa: B008
+    launch: Annotated[Launch, Parameter(name="*", group=LAUNCH)] = Launch(),  # noqa: B008
     machine: MachineFlags = Machine(),  # noqa: B008
     out: Out = Path("runs"),
     given: Given = frozenset(),

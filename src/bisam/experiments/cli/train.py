@@ -10,6 +10,7 @@ from cyclopts import Parameter
 
 from bisam.experiments.cli.flags import AuthorsFlags, RecipeFlags
 from bisam.experiments.cli.folders import check_data_dir, check_out
+from bisam.experiments.cli.groups import AUTHORS, RECIPE
 from bisam.experiments.cli.idle import CONDITIONS, refuse_idle
 from bisam.experiments.cli.options import Given, MachineFlags, Out, Quiet, Verbose, refuse_contradiction
 from bisam.experiments.cli.progress import Display
@@ -33,10 +34,10 @@ EXAMPLES = (
 def train(
     *,
     flags: Annotated[RecipeFlags, Parameter(name="*")] = RecipeFlags(),  # noqa: B008
-    preset: str | None = None,
-    config: Path | None = None,
-    save_config: Path | None = None,
-    authors: Annotated[AuthorsFlags, Parameter(name="*", group="The BiSAM authors' flags")] = AuthorsFlags(),  # noqa: B008
+    preset: Annotated[str | None, Parameter(group=RECIPE)] = None,
+    config: Annotated[Path | None, Parameter(group=RECIPE)] = None,
+    save_config: Annotated[Path | None, Parameter(group=RECIPE)] = None,
+    authors: Annotated[AuthorsFlags, Parameter(name="*", group=AUTHORS)] = AuthorsFlags(),  # noqa: B008
     machine: MachineFlags = Machine(),  # noqa: B008
     out: Out = Path("runs"),
     quiet: Quiet = False,
@@ -84,9 +85,12 @@ def train(
         console.print("finished before: nothing is left to train")
     metric = result.get("metric", "accuracy")
     console.print(f"test {TITLES.get(metric, metric)} {_scores(result)}; {one.folder}", soft_wrap=True)
-    if (message := result.get("message")) is not None:
+    message, diverged = result.get("message"), result.get("diverged")
+    if message is None and diverged is not None:  # results of earlier versions have none
+        message = f"the loss is not finite from epoch {diverged} on"
+    if message is not None:
         said = f"{'ended early: ' if 'stopped' in result else ''}{message}"
-        if result.get("diverged") is None:
+        if diverged is None:
             console.print(said, soft_wrap=True)
         else:
             errors.print(f"bisam: {said}; {one.folder}")

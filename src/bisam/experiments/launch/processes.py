@@ -100,10 +100,10 @@ class _Worker:
             self.process.start()
         theirs.close()
 
-    def give(self, job: Job, root: Path, machine: Machine, analyses: Analyses | None) -> None:
+    def give(self, job: Job, root: Path, machine: Machine, analyses: Analyses | None, start: float) -> None:
         self.job = job
         with suppress(ConnectionError):  # it was killed, which is noticed when no answer comes
-            self.connection.send((job, root, machine.at(self.place), analyses))
+            self.connection.send((job, root, machine.at(self.place), analyses, start))
 
     def gone(self) -> bool:
         """Whether it was killed; its children may hold the connection open for a few seconds more."""
@@ -147,21 +147,18 @@ def _in_processes(
     analyses: Analyses | None,
 ) -> None:
     left, killed = deque(todo), Counter[Job]()
-    start = time.monotonic()
-
-    def time_left() -> float | None:
-        return None if machine.max_time is None else machine.max_time + start - time.monotonic()
+    start = time.time()  # the clock that processes share
 
     def give(worker: _Worker) -> None:
         job = left.popleft()
-        worker.give(job, root, machine.with_time_left(time_left()), analyses)
+        worker.give(job, root, machine, analyses, start)
         for recipe in job.recipes:
             progress.begins(recipe, worker.place + 1)
 
     progress.starting(min(workers, len(todo)), sum(len(job.recipes) for job in todo))
     with _workers() as pool:
         while True:
-            if left and (seconds := time_left()) is not None and seconds <= 0:
+            if machine.max_time is not None and time.time() - start > machine.max_time:
                 for job in left:
                     for recipe in job.recipes:
                         done(Outcome(recipe, None, out_of_time=True))
@@ -258,9 +255,10 @@ def _work(connection: Connection, share: int) -> None:
 
     while True:
         try:
-            job, root, machine, analyses = connection.recv()
+            job, root, machine, analyses, start = connection.recv()
         except EOFError:
             return
+        machine = machine.later(time.time() - start)
         last = 0.0
 
         def report(recipes: Sequence[Recipe], rows: Sequence[Row]) -> None:

@@ -74,7 +74,7 @@ def run_all(
         if value < 0:
             raise ValueError(f"--{name} is too small: {value + (name == 'cpus'):g}")
     machine, root = machine_of_a_task(machine, gpus), root.resolve()
-    deadline = None if machine.max_time is None else time.time() + machine.max_time
+    begin = time.time()
 
     def run(left: Sequence[Recipe], done: Done) -> None:
         with _connected(ray, address), marker_file(root) as mark:
@@ -82,9 +82,7 @@ def run_all(
             task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(work)
 
             def start(recipe: Recipe, again: bool = False) -> Any:
-                return task.remote(
-                    recipe, root, machine, mark, __version__, cpus, os.getcwd(), again, analyses, deadline
-                )
+                return task.remote(recipe, root, machine, mark, __version__, cpus, os.getcwd(), again, analyses, begin)
 
             run_as_tasks(
                 ray, {start(recipe): recipe for recipe in left}, start, retries, EpochPoller(root, progress), done
@@ -267,13 +265,13 @@ def work(
     folder: str,
     again: bool,
     analyses: Analyses | None = None,
-    deadline: float | None = None,
+    begin: float = 0.0,
 ) -> Outcome:
-    """Train and analyse one run in a Ray worker; none is begun after `deadline`, a time of the system clock."""
-    if deadline is not None:
-        if (left := deadline - time.time()) <= 0:
+    """Train and analyse one run in a Ray worker; `begin` is the start of the study on the system's clock."""
+    if machine.max_time is not None:
+        if time.time() - begin > machine.max_time:
             return Outcome(recipe, None, out_of_time=True)
-        machine = machine.with_time_left(left)
+        machine = machine.later(time.time() - begin)
     here = socket.gethostname()
     if version != __version__:
         return Outcome(

@@ -100,9 +100,9 @@ class Machine:
         first, count = place % self.slots * self.devices, self.devices
         return replace(self, device=f"cuda:{','.join(map(str, range(first, first + count)))}")
 
-    def with_time_left(self, seconds: float | None) -> Machine:
-        """Return the machine with so much time for training; with none left a run trains one epoch."""
-        return replace(self, max_time=None if seconds is None else max(seconds, 1e-3))
+    def later(self, seconds: float) -> Machine:
+        """Return the machine after so many seconds of its time; with none left a run trains one epoch."""
+        return self if self.max_time is None else replace(self, max_time=max(self.max_time - seconds, 1e-3))
 
     @property
     def parallel(self) -> bool:

@@ -6,6 +6,7 @@ import multiprocessing as mp
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -55,7 +56,7 @@ def train_in_processes(
     reporter.start()
     try:
         # A partial, because `launch` would take further arguments for data.
-        fabric.launch(partial(_train_in_child, train_one, run, machine, torch.get_num_threads()))
+        fabric.launch(partial(_train_in_child, train_one, run, machine, torch.get_num_threads(), time.time()))
     except KeyboardInterrupt as error:
         _end(set(mp.active_children()) - others)
         with suppress(OSError, RunError):
@@ -82,12 +83,14 @@ def _end(processes: set[BaseProcess]) -> None:
                 process.join()
 
 
-def _train_in_child(train_one: TrainOne, run: Run, machine: Machine, threads: int, fabric: Fabric) -> None:
+def _train_in_child(
+    train_one: TrainOne, run: Run, machine: Machine, threads: int, start: float, fabric: Fabric
+) -> None:
     end_with_parent()
     show_warnings_in_one_line()
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # the parent process reports Ctrl-C
     torch.set_num_threads(max(1, threads // machine.devices))
-    train_one(fabric, run, machine)
+    train_one(fabric, run, machine.later(time.time() - start))
 
 
 def _report(run: Run, on_epoch: OnEpoch | None, on_line: OnLine | None, ended: threading.Event) -> None:

@@ -101,22 +101,17 @@ def train(
         with run.open() if fabric.is_global_zero else nullcontext():
             fabric.barrier()
             first = fabric.is_global_zero
-            rest = _rest(machine, start)
+            rest = machine.later(time.monotonic() - start)
             return run.result or in_time(run, _train_here(fabric, run, rest, on_epoch if first else None, on_line))
     if machine.devices > 1:
         check_data(run.recipe, data.load(run.recipe, machine), machine)  # here, so that an error is reported once
         with run.open():
-            rest = _rest(machine, start)
+            rest = machine.later(time.monotonic() - start)
             return run.result or in_time(run, train_in_processes(_train_here, fabric, run, rest, on_epoch, on_line))
     splits, model = prepare(run.recipe, machine)
     with run.open():
-        rest = _rest(machine, start)
+        rest = machine.later(time.monotonic() - start)
         return run.result or in_time(run, Training(fabric, run, rest, splits, model).train(on_epoch, on_line, on_point))
-
-
-def _rest(machine: Machine, start: float) -> Machine:
-    """Return the machine with the time that is left of its own, which began at `start`."""
-    return machine.with_time_left(None if machine.max_time is None else machine.max_time + start - time.monotonic())
 
 
 def in_time(run: Run, result: Result | None) -> Result:
@@ -246,7 +241,7 @@ class Training:
                     board.point(point.scalars(), point.losses)
 
             self._journal.tell(tell, self._machine.log_every)
-        while (stopped := self._stopped()) is None and len(state.history) < self._length.epochs:
+        while self._stopped() is None and len(state.history) < self._length.epochs:
             epoch, began = len(state.history) + 1, time.monotonic()
             if self._is_out_of_time(began):
                 for board in boards:
@@ -276,12 +271,12 @@ class Training:
             if on_epoch is not None:
                 on_epoch(row)
             self._longest = max(self._longest, time.monotonic() - began)
-        result = self._test(stopped)  # in all processes, as above
+        result = self._test()  # in all processes, as above
         for board in boards:
             board.finish({f"test_{which}": result[f"test_{which}"] for which in result["scores"]}, len(state.history))
             board.close()
-        if self._journal is not None and stopped is not None:
-            why = "--stop-on-nan" if stopped == "diverged" else result["message"]
+        if self._journal is not None and "stopped" in result:
+            why = "--stop-on-nan" if result["stopped"] == "diverged" else result["message"]
             self._journal.say(f"training ends early, after epoch {len(state.history)}: {why}")
         if writer is not None:
             with delayed():
@@ -388,10 +383,10 @@ class Training:
         # The first process decides: all have to agree on the best epoch.
         return self._fabric.broadcast(scores(metrics, predicted, labels))
 
-    def _test(self, stopped: Stopped | None) -> dict[str, Any]:
+    def _test(self) -> dict[str, Any]:
         """Test the last weights, their average and the best weights; return the result of the run."""
         test = self._data.test.to(self._fabric.device)  # the test data is used here and nowhere else
-        state = self._state
+        state, stopped = self._state, self._stopped()
         tested = {"last": self._scores(self._model, test)}
         # A last step that makes the weights infinite has no loss after it, in which it would be seen.
         diverged = first_diverged(state.history) or (None if _is_finite(self._model) else len(state.history))
