@@ -1,13 +1,13 @@
 """Train: one run, from its recipe to its result.
 
 `train` loads the data, builds the model and calls `Training`, which trains epoch by epoch, writes a checkpoint after
-each, and tests once at the end. The loop over the batches is `train_epoch` in epoch.py.
+each, and tests once at the end; `validate` leaves the test out. The loop over the batches is `train_epoch` in epoch.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from statistics import fmean, median
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from bisam.distributed.fsdp import reshard
 from bisam.experiments import data
 from bisam.experiments.data.image_tensors import channels
 from bisam.experiments.data.splits import Data, Split, batches_of
-from bisam.experiments.errors import RunError
+from bisam.experiments.errors import RunError, Stopped
 from bisam.experiments.models.build import build
 from bisam.experiments.models.frozen import with_frozen, without_frozen
 from bisam.experiments.recipes.length import run_length
@@ -29,7 +29,7 @@ from bisam.experiments.runs.checkpoint import CHECKPOINT
 from bisam.experiments.runs.files import damaged
 from bisam.experiments.runs.folder import Result, Row, Run
 from bisam.experiments.runs.machine import Machine
-from bisam.experiments.runs.results import first_diverged, headline_for
+from bisam.experiments.runs.results import Validated, first_diverged, headline_for
 from bisam.experiments.training.checks import check_data, check_model
 from bisam.experiments.training.counting import CountedMethod
 from bisam.experiments.training.devices import OnEpoch, train_in_processes
@@ -37,7 +37,7 @@ from bisam.experiments.training.epoch import predict, train_epoch
 from bisam.experiments.training.fsdp import divided, shard, share_buffers, whole
 from bisam.experiments.training.hidden import with_hidden_states
 from bisam.experiments.training.journal import Journal, OnLine
-from bisam.experiments.training.loggers import loggers
+from bisam.experiments.training.loggers import Logger, loggers
 from bisam.experiments.training.measured import Measured
 from bisam.experiments.training.metrics import scores, stats_row
 from bisam.experiments.training.optimizers import (
@@ -94,6 +94,42 @@ def train(
     splits, model = prepare(run.recipe, machine)
     with run.open():
         return run.result or Training(fabric, run, machine, splits, model).train(on_epoch, on_line)
+
+
+def validate(
+    run: Run,
+    machine: Machine = Machine(),  # noqa: B008
+    on_epoch: OnEpoch | None = None,
+    on_line: OnLine | None = None,
+) -> Validated:
+    """Train a run to its last epoch as `train` does, in this process, and return its validation score.
+
+    The run is not tested, so that a choice by its score cannot depend on test examples. It has no result.json: `train`
+    tests the weights in its checkpoint and finishes it.
+
+    Args:
+        run: folder and recipe.
+        machine: where to compute, on one device.
+        on_epoch: as for `train`; an error that it raises, such as `Stopped`, ends the run after this epoch.
+        on_line: as for `train`.
+
+    Raises:
+        ValueError: as for `train`; or there are several devices, or no validation examples.
+        RunError: as for `train`; or the run is finished and its checkpoint is missing.
+        OSError: the disk is full or read-only.
+    """
+    recipe = run.recipe
+    recipe.check_trainable()
+    if machine.parallel:
+        raise ValueError(f"a run without a test uses one device, got {machine.devices * machine.nodes}")
+    if recipe.held_out == 0:
+        raise ValueError("held_out 0 leaves no validation examples: the score would be that of the training examples")
+    fabric = machine.fabric(recipe.precision)
+    splits, model = prepare(recipe, machine)
+    with run.open():
+        if run.result is not None and run.checkpoint() is None:
+            raise RunError(f"{run.folder} is finished and has no checkpoint.pt: delete the folder to train it again")
+        return Training(fabric, run, machine, splits, model).validate(on_epoch, on_line)
 
 
 def _train_here(
@@ -167,11 +203,40 @@ class Training:
         self._stats = [row for row in earlier if row["epoch"] <= len(self._state.history)]
         self._mean: StatsMean | None = None  # of the steps of the last epoch
         self._journal: Journal | None = None  # in the first process, while `train` runs
+        self._boards: Sequence[Logger] = ()  # the same
 
     def train(self, on_epoch: OnEpoch | None, on_line: OnLine | None = None) -> Result:
         """Train the remaining epochs, test, and write the result; log.txt tells how it ended."""
+        with self._in_journal(on_line) as journal:
+            self._train_epochs(on_epoch)
+            result = self._test()  # in all processes, because tensors may be sharded
+            if self._writer is not None:
+                result = self._writer.finish(result, self._state.history)
+            result = cast(Result, self._fabric.broadcast(result))  # no process ends before the result is written
+            if journal is not None:
+                journal.finished({which: result[f"test_{which}"] for which in result.get("scores", {})})
+        return result
+
+    def validate(self, on_epoch: OnEpoch | None, on_line: OnLine | None = None) -> Validated:
+        """Train the remaining epochs, and return the validation score without a test; log.txt tells how it ended."""
+        with self._in_journal(on_line) as journal:
+            try:
+                self._train_epochs(on_epoch)
+            except Stopped:
+                for board in self._boards:  # this process goes on to other runs
+                    board.close()
+                raise
+            validated = self._validated()
+            if journal is not None:
+                journal.validated(validated.score)
+        return validated
+
+    @contextmanager
+    def _in_journal(self, on_line: OnLine | None) -> Generator[Journal | None]:
+        """Write the begin of the run, and the reason if it fails, into log.txt; the block gets the journal."""
         if (writer := self._writer) is None:
-            return self._trained(on_epoch)
+            yield None
+            return
 
         def write(line: str) -> None:
             writer.log(line)
@@ -183,17 +248,16 @@ class Training:
         self._journal = journal
         journal.begin(recipe.slug, recipe.seed, device_name(fabric.device))
         try:
-            result = self._trained(on_epoch)
+            yield journal
         except BaseException as error:
             with suppress(OSError, RunError):  # the folder may be the reason
                 journal.failed(error)
             raise
-        journal.finished({which: result[f"test_{which}"] for which in result.get("scores", {})})
-        return result
 
-    def _trained(self, on_epoch: OnEpoch | None) -> Result:
+    def _train_epochs(self, on_epoch: OnEpoch | None) -> None:
         fabric, state, writer = self._fabric, self._state, self._writer
         boards = [] if writer is None else loggers(self._machine.log, self._run.folder, self._recipe.to_dict())
+        self._boards = boards
         for epoch in range(len(state.history) + 1, self._length.epochs + 1):
             try:
                 row = self.epoch(epoch)
@@ -217,10 +281,6 @@ class Training:
                 on_epoch(row)
         for board in boards:
             board.close()
-        result = self._test()  # in all processes, as above
-        if writer is not None:
-            result = writer.finish(result, state.history)
-        return cast(Result, fabric.broadcast(result))  # no process ends before the result is written
 
     def epoch(self, epoch: int) -> Row:
         """Train and validate one epoch, numbered from 1, and return its row of metrics."""
@@ -282,13 +342,33 @@ class Training:
         # The first process decides: all have to agree on the best epoch.
         return self._fabric.broadcast(scores(metrics, predicted, labels))
 
+    def _validated(self) -> Validated:
+        """Return the validation score of the weights whose test score would be the headline."""
+        history, examples = self._state.history, validation_examples(self._recipe, self._data)
+        which, epoch = headline_for(examples), len(history)
+        if which == "best":
+            epoch = self._state.best["epoch"]
+        return Validated(
+            score=history[epoch - 1]["validation"],
+            epoch=epoch,
+            headline=which,
+            diverged=self._diverged(),
+            metric=self._data.metrics[0],
+            examples=examples,
+            seconds=sum(row["seconds"] for row in history),
+        )
+
+    def _diverged(self) -> int | None:
+        """The first epoch whose loss, or whose last weights, are not finite; all processes must call it."""
+        # A last step that makes the weights infinite has no loss after it, in which it would be seen.
+        history = self._state.history
+        return first_diverged(history) or (None if _is_finite(self._model) else len(history))
+
     def _test(self) -> dict[str, Any]:
         """Test the last weights, their average and the best weights; return the result of the run."""
         test = self._data.test.to(self._fabric.device)  # the test data is used here and nowhere else
-        state = self._state
+        state, diverged = self._state, self._diverged()
         tested = {"last": self._scores(self._model, test)}
-        # A last step that makes the weights infinite has no loss after it, in which it would be seen.
-        diverged = first_diverged(state.history) or (None if _is_finite(self._model) else len(state.history))
         if state.average is not None:
             tested["ema"] = self._scores(state.average.model, test)
         best_weights = divided(state.best["weights"], self._model.state_dict())
@@ -318,7 +398,7 @@ def summary(
         best: score and epoch of the best validation epoch.
         diverged: the first epoch whose loss, or whose last weights, are not finite.
     """
-    held_out = 0 if recipe.held_out == 0 else len(splits.validation)  # 0: they are training examples
+    held_out = validation_examples(recipe, splits)
     # An epoch that the last step cuts short counts less.
     weights = None if recipe.steps is None else [r["losses"] for r in history]
     return {
@@ -337,6 +417,11 @@ def summary(
         "gradients_per_step": fmean([r["gradients"] for r in history], weights),
         "forwards_per_step": fmean([r["forwards"] for r in history], weights),
     }
+
+
+def validation_examples(recipe: Recipe, splits: Data) -> int:
+    """Return the number of validation examples; 0 if they are training examples."""
+    return 0 if recipe.held_out == 0 else len(splits.validation)
 
 
 def device_name(device: torch.device) -> str:
