@@ -3,6 +3,7 @@
 run, report, ...          work on a subject of `subjects.py`: a study (`study.py`) or a measurement (`measurement.py`)
 study_report.py           the report of a study: tables on the terminal, and files
 train                     trains one recipe
+tune                      searches for the settings of a recipe
 analyse                   measures finished runs, or the weights in a file
 export                    writes the weights of a finished run for other programs
 methods                   shows the catalogue of methods
@@ -21,7 +22,19 @@ from typing import Any
 from cyclopts import App, CycloptsError, UnknownOptionError
 
 from bisam import __version__
-from bisam.experiments.cli import analyse, archive, export, list as listing, methods, plot, report, run, tables, train
+from bisam.experiments.cli import (
+    analyse,
+    archive,
+    export,
+    list as listing,
+    methods,
+    plot,
+    report,
+    run,
+    tables,
+    train,
+    tune,
+)
 from bisam.experiments.cli.terminal import errors
 from bisam.experiments.errors import RunError, is_out_of_memory, of_system, reason, show_warnings_in_one_line
 
@@ -33,6 +46,7 @@ app = App(
 )
 app.command(run.run, help_epilogue=run.EXAMPLES)
 app.command(train.train, help_epilogue=train.EXAMPLES)
+app.command(tune.tune, help_epilogue=tune.EXAMPLES)
 app.command(analyse.analyse, help_epilogue=analyse.EXAMPLES)
 app.command(listing.list_all, name="list", help_epilogue=listing.EXAMPLES)
 app.command(methods.methods, help_epilogue=methods.EXAMPLES)

@@ -59,7 +59,7 @@ def train(
 
     refuse_contradiction(quiet, verbose)
     refuse_archive(out)
-    base = _base(preset, config)
+    base = base_recipe(preset, config)
     recipe = started(base, translated(base, flags.given, authors))
     refuse_idle([recipe], machine, given)
     if save_config is not None:
@@ -99,8 +99,12 @@ def train(
     return 0
 
 
-def _base(preset: str | None, config: Path | None) -> Recipe:
-    """The recipe that the flags change."""
+def base_recipe(preset: str | None, config: Path | None) -> Recipe:
+    """The recipe that the flags change.
+
+    Raises:
+        ValueError: both a preset and a file are given, or one of them is refused.
+    """
     from bisam.experiments.recipes import presets
     from bisam.experiments.recipes.config import read
     from bisam.experiments.recipes.recipe import Recipe
