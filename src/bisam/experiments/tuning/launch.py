@@ -88,7 +88,7 @@ class _Epoch:
 
 
 @dataclass(frozen=True)
-class _Ended:
+class Ended:
     """A message of a worker: how a trial ended, with the results of the seeds that reached their end."""
 
     results: list[Validated]
@@ -183,7 +183,7 @@ class _Launch:
                 pruned = place == 0 and self._database.report(trial.number, completed, score, length)
                 worker.send(pruned)
                 self._progress.epoch(trial, self._search.base.seed + place, completed, score)
-            case _Ended(error=None, pruned=pruned, results=results, seconds=seconds):
+            case Ended(error=None, pruned=pruned, results=results, seconds=seconds):
                 worker.job = None
                 if pruned:
                     ended = self._database.prune(trial.number, seconds)
@@ -191,7 +191,7 @@ class _Launch:
                     ended = self._database.complete(trial.number, results)
                 self._stops(trial, ended)
                 self._ended(ended)
-            case _Ended(error=error, lacks_data=lacks):
+            case Ended(error=error, lacks_data=lacks):
                 worker.job = None
                 self._stops(trial)
                 self._ended(self._database.fail(trial.number, error or ""))
@@ -230,11 +230,18 @@ def _serve(connection: Connection, share: int) -> None:
         except EOFError:
             return
         threads(share)
-        connection.send(_trained(recipes, root, machine, connection))
+        connection.send(train_trial(recipes, root, machine, connection))
 
 
-def _trained(recipes: Sequence[Recipe], root: Path, machine: Machine, connection: Connection) -> _Ended:
-    """Train the runs of a trial until one is stopped or fails."""
+def train_trial(recipes: Sequence[Recipe], root: Path, machine: Machine, connection: Connection) -> Ended:
+    """Train the runs of a trial until one is stopped or fails, send their epochs, and return how it ended.
+
+    Args:
+        recipes: one for each seed.
+        root: folder of the run folders.
+        machine: where to compute.
+        connection: to the process of the command, which answers to each epoch whether the run is pruned.
+    """
     results: list[Validated] = []
     for place, recipe in enumerate(recipes):
         run, course = Run.under(root, recipe), _Course(recipe, place, connection)
@@ -245,13 +252,13 @@ def _trained(recipes: Sequence[Recipe], root: Path, machine: Machine, connection
             (run.folder / PREVIOUS).unlink(missing_ok=True)  # as at the end of a run that is tested
         except Stopped:
             if not course.diverged:
-                return _Ended(results, pruned=True, seconds=course.seconds)
+                return Ended(results, pruned=True, seconds=course.seconds)
             results.append(_diverged(course.rows[-1], course.seconds))
         except (Exception, SystemExit) as error:
-            return _Ended(results, error=explanation(error), lacks_data=isinstance(error, DataError))
+            return Ended(results, error=explanation(error), lacks_data=isinstance(error, DataError))
         if results[-1].diverged is not None:
             break
-    return _Ended(results)
+    return Ended(results)
 
 
 class _Course:
