@@ -40,6 +40,7 @@ FLOORS = [
     {"experiments.training", "experiments.measurements"},
     {"experiments.analyses"},
     {"experiments.launch", "experiments.reports"},
+    {"experiments.tuning"},
     {"experiments.cli"},
     {"experiments"},  # its entry point
     {"__init__", "__main__"},

@@ -8,7 +8,10 @@ import threading
 from contextlib import contextmanager
 from typing import Any
 
-from bisam.experiments.launch.workers import Pool
+from sqlalchemy import event
+from sqlalchemy.pool import Pool
+
+from bisam.experiments.launch import workers
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.files import to_csv, write
 from bisam.experiments.runs.machine import Machine
@@ -55,6 +58,21 @@ def formula(run, machine, on_epoch, trained: list[Any] | None = None) -> Validat
     return Validated(rows[-1]["validation"], recipe.length, "last", None, "accuracy", 100, float(len(rows)))
 
 
+@contextmanager
+def without_waiting_for_the_disk(monkeypatch):
+    """Files and storages are not synchronised, which would take most of the time of a test."""
+
+    def fast(connection, record):
+        connection.execute("PRAGMA synchronous=OFF")
+
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+    event.listen(Pool, "connect", fast)
+    try:
+        yield
+    finally:
+        event.remove(Pool, "connect", fast)
+
+
 class _Thread:
     """A worker whose process is a thread."""
 
@@ -84,7 +102,7 @@ class _Thread:
         return False
 
 
-class _Threads(Pool):
+class _Threads(workers.Pool):
     def free(self):
         for worker in self.workers:
             if worker.job is None:

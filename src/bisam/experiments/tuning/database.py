@@ -9,6 +9,7 @@ as it would have done; with several workers the order in which trials end has an
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,6 +51,7 @@ class Database:
         self._study, self._search = study, search
         self._distributions = {name: _distribution(one) for name, one in search.space.items()}
         self._open: dict[int, Any] = {}  # Optuna's trials that are in progress, by number
+        self._reported = defaultdict[int, set[int]](set)  # completed epochs or steps whose score is known, by number
 
     def trials(self) -> list[Trial]:
         """All trials that have begun, by number."""
@@ -68,6 +70,7 @@ class Database:
             if one.params.keys() == self._search.space.keys():
                 asked = self._open[one.number] = Asked(self._study, one._trial_id)
                 asked.set_user_attr(_ERROR, None)
+                self._reported[one.number] = {*one.intermediate_values}
                 found.append(self._trial(self._frozen(one.number)))
                 continue
             self._study.tell(one.number, state=TrialState.FAIL)  # the process was killed while it chose the values
@@ -92,12 +95,12 @@ class Database:
             score: validation score after them.
             length: epochs or steps of the run.
         """
-        asked = self._open[number]
         if self._search.pruner == "none" or completed >= length:
             return False
-        if completed not in self._frozen(number).intermediate_values:  # of a resumed trial some are known
-            asked.report(score, completed)
-        return asked.should_prune()
+        if completed not in self._reported[number]:  # of a resumed trial some are known
+            self._reported[number].add(completed)
+            self._open[number].report(score, completed)
+        return completed >= _warm_up(self._search) and self._open[number].should_prune()
 
     def prune(self, number: int, seconds: float) -> Trial:
         """Note that a trial was stopped because its score is below the median of the others."""
@@ -270,7 +273,12 @@ def _pruner(search: Search) -> BasePruner:
 
     if search.pruner == "none":
         return pruners.NopPruner()
-    return pruners.MedianPruner(n_startup_trials=STARTUP, n_warmup_steps=-(-search.base.length // WARM_UP))
+    return pruners.MedianPruner(n_startup_trials=STARTUP, n_warmup_steps=_warm_up(search))
+
+
+def _warm_up(search: Search) -> int:
+    """Epochs or steps before which no trial is pruned."""
+    return -(-search.base.length // WARM_UP)
 
 
 def _distribution(dimension: Dimension) -> BaseDistribution:
