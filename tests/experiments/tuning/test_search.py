@@ -24,16 +24,7 @@ BASE = Recipe(method="sam", epochs=3)
 RHO = parse(["rho=0.001:1:log"])
 
 
-@pytest.fixture(autouse=True)
-def trained(monkeypatch):
-    """Trains by a formula, and lists what was trained; nothing waits for the disk."""
-    found = []
-    monkeypatch.setattr(launch, "open_pool", searches.threads)
-    monkeypatch.setattr(
-        launch, "validate", lambda run, machine, on_epoch: searches.formula(run, machine, on_epoch, found)
-    )
-    with searches.without_waiting_for_the_disk(monkeypatch):
-        yield found
+pytestmark = pytest.mark.usefixtures("trained")
 
 
 def values(trials):

@@ -142,13 +142,14 @@ class TrialsDisplay(_Live):
 
     Args:
         trials: number of trials.
+        unit: epochs or steps.
         quiet: show neither a bar nor lines.
         verbose: show lines on a terminal too, and a line for each epoch.
     """
 
-    def __init__(self, trials: int, *, quiet: bool = False, verbose: bool = False) -> None:
+    def __init__(self, trials: int, unit: str, *, quiet: bool = False, verbose: bool = False) -> None:
         self._speaks, self._verbose = not quiet and (verbose or not console.is_terminal), verbose
-        self._total = trials
+        self._total, self._unit = trials, unit
         self.finished, self.best = 0, ""
         columns = (TextColumn("{task.fields[trials]}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
         super().__init__(*columns, TimeRemainingColumn(), _News(), quiet=quiet)
@@ -166,14 +167,17 @@ class TrialsDisplay(_Live):
     def epoch(self, trial: Trial, seed: int, completed: int, validation: float) -> None:
         """Show a completed epoch of a run, if every epoch is to be shown."""
         if self._verbose:
-            self.line(f"trial {trial.number} seed {seed}: {completed} completed, validation {100 * validation:.1f} %")
+            done = f"{self._unit.removesuffix('s')} {completed}"
+            self.line(f"trial {trial.number} seed {seed}: {done}, validation {100 * validation:.1f} %")
 
     def ended(self, trial: Trial, trials: Sequence[Trial]) -> None:
         """Show how a trial has ended."""
         self._see(trials)
         self._bar.update(self._task, completed=self.finished, trials=self._count(), news=self.best)
         best = f"; {self.best}" if self.best else ""
-        self.line(f"{self._count()}: trial {trial.number}, {settings(trial.values)}: {outcome(trial)}{best}")
+        self.line(
+            f"{self._count()}: trial {trial.number}, {settings(trial.values)}: {outcome(trial, self._unit)}{best}"
+        )
 
     def _see(self, trials: Sequence[Trial]) -> None:
         self.finished = sum(trial.ended for trial in trials)

@@ -94,7 +94,7 @@ def tune(
         name = "devices" if machine.devices > 1 else "nodes"
         raise ValueError(f"--{name} {getattr(machine, name)}: a trial uses one device; --workers is how many at a time")
     check_installed()
-    started = _search(flags, preset, config, search, sampler, pruner, seeds_per_trial)
+    started = described(flags, preset, config, search, sampler, pruner, seeds_per_trial)
     refuse_idle([started.base], machine, given, searched=frozenset(started.space))
     folder = out or Path("runs", "tune", started.base.slug)
     refuse_archive(folder)
@@ -103,7 +103,7 @@ def tune(
         _check(started.base, machine)
     with claimed(folder), opened(folder, started) as database:
         known = database.trials()
-        with TrialsDisplay(most, quiet=quiet, verbose=verbose) as display:
+        with TrialsDisplay(most, started.base.unit, quiet=quiet, verbose=verbose) as display:
             display.known(known)
             display.line(f"searching {describe(started.space)}: {len(known)} of {most} trials have begun; {folder}")
             try:
@@ -146,7 +146,9 @@ def _report(search: Search, folder: Path, trials: Sequence[Trial], importances: 
     for line in report.cautions(search, trials):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     if rows:
-        console.print(report.command(search, folder), soft_wrap=True, highlight=False, markup=False)
+        console.print(
+            f"With new seeds:\n{report.command(search, folder)}", soft_wrap=True, highlight=False, markup=False
+        )
     pictures = {f"{name}.png": rendered(figure) for name, figure in figures.drawn(search, trials, importances).items()}
     text = report.markdown(search, folder, trials, importances, list(pictures))
     write_report(folder, text, "", pictures, {"trials.csv": to_csv(report.rows(search, trials))})
@@ -165,7 +167,7 @@ def _show_failed(trials: Sequence[Trial]) -> None:
         errors.print(f"bisam: trial {first}{more} failed: {error}; the same command tries again")
 
 
-def _search(
+def described(
     flags: RecipeFlags,
     preset: str | None,
     config: Path | None,
@@ -174,7 +176,12 @@ def _search(
     pruner: str,
     seeds: int,
 ) -> Search:
-    """The search that the flags describe."""
+    """The search that the flags describe.
+
+    Raises:
+        ValueError: a value is refused.
+        RunError: the file of the recipe has a later version.
+    """
     from bisam.experiments.cli.authors import translated
     from bisam.experiments.cli.flags import AuthorsFlags
     from bisam.experiments.recipes.presets import started

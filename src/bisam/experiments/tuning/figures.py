@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from bisam.experiments.reports.drawing import BLACK, BLUE, GREY, ORANGE, RED, legend, plain, sheet, spread
 from bisam.experiments.training.metrics import TITLES
@@ -82,6 +82,9 @@ def against_settings(search: Search, trials: Sequence[Trial]) -> Figure:
         if isinstance(dimension, Range):
             if dimension.log:
                 ax.set_xscale("log")
+                ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                ax.xaxis.set_major_formatter("{x:g}")
+                ax.xaxis.set_minor_formatter(NullFormatter())
         else:
             ax.set_xticks(range(len(dimension.values)), [plain(written(value), 12) for value in dimension.values])
         ax.set_xlabel(name)
@@ -107,32 +110,35 @@ def importance(importances: Mapping[str, float], trials: int) -> Figure:
     ax.set_xlabel("share (%)")
     ax.set_xlim(0, 100)
     ax.grid(alpha=0.3, axis="x")
-    figure.suptitle(f"{names[-1]} matters most: PED-ANOVA of {trials} trials", fontsize=10.5)
+    ax.set_axisbelow(True)
+    largest = f"{names[-1]} {100 * importances[names[-1]]:.0f} %"
+    figure.suptitle(f"Importance of the settings: {largest} (PED-ANOVA of {trials} trials)", fontsize=10.5)
     return figure
 
 
 def _points(ax: Axes, trials: Sequence[Trial], xs: Mapping[int, float], floor: float) -> None:
     """Points of all trials: complete ones with the standard deviation over seeds, pruned and diverged ones."""
-    shown: dict[str, list[tuple[float, float]]] = {"pruned": [], "diverged": [], "far below": []}
+    shown: dict[str, list[tuple[float, float]]] = {name: [] for name in ("pruned", "diverged", "below", "pruned below")}
     for trial in trials:
         x = xs[trial.number]
         if trial.state == "complete":
             score = 100 * trial.score
             if score < floor:
-                shown["far below"].append((x, floor))
+                shown["below"].append((x, floor))
                 continue
             width = spread([100 * one for one in trial.scores]) or 0.0
             style: dict[str, Any] = {"color": BLUE, "ms": 5, "elinewidth": 0.8}
             ax.errorbar(x, score, width, fmt="o", label=_label(trial), **style)
         elif trial.state == "pruned" and trial.reported:
             last = 100 * trial.reported[max(trial.reported)]
-            shown["pruned"].append((x, max(last, floor)))
+            shown["pruned" if last >= floor else "pruned below"].append((x, max(last, floor)))
         elif trial.state == "diverged":
             shown["diverged"].append((x, floor))
     looks: dict[str, tuple[str, str, str]] = {
-        "pruned": ("x", GREY, "pruned: its last epoch"),
+        "pruned": ("x", GREY, "pruned, at its last epoch"),
         "diverged": ("v", RED, "diverged"),
-        "far below": ("v", BLUE, f"below {floor:.0f}"),
+        "below": ("v", BLUE, f"below {floor:.0f}"),
+        "pruned below": ("v", GREY, f"pruned below {floor:.0f}"),
     }
     for state, points in shown.items():
         marker, colour, label = looks[state]

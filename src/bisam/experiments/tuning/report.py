@@ -83,7 +83,7 @@ def cautions(search: Search, trials: Sequence[Trial]) -> list[str]:
         near = sum(best.score - trial.score <= error for trial in found[1:])
         said.append(
             f"Its standard error is about {100 * error:.2g} points, {_of_what(best)}: {near} of the other "
-            f"{len(found) - 1} complete trials are not farther below it."
+            f"{len(found) - 1} complete trials are within it."
         )
     for name, dimension in search.ranges.items():
         if (end := _end(dimension, best.values[name])) is not None:
@@ -133,7 +133,7 @@ def rows(search: Search, trials: Sequence[Trial]) -> list[dict[str, Any]]:
             "n": len(trial.scores) if trial.state == "complete" else None,
             "seconds": trial.seconds,
             "folder": f"{RUNS}/{search.recipe(trial.values).slug}",
-            "how": outcome(trial),
+            "how": outcome(trial, search.base.unit),
         }
         for trial in trials
     ]
@@ -179,7 +179,7 @@ def markdown(
     others = [trial for trial in trials if trial.state != "complete"]
     if others:
         body = [
-            [str(trial.number), *(written(trial.values.get(n)) for n in search.space), outcome(trial)]
+            [str(trial.number), *(written(trial.values.get(n)) for n in search.space), outcome(trial, search.base.unit)]
             for trial in others
         ]
         parts += ["Not complete:", table(["trial", *search.space, "how it ended"], body)]
@@ -214,7 +214,7 @@ def _fixed(search: Search) -> str:
     shared = {
         field.name: value
         for field in fields(Recipe)
-        if field.name not in (*search.space, "seed", "version")
+        if field.name not in (*search.space, "dataset", "model", "seed", "version")
         and (value := getattr(search.base, field.name)) != field.default
         and not (field.name == "epochs" and value == default.epochs and search.base.steps is None)
         and not (field.name == "method" and search.method is not None)

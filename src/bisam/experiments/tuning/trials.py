@@ -87,14 +87,14 @@ def written(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def outcome(trial: Trial) -> str:
-    """How a trial ended, in words."""
+def outcome(trial: Trial, unit: str = "epochs") -> str:
+    """How a trial ended, in words; a run has so many epochs, or steps, as `unit` says."""
     if trial.state == "complete":
         same = "" if trial.repeats is None else f", as trial {trial.repeats}, which is the same run"
         return f"validation {100 * trial.score:.2f} %{same}"
     if trial.state == "pruned":
         last = max(trial.reported or {0: 0})
-        return f"pruned after {last}"
+        return f"pruned after {last} {unit if last != 1 else unit.removesuffix('s')}"
     if trial.state == "diverged":
         return f"diverged: the loss is not finite from epoch {trial.diverged} on"
     return f"failed: {trial.error}" if trial.state == "failed" else "unfinished"
