@@ -102,7 +102,9 @@ class _Thread:
         return False
 
 
-class _Threads(workers.Pool):
+class Threads(workers.Pool):
+    """A pool of threads."""
+
     def free(self):
         for worker in self.workers:
             if worker.job is None:
@@ -116,7 +118,7 @@ class _Threads(workers.Pool):
 @contextmanager
 def threads(serve, count):
     """In place of `open_pool`."""
-    pool = _Threads(serve, count)
+    pool = Threads(serve, count)
     try:
         yield pool
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ pytest.importorskip("cyclopts")
 pytest.importorskip("optuna")
 
 from bisam.experiments.errors import DataError, RunError
+from bisam.experiments.launch.workers import Killed
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.tuning import launch
 from bisam.experiments.tuning.database import DATABASE, opened
@@ -156,6 +158,30 @@ def test_a_search_whose_trials_all_fail_stops(tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "validate", lacks)
     with pytest.raises(ValueError, match="cifar10 is missing"):
         searched(Search(BASE, RHO), tmp_path / "b", 50)
+
+
+@pytest.mark.parametrize(("deaths", "state"), [(1, "complete"), (2, "failed")])
+def test_a_trial_whose_process_is_killed_is_resumed_once(tmp_path, monkeypatch, deaths, state):
+    left = [-9] * deaths
+
+    class Deadly(searches.Threads):
+        def messages(self):
+            for worker, message in super().messages():
+                if worker.job.number == 1 and left:
+                    self.workers.remove(worker)
+                    message = Killed(left.pop())
+                yield worker, message
+
+    @contextmanager
+    def deadly(serve, count):
+        yield Deadly(serve, count)
+
+    monkeypatch.setattr(launch, "open_pool", deadly)
+    search = Search(BASE, parse(["rho=0.05,0.1"]), sampler="grid")
+    trials = searched(search, tmp_path / "a", 2, watch := Watch())
+    assert ([trial.state for trial in trials], watch.begun) == (["complete", state], [0, 1, 1])
+    if state == "failed":
+        assert trials[1].error.startswith("its process was killed 2 times, probably because memory is short")
 
 
 def test_no_trial_begins_after_the_timeout(tmp_path):
