@@ -72,7 +72,19 @@ ALWAYS = {
     "accumulate",
 }
 ALWAYS |= {"optimizer", "learning_rate", "schedule", "weight_decay", "label_smoothing", "clip", "ema", "precision"}
-ALWAYS |= {"compile", "measured_epochs", "seed", "device", "devices", "nodes", "log", "stats"}
+ALWAYS |= {
+    "compile",
+    "measured_epochs",
+    "seed",
+    "device",
+    "devices",
+    "nodes",
+    "log",
+    "log_every",
+    "stats",
+    "stop_on_nan",
+    "max_time",
+}
 REFUSED_BY_RECIPE = {"rho", "mu", "alpha", "eta", "warmup"}
 
 
@@ -125,6 +137,7 @@ FILES = ("--dataset", "flowers")
         (("--mu", 1), ("--method", "sam"), "mu is no setting of the method sam"),
         (("--alpha", 1), ("--method", "bisam_log"), "alpha is no setting of the method bisam_log"),
         (("--eta", 1), ("--method", "sam"), "eta is no setting of the method sam"),
+        (("--patience", 30), (), "--patience (needs patience below the epochs, got 30 of 30)"),
         (("--warmup", 9), (), "warmup 9 needs the linear or constant schedule"),
     ],
 )
@@ -186,7 +199,7 @@ def test_each_condition_holds_somewhere(name):
         Recipe(dataset=dataset, noise=0.1, measured_epochs=1)
         for dataset in ("digits", "cifar10", "imagenet", "folder:a", "glue:rte")
     ]
-    recipes.append(Recipe(model="hf:bert-base-uncased"))
+    recipes += [Recipe(model="hf:bert-base-uncased"), Recipe(patience=5)]
     refuse_idle(recipes, Machine(), frozenset({name}))
     with pytest.raises(ValueError, match="without effect, leave out: "):
         refuse_idle(
@@ -201,7 +214,7 @@ def test_settings_of_presets_and_unknown_data_sets_are_not_refused():
     refuse_idle(
         [Recipe(dataset="digit", noise=0.1, measured_epochs=1)],
         Machine(),
-        frozenset(CONDITIONS) - {"strategy", "frozen"},
+        frozenset(CONDITIONS) - {"strategy", "frozen", "patience"},
     )
 
 

@@ -32,7 +32,7 @@ FLOORS = [
     {"deprecated"},
     {"analysis"},
     {"integrations"},
-    {"experiments.errors"},
+    {"experiments.errors", "experiments.markdown"},
     {"experiments.recipes"},
     {"experiments.runs", "experiments.models"},
     {"experiments.data"},

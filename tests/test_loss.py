@@ -412,7 +412,7 @@ def test_a_scale_of_another_kind_is_named(scale):
 
 
 def test_print_shows_the_method():
-    assert "method=SAM(perturb=L2(rho=0.05)" in repr(SharpnessAware(cases.mlp(), SAM(), cross_entropy))
+    assert "method=SAM(0.05)" in repr(SharpnessAware(cases.mlp(), SAM(), cross_entropy))
 
 
 # A loss like any other.

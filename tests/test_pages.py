@@ -1,13 +1,15 @@
-"""The code on the pages: every block of the README and of "Add it to your loop" runs, or is listed with the reason.
+"""The code on the pages: every block runs, here or in the test of its page, and every command is parsed.
 
-A block finds the names that it does not define (`model`, `loader`, ...) in a stand-in, a function with the title of the
-section. Of a diff both sides run. tests/test_coming_from.py runs the blocks of docs/coming-from.md.
+A block of "Add it to your loop" finds the names that it does not define (`model`, `loader`, ...) in a stand-in, a
+function with the title of the section. Of a diff both sides run. The blocks of other pages run one after another, with
+nothing but what they import. `ELSEWHERE` names the pages whose blocks run in a test of their own.
 """
 
 from __future__ import annotations
 
 import ast
 import copy
+import importlib.util
 import re
 import shlex
 import tomllib
@@ -34,6 +36,8 @@ from tests.support import cases, ranks
 
 ROOT = Path(__file__).parent.parent
 README, LOOP, COMING = "README.md", "docs/add-to-your-loop.md", "docs/coming-from.md"
+FRONT, START, METHODS_PAGE = "docs/index.md", "docs/start.md", "docs/choosing-a-method.md"
+RANKS = "docs/distributed.md"
 CLASSES = 4
 
 
@@ -67,7 +71,7 @@ def blocks(page: str) -> list[Block]:
     return found
 
 
-BLOCKS = [block for page in (README, LOOP) for block in blocks(page)]
+BLOCKS = [block for page in (FRONT, LOOP) for block in blocks(page) if not block.language.startswith("{")]
 
 
 # Stand-ins: what a script defines before the block.
@@ -367,7 +371,7 @@ def wgan() -> dict[str, Any]:
 
 # One stand-in for each block of the section.
 HERE: dict[tuple[str, str], list[Callable[[], dict[str, Any]]]] = {
-    (README, "bisam"): [loop],
+    (FRONT, "bisam"): [loop],
     (LOOP, "A plain loop"): [loop],
     (LOOP, "Mixed precision, clipping, accumulation"): [lambda: {**loop(), "loader": batches(2), "parts": 2}],
     (LOOP, "Examples that are remembered"): [numbered],
@@ -392,10 +396,6 @@ APART = {
     (LOOP, "SAMPa on pairs of ranks"): 1,
     (LOOP, "Hugging Face Trainer"): 1,
     (LOOP, "Lightning"): 1,
-    (README, "Methods"): 1,
-    (README, "Frameworks and trainers"): 1,
-    (README, "Command line"): 2,
-    (README, "Reproduce the paper"): 1,
 }
 
 
@@ -596,7 +596,7 @@ def test_each_player_of_a_gan_perturbs_and_trains_itself_alone():
     assert all(p.grad is not None for p in discriminator.parameters())
 
 
-# The README.
+# The other pages.
 
 
 @pytest.fixture
@@ -607,8 +607,35 @@ def alone():
     dist.destroy_process_group()
 
 
-def test_the_methods_of_the_readme_are_methods():
-    (block,) = of(README, "Methods")
+def python(page: str, apart: str = "") -> list[Block]:
+    return [block for block in blocks(page) if block.language == "python" and block.section != apart]
+
+
+# Pages whose blocks run one after another, with a section that has a test of its own.
+WHOLE = {README: "", START: "Options in short", "docs/tasks.md": "", "docs/how-it-works.md": ""}
+
+
+@pytest.mark.parametrize("page", WHOLE)
+def test_the_blocks_of_the_page_run_as_they_are(page, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for block in python(page, WHOLE[page]):
+        execute(block.code, names)
+    made = losses(names)
+    assert made
+    assert all(sharp.get_extra_state()["step"] for sharp in made)
+    if page in (README, START):
+        assert float(re.findall(r"accuracy on new examples (.*)", capsys.readouterr().out)[0]) > 0.9
+
+
+def test_the_first_run_is_the_same_in_the_readme_and_on_the_page():
+    readme, start = (python(page)[0].code for page in (README, START))
+    without_comments = [re.sub(r"  # .*", "", code) for code in (readme, start)]
+    assert without_comments[0] == without_comments[1]
+
+
+def test_the_combined_methods_are_methods():
+    (block,) = python(METHODS_PAGE)
     model, batch = mlp(), [torch.cat(parts) for parts in zip(*batches(8), strict=True)]
     optimizer = SGD(model.parameters(), lr=0.1)
     names = {
@@ -628,9 +655,10 @@ def test_the_methods_of_the_readme_are_methods():
         assert all(p.grad.isfinite().all() for p in model.parameters()), expression
 
 
-def test_the_losses_of_the_readme_train(alone, tmp_path):
+def test_the_options_in_short_train(alone, tmp_path):
     """Each assignment to `sharp` is a loss that takes a step, except for InPairs, which needs two processes."""
-    (block,) = of(README, "Frameworks and trainers")
+    (ranks_block,) = python(RANKS)
+    (block,) = [block for block in python(START) if block.section == WHOLE[START]]
     names = {
         **cases.public_names(),
         **trainer(tmp_path / "trainer"),
@@ -652,7 +680,7 @@ def test_the_losses_of_the_readme_train(alone, tmp_path):
         "micro_batches": [(x, y)],
     }
     trained = 0
-    for statement in ast.parse(block.code).body:
+    for statement in ast.parse(ranks_block.code + "\n" + block.code).body:
         code = ast.unparse(statement)
         model = names["model"] = vision if "Trainer(" in code else mlp()
         names["optimizer"] = SGD(model.parameters(), lr=0.1)
@@ -664,27 +692,47 @@ def test_the_losses_of_the_readme_train(alone, tmp_path):
     assert (tmp_path / "saved").exists()
 
 
-def commands(block: Block) -> list[list[str]]:
+# Commands.
+
+
+PAGES = [README, "CONTRIBUTING.md", *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").glob("*.md")))]
+COMMANDS = [(page, block.code) for page in PAGES for block in blocks(page) if block.language == "shell"]
+
+
+def commands(code: str) -> list[list[str]]:
     """The words of each command of a shell block, without comments."""
-    lines = [line for line in block.code.splitlines() if line.strip()]
+    lines = [line for line in code.splitlines() if line.strip()]
     return [shlex.split(command, comments=True) for line in lines for command in line.split("&&")]
 
 
-@pytest.mark.parametrize("section", ["Command line", "Reproduce the paper"])
-def test_the_command_line_accepts_the_commands_of_the_readme(section):
+@pytest.mark.parametrize(("page", "code"), COMMANDS, ids=[page for page, _ in COMMANDS])
+def test_the_commands_of_the_pages_are_accepted(page, code):
     """They are read and not run: studies take hours."""
     cli = pytest.importorskip("bisam.experiments.cli")
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    for block in of(README, section):
-        for program, *words in commands(block):
-            if program == "bisam":
-                command, bound, _ = cli.app.parse_args(words, exit_on_error=False, print_error=False)
-                assert command.__name__.startswith(words[0]), words
-                assert bound is not None
-            elif program == "pip":
-                assert re.fullmatch(r"\.\[(\w+)\]", words[-1])[1] in extras
-            else:
-                assert program == "pytest"
+    for program, *words in commands(code):
+        while "=" in program:  # a variable of the environment
+            program, *words = words
+        if program == "bisam":
+            command, bound, _ = cli.app.parse_args(words, exit_on_error=False, print_error=False)
+            assert command.__name__.startswith(words[0]), words
+            assert bound is not None
+        elif program == "pip":
+            named = re.fullmatch(r"(?:\.|\./bisam)(?:\[(\w+)\])?", words[-1])
+            assert named, words
+            assert named[1] is None or named[1] in extras
+        elif program == "python":
+            assert words[0] == "-m"
+            assert importlib.util.find_spec(words[1]), words
+        elif program == "bash":
+            assert (ROOT / words[0]).exists()
+        else:
+            assert program in ("pytest", "pre-commit", "git", "sphinx-build"), program
+
+
+def test_no_page_installs_a_name_that_is_not_on_an_index():
+    for page in {*PAGES} - {"CONTRIBUTING.md"}:  # which says when this changes
+        assert not re.search(r"pip install \"?bisam(?! @)", (ROOT / page).read_text()), page
 
 
 # All blocks.
@@ -697,12 +745,22 @@ def test_every_block_runs():
     assert found == {key: len(stand_ins) for key, stand_ins in HERE.items()} | APART
 
 
-def test_the_blocks_of_the_other_page_run_in_its_own_test():
-    found = [block.section for block in blocks(COMING)]
-    assert found == [
-        *("The loop", "The loop", "GradScaler", "A part of the parameters", "A part of the parameters"),
-        *("pytorch_optimizer", "pytorch_optimizer"),
-    ]
+ELSEWHERE = {
+    COMING: "tests/test_coming_from.py",
+    METHODS_PAGE: "tests/test_pages.py",
+    RANKS: "tests/test_pages.py",
+    "docs/analysis.md": "tests/analysis/test_page.py",
+    "docs/choosing-rho.md": "tests/test_pages.py",
+    "docs/conformance.md": "tests/conformance/table.py",
+    "docs/games.md": "tests/methods/test_games.py",
+}
+
+
+def test_the_blocks_of_every_page_run_in_some_test():
+    with_code = {page for page in PAGES if any(b.language in ("python", "py", "diff") for b in blocks(page))}
+    assert with_code == {FRONT, LOOP, *WHOLE, *ELSEWHERE}
+    for page, test in ELSEWHERE.items():
+        assert Path(page).stem in (ROOT / test).read_text()
 
 
 # A diff adds an object and changes a line; these change more.
@@ -725,10 +783,20 @@ def test_links_of_the_page_lead_somewhere():
     page = (ROOT / LOOP).read_text()
     links = re.findall(r"\]\(([^)#]+)\)", page)
     assert [link for link in links if not (ROOT / "docs" / link).exists()] == []
-    titles = re.findall(r"^## (.*)$", page, re.MULTILINE)
-    anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
-    assert set(re.findall(r"\]\(#([^)]+)\)", page)) == anchors
-    assert set(re.findall(r"add-to-your-loop\.md#([^)]+)\)", (ROOT / README).read_text())) <= anchors
+    assert set(re.findall(r"\]\(#([^)]+)\)", page)) == anchors(LOOP)
+
+
+def anchors(page: str) -> set[str]:
+    titles = re.findall(r"^##+ (.*)$", (ROOT / page).read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_between_pages_lead_somewhere(page):
+    for link, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)]+))?\)", (ROOT / page).read_text()):
+        there = (ROOT / page).parent / link if link else ROOT / page
+        assert there.exists(), link
+        assert not anchor or there.suffix != ".md" or anchor in anchors(str(there.relative_to(ROOT))), (link, anchor)
 
 
 def test_the_radius_of_the_page_on_rho_rises():
@@ -748,3 +816,7 @@ def test_the_accuracies_of_the_page_on_rho_are_those_of_the_study():
         name, _, best = method.rpartition(", ")
         for factor, score in zip((0.5, 1, 1.4, 2), scores, strict=True):
             assert f"| {noise} | {name} | {float(best) * factor:.4g} | 30 | {score} ±" in study
+
+
+def test_the_readme_is_read_to_its_end():
+    assert len((ROOT / README).read_text().splitlines()) < 120

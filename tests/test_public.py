@@ -110,6 +110,7 @@ CORE = [
     "methods.stale",
     "methods.trajectory",
     "methods.wrappers",
+    "methods.written",
     "model.capture",
     "model.compatibility",
     "model.eval_mode",
@@ -153,7 +154,7 @@ def test_type_checkers_read_the_names_that_are_loaded_when_they_are_used():
         assert getattr(bisam, name) is getattr(importlib.import_module(module), name)
 
 
-SAM = "SAM(perturb=L2(rho=0.05), ascent=None, descent=None)"
+SAM = "SAM(0.05)"
 
 
 @pytest.mark.parametrize(

@@ -433,6 +433,32 @@ def test_resume_from_the_model_alone_is_exact_for_a_method_without_memory():
     )
 
 
+@pytest.mark.parametrize(
+    ("wrap", "place"),
+    [(lambda model: model, "sharp.model"), (nn.DataParallel, "sharp.model.module")],
+    ids=["model", "in"],
+)
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(
+    "make", [normed, lambda: nn.ModuleDict({"model": nn.Linear(2, 2)})], ids=["plain", "named model"]
+)
+def test_the_weights_of_the_model_alone_are_refused_with_where_to_load_them(make, wrap, place, strict):
+    sharp = SharpnessAware(wrap(make()), BiSAM(), cross_entropy)
+    with pytest.raises(RuntimeError) as caught:
+        sharp.load_state_dict(make().state_dict(), strict=strict)
+    assert str(caught.value).startswith(f"these are the weights of the model alone: {place}.load_state_dict(...) loads")
+    assert len(str(caught.value)) < 300
+    sharp.load_state_dict(sharp.state_dict(), strict=strict)
+
+
+def test_other_state_dicts_are_left_to_torch():
+    sharp = SharpnessAware(nn.Linear(2, 2), BiSAM(), cross_entropy)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        sharp.load_state_dict({"other.weight": torch.ones(2, 2)})
+    assert sharp.load_state_dict({}, strict=False).missing_keys
+    sharp.load_state_dict({f"model.{name}": t for name, t in nn.Linear(2, 2).state_dict().items()}, strict=False)
+
+
 def test_a_loaded_state_is_a_copy_with_its_holes():
     sharp = SharpnessAware(OneUnused(), MomentumAscent(), cross_entropy)
     sharp(*cases.batch())

@@ -12,7 +12,7 @@ loss. It replaces the loss in a training loop; the rest of the loop is unchanged
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
@@ -334,6 +334,21 @@ class SharpnessAware(nn.Module):
             raise RuntimeError("there are no statistics yet: a training step, sharp(x, y) in train mode, records them")
         return self._memory.stats
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Restores the result of `state_dict`, the model and the state of the method; see `torch.nn.Module`.
+
+        Raises:
+            RuntimeError: it is the state of the model alone, or torch finds that it does not fit.
+            ValueError: it belongs to another method or to another model.
+        """
+        if (place := _place_of_weights(self.model, state_dict.keys())) is not None:
+            raise RuntimeError(
+                f"these are the weights of the model alone: {place}.load_state_dict(...) loads them, and the method "
+                "begins without a memory. SharpnessAware loads what its own state_dict() returned, whose names begin "
+                "with 'model.'"
+            )
+        return super().load_state_dict(state_dict, strict, assign)
+
     def extra_repr(self) -> str:
         """Returns the method, for `print(sharp)`."""
         return f"method={self.method!r}"
@@ -468,6 +483,23 @@ def _innermost(model: nn.Module) -> nn.Module:
     while list(model._modules.keys()) == ["module"] and not model._parameters and not model._buffers:
         model = cast(nn.Module, model._modules["module"])
     return model
+
+
+def _place_of_weights(model: nn.Module, names: AbstractSet[str]) -> str | None:
+    """Returns which module in a loss has the state dict with these names, `sharp.model`; None if it is of the loss."""
+    if "_extra_state" in names or names & {f"model.{name}" for name in _names(model)}:
+        return None
+    place = "sharp.model"
+    while not names & _names(model):
+        wrapper = next((name for name in ("module", "_orig_mod") if name in model._modules), None)
+        if wrapper is None:
+            return None
+        model, place = cast(nn.Module, model._modules[wrapper]), f"{place}.{wrapper}"
+    return place
+
+
+def _names(model: nn.Module) -> set[str]:
+    return {name for of in (model.named_parameters, model.named_buffers) for name, _ in of(remove_duplicate=False)}
 
 
 def _warn_of_half(oracle: ModelOracle) -> None:

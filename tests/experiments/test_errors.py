@@ -12,11 +12,12 @@ import torch
 from bisam.experiments.errors import (
     RunWarning,
     is_out_of_memory,
+    missing_package,
     reason_not_loaded,
     show_warnings_in_one_line,
 )
 from bisam.experiments.launch import estimate
-from bisam.experiments.launch.outcomes import train_or_explain
+from bisam.experiments.launch.work import train_or_explain
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.machine import Machine
 from bisam.experiments.training import train as training
@@ -130,3 +131,39 @@ def test_a_warning_about_a_run_is_one_line_and_others_are_unchanged(capsys, monk
     show_warnings_in_one_line()
     assert warnings.formatwarning(RunWarning("two\nlines"), RunWarning, "a.py", 3) == "bisam: two lines\n"
     assert "a.py:3: UserWarning: other" in warnings.formatwarning(UserWarning("other"), UserWarning, "a.py", 3)
+
+
+# Packages that are not installed
+
+
+@pytest.mark.parametrize(
+    ("package", "remedy"),
+    [
+        *(("matplotlib.pyplot", '"bisam[experiments]"'), ("sklearn", '"bisam[experiments]"')),
+        *(("PIL.Image", '"bisam[experiments]"'), ("ray", '"bisam[cluster]"'), ("wandb", '"bisam[loggers]"')),
+        *(("curvlinops", '"bisam[analysis]"'), ("onnx", '"bisam[onnx]"'), ("unheard_of", "unheard-of")),
+    ],
+)
+def test_a_package_that_is_not_installed_is_one_line_of_the_command(bisam, monkeypatch, package, remedy):
+    def fails(*_, **__):
+        raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+
+    monkeypatch.setattr("bisam.experiments.cli.terminal.console.print", fails)
+    code, _, err = bisam("list")
+    assert (code, err) == (2, f"bisam: {package.partition('.')[0]} is not installed: pip install {remedy}\n")
+
+
+def test_a_missing_part_of_bisam_is_no_missing_package():
+    assert missing_package(ModuleNotFoundError("No module named 'bisam.x'", name="bisam.x")) is None
+    assert missing_package(ImportError("cannot import name 'x'")) is None
+    told = ImportError('plots need matplotlib: pip install "bisam[analysis]"')
+    assert missing_package(told) == str(told)
+
+
+def test_a_run_without_a_package_is_one_line(tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise ModuleNotFoundError("No module named 'timm'", name="timm")
+
+    monkeypatch.setattr(training, "prepare", fails)
+    outcome = train_or_explain(ONE, tmp_path, Machine(log=()))
+    assert outcome.error == 'timm is not installed: pip install "bisam[experiments]"'

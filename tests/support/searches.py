@@ -53,9 +53,12 @@ def formula(run, machine, on_epoch, trained: list[Any] | None = None) -> Validat
         loss = math.nan if recipe.rho > 1.5 and epoch == 2 else 1.0
         row = {"epoch": epoch, "validation": score(recipe, epoch), "train_loss": loss, "flipped": 0.0, "seconds": 1.0}
         rows.append(row)
+        diverged = None if math.isfinite(loss) else epoch
         write(run.folder / "metrics.csv", to_csv(rows))
         on_epoch(row)
-    return Validated(rows[-1]["validation"], recipe.length, "last", None, "accuracy", 100, float(len(rows)))
+        if diverged:
+            break
+    return Validated(rows[-1]["validation"], epoch, "last", diverged, "accuracy", 100, float(len(rows)))
 
 
 @contextmanager

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import pickle
+import re
 import warnings
 from collections.abc import Iterable
 from difflib import get_close_matches
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 from textwrap import shorten
 
@@ -83,12 +85,44 @@ def of_system(error: OSError) -> str:
     return f"{what}{reason(error).rstrip('.')}. {f'{remedy}; finished' if remedy else 'Finished'} runs are unchanged"
 
 
+_DISTRIBUTIONS = {  # of packages that are imported by another name
+    "PIL": "pillow",
+    "curvlinops": "curvlinops-for-pytorch",
+    "markdown_it": "markdown-it-py",
+    "sklearn": "scikit-learn",
+}
+
+
+def missing_package(error: BaseException) -> str | None:
+    """Return which package is not installed and how to install it, on one line; None for another error."""
+    if isinstance(error, ImportError) and "pip install" in str(error):
+        return reason(error)
+    if not isinstance(error, ModuleNotFoundError) or error.name is None:
+        return None
+    package = error.name.partition(".")[0]
+    if package == "bisam":
+        return None
+    name = _DISTRIBUTIONS.get(package, package).replace("_", "-").lower()
+    try:
+        found = [re.match(rf"{re.escape(name)}\b(?!-).*extra == ['\"](\w+)", one) for one in requires("bisam") or ()]
+        extras = {match[1] for match in found if match} - {"dev"}
+        extra = "experiments" if "experiments" in extras else min(extras, default=None)
+    except PackageNotFoundError:  # bisam is used without being installed
+        extra = None
+    what = name if extra is None else f'"bisam[{extra}]"'
+    return f"{package} is not installed: pip install {what}"
+
+
 class DataError(ValueError):
     """A data set is missing, damaged or unknown; the message names the files to provide."""
 
 
 class RunError(Exception):
     """A run folder cannot be used; the message says why and gives the remedy."""
+
+
+class OutOfTimeError(RunError):
+    """The time that the user gives the command is over; what was trained until then is saved."""
 
 
 class InUseError(RunError):
@@ -112,7 +146,7 @@ class DamagedError(RunError):
         return f"{self.path} is damaged ({self.reason}): {self.remedy}"
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """The caller of a run has ended it after a completed epoch, which is saved; the message is the reason."""
 
 

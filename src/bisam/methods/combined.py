@@ -23,7 +23,7 @@ from bisam.validation import non_negative, positive, share, whole
 from bisam.vector import TINY, Vector
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GSAM(SAM):
     """GSAM: SAM that also reduces the gap between the perturbed and the plain loss (Zhuang et al., 2022).
 
@@ -71,7 +71,7 @@ def GBiSAM(rho: Perturbation | Radius = 0.05, bound: Bound = NegLog(), alpha: fl
     return GSAM(rho, ascent=bound, alpha=alpha)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class WSAM(SAM):
     """WSAM: sharpness as a weighted term, L + gamma/(1 - gamma) (L(w + e) - L) (Yue et al., 2023).
 
@@ -103,7 +103,7 @@ class WSAM(SAM):
         return replace(answer, grad=answer.gradient * weight + g * (1 - weight))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CRSAM(SAM):
     """CR-SAM: SAM with a penalty on the curvature along the ascent direction, by finite differences (Wu et al., 2024).
 
@@ -141,7 +141,7 @@ class CRSAM(SAM):
         return replace(ahead, grad=p + (p + m - g * 2) * self.gamma + (p - m) * self.beta)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class XSAM(SAM):
     """XSAM: interpolates or extrapolates between the displacement and the gradient at its end (Chen and Zhou, 2026).
 
@@ -204,7 +204,7 @@ def _slerp(a: Vector, b: Vector, alpha: float | Tensor) -> Vector:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FunctionalSAM(SAM):
     """Functional SAM: perturbs the Jacobian but not the loss gradient at the outputs (Singh et al., 2025).
 

@@ -22,7 +22,7 @@ from bisam.validation import MOST_QUERIES, finite, instance, non_negative, share
 from bisam.vector import TINY, Vector, power_of_two, widened
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ESAM(SAM):
     """Efficient SAM: perturbs a part of the weights and descends on a part of the examples (Du et al., 2022).
 
@@ -109,7 +109,7 @@ def EBiSAM(
     return ESAM(RandomMask(rho, beta), ascent=bound, gamma=gamma, select=select)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LookSAM(SAM):
     """LookSAM: SAM at every `k`-th step; the steps in between reuse its change of the gradient (Liu et al., 2022).
 
@@ -150,7 +150,7 @@ class LookSAM(SAM):
         return answer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AESAM(SAM):
     """AE-SAM: SAM at steps whose gradient is unusually large, else the plain gradient (Jiang et al., 2023).
 
@@ -208,7 +208,7 @@ class AESAM(SAM):
         return bool(squared >= mu + c * state["var"].sqrt())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SSAMF(SAM):
     """SSAM-F: sparse SAM that perturbs the weights with the largest Fisher information only (Mi et al., 2022).
 
@@ -318,7 +318,7 @@ class MomentumSAM:
         return answer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SAMPa(SAM):
     """SAMPa: SAM whose two gradients are independent, so that two devices can compute them at once (Xie et al., 2024).
 

@@ -5,7 +5,7 @@
     >>> from bisam import SAM, L2, Adaptive, MultiStepSAM, NegLog, Tanh
     >>> from bisam.perturbations import Friendly
     >>> SAM(0.1)                                          # a number is a radius: L2(0.1)
-    SAM(perturb=L2(rho=0.1), ascent=None, descent=None)
+    SAM(0.1)
     >>> bisam_tanh = SAM(0.1, ascent=Tanh())              # the adversary climbs BiSAM's bound of the 0-1 loss
     >>> abisam = SAM(Adaptive(0.5, eta=0.01), ascent=NegLog())
     >>> unnamed = SAM(Friendly(Adaptive(2.0)), ascent=NegLog())    # any combination
@@ -21,6 +21,7 @@ from bisam.batches import Batch
 from bisam.evaluation import Evaluation
 from bisam.masks import DropGrow, FisherMask
 from bisam.methods.method import follows_flips
+from bisam.methods.written import Written
 from bisam.objectives import Bound, NegLog, Objective
 from bisam.oracle import Oracle, Query
 from bisam.perturbations import (
@@ -54,8 +55,8 @@ class ERM:
         return oracle.query(batch)
 
 
-@dataclass(frozen=True)
-class SAM:
+@dataclass(frozen=True, repr=False)
+class SAM(Written):
     """Sharpness-aware minimisation: the gradient at the worst point near the weights (Foret et al., 2021).
 
     Source: https://arxiv.org/abs/2010.01412. A step makes two queries. The first computes the ascent gradient g at the
@@ -356,7 +357,7 @@ def SSAMD(
     return SAM(DropGrow(rho, keep, drop, every, steps), ascent=ascent)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MultiStepSAM(SAM):
     """SAM with several ascent steps, each with an equal share of the radius (Foret et al., 2021).
 

@@ -19,7 +19,7 @@ from bisam.methods.sam import SAM, looks
 from bisam.oracle import Oracle, Query
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class OptSAM(SAM):
     """OptSAM: SAM along the gradient that the previous step descended, with one gradient per step (Xie et al., 2024).
 
@@ -49,7 +49,7 @@ class OptSAM(SAM):
         return answer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AsyncSAM(SAM):
     """AsyncSAM: SAM along the gradient at the weights of the previous step, on its batch (Jo et al., 2025).
 
@@ -81,7 +81,7 @@ class AsyncSAM(SAM):
         return answer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SAMDB(SAM):
     """SAM-db: SAM whose ascent gradient is computed on another batch than its descent gradient (Xie et al., 2024).
 

@@ -33,7 +33,7 @@ AUTHORS = ("train", "--optim", "bisam_log", "--rho", "0.05", "--epochs", "200", 
         (("bogus",), "Available commands"),
         (
             (*AUTHORS, "--model", "resnet56", "--dataset", "cifar10", "--data-dir", "nowhere"),
-            "cifar10 is missing",
+            "--data-dir nowhere is not there",
         ),
     ],
 )
@@ -107,8 +107,8 @@ def test_an_error_of_the_system_is_named_for_what_it_is(number, remedy, bisam, t
 
 
 def test_a_place_that_cannot_be_written_is_one_line(bisam, tmp_path):
-    (tmp_path / "file").write_text("")
-    code, _, err = bisam("train", "--epochs", 1, "--out", tmp_path / "file")
+    (tmp_path / "train").write_text("")  # in the place of the folder of the runs
+    code, _, err = bisam("train", "--epochs", 1, "--out", tmp_path)
     assert code == 2
     assert "Not a directory. Something else has its name: move it away" in " ".join(err.split())
     assert len(err.strip().splitlines()) == 1

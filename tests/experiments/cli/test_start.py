@@ -43,6 +43,10 @@ def test_version_and_help_of_every_command_import_no_torch():
     assert (codes, slow) == (["0"] * len(calls), "")
 
 
+def test_the_list_imports_no_torch():
+    assert loaded(("list",)) == (["0"], "", "")
+
+
 def test_the_commands_above_are_all():
     from bisam.experiments.cli import app
 

@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 
 from bisam.experiments.analyses.file import ANALYSIS, read_entries
-from bisam.experiments.launch import outcomes, processes
-from bisam.experiments.launch.outcomes import collect_outcomes, lacking, train_or_explain
+from bisam.experiments.launch import processes, work
+from bisam.experiments.launch.outcomes import collect_outcomes, lacking
+from bisam.experiments.launch.work import train_or_explain
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Run
 from bisam.experiments.runs.machine import Machine
@@ -100,8 +101,8 @@ def test_a_diverged_run_has_no_analyses_and_is_no_failure(tmp_path):
 def test_a_run_on_several_devices_is_analysed_on_the_first_one(tmp_path, monkeypatch, device, devices, strategy, first):
     train(Run.under(tmp_path, SAM), QUIET)
     used: list[Machine] = []
-    monkeypatch.setattr(outcomes, "train", lambda run, *_: run.result)
-    monkeypatch.setattr(outcomes, "analyse", lambda folder, names, settings, machine, report: used.append(machine))
+    monkeypatch.setattr(work, "train", lambda run, *_: run.result)
+    monkeypatch.setattr(work, "analyse", lambda folder, names, settings, machine, report: used.append(machine))
     machine = Machine(device=device, devices=devices, strategy=strategy, log=())
     assert train_or_explain(SAM, tmp_path, machine, None, BOTH).error is None
     assert [(one.device, one.devices, one.strategy) for one in used] == [(first, 1, "auto")] * 2

@@ -9,6 +9,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
@@ -19,7 +20,7 @@ import torch
 from filelock import FileLock
 
 from bisam.experiments.launch import processes
-from bisam.experiments.launch.outcomes import train_or_explain
+from bisam.experiments.launch.work import train_or_explain
 from bisam.experiments.launch.workers import reason_killed
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Run, finished
@@ -281,3 +282,50 @@ def test_a_run_on_two_devices_goes_on_after_its_worker_was_killed(tmp_path):
         for run in (Run.under(tmp_path, recipe), whole)
     )
     assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(ours, theirs, strict=True))
+
+
+# --max-time, and SIGTERM
+
+
+def test_no_run_is_begun_once_the_time_is_over(tmp_path):
+    recipes, progress = [SGD, SHORT], Silent()
+    outcomes = processes.run_all(recipes, tmp_path, 1, Machine(log=(), max_time=1e-9), progress)
+    assert [(one.out_of_time, one.result, one.error) for one in outcomes] == [(True, None, None)] * 2
+    assert (progress.ended, list(finished(tmp_path))) == ({}, [])
+
+
+def test_a_run_in_a_worker_says_that_its_time_is_over(tmp_path):
+    outcome = train_or_explain(SHORT, tmp_path, Machine(log=(), max_time=1e-3))
+    assert (outcome.out_of_time, outcome.result, outcome.error) == (True, None, None)
+    assert len(Run.under(tmp_path, SHORT).metrics()) == 1
+
+
+STUDY = ("digits", "--seeds", "1", "--epochs", "200", "--workers", "2", "--log", "tensorboard", "--out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_study_and_its_workers_and_each_log_says_so(tmp_path, number):
+    """Sent to the first process alone, as `kill` does; SLURM sends it to all of them."""
+    study = subprocess.Popen(
+        [sys.executable, "-m", "bisam", "run", *STUDY, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert study.stdout is not None
+    logs: list[Path] = []
+    while len(logs) < 2:  # two runs have trained an epoch
+        assert study.poll() is None
+        logs = [log for log in tmp_path.glob("digits/*/seed-0/log.txt") if "epoch 1/" in log.read_text()]
+        time.sleep(0.2)
+    children = [int(pid) for pid in Path(f"/proc/{study.pid}/task/{study.pid}/children").read_text().split()]
+    study.send_signal(number)
+    _, err = study.communicate(timeout=60)
+    word = "terminated" if number == signal.SIGTERM else "interrupted"
+    assert study.returncode == 128 + number
+    assert err == f"{word}: 0 of 10 runs are finished; the same command resumes the others\n"
+    assert all(ended(pid) for pid in children)
+    for log in logs:
+        assert log.read_text().endswith("terminated: the same command resumes after the last completed epoch\n")

@@ -370,7 +370,8 @@ def test_many_undecided_are_counted_and_not_listed():
 
 def test_a_page_says_how_to_read_it_and_which_score_is_the_headline():
     text = report.markdown("T", SMALL, {})
-    (paragraph,) = (line for line in text.splitlines() if line.startswith("**How to read this page.**"))
+    _, _, below = text.partition("\n## How to read this page\n")
+    paragraph = next(line for line in below.splitlines() if "The headline score" in line)
     for word in ("95 % interval", "Holm-adjusted p", "Detectable", "The headline score"):
         assert paragraph.count(word) == 1
     assert "is that of the epoch with the best validation score; these runs took the first of several" in paragraph
@@ -884,6 +885,39 @@ def test_runs_that_diverged_are_counted_named_and_part_of_the_means():
     assert [first[column], second[column]] == ["0", "1"]
     assert "diverged" in report.header([sam, log], brief=True)
     assert "diverged" in to_csv([sam, log]).splitlines()[0]
+
+
+def ended_early(one, **entries):
+    return replace(one, result={**one.result, **entries})
+
+
+def test_a_report_says_how_many_ended_where_they_diverged():
+    *others, last = DIVERGED
+    text = report.markdown("T", [*others, ended_early(last, stopped="diverged")], {})
+    assert "if there is one. All of them ended there." in text
+    assert "ended there" not in report.markdown("T", DIVERGED, {})
+
+
+def test_the_terminal_names_the_rows_with_runs_that_diverged():
+    called = names(grouped(DIVERGED))[LOG]
+    *others, last = DIVERGED
+    words = "runs diverged, and are part of the means"
+    assert report.brief_of_diverged(DIVERGED) == (
+        f"{words}: {called} (1 of 2); the first one: the loss is not finite since epoch 2"
+    )
+    told = [*others, ended_early(last, message="loss is nan since epoch 2: a smaller --learning-rate or --rho")]
+    assert report.brief_of_diverged(told).endswith("one: loss is nan since epoch 2: a smaller --learning-rate or --rho")
+    noisy = [*told, run(replace(SAM, noise=0.4), 0.1, diverged=1)]
+    assert "label noise 40 % (1 of 1)" in report.brief_of_diverged(noisy)
+    assert report.brief_of_diverged(SMALL) == ""
+
+
+def test_a_report_says_which_runs_ended_for_want_of_better_scores():
+    early = [ended_early(one, stopped="patience") for one in DIVERGED[:2]]
+    epochs = len(early[0].metrics)
+    text = report.markdown("T", [*early, *DIVERGED[2:]], {})
+    assert f"Early stopping: 2 of 4 runs ended after {epochs} epochs, because validation had not improved" in text
+    assert "Early stopping" not in report.markdown("T", DIVERGED, {})
 
 
 def test_a_report_without_such_runs_has_no_column_of_them():

@@ -105,7 +105,7 @@ def test_a_folder_is_not_made_where_it_must_exist(tmp_path):
 )
 def test_a_damaged_json_file_is_named(tmp_path, content, message):
     (path := tmp_path / "x.json").write_bytes(content)
-    with pytest.raises(DamagedError, match=rf"x.json is damaged \(.*{message}.*\): delete {tmp_path} to run it again"):
+    with pytest.raises(DamagedError, match=rf"x.json is damaged \(.*{message}.*\): delete its folder to run"):
         files.read_json(path)
 
 

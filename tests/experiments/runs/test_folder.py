@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bisam.experiments.errors import RunError
-from bisam.experiments.launch.outcomes import train_or_explain
+from bisam.experiments.launch.work import train_or_explain
 from bisam.experiments.runs.files import to_csv
 from bisam.experiments.runs.folder import Run
 from bisam.experiments.runs.machine import Machine

@@ -100,6 +100,8 @@ WRONG = {
     "validation_examples": [None, True, -1, 1.5, "270"],
     "headline": [None, 5, "", "first", ["best"]],
     "diverged": [True, 0, 4, 1.5, "1"],
+    "stopped": [None, 1, "", "nan", ["patience"]],
+    "message": [None, 5, "", "a\nb", "x" * 1000],
     "metric": [5, None, "", "a\nb", "\ud800", "x" * 1000],
     "scores": [None, 5, [], {"best": 0.9}, {"best": {"accuracy": "high"}}, {"best": {"accuracy": 2}}],
     "examples": [0, -1, 1.5, True, "many"],
@@ -139,7 +141,7 @@ def test_the_remedy_keeps_the_training(done):
     before = done.result
     (path := done.folder / "result.json").write_text("{")
     assert str(read(done)).endswith(
-        f"delete {path}, and the same command writes it again from the checkpoint; other runs are not affected"
+        "delete this file, and the same command writes it again from the checkpoint; other runs are not affected"
     )
     path.unlink()
     epochs = []
@@ -156,7 +158,7 @@ def test_the_remedy_keeps_the_training(done):
 def test_without_a_checkpoint_the_run_is_to_be_run_again(done):
     (done.folder / "checkpoint.pt").unlink()
     (done.folder / "result.json").write_text("{")
-    assert f": delete {done.folder} to run it again; other runs are not affected" in str(read(done))
+    assert ": delete its folder to run it again; other runs are not affected" in str(read(done))
 
 
 # Whatever the files hold

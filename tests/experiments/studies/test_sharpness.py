@@ -14,7 +14,7 @@ pytest.importorskip("curvlinops")
 from bisam.experiments.analyses.catalogue import ANALYSES, known
 from bisam.experiments.analyses.file import ANALYSIS, read_entries
 from bisam.experiments.analyses.settings import Settings
-from bisam.experiments.launch.outcomes import train_or_explain
+from bisam.experiments.launch.work import train_or_explain
 from bisam.experiments.reports import predictors
 from bisam.experiments.reports.analyses import read
 from bisam.experiments.runs.folder import finished

@@ -21,6 +21,7 @@ from bisam.experiments.runs.folder import Run
 from bisam.experiments.runs.machine import Machine
 from bisam.experiments.training import train as training
 from bisam.experiments.training.journal import Journal, counted
+from bisam.experiments.training.points import Point
 from bisam.experiments.training.train import Training, prepare, train
 
 SHORT = Recipe(method="sam", epochs=3, batch_size=64, limit=300)
@@ -46,11 +47,11 @@ class Loss:
     """Sums with a loss, which count how often it is read."""
 
     def __init__(self):
-        self.read = 0
+        self.read, self.examples = 0, 1
 
-    def mean_loss(self):
+    def totals(self):
         self.read += 1
-        return 0.25
+        return 0.25 * self.examples, self.examples
 
 
 def test_without_a_terminal_the_command_prints_the_lines_of_log_txt(bisam, tmp_path):
@@ -143,6 +144,50 @@ def test_a_long_epoch_has_lines_and_reads_the_loss_for_these_alone():
     assert said[0].endswith("2.83 min left")  # 170 s: a second for each of 170 losses
 
 
+def test_a_display_gets_points_twice_a_second_and_a_logger_after_every_n_losses():
+    clock, sums = Clock(), Loss()
+    shown, logged, said = [], [], []
+    length = RunLength(epochs=2, steps=20, losses=20, losses_per_epoch=10, steps_per_epoch=10)
+    journal = Journal(said.append, length, torch.device("cpu"), processes=2, clock=clock, show=shown.append)
+    journal.tell(logged.append, 3)
+    for epoch in (1, 2):
+        journal.epoch_begins(epoch, 0.1)
+        sums.examples = 0
+        for _ in range(10):
+            clock.now += 0.25
+            sums.examples += 8
+            journal.batch(torch.zeros(8, 3, 2, 2), sums, 0.05)
+    assert said == []
+    # The last batch of an epoch is left to the row of the epoch.
+    assert [(point.epoch, point.batch, point.losses) for point in logged] == [
+        *((1, batch, batch) for batch in (3, 6, 9)),
+        *((2, losses - 10, losses) for losses in (12, 15, 18)),
+    ]
+    assert [(point.epoch, point.batch) for point in shown] == [
+        *((1, batch) for batch in (2, 4, 6, 8)),
+        *((2, batch) for batch in (1, 3, 5, 7, 9)),
+    ]
+    first = shown[0]
+    assert (first.epochs, first.batches, first.unit, first.learning_rate) == (2, 10, "images", 0.05)
+    assert first.speed == 2 * 8 * 2 / 0.5  # two processes with two batches of eight images in half a second
+    assert first.words().startswith("loss 0.25, learning rate 0.05, 64 images/s")
+    assert logged[0].scalars().items() >= {"step/loss": 0.25, "step/images_per_second": 64.0}.items()
+
+
+def test_the_loss_of_a_logged_point_is_that_since_the_last_one():
+    """The mean of an epoch until now would hide what happened in its last steps."""
+    logged, sums = [], Loss()
+    length = RunLength(epochs=1, steps=9, losses=9, losses_per_epoch=9, steps_per_epoch=9)
+    journal = Journal(lambda _: None, length, torch.device("cpu"), clock=Clock())
+    journal.tell(logged.append, 2)
+    journal.epoch_begins(1, 0.1)
+    totals = [(8.0 * batch * batch, 8.0 * batch) for batch in range(1, 10)]  # losses 1, 3, 5, ...
+    for each in totals:
+        sums.totals = lambda each=each: each
+        journal.batch(torch.zeros(8, 2), sums, 0.05)
+    assert [point.loss for point in logged] == [2.0, 6.0, 10.0, 14.0]
+
+
 def test_the_time_left_counts_what_this_process_did():
     """Resumed after 8 of 10 epochs: one epoch took 60 s, so that one minute is left, and not 60 / 9."""
     clock, said = Clock(), []
@@ -180,7 +225,8 @@ def test_a_line_of_an_epoch_reads_the_loss_once_and_a_step_never(tmp_path):
 
     without = reads(lambda one: None)
     assert reads(every(1e9)) == without
-    assert reads(every(0.0)) == without + 4  # 5 batches, and the last one has the line of the epoch
+    # 5 batches, of which the last one has the line of the epoch; a sum and a number for each
+    assert reads(every(0.0)) == without + 2 * 4
 
 
 def test_batches_count_in_images_tokens_or_examples():
@@ -235,3 +281,23 @@ def test_a_narrow_bar_keeps_count_and_time_and_drops_the_news(shown):
     assert "valid." not in narrow
     for part in ("0/2 runs", "2/6", "epochs", "0:00:0", "left"):
         assert part in narrow
+
+
+def test_a_bar_within_the_epoch_is_below_that_of_the_run(shown):
+    point = Point(2, 3, 7, 20, 27, 0.25, 0.05, 64.0, "images", 2**30)
+
+    def within(display):
+        display.point(point)
+
+    def after(display):
+        display.point(point)
+        display.advanced(SHORT, 2, 0.5)
+
+    lines = [line for line in shown(140, within).splitlines() if line.strip()]
+    assert "epoch 2" in lines[-1]
+    assert "7/20" in lines[-1]
+    assert "loss 0.25, learning rate 0.05, 64 images/s, 1.00 GiB" in lines[-1]
+    assert "20/20" in shown(140, after)
+    narrow = shown(60, within)
+    assert "7/20" in narrow
+    assert "loss" not in narrow

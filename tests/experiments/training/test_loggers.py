@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 from importlib.machinery import ModuleSpec
+from itertools import accumulate
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -126,12 +127,21 @@ def name(request, run):
 
 
 def same_as_metrics(run, name):
-    """The logger has each epoch once, with what metrics.csv says."""
+    """The logger has each epoch once, with what metrics.csv says, and the test scores of the result."""
     rows = list(csv.DictReader((run.folder / "metrics.csv").read_text().splitlines()))
     found = HAS[name](run)
-    assert set(found) == set(rows[0]) - {"epoch"}
+    scores = {key: found.pop(key) for key in ("test_best", "test_last") if key in found}
+    assert scores.keys() == {"test_best", "test_last"} or name == "wandb"  # which has them in its summary
+    for key, points in scores.items():
+        assert points[-1][0] == len(rows)
+        assert math.isclose(points[-1][1], run.result[key], rel_tol=1e-6)
+    # Steps of wandb are losses.
+    places = (
+        list(accumulate(int(row["losses"]) for row in rows)) if name == "wandb" else [int(row["epoch"]) for row in rows]
+    )
+    assert set(found) == set(rows[0]) - ({"epoch"} if name != "wandb" else set())
     for metric, points in found.items():
-        expected = [(int(row["epoch"]), float(row[metric])) for row in rows]
+        expected = [(place, float(row[metric])) for place, row in zip(places, rows, strict=True)]
         assert [step for step, _ in points] == [step for step, _ in expected]
         if metric in ("seconds", "relative_time"):  # of the first of two times, where an epoch was computed twice
             continue
@@ -244,6 +254,7 @@ class Service:
 
     def __init__(self, monkeypatch):
         self.rows, self.closed, self.options, self.fails = {}, 0, {}, None
+        self.axes, self.summary = {}, {}
         module = ModuleType("wandb")
         module.__spec__ = ModuleSpec("wandb", None)
         module.Settings = type("Settings", (SimpleNamespace,), {"model_fields": {"finish_timeout": None}})
@@ -260,7 +271,13 @@ class Service:
     def init(self, **options):
         self.reach("init")
         self.options = options
-        return SimpleNamespace(step=max(self.rows, default=-1) + 1, log=self.log, finish=self.finish)
+        return SimpleNamespace(
+            step=max(self.rows, default=-1) + 1,
+            log=self.log,
+            finish=self.finish,
+            define_metric=lambda name, step_metric: self.axes.update({name: step_metric}),
+            summary=self.summary,
+        )
 
     def log(self, row, step, commit):
         self.reach("log")
@@ -285,15 +302,19 @@ def test_a_run_has_one_id_for_its_life_and_sends_each_epoch_once(run, service):
 
     with pytest.raises(KeyboardInterrupt):
         train(run, Machine(log=("wandb",)), interrupt)
-    first, _ = service.options, service.rows.pop(2)  # it never arrived
+    first, _ = service.options, service.rows.popitem()  # it never arrived
     train(run, Machine(log=("wandb", "wandb")))
     assert first["id"] == service.options["id"]
     assert first["resume"] == "allow"
     assert first["config"] == SHORT.to_dict()
     assert (first["project"], first["tags"]) == ("bisam", ["study"])
     assert first["settings"]["finish_timeout"] == 60
-    assert list(service.rows) == [1, 2, 3]
-    assert [row["validation"] for row in service.rows.values()] == [row["validation"] for row in run.metrics()]
+    rows = run.metrics()
+    assert list(service.rows) == list(accumulate(int(row["losses"]) for row in rows))
+    assert [row["epoch"] for row in service.rows.values()] == [1, 2, 3]
+    assert [row["validation"] for row in service.rows.values()] == [row["validation"] for row in rows]
+    assert service.axes == {"*": "epoch", "step/*": "losses"}
+    assert service.summary == {key: run.result[key] for key in ("test_best", "test_last")}
     assert service.closed == 1
 
 
@@ -361,7 +382,7 @@ class Tracker:
 
     def get_run(self, id_):
         assert id_ == "a-run"
-        epochs = {"epoch": float(max(step for _, _, _, step in self.points))} if self.points else {}
+        epochs = {name: value for name, value, _, _ in self.points if name in ("epoch", "step/losses")}
         info = SimpleNamespace(run_id=id_, lifecycle_stage="active")
         return SimpleNamespace(info=info, data=SimpleNamespace(metrics=epochs))
 
@@ -386,8 +407,70 @@ def test_mlflow_is_told_each_epoch_once(run, monkeypatch):
     train(run, Machine(log=("mlflow",)))
     told = [(step, value) for name, value, _, step in tracker.points if name == "validation"]
     assert told == [(row["epoch"], row["validation"]) for row in run.metrics()]
+    told = {name: value for name, value, _, step in tracker.points if name.startswith("test_") and step == 3}
+    assert told == {key: run.result[key] for key in ("test_best", "test_last")}
     assert tracker.params["method"] == "bisam_log"
     assert tracker.ended == ["a-run"]
+
+
+# Points within an epoch
+
+
+def points_of(run):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator").EventAccumulator
+    events = accumulator(str(run.folder / "tensorboard" / "steps"))
+    events.Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_each_point_is_there_once_also_of_an_epoch_that_was_interrupted(run, service, monkeypatch):
+    """Of 15 losses in 3 epochs every second one is a point, except the last of an epoch, which the epoch has."""
+    tracker, calls = Tracker(monkeypatch), 0
+    machine = Machine(log=("tensorboard", "wandb", "mlflow"), log_every=2)
+    usual = loggers.TensorBoard.point
+
+    def interrupted(self, scalars, losses):
+        nonlocal calls
+        usual(self, scalars, losses)
+        calls += 1
+        if calls == 4:
+            service.log({"lost": True}, losses, commit=True)  # as the others, which are told after it
+            tracker.points.append(("step/losses", losses, 0, losses))
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loggers.TensorBoard, "point", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(run, machine)
+    assert len(run.metrics()) == 1
+    train(run, machine)
+    assert [row["losses"] for row in run.metrics()] == [5, 5, 5]
+    places = [2, 4, 6, 8, 12, 14]
+    found = points_of(run)
+    assert set(found) >= {"step/loss", "step/learning_rate", "step/images_per_second"}
+    assert all([step for step, _ in points] == places for points in found.values())
+    assert all(value > 0 for _, value in found["step/loss"])
+    assert sorted(service.rows) == [2, 4, 5, 6, 8, 10, 12, 14, 15]
+    told = [step for name, _, _, step in tracker.points if name == "step/losses"]
+    assert told == places
+
+
+def test_without_points_a_logger_has_the_epochs_alone(run):
+    train(run, Machine(log=("tensorboard",), log_every=0))
+    assert not (run.folder / "tensorboard" / "steps").exists()
+    same_as_metrics(run, "tensorboard")
+
+
+def test_tensorboard_has_the_recipe_as_hyper_parameters(run):
+    train(run, Machine(log=("tensorboard",)))
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator").EventAccumulator
+    data = pytest.importorskip("tensorboard.plugins.hparams.plugin_data_pb2").HParamsPluginData
+    events = accumulator(str(run.folder / "tensorboard"))
+    events.Reload()
+    start = data.FromString(events.PluginTagToContent("hparams")["_hparams_/session_start_info"])
+    values = start.session_start_info.hparams
+    assert values["method"].string_value == "bisam_log"
+    assert values["rho"].number_value == 0.4
+    assert set(values) == set(SHORT.to_dict())
 
 
 # The clock
@@ -467,6 +550,6 @@ def test_tensorboard_goes_on_behind_files_of_torchs_own_writer(run, monkeypatch)
     written.rename(written.with_name(written.name.replace(str(second), str(second + 50_000))))
     board = loggers.TensorBoard(run.folder, {})
     for epoch in (2, 3):
-        board.log({"validation": epoch / 10}, epoch)
+        board.log({"validation": epoch / 10}, epoch, 10 * epoch)
     assert [step for step, _ in tensorboard(run)["validation"]] == [1, 2, 3]
     assert times_are_in_order(run)

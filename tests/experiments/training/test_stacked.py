@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from bisam import Evaluation, ModelOracle, NegLog, cross_entropy
-from bisam.experiments.launch.outcomes import train_stack_or_explain
 from bisam.experiments.launch.stacks import Job, jobs, seconds
+from bisam.experiments.launch.work import train_stack_or_explain
 from bisam.experiments.models.build import build
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Run, finished
@@ -151,7 +151,9 @@ def test_a_seed_that_diverges_changes_nothing_in_the_others(tmp_path):
         training._stack.weights[2][1].fill_(math.inf)
     found = training.train()
     assert [result["diverged"] for result, _ in found] == [None, 1, None]
+    assert [result.get("stopped") for result, _ in found] == [None, "diverged", None]
     assert math.isnan(found[1][1][-1]["train_loss"])
+    assert [len(rows) for _, rows in found] == [recipe.length, 1, recipe.length]
     for i in (0, 2):
         assert untimed(found[i][0]) == untimed(alone[i][0])
         assert [untimed(row) for row in found[i][1]] == [untimed(row) for row in alone[i][1]]

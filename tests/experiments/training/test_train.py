@@ -72,5 +72,5 @@ def test_the_command_says_it_in_one_line(bisam, tmp_path):
     code, out, err = bisam("train", *flags, "--out", tmp_path)
     assert code == 0
     assert "test accuracy" in out
-    assert err.startswith("bisam: the training diverged: the loss is not finite from epoch 1 on; ")
+    assert err.startswith("bisam: loss is nan since epoch 1: a smaller --learning-rate; ")
     assert len(err.splitlines()) == 1

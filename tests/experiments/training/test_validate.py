@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bisam.experiments.errors import RunError, Stopped
+from bisam.experiments.errors import RunError, StoppedError
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Run
 from bisam.experiments.runs.machine import Machine
@@ -69,9 +69,9 @@ def test_a_run_is_stopped_after_an_epoch_and_resumed(tmp_path, untested):
 
     def stop(row):
         if row["epoch"] == 2:
-            raise Stopped("pruned")
+            raise StoppedError("pruned")
 
-    with pytest.raises(Stopped, match="pruned"):
+    with pytest.raises(StoppedError, match="pruned"):
         validate(run, Machine(log=("tensorboard",)), stop)
     assert len(run.metrics()) == 2
     assert run.folder.joinpath("log.txt").read_text().splitlines()[-1].endswith("stopped: pruned")

@@ -43,12 +43,13 @@ from bisam.analysis import (
 from bisam.analysis.samples import Progress, Result
 from bisam.experiments.analyses import figures
 from bisam.experiments.analyses.settings import Settings
-from bisam.experiments.analyses.subject import Subject
 from bisam.experiments.errors import unknown
 from bisam.objectives import Objective
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from bisam.experiments.analyses.subject import Subject
 
 DRAWS = 20
 """Random directions and random vectors of an average."""
@@ -145,7 +146,7 @@ class Analysis:
         return {column.title: column.value(results) for column in self.columns}
 
 
-_Value = Callable[[Subject, Settings], Any]
+_Value = Callable[["Subject", Settings], Any]
 
 
 def _measure(title: str, kind: type[Result], call: Callable[..., Any], **how: _Value) -> Measure:

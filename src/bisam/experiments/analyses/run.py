@@ -37,6 +37,7 @@ from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.files import checksum, make_folders, write
 from bisam.experiments.runs.folder import Result, Run, read_recipe
 from bisam.experiments.runs.machine import Machine
+from bisam.experiments.studies.study import Analyses
 from bisam.experiments.training.trained import result_of
 
 
@@ -167,6 +168,11 @@ def numbers(found: Mapping[str, Any], what: Iterable[str], settings: Settings = 
             raise KeyError(f"{name} with {one.relevant(own)}")
         values |= ANALYSES[name].numbers(entry["results"])
     return values
+
+
+def settings_by_name(analyses: Analyses) -> dict[str, Settings]:
+    """Return the settings of each analysis of a study, in the order in which they are computed."""
+    return {name: Settings(**analyses.settings_of(name)) for name in known(analyses.what)}
 
 
 def missing(folder: Path, result: Result, wanted: Mapping[str, Settings]) -> list[str]:

@@ -9,6 +9,8 @@ export                    writes the weights of a finished run for other program
 methods                   shows the catalogue of methods
 tables                    writes the page of the tables and figures of the papers
 options.py, flags.py      flags that commands share, and those that are fields of a recipe
+groups.py                 the headings of a command's help
+completion.py             the names that the shell completes
 idle.py                   refuses flags that have no effect
 """
 
@@ -35,8 +37,17 @@ from bisam.experiments.cli import (
     train,
     tune,
 )
+from bisam.experiments.cli.groups import epilogue
 from bisam.experiments.cli.terminal import errors
-from bisam.experiments.errors import RunError, is_out_of_memory, of_system, reason, show_warnings_in_one_line
+from bisam.experiments.errors import (
+    RunError,
+    is_out_of_memory,
+    missing_package,
+    of_system,
+    reason,
+    show_warnings_in_one_line,
+)
+from bisam.experiments.runs.signals import exit_code, past_tense, terminable
 
 app = App(
     name="bisam",
@@ -44,24 +55,26 @@ app = App(
     help="Sharpness-aware training: run the studies, train one recipe, report from run folders.",
     help_epilogue="Start with:  bisam run digits",
 )
-app.command(run.run, help_epilogue=run.EXAMPLES)
-app.command(train.train, help_epilogue=train.EXAMPLES)
-app.command(tune.tune, help_epilogue=tune.EXAMPLES)
-app.command(analyse.analyse, help_epilogue=analyse.EXAMPLES)
-app.command(listing.list_all, name="list", help_epilogue=listing.EXAMPLES)
-app.command(methods.methods, help_epilogue=methods.EXAMPLES)
-app.command(tables.tables, help_epilogue=tables.EXAMPLES)
-app.command(report.report, help_epilogue=report.EXAMPLES)
-app.command(plot.plot, help_epilogue=plot.EXAMPLES)
-app.command(archive.archive, help_epilogue=archive.EXAMPLES)
-app.command(export.export, help_epilogue=export.EXAMPLES)
+app.command(run.run, help_epilogue=epilogue(run.EXAMPLES))
+app.command(train.train, help_epilogue=epilogue(train.EXAMPLES))
+app.command(tune.tune, help_epilogue=epilogue(tune.EXAMPLES))
+app.command(analyse.analyse, help_epilogue=epilogue(analyse.EXAMPLES))
+app.command(listing.list_all, name="list", help_epilogue=epilogue(listing.EXAMPLES))
+app.command(methods.methods, help_epilogue=epilogue(methods.EXAMPLES))
+app.command(tables.tables, help_epilogue=epilogue(tables.EXAMPLES))
+app.command(report.report, help_epilogue=epilogue(report.EXAMPLES))
+app.command(plot.plot, help_epilogue=epilogue(plot.EXAMPLES))
+app.command(archive.archive, help_epilogue=epilogue(archive.EXAMPLES))
+app.command(export.export, help_epilogue=epilogue(export.EXAMPLES))
+app.register_install_completion_command(help="Install the completion of commands, flags and names for your shell.")
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one line and exit code 2, Ctrl-C exit code 130."""
+    """Entry point: a user's mistake is one line and exit code 2, Ctrl-C exit code 130, SIGTERM exit code 143."""
     show_warnings_in_one_line()
     try:
-        code = _called(sys.argv[1:])
+        with terminable():
+            code = _called(sys.argv[1:])
     except UnknownOptionError as error:
         errors.print(f"bisam: {_without_nonsense(error)}")
         sys.exit(2)
@@ -71,15 +84,17 @@ def main() -> None:
     except Exception as error:
         if is_out_of_memory(error):
             message = f"out of memory ({reason(error)}): finished runs are unchanged"
+        elif (missing := missing_package(error)) is not None:
+            message = missing
         elif isinstance(error, OSError):
             message = of_system(error)
         else:
             raise
         errors.print(f"bisam: {message}")
         sys.exit(2)
-    except KeyboardInterrupt:
-        errors.print("interrupted")
-        sys.exit(130)
+    except KeyboardInterrupt as error:
+        errors.print(past_tense(error))
+        sys.exit(exit_code(error))
     sys.exit(code if isinstance(code, int) else 0)
 
 

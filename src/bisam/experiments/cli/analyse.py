@@ -24,6 +24,7 @@ from bisam.experiments.errors import RunError, is_out_of_memory, reason
 from bisam.experiments.runs.archive import is_archive
 from bisam.experiments.runs.files import write
 from bisam.experiments.runs.machine import Machine
+from bisam.experiments.runs.signals import exit_code, ignore_further, past_tense
 
 if TYPE_CHECKING:
     from bisam.experiments.analyses.file import Entry
@@ -206,11 +207,11 @@ def _all(jobs: Sequence[_Job], names: Sequence[str], settings: Settings) -> int:
             for job in jobs:
                 display.run()
                 _one(job, names, settings, display, pressed)
-        except KeyboardInterrupt:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not end the message
+        except KeyboardInterrupt as error:
+            ignore_further()
             display.stop()
-            errors.print("interrupted: finished analyses are saved; the same command resumes after them")
-            return 130
+            errors.print(f"{past_tense(error)}: finished analyses are saved; the same command resumes after them")
+            return exit_code(error)
     done = [job for job in jobs if job.found]
     if done:
         _show(done)

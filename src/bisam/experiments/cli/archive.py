@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bisam.experiments.cli.options import Changes, Out
+from bisam.experiments.cli.options import Changes, Out, StudyName
 from bisam.experiments.runs.archive import SUFFIX
 
 EXAMPLES = (
@@ -13,7 +13,7 @@ EXAMPLES = (
 )
 
 
-def archive(study: str, *, changes: Changes = (), out: Out = Path("runs"), to: Path | None = None) -> int:
+def archive(study: StudyName, *, changes: Changes = (), out: Out = Path("runs"), to: Path | None = None) -> int:
     """Write the finished runs of a study to one compact file, without their checkpoints.
 
     `bisam report` and `bisam plot` read it in place of the folder. Its runs have no weights: they are finished, and

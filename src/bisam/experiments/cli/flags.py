@@ -20,6 +20,8 @@ from typing import Annotated, Any, cast, get_type_hints
 
 from cyclopts import Parameter, Token
 
+from bisam.experiments.cli import completion
+from bisam.experiments.cli.groups import OF_FIELD
 from bisam.experiments.recipes.fields import Fields
 
 
@@ -41,6 +43,9 @@ ALIASES = {"method": ("--optim", "--opt"), "learning_rate": ("--lr",)}
 """Other spellings of flags: the BiSAM authors' (their parser also takes the beginning of a flag) and a common one."""
 NO_FLAG = {"version"}
 """Fields of a recipe that no flag sets."""
+
+
+_COMPLETED = {"dataset": completion.datasets, "model": completion.models, "method": completion.methods}
 
 
 class RecipeFlags:
@@ -93,7 +98,12 @@ def _signature() -> inspect.Signature:
             default=one.default,
             annotation=Annotated[
                 converted.get(hints[one.name], hints[one.name]),
-                Parameter(alias=ALIASES.get(one.name), help=docs.get(one.name)),
+                Parameter(
+                    alias=ALIASES.get(one.name),
+                    help=docs.get(one.name),
+                    group=OF_FIELD[one.name],
+                    completer=_COMPLETED.get(one.name),
+                ),
             ],
         )
         for one in fields(Fields)

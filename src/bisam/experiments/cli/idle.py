@@ -66,6 +66,11 @@ CONDITIONS: dict[str, Condition] = {
         lambda r, _: r.model.partition(":")[0] in ("hf", "timm"), "model hf:NAME or timm:NAME", lambda r, _: r.model
     ),
     "channels_last": _with_dataset("a dataset of images", *(KINDS - {"glue"})),
+    "patience": Condition(
+        lambda r, _: r.patience is not None and (r.epochs is None or r.patience < r.epochs),
+        "patience below the epochs",
+        lambda r, _: f"{r.patience} of {r.epochs}",
+    ),
     "measured": Condition(lambda r, _: r.measured_epochs > 0, "measured_epochs above 0", lambda *_: "0"),
     "momentum": Condition(lambda r, _: r.optimizer == "sgd", "optimizer sgd", lambda r, _: r.optimizer),
     "strategy": Condition(

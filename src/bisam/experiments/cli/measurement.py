@@ -19,6 +19,7 @@ from bisam.experiments.measurements.timing import Load
 from bisam.experiments.recipes.changes import pairs
 from bisam.experiments.runs.files import to_csv
 from bisam.experiments.runs.machine import Machine
+from bisam.experiments.runs.signals import exit_code, ignore_further, past_tense
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -80,9 +81,10 @@ class MeasurementSubject:
 
             try:
                 folder = measure(self.measurement, pairs(launch.changes, _CHANGE), out, machine, tell)
-            except KeyboardInterrupt:
-                errors.print("interrupted: measured parts are kept; the same command measures the others")
-                return 130
+            except KeyboardInterrupt as error:
+                ignore_further()
+                errors.print(f"{past_tense(error)}: measured parts are kept; the same command measures the others")
+                return exit_code(error)
         return self._report(folder, folder, {})
 
     def report(self, changes: tuple[str, ...], out: Path, to: Path | None) -> int:
@@ -111,8 +113,6 @@ class MeasurementSubject:
         return next(iter(drawings.values()))
 
     def _report(self, place: Path, to: Path, changed: dict[str, str]) -> int:
-        from bisam.experiments.reports.drawing import rendered
-
         found = report_of(self.measurement, place, changed)
         if found.header:
             table = Table(*found.header, title=found.title)
@@ -121,6 +121,5 @@ class MeasurementSubject:
             # At its own width: cells that are cut or folded letter by letter would be of no use.
             width = Width.get(console, console.options.update(max_width=1000), table).maximum
             Console(width=max(width, console.width)).print(table)
-        figures = {file: rendered(figure) for file, figure in found.figures.items()}
-        write_report(to, found.markdown, to_csv(found.rows) if found.rows else "", figures)
+        write_report(to, found.markdown, {"report.csv": to_csv(found.rows) if found.rows else ""}, found.figures)
         return 0

@@ -8,18 +8,26 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from bisam.experiments.cli import completion
 from bisam.experiments.cli.flags import Whole
-from bisam.experiments.runs.archive import is_archive
+from bisam.experiments.cli.groups import MACHINE, OUTPUT
 from bisam.experiments.runs.machine import Machine
 
-Out = Annotated[Path, Parameter(help="Folder that the run folders are in.")]
-In = Annotated[Path, Parameter(name="--out", help="Folder that the run folders are in, or an archive of them.")]
+Out = Annotated[Path, Parameter(group=OUTPUT, help="Folder that the run folders are in.")]
+In = Annotated[
+    Path, Parameter(name="--out", group=OUTPUT, help="Folder that the run folders are in, or an archive of them.")
+]
 Changes = Annotated[
     tuple[str, ...], Parameter(name="--set", negative="", help="Change a field of all recipes: --set epochs=1.")
 ]
-Quiet = Annotated[bool, Parameter(negative="", help="Show no progress: only results, errors and warnings.")]
-Verbose = Annotated[bool, Parameter(negative="", help="Show a line for each epoch, above the bar if there is one.")]
-MachineFlags = Annotated[Machine, Parameter(name="*")]
+StudyName = Annotated[str, Parameter(completer=completion.studies)]
+Quiet = Annotated[
+    bool, Parameter(negative="", group=OUTPUT, help="Show no progress: only results, errors and warnings.")
+]
+Verbose = Annotated[
+    bool, Parameter(negative="", group=OUTPUT, help="Show a line for each epoch, above the bar if there is one.")
+]
+MachineFlags = Annotated[Machine, Parameter(name="*", group=MACHINE)]
 Given = Annotated[frozenset[str], Parameter(parse=False)]
 """Names of the flags on the command line, as in `data_dir`; `main` fills them in."""
 
@@ -73,18 +81,6 @@ def refuse_contradiction(quiet: bool, verbose: bool) -> None:
     """
     if quiet and verbose:
         raise ValueError("--quiet shows no progress and --verbose shows more of it: leave one out")
-
-
-def refuse_archive(out: Path) -> None:
-    """Refuse to run into an archive.
-
-    Raises:
-        ValueError: it is one.
-    """
-    if is_archive(out):
-        raise ValueError(
-            f"--out {out} is an archive of finished runs, without checkpoints: nothing can be run in it. Give a folder"
-        )
 
 
 def flag(name: str) -> str:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from bisam.experiments.cli.terminal import console, errors
 from bisam.experiments.errors import RunError
+from bisam.experiments.launch.outcomes import lacking
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports.groups import names, place, places
 from bisam.experiments.runs.durations import duration
@@ -110,8 +111,6 @@ def _result(run: Run) -> Result | None:
 
 def _is_analysed(run: Run, result: Result, analyses: Analyses) -> bool:
     """Whether nothing is left to measure of a finished run; a damaged file is reported."""
-    from bisam.experiments.launch.outcomes import lacking  # not at the top: it imports what trains
-
     try:
         return not lacking(run, result, analyses)
     except RunError as error:

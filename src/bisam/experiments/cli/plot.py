@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bisam.experiments.cli.options import Changes, In
+from bisam.experiments.cli.options import Changes, In, StudyName
 from bisam.experiments.cli.terminal import console
 from bisam.experiments.errors import unknown
 from bisam.experiments.runs.archive import is_archive
@@ -16,7 +16,12 @@ EXAMPLES = (
 
 
 def plot(
-    figure: str, study: str | None = None, *, changes: Changes = (), out: In = Path("runs"), to: Path | None = None
+    figure: str,
+    study: StudyName | None = None,
+    *,
+    changes: Changes = (),
+    out: In = Path("runs"),
+    to: Path | None = None,
 ) -> int:
     """Draw one figure, from run folders: PNG, PDF or SVG.
 
@@ -24,12 +29,13 @@ def plot(
         figure: A study or measurement (its first figure), or the name of a figure: accuracy, curves, flips, ... or an
             analysis of a run: landscape, sharpness, zero-one, flips, spectrum, margins, feature-margins, calibration,
             rank, gradient, corruptions.
-        study: Study whose runs the figure shows, or the folder of the analysed run.
+        study: Study whose runs the figure shows, the folder of the analysed run, or for `time` the report.csv of a
+            study whose runs are not at hand.
         changes: The same values as for `bisam run`.
         to: File to write; its suffix gives the format. By default FIGURE.png.
     """
     from bisam.experiments.cli.subjects import SUBJECTS, subject
-    from bisam.experiments.reports import analyses, figures, predictor_plot
+    from bisam.experiments.reports import analyses, figures, predictor_plot, scatter
     from bisam.experiments.reports.drawing import save
 
     of_studies = [*figures.CAPTIONS, predictor_plot.NAME]
@@ -39,7 +45,9 @@ def plot(
         if figure in of_studies:
             remedy = f"write `bisam plot {figure} STUDY --out {run}`"
         raise ValueError(f"{run} is an archive of runs: {remedy}")
-    if run is not None and figure in analyses.DRAWN and (run.exists() or figure not in figures.CAPTIONS):
+    if run is not None and figure == "time" and run.suffix == ".csv":
+        drawing = scatter.of_rows(run)
+    elif run is not None and figure in analyses.DRAWN and (run.exists() or figure not in figures.CAPTIONS):
         drawing = analyses.draw(figure, run)
     elif study is None and figure in SUBJECTS:
         drawing = SUBJECTS[figure].figure(None, changes, out)

@@ -11,6 +11,7 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     Task,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -22,6 +23,7 @@ from bisam.experiments.tuning.trials import outcome, ranked, settings
 
 if TYPE_CHECKING:
     from bisam.experiments.recipes.recipe import Recipe
+    from bisam.experiments.training.points import Point
     from bisam.experiments.tuning.trials import Trial
 
 _WIDE = 80
@@ -77,7 +79,7 @@ class Display(_Live):
             TextColumn("{task.fields[runs]}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn(" and ".join(units)),
+            TextColumn("{task.fields[unit]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -85,7 +87,8 @@ class Display(_Live):
             quiet=quiet,
         )
         total = sum(recipe.length + analyses for recipe in recipes)
-        self._task = self._bar.add_task("", total=total, runs=self._count(), news="")
+        self._task = self._bar.add_task("", total=total, runs=self._count(), unit=" and ".join(units), news="")
+        self._epoch: tuple[TaskID, int] | None = None
 
     def line(self, text: str) -> None:
         """Print a line, above the bar if there is one; nothing if the display is quiet or a bar suffices."""
@@ -113,8 +116,28 @@ class Display(_Live):
             )
 
     def advanced(self, recipe: Recipe, completed: int, validation: float) -> None:
-        """Show a completed epoch on the bar alone."""
+        """Show a completed epoch on the bars alone."""
+        if self._epoch is not None:
+            task, _ = self._epoch
+            self._bar.update(task, completed=self._bar.tasks[-1].total, news="")
         self._advance(recipe, completed, f"{_called(recipe)}: {100 * validation:.1f} % valid.")
+
+    def point(self, point: Point) -> None:
+        """Show where the only run is within its epoch, on a bar below the other."""
+        state: dict[str, Any] = {
+            "completed": point.batch,
+            "total": point.batches,
+            "runs": f"epoch {point.epoch}",
+            "news": point.words(),
+        }
+        if self._epoch is None:
+            self._epoch = self._bar.add_task("", unit="batches", **state), point.epoch
+            return
+        task, shown = self._epoch
+        if shown != point.epoch:
+            self._bar.reset(task)
+            self._epoch = task, point.epoch
+        self._bar.update(task, **state)
 
     def measuring(self, recipe: Recipe, measure: str, completed: int) -> None:
         """Show a measure of a finished run that is being computed, after so many completed analyses."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bisam.experiments.cli.options import Changes, In
+from bisam.experiments.cli.options import Changes, In, StudyName
 
 EXAMPLES = (
     "Examples:  bisam report digits   |   bisam report digits --to reports   |   bisam report table1 --set epochs=1"
 )
 
 
-def report(study: str, *, changes: Changes = (), out: In = Path("runs"), to: Path | None = None) -> int:
+def report(study: StudyName, *, changes: Changes = (), out: In = Path("runs"), to: Path | None = None) -> int:
     """Write report.md, report.csv, report.html and the figures from the run folders of a study, and print the table.
 
     Where runs were analysed (`bisam analyse`), the report has their numbers, which are in analysis.csv too.

@@ -7,7 +7,9 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from bisam.experiments.cli.options import Given, Launch, MachineFlags, Out, refuse_archive
+from bisam.experiments.cli.folders import check_out
+from bisam.experiments.cli.groups import LAUNCH
+from bisam.experiments.cli.options import Given, Launch, MachineFlags, Out, StudyName
 from bisam.experiments.runs.machine import Machine
 
 EXAMPLES = (
@@ -17,9 +19,9 @@ EXAMPLES = (
 
 
 def run(
-    study: str,
+    study: StudyName,
     *,
-    launch: Annotated[Launch, Parameter(name="*")] = Launch(),  # noqa: B008
+    launch: Annotated[Launch, Parameter(name="*", group=LAUNCH)] = Launch(),  # noqa: B008
     machine: MachineFlags = Machine(),  # noqa: B008
     out: Out = Path("runs"),
     given: Given = frozenset(),
@@ -31,7 +33,7 @@ def run(
     """
     from bisam.experiments.cli.subjects import subject
 
-    refuse_archive(out)
+    check_out(out)
     chosen = subject(study)
     chosen.check(launch, machine, given)
     return chosen.plan(launch, machine, out) if launch.dry_run else chosen.run(launch, machine, out)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import itertools
-import signal
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bisam.experiments.cli.folders import check_data_dir
 from bisam.experiments.cli.idle import refuse_idle
 from bisam.experiments.cli.options import Launch, flag
 from bisam.experiments.cli.plan import show_runs, show_times
 from bisam.experiments.cli.progress import Display
 from bisam.experiments.cli.terminal import console, errors
 from bisam.experiments.errors import DamagedError, RunError
+from bisam.experiments.launch.outcomes import Done, Outcome, collect_outcomes, known_outcome
 from bisam.experiments.recipes.changes import pairs
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.recipes.versions import VERSION
@@ -23,12 +24,11 @@ from bisam.experiments.runs.archive import Source, source, write_archive
 from bisam.experiments.runs.durations import duration
 from bisam.experiments.runs.folder import Finished, Run, finished, read_recipe
 from bisam.experiments.runs.machine import Machine, threads
+from bisam.experiments.runs.signals import exit_code, ignore_further, past_tense
 from bisam.experiments.studies.study import Analyses, Study, expand
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from bisam.experiments.launch.outcomes import Outcome
 
 
 @dataclass(frozen=True)
@@ -81,13 +81,11 @@ class StudySubject:
             from bisam.experiments.analyses.catalogue import known
 
             known(self.study.analyses.what)  # fails here, before the first run, if a package is missing
-        if launch.ray is None:
-            machine.fabric()  # fails here, before the first run, if the device is missing
 
     def _check_stack(self, recipes: Sequence[Recipe], machine: Machine, given: frozenset[str]) -> None:
         from bisam.experiments.training.stacked.checks import check
 
-        _refuse("a stack writes metrics.csv and no other log", given & {"log"})
+        _refuse("a stack writes metrics.csv and no other log", given & {"log", "log_every"})
         if self.study.analyses is not None:
             raise ValueError(f"--stack keeps no weights, which the analyses of {self.name} need: leave --stack out")
         for recipe in recipes:
@@ -122,16 +120,15 @@ class StudySubject:
         with Display(recipes, units, quiet=launch.quiet, verbose=launch.verbose) as display:
             try:
                 outcomes = _launched(recipes, root, launch, machine, display, analyses)
-            except KeyboardInterrupt:
-                signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not end the message
+            except KeyboardInterrupt as error:
+                ignore_further()
                 display.stop()
-                again = "resumes the others"
-                if launch.stack is not None:
-                    again += ", and an interrupted stack begins again"
-                errors.print(
-                    f"interrupted: {display.finished} of {len(recipes)} runs are finished; the same command {again}"
-                )
-                return 130
+                errors.print(f"{past_tense(error)}: {_goes_on(display.finished, len(recipes), launch)}")
+                return exit_code(error)
+        if any(outcome.out_of_time for outcome in outcomes):
+            show_failed(outcomes)
+            errors.print(f"--max-time is over: {_goes_on(display.finished, len(recipes), launch)}")
+            return 130
         if any(outcome.result for outcome in outcomes):
             from bisam.experiments.cli.study_report import report
 
@@ -232,7 +229,11 @@ def _launched(
     analyses: Analyses | None,
 ) -> Sequence[Outcome]:
     """Outcomes of the runs and their analyses, in processes of this machine or on a cluster."""
+    if all(known_outcome(recipe, root, analyses) for recipe in recipes):  # what trains takes seconds to load
+        return collect_outcomes(recipes, root, display, _none_left, analyses)
+    check_data_dir(recipes, machine)
     if launch.ray is None:
+        machine.fabric()  # fails here, before the first run, if the device is missing
         from bisam.experiments.launch.processes import run_all
 
         return run_all(recipes, root, launch.workers or machine.slots, machine, display, analyses, launch.stack)
@@ -249,6 +250,10 @@ def _launched(
         retries=launch.retries,
         analyses=analyses,
     )
+
+
+def _none_left(left: Sequence[Recipe], _: Done) -> None:
+    raise AssertionError(left)
 
 
 def all_finished(root: Path, place: Source) -> tuple[list[Finished], list[str]]:
@@ -321,6 +326,11 @@ def show_failed(outcomes: Sequence[Outcome]) -> int:
     if not failed:
         return 0
     return 1 if any(outcome.started for outcome in outcomes) else 2
+
+
+def _goes_on(finished: int, runs: int, launch: Launch) -> str:
+    stacks = "" if launch.stack is None else ", and an interrupted stack begins again"
+    return f"{finished} of {runs} runs are finished; the same command resumes the others{stacks}"
 
 
 def _refuse(why: str, idle: frozenset[str]) -> None:

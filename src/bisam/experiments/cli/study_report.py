@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,9 +12,11 @@ from rich.text import Text
 from bisam.experiments.analyses.file import Entry
 from bisam.experiments.cli.report_files import write_report
 from bisam.experiments.cli.terminal import console, errors
+from bisam.experiments.markdown import aligned, escaped, link
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports import analyses, legends, predictors, tables
-from bisam.experiments.reports.groups import grouped
+from bisam.experiments.reports.answer import Wanted, unmarked
+from bisam.experiments.reports.groups import grouped, names, place as at, places
 from bisam.experiments.reports.parts import compared, parts
 from bisam.experiments.runs.archive import Source
 from bisam.experiments.runs.files import to_csv
@@ -38,8 +41,14 @@ def report(study: Study, runs: list[Finished], left_out: list[str], place: Sourc
         errors.print(f"bisam: skipped: {fault}")
     rows = tables.summary(runs, study.baselines, study.registered)
     _print_table(study, runs, rows)
+    if words := tables.brief_of_diverged(runs):
+        errors.print(f"bisam: {words}")
     _print_predictors(study, runs, entries)
     found = parts(study, runs, entries, faults, "" if place.archived else f"{place.folder / study.folder}")
+    tables_of = {"report.csv": to_csv(rows), **{n: text for part in found for n, text in part.files.items()}}
+    said, wanted = [part.answer for part in found if part.answer], Wanted(len(study.recipes(None)), study.seeds)
+    answer = tables.opening(runs, study.baselines, study.registered, said, wanted, tunes=study.tunes)
+    console.print(unmarked(answer), markup=False, highlight=False)
     text = tables.markdown(
         study.title,
         runs,
@@ -50,10 +59,40 @@ def report(study: Study, runs: list[Finished], left_out: list[str], place: Sourc
         study.assumptions,
         [part.text for part in found if part.text],
         study.registered,
+        linked([name for name, content in tables_of.items() if content.strip()], runs, place, to),
+        answer,
     )
     pictures = {name: picture for part in found for name, picture in part.pictures.items()}
-    files = {name: content for part in found for name, content in part.files.items()}
-    write_report(to, text, to_csv(rows), pictures, files)
+    write_report(to, text, tables_of, pictures)
+
+
+def linked(files: Sequence[str], runs: Sequence[Finished], place: Source, to: Path) -> str:
+    """The section with links to the files of a report and to its runs, in Markdown.
+
+    Args:
+        files: names of CSV files.
+        runs: finished runs.
+        place: where they are: of an archive the file is linked, of a folder each run.
+        to: folder of the report.
+    """
+
+    def relative(path: Path) -> str:
+        return Path(os.path.relpath(path.absolute(), to.absolute())).as_posix()
+
+    blocks = ["## Files", f"Numbers: {', '.join(link(file, file) for file in files)}."]
+    if place.archived:
+        blocks.append(f"Runs: {link(place.given.name, relative(place.given))}.")
+        return "\n\n".join(blocks)
+    groups = grouped(runs)
+    called, titles = names(groups), places(groups)
+    lines = [
+        (
+            escaped(", ".join(part for part in (titles[at(recipe)], called[recipe]) if part)),
+            " ".join(link(f"{run.recipe.seed}", relative(run.folder)) for run in group if run.folder is not None),
+        )
+        for recipe, group in groups.items()
+    ]
+    return "\n\n".join([*blocks, aligned(("runs", "seeds"), lines)])
 
 
 def _print_table(study: Study, runs: Sequence[Finished], rows: Sequence[tables.Row]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,15 +9,19 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from bisam.experiments.cli.flags import AuthorsFlags, RecipeFlags
+from bisam.experiments.cli.folders import check_data_dir, check_out
+from bisam.experiments.cli.groups import AUTHORS, RECIPE
 from bisam.experiments.cli.idle import CONDITIONS, refuse_idle
-from bisam.experiments.cli.options import Given, MachineFlags, Out, Quiet, Verbose, refuse_archive, refuse_contradiction
+from bisam.experiments.cli.options import Given, MachineFlags, Out, Quiet, Verbose, refuse_contradiction
 from bisam.experiments.cli.progress import Display
 from bisam.experiments.cli.terminal import console, errors
-from bisam.experiments.errors import RunError, is_out_of_memory, reason
+from bisam.experiments.errors import OutOfTimeError, RunError, is_out_of_memory, reason
 from bisam.experiments.runs.machine import Machine
+from bisam.experiments.runs.signals import exit_code, ignore_further, past_tense
 
 if TYPE_CHECKING:
     from bisam.experiments.recipes.recipe import Recipe
+    from bisam.experiments.runs.folder import Run
     from bisam.experiments.runs.results import Result
 
 EXAMPLES = (
@@ -31,10 +34,10 @@ EXAMPLES = (
 def train(
     *,
     flags: Annotated[RecipeFlags, Parameter(name="*")] = RecipeFlags(),  # noqa: B008
-    preset: str | None = None,
-    config: Path | None = None,
-    save_config: Path | None = None,
-    authors: Annotated[AuthorsFlags, Parameter(name="*", group="The BiSAM authors' flags")] = AuthorsFlags(),  # noqa: B008
+    preset: Annotated[str | None, Parameter(group=RECIPE)] = None,
+    config: Annotated[Path | None, Parameter(group=RECIPE)] = None,
+    save_config: Annotated[Path | None, Parameter(group=RECIPE)] = None,
+    authors: Annotated[AuthorsFlags, Parameter(name="*", group=AUTHORS)] = AuthorsFlags(),  # noqa: B008
     machine: MachineFlags = Machine(),  # noqa: B008
     out: Out = Path("runs"),
     quiet: Quiet = False,
@@ -53,12 +56,10 @@ def train(
     from bisam.experiments.recipes.presets import started
     from bisam.experiments.runs.files import write
     from bisam.experiments.runs.folder import Run
-    from bisam.experiments.training import loggers
-    from bisam.experiments.training.metrics import TITLES
-    from bisam.experiments.training.train import train as train_run
+    from bisam.experiments.runs.results import TITLES
 
     refuse_contradiction(quiet, verbose)
-    refuse_archive(out)
+    check_out(out)
     base = base_recipe(preset, config)
     recipe = started(base, translated(base, flags.given, authors))
     refuse_idle([recipe], machine, given)
@@ -71,32 +72,52 @@ def train(
         errors.print(f"bisam: {note}")
     if authors.threads is not None and in_files:
         machine = replace(machine, loaders=authors.threads)
-    recipe.check_trainable()
-    loggers.check(machine.log)
     one = Run.under(out / "train", recipe)
+    if (result := one.known_result()) is None:
+        try:
+            result = _trained(one, machine, quiet, verbose)
+        except (KeyboardInterrupt, OutOfTimeError) as error:
+            ignore_further()
+            what = "--max-time is over" if isinstance(error, OutOfTimeError) else past_tense(error)
+            errors.print(f"{what}: {one.folder} is saved; the same command resumes after its last completed epoch")
+            return 130 if isinstance(error, OutOfTimeError) else exit_code(error)
+    else:
+        console.print("finished before: nothing is left to train")
+    metric = result.get("metric", "accuracy")
+    console.print(f"test {TITLES.get(metric, metric)} {_scores(result)}; {one.folder}", soft_wrap=True)
+    if (message := result.get("message")) is not None:
+        said = f"{'ended early: ' if 'stopped' in result else ''}{message}"
+        if result.get("diverged") is None:
+            console.print(said, soft_wrap=True)
+        else:
+            errors.print(f"bisam: {said}; {one.folder}")
+    return 0
+
+
+def _trained(run: Run, machine: Machine, quiet: bool, verbose: bool) -> Result:
+    """Train a run, and show its progress."""
+    from bisam.experiments.training import loggers
+    from bisam.experiments.training.train import train as train_run
+
+    recipe = run.recipe
+    recipe.check_trainable()
+    check_data_dir([recipe], machine)
+    loggers.check(machine.log)
     with Display([recipe], quiet=quiet, verbose=verbose) as display:
         try:
             result = train_run(
-                one,
+                run,
                 machine,
                 lambda row: display.advanced(recipe, recipe.completed(row), row["validation"]),
                 display.line,
+                display.point,
             )
-        except KeyboardInterrupt:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not end the message
-            display.stop()
-            errors.print(f"interrupted: {one.folder} is saved; the same command resumes after its last completed epoch")
-            return 130
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             raise RunError(f"out of memory: a smaller --batch-size needs less ({reason(error)})") from error
         display.done(recipe, None)
-    metric = result.get("metric", "accuracy")
-    console.print(f"test {TITLES.get(metric, metric)} {_scores(result)}; {one.folder}", soft_wrap=True)
-    if (diverged := result.get("diverged")) is not None:
-        errors.print(f"bisam: the training diverged: the loss is not finite from epoch {diverged} on; {one.folder}")
-    return 0
+    return result
 
 
 def base_recipe(preset: str | None, config: Path | None) -> Recipe:

@@ -2,38 +2,32 @@
 
 from __future__ import annotations
 
-import re
-import signal
 from collections.abc import Mapping, Sequence
-from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 from rich.table import Table
 from rich.text import Text
 
 from bisam.experiments.cli.flags import RecipeFlags, Whole
+from bisam.experiments.cli.folders import check_data_dir, check_out
+from bisam.experiments.cli.groups import LAUNCH, OUTPUT, RECIPE
 from bisam.experiments.cli.idle import refuse_idle
-from bisam.experiments.cli.options import (
-    Given,
-    MachineFlags,
-    Quiet,
-    Verbose,
-    flag,
-    refuse_archive,
-    refuse_contradiction,
-)
+from bisam.experiments.cli.options import Given, MachineFlags, Quiet, Verbose, flag, refuse_contradiction
 from bisam.experiments.cli.progress import TrialsDisplay
 from bisam.experiments.cli.terminal import console, errors
 from bisam.experiments.cli.train import base_recipe
+from bisam.experiments.runs.durations import seconds
 from bisam.experiments.runs.machine import Machine
+from bisam.experiments.runs.signals import exit_code, ignore_further, past_tense
 
 if TYPE_CHECKING:
     from bisam.experiments.recipes.recipe import Recipe
     from bisam.experiments.tuning.search import Search
     from bisam.experiments.tuning.trials import Trial
 
+SEARCH = Group("Search", sort_key=0)
 EXAMPLES = (
     "Examples:  bisam tune --method bisam_log --noise 0.4 --trials 20   |   "
     "bisam tune --method sam --search rho=0.01:1:log --search learning_rate=0.01:0.5:log --trials 50 --workers 2   |   "
@@ -45,17 +39,17 @@ EXAMPLES = (
 def tune(
     *,
     flags: Annotated[RecipeFlags, Parameter(name="*")] = RecipeFlags(),  # noqa: B008
-    preset: str | None = None,
-    config: Path | None = None,
-    search: Annotated[tuple[str, ...], Parameter(negative="")] = (),
-    trials: Whole = 50,
-    seeds_per_trial: Whole = 1,
-    timeout: str | None = None,
-    workers: Whole | None = None,
-    sampler: str = "tpe",
-    pruner: str = "median",
+    preset: Annotated[str | None, Parameter(group=RECIPE)] = None,
+    config: Annotated[Path | None, Parameter(group=RECIPE)] = None,
+    search: Annotated[tuple[str, ...], Parameter(negative="", group=SEARCH, show_default=False)] = (),
+    trials: Annotated[Whole, Parameter(group=SEARCH)] = 50,
+    seeds_per_trial: Annotated[Whole, Parameter(group=SEARCH)] = 1,
+    sampler: Annotated[str, Parameter(group=SEARCH)] = "tpe",
+    pruner: Annotated[str, Parameter(group=SEARCH)] = "median",
+    timeout: Annotated[str | None, Parameter(group=LAUNCH)] = None,
+    workers: Annotated[Whole | None, Parameter(group=LAUNCH)] = None,
     machine: MachineFlags = Machine(),  # noqa: B008
-    out: Path | None = None,
+    out: Annotated[Path | None, Parameter(group=OUTPUT)] = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
     given: Given = frozenset(),
@@ -73,7 +67,7 @@ def tune(
             method's default to 20 times, or the weight decay of methods without rho.
         trials: Number of trials, those of earlier commands in this folder included.
         seeds_per_trial: Runs of a trial, each with another seed, from --seed on; their mean is the score.
-        timeout: Time after which no further trial begins: 90s, 30min, 1h, 2d. Those in progress are finished.
+        timeout: Time after which no further trial begins, in seconds or as in 1h30m. Those in progress are finished.
         workers: Trials at a time, each in a process; by default one per core, or per GPU with --device cuda.
         sampler: How values are chosen: tpe (by what was good before), random, or grid (all combinations).
         pruner: Which trials are stopped early: median (those below the median of the others after the same epoch), or
@@ -89,7 +83,9 @@ def tune(
     for name, value in (("trials", trials), ("seeds_per_trial", seeds_per_trial), ("workers", workers)):
         if value is not None and value < 1:
             raise ValueError(f"{flag(name)} must be at least 1, got {value}")
-    seconds = None if timeout is None else duration(timeout)
+    limit = None if timeout is None else _seconds(timeout)
+    if machine.max_time is not None:
+        raise ValueError("--max-time is for runs: --timeout is the time after which a search begins no further trial")
     if machine.parallel:
         name = "devices" if machine.devices > 1 else "nodes"
         raise ValueError(f"--{name} {getattr(machine, name)}: a trial uses one device; --workers is how many at a time")
@@ -97,7 +93,7 @@ def tune(
     started = described(flags, preset, config, search, sampler, pruner, seeds_per_trial)
     refuse_idle([started.base], machine, given, searched=frozenset(started.space))
     folder = out or Path("runs", "tune", started.base.slug)
-    refuse_archive(folder)
+    check_out(folder)
     most = min(trials, len(started.grid)) if sampler == "grid" else trials
     if not (folder / DATABASE).exists():
         _check(started.base, machine)
@@ -107,25 +103,20 @@ def tune(
             display.known(known)
             display.line(f"searching {describe(started.space)}: {len(known)} of {most} trials have begun; {folder}")
             try:
-                found = run_trials(
-                    started, folder, database, trials, workers or machine.slots, machine, display, seconds
-                )
-            except KeyboardInterrupt:
-                signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not end the message
+                found = run_trials(started, folder, database, trials, workers or machine.slots, machine, display, limit)
+            except KeyboardInterrupt as error:
+                ignore_further()
                 display.stop()
                 best = f" ({display.best})" if display.best else ""
-                errors.print(
-                    f"interrupted: {display.finished} of {most} trials are finished{best}; the same command resumes "
-                    "the others"
-                )
-                return 130
+                done = f"{display.finished} of {most} trials are finished{best}"
+                errors.print(f"{past_tense(error)}: {done}; the same command resumes the others")
+                return exit_code(error)
         return _report(started, folder, found, database.importances())
 
 
 def _report(search: Search, folder: Path, trials: Sequence[Trial], importances: Mapping[str, float]) -> int:
     """Print the best trials and write the report; return the exit code: 1 if trials failed, 2 if none has ended."""
     from bisam.experiments.cli.report_files import write_report
-    from bisam.experiments.reports.drawing import rendered
     from bisam.experiments.runs.files import to_csv, write
     from bisam.experiments.tuning import figures, report
 
@@ -149,9 +140,9 @@ def _report(search: Search, folder: Path, trials: Sequence[Trial], importances: 
         console.print(
             f"With new seeds:\n{report.command(search, folder)}", soft_wrap=True, highlight=False, markup=False
         )
-    pictures = {f"{name}.png": rendered(figure) for name, figure in figures.drawn(search, trials, importances).items()}
+    pictures = {f"{name}.png": figure for name, figure in figures.drawn(search, trials, importances).items()}
     text = report.markdown(search, folder, trials, importances, list(pictures))
-    write_report(folder, text, "", pictures, {"trials.csv": to_csv(report.rows(search, trials))})
+    write_report(folder, text, {"trials.csv": to_csv(report.rows(search, trials))}, pictures)
     _show_failed(trials)
     return 1 if any(trial.state == "failed" for trial in trials) else 0
 
@@ -208,24 +199,13 @@ def _check(recipe: Recipe, machine: Machine) -> None:
     from bisam.experiments.training.train import prepare
 
     loggers.check(machine.log)
+    check_data_dir([recipe], machine)
     machine.fabric(recipe.precision)
     prepare(recipe, machine)
 
 
-_UNITS = {"s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
-
-
-def duration(text: str) -> float:
-    """The seconds of a duration such as 90, 90s, 30min, 1.5h or 1h30min.
-
-    Raises:
-        ValueError: it is none.
-    """
-    parts = re.findall(r"(\d+(?:\.\d+)?) *([a-z]*) *", text.lower())
-    spelled = re.fullmatch(r"(?:\d+(?:\.\d+)? *[a-z]* *)+", text.lower())
-    if not spelled or any(unit and unit not in _UNITS for _, unit in parts) or (len(parts) > 1 and not parts[-1][1]):
-        raise ValueError(f"--timeout {text!r} is no duration: write it as 90s, 30min, 1h or 2d")
-    seconds = sum(float(number) * _UNITS[unit or "s"] for number, unit in parts)
-    if not 0 < seconds < inf:
-        raise ValueError(f"--timeout must be above 0, got {text}")
-    return seconds
+def _seconds(timeout: str) -> float:
+    try:
+        return seconds(timeout)
+    except ValueError as error:
+        raise ValueError(f"--timeout: {error}") from None

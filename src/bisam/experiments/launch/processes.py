@@ -6,6 +6,7 @@ stacks anew in which some runs were not finished, with these runs.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import Counter, deque
@@ -20,19 +21,14 @@ import torch
 
 from bisam.experiments.data import source
 from bisam.experiments.errors import show_warnings_in_one_line
-from bisam.experiments.launch.outcomes import (
-    Done,
-    Outcome,
-    Progress,
-    collect_outcomes,
-    train_or_explain,
-    train_stack_or_explain,
-)
+from bisam.experiments.launch.outcomes import Done, Outcome, Progress, collect_outcomes
 from bisam.experiments.launch.stacks import STACK_THREADS, Job, jobs
+from bisam.experiments.launch.work import train_or_explain, train_stack_or_explain
 from bisam.experiments.launch.workers import MAX_DEATHS, Killed, Worker, open_pool
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Row
 from bisam.experiments.runs.machine import Machine, end_with_parent, threads
+from bisam.experiments.runs.signals import Terminated, exit_code, terminable
 from bisam.experiments.studies.study import Analyses
 
 
@@ -53,8 +49,10 @@ def run_all(
 
     If a process is killed, its run is resumed once in a new process; other runs are not affected.
 
+    No run is begun once `machine.max_time` is over, and those that are trained end after the epoch that fits.
+
     Raises:
-        KeyboardInterrupt: the user stopped it; the workers are gone and finished runs are on disk.
+        KeyboardInterrupt: the user or the system stopped it; the workers are gone and finished runs are on disk.
     """
     share = min(
         workers, len(recipes)
@@ -92,16 +90,22 @@ def _in_processes(
     analyses: Analyses | None,
 ) -> None:
     left, killed = deque(todo), Counter[Job]()
+    start = time.time()  # the clock that processes share
 
     def give(worker: Worker[Job]) -> None:
         job = left.popleft()
-        worker.give(job, (job, root, machine.at(worker.place), analyses))
+        worker.give(job, (job, root, machine.at(worker.place), analyses, start))
         for recipe in job.recipes:
             progress.begins(recipe, worker.place + 1)
 
     progress.starting(min(workers, len(todo)), sum(len(job.recipes) for job in todo))
     with open_pool(_serve, workers) as pool:
         while True:
+            if machine.max_time is not None and time.time() - start > machine.max_time:
+                for job in left:
+                    for recipe in job.recipes:
+                        done(Outcome(recipe, None, out_of_time=True))
+                left.clear()
             while left and (worker := pool.free()) is not None:
                 give(worker)
             if not pool.busy:
@@ -143,6 +147,14 @@ def _serve(connection: Connection, share: int) -> None:
     """Run the loop of a worker process: receive a job, train and analyse its runs, send the outcomes."""
     end_with_parent()
     show_warnings_in_one_line()
+    try:
+        with terminable():
+            _work(connection, share)
+    except Terminated as error:  # by the first process, or by the system; log.txt has said so
+        os._exit(exit_code(error))  # without waiting for its own processes, which end with it
+
+
+def _work(connection: Connection, share: int) -> None:
     one_at_a_time = threading.Lock()  # with several devices, epochs are reported by a thread
 
     def send(message: Any) -> None:
@@ -151,9 +163,10 @@ def _serve(connection: Connection, share: int) -> None:
 
     while True:
         try:
-            job, root, machine, analyses = connection.recv()
+            job, root, machine, analyses, start = connection.recv()
         except EOFError:
             return
+        machine = machine.later(time.time() - start)
         last = 0.0
 
         def report(recipes: Sequence[Recipe], rows: Sequence[Row]) -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
+import threading
 import time
 import uuid
 import warnings
@@ -26,7 +28,8 @@ from filelock import FileLock, Timeout
 
 from bisam import __version__
 from bisam.experiments.errors import RunError
-from bisam.experiments.launch.outcomes import Done, Outcome, Progress, collect_outcomes, train_or_explain
+from bisam.experiments.launch.outcomes import Done, Outcome, Progress, collect_outcomes
+from bisam.experiments.launch.work import train_or_explain
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.files import write
 from bisam.experiments.runs.folder import Run
@@ -71,6 +74,7 @@ def run_all(
         if value < 0:
             raise ValueError(f"--{name} is too small: {value + (name == 'cpus'):g}")
     machine, root = machine_of_a_task(machine, gpus), root.resolve()
+    begin = time.time()
 
     def run(left: Sequence[Recipe], done: Done) -> None:
         with _connected(ray, address), marker_file(root) as mark:
@@ -78,7 +82,7 @@ def run_all(
             task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(work)
 
             def start(recipe: Recipe, again: bool = False) -> Any:
-                return task.remote(recipe, root, machine, mark, __version__, cpus, os.getcwd(), again, analyses)
+                return task.remote(recipe, root, machine, mark, __version__, cpus, os.getcwd(), again, analyses, begin)
 
             run_as_tasks(
                 ray, {start(recipe): recipe for recipe in left}, start, retries, EpochPoller(root, progress), done
@@ -88,8 +92,12 @@ def run_all(
 
 
 def _imported() -> Any:
+    before = signal.getsignal(signal.SIGTERM)
     try:
-        return import_module("ray")
+        ray = import_module("ray")  # which replaces the handler in the main thread
+        if threading.current_thread() is threading.main_thread() and before is not None:
+            signal.signal(signal.SIGTERM, before)
+        return ray
     except ModuleNotFoundError:
         raise ValueError("--ray needs ray: pip install 'bisam[cluster]'") from None
 
@@ -257,8 +265,13 @@ def work(
     folder: str,
     again: bool,
     analyses: Analyses | None = None,
+    begin: float = 0.0,
 ) -> Outcome:
-    """Train and analyse one run in a Ray worker."""
+    """Train and analyse one run in a Ray worker; `begin` is the start of the study on the system's clock."""
+    if machine.max_time is not None:
+        if time.time() - begin > machine.max_time:
+            return Outcome(recipe, None, out_of_time=True)
+        machine = machine.later(time.time() - begin)
     here = socket.gethostname()
     if version != __version__:
         return Outcome(

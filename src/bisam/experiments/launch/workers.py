@@ -163,7 +163,7 @@ def reason_killed(code: int | None) -> str:
             f"its process was killed {MAX_DEATHS} times, probably because memory is short: "
             f"give fewer --workers; {remedy}"
         )
-    how = f"exit code {code}" if code is None or code >= 0 else _signal(-code)
+    how = f"exit code {code}" if code is None or 0 <= code < 128 else _signal(abs(code) % 128)
     return f"its process died {MAX_DEATHS} times ({how}): {remedy}"
 
 

@@ -183,6 +183,15 @@ def _drawn(rows: list[Row]) -> Figure:
 _COLOURS = dict(zip(ASCENTS, ("#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"), strict=True))
 
 
+def _answer(rows: list[Row]) -> str:
+    ends: dict[str, Row] = {}
+    for row in _over_seeds(rows):
+        if row["trained"] not in ends or row["epoch"] > ends[row["trained"]]["epoch"]:
+            ends[row["trained"]] = row
+    said = "; ".join(f"{name}: {_cell(row, 'cosine -log', 1, 3)} (n = {row['n']})" for name, row in ends.items())
+    return f"The cosine of -log's ascent gradient to that of cross-entropy at the last mark, without a test: {said}."
+
+
 COSINES = Measurement(
     name="cosines",
     title="The direction that BiSAM's adversary climbs, beside that of cross-entropy",
@@ -206,6 +215,7 @@ COSINES = Measurement(
     },
     parts=_parts,
     measure=_measure_cosines,
+    answer=_answer,
     reads_data=True,
     tabled=_over_seeds,
     columns={
@@ -251,6 +261,17 @@ def _class_parts(settings: Settings) -> list[str]:
     return [str(classes) for classes in settings["classes"]]
 
 
+def _vanishing(rows: list[Row]) -> str:
+    most = max(rows, key=lambda row: row["margin"])
+    least = min(rows, key=lambda row: row["margin"])
+    sizes = ", ".join(f"{name} {most[name]:.2g}" for name in (_PLAIN, "tanh", "-log", "-log, no own class"))
+    return (
+        f"On a confident correct example (margin {most['margin']:g}) the derivative is {sizes}; on a confident error "
+        f"(margin {least['margin']:g}) that of -log is {least['-log']:.2g}, and cross-entropy's {least[_PLAIN]:.2g}: "
+        "exact values, without a test."
+    )
+
+
 LABEL_GRADIENT = Measurement(
     name="label-gradient",
     title="How much of a gradient BiSAM's adversary has for an example, by its margin",
@@ -267,6 +288,7 @@ LABEL_GRADIENT = Measurement(
     settings={"classes": (10,), "margins": (-10.0, -5.0, -2.0, 0.0, 2.0, 5.0, 10.0, 20.0)},
     parts=_class_parts,
     measure=_measure_label_gradient,
+    answer=_vanishing,
     columns={
         "K": lambda row: str(row["classes"]),
         "margin": lambda row: f"{row['margin']:g}",

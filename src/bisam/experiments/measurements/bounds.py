@@ -58,6 +58,10 @@ FIGURE_1 = Measurement(
     settings={},
     parts=lambda settings: [],
     measure=lambda part, settings, device: [],
+    answer=lambda rows: (
+        "Both bounds of BiSAM are below the 0-1 loss at every margin, and hinge and cross-entropy above it: formulas, "
+        "without a measurement."
+    ),
     columns={},
     figures={"figure1.png": (_SHOWN, bounds)},
 )

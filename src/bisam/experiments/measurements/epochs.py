@@ -19,6 +19,7 @@ from bisam.experiments.measurements.measurement import (
     flat,
     met,
     values_for,
+    verdicts,
     with_interval,
     with_load,
 )
@@ -102,6 +103,16 @@ def _published(row: Row) -> str:
     return "–" if sam is None else f"{sam} → {bisam} s ({bisam / sam:.2f})"
 
 
+def _answer(rows: list[Row]) -> str:
+    keys = [f"{name}_to_sam" for name in ("bisam_log", "bisam_tanh")]
+    ratios = [row[key] for row in rows for key in keys]
+    results = [met(row, key, _EPOCH_BAR) for row in rows for key in keys]
+    return (
+        f"A step of BiSAM takes {min(ratios):.3f} to {max(ratios):.3f} times as long as one of SAM (medians of "
+        f"{len(rows)} networks and both bounds); the bar of {_EPOCH_BAR}: {verdicts(results)}."
+    )
+
+
 TABLE_11 = Measurement(
     name="table11",
     title="Time of an epoch",
@@ -124,6 +135,7 @@ TABLE_11 = Measurement(
     },
     parts=_epoch_parts,
     measure=_measure_epoch,
+    answer=_answer,
     columns={
         "model": lambda row: row["model"],
         "batch": _batch,

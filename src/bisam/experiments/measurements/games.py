@@ -276,6 +276,18 @@ def _line(player: Player) -> dict[str, Any]:
     return {"color": player.colour, "linewidth": player.width, "zorder": 3}
 
 
+def _answer(rows: list[Row]) -> str:
+    ends = _ends(rows)
+    said: list[str] = []
+    for game in dict.fromkeys(row["game"] for row in ends):
+        near = [row["method"] for row in ends if row["game"] == game and row["distance"] < _NEAR]
+        said.append(f"{game}: {', '.join(near) or 'none'}")
+    return f"Methods that end nearer than {_NEAR:g} to the solution, {'; '.join(said)}: exact, without a test."
+
+
+_NEAR = 0.01
+
+
 RAPP_FIGURES = Measurement(
     name="rapp-figures",
     exhibit=papers.Exhibit(papers.RAPP, "Figures 2 and 3"),
@@ -301,6 +313,7 @@ RAPP_FIGURES = Measurement(
     },
     parts=_parts,
     measure=_measure,
+    answer=_answer,
     columns={
         "game": lambda row: row["game"],
         "method": lambda row: row["method"],

@@ -303,7 +303,7 @@ def curves(rows: list[Row]) -> Figure:
         ax.plot(x, [statistics.mean(points[g]) for g in x], color=colour, label=method, linewidth=1.8)
         ax.fill_between(x, [min(points[g]) for g in x], [max(points[g]) for g in x], color=colour, alpha=0.15)
     ax.set(xlabel="gradient evaluations of each player", ylabel="Fréchet distance", yscale="log")
-    ax.set_title(rows[0]["features"], fontsize=10)
+    ax.set_title(f"Distance of the generated images to the training images\n{rows[0]['features']}", fontsize=10)
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8, ncols=2)
     return figure
@@ -325,6 +325,14 @@ def samples(rows: list[Row]) -> Figure:
         else:
             ax.text(0.5, 0.5, "diverged", ha="center", va="center")
     return figure
+
+
+def _answer(rows: list[Row]) -> str:
+    found = [row for row in _summary(rows) if row["method"] != REAL and None not in row["ends"]]
+    ordered = sorted(found, key=lambda row: statistics.mean(row["ends"]))
+    listed = ", ".join(f"{row['method']} {_spread(row['ends'])}" for row in ordered)
+    n = max((row["seeds"] for row in found), default=0)
+    return f"Fréchet distance at the end, nearest first, mean ± standard deviation of {n} seeds, untested: {listed}."
 
 
 GAN = Measurement(
@@ -369,6 +377,7 @@ GAN = Measurement(
     },
     parts=_parts,
     measure=_measure,
+    answer=_answer,
     columns={
         "method": lambda row: row["method"],
         "seeds": lambda row: "–" if row["method"] == REAL else str(row["seeds"]),

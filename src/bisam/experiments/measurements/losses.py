@@ -20,6 +20,7 @@ from bisam.experiments.measurements.measurement import (
     Settings,
     flat,
     met,
+    verdicts,
     with_interval,
     with_load,
 )
@@ -137,6 +138,18 @@ def _against(row: Row, key: str) -> str:
     return with_interval(row, key, 2) + verdict
 
 
+def _answer(rows: list[Row]) -> str:
+    ours = [row for row in rows if row.get("framework", "torch") == "torch" and row["loss"] in _BARRED]
+    if not ours:
+        return "No bound of BiSAM is measured in torch yet, and the bar is for these."
+    said: list[str] = []
+    for key, name in (("to_used", "the ascent loss of SAM in training"), ("to_plain", "plain cross-entropy")):
+        ratios = [row[key] for row in ours]
+        results = verdicts([met(row, key, _LOSS_BAR) for row in ours])
+        said.append(f"{min(ratios):.2f} to {max(ratios):.2f} times as long as {name} (bar {_LOSS_BAR:g}: {results})")
+    return f"In torch the bounds of BiSAM take {' and '.join(said)}."
+
+
 TABLE_12 = Measurement(
     name="table12",
     title="Time of an ascent loss, relative to cross-entropy",
@@ -163,6 +176,7 @@ TABLE_12 = Measurement(
     },
     parts=_loss_parts,
     measure=_measure_loss,
+    answer=_answer,
     columns={
         "classes": lambda row: str(row["classes"]),
         "mode": lambda row: row["mode"],

@@ -23,6 +23,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from bisam.experiments.errors import RunError, unknown
+from bisam.experiments.markdown import aligned, link
 from bisam.experiments.measurements.timing import LIMIT, Load, Ratio, bracketed, conditions, highest, verdict
 from bisam.experiments.runs.environment import environment
 from bisam.experiments.runs.files import checksum, read_json, write
@@ -61,6 +62,9 @@ class Measurement:
     """Columns of the table: from the heading to a function from a row to the cell."""
     figures: Mapping[str, tuple[str, Callable[[list[Row]], Figure]]] = field(default_factory=dict)
     """By file name: caption, and function that draws it."""
+    answer: Callable[[list[Row]], str] | None = None
+    """From all rows to the sentence that opens the report: what was seen, with n and the verdict on each bar. None, or
+    no rows of a measurement with parts: the report says how many parts there are."""
     tabled: Callable[[list[Row]], list[Row]] | None = None
     """From all rows to those of the table. Default: all of them."""
     summary: str = ""
@@ -182,20 +186,24 @@ def report(measurement: Measurement, place: Path, changed: Mapping[str, str] | N
         cells = [tuple(cell(row) for cell in measurement.columns.values()) for row in tabled]
         figures = {file: draw(rows) for file, (_, draw) in measurement.figures.items()}
         places = _provenance(parts)
+        answer = "" if (names and not rows) or measurement.answer is None else measurement.answer(rows)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise RunError(
             f"{folder} holds rows that this version cannot read ({error!r}): delete it to measure again"
         ) from error
     missing = len(names) - len(parts)
-    table = [f"| {' | '.join(line)} |" for line in (header, ("---",) * len(header), *cells)]
+    unfinished = f"**Unfinished:** {missing} of {len(names)} parts are not measured yet." if missing else ""
+    shown = [f"![{caption}]({file})" for file, (caption, _) in measurement.figures.items()]
     blocks = [
         f"# {measurement.title}",
+        f"{unfinished} {answer or f'{len(parts)} parts are measured; nothing is tested.'}".strip(),
+        *shown[:1],
+        aligned(header, cells) if header else "",
         measurement.note,
-        "\n".join(table) if header else "",
         _OLDER if measurement.timed and not all("load" in row for row in rows) else "",
-        f"Not measured yet: {missing} of {len(names)} parts." if missing else "",
-        *(f"![{shown}]({file})" for file, (shown, _) in measurement.figures.items()),
+        *shown[1:],
         f"Settings: {', '.join(f'{name} {_shown(value)}' for name, value in settings.items())}." if settings else "",
+        f"Files: {link('report.csv', 'report.csv')}." if rows else "",
         "\n".join(places),
     ]
     markdown = "\n\n".join(block for block in blocks if block) + "\n"
@@ -389,6 +397,12 @@ def flat(key: str, r: Ratio) -> dict[str, float | None]:
     """A ratio as entries of a row: the median, its quartiles, and the interval of the median."""
     quartiles = {f"{key}_low": r.low, f"{key}_high": r.high}
     return {key: r.median, **quartiles, f"{key}_median_low": r.median_low, f"{key}_median_high": r.median_high}
+
+
+def verdicts(results: Sequence[str]) -> str:
+    """How often each verdict was given, as words: "9 met, 1 undecided"."""
+    counts = {one: results.count(one) for one in ("met", "missed", "undecided", "no verdict under load")}
+    return ", ".join(f"{count} {one}" for one, count in counts.items() if count)
 
 
 def with_load(load: Load) -> dict[str, float | None]:

@@ -120,12 +120,21 @@ def _drawn(rows: list[Row]) -> Figure:
         epochs = [row["epoch"] for row in of_seed]
         for ax, name in zip(axes, ("cosine", "distance"), strict=True):
             ax.plot(epochs, [row[name] for row in of_seed], label=f"seed {seed}", linewidth=1.4)
+            ax.set_xlim(left=0)
     for ax, label in zip(axes, ("cosine of the gradients at x and y", "norm of their difference"), strict=True):
         ax.set_xlabel("epoch")
         ax.set_ylabel(label)
         ax.grid(alpha=0.3)
     axes[0].legend()
     return figure
+
+
+def _answer(rows: list[Row]) -> str:
+    means, n = [row["cosine"] for row in rows], len({row["seed"] for row in rows})
+    return (
+        f"The mean cosine of the two gradients is between {min(means):.3f} and {max(means):.3f} in every epoch of {n} "
+        f"seeds, and that of a single step at least {min(row['least'] for row in rows):.3f}; nothing is tested."
+    )
 
 
 GRADIENTS = Measurement(
@@ -152,6 +161,7 @@ GRADIENTS = Measurement(
     },
     parts=_seeds,
     measure=_measure_gradients,
+    answer=_answer,
     reads_data=True,
     columns={
         "seed": lambda row: str(row["seed"]),
@@ -235,6 +245,18 @@ def _cost(row: Row, what: str) -> str:
     return getattr(METHODS[row["method"]], what)
 
 
+def _costs(rows: list[Row]) -> str:
+    said: list[str] = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        ratios = [
+            f"{_cost(row, 'name')} {row['to_sam']:.2f}"
+            for row in sorted(rows, key=lambda row: row["to_sam"])
+            if row["model"] == model and row["method"] != "sam"
+        ]
+        said.append(f"{model}: {', '.join(ratios)}")
+    return f"Time of a step relative to SAM on one device, medians: {'; '.join(said)}."
+
+
 COSTS = Measurement(
     name="sampa-costs",
     title="Time and memory of a step: the methods that SAMPa is compared with",
@@ -249,6 +271,7 @@ COSTS = Measurement(
     settings={"models": ("resnet56",), "batch_size": 128, "classes": 10, "iterations": 45, "threads": 1},
     parts=lambda settings: list(settings["models"]),
     measure=_measure_costs,
+    answer=_costs,
     columns={
         "model": lambda row: row["model"],
         "method": lambda row: _cost(row, "name"),

@@ -88,6 +88,9 @@ class Fields:
     """Store images in the channels-last memory format, which is faster for convolutions on most devices."""
     compile: bool = False
     """Compile the model."""
+    patience: int | None = None
+    """Number of epochs in a row without a better validation score after which the run ends; by default it is trained to
+    its last epoch."""
     measured_epochs: int = 0
     """Number of evenly spaced epochs, the last included, after which the run measures its weights."""
     measured: str = "ball"

@@ -49,6 +49,7 @@ _MOST = {
     "limit": LARGEST,
     "train_examples": LARGEST,
     "warmup": LARGEST,
+    "patience": 10**6,
     "measured_epochs": 10**6,
 }
 """Largest values of whole numbers, beyond any training run: a typing error would fill the memory without a message."""

@@ -17,9 +17,9 @@ from bisam.experiments.analyses.catalogue import ANALYSES, Column
 from bisam.experiments.analyses.file import Entry, is_of, read_entries, with_settings
 from bisam.experiments.analyses.settings import FILE, SHARED
 from bisam.experiments.errors import DamagedError, RunError
+from bisam.experiments.markdown import escaped, table
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports.groups import Groups, grouped, names, place, places
-from bisam.experiments.reports.markdown import escaped, table
 from bisam.experiments.runs.files import checksum
 from bisam.experiments.runs.folder import Finished, Run, read_recipe
 from bisam.experiments.runs.provenance import RESULT, line, where

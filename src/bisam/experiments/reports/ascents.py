@@ -21,12 +21,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from bisam.experiments.markdown import table
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports.cells import NOTHING, cells_of, interval, probability, spread
 from bisam.experiments.reports.drawing import BLACK, BLUE, ORANGE, RED, SKY, Style, heading, legend
 from bisam.experiments.reports.groups import Groups, grouped, title
-from bisam.experiments.reports.markdown import table
+from bisam.experiments.reports.scales import share
 from bisam.experiments.reports.significance import Tested, adjusted, student
+from bisam.experiments.reports.svg import point
 from bisam.experiments.runs.folder import Finished
 from bisam.experiments.runs.results import ASCENTS, PLAIN_ASCENT, QUANTITIES
 from bisam.experiments.studies.study import Primary
@@ -229,6 +231,17 @@ def _finely(values: Sequence[float]) -> str:
     return f"{centre} ± {stdev(values):.3f}" if len(values) > 1 else centre
 
 
+def answer(found: Sequence[Compared], runs: Iterable[Finished]) -> str:
+    """The sentence of a report on the registered comparison, or else on the others; "" without comparisons.
+
+    Args:
+        found: as `compared` returns them.
+        runs: the same runs.
+    """
+    said = _words(found, grouped(usable(runs)))
+    return " ".join(said[: sum(one.primary for one in found)] or said)
+
+
 def _words(found: Sequence[Compared], groups: Groups) -> list[str]:
     """Sentences on the registered comparison, and those that count the others."""
     said: list[str] = []
@@ -277,7 +290,9 @@ def ascents(runs: Sequence[Finished]) -> Figure:
     for (recipe, group), axes in zip(groups.items(), grid, strict=True):
         at = _marks(recipe, group)
         for ascent in ASCENTS:
-            band = partial(_band, name=NAMES[ascent], style=_STYLES[ascent], x=at)
+            band = partial(
+                _band, name=NAMES[ascent], style=_STYLES[ascent], x=at, seeds=[run.recipe.seed for run in group]
+            )
             band(axes[0], values=100 * _values(group, at, column("flips", ascent)))
             band(axes[1], values=_values(group, at, column("cosine", ascent)))
             error = _values(group, at, "ascents_error")
@@ -286,6 +301,7 @@ def ascents(runs: Sequence[Finished]) -> Figure:
         for ax, label in zip(axes, _LABELS, strict=True):
             ax.set_ylabel(label, fontsize=8)
             ax.grid(alpha=0.3)
+            ax.set_xlim(left=0)
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
             ax.tick_params(labelsize=8)
             if fitted is not None:
@@ -295,9 +311,15 @@ def ascents(runs: Sequence[Finished]) -> Figure:
         axes[1].set_ylim(top=1.08)
         for ax in (axes[0], axes[2]):
             ax.set_ylim(bottom=0)
+    for column_of_axes in grid.T:
+        share(list(column_of_axes), "y")
     for ax in grid[-1]:
         ax.set_xlabel("epoch")
-    heading(figure, f"Five ascents on the same networks, radius {RADIUS:g}", groups)
+    heading(
+        figure,
+        f"What five ascents of radius {RADIUS:g} flip on the same networks, where they go, and how far the error rises",
+        groups,
+    )
     legend(figure, list(grid.flat))
     return figure
 
@@ -318,7 +340,7 @@ def _fitted(group: Sequence[Finished], at: Sequence[int]) -> int | None:
     return at[after] if after < len(at) else None
 
 
-def _band(ax: Axes, *, name: str, style: Style, x: Sequence[int], values: np.ndarray) -> None:
+def _band(ax: Axes, *, name: str, style: Style, x: Sequence[int], seeds: Sequence[int], values: np.ndarray) -> None:
     """The mean over the networks with a band of one standard deviation, at the marks where all are finite."""
     known = ~np.isnan(values).any(0)
     if not known.any():
@@ -329,6 +351,9 @@ def _band(ax: Axes, *, name: str, style: Style, x: Sequence[int], values: np.nda
     wide = name == NAMES[PLAIN_ASCENT]
     line: dict[str, Any] = {**style.line, "linewidth": 2.6 if wide else 1.2, "markersize": 6 if wide else 3.5}
     ax.plot(at, centre, label=name, **line)
+    for i in range(len(at)):
+        by_seed = dict(zip(seeds, values[:, i].tolist(), strict=True))
+        point(ax, float(at[i]), float(centre[i]), f"{name}, epoch {at[i]}", by_seed)
     if len(values) > 1:
         width = values.std(0, ddof=1)
         ax.fill_between(at, centre - width, centre + width, color=style.colour, alpha=0.15, linewidth=0)

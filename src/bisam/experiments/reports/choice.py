@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from bisam.experiments.markdown import escaped, table
 from bisam.experiments.recipes.entries import SETTINGS
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports.groups import Place, grouped, place, places, title
-from bisam.experiments.reports.markdown import table
 from bisam.experiments.runs.folder import Finished
 from bisam.experiments.runs.results import headline
 
@@ -118,6 +118,22 @@ def section(runs: Iterable[Finished]) -> str:
         "All are inside their grids." if not ends else f"{ends} of {len(found)} are at an end of their grid."
     )
     return "\n\n".join(["## Chosen settings", words, table(head, lines)])
+
+
+def answer(runs: Iterable[Finished]) -> str:
+    """The sentence of a report on what was chosen, in Markdown; "" if nothing varies."""
+    if not (found := choices(runs)):
+        return ""
+    state = "**Unfinished, so far chosen**" if any(one.unequal for one in found) else "**Chosen**"
+    said = f"{state} by validation score, without a test: settings of {len(found)} methods"
+    if len(found) <= _FEW:
+        listed = (f"{escaped(one.method)} {_written(one, one.best)}" for one in found)
+        said = f"{state} by validation score, without a test: {', '.join(listed)}"
+    ends = sum(one.at_an_end for one in found)
+    return f"{said}; {ends or 'none'} of {len(found)} {'is' if ends < 2 else 'are'} at an end of the grid."
+
+
+_FEW = 8  # more choices are counted
 
 
 def rows(runs: Iterable[Finished]) -> list[dict[str, Any]]:

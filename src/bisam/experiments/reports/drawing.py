@@ -22,10 +22,10 @@ from bisam.experiments.recipes.catalogue import BASELINE, METHODS
 from bisam.experiments.recipes.entries import FAMILIES
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports.groups import Groups, metric, names, place, places
+from bisam.experiments.reports.svg import titled
 from bisam.experiments.runs.files import write
 from bisam.experiments.runs.folder import Finished
-from bisam.experiments.runs.results import headline
-from bisam.experiments.training.metrics import TITLES
+from bisam.experiments.runs.results import TITLES, headline
 
 BLACK, GREY = "#000000", "#7F7F7F"
 BLUE, SKY, GREEN, ORANGE, RED, PURPLE = "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7"
@@ -143,7 +143,12 @@ def sheet(count: int, size: tuple[float, float], columns: int = 3, **options: An
 
 
 def heading(figure: Figure, title: str, groups: Groups, what: str = "mean ± standard deviation") -> None:
-    """Set the title of a figure; the second line names what all its panels share."""
+    """Set the title of a figure; see `described`."""
+    figure.suptitle(described(title, groups, what), fontsize=10.5)
+
+
+def described(title: str, groups: Groups, what: str = "mean ± standard deviation") -> str:
+    """A title of two lines; the second one names what all panels share."""
     seeds = sorted({len(group) for group in groups.values()})
     n = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     spread = f"{what} of {n} seeds" if seeds[-1] > 1 else "one seed"
@@ -152,7 +157,7 @@ def heading(figure: Figure, title: str, groups: Groups, what: str = "mean ± sta
     common = [plain(words) for words, *others in (data, models, noise) if words and not others]
     diverged = sum(run.diverged is not None for group in groups.values() for run in group)
     failed = [f"{diverged} of {sum(map(len, groups.values()))} runs diverged"] if diverged else []
-    figure.suptitle(f"{title}\n{', '.join([*common, spread, *failed])}", fontsize=10.5)
+    return f"{title}\n{', '.join([*common, spread, *failed])}"
 
 
 def families(ax: Axes, groups: Groups) -> None:
@@ -193,7 +198,7 @@ def spread(values: Sequence[float]) -> float | None:
 
 
 def rendered(figure: Figure, format: str = "png", dpi: int = 150) -> bytes:
-    """A figure as the content of a file; equal figures give equal bytes.
+    """A figure as the content of a file; equal figures give equal bytes. In SVG texts are text, and points have titles.
 
     Raises:
         ValueError: the format is none of png, pdf, svg.
@@ -202,9 +207,9 @@ def rendered(figure: Figure, format: str = "png", dpi: int = 150) -> bytes:
         raise ValueError(f"figures are png, pdf or svg, not {format!r}")
     undated: dict[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}[format]
     buffer = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "bisam"}):
+    with matplotlib.rc_context({"svg.hashsalt": "bisam", "svg.fonttype": "none"}):
         figure.savefig(buffer, format=format, dpi=dpi, metadata=undated)
-    return buffer.getvalue()
+    return titled(buffer.getvalue().decode()).encode() if format == "svg" else buffer.getvalue()
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -19,6 +19,7 @@ from bisam.experiments.reports.drawing import (
     BLACK,
     EPOCHS,
     MANY,
+    Panel,
     families,
     family_colour,
     heading,
@@ -34,7 +35,9 @@ from bisam.experiments.reports.drawing import (
 )
 from bisam.experiments.reports.groups import grouped, measured, names, perturbed
 from bisam.experiments.reports.radii import radii as radii, varied as with_several_radii
+from bisam.experiments.reports.scales import ERROR_SCALE, fit_scores, share, widen_scores
 from bisam.experiments.reports.scatter import time as time
+from bisam.experiments.reports.svg import point
 from bisam.experiments.reports.tuning import grid as grid, radius as radius, varied, with_radius
 from bisam.experiments.runs.folder import Finished
 from bisam.experiments.studies.study import Regret
@@ -47,6 +50,7 @@ def accuracy(runs: Sequence[Finished]) -> Figure:
     many = len(styled) > MANY
     height = max(len(panel.shown) for panel in shown) * (0.24 if many else 0.42) + 0.9
     figure, axes = sheet(len(shown), (5.6 if many else 4.8, height))
+    means, ends = list[float](), list[float]()
     for panel, ax in zip(shown, axes, strict=True):
         rows = panel.shown[::-1]
         if many:
@@ -61,14 +65,26 @@ def accuracy(runs: Sequence[Finished]) -> Figure:
                     "ms": 5 if first else 3.5,
                 }
                 style |= {"lw": 1.6 if first else 0.8, "alpha": 1.0 if first else 0.55}
-                ax.errorbar(np.mean(values), at, xerr=spread(values), fmt=_MARKERS[when], **style)
+                centre, width = float(np.mean(values)), spread(values)
+                ax.errorbar(centre, at, xerr=width, fmt=_MARKERS[when], **style)
                 if len(values) > 1 and first:
                     ax.plot(values, np.full(len(values), at), "|", color=colour, alpha=0.7, ms=7, zorder=1)
-        ax.set_yticks(range(len(rows)), [plain(name) for _, name, _ in rows], fontsize=8 if many else 9)
+                seeds = [run.recipe.seed for run in group]
+                point(ax, centre, at, f"{name}, {EPOCHS[when]}", dict(zip(seeds, values, strict=True)))
+                means.append(centre)
+                ends += [*values, centre - (width or 0), centre + (width or 0)]
+        width, size = (48, 8) if many else (30, 9)
+        ax.set_yticks(range(len(rows)), [plain(name, width) for _, name, _ in rows], fontsize=size)
         ax.set_ylim(-0.6, len(rows) - 0.4)
         ax.set_xlabel(f"test {panel.metric}")
-        ax.set_title(plain(panel.title, 60), fontsize=10)
+        ax.set_title(_highest(panel), fontsize=10)
         ax.grid(alpha=0.3)
+    if all(panel.metric.startswith("accuracy") for panel in shown) and widen_scores(axes, "x", means):
+        fit_scores(axes, "x", ends)
+        for ax in axes:
+            ax.set_xlabel(ax.get_xlabel() + ERROR_SCALE.replace("\n", " "))
+    else:
+        share(axes, "x")
     for which in dict.fromkeys(panel.headline for panel in shown):
         axes[0].plot([], [], _MARKERS[which], color=BLACK, ms=5, label=f"{EPOCHS[which]} (headline)")
         other = _OTHER[which]
@@ -78,9 +94,19 @@ def accuracy(runs: Sequence[Finished]) -> Figure:
         axes[0].plot([], [], "|", color=BLACK, alpha=0.7, ms=7, label="single seeds")
     if many:
         families(axes[0], groups)
-    heading(figure, "Test score", groups)
+    heading(figure, "Test score of each method" + (", sorted by its mean" if many else ""), groups)
     legend(figure, axes)
     return figure
+
+
+def _highest(panel: Panel) -> str:
+    """The title of a panel, and the method with the highest mean, if there are several."""
+    means = {name: float(np.mean(tested(group, panel.headline))) for _, name, group in panel.shown}
+    means = {name: value for name, value in means.items() if np.isfinite(value)}
+    if len(means) < 2:
+        return plain(panel.title, 60)
+    best = max(means, key=lambda name: means[name])
+    return plain(f"{f'{panel.title}, ' if panel.title else ''}highest mean: {best}", 60)
 
 
 _MARKERS = {"best": "o", "last": "D"}

@@ -12,11 +12,11 @@ from math import isfinite, nan
 from statistics import mean, stdev
 from typing import Any
 
+from bisam.experiments.markdown import table
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports.cells import cells_of, spread
 from bisam.experiments.reports.differences import Baselines, Comparison, columns, compare
 from bisam.experiments.reports.groups import Groups, names, place, places, title
-from bisam.experiments.reports.markdown import table
 from bisam.experiments.reports.significance import adjusted
 from bisam.experiments.runs.folder import Finished
 

@@ -6,13 +6,13 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from statistics import mean
 
+from bisam.experiments.markdown import escaped
 from bisam.experiments.recipes.expressions import names_called
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.recipes.versions import VERSION, changed_since
 from bisam.experiments.reports.cells import detectable, interval, probability, signed
 from bisam.experiments.reports.differences import Comparison
 from bisam.experiments.reports.groups import Groups, Place, place
-from bisam.experiments.reports.markdown import escaped
 from bisam.experiments.runs.folder import Finished
 from bisam.experiments.runs.results import ENOUGH, headline
 from bisam.experiments.studies.study import Primary
@@ -111,7 +111,7 @@ def reading(runs: Collection[Finished], compared: Collection[Comparison]) -> str
             "Detectable is the true difference that this n and this spread of the pairs decide in 80 of 100, for one "
             "test alone and at the strictest step of Holm: a smaller one can be there and stay undecided.",
         ]
-    return " ".join(["**How to read this page.**", *said, _headline(runs)])
+    return " ".join([*said, _headline(runs)])
 
 
 def _headline(runs: Collection[Finished]) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from matplotlib.figure import Figure
+
 from bisam.experiments.analyses.file import Entry
 from bisam.experiments.errors import RunError
 from bisam.experiments.recipes.recipe import Recipe
@@ -18,7 +20,6 @@ from bisam.experiments.reports import (
     predictors,
     regret,
 )
-from bisam.experiments.reports.drawing import rendered
 from bisam.experiments.reports.groups import grouped
 from bisam.experiments.reports.predictors import Comparison, Measured
 from bisam.experiments.runs.files import to_csv
@@ -33,14 +34,16 @@ class Part:
     Attributes:
         text: Markdown, or "" for none.
         files: rows of CSV files by file name, or "" for none.
-        pictures: PNG images by file name.
+        pictures: figures by file name.
         captions: of the pictures.
+        answer: a sentence on what was found, for the first paragraph of the report, or "".
     """
 
     text: str = ""
     files: Mapping[str, str] = field(default_factory=dict[str, str])
-    pictures: Mapping[str, bytes] = field(default_factory=dict[str, bytes])
+    pictures: Mapping[str, Figure] = field(default_factory=dict[str, Figure])
     captions: Mapping[str, str] = field(default_factory=dict[str, str])
+    answer: str = ""
 
 
 def parts(
@@ -60,13 +63,14 @@ def parts(
         folder: where `bisam analyse` can measure the others, or "" where it cannot.
     """
     return [
-        _figures(study, runs),
         _predictors(study, runs, entries),
+        _figures(study, runs),
         _regret(study, runs),
         _choice(study, runs),
         Part(
-            ascents.section(ascents.compared(runs, study.registered), runs),
+            ascents.section(found := ascents.compared(runs, study.registered), runs),
             {"ascents.csv": to_csv(ascents.rows(runs))},
+            answer=ascents.answer(found, runs),
         ),
         Part("", {"flips.csv": to_csv(flips.rows(flips.flips(grouped(runs), study.baselines)))}),  # text: by the table
         Part(analyses.section(runs, entries, faults, folder), {"analysis.csv": to_csv(analyses.rows(runs, entries))}),
@@ -91,24 +95,28 @@ def _predictors(study: Study, runs: Sequence[Finished], entries: Mapping[Recipe,
         return Part(text, files)
     files["correlations.csv"] = to_csv(predictors.rows(comparisons))
     name = f"{predictor_plot.NAME}.png"
-    picture = rendered(predictor_plot.predictors(comparisons, own.shown))
-    return Part(text, files, {name: picture}, {name: predictor_plot.CAPTION})
+    picture = predictor_plot.predictors(comparisons, own.shown)
+    said = predictors.answer(comparisons, study.seeds)
+    return Part(text, files, {name: picture}, {name: predictor_plot.CAPTION}, said)
 
 
 def _regret(study: Study, runs: Sequence[Finished]) -> Part:
     if (own := study.regret) is None:
         return Part()
     groups, seeds = grouped(runs), range(study.first_seed, study.first_seed + study.seeds)
-    return Part(regret.section(groups, own, seeds), {"regret.csv": to_csv(regret.rows(groups, own, seeds))})
+    files = {"regret.csv": to_csv(regret.rows(groups, own, seeds))}
+    return Part(regret.section(groups, own, seeds), files, answer=regret.answer(groups, own, seeds))
 
 
 def _choice(study: Study, runs: Sequence[Finished]) -> Part:
-    return Part(choice.section(runs), {"choices.csv": to_csv(choice.rows(runs))}) if study.tunes else Part()
+    if not study.tunes:
+        return Part()
+    return Part(choice.section(runs), {"choices.csv": to_csv(choice.rows(runs))}, answer=choice.answer(runs))
 
 
 def _figures(study: Study, runs: Sequence[Finished]) -> Part:
-    drawn = [name for name in study.figures if figures.usable(name, runs)]
+    drawn = [name for name in dict.fromkeys((*study.figures, "curves")) if figures.usable(name, runs)]
     return Part(
-        pictures={f"{name}.png": rendered(figures.draw(name, runs, study.regret)) for name in drawn},
+        pictures={f"{name}.png": figures.draw(name, runs, study.regret) for name in drawn},
         captions={f"{name}.png": figures.CAPTIONS[name] for name in drawn},
     )

@@ -13,14 +13,16 @@ from matplotlib.ticker import Locator, LogLocator, MaxNLocator, NullFormatter
 
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports.drawing import Style, plain, styles
-from bisam.experiments.reports.groups import title
+from bisam.experiments.reports.groups import names, title
 from bisam.experiments.reports.predictors import Comparison, Level, written
+from bisam.experiments.reports.scales import share
+from bisam.experiments.reports.svg import spot
 
 NAME = "predictors"
 """Name of the figure."""
 CAPTION = (
     "Test error against measures of the trained network: runs (small) and means of a configuration (large), with "
-    "Spearman's correlation and its 95 % interval"
+    "Spearman's correlation and its 95 % interval; each panel has its own scale of the measure"
 )
 _WIDTH, _ROW = 6.9, 1.75  # inches: the width of the text of a paper
 _SMALL = 7
@@ -56,6 +58,7 @@ def predictors(comparisons: Sequence[Comparison], shown: Sequence[str]) -> Figur
                 _panel(ax, level, key, styled)
                 ax.set_title(f"{plain(key, 28)}\n{written(one.found.spearman)}", fontsize=_SMALL)
         axes[0].set_ylabel(f"test error (%){f', {plain(level.title)}' if level.title else ''}", fontsize=_SMALL)
+    share([axes[0] for axes in grid], "y")
     handles, labels = grid[0][0].get_legend_handles_labels()
     style: dict[str, Any] = {"loc": "outside lower center", "ncols": len(labels), "frameon": False}
     figure.legend(handles, labels, fontsize=_SMALL, handletextpad=0.4, columnspacing=1.2, **style)
@@ -63,12 +66,16 @@ def predictors(comparisons: Sequence[Comparison], shown: Sequence[str]) -> Figur
 
 
 def _panel(ax: Axes, level: Level, key: str, styled: dict[str, Style]) -> None:
-    x, y = level.measures[key], 100 * level.error
+    x, y, called = level.measures[key], 100 * level.error, names(level.recipes)
     for name, columns in groupby(range(len(level.recipes)), key=lambda i: level.methods[i]):
         own, style = list(columns), styled[name]
         ax.plot(x[:, own].ravel(), y[:, own].ravel(), ".", color=style.colour, ms=2.5, mew=0, alpha=0.45, zorder=1)
         line: dict[str, Any] = {**style.line, "markersize": 4, "linewidth": 0.9, "mec": "white", "mew": 0.4}
         ax.plot(x[:, own].mean(0), y[:, own].mean(0), label=plain(name), zorder=2, **line)
+    for i, recipe in enumerate(level.recipes):
+        measures, errors = ({s: float(v[k, i]) for k, s in enumerate(level.seeds)} for v in (x, y))
+        lines = [f"seed {seed}: {measures[seed]:.3g}, error {errors[seed]:.3g} %" for seed in level.seeds]
+        spot(ax, float(x[:, i].mean()), float(y[:, i].mean()), "\n".join([called[recipe], *lines]))
     _scale(ax, "x", x, MaxNLocator(4))
     _scale(ax, "y", y, MaxNLocator(5))
     ax.tick_params(labelsize=_SMALL - 0.5, length=2)

@@ -19,11 +19,11 @@ import numpy as np
 from bisam.experiments.analyses.catalogue import ANALYSES
 from bisam.experiments.analyses.file import Entry, with_settings
 from bisam.experiments.analyses.settings import Settings
+from bisam.experiments.markdown import escaped, table
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports.cells import probability, signed
 from bisam.experiments.reports.correlations import Correlation, Estimate, correlate, stronger
 from bisam.experiments.reports.groups import grouped, names, place, places, title
-from bisam.experiments.reports.markdown import escaped, table
 from bisam.experiments.reports.significance import ALPHA, holm
 from bisam.experiments.runs.folder import Finished
 from bisam.experiments.studies.study import Analyses
@@ -285,6 +285,19 @@ def section(comparisons: Sequence[Comparison], unmeasured: Sequence[str] = (), s
     sentences = [interim] if interim else _sentences(comparisons)
     blocks = [f"## {TITLE}", _EXPLANATION, written_table, *sentences, *out]
     return "\n\n".join(block for block in blocks if block)
+
+
+def answer(comparisons: Sequence[Comparison], seeds: int = 1) -> str:
+    """The sentences of a report on the primary measure and on those that predict the error; "" without comparisons.
+
+    Args:
+        comparisons: as `compare` returns them.
+        seeds: number of seeds that was fixed before the first run.
+    """
+    if not comparisons:
+        return ""
+    main = [one for one in comparisons if one.primary]
+    return _interim(comparisons, seeds) or " ".join([_primary(main) if main else "", _verdict(comparisons)]).strip()
 
 
 TITLE = "Which measures rank the runs as their test error does"

@@ -15,6 +15,7 @@ from statistics import mean, median
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -22,7 +23,9 @@ from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports.differences import score
 from bisam.experiments.reports.drawing import Panel, Style, heading, legend, panels, plain, sheet, styles
 from bisam.experiments.reports.groups import Groups, Place, grouped, place, title
+from bisam.experiments.reports.scales import ERROR_SCALE, fit_scores, share, widen_scores
 from bisam.experiments.reports.significance import student
+from bisam.experiments.reports.svg import point
 from bisam.experiments.runs.folder import Finished
 
 _SAME = 0.03  # relative difference of two radii that stand for the same multiple: grids by sqrt(2) are rounded
@@ -120,6 +123,8 @@ def varied(runs: Iterable[Finished]) -> list[Finished]:
 def radii(runs: Sequence[Finished], optima: Mapping[tuple[str, float], float] = MappingProxyType({})) -> Figure:
     """Headline test score against the radius: above the whole range, below the scores near the best one.
 
+    Where scores come near 100 %, the upper panels are logarithmic in the error.
+
     Filled markers are the optimum, open ones twice the optimum. Plain training is a horizontal line, at the weight
     decay that is best by the same rule.
 
@@ -147,12 +152,26 @@ def radii(runs: Sequence[Finished], optima: Mapping[tuple[str, float], float] = 
             for line in plain_lines(groups):
                 if line.place == at:
                     _draw_plain(ax, line, called[line.method])
-            _finish(ax, panel, mine, scales)
+            _finish(ax, panel, drawn, scales)
+        whole.set_title(
+            plain(f"{f'{panel.title}, ' if panel.title else ''}{_optima(mine, optima, scales)}", 60), fontsize=10
+        )
         near.set_ylim(best - _NEAR, best + 0.25 * _NEAR)
-        near.set_title("near the best score", fontsize=9)
+        own = " (each panel has its own scale)" if len(shown) > 1 else ""
+        near.set_title(plain(f"{f'{panel.title}, ' if panel.title else ''}near the best score{own}", 60), fontsize=10)
+    whole = axes[: len(shown)]
+    means = [np.asarray(line.get_ydata(), float) for ax in whole for line in ax.get_lines()]
+    if all(panel.metric.startswith("accuracy") for panel in shown) and widen_scores(whole, "y", means):
+        fit_scores(whole, "y", means)
+        for ax in whole:
+            ax.set_ylabel(ax.get_ylabel() + ERROR_SCALE)
+    else:
+        share(whole, "y")
     axes[0].plot([], [], "o", color="black", ms=7, label="optimum")
     axes[0].plot([], [], "o", color="black", ms=7, mfc="white", label="twice the optimum")
-    heading(figure, "Test score against the radius", groups, "mean and 95 % interval")
+    heading(
+        figure, "Test score of each method with radii from too small to too large", groups, "mean and 95 % interval"
+    )
     legend(figure, axes)
     return figure
 
@@ -165,10 +184,18 @@ def _draw(ax: Axes, line: Line, optimum: float, style: Style, scale: float) -> N
     drawn: dict[str, Any] = {**style.line, "markersize": 3, "linewidth": 1.3}
     ax.plot(xs, centres, **drawn, label=plain(label))
     ax.fill_between(xs, [one.low for one in found], [one.high for one in found], color=style.colour, alpha=0.13, lw=0)
+    for rho, x, centre in zip(rhos, xs, centres, strict=True):
+        point(ax, x, centre, f"{line.method}, rho {rho:g}", line.scores(rho))
     ax.plot(optimum / scale, centres[rhos.index(optimum)], style.marker, color=style.colour, ms=8, zorder=3)
     if (twice := line.times(2, optimum)) is not None:
         own: dict[str, Any] = {"color": style.colour, "ms": 8, "mfc": "white", "zorder": 3}
         ax.plot(twice / scale, centres[rhos.index(twice)], style.marker, **own)
+
+
+def _optima(mine: Sequence[Line], optima: Mapping[tuple[str, float], float], scales: dict[str, float]) -> str:
+    """The words on the best radii of a panel, as its axis shows them."""
+    found = sorted(line.marked(optima) / scales[line.method] for line in mine)
+    return f"optima at {found[0]:g}" + (f" to {found[-1]:g}" if found[-1] > found[0] else "")
 
 
 def _draw_plain(ax: Axes, line: Line, style: Style) -> None:
@@ -185,13 +212,14 @@ def _scales(drawn: Sequence[Line]) -> dict[str, float]:
     return {method: 10.0 ** round(log10(middle / first)) for method, middle in middles.items()}
 
 
-def _finish(ax: Axes, panel: Panel, mine: Sequence[Line], scales: dict[str, float]) -> None:
-    values = sorted({round(rho / scales[line.method], 6) for line in mine for rho in line.recipes})
+def _finish(ax: Axes, panel: Panel, drawn: Sequence[Line], scales: dict[str, float]) -> None:
+    """Ticks and labels; all panels have the radii of all lines."""
+    values = sorted({round(rho / scales[line.method], 6) for line in drawn for rho in line.recipes})
     ax.set_xscale("log", base=2)
     shown = [v for i, v in enumerate(values) if i == 0 or v > 1.1 * values[i - 1]]
     ax.set_xticks(shown, [f"{value:g}" for value in shown], fontsize=8)
     ax.minorticks_off()
+    ax.set_xlim(values[0] / 1.15, values[-1] * 1.15)
     ax.set_xlabel("radius rho")
     ax.set_ylabel(f"test {panel.metric}")
-    ax.set_title(plain(panel.title, 60), fontsize=10)
     ax.grid(alpha=0.3)

@@ -12,9 +12,10 @@ from math import isnan, nan
 from statistics import mean
 from typing import Any
 
+from bisam.experiments.markdown import table
+from bisam.experiments.reports.answer import shown
 from bisam.experiments.reports.cells import NOTHING, probability, signed
 from bisam.experiments.reports.groups import Groups, Place, places
-from bisam.experiments.reports.markdown import table
 from bisam.experiments.reports.radii import Line, lines
 from bisam.experiments.reports.significance import Difference, Tested, adjusted, student
 from bisam.experiments.studies.study import Regret
@@ -124,6 +125,43 @@ def section(groups: Groups, regret: Regret, registered: range) -> str:
             *_sentences(compared, called, len(registered)),
         ]
     return "\n\n".join(block for block in blocks if block)
+
+
+def answer(groups: Groups, regret: Regret, registered: range) -> str:
+    """The sentence of a report on the primary comparison, in Markdown; "" if nothing is compared.
+
+    Args:
+        groups: runs by recipe.
+        regret: what is compared.
+        registered: the seeds that test the primary comparison.
+    """
+    compared = compare(costs(groups, regret), regret, registered)
+    if not compared:
+        return ""
+    called = _places([one.cost for one in compared])
+    primary = [one for one in compared if one.primary]
+    if not primary:
+        decided = sum(one.decided for one in compared)
+        return f"Of {len(compared)} exploratory comparisons of regrets {decided or 'none'} {_are(decided)} decided."
+    what = f"the regret of {regret.factor:g} times the optimum"
+    if any(one.interim for one in primary):
+        n = min(one.difference.pairs for one in primary)
+        return f"**Interim:** {what} has {n} of its {len(registered)} registered seeds, so nothing is decided."
+    said = [f"label noise {called[one.cost.line.place]}, {_answered(one)}" for one in primary]
+    return f"The registered comparison, {what}: {'; '.join(said)}."
+
+
+def _are(count: int) -> str:
+    return "is" if count < 2 else "are"
+
+
+def _answered(one: Compared) -> str:
+    numbers = f"{one.cost.line.method} minus {one.control.line.method} is {_interval(one.difference)} points"
+    if isnan(one.difference.p):
+        return f"{numbers}, **no test**"
+    verdict = "decided" if one.decided else "undecided"
+    power = "" if one.decided else f" ({one.difference.pairs} pairs: {shown(one.difference.detectable())})"
+    return f"{numbers}, **{verdict}**{power}"
 
 
 def rows(groups: Groups, regret: Regret, registered: range) -> list[dict[str, Any]]:

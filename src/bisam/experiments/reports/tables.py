@@ -9,10 +9,12 @@ from math import isnan, nan
 from statistics import mean, median, stdev
 from typing import Any
 
+from bisam.experiments.markdown import escaped as escaped, table as _table
 from bisam.experiments.recipes.assumptions import Assumption
 from bisam.experiments.recipes.catalogue import BASELINE
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports import legends
+from bisam.experiments.reports.answer import Wanted, answer as answer_of
 from bisam.experiments.reports.cells import NOTHING, cells_of, detectable, interval, probability, spread
 from bisam.experiments.reports.comparison import beside
 from bisam.experiments.reports.differences import (
@@ -35,16 +37,14 @@ from bisam.experiments.reports.groups import (
     title,
     varying,
 )
-from bisam.experiments.reports.markdown import escaped as escaped, table as _table
 from bisam.experiments.reports.marks import Marks
 from bisam.experiments.reports.significance import adjusted
 from bisam.experiments.runs.folder import Finished
 from bisam.experiments.runs.provenance import RESULT, line, where
-from bisam.experiments.runs.results import BALL, headline
+from bisam.experiments.runs.results import BALL, TITLES, headline
 from bisam.experiments.studies import LABELS
 from bisam.experiments.studies.study import Primary
 from bisam.experiments.training.ball import EXAMPLES, RADIUS, STEPS
-from bisam.experiments.training.metrics import TITLES
 
 Row = dict[str, Any]
 
@@ -166,19 +166,23 @@ def markdown(
     assumptions: Sequence[Assumption] = (),
     more: Sequence[str] = (),
     primary: Primary | None = None,
+    files: str = "",
+    answer: str = "",
 ) -> str:
-    """The whole report as Markdown.
+    """The whole report as Markdown: its answer, the first figure, the table, and then what explains them.
 
     Args:
         title: of the study.
         runs: finished runs, in the order of the table.
-        pictures: files beside the report, with their captions.
+        pictures: files beside the report, with their captions; the first is shown above the table.
         note: how to read it, in Markdown.
         baselines: methods to compare with, see `differences.baseline`.
         left_out: files of finished runs that cannot be used, each with the reason.
         assumptions: values that no public source of the paper gives.
         more: further sections, before the published numbers.
         primary: the registered comparison of the study.
+        files: the section on the files of the report and the runs.
+        answer: the first paragraph; by default `opening` of these runs.
     """
     rows, groups = summary(runs, baselines, primary), grouped(runs)
     heads, marks = header(rows), marks_of(runs, assumptions)
@@ -186,29 +190,60 @@ def markdown(
     lines = [marks.beside(recipe, heads, cells(row, heads), shared) for recipe, row in zip(groups, rows, strict=True)]
     compared, registered = differences(groups, baselines, primary), primary_comparisons(groups, primary)
     called, titles = names(groups), places(groups)
+    shown = [f"![{what}]({file})" for file, what in pictures.items()]
     blocks = [
         f"# {title}",
-        legends.caption(runs),
+        answer or opening(runs, baselines, primary),
         legends.older(groups),
-        note,
-        legends.reading(runs, compared.values()),
-        _setting(shared, marks),
+        *shown[:1],
         _table(heads, lines),
-        _labels(groups),
-        _assumptions(marks),
+        _setting(shared, marks),
         _diverged(groups),
+        _early(groups),
         _left_out(left_out),
+        _labels(groups),
         legends.primary(primary, registered, called, titles),
         legends.words(compared, called, titles),
+        f"## What was compared\n\n{note}" if note else "",
+        "## How to read this page",
+        legends.caption(runs),
+        legends.reading(runs, compared.values()),
+        _assumptions(marks),
         _crossed(groups),
         flips_section(flips(groups, baselines)),
         _ball(groups, baselines) if "ball.png" in pictures else "",
         *more,
         _published(groups),
-        *(f"![{what}]({file})" for file, what in pictures.items()),
+        "\n\n".join(["## More figures", *shown[1:]]) if shown[1:] else "",
+        files,
         "\n".join(provenance(runs)),
     ]
     return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def opening(
+    runs: Sequence[Finished],
+    baselines: Baselines = (BASELINE,),
+    primary: Primary | None = None,
+    answers: Sequence[str] = (),
+    wanted: Wanted | None = None,
+    *,
+    tunes: bool = False,
+) -> str:
+    """The first paragraph of a report, in Markdown: which differences are decided; see `answer`.
+
+    Args:
+        runs: finished runs.
+        baselines: methods to compare with, see `differences.baseline`.
+        primary: the registered comparison of the study.
+        answers: sentences of the other sections on what they have found.
+        wanted: the runs of the finished study.
+        tunes: whether the study chooses settings, so that its answer is the choice and not the differences.
+    """
+    groups = grouped(runs)
+    compared = {} if tunes and answers else differences(groups, baselines, primary)
+    found = primary_comparisons(groups, primary)
+    return answer_of(groups, names(groups), places(groups), primary, found, compared, answers, wanted)
 
 
 def _diverged(groups: Groups) -> str:
@@ -223,11 +258,44 @@ def _diverged(groups: Groups) -> str:
         for recipe, run in found[:_LISTED]
     ]
     more = f"; and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
+    ended = sum(run.result.get("stopped") == "diverged" for _, run in found)
+    last = f" {'All' if ended == len(found) else ended} of them ended there." if ended else ""
     return (
         f"Diverged: {len(found)} of {sum(map(len, groups.values()))} runs, with the first epoch whose loss is not "
         f"finite: {'; '.join(listed)}{more}. They are part of all means, as the result of their method with that seed. "
         "Their scores of the last epoch are those of weights that are not finite; their scores of the best validation "
-        "epoch are of an epoch before, if there is one."
+        f"epoch are of an epoch before, if there is one.{last}"
+    )
+
+
+def brief_of_diverged(runs: Iterable[Finished]) -> str:
+    """One line on the runs that diverged, by the rows that they are in; empty if none did."""
+    groups = grouped(runs)
+    counts = {recipe: sum(run.diverged is not None for run in group) for recipe, group in groups.items()}
+    if not any(counts.values()):
+        return ""
+    called, titles = names(groups), places(groups)
+    cells = [
+        f"{', '.join(part for part in (called[recipe], titles[place(recipe)]) if part)} ({count} of {len(group)})"
+        for (recipe, group), count in zip(groups.items(), counts.values(), strict=True)
+        if count
+    ]
+    more = f" and {len(cells) - _LISTED} more" if len(cells) > _LISTED else ""
+    first = next(run for group in groups.values() for run in group if run.diverged is not None)
+    message = first.result.get("message", f"the loss is not finite since epoch {first.diverged}")
+    return f"runs diverged, and are part of the means: {', '.join(cells[:_LISTED])}{more}; the first one: {message}"
+
+
+def _early(groups: Groups) -> str:
+    """The paragraph on runs that ended because validation did not improve."""
+    found = [run for group in groups.values() for run in group if run.result.get("stopped") == "patience"]
+    if not found:
+        return ""
+    epochs = sorted(len(run.metrics) for run in found)
+    span = f"{epochs[0]}" if epochs[0] == epochs[-1] else f"{epochs[0]} to {epochs[-1]}"
+    return (
+        f"Early stopping: {len(found)} of {sum(map(len, groups.values()))} runs ended after {span} epochs, because "
+        "validation had not improved for as many epochs as their patience. Scores of the last epoch are of that epoch."
     )
 
 

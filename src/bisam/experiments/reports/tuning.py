@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,8 @@ from bisam.experiments.reports.drawing import (
     spread,
 )
 from bisam.experiments.reports.groups import Place, grouped, perturbed, place, places, title
+from bisam.experiments.reports.scales import share
+from bisam.experiments.reports.svg import point
 from bisam.experiments.runs.folder import Finished
 
 _LINES = (
@@ -55,27 +57,31 @@ def radius(runs: Sequence[Finished]) -> Figure:
     titles, points = places(groups), defaultdict[str, list[Any]](list)
     for recipe, group in groups.items():
         values = [100 * validation_score(run) for run in group]
-        points[title(recipe)].append((recipe, recipe.setting("rho"), np.mean(values), spread(values) or 0))
+        seeds = {run.recipe.seed: value for run, value in zip(group, values, strict=True)}
+        points[title(recipe)].append((recipe, recipe.setting("rho"), np.mean(values), spread(values) or 0, seeds))
     lines = [(method, at, [p for p in each if place(p[0]) == at]) for method, each in points.items() for at in titles]
     figure, found = sheet(len(points), (2.2, 1.8), columns=6, sharey=True)
     axes = dict(zip(points, found, strict=True))
     # Scores more than 25 below the best of a place are failures: showing how far below would compress the rest.
     high, low = defaultdict[Place, float](lambda: -np.inf), defaultdict[Place, float](lambda: np.inf)
     for _, at, line in lines:
-        for _, _, centre, _ in line:
+        for _, _, centre, *_ in line:
             high[at], low[at] = max(high[at], centre), min(low[at], centre)
     floor = min(max(high[at] - 25, low[at]) for at in titles)
-    ends = [centre - width for _, _, line in lines for _, _, centre, width in line if centre >= floor]
+    ends = [centre - width for _, _, line in lines for _, _, centre, width, _ in line if centre >= floor]
     bottom = min(floor, *ends) - 2
     for method, at, line in lines:
         if not line:
             continue
         ax, i = axes[method], list(titles).index(at)
         style = _LINES[i % len(_LINES)] if len(titles) > 1 else Style(family_colour(line[0][0]))
-        rhos, centres, widths = (np.array(column) for column in list(zip(*line, strict=True))[1:])
+        rhos, centres, widths = (np.array(column) for column in list(zip(*line, strict=True))[1:4])
         seen = centres >= floor
         ax.plot(rhos, np.maximum(centres, floor), color=style.colour, ls=style.dashes, lw=1, label=plain(titles[at]))
         ax.errorbar(rhos[seen], centres[seen], widths[seen], fmt=style.marker, color=style.colour, ms=3.5, capsize=2)
+        for _, rho, centre, _, seeds in line:
+            name = f"{method}, rho {rho:g}" + (f", {titles[at]}" if titles[at] else "")
+            point(ax, rho, max(centre, floor), name, seeds)
         ax.plot(rhos[~seen], np.full((~seen).sum(), floor), "v", color=style.colour, ms=5, mfc="white")
     for method, ax in axes.items():
         rhos = sorted({rho for _, rho, *_ in points[method]})
@@ -85,7 +91,7 @@ def radius(runs: Sequence[Finished]) -> Figure:
     for ax in found[-6:]:
         ax.set_xlabel("rho", fontsize=8)
     figure.supylabel("validation score × 100", fontsize=9)
-    heading(figure, "The radius, or what stands in its place", groups)
+    heading(figure, "Validation score of each method against its radius, or what stands in its place", groups)
     if len(titles) > 1:
         legend(figure, found)
     return figure
@@ -106,17 +112,27 @@ def grid(runs: Sequence[Finished]) -> Figure:
     figure, axes = sheet(len(shown), (5.6, 3.6), columns=columns, sharey=several == 1)
     for (panel, name, lines), ax in zip(shown, axes, strict=True):
         for i, (label, points) in enumerate(lines.items()):
-            xs, centres, widths = (np.array(column) for column in zip(*points, strict=True))
+            xs, centres, widths = (np.array(column) for column in list(zip(*points, strict=True))[:3])
             style: dict[str, Any] = {**_LINES[i % len(_LINES)].line, "capsize": 2, "linewidth": 1.2}
             ax.errorbar(xs, centres, widths, label=plain(label, 40), **style)
+            for x, centre, _, seeds in points:
+                point(ax, x, centre, f"{label}, {name} {x:g}", seeds)
         _ticks(ax, sorted({x for points in lines.values() for x, *_ in points}), 8)
         ax.set_xlabel(name)
         ax.set_ylabel(f"validation {panel.metric}")
         ax.set_title(plain(panel.title, 60), fontsize=10)
-    heading(figure, "Settings", groups)
+    if several > 1:
+        for each_name in dict.fromkeys(name for _, name, _ in shown):
+            share([ax for (_, name, _), ax in zip(shown, axes, strict=True) if name == each_name], "y")
+    heading(figure, f"Validation score against {_and(dict.fromkeys(name for _, name, _ in shown))}", groups)
     for ax in axes:
         ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, frameon=False)
     return figure
+
+
+def _and(names: Iterable[str]) -> str:
+    *before, last = names
+    return f"{', '.join(before)} and {last}" if before else last
 
 
 def varied(runs: Sequence[Finished]) -> list[Finished]:
@@ -130,9 +146,9 @@ def varied(runs: Sequence[Finished]) -> list[Finished]:
 _TUNED = ("rho", "mu", "alpha")
 
 
-def _lines(panel: Panel, name: str) -> dict[str, list[tuple[float, float, float]]]:
+def _lines(panel: Panel, name: str) -> dict[str, list[tuple[float, float, float, dict[int, float]]]]:
     """Values of a setting with mean and standard deviation of the score, by method and values of the other settings."""
-    found: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
+    found: dict[str, list[tuple[float, float, float, dict[int, float]]]] = defaultdict(list)
     for recipe, _, group in panel.shown:
         if recipe.setting(name) is None:
             continue
@@ -140,8 +156,9 @@ def _lines(panel: Panel, name: str) -> dict[str, list[tuple[float, float, float]
         others = [o for o in _TUNED if o != name and len({other.setting(o) for other in kin}) > 1]
         values = [100 * validation_score(run) for run in group]
         label = ", ".join([title(recipe), *(f"{other} {recipe.setting(other):g}" for other in others)])
-        found[label].append((recipe.setting(name), float(np.mean(values)), spread(values) or 0.0))
-    return {label: sorted(points) for label, points in found.items() if len(points) > 1}
+        seeds = {run.recipe.seed: value for run, value in zip(group, values, strict=True)}
+        found[label].append((recipe.setting(name), float(np.mean(values)), spread(values) or 0.0, seeds))
+    return {label: sorted(points, key=lambda point: point[:3]) for label, points in found.items() if len(points) > 1}
 
 
 def _ticks(ax: Axes, values: Sequence[float], size: float) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from math import isfinite
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from bisam.experiments.errors import DamagedError, RunError, reason
@@ -155,18 +156,20 @@ def damaged(path: Path, error: Exception) -> DamagedError:
         case "recipe.json":
             remedy = f"{'delete this file, and ' if path.exists() else ''}the same command writes it again"
         case "result.json" | "metrics.csv" if path.with_name("checkpoint.pt").is_file():
-            result = path.with_name("result.json")
-            remedy = f"delete {result}, and the same command writes it again from the checkpoint"
+            remedy = "delete result.json beside it" if path.name == "metrics.csv" else "delete this file"
+            remedy = f"{remedy}, and the same command writes it again from the checkpoint"
         case "stats.csv":
             remedy = "delete this file; the run is not affected, but has no statistics of the epochs so far"
         case "analysis.json":
             remedy = "delete this file, and `bisam analyse` computes it again"
         case _:
-            remedy = f"delete {path.parent} to run it again"
-    return DamagedError(path, _reason(error), f"{remedy}; other runs are not affected")
+            remedy = "delete its folder to run it again"
+    return DamagedError(path, _reason(path, error), f"{remedy}; other runs are not affected")
 
 
-def _reason(error: Exception) -> str:
-    """Return the message of an error on one line; of a long one, such as that of an expression, begin and end."""
+def _reason(path: Path, error: Exception) -> str:
+    """Return the message of an error on one line; of a long one its begin, and of an expression its end too."""
     text = " ".join(str(error).split())
-    return f"{text[:80]} [...] {text[-200:]}" if len(text) > 300 and not isinstance(error, OSError) else reason(error)
+    if path.name != "recipe.json" or isinstance(error, OSError):
+        return shorten(reason(error), 100)
+    return f"{text[:80]} [...] {text[-200:]}" if len(text) > 300 else reason(error)

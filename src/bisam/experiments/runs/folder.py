@@ -106,8 +106,7 @@ class Run:
             raise damaged(latest, ValueError(f"{fault}, and {PREVIOUS} too: {other}"))
         latest.replace(latest.with_name(DAMAGED))
         warnings.warn(
-            f"{latest} is damaged ({fault}): the run resumes from {PREVIOUS}, one epoch earlier; the damaged file is "
-            f"now {DAMAGED}",
+            f"{latest} is damaged ({fault}), and is now {DAMAGED}: the run resumes from {PREVIOUS}, one epoch earlier",
             RunWarning,
             stacklevel=2,
         )
@@ -134,6 +133,17 @@ class Run:
             RunError: the file is damaged.
         """
         return read_result(self.folder, self.recipe)
+
+    def known_result(self) -> Result | None:
+        """Return the result of a folder that nobody has locked, or None; loads nothing else.
+
+        Raises:
+            RunError: the folder is damaged, or belongs to another recipe.
+        """
+        if not (self.folder / "result.json").exists():
+            return None
+        self.check_recipe()  # first: the result of another recipe is no damage
+        return self.result
 
     def checkpoint(self) -> dict[str, Any] | None:
         """Return the state in the latest checkpoint, on the CPU, or None if there is none.

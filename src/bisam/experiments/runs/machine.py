@@ -6,18 +6,26 @@ import multiprocessing as mp
 import os
 import signal
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from cyclopts import Parameter
+from cyclopts import Parameter, Token
 
 from bisam.experiments.errors import unknown
+from bisam.experiments.runs.durations import seconds
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+
+
+def _seconds(type_: Any, tokens: Sequence[Token]) -> float:
+    """The value of a flag as seconds."""
+    return seconds(tokens[0].value)
+
 
 STRATEGIES = ("auto", "ddp", "fsdp")
 PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed", "64": "64-true"}
@@ -48,13 +56,22 @@ class Machine:
     """Processes that read and decode image files."""
     log: Annotated[tuple[str, ...], Parameter(negative="")] = ("tensorboard",)
     """Loggers of the metrics, besides metrics.csv: tensorboard, wandb, mlflow."""
+    log_every: int = 50
+    """Losses between two points within an epoch that the loggers get, besides the metrics of each epoch; 0: none."""
     stats: bool = False
     """Record statistics of the training steps, their means over an epoch in stats.csv and in the loggers."""
+    stop_on_nan: bool = True
+    """End a run whose loss and weights are not finite any more, before its last epoch: they never are again."""
+    max_time: Annotated[float | None, Parameter(converter=_seconds)] = None
+    """Time after which training stops, in seconds or as in 1h30m: before an epoch that would not fit. What is trained
+    is saved, and the same command goes on. Each run trains at least one epoch."""
 
     def __post_init__(self) -> None:
-        for name, least in (("devices", 1), ("nodes", 1), ("loaders", 0)):
+        for name, least in (("devices", 1), ("nodes", 1), ("loaders", 0), ("log_every", 0)):
             if (value := getattr(self, name)) < least:
-                raise ValueError(f"--{name} must be at least {least}, got {value}")
+                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+        if self.max_time is not None and not 0 < self.max_time < inf:
+            raise ValueError(f"--max-time must be above 0, got {self.max_time}")
         if self.strategy not in STRATEGIES:
             raise unknown("strategy", self.strategy, STRATEGIES)
         if ":" in self.device and self.devices != (named := self.device.count(",") + 1):
@@ -82,6 +99,10 @@ class Machine:
             return self
         first, count = place % self.slots * self.devices, self.devices
         return replace(self, device=f"cuda:{','.join(map(str, range(first, first + count)))}")
+
+    def later(self, seconds: float) -> Machine:
+        """Return the machine after so many seconds of its time; with none left a run trains one epoch."""
+        return self if self.max_time is None else replace(self, max_time=max(self.max_time - seconds, 1e-3))
 
     @property
     def parallel(self) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import inf, isfinite
+from math import inf, isfinite, nan
 from pathlib import Path
 from typing import Any, Literal, Required, TypedDict, cast, get_origin, get_type_hints
 
@@ -23,8 +23,15 @@ Row = dict[str, float]
 Headline = Literal["best", "last"]
 """The weights whose test score a report shows and compares: of the best validation epoch, or of the last epoch."""
 
+Stopped = Literal["diverged", "patience"]
+"""Why a run ended early: its weights are not finite, or validation did not improve for `Recipe.patience` epochs."""
+
 ENOUGH = 2000
 """Validation examples from which on the best epoch is the headline; with fewer its choice is largely chance."""
+
+
+TITLES = {"accuracy": "accuracy", "top5": "top-5 accuracy", "f1": "F1", "matthews": "Matthews correlation"}
+"""The metrics, as they are written in reports."""
 
 
 class Result(TypedDict, total=False):
@@ -46,6 +53,10 @@ class Result(TypedDict, total=False):
     best_epoch: Required[int]
     diverged: int | None
     """First epoch with a loss that is not finite, or None; absent in results of 0.1."""
+    stopped: Stopped
+    """Why the run ended before the last epoch of its recipe; absent if it did not."""
+    message: str
+    """What a user should know of how the run ended, such as "loss is nan since epoch 2: ..."; absent if nothing."""
     metric: str
     """Metric of the scores above; accuracy if it is absent."""
     scores: dict[str, dict[str, float]]
@@ -113,9 +124,10 @@ _ENTRIES: Mapping[str, _Number | _Text] = {
     "validation_ties": _COUNT,
     "validation_examples": _Number(int),
     "headline": _Text("best|last"),
+    "stopped": _Text("diverged|patience"),
     **dict.fromkeys(("seconds_per_epoch", "relative_time"), _TIME),
     **dict.fromkeys(("gradients_per_step", "forwards_per_step"), _SIZE),
-    **dict.fromkeys(("metric", "device", "bisam", "torch", "python", "hardware", "commit", "recipe"), _TEXT),
+    **dict.fromkeys(("metric", "device", "bisam", "torch", "python", "hardware", "commit", "recipe", "message"), _TEXT),
     **dict.fromkeys(("metrics", "checksum"), _SUM),
     "finished": _Text(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"),
 }
@@ -262,7 +274,7 @@ def _are_scores(scores: Any) -> bool:
 
 
 def read_metrics(folder: Path, recipe: Recipe, result: Result | None = None) -> list[Row]:
-    """Return the metrics of the completed epochs of a run: all of them, with its result.
+    """Return the metrics of the completed epochs of a run; with its result, of all that it has trained.
 
     Raises:
         RunError: the file is missing or damaged.
@@ -271,7 +283,7 @@ def read_metrics(folder: Path, recipe: Recipe, result: Result | None = None) -> 
     rows = read_rows(path)
     fault = rows_fault(rows, recipe)
     if fault is None and result is not None:
-        if recipe.completed(rows[-1]) != recipe.length:
+        if "stopped" not in result and recipe.completed(rows[-1]) != recipe.length:
             fault = f"it does not have the {recipe.length} {recipe.unit} of the recipe"
         elif result.get("metrics", checksum_of_rows(rows)) != checksum_of_rows(rows):
             fault = "its checksum differs"
@@ -322,3 +334,28 @@ def _is_number(value: Any) -> bool:
 def first_diverged(rows: Sequence[Row]) -> int | None:
     """Return the first epoch whose training loss is not finite, or None."""
     return next((int(row["epoch"]) for row in rows if not isfinite(row.get("train_loss", 0.0))), None)
+
+
+def words_of_divergence(recipe: Recipe, rows: Sequence[Row], epoch: int) -> str:
+    """Return the entry `message` of a run that has diverged, with the settings that prevent it.
+
+    Args:
+        recipe: of the run.
+        rows: its metrics.
+        epoch: the first one whose loss, or after which the weights, are not finite.
+    """
+    loss = rows[epoch - 1].get("train_loss", nan)
+    what = f"loss is {loss} since epoch {epoch}"
+    if isfinite(loss):
+        what = f"the weights are not finite after epoch {epoch}"
+    remedies = ["--learning-rate"]
+    if recipe.setting("rho"):
+        remedies.append("--rho" if "rho" in recipe.settings else "radius in --method")
+    precise = ", or another --precision" if recipe.precision == "16" else ""
+    return f"{what}: a smaller {' or '.join(remedies)}{precise}"
+
+
+def since_better(rows: Sequence[Row]) -> int:
+    """Return the number of epochs since the validation score last rose above all scores before it."""
+    scores = [row["validation"] for row in rows]
+    return len(scores) - 1 - scores.index(max(scores)) if scores else 0

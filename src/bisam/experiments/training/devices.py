@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing as mp
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -16,8 +19,9 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 
 from bisam.experiments.errors import RunError, show_warnings_in_one_line
 from bisam.experiments.runs.folder import Result, Row, Run
-from bisam.experiments.runs.machine import Machine, end_with_parent
-from bisam.experiments.training.journal import OnLine
+from bisam.experiments.runs.machine import Machine, end_with_parent, ignore_interrupts
+from bisam.experiments.runs.signals import past_tense
+from bisam.experiments.training.journal import RESUMES, OnLine, line_of
 
 OnEpoch = Callable[[Row], None]
 """Called with the row of metrics of each epoch."""
@@ -32,8 +36,8 @@ def train_in_processes(
     machine: Machine,
     on_epoch: OnEpoch | None,
     on_line: OnLine | None = None,
-) -> Result:
-    """Train a run in a new process for each device and return its result.
+) -> Result | None:
+    """Train a run in a new process for each device and return its result, or None if the time is over before.
 
     Args:
         train_one: a function of a module, called in each process.
@@ -45,13 +49,19 @@ def train_in_processes(
 
     Raises:
         RunError: a process failed or was killed.
+        KeyboardInterrupt: the user or the system ended it; the processes are gone, and log.txt says so.
     """
-    ended = threading.Event()
+    ended, others = threading.Event(), set(mp.active_children())
     reporter = threading.Thread(target=_report, args=(run, on_epoch, on_line, ended), daemon=True)
     reporter.start()
     try:
         # A partial, because `launch` would take further arguments for data.
-        fabric.launch(partial(_train_in_child, train_one, run, machine, torch.get_num_threads()))
+        fabric.launch(partial(_train_in_child, train_one, run, machine, torch.get_num_threads(), time.time()))
+    except KeyboardInterrupt as error:
+        _end(set(mp.active_children()) - others)
+        with suppress(OSError, RunError):
+            run.writer().log(line_of(f"{past_tense(error)}: {RESUMES}"))
+        raise
     except (ProcessRaisedException, ProcessExitedException) as error:
         reason = [line for line in str(error).splitlines() if line.strip()][-1]
         remedy = ": the same command resumes it" if isinstance(error, ProcessExitedException) else ""
@@ -59,16 +69,28 @@ def train_in_processes(
     finally:
         ended.set()
         reporter.join()
-    assert run.result is not None
     return run.result
 
 
-def _train_in_child(train_one: TrainOne, run: Run, machine: Machine, threads: int, fabric: Fabric) -> None:
+def _end(processes: set[BaseProcess]) -> None:
+    with ignore_interrupts():  # a second Ctrl-C
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join(5)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+def _train_in_child(
+    train_one: TrainOne, run: Run, machine: Machine, threads: int, start: float, fabric: Fabric
+) -> None:
     end_with_parent()
     show_warnings_in_one_line()
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # the parent process reports Ctrl-C
     torch.set_num_threads(max(1, threads // machine.devices))
-    train_one(fabric, run, machine)
+    train_one(fabric, run, machine.later(time.time() - start))
 
 
 def _report(run: Run, on_epoch: OnEpoch | None, on_line: OnLine | None, ended: threading.Event) -> None:

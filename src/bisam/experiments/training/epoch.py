@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,9 @@ from bisam.experiments.training.weight_average import WeightAverage
 from bisam.methods.method import indexed
 from bisam.statistics import StatsMean
 
+LOOK = 256
+"""Losses between two looks at the loss for whether it is finite: each makes the processes wait for their devices."""
+
 
 def train_epoch(
     fabric: Fabric,
@@ -38,6 +41,7 @@ def train_epoch(
     losses: int | None = None,
     stats: StatsMean | None = None,
     journal: Journal | None = None,
+    hopeless: Callable[[TrainingSums], bool] | None = None,
 ) -> Row:
     """Train for one epoch, or for a part of it, and return its row of metrics.
 
@@ -54,6 +58,8 @@ def train_epoch(
         losses: number of losses after which to stop, each over one batch; by default all batches of the split.
         stats: what to add the statistics of each step to, which `sharp` records.
         journal: counts the batches, and writes lines within a long epoch.
+        hopeless: called with the sums until then every `LOOK` losses, in all processes; if it returns True, the epoch
+            ends.
     """
     if recipe.frozen is None:
         sharp.train()
@@ -90,6 +96,9 @@ def train_epoch(
             stats.add(sharp.stats)
         if journal is not None:
             journal.batch(inputs, sums, optimizer.param_groups[0]["lr"])
+        if hopeless is not None and (i + 1) % LOOK == 0 and i + 1 < losses and hopeless(sums):
+            losses = i + 1
+            break
     return {
         **sums.row(fabric, gradients=method.counts[True], forwards=method.counts[False]),
         "losses": losses,

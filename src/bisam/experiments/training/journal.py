@@ -1,33 +1,49 @@
-"""Journal: the lines that a run writes to log.txt, one for each epoch and more within long epochs."""
+"""Journal: the lines that a run writes to log.txt, one for each epoch and more within long epochs.
+
+It counts the batches, so it also tells a bar on the terminal and the loggers where the run is (`Point`).
+"""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib import import_module
 from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
 
-from bisam.experiments.errors import Stopped, reason
+from bisam.experiments.errors import StoppedError, reason
 from bisam.experiments.recipes.length import RunLength
 from bisam.experiments.runs.durations import duration
 from bisam.experiments.runs.folder import Row
+from bisam.experiments.runs.signals import past_tense
+from bisam.experiments.training.points import SHOWN, OnPoint, Point, pace
 
 EVERY: Final = 30.0
 """Seconds between two lines within an epoch."""
+
+RESUMES: Final = "the same command resumes after the last completed epoch"
 
 OnLine = Callable[[str], None]
 """Called with each line of a run."""
 
 
+def line_of(text: str) -> str:
+    """Return a line of log.txt, with the time of day."""
+    return f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}"
+
+
 class Sums(Protocol):
     """The sums over the batches of an epoch until now, on the device."""
 
-    def mean_loss(self) -> float:
-        """The mean loss in this process; reading it waits for the device."""
+    def totals(self) -> tuple[float, float]:
+        """The sum of the losses of the examples in this process, and their number; reading them waits for the device.
+
+        A loss is in the unit of the descent loss.
+        """
         ...
 
 
@@ -45,6 +61,7 @@ class Journal:
         done: epochs that were completed before.
         every: seconds between two lines within an epoch.
         clock: returns the time in seconds.
+        show: called with a point every half second within an epoch.
     """
 
     def __init__(
@@ -56,17 +73,25 @@ class Journal:
         done: int = 0,
         every: float = EVERY,
         clock: Callable[[], float] = time.perf_counter,
+        show: OnPoint | None = None,
     ) -> None:
         self._write, self._length, self._device, self._processes = write, length, device, processes
         self._every, self._clock = every, clock
         self._before = self._losses_until(done)
         self._start = self._said = self._epoch_start = clock()
         self._epoch, self._rate, self._seen, self._unit, self._batches = done, 0.0, 0, "images", 0
+        self._show, self._shown = show, self._start
+        self._log: OnPoint | None = None
+        self._log_every, self._logged = 0, (0.0, 0.0)
+
+    def tell(self, log: OnPoint, every: int) -> None:
+        """Call `log` with a point after every `every` losses of the run, except the last of an epoch."""
+        self._log, self._log_every = log, every
 
     def say(self, text: str) -> None:
         """Write a line."""
         self._said = self._clock()
-        self._write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}")
+        self._write(line_of(text))
 
     def begin(self, slug: str, seed: int, device: str) -> None:
         """State what is trained, where, and whether it is resumed."""
@@ -77,23 +102,36 @@ class Journal:
     def epoch_begins(self, epoch: int, learning_rate: float) -> None:
         """Begin to count the batches of an epoch."""
         self._epoch, self._rate, self._seen, self._batches = epoch, learning_rate, 0, 0
-        self._epoch_start = self._clock()
+        self._epoch_start, self._logged = self._clock(), (0.0, 0.0)
 
     def batch(self, inputs: Any, sums: Sums, learning_rate: float) -> None:
-        """Count a batch of this process, and write a line if the last one is long ago."""
+        """Count a batch of this process, and tell where the run is if it is time to.
+
+        What tells it the end of the epoch is the row of its metrics.
+        """
         self._batches += 1
         size, self._unit = counted(inputs)
         self._seen += size * self._processes
-        now = self._clock()
-        if now - self._said < self._every or self._batches == self._length.losses_in(self._epoch):
+        if self._batches == self._length.losses_in(self._epoch):
             return
-        loss = sums.mean_loss()  # waits for the device, so the time is read again
+        now, done = self._clock(), self._losses_until(self._epoch - 1) + self._batches
+        speaks = now - self._said >= self._every
+        shows = self._show is not None and now - self._shown >= SHOWN
+        logs = self._log is not None and done % self._log_every == 0
+        if not (speaks or shows or logs):
+            return
+        total, examples = sums.totals()  # waits for the device, so the time is read again
         seconds = self._clock() - self._epoch_start
-        done = self._losses_until(self._epoch - 1) + self._batches
-        self.say(
-            f"epoch {self._epoch}/{self._length.epochs}, batch {self._batches}/{self._length.losses_in(self._epoch)}: "
-            f"loss {loss:.4g}, {self._tail(learning_rate, seconds, done)}"
-        )
+        point = self._point(total / examples, learning_rate, seconds, done)
+        if self._log is not None and logs:
+            (before, some), self._logged = self._logged, (total, examples)
+            self._log(replace(point, loss=(total - before) / (examples - some)))
+        if self._show is not None and shows:
+            self._shown = self._clock()
+            self._show(point)
+        if speaks:
+            counts = f"epoch {point.epoch}/{point.epochs}, batch {point.batch}/{point.batches}"
+            self.say(f"{counts}: {point.words()}, {self._left(done)}")
 
     def epoch_ends(self, row: Row) -> None:
         """Write the line of a completed epoch."""
@@ -101,7 +139,8 @@ class Journal:
         self.say(
             f"epoch {self._epoch}/{self._length.epochs}: loss {row['train_loss']:.4g}, "
             f"validation {100 * row['validation']:.1f} %{average}, "
-            f"{self._tail(self._rate, row['seconds'], self._losses_until(self._epoch))}"
+            f"{pace(self._rate, self._speed(row['seconds']), self._unit, peak_memory(self._device))}, "
+            f"{self._left(self._losses_until(self._epoch))}"
         )
 
     def finished(self, scores: Mapping[str, float]) -> None:
@@ -116,23 +155,39 @@ class Journal:
 
     def failed(self, error: BaseException) -> None:
         """Write why the run ended before its last epoch."""
-        if isinstance(error, Stopped):
+        if isinstance(error, StoppedError):
             self.say(f"stopped: {error}")
         elif isinstance(error, KeyboardInterrupt):
-            self.say("interrupted: the same command resumes after the last completed epoch")
+            self.say(f"{past_tense(error)}: {RESUMES}")
         else:
             self.say(f"failed: {type(error).__name__}: {reason(error)}")
 
-    def _tail(self, learning_rate: float, seconds: float, done: int) -> str:
-        """Learning rate, speed, memory and time left, after `done` losses of the run."""
-        now, speed = self._clock(), self._seen / seconds if seconds > 0 else float("nan")
-        rounded = f"{speed:,.0f}" if speed >= 1000 else f"{speed:.4g}"
-        parts = [f"learning rate {learning_rate:.4g}", f"{rounded} {self._unit}/s"]
-        if (used := peak_memory(self._device)) is not None:
-            parts.append(f"{used / 2**30:.2f} GiB")
+    def out_of_time(self) -> None:
+        """Write that the time for training is over."""
+        self.say(f"stopped after {duration(self._clock() - self._start)}, --max-time: {RESUMES}")
+
+    def _point(self, loss: float, learning_rate: float, seconds: float, done: int) -> Point:
+        return Point(
+            self._epoch,
+            self._length.epochs,
+            self._batches,
+            self._length.losses_in(self._epoch),
+            done,
+            loss,
+            learning_rate,
+            self._speed(seconds),
+            self._unit,
+            peak_memory(self._device),
+        )
+
+    def _speed(self, seconds: float) -> float:
+        return self._seen / seconds if seconds > 0 else float("nan")
+
+    def _left(self, done: int) -> str:
+        """The time that is left after `done` losses of the run, or that of the whole run after the last one."""
+        now = self._clock()
         left = (now - self._start) / max(1, done - self._before) * (self._length.losses - done)
-        parts.append(f"{duration(left)} left" if left > 0 else f"{duration(now - self._start)} in all")
-        return ", ".join(parts)
+        return f"{duration(left)} left" if left > 0 else f"{duration(now - self._start)} in all"
 
     def _losses_until(self, epoch: int) -> int:
         return min(self._length.losses, epoch * self._length.losses_per_epoch)

@@ -1,7 +1,8 @@
 """Loggers: TensorBoard, Weights & Biases and MLflow, which get the metrics of a run besides its metrics.csv.
 
 A resumed run logs epochs that are missing there from metrics.csv and stats.csv. So a service that was down or a process
-that was killed leaves no gap, and a logger that is added later gets the run from its first epoch.
+that was killed leaves no gap, and a logger that is added later gets the run from its first epoch. The points within an
+epoch are in no file: a logger that was down does not get them later.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import accumulate
 from math import isnan
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,36 +30,55 @@ from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.files import write
 from bisam.experiments.runs.folder import Row, Run
 from bisam.experiments.runs.results import BALL, BY_ASCENT
+from bisam.experiments.training.points import STEP
 
 
 class Logger(Protocol):
-    """Receives the metrics of each epoch."""
+    """Receives the metrics of each epoch, points within the epochs, and the test scores."""
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Log the metrics of epoch `step`."""
+    def log(self, metrics: Mapping[str, float], epoch: int, losses: int) -> None:
+        """Log the metrics of an epoch, after so many losses of the run."""
+        ...
+
+    def point(self, scalars: Mapping[str, float], losses: int) -> None:
+        """Log scalars within an epoch, after so many losses of the run."""
+        ...
+
+    def finish(self, scores: Mapping[str, float], epoch: int) -> None:
+        """Log the test scores of the finished run and its number of epochs."""
         ...
 
     def close(self) -> None:
-        """Finish the log; no metrics follow."""
+        """Finish the log; nothing follows."""
         ...
 
 
-class TensorBoard:
-    """TensorBoard event files in `folder/tensorboard`, one for each process that trained.
+class _Events:
+    """Event files of TensorBoard in a folder, one for each process that writes.
 
     TensorBoard reads the files in the order of their names, which begin with a time in seconds, and a later file takes
-    the place of what earlier ones have from its first epoch on. So the name of a new file must be behind all others
+    the place of what earlier ones have from its first step on. So the name of a new file must be behind all others
     even if the clock went back; `SummaryWriter` would take the clock's time.
     """
 
-    def __init__(self, folder: Path, recipe: Mapping[str, Any]) -> None:
-        self._folder, self._last = folder / "tensorboard", 0.0
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._last = folder, 0.0
         self._path: Path | None = None
-        # Existing files are complete up to the checkpoint: an epoch is written to the disk before it is saved.
-        self.epochs = None if any(self._folder.glob("*tfevents*")) else 0
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Log the scalars of epoch `step`."""
+    @property
+    def exist(self) -> bool:
+        """Whether a process has written some."""
+        return any(self._folder.glob("*tfevents*"))
+
+    def write(self, scalars: Mapping[str, float], step: int, others: Sequence[Any] = (), *, durable: bool) -> None:
+        """Write the scalars of a step, and other summaries before them.
+
+        Args:
+            scalars: by name.
+            step: their place on the axis; it does not fall.
+            others: protocol buffers of class Summary.
+            durable: whether to wait until they are on the disk.
+        """
         proto: Any = import_module("tensorboard.compat.proto.event_pb2")
         summary: Any = import_module("tensorboard.compat.proto.summary_pb2").Summary
         events: list[Any] = []
@@ -66,7 +87,8 @@ class TensorBoard:
             start = proto.SessionLog(status=proto.SessionLog.START)
             events.append(proto.Event(file_version="brain.Event:2"))
             events.append(proto.Event(step=step, session_log=start))  # discards what a killed process wrote since
-        values = [summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+        events += [proto.Event(step=step, summary=other) for other in others]
+        values = [summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
         events.append(proto.Event(step=step, summary=summary(value=values)))
         with open(self._path, "ab") as file:
             records = import_module("tensorboard.summary.writer.record_writer").RecordWriter(file)
@@ -74,15 +96,43 @@ class TensorBoard:
                 self._last = event.wall_time = max(time.time(), self._last)  # in order on the axis of time too
                 records.write(event.SerializeToString())
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
 
     def _new_path(self) -> Path:
-        self._folder.mkdir(exist_ok=True)
+        self._folder.mkdir(exist_ok=True, parents=True)
         files = list(self._folder.glob("*tfevents*"))
         seconds = [int(found[1]) for file in files if (found := re.search(r"tfevents\.(\d+)\.", file.name))]
         first = max([int(time.time()), *(second + 1 for second in seconds)])
         self._last = max([float(first), *(file.stat().st_mtime for file in files)])
         return self._folder / f"events.out.tfevents.{first:010d}.{socket.gethostname()}.{os.getpid()}.0"
+
+
+class TensorBoard:
+    """TensorBoard's files: `folder/tensorboard` has epochs, recipe and test scores, and `steps` in it the points.
+
+    The steps of the former are epochs and those of the latter losses, so TensorBoard shows them as two runs.
+    """
+
+    def __init__(self, folder: Path, recipe: Mapping[str, Any]) -> None:
+        self._events, self._steps = _Events(folder / "tensorboard"), _Events(folder / "tensorboard" / "steps")
+        # Existing files are complete up to the checkpoint: an epoch is written to the disk before it is saved.
+        self.epochs = None if self._events.exist else 0
+        self._recipe = recipe
+
+    def log(self, metrics: Mapping[str, float], epoch: int, losses: int) -> None:
+        """Log the scalars of an epoch."""
+        self._events.write(metrics, epoch, durable=True)
+
+    def point(self, scalars: Mapping[str, float], losses: int) -> None:
+        """Log the scalars of a point."""
+        self._steps.write(scalars, losses, durable=False)
+
+    def finish(self, scores: Mapping[str, float], epoch: int) -> None:
+        """Log the test scores, and for the tab of hyper-parameters the recipe."""
+        hparams: Any = import_module("torch.utils.tensorboard.summary").hparams
+        plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in self._recipe.items()}
+        self._events.write(scores, epoch, hparams(plain, {"validation": 0.0, **scores}), durable=True)
 
     def close(self) -> None:
         """Do nothing: each epoch is on the disk."""
@@ -90,6 +140,8 @@ class TensorBoard:
 
 class WandB:
     """A run of Weights & Biases, in the project `WANDB_PROJECT` or bisam; its files are in `folder/wandb`.
+
+    Its steps are the losses of the run, and those of the epochs are shown over the number of the epoch.
 
     With WANDB_MODE=offline nothing is sent. Each offline part of a resumed run has all epochs up to its end, so it is
     enough to `wandb sync` the last part.
@@ -119,11 +171,29 @@ class WandB:
             )
         except wandb.errors.UsageError as error:
             raise ValueError(f"--log wandb: {error} Without an account, set WANDB_MODE=offline") from error
-        self.epochs: int | None = max(0, self._run.step - 1)
+        self._run.define_metric("*", step_metric="epoch")
+        self._run.define_metric(f"{STEP}*", step_metric="losses")
+        self._done = max(0, self._run.step - 1)
+        rows = Run(folder, Recipe.from_dict(dict(recipe))).metrics()
+        self.epochs: int | None = sum(until <= self._done for until in accumulate(row["losses"] for row in rows))
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Log one row; without `commit` it would be held back until the next row."""
-        self._run.log(dict(metrics), step=step, commit=True)
+    def log(self, metrics: Mapping[str, float], epoch: int, losses: int) -> None:
+        """Log the metrics of an epoch."""
+        self._send({**metrics, "epoch": epoch}, losses)
+
+    def point(self, scalars: Mapping[str, float], losses: int) -> None:
+        """Log the scalars of a point."""
+        self._send({**scalars, "losses": losses}, losses)
+
+    def _send(self, row: Mapping[str, float], losses: int) -> None:
+        """Log one row, if it is not there; without `commit` it would be held back until the next row."""
+        if losses > self._done:
+            self._run.log(dict(row), step=losses, commit=True)
+            self._done = losses
+
+    def finish(self, scores: Mapping[str, float], epoch: int) -> None:
+        """Put the test scores into the summary of the run."""
+        self._run.summary.update(dict(scores))
 
     def close(self) -> None:
         """Send the remaining metrics and mark the run as finished."""
@@ -160,6 +230,7 @@ class MLflow:
                 write(folder / "mlflow.id", run.info.run_id)
         self._id = run.info.run_id
         self.epochs: int | None = int(run.data.metrics.get("epoch", 0))
+        self._losses = int(run.data.metrics.get(f"{STEP}losses", 0))
 
     def _experiment(self, artifacts: str | None) -> str:
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "bisam"
@@ -179,10 +250,22 @@ class MLflow:
             return None
         return run if run.info.lifecycle_stage == "active" else None
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Log the metrics of epoch `step`, and last its number, from which a resumed run knows the logged epochs."""
-        now = int(1000 * time.time())
-        metric, values = self._entities.Metric, {**metrics, "epoch": step}
+    def log(self, metrics: Mapping[str, float], epoch: int, losses: int) -> None:
+        """Log the metrics of an epoch, and last its number, from which a resumed run knows the logged epochs."""
+        self._send({**metrics, "epoch": epoch}, epoch)
+
+    def point(self, scalars: Mapping[str, float], losses: int) -> None:
+        """Log the scalars of a point that is not there, and last its number."""
+        if losses > self._losses:
+            self._send({**scalars, f"{STEP}losses": losses}, losses)
+            self._losses = losses
+
+    def finish(self, scores: Mapping[str, float], epoch: int) -> None:
+        """Log the test scores."""
+        self._send(scores, epoch)
+
+    def _send(self, values: Mapping[str, float], step: int) -> None:
+        now, metric = int(1000 * time.time()), self._entities.Metric
         self._client.log_batch(self._id, metrics=[metric(k, float(v), now, step) for k, v in values.items()])
 
     def close(self) -> None:
@@ -239,20 +322,39 @@ class FaultTolerantLogger:
         except Exception as error:  # each package raises another type of error if the network is down
             self._drop(error)
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Log the metrics of epoch `step`, and before it of the epochs that are missing."""
-        if self._logger is None:
-            return
-        try:
-            if self._last is not None and self._last < step - 1:
-                stats = self._stats()
+    def log(self, metrics: Mapping[str, float], epoch: int, losses: int) -> None:
+        """Log the metrics of an epoch, and before it of the epochs that are missing."""
+        with self._tolerant() as logger:
+            if logger is None:
+                return
+            if self._last is not None and self._last < epoch - 1:
+                stats, until = self._stats(), 0
                 for row in self._run.metrics():
-                    if self._last < row["epoch"] < step:
+                    until += int(row["losses"])
+                    if self._last < row["epoch"] < epoch:
                         complete = {**row, **stats.get(row["epoch"], {})}
-                        self._logger.log(_told(complete), int(row["epoch"]))
-            if self._last is None or self._last < step:
-                self._logger.log(_told(metrics), step)
-            self._last = step
+                        logger.log(_told(complete), int(row["epoch"]), until)
+            if self._last is None or self._last < epoch:
+                logger.log(_told(metrics), epoch, losses)
+            self._last = epoch
+
+    def point(self, scalars: Mapping[str, float], losses: int) -> None:
+        """Log scalars within an epoch, after so many losses of the run."""
+        with self._tolerant() as logger:
+            if logger is not None:
+                logger.point(scalars, losses)
+
+    def finish(self, scores: Mapping[str, float], epoch: int) -> None:
+        """Log the test scores of the finished run and its number of epochs."""
+        with self._tolerant() as logger:
+            if logger is not None:
+                logger.finish(scores, epoch)
+
+    @contextmanager
+    def _tolerant(self) -> Generator[Logger | None]:
+        """Yield the logger, or None if it is disabled; a failure in the block disables it."""
+        try:
+            yield self._logger
         except Exception as error:
             self._drop(error)
 
@@ -264,13 +366,10 @@ class FaultTolerantLogger:
             return {}
 
     def close(self) -> None:
-        """Finish the log; no metrics follow."""
-        if self._logger is None:
-            return
-        try:
-            self._logger.close()
-        except Exception as error:
-            self._drop(error)
+        """Finish the log; nothing follows."""
+        with self._tolerant() as logger:
+            if logger is not None:
+                logger.close()
 
     def _drop(self, error: Exception) -> None:
         self._logger = None

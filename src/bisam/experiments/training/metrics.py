@@ -21,9 +21,6 @@ from bisam.experiments.runs.folder import Row
 from bisam.statistics import NAMES, StatsMean
 from bisam.vector import widened
 
-TITLES = {"accuracy": "accuracy", "top5": "top-5 accuracy", "f1": "F1", "matthews": "Matthews correlation"}
-"""The metrics, as they are written in reports."""
-
 
 def ranked(logits: Tensor, metrics: Sequence[str]) -> Tensor:
     """Return the classes (N, R) of the largest logits (N, K), the most likely first, with R as the metrics need."""
@@ -97,9 +94,13 @@ class TrainingSums:
         else:
             self._flipped += float("nan")  # the method descended on a part of the batch
 
-    def mean_loss(self) -> float:
-        """Return the mean loss of the batches so far, in this process; waits for the device."""
-        return float(self._loss / self._examples)
+    def totals(self) -> tuple[float, float]:
+        """Return the sum of the losses so far and the number of examples, in this process; waits for the device."""
+        return float(self._loss), float(self._examples)
+
+    def is_finite(self, fabric: Fabric) -> bool:
+        """Return whether the loss of all batches so far is finite, over all processes; waits for the device."""
+        return bool(cast(Tensor, fabric.all_reduce(self._loss.clone(), reduce_op="sum")).isfinite())
 
     def row(self, fabric: Fabric, gradients: int, forwards: int) -> Row:
         """Return the metrics over all processes.

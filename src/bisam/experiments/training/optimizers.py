@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
-from lightning_fabric import Fabric
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
 
 from bisam.experiments.recipes.recipe import Recipe
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric  # its import takes seconds, and reports read a constant that comes with this
 
 
 def build_optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:

@@ -6,8 +6,10 @@ each, and tests once at the end; `validate` leaves the test out. The loop over t
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from math import isfinite
 from statistics import fmean, median
 from typing import Any, cast
 
@@ -20,7 +22,7 @@ from bisam.distributed.fsdp import reshard
 from bisam.experiments import data
 from bisam.experiments.data.image_tensors import channels
 from bisam.experiments.data.splits import Data, Split, batches_of
-from bisam.experiments.errors import RunError, Stopped
+from bisam.experiments.errors import OutOfTimeError, RunError, StoppedError
 from bisam.experiments.models.build import build
 from bisam.experiments.models.frozen import with_frozen, without_frozen
 from bisam.experiments.recipes.length import run_length
@@ -29,7 +31,15 @@ from bisam.experiments.runs.checkpoint import CHECKPOINT
 from bisam.experiments.runs.files import damaged
 from bisam.experiments.runs.folder import Result, Row, Run
 from bisam.experiments.runs.machine import Machine
-from bisam.experiments.runs.results import Validated, first_diverged, headline_for
+from bisam.experiments.runs.results import (
+    Stopped,
+    Validated,
+    first_diverged,
+    headline_for,
+    since_better,
+    words_of_divergence,
+)
+from bisam.experiments.runs.signals import delayed
 from bisam.experiments.training.checks import check_data, check_model
 from bisam.experiments.training.counting import CountedMethod
 from bisam.experiments.training.devices import OnEpoch, train_in_processes
@@ -39,7 +49,7 @@ from bisam.experiments.training.hidden import with_hidden_states
 from bisam.experiments.training.journal import Journal, OnLine
 from bisam.experiments.training.loggers import Logger, loggers
 from bisam.experiments.training.measured import Measured
-from bisam.experiments.training.metrics import scores, stats_row
+from bisam.experiments.training.metrics import TrainingSums, scores, stats_row
 from bisam.experiments.training.optimizers import (
     advances_by_epoch,
     build_optimizer,
@@ -47,6 +57,7 @@ from bisam.experiments.training.optimizers import (
     descent_loss,
     grad_scaler,
 )
+from bisam.experiments.training.points import OnPoint, Point
 from bisam.experiments.training.reference_speed import ReferenceSpeed
 from bisam.experiments.training.state import RunState
 from bisam.experiments.training.weight_average import WeightAverage
@@ -59,26 +70,31 @@ def train(
     machine: Machine = Machine(),  # noqa: B008
     on_epoch: OnEpoch | None = None,
     on_line: OnLine | None = None,
+    on_point: OnPoint | None = None,
 ) -> Result:
     """Train a run to its end and return its result; an interrupted run resumes after its last completed epoch.
 
-    A run whose loss is not finite is trained to its end too; its result says from which epoch on (`diverged`).
+    A run whose loss is not finite says so in its result (`diverged`), and ends then unless `Machine.stop_on_nan` is
+    False. With `Recipe.patience` a run ends before its last epoch too. Its result says why (`stopped`).
 
     Args:
         run: folder and recipe; a finished run is not run again.
         machine: where to compute.
         on_epoch: called with the row of metrics of each epoch.
         on_line: called with each line of log.txt.
+        on_point: called twice a second within an epoch, if the run is in one process.
 
     Raises:
         ValueError: the recipe or the device names something that is unknown or not installed.
         RunError: the folder is damaged, belongs to another recipe or is in use, or it is deleted or replaced during
             training.
+        OutOfTimeError: `Machine.max_time` is over before the run has ended.
         OSError: the disk is full or read-only.
 
     Warns:
         RunWarning: the latest checkpoint is damaged, and the run resumes from the one before.
     """
+    start = time.monotonic()
     run.recipe.check_trainable()
     fabric = machine.fabric(run.recipe.precision)
     if machine.nodes > 1:  # torchrun or srun has started a process for each device
@@ -86,14 +102,32 @@ def train(
         with run.open() if fabric.is_global_zero else nullcontext():
             fabric.barrier()
             first = fabric.is_global_zero
-            return run.result or _train_here(fabric, run, machine, on_epoch if first else None, on_line)
+            rest = machine.later(time.monotonic() - start)
+            return run.result or in_time(run, _train_here(fabric, run, rest, on_epoch if first else None, on_line))
     if machine.devices > 1:
         check_data(run.recipe, data.load(run.recipe, machine), machine)  # here, so that an error is reported once
         with run.open():
-            return run.result or train_in_processes(_train_here, fabric, run, machine, on_epoch, on_line)
+            rest = machine.later(time.monotonic() - start)
+            return run.result or in_time(run, train_in_processes(_train_here, fabric, run, rest, on_epoch, on_line))
     splits, model = prepare(run.recipe, machine)
     with run.open():
-        return run.result or Training(fabric, run, machine, splits, model).train(on_epoch, on_line)
+        rest = machine.later(time.monotonic() - start)
+        return run.result or in_time(run, Training(fabric, run, rest, splits, model).train(on_epoch, on_line, on_point))
+
+
+def in_time(run: Run, result: Result | None) -> Result:
+    """Return the result of a run.
+
+    Raises:
+        OutOfTimeError: there is none.
+    """
+    if result is None:
+        raise _out_of_time(run)
+    return result
+
+
+def _out_of_time(run: Run) -> OutOfTimeError:
+    return OutOfTimeError(f"{run.folder}: --max-time is over; the same command resumes after its last epoch")
 
 
 def validate(
@@ -102,7 +136,7 @@ def validate(
     on_epoch: OnEpoch | None = None,
     on_line: OnLine | None = None,
 ) -> Validated:
-    """Train a run to its last epoch as `train` does, in this process, and return its validation score.
+    """Train a run to its end as `train` does, in this process, and return its validation score.
 
     The run is not tested, so that a choice by its score cannot depend on test examples. It has no result.json: `train`
     tests the weights in its checkpoint and finishes it.
@@ -110,15 +144,16 @@ def validate(
     Args:
         run: folder and recipe.
         machine: where to compute, on one device.
-        on_epoch: as for `train`; an error that it raises, such as `Stopped`, ends the run after this epoch.
+        on_epoch: as for `train`; an error that it raises, such as `StoppedError`, ends the run after this epoch.
         on_line: as for `train`.
 
     Raises:
         ValueError: as for `train`; or there are several devices, or no validation examples.
         RunError: as for `train`; or the run is finished and its checkpoint is missing.
+        OutOfTimeError: as for `train`.
         OSError: the disk is full or read-only.
     """
-    recipe = run.recipe
+    start, recipe = time.monotonic(), run.recipe
     recipe.check_trainable()
     if machine.parallel:
         raise ValueError(f"a run without a test uses one device, got {machine.devices * machine.nodes}")
@@ -129,12 +164,16 @@ def validate(
     with run.open():
         if run.result is not None and run.checkpoint() is None:
             raise RunError(f"{run.folder} is finished and has no checkpoint.pt: delete the folder to train it again")
-        return Training(fabric, run, machine, splits, model).validate(on_epoch, on_line)
+        rest = machine.later(time.monotonic() - start)
+        validated = Training(fabric, run, rest, splits, model).validate(on_epoch, on_line)
+    if validated is None:
+        raise _out_of_time(run)
+    return validated
 
 
 def _train_here(
     fabric: Fabric, run: Run, machine: Machine, on_epoch: OnEpoch | None = None, on_line: OnLine | None = None
-) -> Result:
+) -> Result | None:
     """Train in this process, one of the run's; the folder is held already."""
     return Training(fabric, run, machine, *prepare(run.recipe, machine)).train(on_epoch, on_line)
 
@@ -165,6 +204,7 @@ class Training:
 
     def __init__(self, fabric: Fabric, run: Run, machine: Machine, splits: Data, model: nn.Module) -> None:
         recipe = run.recipe
+        self._start, self._longest = time.monotonic(), 0.0  # seconds of an epoch
         model = fabric._precision.convert_module(model)
         splits = with_hidden_states(splits, model, recipe, fabric)
         self._fabric, self._run, self._machine, self._data, self._recipe = fabric, run, machine, splits, recipe
@@ -205,34 +245,50 @@ class Training:
         self._journal: Journal | None = None  # in the first process, while `train` runs
         self._boards: Sequence[Logger] = ()  # the same
 
-    def train(self, on_epoch: OnEpoch | None, on_line: OnLine | None = None) -> Result:
-        """Train the remaining epochs, test, and write the result; log.txt tells how it ended."""
-        with self._in_journal(on_line) as journal:
-            self._train_epochs(on_epoch)
-            result = self._test()  # in all processes, because tensors may be sharded
-            if self._writer is not None:
-                result = self._writer.finish(result, self._state.history)
-            result = cast(Result, self._fabric.broadcast(result))  # no process ends before the result is written
+    def train(
+        self, on_epoch: OnEpoch | None, on_line: OnLine | None = None, on_point: OnPoint | None = None
+    ) -> Result | None:
+        """Train the remaining epochs, test, and write the result; log.txt tells how it ended.
+
+        Returns:
+            The result, or None if the time is over before the last epoch.
+        """
+        with self._in_journal(on_line, on_point) as journal:
+            if not self._train_epochs(on_epoch):
+                if journal is not None:
+                    journal.out_of_time()
+                return None
+            result = self._finish()
             if journal is not None:
                 journal.finished({which: result[f"test_{which}"] for which in result.get("scores", {})})
         return result
 
-    def validate(self, on_epoch: OnEpoch | None, on_line: OnLine | None = None) -> Validated:
-        """Train the remaining epochs, and return the validation score without a test; log.txt tells how it ended."""
-        with self._in_journal(on_line) as journal:
+    def validate(self, on_epoch: OnEpoch | None, on_line: OnLine | None = None) -> Validated | None:
+        """Train the remaining epochs, and return the validation score without a test; log.txt tells how it ended.
+
+        Returns:
+            The score, or None if the time is over before the last epoch.
+        """
+        with self._in_journal(on_line, None) as journal:
             try:
-                self._train_epochs(on_epoch)
-            except Stopped:
-                for board in self._boards:  # this process goes on to other runs
-                    board.close()
+                whole = self._train_epochs(on_epoch)
+            except StoppedError:
+                self._close_boards()  # this process goes on to other runs
                 raise
+            if not whole:
+                if journal is not None:
+                    journal.out_of_time()
+                return None
+            self._close_boards()
             validated = self._validated()
             if journal is not None:
+                if (why := self._stopped()) is not None:
+                    journal.say(f"training ends early, after epoch {len(self._state.history)}: {why}")
                 journal.validated(validated.score)
         return validated
 
     @contextmanager
-    def _in_journal(self, on_line: OnLine | None) -> Generator[Journal | None]:
+    def _in_journal(self, on_line: OnLine | None, on_point: OnPoint | None) -> Generator[Journal | None]:
         """Write the begin of the run, and the reason if it fails, into log.txt; the block gets the journal."""
         if (writer := self._writer) is None:
             yield None
@@ -244,7 +300,8 @@ class Training:
                 on_line(line)
 
         fabric, recipe = self._fabric, self._recipe
-        journal = Journal(write, self._length, fabric.device, fabric.world_size, len(self._state.history))
+        done = len(self._state.history)
+        journal = Journal(write, self._length, fabric.device, fabric.world_size, done, show=on_point)
         self._journal = journal
         journal.begin(recipe.slug, recipe.seed, device_name(fabric.device))
         try:
@@ -254,11 +311,27 @@ class Training:
                 journal.failed(error)
             raise
 
-    def _train_epochs(self, on_epoch: OnEpoch | None) -> None:
+    def _close_boards(self) -> None:
+        for board in self._boards:
+            board.close()
+
+    def _train_epochs(self, on_epoch: OnEpoch | None) -> bool:
+        """Train the remaining epochs; return False if the time is over before the last of them."""
         fabric, state, writer = self._fabric, self._state, self._writer
         boards = [] if writer is None else loggers(self._machine.log, self._run.folder, self._recipe.to_dict())
         self._boards = boards
-        for epoch in range(len(state.history) + 1, self._length.epochs + 1):
+        if self._journal is not None and boards and self._machine.log_every:
+
+            def tell(point: Point) -> None:
+                for board in boards:
+                    board.point(point.scalars(), point.losses)
+
+            self._journal.tell(tell, self._machine.log_every)
+        while self._stopped() is None and len(state.history) < self._length.epochs:
+            epoch, began = len(state.history) + 1, time.monotonic()
+            if self._is_out_of_time(began):
+                self._close_boards()
+                return False
             try:
                 row = self.epoch(epoch)
             except StateError as error:
@@ -268,19 +341,73 @@ class Training:
             if writer is not None:
                 writer.check()  # before the loggers, which create their folders
             for board in boards:
-                board.log({**row, **stats}, epoch)
+                board.log({**row, **stats}, epoch, int(sum(past["losses"] for past in state.history)))
             checkpoint = state.gather()  # in all processes, because tensors may be sharded
             if writer is not None:
                 if stats:
                     self._stats.append({"epoch": epoch, **stats})
                     writer.stats(self._stats)
-                writer.save(checkpoint, state.history)
+                with delayed():
+                    writer.save(checkpoint, state.history)
             if self._journal is not None:
                 self._journal.epoch_ends(row)
+                if first_diverged(state.history) == epoch:
+                    self._journal.say(words_of_divergence(self._recipe, state.history, epoch))
             if on_epoch is not None:
                 on_epoch(row)
-        for board in boards:
+            self._longest = max(self._longest, time.monotonic() - began)
+        return True
+
+    def _finish(self) -> Result:
+        """Test, and write the result."""
+        fabric, state, writer = self._fabric, self._state, self._writer
+        result = self._test()  # in all processes, because tensors may be sharded
+        for board in self._boards:
+            board.finish({f"test_{which}": result[f"test_{which}"] for which in result["scores"]}, len(state.history))
             board.close()
+        if self._journal is not None and "stopped" in result:
+            why = "--stop-on-nan" if result["stopped"] == "diverged" else result["message"]
+            self._journal.say(f"training ends early, after epoch {len(state.history)}: {why}")
+        if writer is not None:
+            with delayed():
+                result = writer.finish(result, state.history)
+        return cast(Result, fabric.broadcast(result))  # no process ends before the result is written
+
+    def _stopped(self) -> Stopped | None:
+        """Why the run ends after the epochs until now, which are not all; all processes must call it."""
+        history = self._state.history
+        if not history:
+            return None
+        finite = isfinite(history[-1]["train_loss"])
+        if not finite and history[-1]["losses"] < self._length.losses_in(len(history)):  # its last epoch was cut short
+            return "diverged"
+        if len(history) == self._length.epochs:
+            return None
+        if self._machine.stop_on_nan and not finite and self._is_broken():
+            return "diverged"
+        patience = self._recipe.patience
+        return "patience" if patience is not None and since_better(history) >= patience else None
+
+    def _is_out_of_time(self, now: float) -> bool:
+        """Whether another epoch would not fit into the time; the first process decides, and all must call it.
+
+        The first epoch of a process always fits, so that each call goes on.
+        """
+        if (most := self._machine.max_time) is None:
+            return False
+        return self._fabric.broadcast(self._longest > 0 and now - self._start + self._longest > most)
+
+    def _is_hopeless(self, sums: TrainingSums) -> bool:
+        """Whether neither the loss of the epoch until now nor the weights are finite; all processes must call it."""
+        return not sums.is_finite(self._fabric) and self._is_broken()
+
+    def _is_broken(self) -> bool:
+        """Whether a parameter or a buffer is not finite in any of the processes, which must all call it.
+
+        Not every loss that is infinite breaks the weights: a gradient scaler leaves such a step out.
+        """
+        broken = torch.tensor(float(not _is_finite(self._model)), device=self._fabric.device)
+        return bool(cast(Tensor, self._fabric.all_reduce(broken, reduce_op="sum")) > 0)
 
     def epoch(self, epoch: int) -> Row:
         """Train and validate one epoch, numbered from 1, and return its row of metrics."""
@@ -309,7 +436,11 @@ class Training:
             self._length.losses_in(epoch),
             self._mean,
             self._journal,
+            self._is_hopeless if self._machine.stop_on_nan else None,
         )
+        if recipe.steps is not None:  # fewer if the epoch was cut short
+            steps = (epoch - 1) * self._length.steps_per_epoch + -(-int(row["losses"]) // recipe.accumulate)
+            row["step"] = min(row["step"], steps)
         row["relative_time"] = row["seconds"] / row["losses"] / self._reference_speed.seconds_per_loss()
         if by_epoch:
             state.scheduler.step()
@@ -367,14 +498,15 @@ class Training:
     def _test(self) -> dict[str, Any]:
         """Test the last weights, their average and the best weights; return the result of the run."""
         test = self._data.test.to(self._fabric.device)  # the test data is used here and nowhere else
-        state, diverged = self._state, self._diverged()
+        state, stopped = self._state, self._stopped()
         tested = {"last": self._scores(self._model, test)}
+        diverged = self._diverged()
         if state.average is not None:
             tested["ema"] = self._scores(state.average.model, test)
         best_weights = divided(state.best["weights"], self._model.state_dict())
         self._model.load_state_dict(with_frozen(best_weights, self._model))
         tested["best"] = self._scores(self._model, test)
-        return summary(self._recipe, self._data, state.history, tested, state.best, diverged) | {
+        return summary(self._recipe, self._data, state.history, tested, state.best, diverged, stopped) | {
             "device": device_name(self._fabric.device),
             "processes": self._fabric.world_size,
         }
@@ -387,6 +519,7 @@ def summary(
     tested: Mapping[str, Sequence[float]],
     best: Mapping[str, Any],
     diverged: int | None,
+    stopped: Stopped | None,
 ) -> dict[str, Any]:
     """Return the result of a run, without its device.
 
@@ -397,10 +530,18 @@ def summary(
         tested: by weights (best, last, ema), the test scores for the metrics of the data.
         best: score and epoch of the best validation epoch.
         diverged: the first epoch whose loss, or whose last weights, are not finite.
+        stopped: why the run ended before its last epoch.
     """
+    message = None if diverged is None else words_of_divergence(recipe, history, diverged)
+    if message is None and stopped is not None:
+        epochs = since_better(history)
+        message = (
+            f"validation has not improved for {epochs} epoch{'s' if epochs > 1 else ''} (--patience {recipe.patience})"
+        )
     held_out = validation_examples(recipe, splits)
-    # An epoch that the last step cuts short counts less.
-    weights = None if recipe.steps is None else [r["losses"] for r in history]
+    # An epoch that is cut short counts less.
+    losses = [r["losses"] for r in history]
+    weights = None if recipe.steps is None and len(set(losses)) == 1 else losses
     return {
         **{f"test_{which}": values[0] for which, values in tested.items()},
         "validation_best": best["score"],
@@ -409,6 +550,8 @@ def summary(
         "headline": headline_for(held_out),
         "best_epoch": best["epoch"],
         "diverged": diverged,
+        **({} if stopped is None else {"stopped": stopped}),
+        **({} if message is None else {"message": message}),
         "metric": splits.metrics[0],
         "scores": {which: dict(zip(splits.metrics, values, strict=True)) for which, values in tested.items()},
         "examples": len(splits.train),

@@ -49,7 +49,7 @@ def weights(run: Run, result: Result, which: str) -> dict[str, Tensor]:
             f"{run.folder} has no {CHECKPOINT}, as copies of results without weights: train the run again to have them"
         )
     rows = state["history"]
-    if run.recipe.completed(rows[-1]) != run.recipe.length or (
+    if ("stopped" not in result and run.recipe.completed(rows[-1]) != run.recipe.length) or (
         result.get("metrics", checksum_of_rows(rows)) != checksum_of_rows(rows)
     ):
         raise RunError(

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from bisam.experiments.reports.drawing import BLACK, BLUE, GREY, ORANGE, RED, legend, plain, sheet, spread
-from bisam.experiments.training.metrics import TITLES
+from bisam.experiments.reports.svg import spot
+from bisam.experiments.runs.results import TITLES
 from bisam.experiments.tuning.search import Search
 from bisam.experiments.tuning.space import Choices, Range
 from bisam.experiments.tuning.trials import Trial, ranked, settings, written
@@ -129,6 +130,8 @@ def _points(ax: Axes, trials: Sequence[Trial], xs: Mapping[int, float], floor: f
             width = spread([100 * one for one in trial.scores]) or 0.0
             style: dict[str, Any] = {"color": BLUE, "ms": 5, "elinewidth": 0.8}
             ax.errorbar(x, score, width, fmt="o", label=_label(trial), **style)
+            scores = ", ".join(f"{100 * one:.2f}" for one in trial.scores)
+            spot(ax, x, score, f"trial {trial.number}: {settings(trial.values)}\nvalidation {scores}")
         elif trial.state == "pruned" and trial.reported:
             last = 100 * trial.reported[max(trial.reported)]
             shown["pruned" if last >= floor else "pruned below"].append((x, max(last, floor)))

@@ -7,23 +7,24 @@ of the data, so that their scores after an epoch can be compared.
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isfinite
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
 
-from bisam.experiments.errors import DataError, Stopped, show_warnings_in_one_line
-from bisam.experiments.launch.outcomes import explanation
+from bisam.experiments.errors import DataError, StoppedError, show_warnings_in_one_line
+from bisam.experiments.launch.work import explanation
 from bisam.experiments.launch.workers import MAX_DEATHS, Killed, Worker, open_pool
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.checkpoint import PREVIOUS
 from bisam.experiments.runs.folder import Row, Run
 from bisam.experiments.runs.machine import Machine, end_with_parent, threads
 from bisam.experiments.runs.results import Validated
+from bisam.experiments.runs.signals import Terminated, exit_code, terminable
 from bisam.experiments.training.train import validate
 from bisam.experiments.tuning.database import Database
 from bisam.experiments.tuning.search import RUNS, Search
@@ -224,6 +225,14 @@ def _serve(connection: Connection, share: int) -> None:
     """Run the loop of a worker process: receive the runs of a trial, train them, send epochs and the end."""
     end_with_parent()
     show_warnings_in_one_line()
+    try:
+        with terminable():
+            _work(connection, share)
+    except Terminated as error:  # by the first process, or by the system; log.txt has said so
+        os._exit(exit_code(error))
+
+
+def _work(connection: Connection, share: int) -> None:
     while True:
         try:
             recipes, root, machine = connection.recv()
@@ -250,10 +259,8 @@ def train_trial(recipes: Sequence[Recipe], root: Path, machine: Machine, connect
                 course.epoch(row)
             results.append(validate(run, machine, course.epoch))
             (run.folder / PREVIOUS).unlink(missing_ok=True)  # as at the end of a run that is tested
-        except Stopped:
-            if not course.diverged:
-                return Ended(results, pruned=True, seconds=course.seconds)
-            results.append(_diverged(course.rows[-1], course.seconds))
+        except StoppedError:
+            return Ended(results, pruned=True, seconds=sum(row["seconds"] for row in course.rows))
         except (Exception, SystemExit) as error:
             return Ended(results, error=explanation(error), lacks_data=isinstance(error, DataError))
         if results[-1].diverged is not None:
@@ -268,33 +275,15 @@ class _Course:
         self._recipe, self._place, self._connection = recipe, place, connection
         self.rows: list[Row] = []
 
-    @property
-    def diverged(self) -> bool:
-        """Whether the loss of the last epoch is not finite."""
-        return not isfinite(self.rows[-1]["train_loss"])
-
-    @property
-    def seconds(self) -> float:
-        """Time of the training steps."""
-        return sum(row["seconds"] for row in self.rows)
-
     def epoch(self, row: Row) -> None:
         """Send an epoch, unless it was sent before.
 
         Raises:
-            Stopped: the loss is not finite, or the run is pruned.
+            StoppedError: the run is pruned.
         """
         if row["epoch"] <= len(self.rows):
             return
         self.rows.append(row)
-        if self.diverged:
-            raise Stopped("the loss is not finite")
         self._connection.send(_Epoch(self._place, self._recipe.completed(row), row["validation"]))
         if self._connection.recv():
-            raise Stopped("pruned: its validation score is below the median")
-
-
-def _diverged(row: Row, seconds: float) -> Validated:
-    """The end of a run whose loss is not finite in the epoch with this row of metrics, in which it was stopped."""
-    epoch = int(row["epoch"])
-    return Validated(row["validation"], epoch, "last", epoch, "", 0, seconds)
+            raise StoppedError("pruned: its validation score is below the median")

@@ -10,12 +10,12 @@ from pathlib import Path
 from statistics import stdev
 from typing import Any
 
+from bisam.experiments.markdown import escaped, table
 from bisam.experiments.recipes import config
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports.cells import spread
 from bisam.experiments.reports.groups import title as method_title
-from bisam.experiments.reports.markdown import escaped, table
-from bisam.experiments.training.metrics import TITLES
+from bisam.experiments.runs.results import TITLES
 from bisam.experiments.tuning.figures import CAPTIONS
 from bisam.experiments.tuning.search import RUNS, Search
 from bisam.experiments.tuning.space import Range, describe

@@ -11,6 +11,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from math import isfinite
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from bisam import ERM
 from bisam.experiments.data.image_tensors import Images
 from bisam.experiments.data.splits import Data, Split, batches_of
+from bisam.experiments.errors import OutOfTimeError
 from bisam.experiments.recipes.length import run_length
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Result, Row, Run
@@ -44,7 +46,8 @@ OnRows = Callable[[Sequence[Row]], None]
 def train_stack(runs: Sequence[Run], machine: Machine = Machine(), on_epoch: OnRows | None = None) -> list[Result]:  # noqa: B008
     """Train runs of one recipe with different seeds at once, and return their results.
 
-    A run whose loss is not finite changes nothing in the others; its result says so (`diverged`).
+    A run whose loss is not finite changes nothing in the others; its result says so (`diverged`), and has its epochs
+    until then unless `Machine.stop_on_nan` is False.
 
     Args:
         runs: at least one; their folders are locked already (`Run.open`), and none is finished.
@@ -54,6 +57,7 @@ def train_stack(runs: Sequence[Run], machine: Machine = Machine(), on_epoch: OnR
     Raises:
         ValueError: the recipe cannot be stacked, or the data sets of the seeds differ in size.
         RunError: a folder was deleted or replaced. Runs before it are finished.
+        OutOfTimeError: `Machine.max_time` is over before the last epoch.
         OSError: the disk is full or read-only. The same.
     """
     recipes = [run.recipe for run in runs]
@@ -102,16 +106,29 @@ class StackTraining:
         self._histories: list[list[Row]] = [[] for _ in recipes]
         self._best_scores = torch.full((len(recipes),), -2.0, dtype=torch.float64)  # below any score
         self._best_epochs = [0] * len(recipes)
+        self._stop_on_nan, self._max_time, self._start = machine.stop_on_nan, machine.max_time, time.monotonic()
+        self._alive = torch.ones(len(recipes), dtype=torch.bool)
         self._best = {name: tensor.clone() for name, tensor in stack.state().items()}
 
     def train(self, on_epoch: OnRows | None = None) -> list[tuple[dict[str, Any], list[Row]]]:
         """Train all epochs and test; return for each seed the result and the rows of metrics."""
+        longest = 0.0
         for epoch in range(1, self._length.epochs + 1):
+            began = time.monotonic()
+            if self._max_time is not None and longest and began - self._start + longest > self._max_time:
+                raise OutOfTimeError("--max-time is over: the same command begins the stack again")
             rows = self._epoch(epoch)
-            for history, row in zip(self._histories, rows, strict=True):
-                history.append(row)
+            longest = max(longest, time.monotonic() - began)
+            for history, row, alive in zip(self._histories, rows, self._alive.tolist(), strict=True):
+                if alive:
+                    history.append(row)
             if on_epoch is not None:
                 on_epoch(rows)
+            if self._stop_on_nan and not all(isfinite(row["train_loss"]) for row in rows):
+                # As of a run alone: it has ended. What the others compute does not depend on it.
+                self._alive &= self._stack.finite().cpu() | torch.tensor([isfinite(row["train_loss"]) for row in rows])
+                if not self._alive.any():
+                    break
         return self._test()
 
     def _epoch(self, epoch: int) -> list[Row]:
@@ -148,6 +165,7 @@ class StackTraining:
         score = torch.tensor(found, dtype=torch.float64)
         # As of a run alone: ties go to the latest epoch, except to weights that are not finite.
         better = (score > self._best_scores) | ((score == self._best_scores) & self._stack.finite().cpu())
+        better &= self._alive
         self._best_scores = torch.where(better, score, self._best_scores)
         chosen = better.nonzero().flatten().tolist()
         for i in chosen:
@@ -194,7 +212,8 @@ class StackTraining:
             diverged = first_diverged(rows) or (None if finite[i] else len(rows))
             chosen = {"score": float(self._best_scores[i]), "epoch": self._best_epochs[i]}
             tested = {"last": last[i], "best": best[i]}
-            result = summary(self._recipe, self._data[i], rows, tested, chosen, diverged)
+            stopped = "diverged" if len(rows) < self._length.epochs else None
+            result = summary(self._recipe, self._data[i], rows, tested, chosen, diverged, stopped)
             made = {"device": device_name(self._device), "processes": 1, "stacked": self._stack.count}
             found.append((result | made, rows))
         return found
