@@ -753,6 +753,7 @@ ELSEWHERE = {
     "docs/choosing-rho.md": "tests/test_pages.py",
     "docs/conformance.md": "tests/conformance/table.py",
     "docs/games.md": "tests/methods/test_games.py",
+    "docs/tuning.md": "tests/experiments/tuning/test_command.py",
 }
 
 

@@ -10,7 +10,7 @@ runs/tune/bisam_log-noise-0.4-1f0c22e9/
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -159,8 +159,10 @@ def differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values with those of the recipe and of the space beside the others."""
+    """The values with those of the recipe and of the space beside the others; later fields have their defaults."""
     recipe: Mapping[str, Any] = values.get("recipe") or {}
+    with suppress(TypeError, ValueError, RunError):  # else it differs by what it has
+        recipe = Recipe.from_dict(dict(recipe)).to_dict()
     space: Mapping[str, Any] = values.get("search") or {}
     rest = {name: value for name, value in values.items() if name not in ("recipe", "search", "method")}
     rest |= {f"--search {name}": value for name, value in space.items()}
