@@ -41,6 +41,7 @@ FLOORS = [
     {"experiments.training", "experiments.measurements"},
     {"experiments.analyses", "experiments.inference"},
     {"experiments.launch", "experiments.reports"},
+    {"experiments.tuning"},
     {"experiments.cli"},
     {"experiments"},  # its entry point
     {"__init__", "__main__"},

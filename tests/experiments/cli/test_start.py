@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("cyclopts")
 
-SLOW = ("torch", "lightning_fabric", "torchvision", "numpy", "matplotlib")
+SLOW = ("torch", "lightning_fabric", "torchvision", "numpy", "matplotlib", "optuna")
 COMMANDS = (
     "run",
     "train",
@@ -25,6 +25,7 @@ COMMANDS = (
     "export",
     "evaluate",
     "predict",
+    "tune",
 )
 
 LOADED = f"""

@@ -3,6 +3,7 @@
 run, report, ...          work on a subject of `subjects.py`: a study (`study.py`) or a measurement (`measurement.py`)
 study_report.py           the report of a study: tables on the terminal, and files
 train                     trains one recipe
+tune                      searches for the settings of a recipe
 analyse                   measures finished runs, or the weights in a file
 export                    writes the weights of a finished run for other programs
 evaluate                  tests a trained model, of a run or in a file
@@ -38,6 +39,7 @@ from bisam.experiments.cli import (
     run,
     tables,
     train,
+    tune,
 )
 from bisam.experiments.cli.groups import epilogue
 from bisam.experiments.cli.terminal import errors
@@ -59,6 +61,7 @@ app = App(
 )
 app.command(run.run, help_epilogue=epilogue(run.EXAMPLES))
 app.command(train.train, help_epilogue=epilogue(train.EXAMPLES))
+app.command(tune.tune, help_epilogue=epilogue(tune.EXAMPLES))
 app.command(analyse.analyse, help_epilogue=epilogue(analyse.EXAMPLES))
 app.command(listing.list_all, name="list", help_epilogue=epilogue(listing.EXAMPLES))
 app.command(methods.methods, help_epilogue=epilogue(methods.EXAMPLES))

@@ -97,7 +97,11 @@ that its method does not have, and a warm-up with the cosine schedule."""
 
 
 def refuse_idle(
-    recipes: Sequence[Recipe], machine: Machine, given: frozenset[str], changed: frozenset[str] = frozenset()
+    recipes: Sequence[Recipe],
+    machine: Machine,
+    given: frozenset[str],
+    changed: frozenset[str] = frozenset(),
+    searched: frozenset[str] = frozenset(),
 ) -> None:
     """Refuse flags that have an effect on none of `recipes`.
 
@@ -106,15 +110,16 @@ def refuse_idle(
         machine: where it is to be run.
         given: names of flags on the command line.
         changed: names of fields that `--set` changes.
+        searched: names of fields that `--search` varies.
 
     Raises:
         ValueError: there are such flags; it names each and what it needs.
     """
     idle: list[str] = []
     for name, condition in CONDITIONS.items():
-        if name in given | changed and not any(condition.holds(recipe, machine) for recipe in recipes):
+        if name in given | changed | searched and not any(condition.holds(recipe, machine) for recipe in recipes):
             got = ", ".join(dict.fromkeys(condition.got(recipe, machine) for recipe in recipes))
-            typed = f"--set {name}" if name in changed else flag(name)
+            typed = f"--set {name}" if name in changed else f"--search {name}" if name in searched else flag(name)
             idle.append(f"{typed} (needs {condition.needs}, got {got})")
     if idle:
         raise ValueError(f"without effect, leave out: {', '.join(idle)}")

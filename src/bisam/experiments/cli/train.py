@@ -60,7 +60,7 @@ def train(
 
     refuse_contradiction(quiet, verbose)
     check_out(out)
-    base = _base(preset, config)
+    base = base_recipe(preset, config)
     recipe = started(base, translated(base, flags.given, authors))
     refuse_idle([recipe], machine, given)
     recipe = _with_pinned_weights(recipe, machine, out)
@@ -124,8 +124,12 @@ def _trained(run: Run, machine: Machine, quiet: bool, verbose: bool) -> Result:
     return result
 
 
-def _base(preset: str | None, config: Path | None) -> Recipe:
-    """The recipe that the flags change."""
+def base_recipe(preset: str | None, config: Path | None) -> Recipe:
+    """The recipe that the flags change.
+
+    Raises:
+        ValueError: both a preset and a file are given, or one of them is refused.
+    """
     from bisam.experiments.recipes import presets
     from bisam.experiments.recipes.config import read
     from bisam.experiments.recipes.recipe import Recipe
