@@ -12,7 +12,20 @@ import pytest
 pytest.importorskip("cyclopts")
 
 SLOW = ("torch", "lightning_fabric", "torchvision", "numpy", "matplotlib")
-COMMANDS = ("run", "train", "analyse", "list", "methods", "tables", "report", "plot", "archive", "export")
+COMMANDS = (
+    "run",
+    "train",
+    "analyse",
+    "list",
+    "methods",
+    "tables",
+    "report",
+    "plot",
+    "archive",
+    "export",
+    "evaluate",
+    "predict",
+)
 
 LOADED = f"""
 import atexit, sys

@@ -105,10 +105,10 @@ def test_the_words_follow_from_the_numbers():
     assert table[0].endswith("| 4 × 9 |")
     assert table[2] == "| label noise 0 % | flat | – | – | – | – | – | – | 0 × 9 |"
     assert "nan" not in text
-    assert "Primary comparison, good: label noise 0 %: +" in text
+    assert "The registered comparison, good: label noise 0 %: +" in text
     assert "(decided: the larger it is, the larger the test error)" in text
     assert "adjusted together: none of 4 is decided. Undecided: label noise 0 %: bad, flat; label noise 40 %: b" in text
-    listed = r"excludes 0\): label noise 0 %: good \(\+[\d.]+\); label noise 40 %: good \(\+[\d.]+\)\."
+    listed = r"criteria: label noise 0 %: good \(\+[\d.]+\); label noise 40 %: good \(\+[\d.]+\)\."
     assert re.search(listed, text)
     assert re.search(r"good: label noise 0 %: \+[\d.]+ \[\+[\d.]+, \+[\d.]+\], p \\< 0.001, adjusted p \\< 0.0", text)
     random = section(compare(levels(measured()), primary="bad", control="flat"))
@@ -137,7 +137,7 @@ def test_one_level_has_no_column_of_its_own():
     text = section(compare(levels(measured(noises=(0.4,))), primary="good", control="bad"))
     assert "label noise" not in text
     assert "| good (primary) | +" in text
-    assert "Primary comparison, good: +" in text
+    assert "The registered comparison, good: +" in text
 
 
 def test_with_fewer_seeds_than_were_fixed_nothing_is_decided():
@@ -145,9 +145,9 @@ def test_with_fewer_seeds_than_were_fixed_nothing_is_decided():
     seeds = len(found[0].level.seeds)
     whole, interim = section(found, seeds=seeds), section(found, seeds=seeds + 1)
     assert "Interim" not in whole
-    assert "Primary comparison" in whole
+    assert "The registered comparison" in whole
     assert f"*Interim*: {seeds} of the {seeds + 1} seeds that were fixed before the first run." in interim
-    assert "Primary comparison" not in interim
+    assert "The registered comparison" not in interim
     assert "predicts" not in interim
 
 

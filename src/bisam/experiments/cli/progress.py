@@ -166,10 +166,28 @@ def _called(recipe: Recipe) -> str:
     return f"{recipe.method} noise {recipe.noise:g} seed {recipe.seed}"
 
 
-class MeasuringDisplay(_Live):
-    """A bar over the examples of the current measure; nothing if the output is not a terminal."""
+class _Rate(ProgressColumn):
+    """Examples per second."""
 
-    def __init__(self, runs: int) -> None:
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self._unit = unit
+
+    def render(self, task: Task) -> Text:
+        speed = task.speed
+        return Text("" if speed is None else f"{speed:,.0f} {self._unit}/s", no_wrap=True)
+
+
+class MeasuringDisplay(_Live):
+    """A bar over the examples of the current measure; nothing if the output is not a terminal.
+
+    Args:
+        runs: number of runs that are measured.
+        unit: what is counted, whose rate is shown; "": no rate.
+        quiet: show nothing.
+    """
+
+    def __init__(self, runs: int, unit: str = "", *, quiet: bool = False) -> None:
         self._runs, self._number = runs, 0
         super().__init__(
             TextColumn("{task.description}"),
@@ -178,6 +196,8 @@ class MeasuringDisplay(_Live):
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
+            *([_Rate(unit)] if unit else []),
+            quiet=quiet,
         )
         self._task = self._bar.add_task("", total=None)
         self._title = ""

@@ -264,7 +264,8 @@ def _class_parts(settings: Settings) -> list[str]:
 def _vanishing(rows: list[Row]) -> str:
     most = max(rows, key=lambda row: row["margin"])
     least = min(rows, key=lambda row: row["margin"])
-    sizes = ", ".join(f"{name} {most[name]:.2g}" for name in (_PLAIN, "tanh", "-log", "-log, no own class"))
+    named = {_PLAIN: _PLAIN, "10 tanh": "tanh", "-log": "-log", "-log without the own class": "-log, no own class"}
+    sizes = ", ".join(f"{name} {most[key]:.2g}" for name, key in named.items())
     return (
         f"On a confident correct example (margin {most['margin']:g}) the derivative is {sizes}; on a confident error "
         f"(margin {least['margin']:g}) that of -log is {least['-log']:.2g}, and cross-entropy's {least[_PLAIN]:.2g}: "

@@ -192,7 +192,7 @@ def report(measurement: Measurement, place: Path, changed: Mapping[str, str] | N
             f"{folder} holds rows that this version cannot read ({error!r}): delete it to measure again"
         ) from error
     missing = len(names) - len(parts)
-    unfinished = f"**Unfinished:** {missing} of {len(names)} parts are not measured yet." if missing else ""
+    unfinished = f"**Unfinished.** Not measured yet: {missing} of {len(names)} parts." if missing else ""
     shown = [f"![{caption}]({file})" for file, (caption, _) in measurement.figures.items()]
     blocks = [
         f"# {measurement.title}",

@@ -125,7 +125,11 @@ def _drawn(rows: list[Row]) -> Figure:
         ax.set_xlabel("epoch")
         ax.set_ylabel(label)
         ax.grid(alpha=0.3)
+    distances = [row["distance"] for row in rows]
+    if min(distances) > 0 and max(distances) > 10 * min(distances):
+        axes[1].set_yscale("log")
     axes[0].legend()
+    figure.suptitle("The gradients at x and at y: their angle and their distance in each epoch", fontsize=10.5)
     return figure
 
 

@@ -13,7 +13,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports.choice import validation_score
-from bisam.experiments.reports.drawing import MANY, Panel, Style, heading, legend, panels, plain, sheet, styles
+from bisam.experiments.reports.drawing import MANY, Panel, Style, heading, legend, panels, plain, sheet, styles, titled
 from bisam.experiments.reports.groups import Groups, Place, grouped, measured, names, perturbed, place, title
 from bisam.experiments.reports.scales import ERROR_SCALE, fit_scores, share, widen_scores, widen_values
 from bisam.experiments.reports.svg import point
@@ -37,7 +37,9 @@ def curves(runs: Sequence[Finished]) -> Figure:
         for ax in (score, loss):
             _by_epoch(ax)
     _scale_scores(axes[::2], shown)
-    widen_values(axes[1::2], "y", _means(axes[1::2]))
+    if not widen_values(axes[1::2], "y", _means(axes[1::2])):
+        for ax in axes[1::2]:
+            _focus(ax, falling=True)
     share(axes[1::2], "y")
     heading(figure, "Validation score and training loss after each epoch" + chosen, groups)
     _legend(figure, groups, axes[1::2])
@@ -164,8 +166,8 @@ def _seen(panel: Panel, words: str, column: Callable[[Sequence[Finished]], np.nd
         if (known := means[np.isfinite(means)]).size:
             ends[name] = float(known[-1])
     if len(ends) < 2:
-        return plain(panel.title, 60)
-    return plain(f"{f'{panel.title}, ' if panel.title else ''}{words}: {min(ends, key=lambda name: ends[name])}", 60)
+        return titled(panel.title, "")
+    return titled(panel.title, f"{words}: {min(ends, key=lambda name: ends[name])}")
 
 
 def _means(axes: Sequence[Axes]) -> list[np.ndarray]:
@@ -259,12 +261,22 @@ def _by_epoch(ax: Axes) -> None:
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _focus(ax: Axes) -> None:
-    """Set the limits without the low scores of the first epochs, which would compress the rest."""
-    lines = [y for y in _means([ax]) if len(y) > 1]
+def _focus(ax: Axes, *, falling: bool = False) -> None:
+    """Set the limits without the first epochs, whose low scores or large losses would compress the rest.
+
+    Args:
+        ax: with a line for each method.
+        falling: whether the values fall, as a loss does.
+    """
+    lines = [y[np.isfinite(y)] for y in _means([ax]) if len(y) > 1]
+    lines = [y for y in lines if len(y)]
     if not lines:
         return
     late = np.concatenate([y[len(y) // 5 :] for y in lines])
+    if falling:
+        low, high = min(y.min() for y in lines), late.max()
+        ax.set_ylim(low - 0.1 * (high - low), high + 0.15 * (high - low) + 1e-9)
+        return
     low, high = late.min(), max(y.max() for y in lines)
     ax.set_ylim(low - 0.15 * (high - low + 1), high + 0.1 * (high - low + 1))
 

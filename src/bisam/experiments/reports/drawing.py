@@ -22,7 +22,7 @@ from bisam.experiments.recipes.catalogue import BASELINE, METHODS
 from bisam.experiments.recipes.entries import FAMILIES
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports.groups import Groups, metric, names, place, places
-from bisam.experiments.reports.svg import titled
+from bisam.experiments.reports.svg import with_titles
 from bisam.experiments.runs.files import write
 from bisam.experiments.runs.folder import Finished
 from bisam.experiments.runs.results import TITLES, headline
@@ -192,6 +192,11 @@ def plain(text: str, width: int = 30) -> str:
     return "\n".join([*lines[:3], "…"] if len(lines) > 4 else lines)
 
 
+def titled(where: str, seen: str) -> str:
+    """The title of a panel: its place, and below it what is seen there; either may be empty."""
+    return "\n".join(plain(line, 52) for line in (where, seen) if line)
+
+
 def spread(values: Sequence[float]) -> float | None:
     """Standard deviation; None for fewer than two values."""
     return float(np.std(values, ddof=1)) if len(values) > 1 else None
@@ -209,7 +214,7 @@ def rendered(figure: Figure, format: str = "png", dpi: int = 150) -> bytes:
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "bisam", "svg.fonttype": "none"}):
         figure.savefig(buffer, format=format, dpi=dpi, metadata=undated)
-    return titled(buffer.getvalue().decode()).encode() if format == "svg" else buffer.getvalue()
+    return with_titles(buffer.getvalue().decode()).encode() if format == "svg" else buffer.getvalue()
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -32,6 +32,7 @@ from bisam.experiments.reports.drawing import (
     spread,
     styles,
     tested,
+    titled,
 )
 from bisam.experiments.reports.groups import grouped, measured, names, perturbed
 from bisam.experiments.reports.radii import radii as radii, varied as with_several_radii
@@ -104,9 +105,8 @@ def _highest(panel: Panel) -> str:
     means = {name: float(np.mean(tested(group, panel.headline))) for _, name, group in panel.shown}
     means = {name: value for name, value in means.items() if np.isfinite(value)}
     if len(means) < 2:
-        return plain(panel.title, 60)
-    best = max(means, key=lambda name: means[name])
-    return plain(f"{f'{panel.title}, ' if panel.title else ''}highest mean: {best}", 60)
+        return titled(panel.title, "")
+    return titled(panel.title, f"highest mean: {max(means, key=lambda name: means[name])}")
 
 
 _MARKERS = {"best": "o", "last": "D"}

@@ -297,7 +297,7 @@ def answer(comparisons: Sequence[Comparison], seeds: int = 1) -> str:
     if not comparisons:
         return ""
     main = [one for one in comparisons if one.primary]
-    return _interim(comparisons, seeds) or " ".join([_primary(main) if main else "", _verdict(comparisons)]).strip()
+    return _interim(comparisons, seeds) or " ".join([_primary(main) if main else "", _predicting(comparisons)]).strip()
 
 
 TITLE = "Which measures rank the runs as their test error does"
@@ -385,7 +385,7 @@ def _primary(main: Sequence[Comparison]) -> str:
         verdict = f"decided: {_direction(one)}" if one.decided else "undecided"
         p, adjusted = (escaped(_equation(value)) for value in (one.found.p, one.adjusted))
         parts.append(f"{where}{written(one.found.spearman)}, p {p}, adjusted p {adjusted} ({verdict})")
-    return f"Primary comparison, {escaped(main[0].measure)}: {'; '.join(parts)}."
+    return f"The registered comparison, {escaped(main[0].measure)}: {'; '.join(parts)}."
 
 
 def _exploratory(others: Sequence[Comparison]) -> str:
@@ -413,10 +413,15 @@ def _verdict(comparisons: Sequence[Comparison]) -> str:
         "decided after Holm, of the same sign within methods with an interval that excludes 0, and stronger than the "
         "control with an interval that excludes 0"
     )
+    return f"{_predicting(comparisons)} The criteria: {rule}."
+
+
+def _predicting(comparisons: Sequence[Comparison]) -> str:
+    """The sentence on the measures that meet all criteria."""
     found = [one for one in comparisons if one.predicts]
     if not found:
-        return f"No measure predicts the test error by all three criteria ({rule})."
-    return f"Measures that predict the test error by all three criteria ({rule}): {_listed(found, signs=True)}."
+        return "No measure predicts the test error by all three criteria."
+    return f"Measures that predict the test error by all three criteria: {_listed(found, signs=True)}."
 
 
 def _listed(some: Sequence[Comparison], signs: bool = False) -> str:

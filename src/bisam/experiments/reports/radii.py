@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import isclose, log10
+from math import isclose, log2, log10
 from statistics import mean, median
 from types import MappingProxyType
 from typing import Any
@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports.differences import score
-from bisam.experiments.reports.drawing import Panel, Style, heading, legend, panels, plain, sheet, styles
+from bisam.experiments.reports.drawing import Panel, Style, heading, legend, panels, plain, sheet, styles, titled
 from bisam.experiments.reports.groups import Groups, Place, grouped, place, title
 from bisam.experiments.reports.scales import ERROR_SCALE, fit_scores, share, widen_scores
 from bisam.experiments.reports.significance import student
@@ -141,6 +141,8 @@ def radii(runs: Sequence[Finished], optima: Mapping[tuple[str, float], float] = 
     shown, drawn = panels(groups), lines(groups)
     called = styles({recipe: title(recipe) for recipe in groups})
     scales = _scales(drawn)
+    at_each = dict.fromkeys(line.place for line in drawn)
+    together = _overlap([line for line in drawn if line.place == at] for at in at_each)
     figure, axes = sheet(2 * len(shown), (5.4, 3.2), columns=len(shown))
     for panel, whole, near in zip(shown, axes[: len(shown)], axes[len(shown) :], strict=True):
         at = place(panel.shown[0][0])
@@ -152,13 +154,13 @@ def radii(runs: Sequence[Finished], optima: Mapping[tuple[str, float], float] = 
             for line in plain_lines(groups):
                 if line.place == at:
                     _draw_plain(ax, line, called[line.method])
-            _finish(ax, panel, drawn, scales)
-        whole.set_title(
-            plain(f"{f'{panel.title}, ' if panel.title else ''}{_optima(mine, optima, scales)}", 60), fontsize=10
-        )
+            _finish(ax, panel, drawn if together else mine, scales)
+            if len(shown) > 1 and not together:
+                ax.set_xlabel("radius rho (each panel has its own scale)")
+        whole.set_title(titled(panel.title, _optima(mine, optima, scales)), fontsize=10)
         near.set_ylim(best - _NEAR, best + 0.25 * _NEAR)
         own = " (each panel has its own scale)" if len(shown) > 1 else ""
-        near.set_title(plain(f"{f'{panel.title}, ' if panel.title else ''}near the best score{own}", 60), fontsize=10)
+        near.set_title(titled(panel.title, f"near the best score{own}"), fontsize=10)
     whole = axes[: len(shown)]
     means = [np.asarray(line.get_ydata(), float) for ax in whole for line in ax.get_lines()]
     if all(panel.metric.startswith("accuracy") for panel in shown) and widen_scores(whole, "y", means):
@@ -205,6 +207,14 @@ def _draw_plain(ax: Axes, line: Line, style: Style) -> None:
     ax.axhspan(one.low, one.high, color=style.colour, alpha=0.13, lw=0)
 
 
+def _overlap(panels: Iterable[Sequence[Line]]) -> bool:
+    """Whether the radii of each panel have at least half of the range of all, on a logarithmic axis."""
+    ends = [[log2(rho) for line in lines for rho in line.recipes if rho > 0] for lines in panels]
+    known = [(min(each), max(each)) for each in ends if each]
+    total = max((high for _, high in known), default=0.0) - min((low for low, _ in known), default=0.0)
+    return all(high - low >= total / 2 for low, high in known)
+
+
 def _scales(drawn: Sequence[Line]) -> dict[str, float]:
     """By method, the power of ten that its radii are divided by, so that they lie next to those of the first method."""
     middles = {line.method: median(line.recipes) for line in drawn}
@@ -213,7 +223,7 @@ def _scales(drawn: Sequence[Line]) -> dict[str, float]:
 
 
 def _finish(ax: Axes, panel: Panel, drawn: Sequence[Line], scales: dict[str, float]) -> None:
-    """Ticks and labels; all panels have the radii of all lines."""
+    """Ticks at the radii of lines, and labels."""
     values = sorted({round(rho / scales[line.method], 6) for line in drawn for rho in line.recipes})
     ax.set_xscale("log", base=2)
     shown = [v for i, v in enumerate(values) if i == 0 or v > 1.1 * values[i - 1]]

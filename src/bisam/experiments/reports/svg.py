@@ -3,8 +3,8 @@
     point(ax, 0.4, 92.0, "SAM, rho 0.4", {0: 90.0, 1: 94.0})      # a mouse over it shows mean and seeds
     inline(drawing.rendered(figure, "svg").decode(), "accuracy-", "Test score by method")
 
-A point is an invisible marker whose id carries its text until `titled` makes it a `<title>`; PNG and PDF do not show
-it.
+A point is an invisible marker whose id carries its text until `with_titles` makes it a `<title>`; PNG and PDF do not
+show it.
 """
 
 from __future__ import annotations
@@ -50,12 +50,11 @@ def point(ax: Axes, x: float, y: float, name: str, values: Mapping[int, float], 
 def spot(ax: Axes, x: float, y: float, text: str) -> None:
     """A place in a figure that shows a text of one or more lines."""
     if isfinite(x) and isfinite(y):
-        gid = _ID + quote(text, safe=" ,:")
-        (line,) = ax.plot([x], [y], "o", ms=10, mew=0, color="#000000", alpha=0, zorder=9, label="_spot")
-        line.set_gid(gid)
+        marks = ax.scatter([x], [y], s=100, color="#000000", alpha=0, linewidths=0, zorder=9)
+        marks.set_gid(_ID + quote(text, safe=" ,:"))
 
 
-def titled(svg: str) -> str:
+def with_titles(svg: str) -> str:
     """A figure whose points have their texts as titles, which browsers show."""
     return _SPOT.sub(lambda found: f'<g class="hover"><title>{escape(unquote(found[1]))}</title>', svg)
 

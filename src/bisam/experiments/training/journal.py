@@ -157,7 +157,7 @@ class Journal:
 
     def out_of_time(self) -> None:
         """Write that the time for training is over."""
-        self.say(f"stopped after {duration(self._clock() - self._start)}, --max-time: {RESUMES}")
+        self.say(f"--max-time is over: {RESUMES}")
 
     def _point(self, loss: float, learning_rate: float, seconds: float, done: int) -> Point:
         return Point(
