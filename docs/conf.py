@@ -48,6 +48,7 @@ sphinx_gallery_conf = {
     "reference_url": {"bisam": None},  # links from the code to the reference, without the network
     "default_thumb_file": str(ROOT / "docs" / "how-it-works.svg"),
     "show_signature": False,
+    "write_computation_times": False,  # a page with scripts from the network
     "within_subsection_order": "FileNameSortKey",
 }
 templates_path = ["_templates"]
@@ -182,8 +183,14 @@ def reference(app: Any, env: Any, node: Any, content: Any) -> Any:
     return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", target, node, content)
 
 
+def home(app: Any, module: str, name: str) -> str | None:
+    """The module whose source has a name; that of a type alias is the one that it is documented in, not `builtins`."""
+    return module if name in ALIASES else None
+
+
 def setup(app: Any) -> None:
     """Connects the functions above; the first runs before napoleon."""
     app.connect("autodoc-process-docstring", docstring, priority=100)
     app.connect("autodoc-process-signature", signature)
     app.connect("missing-reference", reference)
+    app.connect("viewcode-follow-imported", home)
