@@ -48,6 +48,7 @@ sphinx_gallery_conf = {
     "reference_url": {"bisam": None},  # links from the code to the reference, without the network
     "default_thumb_file": str(ROOT / "docs" / "how-it-works.svg"),
     "show_signature": False,
+    "write_computation_times": False,  # a page with scripts from the network
     "within_subsection_order": "FileNameSortKey",
 }
 templates_path = ["_templates"]
@@ -166,16 +167,30 @@ def signature(app: Any, what: str, name: str, obj: Any, options: object, argumen
     return stringify_signature(bare, unqualified_typehints=True), shown.removeprefix("()").removeprefix(" -> ")
 
 
-def alias(app: Any, env: Any, node: Any, content: Any) -> Any:
-    """Resolves the names of type aliases, which are data and no classes, and of classes in other modules."""
-    target = ALIASES.get(node.get("reftarget"))
-    if node.get("refdomain") != "py" or target is None:
+def reference(app: Any, env: Any, node: Any, content: Any) -> Any:
+    """Resolves type aliases, which are data and no classes, and `Names` that only one other module has."""
+    if node.get("refdomain") != "py":
         return None
-    return env.domains["py"].resolve_xref(env, node["refdoc"], app.builder, "obj", target, node, content)
+    name, domain = node["reftarget"], env.domains["py"]
+    target = ALIASES.get(name)
+    if target is None and node["reftype"] == "obj":
+        kinds = ("class", "data", "exception", "function")
+        ends = "." + name.removesuffix("()")
+        found = [other for other, entry in domain.objects.items() if other.endswith(ends) and entry.objtype in kinds]
+        target = found[0] if len({domain.objects[other].node_id for other in found}) == 1 else None
+    if target is None:
+        return None
+    return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", target, node, content)
+
+
+def home(app: Any, module: str, name: str) -> str | None:
+    """The module whose source has a name; that of a type alias is the one that it is documented in, not `builtins`."""
+    return module if name in ALIASES else None
 
 
 def setup(app: Any) -> None:
     """Connects the functions above; the first runs before napoleon."""
     app.connect("autodoc-process-docstring", docstring, priority=100)
     app.connect("autodoc-process-signature", signature)
-    app.connect("missing-reference", alias)
+    app.connect("missing-reference", reference)
+    app.connect("viewcode-follow-imported", home)

@@ -753,6 +753,8 @@ ELSEWHERE = {
     "docs/choosing-rho.md": "tests/test_pages.py",
     "docs/conformance.md": "tests/conformance/table.py",
     "docs/games.md": "tests/methods/test_games.py",
+    "docs/weights.md": "tests/experiments/inference/test_page.py",
+    "docs/tuning.md": "tests/experiments/tuning/test_command.py",
 }
 
 

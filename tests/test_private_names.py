@@ -63,6 +63,7 @@ OTHERS: dict[str, set[str]] = {
         "_state_ctx",
         "_unsharded_param",
     },
+    "optuna: the trial of an earlier process": {"_trial_id"},
     "curvlinops: the base class of its operators": {"_torch_base"},
     "os": {"_exit"},
     "torchvision": {"_download_url_prefix", "_image_files", "_images", "_labels"},

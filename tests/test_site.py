@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from urllib.parse import unquote
 
 import pytest
 
@@ -89,6 +90,13 @@ def test_the_site_builds_without_a_warning(tmp_path):
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
     assert done.returncode == 0, done.stderr
-    page = (tmp_path / "site" / "api" / "generated" / "bisam.SAM.html").read_text()
+    site = tmp_path / "site"
+    for path in site.rglob("*.html"):
+        if "_static" not in path.parts:
+            text = path.read_text()
+            assert not re.search(r"<(script|img)[^>]* src=\"http", text), f"{path} needs the network"
+            files = set(re.findall(r" (?:href|src)=\"([^\":#?]+)(?:[#?][^\"]*)?\"", text))
+            assert [link for link in files if not (path.parent / unquote(link)).exists()] == [], path
+    page = (site / "api" / "generated" / "bisam.SAM.html").read_text()
     assert "Foret et al., 2021" in page
     assert "[source]" in page

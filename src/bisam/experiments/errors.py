@@ -146,6 +146,10 @@ class DamagedError(RunError):
         return f"{self.path} is damaged ({self.reason}): {self.remedy}"
 
 
+class StoppedError(Exception):
+    """The caller of a run has ended it after a completed epoch, which is saved; the message is the reason."""
+
+
 class RunWarning(RuntimeWarning):
     """Something about a run that its user should know, and that does not stop it."""
 

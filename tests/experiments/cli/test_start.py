@@ -11,8 +11,22 @@ import pytest
 
 pytest.importorskip("cyclopts")
 
-SLOW = ("torch", "lightning_fabric", "torchvision", "numpy", "matplotlib")
-COMMANDS = ("run", "train", "analyse", "list", "methods", "tables", "report", "plot", "archive", "export")
+SLOW = ("torch", "lightning_fabric", "torchvision", "numpy", "matplotlib", "optuna")
+COMMANDS = (
+    "run",
+    "train",
+    "analyse",
+    "list",
+    "methods",
+    "tables",
+    "report",
+    "plot",
+    "archive",
+    "export",
+    "evaluate",
+    "predict",
+    "tune",
+)
 
 LOADED = f"""
 import atexit, sys

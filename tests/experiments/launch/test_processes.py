@@ -21,6 +21,7 @@ from filelock import FileLock
 
 from bisam.experiments.launch import processes
 from bisam.experiments.launch.work import train_or_explain
+from bisam.experiments.launch.workers import reason_killed
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Run, finished
 from bisam.experiments.runs.machine import Machine, end_with_parent, threads
@@ -71,7 +72,7 @@ def test_a_run_that_is_killed_costs_the_others_nothing(tmp_path):
     ],
 )
 def test_how_a_process_ended_is_said(code, message):
-    assert re.search(message, processes.reason_killed(code))
+    assert re.search(message, reason_killed(code))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from bisam.experiments.errors import RunWarning
 from bisam.experiments.models import networks
 from bisam.experiments.models.build import NAMES, Logits, build, statistics, tokenizer
 
@@ -307,7 +308,10 @@ def test_a_head_for_another_number_of_classes_is_a_fresh_one(tmp_path, name, hea
     model = build(name, 6)
     torch.save(model.state_dict(), tmp_path / "w.pt")
     torch.manual_seed(8)
-    loaded = build(name, 9, weights=str(tmp_path / "w.pt"))
+    with pytest.warns(
+        RunWarning, match=rf"of 6 classes, and the model has 9: .* the head \({head}.bias, {head}.weight\)"
+    ):
+        loaded = build(name, 9, weights=str(tmp_path / "w.pt"))
     torch.manual_seed(8)
     fresh = build(name, 9)
     assert differing(loaded, model) == [f"{head}.weight", f"{head}.bias"]
@@ -364,7 +368,8 @@ def test_real_weights_of_imagenet(data):
     theirs = torch.load(path, weights_only=True)
     full = build("torchvision:squeezenet1_1", 1000, weights=str(path))
     assert all(torch.equal(p, theirs[name].float()) for name, p in full.named_parameters())
-    ten = build("torchvision:squeezenet1_1", 10, weights=str(path))
+    with pytest.warns(RunWarning, match="of 1000 classes"):
+        ten = build("torchvision:squeezenet1_1", 10, weights=str(path))
     assert differing(ten, full) == ["classifier.1.weight", "classifier.1.bias"]
     assert ten(torch.randn(2, 3, 64, 64)).shape == (2, 10)
 
@@ -494,7 +499,8 @@ def test_weights_of_a_classifier_of_sentences_from_a_file(bert, tmp_path, whole)
     source = build(f"hf:{bert}", 3)
     torch.save((source if whole else source.network).state_dict(), tmp_path / "w.pt")
     assert same(build(f"hf:{bert}", 3, weights=str(tmp_path / "w.pt")), source)
-    other = build(f"hf:{bert}", 4, weights=str(tmp_path / "w.pt"))
+    with pytest.warns(RunWarning, match="of 3 classes"):
+        other = build(f"hf:{bert}", 4, weights=str(tmp_path / "w.pt"))
     assert differing(other, source) == ["network.classifier.weight", "network.classifier.bias"]
 
 

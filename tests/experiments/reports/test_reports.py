@@ -904,14 +904,14 @@ def test_a_report_says_how_many_ended_where_they_diverged():
 def test_the_terminal_names_the_rows_with_runs_that_diverged():
     called = names(grouped(DIVERGED))[LOG]
     *others, last = DIVERGED
-    words = "runs diverged, and are part of the means"
+    words = "1 of 4 runs diverged, and are part of the means"
     assert report.brief_of_diverged(DIVERGED) == (
-        f"{words}: {called} (1 of 2); the first one: the loss is not finite since epoch 2"
+        f"{words}: {called} (1 of 2). The first one: the loss is not finite since epoch 2"
     )
     told = [*others, ended_early(last, message="loss is nan since epoch 2: a smaller --learning-rate or --rho")]
     assert report.brief_of_diverged(told).endswith("one: loss is nan since epoch 2: a smaller --learning-rate or --rho")
-    noisy = [*told, run(replace(SAM, noise=0.4), 0.1, diverged=1)]
-    assert "label noise 40 % (1 of 1)" in report.brief_of_diverged(noisy)
+    noisy = [*told, run(replace(SAM, noise=0.2), 0.1, diverged=1)]
+    assert "label noise 20 % (1 of 1)" in report.brief_of_diverged(noisy)
     assert report.brief_of_diverged(SMALL) == ""
 
 

@@ -154,7 +154,7 @@ def test_a_run_stops_before_an_epoch_that_does_not_fit_and_goes_on(tmp_path):
         with pytest.raises(OutOfTimeError, match="--max-time is over; the same command resumes"):
             train(run, short)
         assert len(run.metrics()) == epochs
-        assert "--max-time: the same command resumes after the last completed epoch" in lines(run)[-1]
+        assert lines(run)[-1] == "--max-time is over: the same command resumes after the last completed epoch"
     assert train(run, short)["test_last"] == train(whole, replace(MACHINE, max_time=3600.0))["test_last"]
     a, b = (one.checkpoint()["sharp"] for one in (run, whole))
     assert all(torch.equal(a[k], b[k]) for k in a if isinstance(a[k], torch.Tensor))

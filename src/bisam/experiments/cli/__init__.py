@@ -3,8 +3,11 @@
 run, report, ...          work on a subject of `subjects.py`: a study (`study.py`) or a measurement (`measurement.py`)
 study_report.py           the report of a study: tables on the terminal, and files
 train                     trains one recipe
+tune                      searches for the settings of a recipe
 analyse                   measures finished runs, or the weights in a file
 export                    writes the weights of a finished run for other programs
+evaluate                  tests a trained model, of a run or in a file
+predict                   writes the most probable classes of a user's files
 methods                   shows the catalogue of methods
 tables                    writes the page of the tables and figures of the papers
 options.py, flags.py      flags that commands share, and those that are fields of a recipe
@@ -23,7 +26,21 @@ from typing import Any
 from cyclopts import App, CycloptsError, UnknownOptionError
 
 from bisam import __version__
-from bisam.experiments.cli import analyse, archive, export, list as listing, methods, plot, report, run, tables, train
+from bisam.experiments.cli import (
+    analyse,
+    archive,
+    evaluate,
+    export,
+    list as listing,
+    methods,
+    plot,
+    predict,
+    report,
+    run,
+    tables,
+    train,
+    tune,
+)
 from bisam.experiments.cli.groups import epilogue
 from bisam.experiments.cli.terminal import errors
 from bisam.experiments.errors import (
@@ -44,6 +61,7 @@ app = App(
 )
 app.command(run.run, help_epilogue=epilogue(run.EXAMPLES))
 app.command(train.train, help_epilogue=epilogue(train.EXAMPLES))
+app.command(tune.tune, help_epilogue=epilogue(tune.EXAMPLES))
 app.command(analyse.analyse, help_epilogue=epilogue(analyse.EXAMPLES))
 app.command(listing.list_all, name="list", help_epilogue=epilogue(listing.EXAMPLES))
 app.command(methods.methods, help_epilogue=epilogue(methods.EXAMPLES))
@@ -52,6 +70,8 @@ app.command(report.report, help_epilogue=epilogue(report.EXAMPLES))
 app.command(plot.plot, help_epilogue=epilogue(plot.EXAMPLES))
 app.command(archive.archive, help_epilogue=epilogue(archive.EXAMPLES))
 app.command(export.export, help_epilogue=epilogue(export.EXAMPLES))
+app.command(evaluate.evaluate, help_epilogue=epilogue(evaluate.EXAMPLES))
+app.command(predict.predict, help_epilogue=epilogue(predict.EXAMPLES))
 app.register_install_completion_command(help="Install the completion of commands, flags and names for your shell.")
 
 

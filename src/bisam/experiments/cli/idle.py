@@ -8,6 +8,7 @@ It concerns flags that were given on the command line and `--set`, never recipes
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,8 +51,15 @@ def _is_in_data_dir(recipe: Recipe) -> bool:
     """Whether its data, its model or its weights may be in the folder of the data sets."""
     kind, _, detail = recipe.dataset.partition(":")
     paths = [detail] if kind == "folder" else []
-    paths += [recipe.weights or ""] + ([recipe.model.removeprefix("hf:")] if recipe.model.startswith("hf:") else [])
-    return kind not in ("digits", "folder") or any(path and not Path(path).is_absolute() for path in paths)
+    paths += [recipe.weights or ""] if recipe.weights != "pretrained" else []
+    paths += [recipe.model.removeprefix("hf:")] if recipe.model.startswith("hf:") else []
+    return kind not in ("digits", "folder") or any(path and not _is_here(path) for path in paths)
+
+
+def _is_here(path: str) -> bool:
+    """Whether a path does not need the folder of the data sets; weights may be followed by a choice and a checksum."""
+    alone = re.sub(r"(:[a-z]+)?(@[0-9a-f]{16})?$", "", path)
+    return any(Path(one).expanduser().is_absolute() or Path(one).exists() for one in (path, alone))
 
 
 CONDITIONS: dict[str, Condition] = {
@@ -89,7 +97,11 @@ that its method does not have, and a warm-up with the cosine schedule."""
 
 
 def refuse_idle(
-    recipes: Sequence[Recipe], machine: Machine, given: frozenset[str], changed: frozenset[str] = frozenset()
+    recipes: Sequence[Recipe],
+    machine: Machine,
+    given: frozenset[str],
+    changed: frozenset[str] = frozenset(),
+    searched: frozenset[str] = frozenset(),
 ) -> None:
     """Refuse flags that have an effect on none of `recipes`.
 
@@ -98,15 +110,16 @@ def refuse_idle(
         machine: where it is to be run.
         given: names of flags on the command line.
         changed: names of fields that `--set` changes.
+        searched: names of fields that `--search` varies.
 
     Raises:
         ValueError: there are such flags; it names each and what it needs.
     """
     idle: list[str] = []
     for name, condition in CONDITIONS.items():
-        if name in given | changed and not any(condition.holds(recipe, machine) for recipe in recipes):
+        if name in given | changed | searched and not any(condition.holds(recipe, machine) for recipe in recipes):
             got = ", ".join(dict.fromkeys(condition.got(recipe, machine) for recipe in recipes))
-            typed = f"--set {name}" if name in changed else flag(name)
+            typed = f"--set {name}" if name in changed else f"--search {name}" if name in searched else flag(name)
             idle.append(f"{typed} (needs {condition.needs}, got {got})")
     if idle:
         raise ValueError(f"without effect, leave out: {', '.join(idle)}")

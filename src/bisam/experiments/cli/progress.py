@@ -19,10 +19,12 @@ from rich.progress import (
 from rich.text import Text
 
 from bisam.experiments.cli.terminal import console
+from bisam.experiments.tuning.trials import outcome, ranked, settings
 
 if TYPE_CHECKING:
     from bisam.experiments.recipes.recipe import Recipe
     from bisam.experiments.training.points import Point
+    from bisam.experiments.tuning.trials import Trial
 
 _WIDE = 80
 """Columns of a terminal from which on the bar has news."""
@@ -158,6 +160,62 @@ class Display(_Live):
         return f"{self.finished}/{self._runs} runs"
 
 
+class TrialsDisplay(_Live):
+    """A bar over the trials of a search with the best score; lines if the output is not a terminal.
+
+    Args:
+        trials: number of trials.
+        unit: epochs or steps.
+        quiet: show neither a bar nor lines.
+        verbose: show lines on a terminal too, and a line for each epoch.
+    """
+
+    def __init__(self, trials: int, unit: str, *, quiet: bool = False, verbose: bool = False) -> None:
+        self._speaks, self._verbose = not quiet and (verbose or not console.is_terminal), verbose
+        self._total, self._unit = trials, unit
+        self.finished, self.best = 0, ""
+        columns = (TextColumn("{task.fields[trials]}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
+        super().__init__(*columns, TimeRemainingColumn(), _News(), quiet=quiet)
+        self._task = self._bar.add_task("", total=trials, trials=self._count(), news="")
+
+    def known(self, trials: Sequence[Trial]) -> None:
+        """Count the trials of earlier commands, which are no part of the speed."""
+        self._see(trials)
+        self._bar.reset(self._task, completed=self.finished, trials=self._count(), news=self.best)
+
+    def begins(self, trial: Trial, worker: int) -> None:
+        """Say which worker gets a trial."""
+        self.line(f"worker {worker}: trial {trial.number}, {settings(trial.values)}")
+
+    def epoch(self, trial: Trial, seed: int, completed: int, validation: float) -> None:
+        """Show a completed epoch of a run, if every epoch is to be shown."""
+        if self._verbose:
+            done = f"{self._unit.removesuffix('s')} {completed}"
+            self.line(f"trial {trial.number} seed {seed}: {done}, validation {100 * validation:.1f} %")
+
+    def ended(self, trial: Trial, trials: Sequence[Trial]) -> None:
+        """Show how a trial has ended."""
+        self._see(trials)
+        self._bar.update(self._task, completed=self.finished, trials=self._count(), news=self.best)
+        best = f"; {self.best}" if self.best else ""
+        self.line(
+            f"{self._count()}: trial {trial.number}, {settings(trial.values)}: {outcome(trial, self._unit)}{best}"
+        )
+
+    def _see(self, trials: Sequence[Trial]) -> None:
+        self.finished = sum(trial.ended for trial in trials)
+        if first := ranked(trials):
+            self.best = f"best {100 * first[0].score:.2f} %, trial {first[0].number}"
+
+    def line(self, text: str) -> None:
+        """Print a line, above the bar if there is one; nothing if the display is quiet or a bar suffices."""
+        if self._speaks:
+            console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+    def _count(self) -> str:
+        return f"{self.finished}/{self._total} trials"
+
+
 def _number(count: int, one: str, several: str) -> str:
     return f"{count} {one if count == 1 else several}"
 
@@ -166,10 +224,28 @@ def _called(recipe: Recipe) -> str:
     return f"{recipe.method} noise {recipe.noise:g} seed {recipe.seed}"
 
 
-class MeasuringDisplay(_Live):
-    """A bar over the examples of the current measure; nothing if the output is not a terminal."""
+class _Rate(ProgressColumn):
+    """Examples per second."""
 
-    def __init__(self, runs: int) -> None:
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self._unit = unit
+
+    def render(self, task: Task) -> Text:
+        speed = task.speed
+        return Text("" if speed is None else f"{speed:,.0f} {self._unit}/s", no_wrap=True)
+
+
+class MeasuringDisplay(_Live):
+    """A bar over the examples of the current measure; nothing if the output is not a terminal.
+
+    Args:
+        runs: number of runs that are measured.
+        unit: what is counted, whose rate is shown; "": no rate.
+        quiet: show nothing.
+    """
+
+    def __init__(self, runs: int, unit: str = "", *, quiet: bool = False) -> None:
         self._runs, self._number = runs, 0
         super().__init__(
             TextColumn("{task.description}"),
@@ -178,6 +254,8 @@ class MeasuringDisplay(_Live):
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
+            *([_Rate(unit)] if unit else []),
+            quiet=quiet,
         )
         self._task = self._bar.add_task("", total=None)
         self._title = ""

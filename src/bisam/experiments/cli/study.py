@@ -64,7 +64,7 @@ class StudySubject:
         else:
             _refuse("with --ray, --cpus and --gpus decide how many runs there are at a time", given & {"workers"})
             _refuse("with --ray each run is a task", given & {"stack"})
-        recipes = self.study.changed(launch.epochs, launch.changes)
+        recipes = self.study.changed(launch.epochs, _pinned(launch.changes, machine.data_dir))
         refuse_idle(recipes, machine, given, frozenset(pairs(launch.changes, "epochs=1")))
         if launch.stack is not None:
             self._check_stack(recipes, machine, given)
@@ -93,7 +93,7 @@ class StudySubject:
 
     def plan(self, launch: Launch, machine: Machine, out: Path) -> int:
         """Print the runs, and an estimate of the time of those that are left."""
-        recipes, workers = self._recipes(launch), launch.workers or machine.slots
+        recipes, workers = self._recipes(launch, machine), launch.workers or machine.slots
         left, unmeasured = show_runs(recipes, out / self.study.folder, self.study.analyses)
         _check_methods(left)
         count = sum(left.values())
@@ -114,7 +114,7 @@ class StudySubject:
 
     def run(self, launch: Launch, machine: Machine, out: Path) -> int:
         """Run what is not finished yet, and report."""
-        recipes, root = self._recipes(launch), out / self.study.folder
+        recipes, root = self._recipes(launch, machine), out / self.study.folder
         analyses = self.study.analyses
         units = 0 if analyses is None else len(analyses.what)
         with Display(recipes, units, quiet=launch.quiet, verbose=launch.verbose) as display:
@@ -180,13 +180,15 @@ class StudySubject:
         comparisons, _, _ = compared(runs, entries, own)
         return predictor_plot.predictors(comparisons, own.shown)
 
-    def _recipes(self, launch: Launch) -> list[Recipe]:
-        changed = self.study.changed(launch.epochs, launch.changes)
+    def _recipes(self, launch: Launch, machine: Machine) -> list[Recipe]:
+        changed = self.study.changed(launch.epochs, _pinned(launch.changes, machine.data_dir))
         return expand(changed, launch.seeds or self.study.seeds, self.study.first_seed)
 
     def _finished(self, changes: tuple[str, ...], place: Source) -> tuple[list[Finished], list[str]]:
         """Its finished runs, or else runs of its methods with other settings in its folder; and the damaged ones."""
         runs, left_out = all_finished(place.folder / self.study.folder, place)
+        with suppress(ValueError, RunError):  # its runs can be reported without the weights that they started with
+            changes = _pinned(changes, Machine().data_dir)
         wanted = dict.fromkeys(self.study.changed(None, changes))
         found = [run for run in runs if without_seed(run) in wanted]
         if not found and runs and not changes:
@@ -213,6 +215,16 @@ class StudySubject:
         from bisam.experiments.reports.groups import arranged
 
         return arranged(runs, recipes, self.study.baselines)
+
+
+def _pinned(changes: tuple[str, ...], data_dir: Path) -> tuple[str, ...]:
+    """The values of `--set`, with a checksum of initial weights: without it runs would resume with other ones."""
+    if not (weights := pairs(changes, "epochs=1").get("weights")) or weights.lower() == "none":
+        return changes
+    from bisam.experiments.models.initial import pinned
+
+    others = [one for one in changes if one.partition("=")[0].strip() != "weights"]
+    return *others, f"weights={pinned(weights, data_dir)}"
 
 
 def _check_methods(recipes: Iterable[Recipe]) -> None:

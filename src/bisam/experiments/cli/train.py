@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 EXAMPLES = (
     "Examples:  bisam train --method sam --noise 0.4 --rho 0.4   |   "
     "bisam train --optim bisam_log --rho 0.05 --epochs 20 --learning_rate 0.1   |   "
-    "bisam train --config RUN/recipe.json --seed 1"
+    "bisam train --config RUN/recipe.json --seed 1   |   bisam train --weights RUN --learning-rate 0.01"
 )
 
 
@@ -60,9 +60,10 @@ def train(
 
     refuse_contradiction(quiet, verbose)
     check_out(out)
-    base = _base(preset, config)
+    base = base_recipe(preset, config)
     recipe = started(base, translated(base, flags.given, authors))
     refuse_idle([recipe], machine, given)
+    recipe = _with_pinned_weights(recipe, machine, out)
     if save_config is not None:
         write(save_config, text(recipe, save_config))
         console.print(f"{save_config}: bisam train --config {save_config}", soft_wrap=True, highlight=False)
@@ -123,8 +124,12 @@ def _trained(run: Run, machine: Machine, quiet: bool, verbose: bool) -> Result:
     return result
 
 
-def _base(preset: str | None, config: Path | None) -> Recipe:
-    """The recipe that the flags change."""
+def base_recipe(preset: str | None, config: Path | None) -> Recipe:
+    """The recipe that the flags change.
+
+    Raises:
+        ValueError: both a preset and a file are given, or one of them is refused.
+    """
     from bisam.experiments.recipes import presets
     from bisam.experiments.recipes.config import read
     from bisam.experiments.recipes.recipe import Recipe
@@ -134,6 +139,22 @@ def _base(preset: str | None, config: Path | None) -> Recipe:
     if preset is not None:
         raise ValueError(f"--preset {preset} and --config {config} are both a recipe to start from: leave one out")
     return read(config)
+
+
+def _with_pinned_weights(recipe: Recipe, machine: Machine, out: Path) -> Recipe:
+    """The recipe with a checksum of its initial weights; as it is if there is a run of it from an earlier version."""
+    from bisam.experiments.models.initial import pinned
+    from bisam.experiments.runs.folder import Run
+
+    earlier = Run.under(out / "train", recipe).folder
+    found = replace(recipe, weights=pinned(recipe.weights, machine.data_dir))
+    if found != recipe and (earlier / "recipe.json").is_file():
+        errors.print(
+            f"bisam: {earlier} is of an earlier version, and its recipe has no checksum of {recipe.weights}: it is "
+            "resumed; give another --out if the file has changed since"
+        )
+        return recipe
+    return found
 
 
 def _scores(result: Result) -> str:

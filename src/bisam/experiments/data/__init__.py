@@ -13,6 +13,7 @@ splits.py         what a split is
 image_tensors.py  splits of small images in memory: digits.py, cifar.py
 image_files.py    splits of images in files: image_folders.py has ImageNet, Flowers-102, Pets and folders of a user
 glue.py           splits of texts, and the tasks of GLUE
+names.py          the classes by name
 """
 
 from __future__ import annotations
@@ -124,6 +125,20 @@ def _load(recipe: Recipe, machine: Machine) -> Data:
 
         return glue(detail, root, tokenizer(recipe.model, root), seed, recipe.max_length, download, recipe.held_out)
     raise unknown("dataset", recipe.dataset, NAMES)
+
+
+def names_of(dataset: str, root: Path) -> list[str]:
+    """Return the names of the classes of a data set, in the order of their numbers; [] if they are not known.
+
+    Raises:
+        DataError: the data set is missing.
+    """
+    from bisam.experiments.data.names import class_names
+
+    try:
+        return class_names(dataset, _folder(dataset.partition(":")[2], root), root)
+    except ValueError as error:
+        raise DataError(str(error)) from error
 
 
 def _subset(train: Split, count: int, seed: int) -> Split:

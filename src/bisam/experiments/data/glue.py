@@ -244,6 +244,18 @@ class _Table:
         return _Table([[column[i] for i in rows] for column in self.texts], self.labels[rows])
 
 
+def tokenised(columns: Sequence[Sequence[str]], tokenizer: Any, max_length: int = 128) -> Texts:
+    """Return texts of a user, with labels 0.
+
+    Args:
+        columns: the texts; for a task of pairs two columns of equal length.
+        tokenizer: the tokenizer of the model.
+        max_length: see `glue`.
+    """
+    labels = np.zeros(len(columns[0]), np.int64)
+    return _tokenised(_Table([list(column) for column in columns], labels), tokenizer, max_length)
+
+
 def _tokenised(table: _Table, tokenizer: Any, max_length: int, at_once: int = 1000) -> Texts:
     flat: dict[str, list[np.ndarray]] = {}
     lengths: list[int] = []

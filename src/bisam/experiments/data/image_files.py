@@ -46,6 +46,9 @@ class Folder:
         paths: image files; grey, palette, CMYK and transparent images are converted to RGB.
         labels: classes.
         image_size: height and width after the crop, in pixels.
+        whole: whether the central crop has the whole of the shorter side, as for small images, and not 224 of 256
+            pixels.
+        grey: whether images are converted to one channel, and not to RGB.
         training: whether images are augmented.
         processes: worker processes that decode images; 0: this process decodes them.
         device: of the batches.
@@ -63,6 +66,8 @@ class Folder:
     device: torch.device = _CPU
     mean: Channels = MEAN
     std: Channels = STD
+    whole: bool = False
+    grey: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("image_size", 1), ("processes", 0)):
@@ -112,12 +117,22 @@ class Folder:
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Return an iterator over numbers (n,), and what `batches` returns; see `Split.indexed`."""
         epoch = 0 if generator is None else int(torch.randint(2**62, (), generator=generator))
-        return self._read(list(shares(len(self), size, generator, rank, ranks)), epoch)
+        return self._indexed(list(shares(len(self), size, generator, rank, ranks)), epoch)
 
-    def _read(self, parts: list[Tensor], epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def readable(self, size: int) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
+        """Yield numbers and images of `size` files at a time: those that can be read, and messages of the others."""
+        return self._read(list(torch.arange(len(self)).split(size)), 0)
+
+    def _indexed(self, parts: list[Tensor], epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for part, x, messages in self._read(parts, epoch):
+            if messages:
+                raise ValueError(messages[0])
+            yield part, x, self.labels[part].to(self.device)
+
+    def _read(self, parts: list[Tensor], epoch: int) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
         keys = ([(self.paths[i], i, epoch) for i in part.tolist()] for part in parts)
         loader: DataLoader[Any] = DataLoader(
-            _Decoder(self.image_size, self.training),
+            _Decoder(self.image_size, self.training, self.whole, self.grey),
             batch_sampler=keys,  # pyright: ignore[reportArgumentType]
             collate_fn=_collate,
             num_workers=self.processes,
@@ -127,11 +142,9 @@ class Folder:
             generator=torch.Generator(),  # else the loader draws from the global generator
         )
         mean, std = (torch.tensor(values, device=self.device)[:, None, None] for values in (self.mean, self.std))
-        for part, images in zip(parts, loader, strict=True):
-            if isinstance(images, str):
-                raise ValueError(images)
-            x = images.to(self.device, non_blocking=True).float().div_(255).sub_(mean).div_(std)
-            yield part, x, self.labels[part].to(self.device)
+        for part, (there, images, messages) in zip(parts, loader, strict=True):
+            x = images.to(self.device, non_blocking=True).float()
+            yield part[there], x.div_(255).sub_(mean).div_(std) if there else x, messages
 
 
 class _Decoder(Dataset[Any]):
@@ -140,13 +153,13 @@ class _Decoder(Dataset[Any]):
     For an image that cannot be read it returns the message: an error in a worker would be shown as a traceback.
     """
 
-    def __init__(self, image_size: int, training: bool) -> None:
-        self._training = training
+    def __init__(self, image_size: int, training: bool, whole: bool, grey: bool) -> None:
+        self._training, self._grey = training, grey
         self._transform = v2.Compose(
             [v2.RandomResizedCrop(image_size, antialias=True), v2.RandomHorizontalFlip(), v2.PILToTensor()]
             if training
             else [
-                v2.Resize(round(image_size * 256 / 224), antialias=True),
+                v2.Resize(image_size if whole else round(image_size * 256 / 224), antialias=True),
                 v2.CenterCrop(image_size),
                 v2.PILToTensor(),
             ]
@@ -156,6 +169,7 @@ class _Decoder(Dataset[Any]):
         path, number, epoch = key
         try:
             image = decoded(path)
+            image = image.convert("L") if self._grey else image
         except Exception as error:  # each format raises another type of error
             return f"{path} cannot be read ({reason(error)}): replace or delete it"
         if not self._training:
@@ -179,9 +193,11 @@ def decoded(path: str) -> Image.Image:
         return image.convert("RGB")
 
 
-def _collate(images: list[Tensor | str]) -> Tensor | str:
-    failures = [image for image in images if isinstance(image, str)]
-    return failures[0] if failures else default_collate(images)
+def _collate(images: list[Tensor | str]) -> tuple[list[int], Tensor, list[str]]:
+    """The places and pixels of the images of a batch that can be read, and the messages of the others."""
+    there = [i for i, image in enumerate(images) if not isinstance(image, str)]
+    pixels = default_collate([images[i] for i in there]) if there else torch.empty(0, 1, 1, 1)
+    return there, pixels, [image for image in images if isinstance(image, str)]
 
 
 def _quiet(_: int) -> None:

@@ -26,7 +26,8 @@ from bisam.experiments.data.image_files import Channels, Folder
 from bisam.experiments.data.splits import Data, drawn
 from bisam.experiments.errors import reason
 
-_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+"""Ends of the names of image files."""
 _VALIDATION = ("val", "valid", "validation")
 _PARTS = {"train", *_VALIDATION, "test"}
 CHECKED = 20_000  # data sets with more images are not checked in advance: on a slow disk it would take minutes
@@ -149,7 +150,7 @@ def folder(path: Path, seed: int, image_size: int = 224, processes: int = 0, hel
     names = set(_subfolders(path))
     if not names:
         raise _classless(path)
-    if not names <= _PARTS and not ("train" in names and _subfolders(path / "train")):
+    if not _has_parts(path, names):
         whole, classes = _found(path, image_size, processes)
         return Data(*_in_three(whole, path, seed, held_out), classes=len(classes))
     if "train" not in names:
@@ -160,6 +161,21 @@ def folder(path: Path, seed: int, image_size: int = 224, processes: int = 0, hel
     if held_out is not None and validation is not None and test is not None:
         raise ValueError(f"{path} has {validation} for validation, from which nothing is held out: leave held_out out")
     return _from_parts(path, validation, test, seed, image_size, processes, held_out)
+
+
+def class_folders(path: Path) -> list[str]:
+    """Return the names of the classes of a user's images, see `folder`, in the order of their numbers.
+
+    Raises:
+        ValueError: the folder is missing.
+    """
+    names = _subfolders(path)
+    return _subfolders(path / "train") if _has_parts(path, set(names)) else names
+
+
+def _has_parts(path: Path, names: set[str]) -> bool:
+    """Whether the folders in a folder are splits, and not classes."""
+    return names <= _PARTS or ("train" in names and bool(_subfolders(path / "train")))
 
 
 def standardised(data: Data, mean: Channels, std: Channels) -> Data:
@@ -207,14 +223,14 @@ def _found(root: Path, image_size: int, processes: int) -> tuple[Folder, list[st
             os.path.join(place, file)
             for place, _, files in os.walk(root / name, followlinks=True)
             for file in files
-            if file.lower().endswith(_ENDINGS) and not file.startswith(".")
+            if file.lower().endswith(ENDINGS) and not file.startswith(".")
         )
     if len(images) < 2:
         raise _classless(root, *images)
     if empty := [name for name, paths in images.items() if not paths]:
         raise ValueError(
             f"{len(empty)} of {len(images)} class folders in {root} have no images: {_some(empty)}: put images there "
-            f"({', '.join(_ENDINGS)}), or delete them"
+            f"({', '.join(ENDINGS)}), or delete them"
         )
     paths = [path for each in images.values() for path in each]
     labels = torch.arange(len(images)).repeat_interleave(torch.tensor([len(each) for each in images.values()]))

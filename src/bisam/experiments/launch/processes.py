@@ -6,17 +6,14 @@ stacks anew in which some runs were not finished, with these runs.
 
 from __future__ import annotations
 
-import multiprocessing as mp
 import os
-import signal
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +24,10 @@ from bisam.experiments.errors import show_warnings_in_one_line
 from bisam.experiments.launch.outcomes import Done, Outcome, Progress, collect_outcomes
 from bisam.experiments.launch.stacks import STACK_THREADS, Job, jobs
 from bisam.experiments.launch.work import train_or_explain, train_stack_or_explain
+from bisam.experiments.launch.workers import MAX_DEATHS, Killed, Worker, open_pool
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Row
-from bisam.experiments.runs.machine import Machine, end_with_parent, ignore_interrupts, threads
+from bisam.experiments.runs.machine import Machine, end_with_parent, threads
 from bisam.experiments.runs.signals import Terminated, exit_code, terminable
 from bisam.experiments.studies.study import Analyses
 
@@ -66,11 +64,6 @@ def run_all(
     return collect_outcomes(recipes, root, progress, run, analyses)
 
 
-_SPAWN = mp.get_context("spawn")  # fork is unsafe once torch has threads
-_MAX_DEATHS = 2
-"""A run is given up after its process was killed so often: the run is the likely cause."""
-
-
 @dataclass(frozen=True)
 class _Completed:
     """A message of a worker: for each run of its job, the number of completed epochs or steps and the last score."""
@@ -87,56 +80,6 @@ class _Measuring:
     completed: int
 
 
-class _Worker:
-    """A process that does one job after another."""
-
-    def __init__(self, share: int, place: int) -> None:
-        self.place = place
-        self.job: Job | None = None
-        self.connection, theirs = _SPAWN.Pipe()
-        # Not a daemon, which could have no child processes; a run on several devices has them.
-        self.process = _SPAWN.Process(target=_serve, args=(theirs, share), daemon=False)
-        with ignore_interrupts():
-            self.process.start()
-        theirs.close()
-
-    def give(self, job: Job, root: Path, machine: Machine, analyses: Analyses | None, start: float) -> None:
-        self.job = job
-        with suppress(ConnectionError):  # it was killed, which is noticed when no answer comes
-            self.connection.send((job, root, machine.at(self.place), analyses, start))
-
-    def gone(self) -> bool:
-        """Whether it was killed; its children may hold the connection open for a few seconds more."""
-        return not self.process.is_alive() and not self.connection.poll()
-
-    def end(self) -> None:
-        """Wait for its end, and kill it after 5 seconds."""
-        self.connection.close()
-        self.process.join(5)
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join()
-
-
-@contextmanager
-def _workers() -> Generator[list[_Worker]]:
-    """Yield a list of workers, which are ended after the block; after an exception at once, as runs can be resumed."""
-    pool: list[_Worker] = []
-    try:
-        yield pool
-    except BaseException:
-        with ignore_interrupts():  # a second Ctrl-C
-            for worker in pool:
-                worker.process.terminate()
-            for worker in pool:
-                worker.end()
-        raise
-    for worker in pool:
-        worker.connection.close()
-    for worker in pool:
-        worker.process.join()
-
-
 def _in_processes(
     todo: Sequence[Job],
     root: Path,
@@ -149,51 +92,35 @@ def _in_processes(
     left, killed = deque(todo), Counter[Job]()
     start = time.time()  # the clock that processes share
 
-    def give(worker: _Worker) -> None:
+    def give(worker: Worker[Job]) -> None:
         job = left.popleft()
-        worker.give(job, root, machine, analyses, start)
+        worker.give(job, (job, root, machine.at(worker.place), analyses, start))
         for recipe in job.recipes:
             progress.begins(recipe, worker.place + 1)
 
     progress.starting(min(workers, len(todo)), sum(len(job.recipes) for job in todo))
-    with _workers() as pool:
+    with open_pool(_serve, workers) as pool:
         while True:
             if machine.max_time is not None and time.time() - start > machine.max_time:
                 for job in left:
                     for recipe in job.recipes:
                         done(Outcome(recipe, None, out_of_time=True))
                 left.clear()
-            for worker in pool:
-                if worker.job is None and left:
-                    give(worker)
-            while left and len(pool) < workers:
-                pool.append(_Worker(workers, min(set(range(workers)) - {worker.place for worker in pool})))
-                give(pool[-1])
-            busy = {worker.connection: worker for worker in pool if worker.job is not None}
-            if not busy:
+            while left and (worker := pool.free()) is not None:
+                give(worker)
+            if not pool.busy:
                 return
-            ready = set(wait(list(busy), timeout=1))
-            for connection, worker in busy.items():
+            for worker, message in pool.messages():
                 job = worker.job
                 assert job is not None
-                try:
-                    if connection in ready:
-                        message = connection.recv()
-                    elif worker.gone():
-                        raise EOFError
-                    else:
-                        continue
-                except (EOFError, ConnectionError):
-                    pool.remove(worker)
-                    worker.end()
-                    killed[job] += 1
-                    if killed[job] < _MAX_DEATHS:
-                        left.appendleft(job)
-                    else:
-                        for recipe in job.recipes:
-                            done(Outcome(recipe, None, reason_killed(worker.process.exitcode)))
-                    continue
                 match message:
+                    case Killed(reason=reason):
+                        killed[job] += 1
+                        if killed[job] < MAX_DEATHS:
+                            left.appendleft(job)
+                        else:
+                            for recipe in job.recipes:
+                                done(Outcome(recipe, None, reason))
                     case _Completed(runs=runs):
                         for recipe, completed, score in runs:
                             progress.epoch(recipe, completed, score)
@@ -214,25 +141,6 @@ def _without(left: deque[Job], lacking: Outcome, done: Done) -> deque[Job]:
         for recipe in job.recipes:
             done(replace(lacking, recipe=recipe))
     return deque(job for job, lacks in zip(left, same, strict=True) if not lacks)
-
-
-def reason_killed(code: int | None) -> str:
-    """Return why a run is given up, from the exit code of its process, and the remedy."""
-    remedy = "the same command resumes after its last epoch"
-    if code == -9:  # SIGKILL, which some systems have no name for
-        return (
-            f"its process was killed {_MAX_DEATHS} times, probably because memory is short: "
-            f"give fewer --workers; {remedy}"
-        )
-    how = f"exit code {code}" if code is None or 0 <= code < 128 else _signal(abs(code) % 128)
-    return f"its process died {_MAX_DEATHS} times ({how}): {remedy}"
-
-
-def _signal(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # a real-time signal
-        return f"signal {number}"
 
 
 def _serve(connection: Connection, share: int) -> None:

@@ -46,7 +46,7 @@ def train_or_explain(
     except OutOfTimeError:
         return Outcome(recipe, None, out_of_time=True)
     except (Exception, SystemExit) as error:
-        message = ("" if result is None else "its analysis: ") + _explanation(error)
+        message = ("" if result is None else "its analysis: ") + explanation(error)
         return Outcome(recipe, result, message, not isinstance(error, DataError), isinstance(error, InUseError))
 
 
@@ -72,7 +72,7 @@ def train_stack_or_explain(
                 else:
                     outcomes[recipe] = Outcome(recipe, result)
             except (RunError, OSError) as error:
-                outcomes[recipe] = Outcome(recipe, None, _explanation(error), elsewhere=isinstance(error, InUseError))
+                outcomes[recipe] = Outcome(recipe, None, explanation(error), elsewhere=isinstance(error, InUseError))
         left = [run.recipe for run in opened]
         try:
             if opened:
@@ -84,12 +84,12 @@ def train_stack_or_explain(
             started = not isinstance(error, DataError)
             for run in opened:  # some may be finished, if a folder of the stack cannot be written
                 result = run.result
-                message = None if result is not None else _explanation(error)
+                message = None if result is not None else explanation(error)
                 outcomes[run.recipe] = Outcome(run.recipe, result, message, started)
     return [outcomes[recipe] for recipe in recipes]
 
 
-def _explanation(error: BaseException) -> str:
+def explanation(error: BaseException) -> str:
     """Returns the reason for a failure, in one line."""
     if isinstance(error, DataError | RunError | ValueError):
         message = str(error)

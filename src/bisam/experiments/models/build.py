@@ -8,7 +8,8 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Generator, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import partial
@@ -19,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bisam.experiments.errors import is_out_of_memory, reason_not_loaded, unknown
-from bisam.experiments.models.frozen import freeze
+from bisam.experiments.errors import RunWarning, is_out_of_memory, reason_not_loaded, unknown
+from bisam.experiments.models import initial
+from bisam.experiments.models.frozen import freeze, with_frozen
+from bisam.experiments.models.initial import PRETRAINED as PRETRAINED, WEIGHTS, classes_of, local, without_prefixes
 from bisam.experiments.models.logits import Logits
 from bisam.experiments.models.networks import MLP, VGG, ConvNet, DenseNet, ResNet, WideResNet
-
-PRETRAINED = "pretrained"
 
 NETWORKS: dict[str, tuple[Callable[[int, int], nn.Module], str]] = {
     "convnet": (ConvNet, "three convolutions, for digits of 8x8"),
@@ -76,7 +77,8 @@ def build(
         classes: number of logits.
         channels: of the images; torchvision's networks accept 3 only.
         weights: None for random ones, "pretrained" for the source's own, or the path of a state dict that torch.save
-            or safetensors wrote. A head for another number of classes is replaced by a new one.
+            or safetensors wrote, or of a finished run, see `initial.read`. A head for another number of classes is
+            replaced by a new one, with a warning.
         new_head: whether the head may be replaced so, if the weights are those of a file; else it does not fit.
         frozen: number of lower layers that are not trained, see `freeze`; None: all are.
         root: folder of the data sets. A relative path of weights, or of a folder of Hugging Face, that does not exist
@@ -85,6 +87,10 @@ def build(
     Raises:
         ValueError: the name is unknown, a package is missing, the weights cannot be loaded or do not fit, or the
             network has no such layers.
+        RunError: the weights are those of a run that is not finished, has diverged, or has no such weights.
+
+    Warns:
+        RunWarning: the head is a new one, and not that of the file or run.
     """
     source, colon, rest = name.partition(":")
     pretrained = weights == PRETRAINED
@@ -100,7 +106,15 @@ def build(
         raise unknown("source of models", source, ["torchvision", "timm", "hf"])
     if weights is not None and not pretrained:
         network = model.network if isinstance(model, Logits) else model
-        _fit(network, _read(weights, root), classes if new_head else None, f"weights {weights!r} do not fit {name!r}")
+        state = without_prefixes(_initial(weights, channels, root))
+        heads = _fit(network, state, classes if new_head else None, f"weights {weights!r} do not fit {name!r}")
+        if heads:
+            warnings.warn(
+                f"weights {weights!r} are those of {len(state[heads[0]])} classes, and the model has {classes}: all "
+                f"but the head ({', '.join(heads)}) are kept",
+                RunWarning,
+                stacklevel=2,
+            )
     if frozen is not None:
         freeze(model, name, frozen)
     return model
@@ -206,20 +220,9 @@ def _timm_with(name: str) -> Any:
     return timm
 
 
-WEIGHTS = "weights"
-"""Folder of models and weights in the folder of the data sets."""
-
-
 def _hf_remedy(name: str, root: Path | None) -> str:
     placed = "" if root is None else f"put it into {root / WEIGHTS / name} (or set --data-dir), "
     return f"{placed}give a local folder as hf:FOLDER, or set HF_HOME to a filled cache"
-
-
-def _local(path: str, root: Path | None) -> Path:
-    """Return a path, or the same in the folder of weights if only that exists."""
-    here = Path(path).expanduser()
-    there = here if root is None else root / WEIGHTS / here  # the same if it is absolute
-    return there if there.exists() and not here.exists() else here
 
 
 def _hugging_face(name: str, classes: int, pretrained: bool, root: Path | None) -> Logits:
@@ -241,7 +244,7 @@ def _hugging_face(name: str, classes: int, pretrained: bool, root: Path | None) 
 
 def _place(name: str, root: Path | None) -> str:
     """Return the local folder or the name on the hub after `hf:`."""
-    folder = _local(name, root)
+    folder = local(name, root)
     if name and folder.is_dir():
         return str(folder)
     if not name or name[0] in "./~" or name.count("/") > 1:
@@ -329,36 +332,29 @@ def _renew_head(model: nn.Module, classes: int) -> None:
         model.set_submodule(name, nn.Conv2d(old.in_channels, classes, 1, bias=bias))
 
 
-def _read(given: str, root: Path | None) -> dict[str, Tensor]:
-    """Load the state dict in a file, without the prefixes of `DistributedDataParallel`, Lightning and `Logits`."""
-    wanted = "give the path of a file that torch.save(model.state_dict(), path) wrote, or 'pretrained'"
-    path = str(_local(given, root))
-    if root is not None and not Path(path).exists() and not Path(given).is_absolute():
-        wanted += f"; a file is looked for in {root / WEIGHTS} too"
-    if path.endswith(".safetensors"):
-        load = _package("safetensors.torch", f"the file {path!r}").load_file
-    else:
-        load = partial(torch.load, map_location="cpu", weights_only=True)
-    try:
-        loaded = load(path)
-    except OSError as error:
-        raise ValueError(f"weights {path!r} cannot be read ({error.strerror or _line(error)}): {wanted}") from error
-    # A broken file can raise errors of any type.
-    except Exception as error:
-        raise ValueError(f"weights {path!r} are not a file of tensors alone ({_line(error)}): {wanted}") from error
-    if isinstance(loaded, Mapping) and "state_dict" in loaded:
-        loaded = loaded["state_dict"]
-    if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise ValueError(f"weights {path!r} are not a state dict: {wanted}")
-    state: dict[str, Tensor] = {str(name): tensor for name, tensor in loaded.items()}
-    for prefix in ("module.", "network."):
-        if all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    return state
+def _initial(given: str, channels: int, root: Path | None) -> dict[str, Tensor]:
+    """The weights of a file or a run; those that the run did not train are those that it started with."""
+    found = initial.read(given, root)
+    if (recipe := found.recipe) is None or recipe.frozen is None:
+        return found.state
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RunWarning)  # about the head of that run, which it has trained
+        whole = build(
+            recipe.model,
+            classes_of(found.state),
+            channels=channels,
+            weights=recipe.weights,
+            frozen=recipe.frozen,
+            root=root,
+        )
+    return with_frozen(found.state, whole)
 
 
-def _fit(model: nn.Module, state: dict[str, Tensor], classes: int | None, complaint: str) -> None:
-    """Load `state` into `model`, except a head that differs from `classes` classes in their number only."""
+def _fit(model: nn.Module, state: dict[str, Tensor], classes: int | None, complaint: str) -> list[str]:
+    """Load `state` into `model`, except a head that differs from `classes` classes in their number only.
+
+    It returns the names of the weights of that head.
+    """
     own = {name: tensor.shape for name, tensor in model.state_dict().items()}
     reshaped = {
         name: (tensor.shape, own[name]) for name, tensor in state.items() if tensor.shape != own.get(name, tensor.shape)
@@ -380,6 +376,7 @@ def _fit(model: nn.Module, state: dict[str, Tensor], classes: int | None, compla
         raise ValueError(
             f"{complaint}: " + "; ".join(f"{kind} {_few(names)}" for kind, names in faults.items() if names)
         )
+    return sorted(heads)
 
 
 def _few(names: list[str]) -> str:

@@ -12,26 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from bisam.experiments.models.build import tokenizer
+from bisam.experiments.models.initial import WEIGHTS_FILE as WEIGHTS_FILE, classes_of as classes_of
 from bisam.experiments.models.logits import Logits
 
 STATES = (".safetensors", ".pt", ".pth")
 """Names of files of weights alone end so."""
 PROGRAMS = (".pt2", ".onnx")
 """Names of files of a program end so: the computation with its weights, which needs no code of the model."""
-WEIGHTS_FILE = "model.safetensors"
-"""The weights in a folder."""
-
-
-def classes_of(state: Mapping[str, Tensor]) -> int:
-    """Return the number of classes of a model, by its weights: the length of the last one, which is that of the head.
-
-    Raises:
-        ValueError: there are no weights.
-    """
-    vectors = [value for value in state.values() if value.ndim]
-    if not vectors:
-        raise ValueError("the model has no weights")
-    return vectors[-1].shape[0]
 
 
 def write_state(model: nn.Module, to: Path, facts: Mapping[str, Any]) -> None:
@@ -86,15 +73,12 @@ def write_program(model: nn.Module, to: Path, images: Tensor) -> None:
         onnx.save(to)
 
 
-def write_folder(
-    model: nn.Module, name: str, channels: int, to: Path, facts: Mapping[str, Any], root: Path | None = None
-) -> str:
-    """Write a model to a folder that its own library reads; return the Python code that does.
+def write_folder(model: nn.Module, name: str, to: Path, facts: Mapping[str, Any], root: Path | None = None) -> None:
+    """Write a model to a folder that its own library reads, as `code_of` does.
 
     Args:
         model: any model.
         name: of the model, as `build` takes it.
-        channels: of its images.
         to: an empty folder.
         facts: see `write_state`.
         root: folder of the data sets, see `build`.
@@ -103,33 +87,51 @@ def write_folder(
         ValueError: a package is missing, or the tokenizer cannot be loaded.
         OSError: a file cannot be written.
     """
-    source, _, rest = name.partition(":")
     if isinstance(model, Logits):
         network: Any = model.network
         network.save_pretrained(to)
         tokenizer(name, root).save_pretrained(to)
-        return (
-            "from transformers import AutoModelForSequenceClassification, AutoTokenizer\n\n"
-            'model = AutoModelForSequenceClassification.from_pretrained("FOLDER")\n'
-            'tokenizer = AutoTokenizer.from_pretrained("FOLDER")'
-        )
-    if source == "timm":
+    elif name.startswith("timm:"):
         timm: Any = _package("timm.models", "a folder of timm")
         timm.save_for_hf(model, str(to), safe_serialization=True)
-        shape = f"num_classes={classes_of(model.state_dict())}, in_chans={channels}"
-        return f'import timm\n\nmodel = timm.create_model("{rest}", {shape}, checkpoint_path="FOLDER/{WEIGHTS_FILE}")'
-    write_state(model, to / WEIGHTS_FILE, facts)
+    else:
+        write_state(model, to / WEIGHTS_FILE, facts)
+
+
+def code_of(model: nn.Module, name: str, channels: int, place: str, *, on_hub: bool = False) -> str:
+    """Return Python code that loads a folder that `write_folder` wrote.
+
+    Args:
+        model: that is in the folder.
+        name: of the model, as `build` takes it.
+        channels: of its images.
+        place: the folder, or the name of a repository on the Hugging Face hub.
+        on_hub: whether it is on the hub.
+    """
+    source, _, rest = name.partition(":")
     classes = classes_of(model.state_dict())
-    load = f'model.load_state_dict(load_file("FOLDER/{WEIGHTS_FILE}"))'
-    if source == "torchvision":
+    if isinstance(model, Logits):
         return (
-            "from safetensors.torch import load_file\nfrom torchvision.models import get_model\n\n"
-            f'model = get_model("{rest}", num_classes={classes})\n{load}'
+            "from transformers import AutoModelForSequenceClassification, AutoTokenizer\n\n"
+            f'model = AutoModelForSequenceClassification.from_pretrained("{place}")\n'
+            f'tokenizer = AutoTokenizer.from_pretrained("{place}")'
         )
-    return (
-        "from safetensors.torch import load_file\nfrom bisam.experiments.models.build import build\n\n"
-        f'model = build("{name}", {classes}, channels={channels})\n{load}'
-    )
+    if source == "timm" and on_hub:
+        return f'import timm\n\nmodel = timm.create_model("hf_hub:{place}", pretrained=True)'
+    if source == "timm":
+        shape = f"num_classes={classes}, in_chans={channels}"
+        return f'import timm\n\nmodel = timm.create_model("{rest}", {shape}, checkpoint_path="{place}/{WEIGHTS_FILE}")'
+    imports, file = "from safetensors.torch import load_file\n", f'"{place}/{WEIGHTS_FILE}"'
+    if on_hub:
+        imports = "from huggingface_hub import hf_hub_download\n" + imports
+        file = f'hf_hub_download("{place}", "{WEIGHTS_FILE}")'
+    if source == "torchvision":
+        imports += "from torchvision.models import get_model\n"
+        built = f'get_model("{rest}", num_classes={classes})'
+    else:
+        imports += "from bisam.experiments.models.build import build\n"
+        built = f'build("{name}", {classes}, channels={channels})'
+    return f"{imports}\nmodel = {built}\nmodel.load_state_dict(load_file({file}))"
 
 
 def _network(model: nn.Module) -> nn.Module:

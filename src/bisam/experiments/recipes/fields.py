@@ -18,7 +18,8 @@ class Fields:
     """Network: a name from `bisam list`, torchvision:NAME, timm:NAME or hf:NAME; a local folder after hf: is looked for
     here and in DATA/weights."""
     weights: str | None = None
-    """Initial weights: "pretrained", a file of weights (looked for here and in DATA/weights), or by default random."""
+    """Initial weights: "pretrained", a file of weights (looked for here and in DATA/weights), a finished run as RUN,
+    RUN:best, RUN:last or RUN:ema, or by default random. A head for another number of classes is replaced."""
     frozen: int | None = None
     """Number of lower layers (stages of a convolutional network) that keep their initial weights, besides the
     embeddings or the stem; 0: these alone. They are in eval mode, without gradient and perturbation. By default all

@@ -283,7 +283,8 @@ def brief_of_diverged(runs: Iterable[Finished]) -> str:
     more = f" and {len(cells) - _LISTED} more" if len(cells) > _LISTED else ""
     first = next(run for group in groups.values() for run in group if run.diverged is not None)
     message = first.result.get("message", f"the loss is not finite since epoch {first.diverged}")
-    return f"runs diverged, and are part of the means: {', '.join(cells[:_LISTED])}{more}; the first one: {message}"
+    count = f"{sum(counts.values())} of {sum(map(len, groups.values()))} runs diverged"
+    return f"{count}, and are part of the means: {'; '.join(cells[:_LISTED])}{more}. The first one: {message}"
 
 
 def _early(groups: Groups) -> str:

@@ -185,6 +185,29 @@ def headline_for(validation_examples: int) -> Headline:
     return "best" if validation_examples >= ENOUGH else "last"
 
 
+@dataclass(frozen=True)
+class Validated:
+    """The end of a run that is not tested.
+
+    Attributes:
+        score: validation score of the weights whose test score would be the headline.
+        epoch: the epoch that has them.
+        headline: which weights these are.
+        diverged: the first epoch whose loss, or whose last weights, are not finite; None if all are.
+        metric: of the score.
+        examples: validation examples.
+        seconds: time of its training steps.
+    """
+
+    score: float
+    epoch: int
+    headline: Headline
+    diverged: int | None
+    metric: str
+    examples: int
+    seconds: float
+
+
 def name_of(recipe: Recipe) -> str:
     """Return the entry `recipe` of a result."""
     return f"{recipe.slug}/seed-{recipe.seed}"

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from bisam.experiments.errors import unknown
 from bisam.experiments.recipes.assumptions import Assumption
 from bisam.experiments.recipes.catalogue import BASELINE
-from bisam.experiments.recipes.changes import pairs
+from bisam.experiments.recipes.changes import pairs, parsed
 from bisam.experiments.recipes.entries import SETTINGS
 from bisam.experiments.recipes.recipe import Recipe, both_given
 from bisam.experiments.studies.papers import Exhibit
@@ -155,7 +154,7 @@ class Study:
         for name in texts:
             if name not in known:
                 raise unknown("field", name, known)
-        values = {name: _parsed(name, text) for name, text in texts.items()}
+        values = {name: parsed(name, text, f"--set {name}={text}") for name, text in texts.items()}
         for name in ("seed", "method"):
             if name in values:
                 raise ValueError(f"--set {name}={values[name]} is refused: a study has its own ({_INSTEAD[name]})")
@@ -190,19 +189,3 @@ _INSTEAD = {"seed": "--seeds says how many", "method": "bisam train --method run
 def expand(recipes: Sequence[Recipe], seeds: int, first: int = 0) -> list[Recipe]:
     """Recipes with each seed: all recipes of one seed before the next, so that unfinished studies can be compared."""
     return [replace(recipe, seed=seed) for seed in range(first, first + seeds) for recipe in recipes]
-
-
-def _parsed(name: str, text: str) -> Any:
-    hint = get_type_hints(Recipe)[name]
-    kinds = get_args(hint) or (hint,)
-    if NoneType in kinds and text.lower() == "none":
-        return None
-    kind = next(k for k in kinds if k is not NoneType)
-    try:
-        return _TRUTH[text.lower()] if kind is bool else kind(text)
-    except (KeyError, ValueError):
-        what = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
-        raise ValueError(f"--set {name}={text}: {text!r} is not {what}") from None
-
-
-_TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}

@@ -10,7 +10,7 @@ devices.py          one process for each device
 hidden.py           what frozen layers of text models return, computed once
 fsdp.py             models that are sharded with FSDP2
 optimizers.py       base optimizer, learning rate schedule, descent loss
-trained.py          the weights of a finished run, and its model with them
+trained.py          the model of a finished run, with its weights
 weight_average.py   exponential moving average of the weights
 counting.py         gradients and forward passes that a method asks for
 metrics.py          accuracy and other scores; sums over the batches of an epoch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -113,11 +113,24 @@ def predict(model: nn.Module, split: Split, recipe: Recipe, metrics: Sequence[st
     Returns:
         The R most likely classes of each example, (N, R), with R as `metrics` need, and the labels (N,).
     """
-    model.eval()
-    size = max(recipe.batch_size, 256 if isinstance(split, Images) else recipe.batch_size)
-    pairs = [(ranked(model(prepared(x, recipe)), metrics), y) for x, y in split.batches(size)]
+    pairs = [(ranked(logits, metrics), labels) for _, logits, labels in outputs(model, split, recipe)]
     predicted, labels = zip(*pairs, strict=True)
     return torch.cat(predicted), torch.cat(labels)
+
+
+def outputs(model: nn.Module, split: Batches, recipe: Recipe) -> Iterator[tuple[Any, Tensor, Tensor]]:
+    """Yield the inputs, the logits (n, K) and the labels (n,) of the batches of a split, in evaluation mode.
+
+    Args:
+        model: it is in evaluation mode afterwards.
+        split: examples.
+        recipe: batch size, and layout of the inputs.
+    """
+    model.eval()
+    size = max(recipe.batch_size, 256 if isinstance(split, Images) else recipe.batch_size)
+    for batch, labels in split.batches(size):
+        inputs = prepared(batch, recipe)
+        yield inputs, model(inputs), labels
 
 
 def prepared(inputs: Any, recipe: Recipe) -> Any:

@@ -48,11 +48,7 @@ def with_hidden_states(splits: Data, model: nn.Module, recipe: Recipe, fabric: F
     """
     parts = {name: getattr(splits, name) for name in ("train", "validation", "test")}
     texts = {name: part for name, part in parts.items() if isinstance(part, Texts)}
-    if recipe.frozen is None or not isinstance(model, Logits) or len(texts) < len(parts):
-        return splits
-    weight = next(model.parameters())
-    tokens = sum(int(part.ends[-1]) for part in texts.values())
-    if tokens * _width(model) * weight.element_size() > LARGEST:
+    if not isinstance(model, Logits) or not has_hidden_states(splits, model, recipe):
         return splits
     model.to(fabric.device)
     with fabric.autocast():
@@ -61,6 +57,15 @@ def with_hidden_states(splits: Data, model: nn.Module, recipe: Recipe, fabric: F
         example, _ = next(splits.train.to(fabric.device).batches(2))
         skip_frozen(model, example, recipe.model)
     return replace(splits, **found)
+
+
+def has_hidden_states(splits: Data, model: nn.Module, recipe: Recipe) -> bool:
+    """Whether a run on these data computes the states of its frozen layers once; see `with_hidden_states`."""
+    parts = [part for part in (splits.train, splits.validation, splits.test) if isinstance(part, Texts)]
+    if recipe.frozen is None or not isinstance(model, Logits) or len(parts) < 3:
+        return False
+    tokens = sum(int(part.ends[-1]) for part in parts)
+    return tokens * _width(model) * next(model.parameters()).element_size() <= LARGEST
 
 
 def _states(texts: Texts, model: Logits, weights: str, fabric: Fabric) -> np.ndarray:

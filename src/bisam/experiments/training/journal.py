@@ -15,7 +15,7 @@ from typing import Any, Final, Protocol
 import torch
 from torch import Tensor
 
-from bisam.experiments.errors import reason
+from bisam.experiments.errors import StoppedError, reason
 from bisam.experiments.recipes.length import RunLength
 from bisam.experiments.runs.durations import duration
 from bisam.experiments.runs.folder import Row
@@ -148,16 +148,23 @@ class Journal:
         said = ", ".join(f"{which} {100 * value:.1f} %" for which, value in scores.items())
         self.say(f"finished after {duration(self._clock() - self._start)}: test {said}")
 
+    def validated(self, score: float) -> None:
+        """Write the validation score of a run that is not tested, and the time that this process took."""
+        took = duration(self._clock() - self._start)
+        self.say(f"trained after {took}, without a test: validation {100 * score:.1f} %")
+
     def failed(self, error: BaseException) -> None:
         """Write why the run ended before its last epoch."""
-        if isinstance(error, KeyboardInterrupt):
+        if isinstance(error, StoppedError):
+            self.say(f"stopped: {error}")
+        elif isinstance(error, KeyboardInterrupt):
             self.say(f"{past_tense(error)}: {RESUMES}")
         else:
             self.say(f"failed: {type(error).__name__}: {reason(error)}")
 
     def out_of_time(self) -> None:
         """Write that the time for training is over."""
-        self.say(f"stopped after {duration(self._clock() - self._start)}, --max-time: {RESUMES}")
+        self.say(f"--max-time is over: {RESUMES}")
 
     def _point(self, loss: float, learning_rate: float, seconds: float, done: int) -> Point:
         return Point(

@@ -1,14 +1,14 @@
 """Train: one run, from its recipe to its result.
 
 `train` loads the data, builds the model and calls `Training`, which trains epoch by epoch, writes a checkpoint after
-each, and tests once at the end. The loop over the batches is `train_epoch` in epoch.py.
+each, and tests once at the end; `validate` leaves the test out. The loop over the batches is `train_epoch` in epoch.py.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from math import isfinite
 from statistics import fmean, median
 from typing import Any, cast
@@ -22,7 +22,7 @@ from bisam.distributed.fsdp import reshard
 from bisam.experiments import data
 from bisam.experiments.data.image_tensors import channels
 from bisam.experiments.data.splits import Data, Split, batches_of
-from bisam.experiments.errors import OutOfTimeError, RunError
+from bisam.experiments.errors import OutOfTimeError, RunError, StoppedError
 from bisam.experiments.models.build import build
 from bisam.experiments.models.frozen import with_frozen, without_frozen
 from bisam.experiments.recipes.length import run_length
@@ -33,6 +33,7 @@ from bisam.experiments.runs.folder import Result, Row, Run
 from bisam.experiments.runs.machine import Machine
 from bisam.experiments.runs.results import (
     Stopped,
+    Validated,
     first_diverged,
     headline_for,
     since_better,
@@ -46,7 +47,7 @@ from bisam.experiments.training.epoch import predict, train_epoch
 from bisam.experiments.training.fsdp import divided, shard, share_buffers, whole
 from bisam.experiments.training.hidden import with_hidden_states
 from bisam.experiments.training.journal import Journal, OnLine
-from bisam.experiments.training.loggers import loggers
+from bisam.experiments.training.loggers import Logger, loggers
 from bisam.experiments.training.measured import Measured
 from bisam.experiments.training.metrics import TrainingSums, scores, stats_row
 from bisam.experiments.training.optimizers import (
@@ -121,8 +122,53 @@ def in_time(run: Run, result: Result | None) -> Result:
         OutOfTimeError: there is none.
     """
     if result is None:
-        raise OutOfTimeError(f"{run.folder}: --max-time is over; the same command resumes after its last epoch")
+        raise _out_of_time(run)
     return result
+
+
+def _out_of_time(run: Run) -> OutOfTimeError:
+    return OutOfTimeError(f"{run.folder}: --max-time is over; the same command resumes after its last epoch")
+
+
+def validate(
+    run: Run,
+    machine: Machine = Machine(),  # noqa: B008
+    on_epoch: OnEpoch | None = None,
+    on_line: OnLine | None = None,
+) -> Validated:
+    """Train a run to its end as `train` does, in this process, and return its validation score.
+
+    The run is not tested, so that a choice by its score cannot depend on test examples. It has no result.json: `train`
+    tests the weights in its checkpoint and finishes it.
+
+    Args:
+        run: folder and recipe.
+        machine: where to compute, on one device.
+        on_epoch: as for `train`; an error that it raises, such as `StoppedError`, ends the run after this epoch.
+        on_line: as for `train`.
+
+    Raises:
+        ValueError: as for `train`; or there are several devices, or no validation examples.
+        RunError: as for `train`; or the run is finished and its checkpoint is missing.
+        OutOfTimeError: as for `train`.
+        OSError: the disk is full or read-only.
+    """
+    start, recipe = time.monotonic(), run.recipe
+    recipe.check_trainable()
+    if machine.parallel:
+        raise ValueError(f"a run without a test uses one device, got {machine.devices * machine.nodes}")
+    if recipe.held_out == 0:
+        raise ValueError("held_out 0 leaves no validation examples: the score would be that of the training examples")
+    fabric = machine.fabric(recipe.precision)
+    splits, model = prepare(recipe, machine)
+    with run.open():
+        if run.result is not None and run.checkpoint() is None:
+            raise RunError(f"{run.folder} is finished and has no checkpoint.pt: delete the folder to train it again")
+        rest = machine.later(time.monotonic() - start)
+        validated = Training(fabric, run, rest, splits, model).validate(on_epoch, on_line)
+    if validated is None:
+        raise _out_of_time(run)
+    return validated
 
 
 def _train_here(
@@ -197,6 +243,7 @@ class Training:
         self._stats = [row for row in earlier if row["epoch"] <= len(self._state.history)]
         self._mean: StatsMean | None = None  # of the steps of the last epoch
         self._journal: Journal | None = None  # in the first process, while `train` runs
+        self._boards: Sequence[Logger] = ()  # the same
 
     def train(
         self, on_epoch: OnEpoch | None, on_line: OnLine | None = None, on_point: OnPoint | None = None
@@ -206,8 +253,46 @@ class Training:
         Returns:
             The result, or None if the time is over before the last epoch.
         """
+        with self._in_journal(on_line, on_point) as journal:
+            if not self._train_epochs(on_epoch):
+                if journal is not None:
+                    journal.out_of_time()
+                return None
+            result = self._finish()
+            if journal is not None:
+                journal.finished({which: result[f"test_{which}"] for which in result.get("scores", {})})
+        return result
+
+    def validate(self, on_epoch: OnEpoch | None, on_line: OnLine | None = None) -> Validated | None:
+        """Train the remaining epochs, and return the validation score without a test; log.txt tells how it ended.
+
+        Returns:
+            The score, or None if the time is over before the last epoch.
+        """
+        with self._in_journal(on_line, None) as journal:
+            try:
+                whole = self._train_epochs(on_epoch)
+            except StoppedError:
+                self._close_boards()  # this process goes on to other runs
+                raise
+            if not whole:
+                if journal is not None:
+                    journal.out_of_time()
+                return None
+            self._close_boards()
+            validated = self._validated()
+            if journal is not None:
+                if (why := self._stopped()) is not None:
+                    journal.say(f"training ends early, after epoch {len(self._state.history)}: {why}")
+                journal.validated(validated.score)
+        return validated
+
+    @contextmanager
+    def _in_journal(self, on_line: OnLine | None, on_point: OnPoint | None) -> Generator[Journal | None]:
+        """Write the begin of the run, and the reason if it fails, into log.txt; the block gets the journal."""
         if (writer := self._writer) is None:
-            return self._trained(on_epoch)
+            yield None
+            return
 
         def write(line: str) -> None:
             writer.log(line)
@@ -220,20 +305,21 @@ class Training:
         self._journal = journal
         journal.begin(recipe.slug, recipe.seed, device_name(fabric.device))
         try:
-            result = self._trained(on_epoch)
+            yield journal
         except BaseException as error:
             with suppress(OSError, RunError):  # the folder may be the reason
                 journal.failed(error)
             raise
-        if result is None:
-            journal.out_of_time()
-            return None
-        journal.finished({which: result[f"test_{which}"] for which in result.get("scores", {})})
-        return result
 
-    def _trained(self, on_epoch: OnEpoch | None) -> Result | None:
+    def _close_boards(self) -> None:
+        for board in self._boards:
+            board.close()
+
+    def _train_epochs(self, on_epoch: OnEpoch | None) -> bool:
+        """Train the remaining epochs; return False if the time is over before the last of them."""
         fabric, state, writer = self._fabric, self._state, self._writer
         boards = [] if writer is None else loggers(self._machine.log, self._run.folder, self._recipe.to_dict())
+        self._boards = boards
         if self._journal is not None and boards and self._machine.log_every:
 
             def tell(point: Point) -> None:
@@ -244,9 +330,8 @@ class Training:
         while self._stopped() is None and len(state.history) < self._length.epochs:
             epoch, began = len(state.history) + 1, time.monotonic()
             if self._is_out_of_time(began):
-                for board in boards:
-                    board.close()
-                return None
+                self._close_boards()
+                return False
             try:
                 row = self.epoch(epoch)
             except StateError as error:
@@ -271,8 +356,13 @@ class Training:
             if on_epoch is not None:
                 on_epoch(row)
             self._longest = max(self._longest, time.monotonic() - began)
-        result = self._test()  # in all processes, as above
-        for board in boards:
+        return True
+
+    def _finish(self) -> Result:
+        """Test, and write the result."""
+        fabric, state, writer = self._fabric, self._state, self._writer
+        result = self._test()  # in all processes, because tensors may be sharded
+        for board in self._boards:
             board.finish({f"test_{which}": result[f"test_{which}"] for which in result["scores"]}, len(state.history))
             board.close()
         if self._journal is not None and "stopped" in result:
@@ -383,13 +473,34 @@ class Training:
         # The first process decides: all have to agree on the best epoch.
         return self._fabric.broadcast(scores(metrics, predicted, labels))
 
+    def _validated(self) -> Validated:
+        """Return the validation score of the weights whose test score would be the headline."""
+        history, examples = self._state.history, validation_examples(self._recipe, self._data)
+        which, epoch = headline_for(examples), len(history)
+        if which == "best":
+            epoch = self._state.best["epoch"]
+        return Validated(
+            score=history[epoch - 1]["validation"],
+            epoch=epoch,
+            headline=which,
+            diverged=self._diverged(),
+            metric=self._data.metrics[0],
+            examples=examples,
+            seconds=sum(row["seconds"] for row in history),
+        )
+
+    def _diverged(self) -> int | None:
+        """The first epoch whose loss, or whose last weights, are not finite; all processes must call it."""
+        # A last step that makes the weights infinite has no loss after it, in which it would be seen.
+        history = self._state.history
+        return first_diverged(history) or (None if _is_finite(self._model) else len(history))
+
     def _test(self) -> dict[str, Any]:
         """Test the last weights, their average and the best weights; return the result of the run."""
         test = self._data.test.to(self._fabric.device)  # the test data is used here and nowhere else
         state, stopped = self._state, self._stopped()
         tested = {"last": self._scores(self._model, test)}
-        # A last step that makes the weights infinite has no loss after it, in which it would be seen.
-        diverged = first_diverged(state.history) or (None if _is_finite(self._model) else len(state.history))
+        diverged = self._diverged()
         if state.average is not None:
             tested["ema"] = self._scores(state.average.model, test)
         best_weights = divided(state.best["weights"], self._model.state_dict())
@@ -427,7 +538,7 @@ def summary(
         message = (
             f"validation has not improved for {epochs} epoch{'s' if epochs > 1 else ''} (--patience {recipe.patience})"
         )
-    held_out = 0 if recipe.held_out == 0 else len(splits.validation)  # 0: they are training examples
+    held_out = validation_examples(recipe, splits)
     # An epoch that is cut short counts less.
     losses = [r["losses"] for r in history]
     weights = None if recipe.steps is None and len(set(losses)) == 1 else losses
@@ -449,6 +560,11 @@ def summary(
         "gradients_per_step": fmean([r["gradients"] for r in history], weights),
         "forwards_per_step": fmean([r["forwards"] for r in history], weights),
     }
+
+
+def validation_examples(recipe: Recipe, splits: Data) -> int:
+    """Return the number of validation examples; 0 if they are training examples."""
+    return 0 if recipe.held_out == 0 else len(splits.validation)
 
 
 def device_name(device: torch.device) -> str:
