@@ -159,6 +159,12 @@ def test_a_file_that_is_no_report_is_named(tmp_path, content, bisam):
     assert "Traceback" not in errors
 
 
+def test_only_times_are_drawn_from_a_file(bisam, tmp_path):
+    code, _, errors = bisam("plot", "accuracy", tmp_path / "report.csv")
+    assert code == 2
+    assert "only time is drawn" in errors
+
+
 def test_a_file_of_several_settings_is_refused(crowded, tmp_path):
     rows = [*crowded, {**crowded[0], "noise": 0.0}]
     with pytest.raises(ValueError, match="rows of 2 settings"):

@@ -45,7 +45,9 @@ def plot(
         if figure in of_studies:
             remedy = f"write `bisam plot {figure} STUDY --out {run}`"
         raise ValueError(f"{run} is an archive of runs: {remedy}")
-    if run is not None and figure == "time" and run.suffix == ".csv":
+    if run is not None and run.suffix == ".csv":
+        if figure != "time":
+            raise ValueError(f"{run} is a table, of which only time is drawn: name a study, and give its --out")
         drawing = scatter.of_rows(run)
     elif run is not None and figure in analyses.DRAWN and (run.exists() or figure not in figures.CAPTIONS):
         drawing = analyses.draw(figure, run)
