@@ -6,7 +6,8 @@ import pytest
 import torch
 from sklearn.metrics import top_k_accuracy_score
 
-from bisam.experiments.training.metrics import TITLES, ranked, scores
+from bisam.experiments.runs.results import TITLES
+from bisam.experiments.training.metrics import ranked, scores
 
 BOTH = ("accuracy", "top5")
 
