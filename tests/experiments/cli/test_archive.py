@@ -81,6 +81,8 @@ def test_the_report_of_an_archive_is_that_of_the_folders_but_for_its_links(runs,
     links = re.findall(r"\[[0-9]+\]\(([^)]*)\)", (tmp_path / "page" / "report.md").read_text())
     assert len(links) == len(RECIPES)
     assert all((tmp_path / "page" / unquote(link) / "result.json").is_file() for link in links)
+    assert bisam("report", "digits", "--out", runs, "--to", tmp_path / "a" / "b" / "c")[0] == 0
+    assert "../" not in (tmp_path / "a" / "b" / "c" / "report.md").read_text().partition("## Files")[2]  # far away
     for place in (runs, archive):
         assert bisam("plot", "accuracy", "digits", "--out", place, "--to", tmp_path / f"{place.name}.png")[0] == 0
     assert (tmp_path / "runs.png").read_bytes() == (tmp_path / "digits.tar.xz.png").read_bytes()

@@ -72,7 +72,8 @@ def linked(files: Sequence[str], runs: Sequence[Finished], place: Source, to: Pa
     Args:
         files: names of CSV files.
         runs: finished runs.
-        place: where they are: of an archive the file is linked, of a folder each run.
+        place: where they are: of an archive the file is linked, of a folder each run, unless the report is far from it,
+            as a page that is published without the runs.
         to: folder of the report.
     """
 
@@ -82,6 +83,8 @@ def linked(files: Sequence[str], runs: Sequence[Finished], place: Source, to: Pa
     blocks = ["## Files", f"Numbers: {', '.join(link(file, file) for file in files)}."]
     if place.archived:
         blocks.append(f"Runs: {link(place.given.name, relative(place.given))}.")
+        return "\n\n".join(blocks)
+    if relative(place.folder).count("../") > _NEAR:
         return "\n\n".join(blocks)
     groups = grouped(runs)
     called, titles = names(groups), places(groups)
@@ -93,6 +96,9 @@ def linked(files: Sequence[str], runs: Sequence[Finished], place: Source, to: Pa
         for recipe, group in groups.items()
     ]
     return "\n\n".join([*blocks, aligned(("runs", "seeds"), lines)])
+
+
+_NEAR = 2  # folders up, from which on runs are not linked
 
 
 def _print_table(study: Study, runs: Sequence[Finished], rows: Sequence[tables.Row]) -> None:
