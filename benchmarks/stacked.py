@@ -26,7 +26,7 @@ from benchmarks.measure import (
     verdict,
     write,
 )
-from bisam.experiments.launch.outcomes import train_or_explain, train_stack_or_explain
+from bisam.experiments.launch.work import train_or_explain, train_stack_or_explain
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.machine import Machine
 

@@ -18,7 +18,7 @@ import bisam
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "bisam"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-WHEEL_BYTES = 750_000
+WHEEL_BYTES = 1_000_000
 
 
 def built(kind: str, to: Path) -> Path:

@@ -62,7 +62,10 @@ def test_a_radius_is_the_ball(make, radius):
 
 @pytest.mark.parametrize("make", [MAKE[name] for name in FUNCTIONS], ids=FUNCTIONS)
 def test_a_named_method_takes_any_perturbation(make):
-    assert "Adaptive(rho=2.0" in repr(make(Adaptive(2.0)))
+    made = make(Adaptive(2.0))
+    assert made != make(L2(2.0))
+    assert "rho=2.0" in repr(made)
+    assert "ABiSAM(" in repr(made) or "Adaptive(" in repr(made)
 
 
 def test_esam_keeps_its_mask():

@@ -79,7 +79,9 @@ def test_a_handler_of_another_program_stays():
 
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize(("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
-def test_signals_are_delayed_to_the_end_of_a_block(number, kind, fails):
+def test_signals_are_delayed_to_the_end_of_a_block(number, kind, fails, request):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     done = []
 
     def act():

@@ -33,7 +33,7 @@ def test_each_method_has_three_settings_at_each_level_of_noise():
         here = [recipe for recipe in recipes if recipe.noise == noise]
         assert len(here) == 15
         for method in ("sam", "bisam_log", "bisam_tanh", "asam"):
-            tuned = next(r.rho for r in STUDIES["digits"].recipes(None) if (r.method, r.noise) == (method, noise))
+            tuned = 4.0 if method == "asam" else 0.4  # those of digits when the study was registered
             assert [r.rho for r in here if r.method == method] == [tuned / 2, tuned, 2 * tuned]
         plain = [r for r in here if r.is_plain]
         assert [r.learning_rate for r in plain] == [0.03, 0.1, 0.3]
