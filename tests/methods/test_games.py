@@ -291,6 +291,7 @@ def test_relaxed_steps_stay_in_the_box():
         assert game.point.max() <= 0.5 + 1e-15
 
 
+@pytest.mark.slow
 def test_a_matrix_game_of_mixed_strategies():
     """Rock, paper, scissors, where a won rock counts twice: the solution by hand is (1, 2, 1)/4 for both."""
     payoff = torch.tensor([[0.0, 1.0, -2.0], [-1.0, 0.0, 1.0], [2.0, -1.0, 0.0]], dtype=torch.double)

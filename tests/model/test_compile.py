@@ -139,6 +139,7 @@ def test_a_compiled_model_in_float16_with_a_grad_scaler_trains_to_the_bit(method
     assert compiler.graphs == graphs
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
 def test_machine_code_trains_as_python():
     torch.compiler.reset()

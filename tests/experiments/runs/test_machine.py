@@ -16,6 +16,7 @@ assert logging.getLogger("lightning_fabric").level == logging.ERROR, logging.get
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "call"),
     [("bisam.experiments.runs.machine", "{module}.Machine().fabric()"), ("bisam.experiments.training.train", "")],
