@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, is_dataclass
+
 import pytest
 import torch
 from torch import nn
@@ -60,12 +62,17 @@ def test_a_radius_is_the_ball(make, radius):
     assert make(radius) == make(L2(radius))
 
 
+def parts(value):
+    """A value and all that its fields hold."""
+    inner = [getattr(value, field.name) for field in fields(value)] if is_dataclass(value) else []
+    return [value, *(part for one in inner for part in parts(one))]
+
+
 @pytest.mark.parametrize("make", [MAKE[name] for name in FUNCTIONS], ids=FUNCTIONS)
 def test_a_named_method_takes_any_perturbation(make):
     made = make(Adaptive(2.0))
-    assert made != make(L2(2.0))
-    assert "rho=2.0" in repr(made)
-    assert "ABiSAM(" in repr(made) or "Adaptive(" in repr(made)
+    assert Adaptive(2.0) in parts(made)
+    assert L2(2.0) not in parts(made)
 
 
 def test_esam_keeps_its_mask():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import multiprocessing as mp
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -13,9 +15,10 @@ from bisam.experiments.launch.estimate import queries
 from bisam.experiments.recipes.catalogue import METHODS
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports.differences import baseline
-from bisam.experiments.reports.groups import varying
+from bisam.experiments.reports.groups import title, varying
 from bisam.experiments.runs.folder import Run, finished
 from bisam.experiments.runs.machine import Machine
+from bisam.experiments.studies import digits
 from bisam.experiments.studies.equal import GRADIENTS
 from bisam.experiments.studies.study import expand
 from bisam.experiments.training.train import train
@@ -97,10 +100,27 @@ def test_settings_are_chosen_on_other_seeds_with_equal_budgets(name, trials):
     assert len({len(values) for values in kin.values()}) == 1
     for recipe in study.recipes(None):
         assert recipe in tried
-        if (name, recipe.method, recipe.noise) == ("digits", "bisam_log", 0.0):
-            continue
         values = sorted(kin[recipe.method, recipe.noise])
+        if (name, recipe.method, recipe.noise) == ("digits", "bisam_log", 0.0):
+            assert recipe.rho == values[0]
+            continue
         assert recipe.weight_decay in values[:-1] if recipe.method in NO_RHO else recipe.rho in values[1:-1]
+
+
+def test_the_settings_of_digits_are_those_of_the_committed_choice():
+    """The value with the largest score, of equal ones the smallest: also by the scores in the file."""
+    chosen = digits.SETTINGS.chosen
+    file = Path(__file__).parents[3] / "docs" / "reproduction" / "digits-rho" / "choices.csv"
+    trials: dict[tuple[str, float], list[tuple[float, float, bool]]] = {}
+    for row in csv.DictReader(file.read_text().splitlines()):
+        trial = (float(row["values"]), float(row["validation"]), row["chosen"] == "True")
+        trials.setdefault((row["method"], float(row["noise"])), []).append(trial)
+    assert len(trials) == len(chosen) == 10
+    for (method, noise), value in chosen.items():
+        tried = trials[title(Recipe(method=method)), noise]
+        assert [value for value, _, is_chosen in tried if is_chosen] == [value]
+        best = max(score for _, score, _ in tried)
+        assert min(value for value, score, _ in tried if score == pytest.approx(best, abs=1e-9)) == value
 
 
 @pytest.mark.parametrize("name", [*TUNED, *TUNED.values()])

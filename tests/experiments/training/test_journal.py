@@ -21,7 +21,7 @@ from bisam.experiments.runs.folder import Run
 from bisam.experiments.runs.machine import Machine
 from bisam.experiments.training import train as training
 from bisam.experiments.training.journal import Journal, counted
-from bisam.experiments.training.points import Point
+from bisam.experiments.training.step_metrics import StepMetrics
 from bisam.experiments.training.train import Training, prepare, train
 
 SHORT = Recipe(method="sam", epochs=3, batch_size=64, limit=300)
@@ -144,12 +144,12 @@ def test_a_long_epoch_has_lines_and_reads_the_loss_for_these_alone():
     assert said[0].endswith("2.83 min left")  # 170 s: a second for each of 170 losses
 
 
-def test_a_display_gets_points_twice_a_second_and_a_logger_after_every_n_losses():
+def test_a_display_gets_step_metrics_twice_a_second_and_a_logger_after_every_n_losses():
     clock, sums = Clock(), Loss()
     shown, logged, said = [], [], []
     length = RunLength(epochs=2, steps=20, losses=20, losses_per_epoch=10, steps_per_epoch=10)
     journal = Journal(said.append, length, torch.device("cpu"), processes=2, clock=clock, show=shown.append)
-    journal.tell(logged.append, 3)
+    journal.log_steps(logged.append, 3)
     for epoch in (1, 2):
         journal.epoch_begins(epoch, 0.1)
         sums.examples = 0
@@ -174,12 +174,12 @@ def test_a_display_gets_points_twice_a_second_and_a_logger_after_every_n_losses(
     assert logged[0].scalars().items() >= {"step/loss": 0.25, "step/images_per_second": 64.0}.items()
 
 
-def test_the_loss_of_a_logged_point_is_that_since_the_last_one():
+def test_the_loss_of_logged_step_metrics_is_that_since_the_last_one():
     """The mean of an epoch until now would hide what happened in its last steps."""
     logged, sums = [], Loss()
     length = RunLength(epochs=1, steps=9, losses=9, losses_per_epoch=9, steps_per_epoch=9)
     journal = Journal(lambda _: None, length, torch.device("cpu"), clock=Clock())
-    journal.tell(logged.append, 2)
+    journal.log_steps(logged.append, 2)
     journal.epoch_begins(1, 0.1)
     totals = [(8.0 * batch * batch, 8.0 * batch) for batch in range(1, 10)]  # losses 1, 3, 5, ...
     for each in totals:
@@ -284,13 +284,13 @@ def test_a_narrow_bar_keeps_count_and_time_and_drops_the_news(shown):
 
 
 def test_a_bar_within_the_epoch_is_below_that_of_the_run(shown):
-    point = Point(2, 3, 7, 20, 27, 0.25, 0.05, 64.0, "images", 2**30)
+    point = StepMetrics(2, 3, 7, 20, 27, 0.25, 0.05, 64.0, "images", 2**30)
 
     def within(display):
-        display.point(point)
+        display.step(point)
 
     def after(display):
-        display.point(point)
+        display.step(point)
         display.advanced(SHORT, 2, 0.5)
 
     lines = [line for line in shown(140, within).splitlines() if line.strip()]

@@ -413,21 +413,21 @@ def test_mlflow_is_told_each_epoch_once(run, monkeypatch):
     assert tracker.ended == ["a-run"]
 
 
-# Points within an epoch
+# Step metrics
 
 
-def points_of(run):
+def steps_of(run):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator").EventAccumulator
     events = accumulator(str(run.folder / "tensorboard" / "steps"))
     events.Reload()
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def test_each_point_is_there_once_also_of_an_epoch_that_was_interrupted(run, service, monkeypatch):
-    """Of 15 losses in 3 epochs every second one is a point, except the last of an epoch, which the epoch has."""
+def test_step_metrics_are_there_once_also_of_an_epoch_that_was_interrupted(run, service, monkeypatch):
+    """Of 15 losses in 3 epochs every second one has step metrics, except the last of an epoch, which the epoch has."""
     tracker, calls = Tracker(monkeypatch), 0
     machine = Machine(log=("tensorboard", "wandb", "mlflow"), log_every=2)
-    usual = loggers.TensorBoard.point
+    usual = loggers.TensorBoard.log_step
 
     def interrupted(self, scalars, losses):
         nonlocal calls
@@ -438,14 +438,14 @@ def test_each_point_is_there_once_also_of_an_epoch_that_was_interrupted(run, ser
             tracker.points.append(("step/losses", losses, 0, losses))
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(loggers.TensorBoard, "point", interrupted)
+    monkeypatch.setattr(loggers.TensorBoard, "log_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(run, machine)
     assert len(run.metrics()) == 1
     train(run, machine)
     assert [row["losses"] for row in run.metrics()] == [5, 5, 5]
     places = [2, 4, 6, 8, 12, 14]
-    found = points_of(run)
+    found = steps_of(run)
     assert set(found) >= {"step/loss", "step/learning_rate", "step/images_per_second"}
     assert all([step for step, _ in points] == places for points in found.values())
     assert all(value > 0 for _, value in found["step/loss"])
@@ -454,7 +454,7 @@ def test_each_point_is_there_once_also_of_an_epoch_that_was_interrupted(run, ser
     assert told == places
 
 
-def test_without_points_a_logger_has_the_epochs_alone(run):
+def test_without_step_metrics_a_logger_has_the_epochs_alone(run):
     train(run, Machine(log=("tensorboard",), log_every=0))
     assert not (run.folder / "tensorboard" / "steps").exists()
     same_as_metrics(run, "tensorboard")

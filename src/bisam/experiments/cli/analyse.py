@@ -32,8 +32,9 @@ if TYPE_CHECKING:
     from bisam.experiments.recipes.recipe import Recipe
 
 EXAMPLES = (
-    "Examples:  bisam analyse runs/digits   |   bisam analyse RUN --what sharpness,flips --rho 0.05,0.1   |   "
-    "bisam analyse --weights model.pt --model resnet20 --dataset cifar10 --out analysed"
+    "bisam analyse runs/digits",
+    "bisam analyse RUN --what sharpness,flips --rho 0.05,0.1",
+    "bisam analyse --weights model.pt --model resnet20 --dataset cifar10 --out analysed",
 )
 
 _PLACE = {"data_dir", "download", "loaders"}

@@ -8,8 +8,9 @@ from bisam.experiments.cli.options import Changes, Out, StudyName
 from bisam.experiments.runs.archive import SUFFIX
 
 EXAMPLES = (
-    "Examples:  bisam archive digits   |   bisam archive digits --out runs --to digits.tar.xz   |   "
-    "bisam report digits --out digits.tar.xz"
+    "bisam archive digits",
+    "bisam archive digits --out runs --to digits.tar.xz",
+    "bisam report digits --out digits.tar.xz",
 )
 
 

@@ -10,7 +10,7 @@ FILE = Path(__file__).with_name("list.json")
 
 
 class Entries(TypedDict):
-    """What `bisam list` prints."""
+    """The content of list.json, which `bisam list` prints."""
 
     groups: dict[str, list[tuple[str, str, str, str]]]
     """Studies and measurements by where they come from: name, title, runs, methods."""

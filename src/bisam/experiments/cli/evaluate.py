@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from bisam.experiments.inference.evaluate import Evaluated, Measured
 
 EXAMPLES = (
-    "Examples:  bisam evaluate RUN   |   bisam evaluate RUN --which last --corruptions --tta --to found.json   |   "
-    "bisam evaluate model.pt --model resnet20 --dataset cifar10"
+    "bisam evaluate RUN",
+    "bisam evaluate RUN --which last --corruptions --tta --to found.json",
+    "bisam evaluate model.pt --model resnet20 --dataset cifar10",
 )
 
 _DATA = Machine().data_dir

@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from bisam.experiments.recipes.recipe import Recipe
 
 EXAMPLES = (
-    "Examples:  bisam export RUN --to model.safetensors   |   bisam export RUN --which last --to model.onnx   |   "
-    "bisam export RUN --to folder   |   bisam export RUN --push-to-hub USER/NAME --private"
+    "bisam export RUN --to model.safetensors",
+    "bisam export RUN --which last --to model.onnx",
+    "bisam export RUN --to folder",
+    "bisam export RUN --push-to-hub USER/NAME --private",
 )
 
 _DATA = Machine().data_dir

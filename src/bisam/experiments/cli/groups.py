@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from cyclopts import Group
 
 DATA = Group("Data", sort_key=1)
@@ -28,7 +30,7 @@ OF_FIELD = {field: group for group, fields in _OF_FIELDS.items() for field in fi
 """The group of each field of a recipe."""
 
 
-def epilogue(examples: str) -> str:
-    """Return examples in one line, "Examples:  bisam a   |   bisam b", with one in a line, as they are pasted."""
-    head, _, rest = examples.partition(":")
-    return f"{head}:\n\n" + "\n".join(f"    {one.strip()}" for one in rest.split("   |   "))
+def epilogue(examples: Sequence[str]) -> str:
+    """Return the end of a help text: examples, one in a line, as they are pasted."""
+    head = "Example:" if len(examples) == 1 else "Examples:"
+    return f"{head}\n\n" + "\n".join(f"    {one}" for one in examples)

@@ -11,7 +11,7 @@ from rich.table import Table
 from bisam.experiments.cli.completion import Entries, written
 from bisam.experiments.cli.terminal import console
 
-EXAMPLES = "Example:  bisam list"
+EXAMPLES = ("bisam list",)
 
 
 def list_all() -> int:

@@ -10,7 +10,10 @@ from rich.text import Text
 from bisam.experiments.cli.terminal import console
 from bisam.experiments.runs.files import write
 
-EXAMPLES = "Examples:  bisam methods   |   bisam methods --to docs/methods.md"
+EXAMPLES = (
+    "bisam methods",
+    "bisam methods --to docs/methods.md",
+)
 
 
 def methods(*, to: Path | None = None) -> int:

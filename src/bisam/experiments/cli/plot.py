@@ -10,8 +10,10 @@ from bisam.experiments.errors import unknown
 from bisam.experiments.runs.archive import is_archive
 
 EXAMPLES = (
-    "Examples:  bisam plot figure1   |   bisam plot figure2 --to figure2.pdf   |   "
-    "bisam plot flips digits --to flips.svg   |   bisam plot landscape RUN --to landscape.pdf"
+    "bisam plot figure1",
+    "bisam plot figure2 --to figure2.pdf",
+    "bisam plot flips digits --to flips.svg",
+    "bisam plot landscape RUN --to landscape.pdf",
 )
 
 

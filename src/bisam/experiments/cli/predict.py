@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from bisam.experiments.inference.predict import Predicted, Text, Unread
 
 EXAMPLES = (
-    "Examples:  bisam predict RUN photo.jpg photos --top 3 --to out.csv   |   bisam predict RUN sentences.txt   |   "
-    "bisam predict RUN reviews.csv --column review"
+    "bisam predict RUN photo.jpg photos --top 3 --to out.csv",
+    "bisam predict RUN sentences.txt",
+    "bisam predict RUN reviews.csv --column review",
 )
 
 _DATA = Machine().data_dir

@@ -23,7 +23,7 @@ from bisam.experiments.tuning.trials import outcome, ranked, settings
 
 if TYPE_CHECKING:
     from bisam.experiments.recipes.recipe import Recipe
-    from bisam.experiments.training.points import Point
+    from bisam.experiments.training.step_metrics import StepMetrics
     from bisam.experiments.tuning.trials import Trial
 
 _WIDE = 80
@@ -122,21 +122,21 @@ class Display(_Live):
             self._bar.update(task, completed=self._bar.tasks[-1].total, news="")
         self._advance(recipe, completed, f"{_called(recipe)}: {100 * validation:.1f} % valid.")
 
-    def point(self, point: Point) -> None:
-        """Show where the only run is within its epoch, on a bar below the other."""
+    def step(self, metrics: StepMetrics) -> None:
+        """Show the step metrics of the only run on a second bar, over the batches of its epoch."""
         state: dict[str, Any] = {
-            "completed": point.batch,
-            "total": point.batches,
-            "runs": f"epoch {point.epoch}",
-            "news": point.words(),
+            "completed": metrics.batch,
+            "total": metrics.batches,
+            "runs": f"epoch {metrics.epoch}",
+            "news": metrics.words(),
         }
         if self._epoch is None:
-            self._epoch = self._bar.add_task("", unit="batches", **state), point.epoch
+            self._epoch = self._bar.add_task("", unit="batches", **state), metrics.epoch
             return
         task, shown = self._epoch
-        if shown != point.epoch:
+        if shown != metrics.epoch:
             self._bar.reset(task)
-            self._epoch = task, point.epoch
+            self._epoch = task, metrics.epoch
         self._bar.update(task, **state)
 
     def measuring(self, recipe: Recipe, measure: str, completed: int) -> None:

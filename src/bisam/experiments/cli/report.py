@@ -7,7 +7,9 @@ from pathlib import Path
 from bisam.experiments.cli.options import Changes, In, StudyName
 
 EXAMPLES = (
-    "Examples:  bisam report digits   |   bisam report digits --to reports   |   bisam report table1 --set epochs=1"
+    "bisam report digits",
+    "bisam report digits --to reports",
+    "bisam report table1 --set epochs=1",
 )
 
 

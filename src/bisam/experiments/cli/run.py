@@ -13,8 +13,10 @@ from bisam.experiments.cli.options import Given, Launch, MachineFlags, Out, Stud
 from bisam.experiments.runs.machine import Machine
 
 EXAMPLES = (
-    "Examples:  bisam run digits   |   bisam run digits --seeds 2 --epochs 5 --workers 1   |   "
-    "bisam run table1 --data-dir data --dry-run   |   bisam run table1 --set epochs=1 --set limit=640"
+    "bisam run digits",
+    "bisam run digits --seeds 2 --epochs 5 --workers 1",
+    "bisam run table1 --data-dir data --dry-run",
+    "bisam run table1 --set epochs=1 --set limit=640",
 )
 
 

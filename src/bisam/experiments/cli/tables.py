@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from bisam.experiments.launch.flops import Counts
     from bisam.experiments.recipes.recipe import Recipe
 
-EXAMPLES = "Example:  bisam tables --to docs/tables.md"
+EXAMPLES = ("bisam tables --to docs/tables.md",)
 
 
 def tables(*, to: Path) -> int:

@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     from bisam.experiments.runs.results import Result
 
 EXAMPLES = (
-    "Examples:  bisam train --method sam --noise 0.4 --rho 0.4   |   "
-    "bisam train --optim bisam_log --rho 0.05 --epochs 20 --learning_rate 0.1   |   "
-    "bisam train --config RUN/recipe.json --seed 1   |   bisam train --weights RUN --learning-rate 0.01"
+    "bisam train --method sam --noise 0.4 --rho 0.4",
+    "bisam train --optim bisam_log --rho 0.05 --epochs 20 --learning_rate 0.1",
+    "bisam train --config RUN/recipe.json --seed 1",
+    "bisam train --weights RUN --learning-rate 0.01",
 )
 
 
@@ -114,7 +115,7 @@ def _trained(run: Run, machine: Machine, quiet: bool, verbose: bool) -> Result:
                 machine,
                 lambda row: display.advanced(recipe, recipe.completed(row), row["validation"]),
                 display.line,
-                display.point,
+                display.step,
             )
         except Exception as error:
             if not is_out_of_memory(error):

@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 SEARCH = Group("Search", sort_key=0)
 EXAMPLES = (
-    "Examples:  bisam tune --method bisam_log --noise 0.4 --trials 20   |   "
-    "bisam tune --method sam --search rho=0.01:1:log --search learning_rate=0.01:0.5:log --trials 50 --workers 2   |   "
-    "bisam tune --method sgd --sampler grid   |   "
-    'bisam tune --method "KSAM(32, SAM(L2({r})))" --search r=0.01:1:log --timeout 1h'
+    "bisam tune --method bisam_log --noise 0.4 --trials 20",
+    "bisam tune --method sam --search rho=0.01:1:log --search learning_rate=0.01:0.5:log --trials 50 --workers 2",
+    "bisam tune --method sgd --sampler grid",
+    'bisam tune --method "KSAM(32, SAM(L2({r})))" --search r=0.01:1:log --timeout 1h',
 )
 
 

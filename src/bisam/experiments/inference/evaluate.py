@@ -37,7 +37,7 @@ SPLITS = ("test", "validation", "train")
 TOP5 = 10
 """Number of classes from which on the top-5 accuracy is told."""
 FLIPS = "mean of the probabilities of each image and its mirror image"
-"""What test-time augmentation does."""
+"""The description of test-time augmentation in tables and files."""
 
 OnProgress = Callable[[str, int, int], None]
 """A function (title, done, total) of numbers of examples."""
@@ -47,7 +47,7 @@ _ROWS = 4096  # of logits at a time
 
 @dataclass(frozen=True)
 class Measured:
-    """What is measured of the predictions of a split.
+    """The measures of the predictions of a split.
 
     Attributes:
         scores: by metric, those of the data set first; then accuracy, and from `TOP5` classes on top5.
@@ -73,7 +73,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What `evaluate` found.
+    """The result of `evaluate`.
 
     Attributes:
         loaded: the model.
@@ -220,7 +220,7 @@ def _loaded(loaded: Loaded, dataset: str | None, machine: Machine) -> Data:
 
 
 class _Kept:
-    """What is kept of the batches: predictions as in training, and logits."""
+    """Keeps the predictions of the batches, as in training, and their logits."""
 
     def __init__(self, metrics: Sequence[str]) -> None:
         self._metrics = metrics

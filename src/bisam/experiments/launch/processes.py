@@ -6,7 +6,6 @@ stacks anew in which some runs were not finished, with these runs.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections import Counter, deque
@@ -20,15 +19,13 @@ from typing import Any
 import torch
 
 from bisam.experiments.data import source
-from bisam.experiments.errors import show_warnings_in_one_line
 from bisam.experiments.launch.outcomes import Done, Outcome, Progress, collect_outcomes
 from bisam.experiments.launch.stacks import STACK_THREADS, Job, jobs
 from bisam.experiments.launch.work import train_or_explain, train_stack_or_explain
 from bisam.experiments.launch.workers import MAX_DEATHS, Killed, Worker, open_pool
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Row
-from bisam.experiments.runs.machine import Machine, end_with_parent, threads
-from bisam.experiments.runs.signals import Terminated, exit_code, terminable
+from bisam.experiments.runs.machine import Machine, threads
 from bisam.experiments.studies.study import Analyses
 
 
@@ -145,16 +142,6 @@ def _without(left: deque[Job], lacking: Outcome, done: Done) -> deque[Job]:
 
 def _serve(connection: Connection, share: int) -> None:
     """Run the loop of a worker process: receive a job, train and analyse its runs, send the outcomes."""
-    end_with_parent()
-    show_warnings_in_one_line()
-    try:
-        with terminable():
-            _work(connection, share)
-    except Terminated as error:  # by the first process, or by the system; log.txt has said so
-        os._exit(exit_code(error))  # without waiting for its own processes, which end with it
-
-
-def _work(connection: Connection, share: int) -> None:
     one_at_a_time = threading.Lock()  # with several devices, epochs are reported by a thread
 
     def send(message: Any) -> None:

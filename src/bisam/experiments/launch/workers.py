@@ -13,6 +13,7 @@ with open_pool(serve, 2) as pool:
 from __future__ import annotations
 
 import multiprocessing as mp
+import os
 import signal
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
@@ -20,7 +21,9 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, TypeVar
 
-from bisam.experiments.runs.machine import ignore_interrupts
+from bisam.experiments.errors import show_warnings_in_one_line
+from bisam.experiments.runs.machine import end_with_parent, ignore_interrupts
+from bisam.experiments.runs.signals import Terminated, exit_code, terminable
 
 MAX_DEATHS = 2
 """A job is given up after its process was killed so often: the job is the likely cause."""
@@ -58,7 +61,7 @@ class Worker(Generic[Job]):
         self.job: Job | None = None
         self.connection, theirs = _SPAWN.Pipe()
         # Not a daemon, which could have no child processes; a run on several devices has them.
-        self.process = _SPAWN.Process(target=serve, args=(theirs, share), daemon=False)
+        self.process = _SPAWN.Process(target=_run, args=(serve, theirs, share), daemon=False)
         with ignore_interrupts():
             self.process.start()
         theirs.close()
@@ -129,6 +132,17 @@ class Pool(Generic[Job]):
                 worker.end()
                 message = Killed(worker.process.exitcode)
             yield worker, message
+
+
+def _run(serve: Serve, connection: Connection, share: int) -> None:
+    """Run the loop of a worker process; it ends with its parent process, and at SIGTERM."""
+    end_with_parent()
+    show_warnings_in_one_line()
+    try:
+        with terminable():
+            serve(connection, share)
+    except Terminated as error:  # by the first process, or by the system; log.txt has said so
+        os._exit(exit_code(error))  # without waiting for its own processes, which end with it
 
 
 @contextmanager

@@ -118,7 +118,7 @@ def read(given: str, root: Path | None) -> Initial:
         result, recipe = result_of(run), run.recipe
         which = one.which or "best"
         state, place = dict(weights_of(run, result, which)), f"{one.text.rstrip('/')}:{which}"
-        # What it did not train is that with which it started.
+        # Frozen weights are those with which the run started.
         origin = f"{recipe.model} {pinned(recipe.weights, root)}" if recipe.frozen is not None else ""
     else:
         if one.which is not None:

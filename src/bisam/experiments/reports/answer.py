@@ -24,7 +24,7 @@ _LISTED = 6  # of more decided differences the largest are named
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a study would have when it is finished.
+    """The runs of a finished study.
 
     Attributes:
         recipes: number of recipes.

@@ -18,7 +18,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullForma
 Which = Literal["x", "y"]
 
 ERROR_SCALE = ",\nlog scale of the error"
-"""What the label of an axis ends with that `widen_scores` has changed."""
+"""The end of the label of an axis that `widen_scores` has changed."""
 
 _RATIO = 4.0  # of the errors, from which scores have a logarithmic scale
 _DECADE = 10.0  # of other values

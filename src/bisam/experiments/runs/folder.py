@@ -135,7 +135,7 @@ class Run:
         return read_result(self.folder, self.recipe)
 
     def known_result(self) -> Result | None:
-        """Return the result of a folder that nobody has locked, or None; loads nothing else.
+        """Return the result, or None, without locking the folder.
 
         Raises:
             RunError: the folder is damaged, or belongs to another recipe.

@@ -57,7 +57,8 @@ class Machine:
     log: Annotated[tuple[str, ...], Parameter(negative="")] = ("tensorboard",)
     """Loggers of the metrics, besides metrics.csv: tensorboard, wandb, mlflow."""
     log_every: int = 50
-    """Losses between two points within an epoch that the loggers get, besides the metrics of each epoch; 0: none."""
+    """Log loss, learning rate and speed within an epoch too, after every so many batches; 0: the metrics of epochs
+    alone."""
     stats: bool = False
     """Record statistics of the training steps, their means over an epoch in stats.csv and in the loggers."""
     stop_on_nan: bool = True

@@ -18,7 +18,7 @@ measured.py         what a run measures of its weights after some epochs: ball.p
 reference_speed.py  plain training steps beside the run, the unit of its relative time
 stacked/            several seeds of a recipe at once, as one batched model
 journal.py          the lines of log.txt
-points.py           loss, learning rate and speed within an epoch
+step_metrics.py     loss, learning rate and speed within an epoch
 loggers.py          TensorBoard, Weights & Biases, MLflow
 
 The file of a checkpoint is in `runs/checkpoint.py`, the recipe in `recipes/recipe.py`.

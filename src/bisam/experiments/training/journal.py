@@ -1,6 +1,6 @@
 """Journal: the lines that a run writes to log.txt, one for each epoch and more within long epochs.
 
-It counts the batches, so it also tells a bar on the terminal and the loggers where the run is (`Point`).
+It counts the batches, so it also computes the step metrics for the progress bar and the loggers (`StepMetrics`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from bisam.experiments.recipes.length import RunLength
 from bisam.experiments.runs.durations import duration
 from bisam.experiments.runs.folder import Row
 from bisam.experiments.runs.signals import past_tense
-from bisam.experiments.training.points import SHOWN, OnPoint, Point, pace
+from bisam.experiments.training.step_metrics import SHOWN, OnStepMetrics, StepMetrics, pace
 
 EVERY: Final = 30.0
 """Seconds between two lines within an epoch."""
@@ -61,7 +61,7 @@ class Journal:
         done: epochs that were completed before.
         every: seconds between two lines within an epoch.
         clock: returns the time in seconds.
-        show: called with a point every half second within an epoch.
+        show: called with the step metrics every half second within an epoch.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Journal:
         done: int = 0,
         every: float = EVERY,
         clock: Callable[[], float] = time.perf_counter,
-        show: OnPoint | None = None,
+        show: OnStepMetrics | None = None,
     ) -> None:
         self._write, self._length, self._device, self._processes = write, length, device, processes
         self._every, self._clock = every, clock
@@ -81,11 +81,11 @@ class Journal:
         self._start = self._said = self._epoch_start = clock()
         self._epoch, self._rate, self._seen, self._unit, self._batches = done, 0.0, 0, "images", 0
         self._show, self._shown = show, self._start
-        self._log: OnPoint | None = None
+        self._log: OnStepMetrics | None = None
         self._log_every, self._logged = 0, (0.0, 0.0)
 
-    def tell(self, log: OnPoint, every: int) -> None:
-        """Call `log` with a point after every `every` losses of the run, except the last of an epoch."""
+    def log_steps(self, log: OnStepMetrics, every: int) -> None:
+        """Call `log` with step metrics after every `every` losses of the run, except the last of an epoch."""
         self._log, self._log_every = log, every
 
     def say(self, text: str) -> None:
@@ -122,16 +122,16 @@ class Journal:
             return
         total, examples = sums.totals()  # waits for the device, so the time is read again
         seconds = self._clock() - self._epoch_start
-        point = self._point(total / examples, learning_rate, seconds, done)
+        metrics = self._metrics(total / examples, learning_rate, seconds, done)
         if self._log is not None and logs:
             (before, some), self._logged = self._logged, (total, examples)
-            self._log(replace(point, loss=(total - before) / (examples - some)))
+            self._log(replace(metrics, loss=(total - before) / (examples - some)))
         if self._show is not None and shows:
             self._shown = self._clock()
-            self._show(point)
+            self._show(metrics)
         if speaks:
-            counts = f"epoch {point.epoch}/{point.epochs}, batch {point.batch}/{point.batches}"
-            self.say(f"{counts}: {point.words()}, {self._left(done)}")
+            counts = f"epoch {metrics.epoch}/{metrics.epochs}, batch {metrics.batch}/{metrics.batches}"
+            self.say(f"{counts}: {metrics.words()}, {self._left(done)}")
 
     def epoch_ends(self, row: Row) -> None:
         """Write the line of a completed epoch."""
@@ -166,8 +166,8 @@ class Journal:
         """Write that the time for training is over."""
         self.say(f"--max-time is over: {RESUMES}")
 
-    def _point(self, loss: float, learning_rate: float, seconds: float, done: int) -> Point:
-        return Point(
+    def _metrics(self, loss: float, learning_rate: float, seconds: float, done: int) -> StepMetrics:
+        return StepMetrics(
             self._epoch,
             self._length.epochs,
             self._batches,

@@ -1,8 +1,8 @@
 """Loggers: TensorBoard, Weights & Biases and MLflow, which get the metrics of a run besides its metrics.csv.
 
 A resumed run logs epochs that are missing there from metrics.csv and stats.csv. So a service that was down or a process
-that was killed leaves no gap, and a logger that is added later gets the run from its first epoch. The points within an
-epoch are in no file: a logger that was down does not get them later.
+that was killed leaves no gap, and a logger that is added later gets the run from its first epoch. The step metrics
+are in no file: a logger that was down does not get them later.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.files import write
 from bisam.experiments.runs.folder import Row, Run
 from bisam.experiments.runs.results import BALL, BY_ASCENT
-from bisam.experiments.training.points import STEP
+from bisam.experiments.training.step_metrics import STEP
 
 
 class Logger(Protocol):
-    """Receives the metrics of each epoch, points within the epochs, and the test scores."""
+    """Receives the metrics of each epoch, step metrics within the epochs, and the test scores."""
 
     def log(self, metrics: Mapping[str, float], epoch: int, losses: int) -> None:
         """Log the metrics of an epoch, after so many losses of the run."""
         ...
 
-    def point(self, scalars: Mapping[str, float], losses: int) -> None:
-        """Log scalars within an epoch, after so many losses of the run."""
+    def log_step(self, scalars: Mapping[str, float], losses: int) -> None:
+        """Log step metrics within an epoch, after so many losses of the run."""
         ...
 
     def finish(self, scores: Mapping[str, float], epoch: int) -> None:
@@ -109,7 +109,7 @@ class _Events:
 
 
 class TensorBoard:
-    """TensorBoard's files: `folder/tensorboard` has epochs, recipe and test scores, and `steps` in it the points.
+    """TensorBoard's files: `folder/tensorboard` has epochs, recipe and test scores, and `steps` in it the step metrics.
 
     The steps of the former are epochs and those of the latter losses, so TensorBoard shows them as two runs.
     """
@@ -124,8 +124,8 @@ class TensorBoard:
         """Log the scalars of an epoch."""
         self._events.write(metrics, epoch, durable=True)
 
-    def point(self, scalars: Mapping[str, float], losses: int) -> None:
-        """Log the scalars of a point."""
+    def log_step(self, scalars: Mapping[str, float], losses: int) -> None:
+        """Log step metrics."""
         self._steps.write(scalars, losses, durable=False)
 
     def finish(self, scores: Mapping[str, float], epoch: int) -> None:
@@ -181,8 +181,8 @@ class WandB:
         """Log the metrics of an epoch."""
         self._send({**metrics, "epoch": epoch}, losses)
 
-    def point(self, scalars: Mapping[str, float], losses: int) -> None:
-        """Log the scalars of a point."""
+    def log_step(self, scalars: Mapping[str, float], losses: int) -> None:
+        """Log step metrics."""
         self._send({**scalars, "losses": losses}, losses)
 
     def _send(self, row: Mapping[str, float], losses: int) -> None:
@@ -254,8 +254,8 @@ class MLflow:
         """Log the metrics of an epoch, and last its number, from which a resumed run knows the logged epochs."""
         self._send({**metrics, "epoch": epoch}, epoch)
 
-    def point(self, scalars: Mapping[str, float], losses: int) -> None:
-        """Log the scalars of a point that is not there, and last its number."""
+    def log_step(self, scalars: Mapping[str, float], losses: int) -> None:
+        """Log step metrics that are not there, and last the number of their loss."""
         if losses > self._losses:
             self._send({**scalars, f"{STEP}losses": losses}, losses)
             self._losses = losses
@@ -338,11 +338,11 @@ class FaultTolerantLogger:
                 logger.log(_told(metrics), epoch, losses)
             self._last = epoch
 
-    def point(self, scalars: Mapping[str, float], losses: int) -> None:
-        """Log scalars within an epoch, after so many losses of the run."""
+    def log_step(self, scalars: Mapping[str, float], losses: int) -> None:
+        """Log step metrics within an epoch, after so many losses of the run."""
         with self._tolerant() as logger:
             if logger is not None:
-                logger.point(scalars, losses)
+                logger.log_step(scalars, losses)
 
     def finish(self, scores: Mapping[str, float], epoch: int) -> None:
         """Log the test scores of the finished run and its number of epochs."""

@@ -57,9 +57,9 @@ from bisam.experiments.training.optimizers import (
     descent_loss,
     grad_scaler,
 )
-from bisam.experiments.training.points import OnPoint, Point
 from bisam.experiments.training.reference_speed import ReferenceSpeed
 from bisam.experiments.training.state import RunState
+from bisam.experiments.training.step_metrics import OnStepMetrics, StepMetrics
 from bisam.experiments.training.weight_average import WeightAverage
 from bisam.state import StateError
 from bisam.statistics import StatsMean
@@ -70,7 +70,7 @@ def train(
     machine: Machine = Machine(),  # noqa: B008
     on_epoch: OnEpoch | None = None,
     on_line: OnLine | None = None,
-    on_point: OnPoint | None = None,
+    on_step_metrics: OnStepMetrics | None = None,
 ) -> Result:
     """Train a run to its end and return its result; an interrupted run resumes after its last completed epoch.
 
@@ -82,7 +82,7 @@ def train(
         machine: where to compute.
         on_epoch: called with the row of metrics of each epoch.
         on_line: called with each line of log.txt.
-        on_point: called twice a second within an epoch, if the run is in one process.
+        on_step_metrics: called twice a second within an epoch, if the run is in one process.
 
     Raises:
         ValueError: the recipe or the device names something that is unknown or not installed.
@@ -112,7 +112,9 @@ def train(
     splits, model = prepare(run.recipe, machine)
     with run.open():
         rest = machine.later(time.monotonic() - start)
-        return run.result or in_time(run, Training(fabric, run, rest, splits, model).train(on_epoch, on_line, on_point))
+        return run.result or in_time(
+            run, Training(fabric, run, rest, splits, model).train(on_epoch, on_line, on_step_metrics)
+        )
 
 
 def in_time(run: Run, result: Result | None) -> Result:
@@ -246,14 +248,14 @@ class Training:
         self._boards: Sequence[Logger] = ()  # the same
 
     def train(
-        self, on_epoch: OnEpoch | None, on_line: OnLine | None = None, on_point: OnPoint | None = None
+        self, on_epoch: OnEpoch | None, on_line: OnLine | None = None, on_step_metrics: OnStepMetrics | None = None
     ) -> Result | None:
         """Train the remaining epochs, test, and write the result; log.txt tells how it ended.
 
         Returns:
             The result, or None if the time is over before the last epoch.
         """
-        with self._in_journal(on_line, on_point) as journal:
+        with self._in_journal(on_line, on_step_metrics) as journal:
             if not self._train_epochs(on_epoch):
                 if journal is not None:
                     journal.out_of_time()
@@ -288,7 +290,7 @@ class Training:
         return validated
 
     @contextmanager
-    def _in_journal(self, on_line: OnLine | None, on_point: OnPoint | None) -> Generator[Journal | None]:
+    def _in_journal(self, on_line: OnLine | None, on_step_metrics: OnStepMetrics | None) -> Generator[Journal | None]:
         """Write the begin of the run, and the reason if it fails, into log.txt; the block gets the journal."""
         if (writer := self._writer) is None:
             yield None
@@ -301,7 +303,7 @@ class Training:
 
         fabric, recipe = self._fabric, self._recipe
         done = len(self._state.history)
-        journal = Journal(write, self._length, fabric.device, fabric.world_size, done, show=on_point)
+        journal = Journal(write, self._length, fabric.device, fabric.world_size, done, show=on_step_metrics)
         self._journal = journal
         journal.begin(recipe.slug, recipe.seed, device_name(fabric.device))
         try:
@@ -322,11 +324,11 @@ class Training:
         self._boards = boards
         if self._journal is not None and boards and self._machine.log_every:
 
-            def tell(point: Point) -> None:
+            def log_step(metrics: StepMetrics) -> None:
                 for board in boards:
-                    board.point(point.scalars(), point.losses)
+                    board.log_step(metrics.scalars(), metrics.losses)
 
-            self._journal.tell(tell, self._machine.log_every)
+            self._journal.log_steps(log_step, self._machine.log_every)
         while self._stopped() is None and len(state.history) < self._length.epochs:
             epoch, began = len(state.history) + 1, time.monotonic()
             if self._is_out_of_time(began):

@@ -7,7 +7,6 @@ of the data, so that their scores after an epoch can be compared.
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
@@ -16,15 +15,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
 
-from bisam.experiments.errors import DataError, StoppedError, show_warnings_in_one_line
+from bisam.experiments.errors import DataError, StoppedError
 from bisam.experiments.launch.work import explanation
 from bisam.experiments.launch.workers import MAX_DEATHS, Killed, Worker, open_pool
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.checkpoint import PREVIOUS
 from bisam.experiments.runs.folder import Row, Run
-from bisam.experiments.runs.machine import Machine, end_with_parent, threads
+from bisam.experiments.runs.machine import Machine, threads
 from bisam.experiments.runs.results import Validated
-from bisam.experiments.runs.signals import Terminated, exit_code, terminable
 from bisam.experiments.training.train import validate
 from bisam.experiments.tuning.database import Database
 from bisam.experiments.tuning.search import RUNS, Search
@@ -223,16 +221,6 @@ class _Launch:
 
 def _serve(connection: Connection, share: int) -> None:
     """Run the loop of a worker process: receive the runs of a trial, train them, send epochs and the end."""
-    end_with_parent()
-    show_warnings_in_one_line()
-    try:
-        with terminable():
-            _work(connection, share)
-    except Terminated as error:  # by the first process, or by the system; log.txt has said so
-        os._exit(exit_code(error))
-
-
-def _work(connection: Connection, share: int) -> None:
     while True:
         try:
             recipes, root, machine = connection.recv()

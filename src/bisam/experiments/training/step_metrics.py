@@ -1,4 +1,4 @@
-"""Points: loss, learning rate, speed and memory within an epoch, for a bar on the terminal and for the loggers."""
+"""Step metrics: loss, learning rate, speed and memory within an epoch, for the progress bar and for the loggers."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from typing import Final
 
 SHOWN: Final = 0.5
-"""Seconds between two points that are shown."""
+"""Seconds between two updates of the progress bar."""
 
 STEP: Final = "step/"
-"""Begins the names of the scalars of a point in loggers, so that they are no columns of metrics.csv."""
+"""Prefix of the names of step metrics in loggers, which tells them from the metrics of an epoch."""
 
 
 @dataclass(frozen=True)
-class Point:
-    """Where a run is within an epoch.
+class StepMetrics:
+    """The metrics of a run within an epoch.
 
     Attributes:
         epoch: number of the epoch, from 1.
@@ -23,7 +23,7 @@ class Point:
         batch: number of batches of the epoch until now, in each process.
         batches: of the epoch.
         losses: number of batches of the run until now, in each process.
-        loss: mean training loss: of the epoch until now, or since the point before it in a logger.
+        loss: mean training loss: of the epoch until now, or in a logger since the step metrics before.
         learning_rate: of the first group of parameters.
         speed: images, tokens or examples per second in this epoch, over all processes.
         unit: what the speed counts.
@@ -49,12 +49,12 @@ class Point:
         return {f"{STEP}{name}": value for name, value in values.items()}
 
     def words(self) -> str:
-        """Return the point as text, without the counts."""
+        """Return the metrics as text, without the counts."""
         return f"loss {self.loss:.4g}, {pace(self.learning_rate, self.speed, self.unit, self.memory)}"
 
 
-OnPoint = Callable[[Point], None]
-"""Called with a point within an epoch."""
+OnStepMetrics = Callable[[StepMetrics], None]
+"""Called with step metrics within an epoch."""
 
 
 def pace(learning_rate: float, speed: float, unit: str, memory: int | None) -> str:
