@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 from rich.table import Column, Table
 
-from bisam.experiments.cli.flags import Whole
-from bisam.experiments.cli.options import Quiet
+from bisam.experiments.cli.groups import MACHINE
+from bisam.experiments.cli.options import DatasetName, DeviceFlags, ModelName, Quiet
 from bisam.experiments.cli.progress import MeasuringDisplay
 from bisam.experiments.cli.terminal import console, errors
 from bisam.experiments.runs.files import write
-from bisam.experiments.runs.machine import Machine
 
 if TYPE_CHECKING:
     from bisam.experiments.inference.evaluate import Evaluated, Measured
@@ -27,25 +26,20 @@ EXAMPLES = (
     "bisam evaluate model.pt --model resnet20 --dataset cifar10",
 )
 
-_DATA = Machine().data_dir
-
 
 def evaluate(
     model_or_run: Annotated[str, Parameter(name="RUN")],
     /,
     *,
-    dataset: str | None = None,
+    dataset: DatasetName | None = None,
     split: str = "test",
     which: str | None = None,
     corruptions: Annotated[bool, Parameter(negative="")] = False,
     tta: Annotated[bool, Parameter(negative="")] = False,
-    model: str | None = None,
+    model: ModelName | None = None,
     config: Path | None = None,
     to: Path | None = None,
-    device: str = "cpu",
-    data_dir: Path = _DATA,
-    download: Annotated[bool, Parameter(negative="")] = False,
-    loaders: Whole = 0,
+    where: Annotated[DeviceFlags, Parameter(name="*", group=MACHINE)] = DeviceFlags(),  # noqa: B008
     quiet: Quiet = False,
 ) -> int:
     """Evaluate a trained model: scores, loss, calibration and margins, and on request its robustness.
@@ -63,10 +57,6 @@ def evaluate(
         model: Model of a file of weights, see `bisam list`; files of bisam export but .pt have it inside.
         config: Recipe of a file of weights, TOML or JSON, for the size of its images or the seed of its split.
         to: JSON file for everything that is found.
-        device: Device: cpu, cuda, cuda:1, mps, ... or auto.
-        data_dir: Folder of the data sets.
-        download: Download a data set that is missing in the data folder.
-        loaders: Processes that read and decode image files.
     """
     from bisam.experiments.inference.evaluate import evaluate as evaluated
     from bisam.experiments.inference.loaded import load
@@ -74,10 +64,9 @@ def evaluate(
 
     if to is not None and to.is_dir():
         raise ValueError(f"--to {to} is a folder: give a file, such as {to / 'found.json'}")
-    machine = Machine(device=device, data_dir=data_dir, download=download, loaders=loaders, log=())
-    machine.fabric()  # fails here if the device is missing
+    machine = where.machine()  # fails here if the device is missing
     recipe = None if config is None else read(config)
-    loaded = load(model_or_run, data_dir, which, model, dataset, recipe)
+    loaded = load(model_or_run, where.data_dir, which, model, dataset, recipe)
     unit = "texts" if loaded.recipe.model.startswith("hf:") else "images"
     with MeasuringDisplay(1, unit, quiet=quiet) as display:
         display.run()

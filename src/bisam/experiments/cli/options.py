@@ -32,6 +32,36 @@ Given = Annotated[frozenset[str], Parameter(parse=False)]
 """Names of the flags on the command line, as in `data_dir`; `main` fills them in."""
 
 
+DatasetName = Annotated[str, Parameter(completer=completion.datasets)]
+ModelName = Annotated[str, Parameter(completer=completion.models)]
+
+
+@dataclass(frozen=True)
+class DeviceFlags:
+    """Where `bisam evaluate` and `bisam predict` compute, and read data."""
+
+    device: str = "cpu"
+    """Device: cpu, cuda, cuda:1, mps, ... or auto."""
+    data_dir: Path = Machine().data_dir
+    """Folder of the data sets."""
+    download: Annotated[bool, Parameter(negative="")] = False
+    """Download a data set that is needed and missing in the data folder."""
+    loaders: Whole = 0
+    """Processes that read and decode image files."""
+
+    def machine(self) -> Machine:
+        """Return the machine.
+
+        Raises:
+            ValueError: the device is missing.
+        """
+        machine = Machine(
+            device=self.device, data_dir=self.data_dir, download=self.download, loaders=self.loaders, log=()
+        )
+        machine.fabric()
+        return machine
+
+
 @dataclass(frozen=True)
 class Launch:
     """How `bisam run` runs a study or a measurement.

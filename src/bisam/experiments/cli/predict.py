@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from bisam.experiments.cli.flags import Whole
-from bisam.experiments.cli.options import Quiet
+from bisam.experiments.cli.groups import MACHINE
+from bisam.experiments.cli.options import DatasetName, DeviceFlags, ModelName, Quiet
 from bisam.experiments.cli.progress import MeasuringDisplay
 from bisam.experiments.cli.terminal import console, errors
 from bisam.experiments.errors import DataError
 from bisam.experiments.runs.files import write
-from bisam.experiments.runs.machine import Machine
 
 if TYPE_CHECKING:
     from bisam.experiments.inference.loaded import Loaded
@@ -30,8 +30,6 @@ EXAMPLES = (
     "bisam predict RUN reviews.csv --column review",
 )
 
-_DATA = Machine().data_dir
-
 
 def predict(
     model_or_run: Annotated[str, Parameter(name="RUN")],
@@ -42,13 +40,10 @@ def predict(
     column: Annotated[tuple[str, ...], Parameter(negative="")] = (),
     to: Path | None = None,
     which: str | None = None,
-    model: str | None = None,
-    dataset: str | None = None,
+    model: ModelName | None = None,
+    dataset: DatasetName | None = None,
     config: Path | None = None,
-    device: str = "cpu",
-    data_dir: Path = _DATA,
-    download: Annotated[bool, Parameter(negative="")] = False,
-    loaders: Whole = 0,
+    where: Annotated[DeviceFlags, Parameter(name="*", group=MACHINE)] = DeviceFlags(),  # noqa: B008
     quiet: Quiet = False,
 ) -> int:
     """Write the most probable classes of images or texts as CSV: file, (line of the file,) label, probability.
@@ -67,10 +62,6 @@ def predict(
         model: Model of a file of weights, see `bisam list`; files of bisam export but .pt have it inside.
         dataset: Data set of a file of weights, whose images are prepared in the same way, and whose classes have names.
         config: Recipe of a file of weights, TOML or JSON.
-        device: Device: cpu, cuda, cuda:1, mps, ... or auto.
-        data_dir: Folder of the data sets.
-        download: Download a data set whose statistics the images have, if it is missing in the data folder.
-        loaders: Processes that read and decode image files.
     """
     from bisam.experiments.inference.loaded import load
     from bisam.experiments.inference.predict import image_files, predict_images, predict_texts, takes_texts
@@ -80,9 +71,8 @@ def predict(
         raise ValueError("nothing to predict: give image files, folders of them, or files of texts")
     if to is not None and to.is_dir():
         raise ValueError(f"--to {to} is a folder: give a file, such as {to / 'out.csv'}")
-    machine = Machine(device=device, data_dir=data_dir, download=download, loaders=loaders, log=())
-    machine.fabric()  # fails here if the device is missing
-    loaded = load(model_or_run, data_dir, which, model, dataset, None if config is None else read(config))
+    machine = where.machine()  # fails here if the device is missing
+    loaded = load(model_or_run, where.data_dir, which, model, dataset, None if config is None else read(config))
     if not 1 <= top <= loaded.classes:
         raise ValueError(f"--top must be from 1 to {loaded.classes}, the classes of the model, got {top}")
     if takes_texts(loaded):
@@ -97,7 +87,7 @@ def predict(
         found = predict_images(loaded, paths, machine, top)
     for why in unread:
         errors.print(f"bisam: {why}")
-    names = _names(loaded, data_dir)
+    names = _names(loaded, where.data_dir)
     try:
         table = _Table(places, top, names, None if to is None else io.StringIO())
         with MeasuringDisplay(1, unit, quiet=quiet or to is None) as display:
