@@ -10,6 +10,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+DATA = Path(os.environ.pop("BISAM_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
+"""The development data. Commands do not find it by themselves: on every machine a test sees what it gives."""
 
 
 @pytest.fixture(autouse=True)
@@ -20,10 +22,9 @@ def _seeded():
 @pytest.fixture
 def data() -> Path:
     """The development data, or skip."""
-    folder = Path(os.environ.get("BISAM_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
-    if not folder.is_dir():
-        pytest.skip(f"no data at {folder}: set BISAM_DATA")
-    return folder
+    if not DATA.is_dir():
+        pytest.skip(f"no data at {DATA}: set BISAM_DATA")
+    return DATA
 
 
 @pytest.fixture

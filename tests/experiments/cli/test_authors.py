@@ -34,7 +34,9 @@ def trained(bisam, monkeypatch, tmp_path):
             raise KeyboardInterrupt
 
         monkeypatch.setattr(importlib.import_module("bisam.experiments.training.train"), "train", stopped)
-        code, _, errors = bisam("train", "--preset", "authors", *shlex.split(line), "--out", tmp_path)
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "data").mkdir()
+        code, _, errors = bisam("train", "--preset", "authors", *shlex.split(line), "--out", tmp_path / "runs")
         errors = "".join(part for part in errors.splitlines(True) if not part.startswith("interrupted"))
         return code, *(found[0] if found else (None, None)), errors
 

@@ -65,6 +65,17 @@ def test_a_folder_of_data_that_is_not_there_is_refused_before_a_process_starts(c
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("command", ["train", "tune"])
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("digit", "digits"), ("cifar01", "cifar10"), ("cifar10:small", "cifar10"), ("glue:sst", "glue:sst2")],
+)
+def test_a_misspelt_data_set_is_named_before_the_folder_of_data(command, name, meant, tmp_path, bisam):
+    folders = ("--data-dir", str(tmp_path / "gone"), "--out", str(tmp_path / "runs"))
+    message = refused(bisam, command, "--dataset", name, *folders)
+    assert f"unknown dataset {name!r}, did you mean {meant!r}?" in message
+
+
 def test_a_data_set_that_needs_no_folder_needs_none(tmp_path, bisam, monkeypatch):
     monkeypatch.chdir(tmp_path)  # there is no folder data here
     assert bisam("train", "--epochs", "1", "--limit", "64", "--quiet")[0] == 0

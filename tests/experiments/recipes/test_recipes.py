@@ -400,7 +400,9 @@ def test_a_command_line_is_the_same_recipe_as_in_0_1(tmp_path, bisam, monkeypatc
 
     module = importlib.import_module("bisam.experiments.training.train")
     monkeypatch.setattr(module, "train", stopped)
-    assert bisam("train", *shlex.split(line), "--out", tmp_path)[0] == 130
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    assert bisam("train", *shlex.split(line), "--out", tmp_path / "runs")[0] == 130
     # The fingerprint of version 2, which left all of these as they were; version 3 has changed the results of all.
     assert [(replace(one, version=2).slug, one.seed) for one in found] == [(slug, seed)]
 

@@ -232,6 +232,8 @@ def test_a_line_of_an_epoch_reads_the_loss_once_and_a_step_never(tmp_path):
 def test_batches_count_in_images_tokens_or_examples():
     assert counted(torch.zeros(8, 3, 4, 4)) == (8, "images")
     assert counted({"input_ids": torch.zeros(8, 16), "attention_mask": torch.zeros(8, 16)}) == (128, "tokens")
+    frozen = {"hidden_states": torch.zeros(8, 16, 32), "attention_mask": torch.zeros(8, 16)}
+    assert counted(frozen) == (128, "tokens")
     assert counted(torch.zeros(8, 3)) == (8, "examples")
 
 

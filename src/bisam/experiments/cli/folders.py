@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,14 +33,19 @@ def check_out(out: Path) -> None:
         raise ValueError(f"--out {out} cannot be written: no permission for {there}. Give another folder")
 
 
-def check_data_dir(recipes: Iterable[Recipe], machine: Machine) -> None:
+def check_data_dir(recipes: Collection[Recipe], machine: Machine) -> None:
     """Check that the folder of the data sets is there, if all of `recipes` read from it.
 
     What is in it is checked when a run loads its data: a message names the files that are missing.
 
     Raises:
-        ValueError: it is not there and nothing is downloaded, or it is a file.
+        DataError: there is no data set of a recipe's name.
+        ValueError: the folder is not there and nothing is downloaded, or it is a file.
     """
+    from bisam.experiments.data import check_name
+
+    for recipe in recipes:
+        check_name(recipe.dataset)
     place, reads = machine.data_dir, CONDITIONS["data_dir"].holds
     if place.is_dir() or not all(reads(recipe, machine) for recipe in recipes):
         return

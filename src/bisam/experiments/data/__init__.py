@@ -88,12 +88,33 @@ def _limited(data: Data, limit: int, seed: int) -> Data:
     return replace(data, train=some(data.train, 1), validation=some(data.validation, 2), test=data.test.first(limit))
 
 
+def check_name(dataset: str) -> None:
+    """Check that there is a data set of this name; whether it can be loaded is another question.
+
+    Raises:
+        DataError: there is none.
+    """
+    kind, _, detail = dataset.partition(":")
+    match kind:
+        case "digits" | "imagenet" | "flowers" | "pets":
+            there = not detail
+        case "cifar10" | "cifar100":
+            there = not detail or detail.isdecimal()
+        case "folder":
+            there = bool(detail)
+        case "glue":
+            there = detail in TASKS
+        case _:
+            there = False
+    if not there:
+        raise DataError(str(unknown("dataset", dataset, NAMES)))
+
+
 def _load(recipe: Recipe, machine: Machine) -> Data:
+    check_name(recipe.dataset)
     kind, _, detail = recipe.dataset.partition(":")
     root, download, size, seed = machine.data_dir, machine.download, recipe.image_size, recipe.seed
-    if (kind in ("digits", "cifar10", "cifar100") and not detail) or (
-        kind in ("cifar10", "cifar100") and detail.isdecimal()
-    ):
+    if kind in ("digits", "cifar10", "cifar100"):
         from bisam.experiments.data.cifar import SIDE, cifar
         from bisam.experiments.data.digits import digits
         from bisam.experiments.data.image_tensors import larger
@@ -104,7 +125,7 @@ def _load(recipe: Recipe, machine: Machine) -> Data:
         side = int(detail) if detail else SIDE
         data = cifar(kind, root, download, recipe.augment, recipe.cutout, min(side, SIDE))
         return larger(data, side, statistics(recipe.model)) if detail else data
-    if (kind in ("imagenet", "flowers", "pets") and not detail) or (kind == "folder" and detail):
+    if kind in ("imagenet", "flowers", "pets", "folder"):
         from bisam.experiments.data.image_folders import flowers, folder, imagenet, pets, standardised
         from bisam.experiments.models.build import statistics
 
@@ -119,12 +140,10 @@ def _load(recipe: Recipe, machine: Machine) -> Data:
                 data = pets(root, seed, size, machine.loaders, download, recipe.held_out)
         known = statistics(recipe.model)
         return data if known is None else standardised(data, *known)
-    if kind == "glue" and detail in TASKS:
-        from bisam.experiments.data.glue import glue
-        from bisam.experiments.models.build import tokenizer
+    from bisam.experiments.data.glue import glue
+    from bisam.experiments.models.build import tokenizer
 
-        return glue(detail, root, tokenizer(recipe.model, root), seed, recipe.max_length, download, recipe.held_out)
-    raise unknown("dataset", recipe.dataset, NAMES)
+    return glue(detail, root, tokenizer(recipe.model, root), seed, recipe.max_length, download, recipe.held_out)
 
 
 def names_of(dataset: str, root: Path) -> list[str]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bisam.experiments.errors import StoppedError, reason
+from bisam.experiments.models.logits import HIDDEN
 from bisam.experiments.recipes.length import RunLength
 from bisam.experiments.runs.durations import duration
 from bisam.experiments.runs.folder import Row
@@ -195,8 +196,9 @@ class Journal:
 
 def counted(inputs: Any) -> tuple[int, str]:
     """Return the size of a batch and its unit: images, or tokens with the padding, whose number costs no waiting."""
-    if isinstance(inputs, Mapping) and isinstance(ids := inputs.get("input_ids"), Tensor):  # pyright: ignore
-        return ids.numel(), "tokens"
+    for name in ("input_ids", HIDDEN) if isinstance(inputs, Mapping) else ():
+        if isinstance(texts := inputs.get(name), Tensor):  # pyright: ignore
+            return texts.shape[:2].numel(), "tokens"
     return len(inputs), "images" if isinstance(inputs, Tensor) and inputs.dim() == 4 else "examples"
 
 
