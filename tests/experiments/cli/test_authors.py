@@ -25,6 +25,8 @@ PARSER = json.loads((Path(__file__).parents[2] / "data" / "authors_flags.json").
 @pytest.fixture
 def trained(bisam, monkeypatch, tmp_path):
     """`bisam train` up to the run: (exit code, recipe, machine, errors)."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
 
     def call(line: str) -> tuple[int, Recipe | None, Machine | None, str]:
         found: list[Any] = []
@@ -34,8 +36,6 @@ def trained(bisam, monkeypatch, tmp_path):
             raise KeyboardInterrupt
 
         monkeypatch.setattr(importlib.import_module("bisam.experiments.training.train"), "train", stopped)
-        monkeypatch.chdir(tmp_path)
-        (tmp_path / "data").mkdir()
         code, _, errors = bisam("train", "--preset", "authors", *shlex.split(line), "--out", tmp_path / "runs")
         errors = "".join(part for part in errors.splitlines(True) if not part.startswith("interrupted"))
         return code, *(found[0] if found else (None, None)), errors
