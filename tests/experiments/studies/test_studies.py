@@ -474,7 +474,9 @@ def test_a_study_without_its_data_starts_nothing(bisam, tmp_path):
 def test_failures_are_said_once_each_and_tell_the_exit_code(capsys):
     good, bad = Outcome(Recipe(), {}), Outcome(Recipe(seed=1), None, "it broke")
     lacking = [Outcome(Recipe(dataset="pets", seed=seed), None, "there are no pets", started=False) for seed in (0, 1)]
-    assert show_failed([good]) == 0
+    diverged = Outcome(Recipe(seed=2), {"diverged": 1})
+    assert show_failed([good]) == show_failed([good, diverged]) == 0
+    assert show_failed([diverged]) == 1
     assert show_failed(lacking) == 2
     assert show_failed([good, *lacking]) == show_failed([bad]) == 1
     capsys.readouterr()

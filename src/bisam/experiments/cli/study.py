@@ -323,7 +323,12 @@ def without_seed(run: Finished) -> Recipe:
 
 
 def show_failed(outcomes: Sequence[Outcome]) -> int:
-    """Print one line for each reason why runs failed or did not start; return the exit code: 2 if none could start."""
+    """Print one line for each reason why runs failed or did not start.
+
+    Returns:
+        The exit code: 2 if none could start; 1 if some failed, or all diverged. Some that diverge are a part of many
+        studies, as at the largest radii of a grid.
+    """
 
     def reason(outcome: Outcome) -> tuple[str, bool]:
         return outcome.error or "", outcome.started
@@ -336,7 +341,7 @@ def show_failed(outcomes: Sequence[Outcome]) -> int:
         state = "in use elsewhere" if first.elsewhere else "failed" if started else "did not start"
         errors.print(f"bisam: {which} {state}: {error}")
     if not failed:
-        return 0
+        return int(all(outcome.result is not None and outcome.result.get("diverged") for outcome in outcomes))
     return 1 if any(outcome.started for outcome in outcomes) else 2
 
 
