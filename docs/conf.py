@@ -4,11 +4,16 @@ The first build executes the examples of the gallery, later ones those that have
 
 The pages are Markdown, and links between them work on the site as in the repository. `BISAM_DOCS_NETWORK=1` adds links
 to the references of Python, torch and NumPy, which needs their inventories from the network; the site is whole without.
+
+`BISAM_DOCS_VERSIONS="0.2.0 0.1.0"` makes the site that of one of several versions, the newest of which is first: its
+pages have a menu of them, and a banner if another one is newer. They read switcher.json in the folder that has the
+folders of the versions, which is `BISAM_DOCS_ROOT` on its server; the build writes that file beside index.html.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import re
 import sys
@@ -128,6 +133,17 @@ html_theme_options = {
     "footer_start": ["copyright"],
     "footer_end": ["theme-version"],
 }
+VERSIONS = os.environ.get("BISAM_DOCS_VERSIONS", "").split()
+SITES = os.environ.get("BISAM_DOCS_ROOT", "").rstrip("/")
+if VERSIONS:
+    if release not in VERSIONS:
+        raise ValueError(f"BISAM_DOCS_VERSIONS {' '.join(VERSIONS)} lacks {release}, the version of this site: add it")
+    html_theme_options |= {
+        "switcher": {"json_url": f"{SITES}/switcher.json", "version_match": release},
+        "check_switcher": False,  # it is a file of the server, and none of this folder
+        "navbar_end": ["version-switcher", "theme-switcher", "navbar-icon-links"],
+        "show_version_warning_banner": True,
+    }
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
@@ -188,9 +204,17 @@ def home(app: Any, module: str, name: str) -> str | None:
     return module if name in ALIASES else None
 
 
+def write_versions(app: Any, error: Exception | None) -> None:
+    """Writes switcher.json, which the pages of all versions read."""
+    if VERSIONS and error is None:
+        entries = [{"version": one, "url": f"{SITES}/{one}/", "preferred": one == VERSIONS[0]} for one in VERSIONS]
+        (Path(app.outdir) / "switcher.json").write_text(json.dumps(entries, indent=2) + "\n")
+
+
 def setup(app: Any) -> None:
     """Connects the functions above; the first runs before napoleon."""
     app.connect("autodoc-process-docstring", docstring, priority=100)
     app.connect("autodoc-process-signature", signature)
     app.connect("missing-reference", reference)
     app.connect("viewcode-follow-imported", home)
+    app.connect("build-finished", write_versions)
