@@ -160,7 +160,7 @@ def statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
 
 def _ours(name: str, classes: int, channels: int, pretrained: bool) -> nn.Module:
     if name not in NETWORKS:
-        raise unknown("model", name, NAMES)
+        raise unknown("model", name, NAMES, "bisam list")
     if pretrained:
         raise ValueError(f"model {name!r} has no pretrained weights: give a file with weights, or leave --weights out")
     network, _ = NETWORKS[name]
