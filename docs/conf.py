@@ -51,7 +51,7 @@ sphinx_gallery_conf = {
     "backreferences_dir": None,
     "doc_module": "bisam",
     "reference_url": {"bisam": None},  # links from the code to the reference, without the network
-    "default_thumb_file": str(ROOT / "docs" / "how-it-works.svg"),
+    "remove_config_comments": True,  # those that name the committed thumbnails
     "show_signature": False,
     "write_computation_times": False,  # a page with scripts from the network
     "within_subsection_order": "FileNameSortKey",
@@ -119,6 +119,7 @@ myst_enable_extensions = ["colon_fence"]
 
 html_theme = "pydata_sphinx_theme"
 html_title = "bisam"
+html_context = {"default_mode": "auto"}  # light or dark as the browser; unset, each page logs an error
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
