@@ -143,6 +143,15 @@ def test_a_short_digits_study_end_to_end(bisam, tmp_path):
     assert (tmp_path / "digits" / "flips.png").stat().st_size > 10_000
 
 
+def test_a_path_is_printed_as_it_is(bisam, tmp_path):
+    out = tmp_path / "a [b] :b: [/c]"
+    code, said, _ = bisam("train", "--save-config", out / "a.toml")
+    assert (code, said) == (0, f"{out}/a.toml: bisam train --config '{out}/a.toml'\n")
+    (out / ":b:").touch()
+    code, _, err = bisam("train", "--out", out / ":b:")
+    assert (code, err) == (2, f"bisam: --out {out}/:b: is a file. Give a folder for the runs\n")
+
+
 FAST = ("train", "--method", "sam", "--epochs", 2, "--limit", 96, "--log", "tensorboard")
 
 

@@ -62,8 +62,9 @@ def test_fields_that_are_left_out_have_their_defaults(tmp_path):
 def test_what_is_no_recipe_is_refused_by_name(name, content, message, tmp_path):
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as refused:
         read(tmp_path / name)
+    assert str(refused.value).count(str(tmp_path)) == 1
 
 
 # The command

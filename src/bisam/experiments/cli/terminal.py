@@ -7,8 +7,9 @@ from contextlib import contextmanager
 
 from rich.console import Console
 
-console = Console()
-errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+# A name or a path is printed as it is: it may have brackets, or what rich reads as an emoji (rho=a:b:c).
+console = Console(markup=False, emoji=False)
+errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
 @contextmanager

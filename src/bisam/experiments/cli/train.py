@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -69,7 +70,8 @@ def train(
         recipe = _with_pinned_weights(recipe, machine, out)
         if save_config is not None:
             write(save_config, text(recipe, save_config))
-            console.print(f"{save_config}: bisam train --config {save_config}", soft_wrap=True, highlight=False)
+            again = f"bisam train --config {shlex.quote(str(save_config))}"
+            console.print(f"{save_config}: {again}", soft_wrap=True, highlight=False)
             return 0
         in_files = CONDITIONS["loaders"].holds(recipe, machine)
         for note in notes(recipe, authors, in_files):
@@ -176,4 +178,5 @@ def _scores(result: Result) -> str:
     last = f"{100 * result['test_last']:.1f} % at the last epoch"
     if headline(result) == "best":
         return f"{best}, the headline; {last}"
-    return f"{last}, the headline because validation has only {examples:,} examples; {best}"
+    few = f"{examples:,} example{'s' if examples != 1 else ''}"
+    return f"{last}, the headline because validation has only {few}; {best}"

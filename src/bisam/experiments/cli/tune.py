@@ -137,13 +137,11 @@ def _report(search: Search, folder: Path, trials: Sequence[Trial], importances: 
         for row in rows:
             table.add_row(*map(Text, row))
         console.print(table)
-    console.print(report.answer(search, trials), soft_wrap=True, highlight=False, markup=False)
+    console.print(report.answer(search, trials), soft_wrap=True, highlight=False)
     for line in report.cautions(search, trials):
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+        console.print(line, soft_wrap=True, highlight=False)
     if rows:
-        console.print(
-            f"With new seeds:\n{report.command(search, folder)}", soft_wrap=True, highlight=False, markup=False
-        )
+        console.print(f"With new seeds:\n{report.command(search, folder)}", soft_wrap=True, highlight=False)
     pictures = {f"{name}.png": figure for name, figure in figures.drawn(search, trials, importances).items()}
     text = report.markdown(search, folder, trials, importances, list(pictures))
     write_report(folder, text, {"trials.csv": to_csv(report.rows(search, trials))}, pictures)

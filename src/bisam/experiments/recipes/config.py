@@ -33,8 +33,9 @@ def read(path: Path) -> Recipe:
         ValueError: the file is missing or no such file, or a field or its value is refused; the message names it.
         RunError: the recipe has a later version.
     """
+    found = _fields(path)
     try:
-        return Recipe.from_dict({"version": Recipe.version, "method": Recipe.method, **_fields(path)})
+        return Recipe.from_dict({"version": Recipe.version, "method": Recipe.method, **found})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
 
