@@ -37,7 +37,11 @@ class _Live:
         self._bar = Progress(*columns, console=console, disable=quiet or not console.is_terminal)
 
     def __enter__(self) -> Self:
-        self._bar.start()
+        try:
+            self._bar.start()
+        except BaseException:  # Ctrl-C once the cursor is hidden
+            self.stop()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
