@@ -18,7 +18,7 @@ from bisam.perturbations import L2, Adaptive, is_radius
 Argument = tuple[str, Any, Any]
 """The name of a parameter, its value, and its default; MISSING if it has none."""
 
-_PARTS = {f"bisam.{module}" for module in ("masks", "objectives", "perturbations", "schedules")}
+_PARTS = tuple([f"bisam.{module}" for module in ("masks", "objectives", "perturbations", "schedules")])
 
 
 class Written:
@@ -57,7 +57,7 @@ def _text(value: Any) -> str:
         return _text(value.rho)
     if kind is CrossEntropy and value == cross_entropy:
         return "cross_entropy"
-    if kind.__module__ not in _PARTS or not hasattr(kind, "__dataclass_fields__"):
+    if not kind.__module__.startswith(_PARTS) or not hasattr(kind, "__dataclass_fields__"):
         return repr(value)
     return _call(kind.__name__, _arguments(value))
 
