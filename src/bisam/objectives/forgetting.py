@@ -87,7 +87,9 @@ class OBF(OfClasses):
 
     def _costs(self, logits: Tensor) -> Tensor:
         """Returns the cross-entropy for each class as the label; their mean is that for the uniform distribution."""
-        return F.softplus(logits).sum(1, keepdim=True) - logits if self.sigmoid else -F.log_softmax(logits, 1)
+        if self.sigmoid:  # not softplus, which is linear above 20
+            return -F.logsigmoid(-logits).sum(1, keepdim=True) - logits
+        return -F.log_softmax(logits, 1)
 
     @torch.no_grad()
     def _weights(self, logits: Tensor) -> Tensor:
