@@ -262,8 +262,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "objectives",
         "mu_missing_in_the_soft_maximum",
         "The log-sum-exp over the classes is not sharpened by mu.",
-        "torch.logsumexp(mu * self.phi(margins), 1)",
-        "torch.logsumexp(self.phi(margins), 1)",
+        "torch.logsumexp(mu * values, 1) / mu",
+        "torch.logsumexp(values, 1) / mu",
     ),
     Mutant(
         "objectives",

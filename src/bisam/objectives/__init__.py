@@ -34,6 +34,7 @@ of torch does. It may have a method `at_step(step)` that returns the objective o
 
 from bisam.objectives.bounds import (
     GAMMA as GAMMA,
+    Around as Around,
     Binary as Binary,
     Bound as Bound,
     LowerBound as LowerBound,
@@ -43,6 +44,7 @@ from bisam.objectives.bounds import (
     neg_log,
     tanh,
 )
+from bisam.objectives.classes import TopK as TopK
 from bisam.objectives.forgetting import OBF as OBF
 from bisam.objectives.objective import (
     Count as Count,

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from bisam import schedules, targets as check
-from bisam.objectives.objective import OfClasses, of_classes, of_labels, wide
+from bisam.objectives.objective import OfClasses, at_step, of_classes, of_labels, wide
 from bisam.schedules import Schedule
 from bisam.validation import instance, positive
 
@@ -25,6 +25,7 @@ _BLOCK = 2**24  # largest number of entries of a soft-label block: 64 MiB in flo
 _sigmoid_backward = torch.ops.aten.sigmoid_backward.default  # grad s (1 - s) in one operation
 _sigmoid_backward_out = torch.ops.aten.sigmoid_backward.grad_input
 _FAST_MU = 64.0  # exp(-mu) is still a normal float32, so that the sums below can neither overflow nor vanish
+_A_BOUND = "a LowerBound such as NegLog() or Tanh()"
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,40 @@ class LowerBound(OfClasses):
             ValueError: their shapes do not match, K < 2, a label is outside [0, K), or floating-point targets are not
                 class probabilities (values are checked on the CPU; on a GPU a device-side assert fails, as in torch).
         """
-        return of_classes(self, outputs, targets, check.Elsewhere(f"bisam.Binary({type(self).__name__}(...))"))
+        return of_classes(self, outputs, targets, check.Elsewhere(f"bisam.Binary({self._name}(...))"))
+
+    def of_margins(self, margins: Tensor) -> Tensor:
+        """Returns Q of decisions whose alternatives have these margins: for metrics that compare no classes.
+
+        A decision is wrong if one of its J alternatives leads, max_j F_j > 0. The right answer is an alternative of
+        margin 0, as the label's own class is, so that Q - log(J + 1)/mu <= 1{wrong}; in `WrongClasses` it is left out.
+
+        Args:
+            margins: the leads F (N, J, d1, ...) of the alternatives over the right answer. They are not modified.
+
+        Returns:
+            Q (N, d1, ...) in float32 or a wider type. No decision is ignored.
+
+        Example:
+            >>> import torch
+            >>> from bisam import NegLog
+            >>> scores = torch.tensor([[0.3, 2.0], [1.0, -1.0]])    # of an item that should lead, and of another
+            >>> NegLog().of_margins(scores[:, 1:] - scores[:, :1])
+            tensor([1.1398, 0.1810])
+        """
+        logits = torch.cat([torch.zeros_like(margins[:, :1]), margins], 1)
+        right = torch.zeros_like(logits[:, 0], dtype=torch.int64)
+        return self._labelled(wide(logits), right, None)
+
+    def soft_maximum(self, values: Tensor) -> Tensor:
+        """Returns (1/mu) log sum_j exp(mu v_j) of values (N, J, ...) over J: at most log(J)/mu above the maximum."""
+        mu = self._mu
+        return torch.logsumexp(mu * values, 1) / mu
+
+    @property
+    def _name(self) -> str:
+        """The name of the bound that `Binary` takes in place of this one, for messages."""
+        return type(self).__name__
 
     @property
     def _mu(self) -> float:
@@ -113,11 +147,11 @@ class LowerBound(OfClasses):
     def _labelled(self, logits: Tensor, labels: Tensor, ignore_index: int | None) -> Tensor:
         """Returns Q for labels; zero where a label is `ignore_index`. None: all labels count."""
         ignored, index, reference = of_labels(logits, labels, ignore_index)
-        margins, mu = logits - reference, self._mu
+        margins = logits - reference
         # The label's own margin is constant. As a constant it leaves the gradient at the label, which is minus the sum
         # over the other classes, free of its own much larger term, which would cancel.
         margins = margins.scatter(1, index, margins.detach().gather(1, index))
-        values = torch.logsumexp(mu * self.phi(margins), 1) / mu
+        values = self.soft_maximum(self.phi(margins))
         return values if ignored is None else values.masked_fill(ignored, 0.0)
 
     def _expected(self, logits: Tensor, probabilities: Tensor) -> Tensor:
@@ -258,8 +292,51 @@ class Tanh(LowerBound):
         return _sigmoid_backward_out(slope, s, grad_input=slope)  # in place: memory is the cost
 
 
+class Around:
+    """Base class of objectives around a bound.
+
+    Attributes:
+        bound: the bound.
+    """
+
+    bound: Any
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Returns the losses, see `Objective`."""
+        raise NotImplementedError
+
+    def __post_init__(self) -> None:
+        instance("bound", self.bound, _A_BOUND)
+        if not isinstance(self.bound, LowerBound):
+            raise TypeError(f"bound must be {_A_BOUND}, got {self.bound!r}")
+
+    def at_step(self, step: int) -> Any:
+        """Returns the objective of a training step, see `LowerBound.at_step`."""
+        bound = at_step(self.bound, step)
+        return self if bound is self.bound else replace(cast(Any, self), bound=bound)
+
+
 @dataclass(frozen=True)
-class WrongClasses(LowerBound):
+class AroundClasses(Around, LowerBound):
+    """Base class of bounds of classes around another one, whose phi, mu and `ignore_index` they have."""
+
+    phi: Callable[[Tensor], Tensor] = field(init=False, repr=False, compare=False)
+    mu: float | Schedule = field(init=False, repr=False, compare=False)
+    ignore_index: int = field(init=False, repr=False, compare=False)
+    __call__ = LowerBound.__call__  # pyright: ignore[reportAssignmentType] - both bases have one
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("phi", "mu", "ignore_index"):
+            object.__setattr__(self, name, getattr(self.bound, name))
+
+    @property
+    def _name(self) -> str:
+        return cast(LowerBound, self.bound)._name
+
+
+@dataclass(frozen=True)
+class WrongClasses(AroundClasses):
     """A bound whose sum is over the wrong classes alone: Q without the label's own class.
 
     Q = (1/mu) log sum over j != y of exp(mu phi(F_j)), with derivatives u_j phi'(F_j) / sum u for a wrong class j,
@@ -296,30 +373,27 @@ class WrongClasses(LowerBound):
         -0.996
     """
 
-    phi: Callable[[Tensor], Tensor] = field(init=False, repr=False, compare=False)
-    mu: float | Schedule = field(init=False, repr=False, compare=False)
-    ignore_index: int = field(init=False, repr=False, compare=False)
     bound: LowerBound = field(default=NegLog())
     margin: float | None = None
 
     def __post_init__(self) -> None:
-        instance("bound", self.bound, "a LowerBound such as NegLog() or Tanh()")
-        if not isinstance(cast(Any, self.bound), LowerBound) or isinstance(self.bound, WrongClasses):
-            raise TypeError(f"bound must be a LowerBound such as NegLog() or Tanh(), got {self.bound!r}")
+        super().__post_init__()
+        if isinstance(self.bound, AroundClasses):
+            raise TypeError(
+                f"bound must be {_A_BOUND}, got {self.bound!r}: WrongClasses goes inside of others, as in "
+                "TopK(5, WrongClasses())"
+            )
         if self.margin is not None:
             positive("margin", self.margin)
-        for name in ("phi", "mu", "ignore_index"):
-            object.__setattr__(self, name, getattr(self.bound, name))
 
-    def at_step(self, step: int) -> LowerBound:
-        """Returns the bound of a training step, see `LowerBound.at_step`."""
-        bound = self.bound.at_step(step)
-        return self if bound is self.bound else WrongClasses(bound, self.margin)
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
 
     def _labelled(self, logits: Tensor, labels: Tensor, ignore_index: int | None) -> Tensor:
         ignored, index, reference = of_labels(logits, labels, ignore_index)
-        margins, mu = logits - reference, self._mu
-        values = torch.logsumexp((mu * self.phi(margins)).scatter(1, index, -math.inf), 1) / mu
+        margins = logits - reference
+        values = self.soft_maximum(self.phi(margins).scatter(1, index, -math.inf))
         if self.margin is not None:
             ahead = margins.detach().scatter(1, index, -math.inf).amax(1)  # -m
             values = values * torch.exp(ahead.clamp_max(0) / self.margin)
@@ -327,7 +401,7 @@ class WrongClasses(LowerBound):
 
 
 @dataclass(frozen=True)
-class Binary:
+class Binary(Around):
     """A bound for tasks with one logit per label: a binary head, several labels per example, or masks.
 
     A logit z is the two-class problem with logits (0, z), so the 0-1 loss is 1 where the sign of z is wrong, and the
@@ -355,16 +429,6 @@ class Binary:
 
     bound: LowerBound = field(default=NegLog())
 
-    def __post_init__(self) -> None:
-        instance("bound", self.bound, "a LowerBound such as NegLog() or Tanh()")
-        if not isinstance(cast(Any, self.bound), LowerBound):
-            raise TypeError(f"bound must be a LowerBound such as NegLog() or Tanh(), got {self.bound!r}")
-
-    def at_step(self, step: int) -> Binary:
-        """Returns the bound of a training step, see `LowerBound.at_step`."""
-        bound = self.bound.at_step(step)
-        return self if bound is self.bound else Binary(bound)
-
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Returns Q per label, of the shape of `outputs` and in float32 or a wider type.
 
@@ -391,8 +455,8 @@ class Binary:
         return self.bound._labelled(logits, labels, None)
 
 
-Bound = LowerBound | Binary
-"""A bound of the 0-1 loss: of classes, or of labels."""
+Bound = LowerBound | Around
+"""A bound of the 0-1 loss or of another metric, such as `NegLog()` and `Binary()`."""
 
 
 class _ClosedForm(torch.autograd.Function):

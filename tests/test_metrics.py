@@ -1,0 +1,303 @@
+"""Bounds of metrics: each is below its metric up to its constant, finite, differentiable, and an adversary.
+
+A row of `CASES` is an objective, a batch for it, its metric from the definition, and the constant of the bound.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bisam import SAM, BiSAM, LowerBound, NegLog, SharpnessAware, Tanh, WrongClasses, cross_entropy, objectives
+from bisam.objectives import TopK, at_step
+from bisam.schedules import Linear
+from tests.support import cases
+
+BOUNDS = [NegLog(), NegLog(5.0), Tanh(), Tanh(3.0, 0.7), WrongClasses(NegLog(2.0)), WrongClasses(Tanh(5.0, 1.0))]
+each_bound = pytest.mark.parametrize("bound", BOUNDS, ids=str)
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def gradient(values: Tensor, *inputs: Tensor, **options: Any) -> Tensor:
+    weights = torch.linspace(0.5, 1.5, max(values.numel(), 1), dtype=values.dtype)[: values.numel()]
+    return torch.autograd.grad((values * weights.view(values.shape)).sum(), inputs, **options)[0]
+
+
+def constant(bound: LowerBound, alternatives: int) -> float:
+    """The constant of the soft maximum over so many alternatives to the right answer."""
+    return math.log(alternatives + (not isinstance(bound, WrongClasses))) / bound.mu
+
+
+# Margins
+
+
+@each_bound
+@pytest.mark.parametrize("rest", [(), (2, 3)])
+def test_a_decision_is_a_problem_of_classes_with_the_right_answer_among_them(bound, rest):
+    g = torch.Generator().manual_seed(0)
+    margins = (3 * torch.randn(5, 4, *rest, generator=g, dtype=torch.double)).requires_grad_()
+    classes = torch.cat([torch.zeros(5, 1, *rest, dtype=torch.double), margins], 1)
+    values, expected = bound.of_margins(margins), bound(classes, torch.zeros(5, *rest, dtype=torch.long))
+    close(values, expected)
+    close(gradient(values, margins), gradient(expected, margins))
+    assert (values - constant(bound, 4) <= (margins > 0).any(1).double() + 1e-12).all()
+
+
+@pytest.mark.parametrize("bound", [NegLog(2.0), Tanh(3.0, 0.7)], ids=str)
+@pytest.mark.parametrize("alone", [False, True])
+def test_derivatives_with_respect_to_margins_in_closed_form(bound, alone):
+    """dQ/dF_j = exp(mu phi(F_j)) phi'(F_j) / (1 + sum exp(mu phi)), and without the 1 for the wrong alone."""
+    margins = torch.linspace(-9, 9, 12, dtype=torch.double).view(4, 3).requires_grad_()
+    slope = 1 - torch.sigmoid(margins - math.log(math.e - 1))
+    if isinstance(bound, Tanh):
+        slope = bound.alpha / torch.cosh(bound.alpha * margins) ** 2
+    terms = (bound.mu * bound.phi(margins)).exp()
+    found = torch.autograd.grad((WrongClasses(bound) if alone else bound).of_margins(margins).sum(), margins)[0]
+    close(found, terms * slope / (terms.sum(1, keepdim=True) + (not alone)))
+
+
+# The metrics
+
+
+@dataclass(frozen=True)
+class Case:
+    """An objective and its metric.
+
+    Attributes:
+        make: the objective around a bound.
+        shape: of the outputs of 6 examples.
+        targets: drawn for outputs; None: class labels (6, d1, ...).
+        metric: of detached outputs and targets, from its definition, of the shape of the losses.
+        constant: by how much a bound may be above the metric.
+        above: the training loss, `above(outputs, targets) >= metric`.
+    """
+
+    make: Callable[[LowerBound], Any]
+    shape: tuple[int, ...]
+    metric: Callable[[Tensor, Tensor], Tensor]
+    constant: Callable[[LowerBound], float]
+    above: Callable[[Tensor, Tensor], Tensor]
+    targets: Callable[[torch.Generator], Tensor] | None = None
+
+    def batch(self, seed: int = 0, scale: float = 3.0, dtype: torch.dtype = torch.double) -> tuple[Tensor, Tensor]:
+        g = torch.Generator().manual_seed(seed)
+        outputs = scale * torch.randn(self.shape, generator=g, dtype=torch.double)
+        n, classes, *rest = (*self.shape, 2)[: max(2, len(self.shape))]
+        targets = self.targets(g) if self.targets else torch.randint(classes, (n, *rest), generator=g)
+        return outputs.to(dtype).requires_grad_(), targets
+
+
+def ahead(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many classes score higher than the label."""
+    return (logits > logits.gather(1, labels.unsqueeze(1))).sum(1)
+
+
+CASES = {
+    "top-1": Case(
+        lambda bound: TopK(1, bound),
+        (6, 4),
+        lambda z, y: (ahead(z, y) >= 1).double(),
+        lambda bound: constant(bound, 3),
+        lambda z, y: cross_entropy(z, y) / math.log(2),
+    ),
+    "top-3": Case(
+        lambda bound: TopK(3, bound),
+        (6, 5, 2),
+        lambda z, y: (ahead(z, y) >= 3).double(),
+        lambda bound: constant(bound, 2),
+        lambda z, y: cross_entropy(z, y) / math.log(4),
+    ),
+}
+each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+SEEDS = range(20)
+
+
+@each_case
+@each_bound
+def test_it_is_below_its_metric_up_to_its_constant_and_the_training_loss_is_above(case, bound):
+    reached = set[float]()
+    for seed in SEEDS:
+        for scale in (0.3, 3.0, 30.0):
+            outputs, targets = case.batch(seed, scale)
+            metric = case.metric(outputs.detach(), targets)
+            values = case.make(bound)(outputs, targets)
+            assert values.shape == metric.shape
+            assert (values <= metric + case.constant(bound) + 1e-9).all()
+            assert (case.above(outputs, targets) >= metric - 1e-9).all()
+            reached |= {*metric.flatten().tolist()}
+    assert len(reached) > 1  # not only right answers
+
+
+@each_case
+def test_a_steep_bound_is_its_metric_where_no_margin_is_small(case):
+    """With phi from -1 to 1: the metric where it is 1, and no more than 0 where it is 0."""
+    steep = WrongClasses(Tanh(mu=60.0, alpha=100.0))
+    for seed in SEEDS:
+        outputs, targets = case.batch(seed, scale=1e3)
+        metric = case.metric(outputs.detach(), targets)
+        values = case.make(steep)(outputs, targets)
+        assert (values <= metric + case.constant(steep) + 1e-9).all()
+        assert (values[metric == 1] >= 1 - 1e-9).all()
+        assert (values[metric == 0] <= case.constant(steep)).all()
+
+
+@each_case
+@each_bound
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_outputs_of_any_size_are_finite(case, bound, dtype):
+    for seed in SEEDS:
+        outputs, targets = case.batch(seed, dtype=dtype)
+        sign = outputs.detach().sign()
+        for height in (0.0, 1.0, 1e4):
+            outputs = (height * sign).requires_grad_()
+            values = case.make(bound)(outputs, targets)
+            assert values.isfinite().all()
+            assert gradient(values, outputs).isfinite().all()
+
+
+@each_case
+@each_bound
+def test_derivatives(case, bound):
+    outputs, targets = case.batch(scale=1.0)
+    assert torch.autograd.gradcheck(lambda z: case.make(bound)(z, targets), outputs)
+
+
+@each_case
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_is_reduced_in_float32(case, dtype):
+    outputs, targets = case.batch(dtype=dtype)
+    wide = outputs.detach().float().requires_grad_()
+    values, expected = case.make(NegLog())(outputs, targets), case.make(NegLog())(wide, targets)
+    assert values.dtype == torch.float32
+    assert torch.equal(values, expected)
+    assert torch.equal(gradient(values, outputs), gradient(expected, wide).to(dtype))
+
+
+@each_case
+def test_the_callers_outputs_are_not_changed(case):
+    outputs, targets = case.batch()
+    before, kept = outputs.detach().clone(), targets.clone()
+    gradient(case.make(NegLog())(outputs, targets), outputs)
+    assert torch.equal(outputs.detach(), before)
+    assert torch.equal(targets, kept)
+
+
+@each_case
+def test_are_values(case):
+    objective = case.make(Tanh(2.0, 0.3))
+    again = pickle.loads(pickle.dumps(objective))
+    scope = {**cases.public_names(), **vars(objectives)}
+    assert again == eval(repr(objective), scope) == copy.deepcopy(objective) == objective
+    assert hash(again) == hash(objective)
+    assert objective != case.make(NegLog())
+    outputs, targets = case.batch()
+    assert torch.equal(again(outputs, targets), objective(outputs, targets))
+
+
+@each_case
+def test_a_schedule_of_the_bound_is_followed(case):
+    rising = case.make(NegLog(Linear(1.0, 4.0, steps=3)))
+    assert at_step(rising, 2) == case.make(NegLog(3.0))
+    constant = case.make(NegLog())
+    assert at_step(constant, 2) is constant
+    with pytest.raises(TypeError, match="is a schedule"):
+        rising(*case.batch())
+
+
+@each_case
+@pytest.mark.parametrize("bound", [NegLog(), WrongClasses(Tanh())], ids=str)
+def test_it_is_the_adversary_of_sam(case, bound):
+    """The gradient is that of the training loss at w + rho g/||g||, where g is the gradient of the bound's mean."""
+    outputs, targets = case.batch()
+    torch.manual_seed(0)
+    model = nn.Linear(5, outputs[0].numel(), dtype=torch.double)
+    x = torch.randn(len(outputs), 5, dtype=torch.double)
+
+    def forward(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        return model(x).view_as(outputs), targets
+
+    objective = case.make(bound)
+    SharpnessAware(model, SAM(0.1, ascent=objective), case.above, forward)(x).backward()
+    found, weights = [p.grad for p in model.parameters()], [*model.parameters()]
+    g = torch.autograd.grad(objective(*forward(model, x)).mean(), weights)
+    norm = sum(t.square().sum() for t in g).sqrt()
+    assert norm > 0
+    climbed = copy.deepcopy(model)
+    for w, t in zip(climbed.parameters(), g, strict=True):
+        w.data += 0.1 * t / norm
+    expected = torch.autograd.grad(case.above(*forward(climbed, x)).mean(), [*climbed.parameters()])
+    for ours, theirs in zip(found, expected, strict=True):
+        close(ours, theirs, 1e-9)
+    assert objective(*forward(climbed, x)).mean() > objective(*forward(model, x)).mean()
+    assert BiSAM(0.1, objective) == SAM(0.1, ascent=objective)
+
+
+@each_case
+def test_it_compiles_to_one_graph(case):
+    torch.compiler.reset()
+    outputs, targets = case.batch(dtype=torch.float32)
+    objective = case.make(NegLog())
+    found = torch.compile(objective.__call__, fullgraph=True, backend="aot_eager")(outputs, targets)
+    expected = objective(outputs, targets)
+    close(found, expected, 1e-6)
+    close(gradient(found, outputs), gradient(expected, outputs), 1e-6)
+    torch.compiler.reset()
+
+
+@each_case
+@pytest.mark.parametrize(("outputs", "said"), [([0.0], "must be a tensor"), (torch.zeros(2, 3).long(), "floating")])
+def test_outputs_of_another_type_are_refused(case, outputs, said):
+    with pytest.raises(TypeError, match=said):
+        case.make(NegLog())(outputs, case.batch()[1])
+
+
+@each_case
+def test_a_bound_is_needed(case):
+    for other in (NegLog, 0.1, torch.relu):
+        with pytest.raises(TypeError, match="bound"):
+            case.make(other)
+
+
+# Top-k
+
+
+@each_bound
+def test_with_one_prediction_it_is_the_bound_itself(bound):
+    outputs, labels = CASES["top-1"].batch()
+    p = outputs.detach().softmax(1)
+    close(TopK(1, bound)(outputs, labels), bound(outputs, labels))
+    close(gradient(TopK(1, bound)(outputs, labels), outputs), gradient(bound(outputs, labels), outputs))
+    close(TopK(1, bound)(outputs, p), bound(outputs, p))
+
+
+def test_the_first_wrong_classes_have_no_gradient():
+    outputs = torch.tensor([[3.0, 1.0, 2.0, 0.0, 0.5]], requires_grad=True)
+    slope = gradient(TopK(3)(outputs, torch.tensor([1])), outputs)
+    assert (slope[0] != 0).tolist() == [False, True, False, True, True]
+    labels = torch.tensor([255])
+    assert TopK(3, NegLog(ignore_index=255))(outputs, labels).item() == 0
+
+
+def test_a_top_k_error_needs_more_classes():
+    for k, kind in ((0, ValueError), (1.0, TypeError)):
+        with pytest.raises(kind, match="k must be"):
+            TopK(k)
+    with pytest.raises(ValueError, match="the top-5 error of 5 classes is always 0: k must be less"):
+        TopK(5)(torch.zeros(2, 5), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match=r"label 7 is outside \[0, 5\)"):
+        TopK(2)(torch.zeros(2, 5), torch.tensor([0, 7]))
+    with pytest.raises(ValueError, match=r"use bisam.Binary\(NegLog\(...\)\)"):
+        TopK(2)(torch.zeros(2, 1), torch.zeros(2, 1))
+    with pytest.raises(TypeError, match=r"WrongClasses goes inside of others, as in TopK\(5, WrongClasses\(\)\)"):
+        WrongClasses(TopK(2))
