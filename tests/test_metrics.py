@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bisam import SAM, BiSAM, LowerBound, NegLog, SharpnessAware, Tanh, WrongClasses, cross_entropy, objectives
-from bisam.objectives import TopK, at_step
+from bisam.objectives import CostSensitive, TopK, at_step
 from bisam.schedules import Linear
 from tests.support import cases
 
@@ -103,6 +103,7 @@ def ahead(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits > logits.gather(1, labels.unsqueeze(1))).sum(1)
 
 
+COSTS = ((0, 1, 0.5, 1), (2, 0, 0, 0.25), (5, 4, 0, 4), (0, 0, 0.5, 0))
 CASES = {
     "top-1": Case(
         lambda bound: TopK(1, bound),
@@ -117,6 +118,20 @@ CASES = {
         lambda z, y: (ahead(z, y) >= 3).double(),
         lambda bound: constant(bound, 2),
         lambda z, y: cross_entropy(z, y) / math.log(4),
+    ),
+    "ordinal": Case(
+        lambda bound: CostSensitive("ordinal", bound),
+        (6, 4, 2),
+        lambda z, y: (z.argmax(1) - y).abs().double(),
+        lambda bound: sum(constant(bound, n) for n in (1, 2, 3)),
+        lambda z, y: 3 * cross_entropy(z, y) / math.log(2),
+    ),
+    "costs": Case(
+        lambda bound: CostSensitive(COSTS, bound),
+        (6, 4),
+        lambda z, y: torch.tensor(COSTS, dtype=z.dtype)[y, z.argmax(1)],
+        lambda bound: 5 * constant(bound, 3),
+        lambda z, y: 5 * cross_entropy(z, y) / math.log(2),
     ),
 }
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -139,17 +154,18 @@ def test_it_is_below_its_metric_up_to_its_constant_and_the_training_loss_is_abov
     assert len(reached) > 1  # not only right answers
 
 
+def step(x: Tensor) -> Tensor:
+    return (x > 0).to(x.dtype)
+
+
 @each_case
-def test_a_steep_bound_is_its_metric_where_no_margin_is_small(case):
-    """With phi from -1 to 1: the metric where it is 1, and no more than 0 where it is 0."""
-    steep = WrongClasses(Tanh(mu=60.0, alpha=100.0))
-    for seed in SEEDS:
-        outputs, targets = case.batch(seed, scale=1e3)
-        metric = case.metric(outputs.detach(), targets)
-        values = case.make(steep)(outputs, targets)
-        assert (values <= metric + case.constant(steep) + 1e-9).all()
-        assert (values[metric == 1] >= 1 - 1e-9).all()
-        assert (values[metric == 0] <= case.constant(steep)).all()
+def test_with_the_step_for_phi_it_is_the_metric_up_to_its_constant(case):
+    for bound in (LowerBound(step, 60.0), WrongClasses(LowerBound(step, 60.0))):
+        for seed in SEEDS:
+            outputs, targets = case.batch(seed)
+            metric, values = case.metric(outputs.detach(), targets), case.make(bound)(outputs, targets)
+            assert (values >= metric - 1e-9).all()
+            assert (values <= metric + case.constant(bound) + 1e-9).all()
 
 
 @each_case
@@ -301,3 +317,33 @@ def test_a_top_k_error_needs_more_classes():
         TopK(2)(torch.zeros(2, 1), torch.zeros(2, 1))
     with pytest.raises(TypeError, match=r"WrongClasses goes inside of others, as in TopK\(5, WrongClasses\(\)\)"):
         WrongClasses(TopK(2))
+
+
+# Costs
+
+
+@each_bound
+@pytest.mark.parametrize("classes", [2, 4])
+def test_where_all_errors_cost_1_it_is_the_bound_itself(bound, classes):
+    outputs, labels = Case(CostSensitive, (6, classes), ahead, math.log, ahead).batch()
+    unit = CostSensitive((1 - torch.eye(classes)).tolist(), bound)
+    close(unit(outputs, labels), bound(outputs, labels))
+    close(gradient(unit(outputs, labels), outputs), gradient(bound(outputs, labels), outputs), 1e-11)
+    p = outputs.detach().softmax(1)
+    close(unit(outputs, p), bound(outputs, p))
+
+
+def test_costs_are_a_square_of_numbers_with_a_diagonal_of_zeros():
+    for costs, kind, said in (
+        ([[0, 1], [1]], ValueError, r"costs must be K rows of K numbers, got rows of \[2, 1\]"),
+        ([], ValueError, "costs must be K rows"),
+        ([[0, -1], [1, 0]], ValueError, "the cost of prediction 1 for label 0 must be non-negative and finite, got -1"),
+        ([[0, 1], [1, 2]], ValueError, "the cost of prediction 1 for label 1 must be 0, got 2"),
+        ([[0, "1"], [1, 0]], TypeError, "the cost of prediction 1 for label 0 must be a number"),
+        ("nominal", ValueError, "costs must be rows of numbers or \"ordinal\", got 'nominal'"),
+    ):
+        with pytest.raises(kind, match=said):
+            CostSensitive(costs)
+    with pytest.raises(ValueError, match="the costs are those of 4 classes, and the outputs have 3"):
+        CostSensitive(COSTS)(torch.zeros(2, 3), torch.tensor([0, 1]))
+    assert CostSensitive(COSTS, NegLog(ignore_index=9))(torch.zeros(1, 4), torch.tensor([9])).item() == 0

@@ -44,7 +44,7 @@ from bisam.objectives.bounds import (
     neg_log,
     tanh,
 )
-from bisam.objectives.classes import TopK as TopK
+from bisam.objectives.classes import CostSensitive as CostSensitive, TopK as TopK
 from bisam.objectives.forgetting import OBF as OBF
 from bisam.objectives.objective import (
     Count as Count,

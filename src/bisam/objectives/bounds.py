@@ -114,7 +114,7 @@ class LowerBound(OfClasses):
             >>> from bisam import NegLog
             >>> scores = torch.tensor([[0.3, 2.0], [1.0, -1.0]])    # of an item that should lead, and of another
             >>> NegLog().of_margins(scores[:, 1:] - scores[:, :1])
-            tensor([1.1398, 0.1810])
+            tensor([1.1213, 0.1810])
         """
         logits = torch.cat([torch.zeros_like(margins[:, :1]), margins], 1)
         right = torch.zeros_like(logits[:, 0], dtype=torch.int64)
