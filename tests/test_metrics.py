@@ -16,8 +16,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bisam import SAM, BiSAM, LowerBound, NegLog, SharpnessAware, Tanh, WrongClasses, cross_entropy, objectives
-from bisam.objectives import CostSensitive, TopK, at_step
+from bisam import (
+    KSAM,
+    SAM,
+    Binary,
+    BiSAM,
+    LowerBound,
+    NegLog,
+    SharpnessAware,
+    Tanh,
+    WrongClasses,
+    cross_entropy,
+    objectives,
+)
+from bisam.objectives import CostSensitive, ExactMatch, PerExample, TopK, at_step
 from bisam.schedules import Linear
 from tests.support import cases
 
@@ -103,6 +115,16 @@ def ahead(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits > logits.gather(1, labels.unsqueeze(1))).sum(1)
 
 
+def bce(outputs: Tensor, targets: Tensor) -> Tensor:
+    return nn.functional.binary_cross_entropy_with_logits(outputs, targets.to(outputs.dtype), reduction="none")
+
+
+def tokens(g: torch.Generator) -> Tensor:
+    """Labels of sequences of different lengths; one is empty."""
+    lengths = torch.tensor([3, 1, 0, 2, 3, 1])
+    return torch.randint(4, (6, 3), generator=g).masked_fill(torch.arange(3) >= lengths[:, None], -100)
+
+
 COSTS = ((0, 1, 0.5, 1), (2, 0, 0, 0.25), (5, 4, 0, 4), (0, 0, 0.5, 0))
 CASES = {
     "top-1": Case(
@@ -132,6 +154,38 @@ CASES = {
         lambda z, y: torch.tensor(COSTS, dtype=z.dtype)[y, z.argmax(1)],
         lambda bound: 5 * constant(bound, 3),
         lambda z, y: 5 * cross_entropy(z, y) / math.log(2),
+    ),
+    "subset": Case(
+        lambda bound: ExactMatch(Binary(bound)),
+        (6, 3),
+        lambda z, y: ((z > 0) != (y > 0.5)).any(1).double(),
+        lambda bound: constant(bound, 1) + math.log(3) / bound.mu,
+        lambda z, y: bce(z, y).sum(1) / math.log(2),
+        lambda g: torch.randint(2, (6, 3), generator=g).float(),
+    ),
+    "hamming": Case(
+        lambda bound: PerExample(Binary(bound)),
+        (6, 3),
+        lambda z, y: ((z > 0) != (y > 0.5)).double().mean(1),
+        lambda bound: constant(bound, 1),
+        lambda z, y: PerExample(bce)(z, y) / math.log(2),
+        lambda g: torch.randint(2, (6, 3), generator=g).float(),
+    ),
+    "sequences": Case(
+        ExactMatch,
+        (6, 4, 3),
+        lambda z, y: ((z.argmax(1) != y) & (y >= 0)).any(1).double(),
+        lambda bound: constant(bound, 3) + math.log(3) / bound.mu,
+        lambda z, y: cross_entropy(z, y).sum(1) / math.log(2),
+        lambda g: tokens(g),
+    ),
+    "tokens": Case(
+        PerExample,
+        (6, 4, 3),
+        lambda z, y: ((z.argmax(1) != y) & (y >= 0)).sum(1) / (y >= 0).sum(1).double().clamp(min=1),
+        lambda bound: constant(bound, 3),
+        lambda z, y: PerExample(cross_entropy)(z, y) / math.log(2),
+        lambda g: tokens(g),
     ),
 }
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -280,7 +334,7 @@ def test_outputs_of_another_type_are_refused(case, outputs, said):
 
 @each_case
 def test_a_bound_is_needed(case):
-    for other in (NegLog, 0.1, torch.relu):
+    for other in (NegLog, 0.1):
         with pytest.raises(TypeError, match="bound"):
             case.make(other)
 
@@ -347,3 +401,55 @@ def test_costs_are_a_square_of_numbers_with_a_diagonal_of_zeros():
     with pytest.raises(ValueError, match="the costs are those of 4 classes, and the outputs have 3"):
         CostSensitive(COSTS)(torch.zeros(2, 3), torch.tensor([0, 1]))
     assert CostSensitive(COSTS, NegLog(ignore_index=9))(torch.zeros(1, 4), torch.tensor([9])).item() == 0
+
+
+# Positions
+
+
+@pytest.mark.parametrize("make", [PerExample, ExactMatch])
+def test_positions_that_are_ignored_do_not_count(make):
+    outputs, labels = CASES["tokens"].batch()
+    values = make(NegLog())(outputs, labels)
+    slope = gradient(values, outputs)
+    for i in range(6):
+        kept = labels[i] >= 0
+        if kept.any():
+            alone = outputs.detach()[i : i + 1, :, kept]
+            close(values[i : i + 1], make(NegLog())(alone, labels[i : i + 1, kept]))
+    assert values[2] == 0
+    assert ((slope != 0).any(1) == (labels >= 0)).all()
+
+
+def test_an_example_with_one_decision_is_that_decision():
+    z, y = torch.randn(4, 3), torch.tensor([0, 2, 1, 1])
+    for make in (PerExample, ExactMatch):
+        assert torch.equal(make(NegLog())(z, y), NegLog()(z, y))
+        assert torch.equal(make(NegLog())(z[0], y[0]), NegLog()(z[0], y[0]))
+        assert torch.equal(make(Binary())(z[:, 0], y[:] % 2), Binary()(z[:, 0], y % 2))
+        close(make(Binary())(z[:, :1], y[:, None] % 2), Binary()(z[:, 0], y % 2), 1e-6)
+
+
+def test_all_examples_count_the_same_in_training():
+    """The mean over a batch is over its sequences, not over its tokens; methods that choose examples take them too."""
+    _, labels = CASES["tokens"].batch()
+    model = nn.Linear(5, 12, dtype=torch.double)
+    x = torch.randn(6, 5, dtype=torch.double)
+
+    def forward(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return model(x).view(-1, 4, 3), y
+
+    sharp = SharpnessAware(model, KSAM(2, BiSAM(0.1, PerExample())), PerExample(cross_entropy), forward)
+    sharp(x, labels).backward()
+    with torch.no_grad():
+        close(sharp.eval()(x, labels), PerExample(cross_entropy)(*forward(model, x, labels)).mean())
+    assert model.weight.grad.isfinite().all()
+
+
+def test_a_loss_for_each_position_is_needed():
+    with pytest.raises(ValueError, match=r'CrossEntropyLoss\(\) returned a scalar, .*: use reduction="none"'):
+        PerExample(nn.CrossEntropyLoss())(torch.zeros(2, 3, 4), torch.zeros(2, 4, dtype=torch.long))
+    for other in (cross_entropy, PerExample()):
+        with pytest.raises(TypeError, match=r"bound must be a LowerBound such as NegLog\(\), or Binary\(\), got"):
+            ExactMatch(other)
+    with pytest.raises(ValueError, match="targets of Binary are 0 or 1 for each label"):
+        ExactMatch(Binary())(torch.zeros(2, 3), torch.full((2, 3), 2))

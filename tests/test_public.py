@@ -82,7 +82,7 @@ NAMES = {
 }
 MODULES = {
     perturbations: "Adaptive Friendly L2 LossEquated NormLayers Only Smoothed ZScore",
-    objectives: "CostSensitive TopK",
+    objectives: "CostSensitive ExactMatch PerExample TopK",
     masks: "DropGrow FisherMask RandomMask",
     proximal: "Box L1 Simplex",
     schedules: "Constant Cosine FlipRate Follow Linear Warmup",
@@ -127,6 +127,7 @@ CORE = [
     "objectives.classes",
     "objectives.forgetting",
     "objectives.objective",
+    "objectives.positions",
     "optim.copies",
     "optim.lookahead",
     "optim.preview",

@@ -55,5 +55,6 @@ from bisam.objectives.objective import (
     cross_entropy as cross_entropy,
     mean as mean,
 )
+from bisam.objectives.positions import ExactMatch as ExactMatch, PerExample as PerExample
 
 _neg_log, _tanh = neg_log, tanh  # of pickles of earlier versions
