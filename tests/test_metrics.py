@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from bisam import (
     KSAM,
+    OBF,
     SAM,
     Binary,
     BiSAM,
@@ -29,7 +30,7 @@ from bisam import (
     cross_entropy,
     objectives,
 )
-from bisam.objectives import CostSensitive, ExactMatch, PerExample, TopK, at_step
+from bisam.objectives import ClassWeighted, CostSensitive, ExactMatch, Focal, PerExample, TopK, at_step
 from bisam.schedules import Linear
 from tests.support import cases
 
@@ -125,6 +126,13 @@ def tokens(g: torch.Generator) -> Tensor:
     return torch.randint(4, (6, 3), generator=g).masked_fill(torch.arange(3) >= lengths[:, None], -100)
 
 
+def balance(labels: Tensor) -> Tensor:
+    """For each label the weight with which all classes of the batch count the same."""
+    each = labels.flatten().tolist()
+    weights = [len(each) / len({*each}) / each.count(y) for y in each]
+    return torch.tensor(weights, dtype=torch.double).view(labels.shape)
+
+
 COSTS = ((0, 1, 0.5, 1), (2, 0, 0, 0.25), (5, 4, 0, 4), (0, 0, 0.5, 0))
 CASES = {
     "top-1": Case(
@@ -154,6 +162,20 @@ CASES = {
         lambda z, y: torch.tensor(COSTS, dtype=z.dtype)[y, z.argmax(1)],
         lambda bound: 5 * constant(bound, 3),
         lambda z, y: 5 * cross_entropy(z, y) / math.log(2),
+    ),
+    "weighted": Case(
+        lambda bound: ClassWeighted(bound, (1, 0, 3, 0.5)),
+        (6, 4),
+        lambda z, y: torch.tensor([1, 0, 3, 0.5])[y] * (ahead(z, y) > 0).double(),
+        lambda bound: 3 * constant(bound, 3),
+        lambda z, y: 3 * cross_entropy(z, y) / math.log(2),
+    ),
+    "balanced": Case(
+        lambda bound: ClassWeighted(bound, "balanced"),
+        (6, 4, 2),
+        lambda z, y: balance(y) * (ahead(z, y) > 0).double(),
+        lambda bound: 12 * constant(bound, 3),
+        lambda z, y: ClassWeighted(cross_entropy)(z, y) / math.log(2),
     ),
     "subset": Case(
         lambda bound: ExactMatch(Binary(bound)),
@@ -453,3 +475,70 @@ def test_a_loss_for_each_position_is_needed():
             ExactMatch(other)
     with pytest.raises(ValueError, match="targets of Binary are 0 or 1 for each label"):
         ExactMatch(Binary())(torch.zeros(2, 3), torch.full((2, 3), 2))
+
+
+# Class weights
+
+
+def test_the_balanced_mean_is_that_over_the_classes():
+    outputs, labels = CASES["balanced"].batch()
+    labels[0] = -100
+    for objective in (NegLog(), cross_entropy, OBF(), TopK(2)):
+        each = objective(outputs, labels)
+        of_classes = torch.stack([each[labels == k].mean() for k in labels.unique().tolist() if k >= 0])
+        values = ClassWeighted(objective)(outputs, labels)
+        close(values.sum() / (labels >= 0).sum(), of_classes.mean())
+        assert (values[0] == 0).all()
+
+
+def test_focal_weights_are_less_for_frequent_classes():
+    outputs, labels = torch.randn(4, 3), torch.tensor([0, 2, 0, 0])
+    values = ClassWeighted(NegLog(), Focal(2.0))(outputs, labels)
+    close(values, NegLog()(outputs, labels) * torch.tensor([0.25, 0.75, 0.25, 0.25]) ** 2, 1e-6)
+    assert torch.equal(ClassWeighted(NegLog(), Focal(0))(outputs, labels), NegLog()(outputs, labels))
+
+
+@pytest.mark.parametrize("weights", ["balanced", Focal(1.5), (1, 0, 3, 0.5)], ids=str)
+@pytest.mark.parametrize("bound", [NegLog(), cross_entropy, OBF(), TopK(2)], ids=str)
+def test_weights_of_probabilities_are_those_of_their_classes(weights, bound):
+    outputs, labels = CASES["weighted"].batch()
+    objective = ClassWeighted(bound, weights)
+    hard = nn.functional.one_hot(labels, 4).double()
+    close(objective(outputs, hard), objective(outputs, labels))
+    p = 0.7 * hard + 0.3 * hard.roll(1, 0)
+    each = torch.stack([bound(outputs, torch.full_like(labels, k)) for k in range(4)], 1)
+    n = p.sum(0)
+    w = {"balanced": 6 / (n > 0).sum() / n.clamp(min=1e-9), Focal(1.5): (1 - n / 6) ** 1.5}.get(weights)
+    w = torch.tensor(weights).double() if w is None else w
+    close(objective(outputs, p), (p * w * each).sum(1))
+
+
+def test_an_empty_or_ignored_batch_has_no_weighted_loss():
+    for weights in ("balanced", Focal(1.0), (1, 2, 3)):
+        for n in (0, 2):
+            outputs = torch.zeros(n, 3, requires_grad=True)
+            values = ClassWeighted(NegLog(), weights)(outputs, torch.full((n,), -100))
+            assert torch.equal(values, torch.zeros(n))
+            assert gradient(values, outputs).isfinite().all()
+
+
+def test_weights_are_numbers_of_classes():
+    for weights, kind, said in (
+        ("balance", ValueError, "weights must be numbers, \"balanced\" or Focal\\(gamma\\), got 'balance'"),
+        ((), ValueError, "weights must be numbers"),
+        ((1, -2), ValueError, "the weight of class 1 must be non-negative and finite, got -2"),
+        ((1, "2"), TypeError, "the weight of class 1 must be a number, got '2'"),
+        (Focal, ValueError, "weights must be numbers"),
+    ):
+        with pytest.raises(kind, match=said):
+            ClassWeighted(NegLog(), weights)
+    with pytest.raises(ValueError, match="gamma must be non-negative and finite, got -1"):
+        Focal(-1)
+    with pytest.raises(ValueError, match="there are weights for 2 classes, and the outputs have 3"):
+        ClassWeighted(NegLog(), (1, 2))(torch.zeros(2, 3), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match=r"label 3 is outside \[0, 3\)"):
+        ClassWeighted()(torch.zeros(2, 3), torch.tensor([0, 3]))
+    with pytest.raises(TypeError, match="bound must be an objective of classes such as NegLog"):
+        ClassWeighted(Binary())
+    with pytest.raises(TypeError, match="got the objective ClassWeighted"):
+        SAM(ClassWeighted())

@@ -82,7 +82,7 @@ NAMES = {
 }
 MODULES = {
     perturbations: "Adaptive Friendly L2 LossEquated NormLayers Only Smoothed ZScore",
-    objectives: "CostSensitive ExactMatch PerExample TopK",
+    objectives: "ClassWeighted CostSensitive ExactMatch Focal PerExample TopK",
     masks: "DropGrow FisherMask RandomMask",
     proximal: "Box L1 Simplex",
     schedules: "Constant Cosine FlipRate Follow Linear Warmup",

@@ -44,12 +44,18 @@ from bisam.objectives.bounds import (
     neg_log,
     tanh,
 )
-from bisam.objectives.classes import CostSensitive as CostSensitive, TopK as TopK
+from bisam.objectives.classes import (
+    ClassWeighted as ClassWeighted,
+    CostSensitive as CostSensitive,
+    Focal as Focal,
+    TopK as TopK,
+)
 from bisam.objectives.forgetting import OBF as OBF
 from bisam.objectives.objective import (
     Count as Count,
     CrossEntropy as CrossEntropy,
     Objective as Objective,
+    OfClasses as OfClasses,
     at_step as at_step,
     count as count,
     cross_entropy as cross_entropy,

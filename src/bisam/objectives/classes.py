@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
-from bisam.objectives.bounds import AroundClasses, LowerBound, NegLog
-from bisam.objectives.objective import of_labels
-from bisam.validation import non_negative, shown, whole
+from bisam import targets as check
+from bisam.objectives.bounds import Around, AroundClasses, LowerBound, NegLog
+from bisam.objectives.objective import OfClasses, of_classes, of_labels
+from bisam.validation import instance, non_negative, shown, whole
 
 
 @dataclass(frozen=True)
@@ -134,3 +135,115 @@ class CostSensitive(AroundClasses):
         if len(self.costs) != classes:
             raise ValueError(f"the costs are those of {len(self.costs)} classes, and the outputs have {classes}")
         return torch.tensor(self.costs, dtype=logits.dtype, device=logits.device)
+
+
+@dataclass(frozen=True)
+class Focal:
+    """Class weights (1 - pi_c)^gamma, with the share pi_c of class c: less for frequent classes (Li et al., 2025).
+
+    From Focal-SAM, https://arxiv.org/abs/2505.01660, whose formula has the shares of the training set; here they are
+    those of the batch. They are not the weights (1 - p)^gamma of the focal loss, which depend on the prediction.
+
+    Args:
+        gamma: exponent, >= 0; with 0 all weights are 1.
+
+    Raises:
+        TypeError: `gamma` is not a number.
+        ValueError: `gamma` is negative or not finite.
+    """
+
+    gamma: float
+
+    def __post_init__(self) -> None:
+        non_negative("gamma", self.gamma)
+
+
+@dataclass(frozen=True)
+class ClassWeighted(Around, OfClasses):
+    """An objective of classes whose losses are multiplied by a weight of their label: the adversary of long tails.
+
+    The loss is w_y Q; for class probabilities it is the expectation over the label. With "balanced" its mean over the
+    batch is that over the classes of the batch of the mean over each, a lower bound of the balanced error up to the
+    constant of `bound`. Otherwise it is one of w_y 1{wrong}, up to w_y times that constant. The mean is over the
+    number of examples: unlike torch's, it is not divided by the sum of the weights.
+
+    As `SAM(ascent=...)` it gives the perturbations of methods for long tails, with cross-entropy as in their papers or
+    with a bound: ImbSAM (Zhou et al., 2023, https://arxiv.org/abs/2308.07815) climbs the tail classes, whose weights
+    are 1 and the others' 0; Focal-SAM (Li et al., 2025, https://arxiv.org/abs/2505.01660) climbs the losses with the
+    weights of `Focal`. The descent of both is another: they add the gradient of what is not climbed at the weights
+    themselves, where `SAM` descends on the training loss at the displaced ones.
+
+    Args:
+        bound: the objective: a `LowerBound`, `OBF` or `cross_entropy`; its `ignore_index` is used.
+        weights: one number >= 0 for each class; or "balanced", n/(C n_c) for a class with n_c of n examples of the
+            batch, and C classes in it; or `Focal(gamma)`.
+
+    Raises:
+        TypeError: `bound` is no objective of classes, or a weight is not a number.
+        ValueError: a weight is negative or not finite, or there is none.
+
+    Raises when called:
+        ValueError: the outputs have another number of classes than the weights; else as `bound`.
+
+    Example:
+        >>> import torch
+        >>> from bisam import SAM, NegLog, cross_entropy
+        >>> from bisam.objectives import ClassWeighted, Focal
+        >>> logits, labels = torch.zeros(4, 2), torch.tensor([0, 0, 0, 1])
+        >>> ClassWeighted(cross_entropy, "balanced")(logits, labels)    # each class counts the same
+        tensor([0.4621, 0.4621, 0.4621, 1.3863])
+        >>> tail = SAM(0.05, ascent=ClassWeighted(cross_entropy, [0, 1]))
+        >>> focal = SAM(0.05, ascent=ClassWeighted(NegLog(), Focal(2.0)))
+    """
+
+    bound: OfClasses = field(default=NegLog())
+    weights: Sequence[float] | Literal["balanced"] | Focal = "balanced"
+    ignore_index: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        instance("bound", self.bound, "an objective of classes such as NegLog() or cross_entropy")
+        if not isinstance(cast(Any, self.bound), OfClasses):
+            raise TypeError(f"bound must be an objective of classes such as NegLog(), got {shown(self.bound)}")
+        object.__setattr__(self, "ignore_index", self.bound.ignore_index)
+        if isinstance(self.weights, Focal) or self.weights == "balanced":
+            return
+        if isinstance(cast(Any, self.weights), str | type) or not len(self.weights):
+            raise ValueError(f'weights must be numbers, "balanced" or Focal(gamma), got {shown(self.weights)}')
+        for label, weight in enumerate(self.weights):
+            non_negative(f"the weight of class {label}", weight)
+        object.__setattr__(self, "weights", tuple(self.weights))  # hashable
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Returns the weighted losses, in float32 or a wider type; zero where a label is `ignore_index`.
+
+        Args:
+            outputs: logits (N, K), (N, K, d1, ...) or (K,), K >= 2.
+            targets: int64 labels (N,), (N, d1, ...) or (); or class probabilities of the shape of `outputs`.
+
+        Raises:
+            TypeError: `outputs` or `targets` have the wrong type.
+            ValueError: their shapes do not match, K < 2, a label is outside [0, K), or floating-point targets are not
+                class probabilities.
+        """
+        return of_classes(self, outputs, targets, check.IN_TORCH)
+
+    def _labelled(self, logits: Tensor, labels: Tensor, ignore_index: int | None) -> Tensor:
+        ignored, index, _ = of_labels(logits, labels, ignore_index)
+        rows = index.squeeze(1)
+        counted = torch.ones_like(rows, dtype=logits.dtype) if ignored is None else (~ignored).to(logits.dtype)
+        counts = logits.new_zeros(logits.shape[1]).scatter_add(0, rows.flatten(), counted.flatten())
+        return self._of(counts)[rows] * self.bound._labelled(logits, labels, ignore_index)
+
+    def _expected(self, logits: Tensor, probabilities: Tensor) -> Tensor:
+        weights = self._of(probabilities.detach().to(logits.dtype).movedim(1, -1).flatten(0, -2).sum(0))
+        return self.bound._expected(logits, probabilities * weights.view(-1, *[1] * (logits.dim() - 2)))
+
+    def _of(self, counts: Tensor) -> Tensor:
+        """Returns the weights (K,) of classes that occur so often in a batch."""
+        if isinstance(self.weights, Focal):
+            return (1 - counts / counts.sum().clamp_min(1)) ** self.weights.gamma
+        if isinstance(self.weights, str):
+            return (counts.sum() / (counts > 0).sum() / counts).masked_fill(counts == 0, 0.0)
+        if len(self.weights) != len(counts):
+            raise ValueError(f"there are weights for {len(self.weights)} classes, and the outputs have {len(counts)}")
+        return torch.tensor(self.weights, dtype=counts.dtype, device=counts.device)

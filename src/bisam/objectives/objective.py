@@ -68,7 +68,7 @@ class OfClasses:
 
 
 @dataclass(frozen=True)
-class CrossEntropy:
+class CrossEntropy(OfClasses):
     """Cross-entropy, one loss per example: the default descent objective.
 
     For label smoothing pass `torch.nn.CrossEntropyLoss(label_smoothing=..., reduction="none")`. For class weights pass
@@ -95,14 +95,17 @@ class CrossEntropy:
         check.types(outputs, targets)
         if not check.fits(outputs, targets):
             raise check.mismatch(outputs, targets, check.IN_TORCH)
-        return in_range(_cross_entropy, outputs, targets, self.ignore_index)
+        return in_range(self._labelled, outputs, targets, self.ignore_index)
+
+    def _labelled(self, logits: Tensor, labels: Tensor, ignore_index: int | None) -> Tensor:
+        ignored = -100 if ignore_index is None else ignore_index
+        return F.cross_entropy(logits, labels, ignore_index=ignored, reduction="none")
+
+    def _expected(self, logits: Tensor, probabilities: Tensor) -> Tensor:
+        return F.cross_entropy(logits, probabilities, reduction="none")
 
 
 cross_entropy = CrossEntropy()
-
-
-def _cross_entropy(outputs: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-    return F.cross_entropy(outputs, targets, ignore_index=ignore_index, reduction="none")
 
 
 def of_classes(objective: OfClasses, outputs: Tensor, targets: Tensor, elsewhere: check.Elsewhere) -> Tensor:
@@ -153,7 +156,7 @@ def of_labels(logits: Tensor, labels: Tensor, ignore_index: int | None) -> tuple
 
 
 def in_range(
-    loss: Callable[[Tensor, Tensor, int], Tensor], logits: Tensor, labels: Tensor, ignore_index: int
+    loss: Callable[[Tensor, Tensor, int | None], Tensor], logits: Tensor, labels: Tensor, ignore_index: int
 ) -> Tensor:
     """Returns `loss(logits, labels, ignore_index)`; an error for a label out of range becomes one that shows it."""
     try:

@@ -44,6 +44,7 @@ _HIDDEN = {
     "ModelOracle",
     "Only",  # takes a function, which an expression cannot contain
     "Named",
+    "OfClasses",
     "Oracle",
     "Prox",
     "ProximalPoint",
