@@ -30,7 +30,18 @@ from bisam import (
     cross_entropy,
     objectives,
 )
-from bisam.objectives import ClassWeighted, CostSensitive, ExactMatch, Focal, PerExample, TopK, at_step
+from bisam.objectives import (
+    ClassWeighted,
+    CostSensitive,
+    ExactMatch,
+    Focal,
+    Pairwise,
+    PerExample,
+    Retrieval,
+    Tolerance,
+    TopK,
+    at_step,
+)
 from bisam.schedules import Linear
 from tests.support import cases
 
@@ -133,6 +144,13 @@ def balance(labels: Tensor) -> Tensor:
     return torch.tensor(weights, dtype=torch.double).view(labels.shape)
 
 
+def disorder(scores: list[float], relevance: list[float]) -> Tensor:
+    """The share of pairs in the wrong order."""
+    pairs = [(i, j) for i in range(4) for j in range(4) if relevance[i] > relevance[j]]
+    wrong = sum(scores[j] > scores[i] for i, j in pairs)
+    return torch.tensor(wrong / max(len(pairs), 1), dtype=torch.double)
+
+
 COSTS = ((0, 1, 0.5, 1), (2, 0, 0, 0.25), (5, 4, 0, 4), (0, 0, 0.5, 0))
 CASES = {
     "top-1": Case(
@@ -176,6 +194,30 @@ CASES = {
         lambda z, y: balance(y) * (ahead(z, y) > 0).double(),
         lambda bound: 12 * constant(bound, 3),
         lambda z, y: ClassWeighted(cross_entropy)(z, y) / math.log(2),
+    ),
+    "tolerance": Case(
+        lambda bound: Tolerance(2.0, bound),
+        (6, 2),
+        lambda z, y: ((z - y).abs() > 2).double(),
+        lambda bound: constant(bound, 2),
+        lambda z, y: ((z - y) / 2) ** 2,
+        lambda g: torch.randn(6, 2, generator=g),
+    ),
+    "ranking": Case(
+        Pairwise,
+        (6, 4),
+        lambda z, y: torch.stack([disorder(*each) for each in zip(z.tolist(), y.tolist(), strict=True)]),
+        lambda bound: constant(bound, 1),
+        lambda z, y: Pairwise(LowerBound(nn.functional.softplus, 1.0))(z, y) / math.log(2),
+        lambda g: torch.randint(3, (6, 4), generator=g).float(),
+    ),
+    "retrieval": Case(
+        Retrieval,
+        (6, 6),
+        lambda z, y: ((ahead(z, y) > 0).double() + (ahead(z.T, y.argsort()) > 0).double()[y]) / 2,
+        lambda bound: constant(bound, 5),
+        lambda z, y: Retrieval(cross_entropy)(z, y) / math.log(2),
+        lambda g: torch.randperm(6, generator=g),
     ),
     "subset": Case(
         lambda bound: ExactMatch(Binary(bound)),
@@ -542,3 +584,77 @@ def test_weights_are_numbers_of_classes():
         ClassWeighted(Binary())
     with pytest.raises(TypeError, match="got the objective ClassWeighted"):
         SAM(ClassWeighted())
+
+
+# Numbers, ranks and matches
+
+
+def test_a_residual_counts_in_units_of_the_tolerance():
+    outputs = torch.tensor([1.0, -4.0, 2.5], dtype=torch.double, requires_grad=True)
+    values, scaled = Tolerance(0.1)(0.1 * outputs, torch.zeros(3)), Tolerance(1)(outputs, torch.zeros(3).long())
+    close(values, scaled)
+    x = torch.tensor([[0.0, -2.0], [-5.0, 3.0], [1.5, -3.5]], dtype=torch.double)
+    close(scaled, NegLog().of_margins(x))
+    assert (
+        gradient(Tolerance(1.0)(outputs, outputs.detach()), outputs).abs().max() < 1e-15
+    )  # nothing is too high or low
+
+
+def test_one_list_and_lists_without_a_pair():
+    scores, relevance = torch.randn(4), torch.tensor([1, 0, 0, 1])
+    close(Pairwise()(scores, relevance), Pairwise()(scores[None], relevance[None])[0], 1e-6)
+    tied = torch.randn(2, 3, requires_grad=True)
+    values = Pairwise()(tied, torch.ones(2, 3))
+    assert torch.equal(values, torch.zeros(2))
+    assert torch.equal(gradient(values, tied), torch.zeros(2, 3))
+
+
+def test_a_pair_is_a_label_of_the_difference():
+    better, worse = torch.randn(5), torch.randn(5)
+    pairs = Pairwise(Tanh())(torch.stack([better, worse], 1), torch.tensor([[1, 0]] * 5))
+    close(pairs, Binary(Tanh())(better - worse, torch.ones(5)), 1e-6)
+
+
+def test_matches_in_both_directions_are_the_loss_of_clip():
+    s = torch.randn(5, 5)
+    expected = (cross_entropy(s, torch.arange(5)) + cross_entropy(s.T, torch.arange(5))) / 2
+    close(Retrieval(cross_entropy)(s, torch.arange(5)), expected, 1e-6)
+    order = torch.tensor([2, 0, 1, 4, 3])
+    close(Retrieval(cross_entropy)(s[:, order.argsort()], order), expected, 1e-6)
+    assert Retrieval(TopK(2))(s, order).shape == (5,)
+
+
+@pytest.mark.parametrize(
+    ("objective", "outputs", "targets", "kind", "said"),
+    [
+        (
+            Tolerance(1.0),
+            (4, 1),
+            torch.zeros(4),
+            ValueError,
+            r"Tolerance needs .*\(4, 1\), got \(4,\): use targets.un",
+        ),
+        (Pairwise(), (4,), torch.zeros(4, 1), ValueError, r"Pairwise needs .* use targets.squeeze\(1\)"),
+        (Pairwise(), (4, 2), torch.zeros(2), ValueError, "there must be one target for each output"),
+        (Pairwise(), (4, 2, 2), torch.zeros(4, 2, 2), ValueError, r"scores \(N, L\) or \(L,\), got \(4, 2, 2\)"),
+        (Retrieval(), (4, 5), torch.arange(4), ValueError, r"similarities \(N, N\) .*got \(4, 5\)"),
+        (Retrieval(), (4, 4), torch.arange(3), ValueError, r"one target for each query, torch.arange\(4\), got \(3,\)"),
+        (
+            Retrieval(),
+            (4, 4),
+            torch.zeros(4),
+            TypeError,
+            r"int64 numbers of items, torch.arange\(4\), got torch.float32",
+        ),
+        (Retrieval(), (4, 4), torch.tensor([0, 1, 1, 3]), ValueError, r"each once, .*got \[0, 1, 1, 3\]"),
+        (Retrieval(), (4, 4), torch.tensor([0, 1, 2, 4]), ValueError, r"from 0 to N - 1, each once"),
+    ],
+)
+def test_targets_of_another_kind_are_refused(objective, outputs, targets, kind, said):
+    with pytest.raises(kind, match=said):
+        objective(torch.zeros(outputs), targets)
+
+
+def test_a_tolerance_is_positive():
+    with pytest.raises(ValueError, match="epsilon must be positive and finite, got 0"):
+        Tolerance(0)

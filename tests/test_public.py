@@ -82,7 +82,7 @@ NAMES = {
 }
 MODULES = {
     perturbations: "Adaptive Friendly L2 LossEquated NormLayers Only Smoothed ZScore",
-    objectives: "ClassWeighted CostSensitive ExactMatch Focal PerExample TopK",
+    objectives: "ClassWeighted CostSensitive ExactMatch Focal Pairwise PerExample Retrieval Tolerance TopK",
     masks: "DropGrow FisherMask RandomMask",
     proximal: "Box L1 Simplex",
     schedules: "Constant Cosine FlipRate Follow Linear Warmup",
@@ -128,6 +128,7 @@ CORE = [
     "objectives.forgetting",
     "objectives.objective",
     "objectives.positions",
+    "objectives.scores",
     "optim.copies",
     "optim.lookahead",
     "optim.preview",

@@ -62,5 +62,6 @@ from bisam.objectives.objective import (
     mean as mean,
 )
 from bisam.objectives.positions import ExactMatch as ExactMatch, PerExample as PerExample
+from bisam.objectives.scores import Pairwise as Pairwise, Retrieval as Retrieval, Tolerance as Tolerance
 
 _neg_log, _tanh = neg_log, tanh  # of pickles of earlier versions
