@@ -35,6 +35,7 @@ from bisam.objectives import (
     CostSensitive,
     ExactMatch,
     Focal,
+    IoU,
     Pairwise,
     PerExample,
     Retrieval,
@@ -151,6 +152,18 @@ def disorder(scores: list[float], relevance: list[float]) -> Tensor:
     return torch.tensor(wrong / max(len(pairs), 1), dtype=torch.double)
 
 
+def jaccard(predicted: Tensor, labels: Tensor) -> Tensor:
+    """The mean Jaccard loss of the classes of an image; -100 is not labelled, and -2 is no class."""
+    pixels = [
+        pair for pair in zip(predicted.flatten().tolist(), labels.flatten().tolist(), strict=True) if pair[1] > -100
+    ]
+    losses = []
+    for k in {y for _, y in pixels} - {-2}:
+        union, both = sum(k in pair for pair in pixels), sum(pair == (k, k) for pair in pixels)
+        losses.append(1 - both / union)
+    return torch.tensor(sum(losses) / max(len(losses), 1), dtype=torch.double)
+
+
 COSTS = ((0, 1, 0.5, 1), (2, 0, 0, 0.25), (5, 4, 0, 4), (0, 0, 0.5, 0))
 CASES = {
     "top-1": Case(
@@ -218,6 +231,22 @@ CASES = {
         lambda bound: constant(bound, 5),
         lambda z, y: Retrieval(cross_entropy)(z, y) / math.log(2),
         lambda g: torch.randperm(6, generator=g),
+    ),
+    "jaccard": Case(
+        IoU,
+        (6, 3, 2, 3),
+        lambda z, y: torch.stack([jaccard(*each) for each in zip(z.argmax(1), y, strict=True)]),
+        lambda bound: constant(bound, 1),
+        lambda z, y: 6 * cross_entropy(z, y).flatten(1).sum(1) / math.log(2),
+        lambda g: torch.randint(3, (6, 2, 3), generator=g).where(torch.rand(6, 2, 3, generator=g) > 0.2, -100),
+    ),
+    "masks": Case(
+        lambda bound: IoU(Binary(bound)),
+        (6, 1, 5),
+        lambda z, y: torch.stack([jaccard((a > 0)[0].long() - 2, b[0] - 2) for a, b in zip(z, y, strict=True)]),
+        lambda bound: constant(bound, 1),
+        lambda z, y: 5 * bce(z, y).flatten(1).sum(1) / math.log(2),
+        lambda g: torch.randint(2, (6, 1, 5), generator=g),
     ),
     "subset": Case(
         lambda bound: ExactMatch(Binary(bound)),
@@ -513,8 +542,9 @@ def test_a_loss_for_each_position_is_needed():
     with pytest.raises(ValueError, match=r'CrossEntropyLoss\(\) returned a scalar, .*: use reduction="none"'):
         PerExample(nn.CrossEntropyLoss())(torch.zeros(2, 3, 4), torch.zeros(2, 4, dtype=torch.long))
     for other in (cross_entropy, PerExample()):
-        with pytest.raises(TypeError, match=r"bound must be a LowerBound such as NegLog\(\), or Binary\(\), got"):
-            ExactMatch(other)
+        for make in (ExactMatch, IoU):
+            with pytest.raises(TypeError, match=r"bound must be a LowerBound such as NegLog\(\), or Binary\(\), got"):
+                make(other)
     with pytest.raises(ValueError, match="targets of Binary are 0 or 1 for each label"):
         ExactMatch(Binary())(torch.zeros(2, 3), torch.full((2, 3), 2))
 
@@ -658,3 +688,33 @@ def test_targets_of_another_kind_are_refused(objective, outputs, targets, kind, 
 def test_a_tolerance_is_positive():
     with pytest.raises(ValueError, match="epsilon must be positive and finite, got 0"):
         Tolerance(0)
+
+
+# Segmentation
+
+
+def test_pixels_without_a_label_have_no_gradient_and_images_without_any_no_loss():
+    outputs, labels = CASES["jaccard"].batch()
+    labels[3] = -100
+    values = IoU()(outputs, labels)
+    slope = gradient(values, outputs)
+    assert values[3] == 0
+    assert ((slope != 0).any(1) <= (labels >= 0)).all()
+    kept = labels[0] >= 0
+    close(IoU()(outputs[:1, :, kept], labels[:1, kept]), values[:1])
+
+
+def test_targets_that_are_no_labels_of_pixels_are_refused():
+    z = torch.zeros(2, 3, 4)
+    for bound, outputs, targets, said in (
+        (NegLog(), z, z.softmax(1), "IoU needs int64 labels"),
+        (NegLog(), z[..., 0], torch.tensor([0, 1]), "IoU needs int64 labels"),
+        (NegLog(), z, torch.full((2, 4), 3), r"label 3 is outside \[0, 3\)"),
+        (NegLog(), z, torch.zeros(2, 3, dtype=torch.long), "labels for outputs of shape"),
+        (NegLog(), z[:, :1], z[:, :1], r"use bisam.objectives.IoU\(Binary\(...\)\)"),
+        (Binary(), z, torch.zeros(2, 4), "Binary needs targets of the shape of the outputs"),
+        (Binary(), z, z + 2, "targets of Binary are 0 or 1"),
+        (Binary(), z[:, 0], z[:, 0], r"masks have the shape \(N, L, d1, ...\)"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            IoU(bound)(outputs, targets)

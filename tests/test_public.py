@@ -82,7 +82,7 @@ NAMES = {
 }
 MODULES = {
     perturbations: "Adaptive Friendly L2 LossEquated NormLayers Only Smoothed ZScore",
-    objectives: "ClassWeighted CostSensitive ExactMatch Focal Pairwise PerExample Retrieval Tolerance TopK",
+    objectives: "ClassWeighted CostSensitive ExactMatch Focal IoU Pairwise PerExample Retrieval Tolerance TopK",
     masks: "DropGrow FisherMask RandomMask",
     proximal: "Box L1 Simplex",
     schedules: "Constant Cosine FlipRate Follow Linear Warmup",

@@ -205,6 +205,21 @@ def matches(outputs: Tensor, targets: Tensor) -> None:
     _require(holds, says, lambda: f"{says}, got {targets.tolist() if n <= 8 else 'others'}")
 
 
+def masks(outputs: Tensor, targets: Tensor) -> None:
+    """Checks that outputs are the logits (N, L, d1, ...) of masks, and targets 0 or 1 for each.
+
+    Raises:
+        ValueError: the shapes differ or have less than three dimensions, or a target is outside [0, 1].
+    """
+    if outputs.dim() < 3:
+        raise ValueError(
+            f"masks have the shape (N, L, d1, ...), got {tuple(outputs.shape)}: use outputs.unsqueeze(1) for one mask"
+        )
+    if targets.shape != outputs.shape:
+        raise binary_mismatch(outputs, targets, "NegLog(...)")
+    binary(targets if targets.is_floating_point() else targets.long(), "NegLog(...)")
+
+
 def binary_mismatch(outputs: Tensor, targets: Tensor, bound: str) -> ValueError:
     """Returns the error for targets of `Binary` that do not have the shape of the outputs."""
     remedy = "there must be one target for each logit"

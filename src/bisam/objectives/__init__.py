@@ -61,7 +61,7 @@ from bisam.objectives.objective import (
     cross_entropy as cross_entropy,
     mean as mean,
 )
-from bisam.objectives.positions import ExactMatch as ExactMatch, PerExample as PerExample
+from bisam.objectives.positions import ExactMatch as ExactMatch, IoU as IoU, PerExample as PerExample
 from bisam.objectives.scores import Pairwise as Pairwise, Retrieval as Retrieval, Tolerance as Tolerance
 
 _neg_log, _tanh = neg_log, tanh  # of pickles of earlier versions
