@@ -28,6 +28,16 @@ Other adversaries climb one of these losses:
     >>> others = WrongClasses(NegLog(), margin=2.0)                # Q over the wrong classes alone, near the boundary
     >>> forgetting = OBF(gamma=0.0)                                # output bias forgetting
 
+A metric that is wrong where a margin is positive has a bound of the same form: `LowerBound.of_margins` is Q of any
+margins. Objectives around a bound make it one of another metric, and contain each other:
+
+    >>> top5 = TopK(5, NegLog())                                   # the k-th margin
+    >>> grades = CostSensitive("ordinal")                          # one decision for each level of the cost
+    >>> tails = ClassWeighted(NegLog(), "balanced")                # weights of the classes
+    >>> exact = ExactMatch(Binary())                               # the largest error of the positions of an example
+    >>> masks = IoU(Binary())                                      # the Lovász extension of the Jaccard loss
+    >>> order, matches, close = Pairwise(), Retrieval(), Tolerance(0.1)
+
 An objective may have an attribute `ignore_index`. Training then averages over the other targets, as the cross-entropy
 of torch does. It may have a method `at_step(step)` that returns the objective of a training step; an oracle calls it.
 """
