@@ -51,6 +51,7 @@ from bisam.objectives.bounds import (
     NegLog as NegLog,
     Tanh as Tanh,
     WrongClasses as WrongClasses,
+    innermost as innermost,
     neg_log,
     tanh,
 )

@@ -455,6 +455,13 @@ class Binary(Around):
         return self.bound._labelled(logits, labels, None)
 
 
+def innermost(objective: Any) -> Any:
+    """Returns what is inside of objectives around others, down to `Binary`, whose targets are those of labels."""
+    while isinstance(objective, Around) and not isinstance(objective, Binary):
+        objective = objective.bound
+    return objective
+
+
 Bound = LowerBound | Around
 """A bound of the 0-1 loss or of another metric, such as `NegLog()` and `Binary()`."""
 
