@@ -18,7 +18,7 @@ from bisam.analysis import average_sharpness, flips, sharpness
 from bisam.experiments import data
 from bisam.experiments.analyses import catalogue
 from bisam.experiments.analyses.file import ANALYSIS, as_text, read_entries
-from bisam.experiments.analyses.run import analyse, analyse_weights, numbers
+from bisam.experiments.analyses.run import analyse, analyse_weights, missing, numbers
 from bisam.experiments.analyses.settings import Settings
 from bisam.experiments.errors import DamagedError, RunError
 from bisam.experiments.models.build import build
@@ -106,9 +106,30 @@ def test_what_is_there_is_kept_and_an_interruption_loses_one_analysis(run):
     assert not list(run.folder.glob(".*.tmp"))
 
 
+def change(run: Run, **values) -> None:
+    """Change values of a result."""
+    result = {k: v for k, v in run.result.items() if k not in ("recipe", "metrics", "checksum")}
+    changed = with_checksums({**result, **values}, run.recipe, run.metrics())
+    (run.folder / "result.json").write_text(json.dumps(changed))
+
+
+@pytest.mark.parametrize("weights", ["best", "last"])
+def test_the_weights_are_those_whose_test_score_is_the_headline(run, weights):
+    """By default; the entry has them by name, so that it is found again."""
+    change(run, headline=weights)
+    found, expected = (
+        analyse(run.folder, ["flips"], settings, MACHINE)["entries"]
+        for settings in (FEW, replace(FEW, weights=weights))
+    )
+    assert found == expected
+    assert found[0]["settings"]["weights"] == weights
+    assert not missing(run.folder, run.result, {"flips": FEW})
+    assert missing(run.folder, run.result, {"flips": replace(FEW, weights="ema")}) == ["flips"]
+
+
 def test_a_changed_setting_computes_again_and_keeps_the_other(run):
     analyse(run.folder, ["flips"], FEW, MACHINE)
-    for changed in ({"rho": (0.1,)}, {"examples": 39}, {"seed": 1}, {"batch_size": 17}, {"weights": "last"}):
+    for changed in ({"rho": (0.1,)}, {"examples": 39}, {"seed": 1}, {"batch_size": 17}, {"weights": "best"}):
         watch = Watch()
         found = analyse(run.folder, ["flips"], replace(FEW, **changed), MACHINE, watch)
         assert watch.analyses == ["flips"], changed
@@ -134,9 +155,7 @@ def test_several_radii_are_entries_of_their_own(run):
 
 def trained_again(run: Run) -> None:
     """The result of the same recipe at another time."""
-    result = {k: v for k, v in run.result.items() if k not in ("recipe", "metrics", "checksum")}
-    again = with_checksums({**result, "finished": "2030-01-01T00:00:00Z"}, run.recipe, run.metrics())
-    (run.folder / "result.json").write_text(json.dumps(again))
+    change(run, finished="2030-01-01T00:00:00Z")
 
 
 def test_the_analysis_of_other_weights_is_not_used(run):
@@ -174,7 +193,7 @@ def test_a_number_that_is_not_finite_is_null(run, monkeypatch):
     monkeypatch.setitem(catalogue.ANALYSES, "flips", changed)
     found = analyse(run.folder, ["flips"], FEW, MACHINE)
     assert found["entries"][0]["results"]["flips"]["rho"] is None
-    assert isnan(numbers(found, ["flips"], FEW)["cosine, SAM and -log"])
+    assert isnan(numbers(found, ["flips"], FEW.of(run.result))["cosine, SAM and -log"])
     (entry,) = read_entries(run.folder)
     restored = changed.restored(entry["results"])["flips"]
     assert isnan(restored.rho)
@@ -235,9 +254,7 @@ def test_what_cannot_be_analysed_is_one_line(copied, tmp_path):
 
 
 def test_a_run_that_diverged_is_refused(run):
-    result = {k: v for k, v in run.result.items() if k not in ("recipe", "metrics", "checksum")}
-    diverged = with_checksums({**result, "diverged": 2}, run.recipe, run.metrics())
-    (run.folder / "result.json").write_text(json.dumps(diverged))
+    change(run, diverged=2)
     refused(run, "diverged: its loss is not finite from epoch 2 on")
 
 

@@ -55,7 +55,7 @@ def test_several_runs_get_a_file_figures_and_a_table(bisam, out):
         assert [entry["analysis"] for entry in content["entries"]] == ["sharpness", "flips"]
         files = sorted(path.name for path in (of(out, seed) / "analysis").iterdir())
         assert len(files) == 2
-        assert all(name.endswith("-examples-32-batch-size-16.png") for name in files)
+        assert all(name.endswith("-examples-32-batch-size-16-weights-last.png") for name in files)
     assert "seed-0" in said
     assert "seed-1" in said
 

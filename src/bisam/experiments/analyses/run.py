@@ -1,7 +1,7 @@
 """Run: computes what is not there yet of the analyses of a run, and writes it into the folder of the run.
 
 content = analyse(Path("runs/digits/sam-noise-0-1f0c22e9/seed-0"), ["sharpness", "flips"])
-numbers(content, ["sharpness"])          # {"loss": 0.01, "rise": 0.05, ...}
+numbers(content, ["sharpness"], Settings(weights="last"))          # {"loss": 0.01, "rise": 0.05, ...}
 """
 
 from __future__ import annotations
@@ -94,6 +94,7 @@ def analyse(
     result_of(run)  # before the lock file is made
     with run.open():
         result, writer = result_of(run), run.writer()
+        settings = settings.of(result)
 
         def save(entries: Iterable[Entry]) -> None:
             writer.write(ANALYSIS, as_text(entries))
@@ -149,13 +150,13 @@ def analyse_weights(
         )
 
 
-def numbers(found: Mapping[str, Any], what: Iterable[str], settings: Settings = Settings()) -> dict[str, float]:  # noqa: B008
+def numbers(found: Mapping[str, Any], what: Iterable[str], settings: Settings) -> dict[str, float]:
     """Return the numbers of analyses in the content of an `analysis.json`, by the titles of their columns.
 
     Args:
         found: what `analyse` returned.
         what: names of analyses.
-        settings: as for `analyse`, with one radius.
+        settings: as for `analyse`, with one radius, and with weights by name, as `settings.of(result)` has them.
 
     Raises:
         KeyError: an analysis with these settings is not there.
@@ -189,7 +190,7 @@ def missing(folder: Path, result: Result, wanted: Mapping[str, Settings]) -> lis
     entries, of, left = read_entries(folder), checksum(result), list[str]()
     for name, settings in wanted.items():
         own = ANALYSES[name].settings
-        if any(find(entries, name, one.relevant(own), of) is None for one in settings.each(own)):
+        if any(find(entries, name, one.relevant(own), of) is None for one in settings.of(result).each(own)):
             left.append(name)
     return left
 

@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bisam.experiments.errors import unknown
-from bisam.experiments.runs.results import WEIGHTS as WEIGHTS
+from bisam.experiments.runs.results import WEIGHTS as WEIGHTS, Result, headline
 from bisam.validation import positive, whole
 
 SPLITS = ("train", "validation", "test")
 FILE = "file"
 """The weights of a file, which belong to no run."""
+HEADLINE = "headline"
+"""Those weights of a run whose test score reports show and compare: best or last, see `runs.results.headline`."""
 
 SHARED = ("split", "examples", "batch_size", "weights", "seed")
 """Settings that all analyses have: which examples and weights they are of."""
@@ -28,7 +30,8 @@ class Settings:
         split: train (with the label noise of the run, without augmentation), validation or test.
         examples: largest number of examples; the seed chooses them, the same for all runs of one seed on the same data.
         batch_size: examples of a batch, which has a displacement of its own in flips and m-sharpness.
-        weights: best (of the latest epoch with the best validation score), last, or ema (the average of the weights).
+        weights: headline, best (of the latest epoch with the best validation score), last, or ema (the average of the
+            weights).
         seed: seeds the choice of the examples, random directions and random vectors.
 
     Raises:
@@ -41,7 +44,7 @@ class Settings:
     split: str = "train"
     examples: int = 2000
     batch_size: int = 128
-    weights: str = "best"
+    weights: str = HEADLINE
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -55,8 +58,12 @@ class Settings:
         whole("seed", self.seed, least=0, most=2**32 - 1)
         if self.split not in SPLITS:
             raise unknown("split", self.split, SPLITS)
-        if self.weights not in (*WEIGHTS, FILE):
+        if self.weights not in (HEADLINE, *WEIGHTS, FILE):
             raise unknown("weights of a run", self.weights, WEIGHTS)
+
+    def of(self, result: Result) -> Settings:
+        """The settings for a run: its headline weights by their name."""
+        return replace(self, weights=headline(result)) if self.weights == HEADLINE else self
 
     @property
     def radius(self) -> float:

@@ -75,8 +75,8 @@ def analyse(
         split: Examples: train (with the label noise of the run, without augmentation), validation or test.
         examples: Largest number of examples, which the seed chooses.
         batch_size: Examples of a batch, which has a step of its own in flips and m-sharpness.
-        weights: Weights of the runs: best (the default, of the best validation epoch), last, or ema. Without RUNS: a
-            file of weights, .pt or .safetensors.
+        weights: Weights of the runs: best (of the best validation epoch), last, or ema; by default those whose test
+            score reports show. Without RUNS: a file of weights, .pt or .safetensors.
         seed: Seed of the examples and of random directions.
         model: Model of the file of weights, see `bisam list`.
         dataset: Data set on which the weights of the file are analysed.
@@ -90,7 +90,7 @@ def analyse(
     from bisam.experiments.analyses.settings import Settings
 
     names = known(DEFAULT if what is None else _parts(what))
-    settings = Settings(_radii(rho), steps, split, examples, batch_size, "best", seed)
+    settings = Settings(_radii(rho), steps, split, examples, batch_size, seed=seed)
     own = {name for one in names for name in ANALYSES[one].settings}
     if idle := sorted((given & {"rho", "steps"}) - own):
         raise ValueError(f"{', '.join(names)} has no {' and no '.join(idle)}: leave {_flags(idle)} out")
@@ -105,7 +105,7 @@ def analyse(
     if recipes:
         refuse_idle(recipes, machine, given & _PLACE)
     machine.fabric()  # fails here, before the first run, if the device is missing
-    return _all(jobs, names, jobs[0].settings)
+    return _all(jobs, names)
 
 
 @dataclass
@@ -131,13 +131,15 @@ class _Job:
 
 def _of_runs(runs: Iterable[Path], names: Sequence[str], settings: Settings, machine: Machine) -> list[_Job]:
     from bisam.experiments.analyses.run import analyse as analyse_run
-    from bisam.experiments.runs.folder import read_recipe
+    from bisam.experiments.runs.folder import Run, read_recipe
 
     def job(folder: Path) -> _Job:
-        recipe = None
-        with suppress(RunError):
+        recipe, own = None, settings
+        with suppress(RunError):  # analyse_run says what is wrong
             recipe = read_recipe(folder)
-        return _Job(folder, recipe, settings, lambda shown: analyse_run(folder, names, settings, machine, shown))
+            if (result := Run(folder, recipe).result) is not None:
+                own = settings.of(result)
+        return _Job(folder, recipe, own, lambda shown: analyse_run(folder, names, own, machine, shown))
 
     return [job(folder) for folder in dict.fromkeys(folder for path in runs for folder in found_under(path))]
 
@@ -202,12 +204,12 @@ def _of_file(
     )
 
 
-def _all(jobs: Sequence[_Job], names: Sequence[str], settings: Settings) -> int:
+def _all(jobs: Sequence[_Job], names: Sequence[str]) -> int:
     with MeasuringDisplay(len(jobs)) as display, _noticed() as pressed:
         try:
             for job in jobs:
                 display.run()
-                _one(job, names, settings, display, pressed)
+                _one(job, names, display, pressed)
         except KeyboardInterrupt as error:
             ignore_further()
             display.stop()
@@ -244,16 +246,14 @@ def _noticed() -> Generator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _one(
-    job: _Job, names: Sequence[str], settings: Settings, display: MeasuringDisplay, pressed: Callable[[], bool]
-) -> None:
+def _one(job: _Job, names: Sequence[str], display: MeasuringDisplay, pressed: Callable[[], bool]) -> None:
     def show(title: str, done: int, total: int) -> None:
         if pressed():
             raise KeyboardInterrupt
         display.measure(title, done, total)
 
     try:
-        _measure(job, names, settings, show)
+        _measure(job, names, show)
     except Exception:
         if pressed():
             raise KeyboardInterrupt from None
@@ -262,7 +262,7 @@ def _one(
         raise KeyboardInterrupt
 
 
-def _measure(job: _Job, names: Sequence[str], settings: Settings, show: Callable[[str, int, int], None]) -> None:
+def _measure(job: _Job, names: Sequence[str], show: Callable[[str, int, int], None]) -> None:
     from bisam.experiments.analyses.run import AnalysisError
 
     try:
@@ -277,7 +277,7 @@ def _measure(job: _Job, names: Sequence[str], settings: Settings, show: Callable
             raise
         job.error = f"out of memory: fewer --examples and a smaller --batch-size need less ({reason(error)})"
         return
-    job.found = _wanted(content["entries"], names, settings)
+    job.found = _wanted(content["entries"], names, job.settings)
     if not job.found:
         return
     files = ["analysis.json", *_drawn(job.folder, job.found)]

@@ -25,7 +25,7 @@ from bisam.experiments.reports.cells import probability, signed
 from bisam.experiments.reports.correlations import Correlation, Estimate, correlate, stronger
 from bisam.experiments.reports.groups import grouped, names, place, places, title
 from bisam.experiments.reports.significance import ALPHA, holm
-from bisam.experiments.runs.folder import Finished
+from bisam.experiments.runs.folder import Finished, Result
 from bisam.experiments.studies.study import Analyses
 
 
@@ -117,7 +117,7 @@ def measured(
     """
     found, lacking = list[Measured](), list[str]()
     for run in runs:
-        values = _numbers(entries.get(run.recipe, ()), analyses)
+        values = _numbers(entries.get(run.recipe, ()), run.result, analyses)
         named = {name: values[column] for column, name in analyses.measures.items() if column in values}
         if len(named) == len(analyses.measures) or run.diverged is not None:
             found.append(Measured(run, named))
@@ -126,11 +126,11 @@ def measured(
     return found, lacking
 
 
-def _numbers(entries: Sequence[Entry], analyses: Analyses) -> dict[str, float]:
+def _numbers(entries: Sequence[Entry], result: Result, analyses: Analyses) -> dict[str, float]:
     """The numbers of the study's analyses, with the study's settings, by the titles of their columns."""
     values = dict[str, float]()
     for name in analyses.what:
-        settings = Settings(**analyses.settings_of(name)).relevant(ANALYSES[name].settings)
+        settings = Settings(**analyses.settings_of(name)).of(result).relevant(ANALYSES[name].settings)
         if (entry := with_settings(entries, name, settings)) is not None:
             values |= ANALYSES[name].numbers(entry["results"])
     return values

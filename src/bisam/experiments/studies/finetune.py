@@ -59,18 +59,31 @@ FLOWERS = replace(
 
 _RADII = (0.025, 0.05, 0.1, 0.2, 0.4)
 GRIDS: Mapping[str, tuple[float, ...]] = {
-    PLAIN: (0.0, 0.01, 0.1, 1.0, 10.0),
+    PLAIN: (0.01, 0.1, 1.0, 10.0, 100.0),
     **dict.fromkeys(METHODS[1:5], _RADII),
     "asam": (0.25, 0.5, 1.0, 2.0, 4.0),
 }
-"""What is tried of each method: weight decays of plain training, radii of the others."""
+"""What is tried of each method: weight decays of plain training, radii of the others. The weight decays were
+0 to 10 at first, of which the largest was the best."""
 
-TASKS = ("sst2", "cola")
-"""The tasks of the study, in its order. For others: `bisam run finetune-glue-rho --set dataset=glue:mrpc`."""
+TASKS = ("sst2",)
+"""The tasks of the study. For others: `bisam run finetune-glue-rho --set dataset=glue:mrpc`."""
+TUNED_TASKS = (*TASKS, "cola")
+"""The tasks for which settings were tried. From 512 examples of CoLA no method learns enough to be compared."""
 
 _ORIGIN = "the middle of their grids"
 GLUE_SETTINGS = Settings(
-    "finetune-glue-rho", {(method, task): grid[2] for task in TASKS for method, grid in GRIDS.items()}, _ORIGIN
+    "finetune-glue-rho",
+    {(method, task): grid[2] for task in TASKS for method, grid in GRIDS.items()},
+    _ORIGIN,
+    chosen={
+        (PLAIN, "sst2"): 10.0,
+        ("sam", "sst2"): 0.05,
+        ("sam_ce", "sst2"): 0.05,
+        ("bisam_log", "sst2"): 0.05,
+        ("bisam_tanh", "sst2"): 0.05,
+        ("asam", "sst2"): 1.0,
+    },
 )
 """The setting of each method for each task."""
 FLOWERS_SETTINGS = Settings(
@@ -84,17 +97,18 @@ def recipe_of(base: Recipe, method: str, setting: float) -> Recipe:
     return at_equal_gradients(with_setting(base, method, setting))
 
 
-def _glue_tasks(epochs: int | None) -> dict[str, Recipe]:
-    return {task: replace(GLUE, dataset=f"glue:{task}", epochs=epochs or GLUE.epochs) for task in TASKS}
+def _glue_of(task: str, epochs: int | None) -> Recipe:
+    return replace(GLUE, dataset=f"glue:{task}", epochs=epochs or GLUE.epochs)
 
 
 def _glue(epochs: int | None) -> list[Recipe]:
-    bases = _glue_tasks(epochs)
-    return [recipe_of(base, method, GLUE_SETTINGS[method, task]) for task, base in bases.items() for method in METHODS]
+    return [
+        recipe_of(_glue_of(task, epochs), method, GLUE_SETTINGS[method, task]) for task in TASKS for method in METHODS
+    ]
 
 
 def _glue_tuning(epochs: int | None) -> list[Recipe]:
-    return [one for base in _glue_tasks(epochs).values() for one in _grid(base)]
+    return [one for task in TUNED_TASKS for one in _grid(_glue_of(task, epochs))]
 
 
 def _flowers(epochs: int | None) -> list[Recipe]:
@@ -124,8 +138,8 @@ _SAME = (
 )
 _TUNING = (
     "Each method has a value of its own, of five the one with the best validation score of the last epoch, mean of "
-    "the seeds of `{tuning}`: the weight decay of AdamW, and the radius of the others, whose weight decay is 0.01. If "
-    "it is at an end of its grid, the grid is extended before the comparison is run."
+    "the seeds of `{tuning}`: the weight decay of AdamW, and the radius of the others, whose weight "
+    "decay is 0.01. If it is at an end of its grid, the grid is extended before the comparison is run."
 )
 _CHOICE = (
     "The value with the best validation score of the last epoch, mean of these seeds, is that of the study `{study}`, "
@@ -135,10 +149,12 @@ _GLUE_NOTE = (
     "Table 7 of Xie et al. (2024) at a size for two cores. *Registered before the first run*: the primary "
     "comparison is BiSAM (-log) minus SAM on SST-2, the accuracy of the last epoch on the official development "
     "set, paired by seed, with 10 seeds (0 to 9) and a two-sided Student test at 5 %. All other comparisons, those"
-    " with the control and those on CoLA (Matthews correlation) among them, are secondary and adjusted together "
-    f"(Holm). The study ends with its tenth seed, whatever the intervals are. {_SAME} "
-    f"{_TUNING.format(tuning='finetune-glue-rho')} *Made smaller*: MiniLM (6 layers of width 384; "
-    "sentence-transformers/all-MiniLM-L6-v2, in DATA/weights/minilm-l6-h384) in place of BERT-base, and 512 "
+    " with the control among them, are secondary and adjusted together (Holm). The study ends with its tenth seed, "
+    f"whatever the intervals are. {_SAME} {_TUNING.format(tuning='finetune-glue-rho')} The five weight "
+    "decays were moved once, from 0 to 10 to 0.01 to 100, because the largest had been the best. CoLA was to be the "
+    "second task and was left out before the first run: in tuning no method had a Matthews correlation above 0.11 in "
+    "validation, so that methods would be compared where nothing is learned. *Made smaller*: MiniLM (6 layers of width "
+    "384; sentence-transformers/all-MiniLM-L6-v2, in DATA/weights/minilm-l6-h384) in place of BERT-base, and 512 "
     "training examples, which the seed draws. The embeddings and the 4 lower layers are frozen: they are not "
     "perturbed and have no dropout, and their states of each text are computed once, which changes results by "
     "rounding only. Batches have texts of similar length. The validation part, a tenth of the training set, "
@@ -161,7 +177,7 @@ _FLOWERS_NOTE = (
 FINETUNE = (
     Study(
         "finetune-glue",
-        "MiniLM fine-tuned on 512 examples of SST-2 and of CoLA",
+        "MiniLM fine-tuned on 512 examples of SST-2",
         _glue,
         seeds=10,
         figures=("accuracy", "flips", "curves"),
