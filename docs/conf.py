@@ -4,11 +4,16 @@ The first build executes the examples of the gallery, later ones those that have
 
 The pages are Markdown, and links between them work on the site as in the repository. `BISAM_DOCS_NETWORK=1` adds links
 to the references of Python, torch and NumPy, which needs their inventories from the network; the site is whole without.
+
+`BISAM_DOCS_VERSIONS="0.2.0 0.1.0"` makes the site that of one of several versions, the newest of which is first: its
+pages have a menu of them, and a banner if another one is newer. They read switcher.json in the folder that has the
+folders of the versions, which is `BISAM_DOCS_ROOT` on its server; the build writes that file beside index.html.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import re
 import sys
@@ -46,7 +51,7 @@ sphinx_gallery_conf = {
     "backreferences_dir": None,
     "doc_module": "bisam",
     "reference_url": {"bisam": None},  # links from the code to the reference, without the network
-    "default_thumb_file": str(ROOT / "docs" / "how-it-works.svg"),
+    "remove_config_comments": True,  # those that name the committed thumbnails
     "show_signature": False,
     "write_computation_times": False,  # a page with scripts from the network
     "within_subsection_order": "FileNameSortKey",
@@ -114,6 +119,7 @@ myst_enable_extensions = ["colon_fence"]
 
 html_theme = "pydata_sphinx_theme"
 html_title = "bisam"
+html_context = {"default_mode": "auto"}  # light or dark as the browser; unset, each page logs an error
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
@@ -128,6 +134,17 @@ html_theme_options = {
     "footer_start": ["copyright"],
     "footer_end": ["theme-version"],
 }
+VERSIONS = os.environ.get("BISAM_DOCS_VERSIONS", "").split()
+SITES = os.environ.get("BISAM_DOCS_ROOT", "").rstrip("/")
+if VERSIONS:
+    if release not in VERSIONS:
+        raise ValueError(f"BISAM_DOCS_VERSIONS {' '.join(VERSIONS)} lacks {release}, the version of this site: add it")
+    html_theme_options |= {
+        "switcher": {"json_url": f"{SITES}/switcher.json", "version_match": release},
+        "check_switcher": False,  # it is a file of the server, and none of this folder
+        "navbar_end": ["version-switcher", "theme-switcher", "navbar-icon-links"],
+        "show_version_warning_banner": True,
+    }
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
@@ -188,9 +205,17 @@ def home(app: Any, module: str, name: str) -> str | None:
     return module if name in ALIASES else None
 
 
+def write_versions(app: Any, error: Exception | None) -> None:
+    """Writes switcher.json, which the pages of all versions read."""
+    if VERSIONS and error is None:
+        entries = [{"version": one, "url": f"{SITES}/{one}/", "preferred": one == VERSIONS[0]} for one in VERSIONS]
+        (Path(app.outdir) / "switcher.json").write_text(json.dumps(entries, indent=2) + "\n")
+
+
 def setup(app: Any) -> None:
     """Connects the functions above; the first runs before napoleon."""
     app.connect("autodoc-process-docstring", docstring, priority=100)
     app.connect("autodoc-process-signature", signature)
     app.connect("missing-reference", reference)
     app.connect("viewcode-follow-imported", home)
+    app.connect("build-finished", write_versions)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell has started pytest in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # else the commands that tests interrupt go on
 DATA = Path(os.environ.pop("BISAM_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
 """The development data. Commands do not find it by themselves: on every machine a test sees what it gives."""
 

@@ -77,6 +77,9 @@ def test_an_example_has_a_title_a_picture_and_no_download(path):
     assert set(line) == {"="}
     assert len(line) == len(title)
     assert "plt.subplots(" in text
+    thumbnail = f"_static/gallery/{path.stem}.png"
+    assert f'# sphinx_gallery_thumbnail_path = "{thumbnail}"' in text
+    assert (GALLERY.parent.parent / "docs" / thumbnail).stat().st_size < 30_000
     assert "http" not in text
     assert len(text.splitlines()) <= 120
 

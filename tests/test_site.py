@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
+import os
 import re
 import subprocess
 import sys
@@ -88,9 +90,14 @@ def test_the_site_builds_without_a_warning(tmp_path):
         DOCS,
         tmp_path / "site",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
+    environment = {**os.environ, "BISAM_DOCS_VERSIONS": f"9.9 {bisam.__version__}", "BISAM_DOCS_ROOT": "/bisam/"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280, env=environment)
     assert done.returncode == 0, done.stderr
     site = tmp_path / "site"
+    assert json.loads((site / "switcher.json").read_text()) == [
+        {"version": "9.9", "url": "/bisam/9.9/", "preferred": True},
+        {"version": bisam.__version__, "url": f"/bisam/{bisam.__version__}/", "preferred": False},
+    ]
     for path in site.rglob("*.html"):
         if "_static" not in path.parts:
             text = path.read_text()
@@ -98,5 +105,6 @@ def test_the_site_builds_without_a_warning(tmp_path):
             files = set(re.findall(r" (?:href|src)=\"([^\":#?]+)(?:[#?][^\"]*)?\"", text))
             assert [link for link in files if not (path.parent / unquote(link)).exists()] == [], path
     page = (site / "api" / "generated" / "bisam.SAM.html").read_text()
+    assert "theme_switcher_json_url = '/bisam/switcher.json'" in page
     assert "Foret et al., 2021" in page
     assert "[source]" in page

@@ -5,6 +5,7 @@ The 0-1 adversary
 SAM's adversary climbs the training loss, BiSAM's a bound of the 0-1 loss: it looks for weights at which *predictions*
 are wrong. Here both displace the same trained network by the same distance, and we count what changes.
 """
+# sphinx_gallery_thumbnail_path = "_static/gallery/adversary.png"
 
 import matplotlib.pyplot as plt
 import torch

@@ -5,6 +5,7 @@ Analyse a network
 Measures of one trained network and another: how much the loss rises nearby, what an adversary flips, curvature, and
 calibration. All take the loss of a training loop and batches, and leave the model as it is.
 """
+# sphinx_gallery_thumbnail_path = "_static/gallery/analyse.png"
 
 import matplotlib.pyplot as plt
 import torch

@@ -5,6 +5,7 @@ Fine-tuning with LoRA
 A small vision transformer learns the digits. Then adapters (LoRA, by PEFT) teach it the same digits mirrored, with
 and without BiSAM. Frozen weights are neither displaced nor copied, so rho is a radius in the space of the adapters.
 """
+# sphinx_gallery_thumbnail_path = "_static/gallery/finetune_lora.png"
 
 import copy
 import warnings

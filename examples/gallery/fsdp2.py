@@ -7,6 +7,7 @@ is that of the whole batch: two processes with half of the batch each train as o
 
 Real scripts are started by ``torchrun --nproc-per-node 2``; here two processes start from one, on CPUs.
 """
+# sphinx_gallery_thumbnail_path = "_static/gallery/fsdp2.png"
 
 import tempfile
 from pathlib import Path

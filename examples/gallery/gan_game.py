@@ -5,6 +5,7 @@ A GAN as a game
 A generator and a discriminator in one module, whose output is the sum of two losses; each reaches the weights of one
 player only. RAPP takes the gradient of this game at an approximate proximal point (Pethick et al., 2023).
 """
+# sphinx_gallery_thumbnail_path = "_static/gallery/gan_game.png"
 
 import matplotlib.pyplot as plt
 import torch

@@ -6,6 +6,7 @@ Label noise
 learns them by heart; one that minimises the loss at the worst nearby weights, much less so. All methods compute the
 same number of gradients: plain training has twice the epochs.
 """
+# sphinx_gallery_thumbnail_path = "_static/gallery/label_noise.png"
 
 import matplotlib.pyplot as plt
 import torch

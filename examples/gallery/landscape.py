@@ -5,6 +5,7 @@ A landscape of the loss
 The loss around the weights of two networks: one trained by SGD, one by SAM. All directions are normalised by filters,
 so that the scale of the weights does not matter (Li et al., 2018).
 """
+# sphinx_gallery_thumbnail_path = "_static/gallery/landscape.png"
 
 import matplotlib.pyplot as plt
 import torch

@@ -5,6 +5,7 @@ A method of your own in 15 lines
 A method is a function of an oracle and a batch. This one looks for a bad point without an ascent gradient: it draws a
 few random displacements and descends from the one with the largest loss. It costs forward passes and one gradient.
 """
+# sphinx_gallery_thumbnail_path = "_static/gallery/own_method.png"
 
 from dataclasses import dataclass
 

@@ -5,6 +5,7 @@ A schedule for rho
 A radius may be any function of the step. Four of them: a constant, one that warms up, one that follows the learning
 rate as in GSAM, and one that holds the share of predictions that the ascent step flips.
 """
+# sphinx_gallery_thumbnail_path = "_static/gallery/rho_schedule.png"
 
 import matplotlib.pyplot as plt
 import torch

@@ -5,6 +5,7 @@ Tune rho
 The radius decides more than the method. Choose it on validation examples, in factors of two, with a few seeds, and
 look at the test set once, with other seeds. Here 40 % of the training labels are wrong.
 """
+# sphinx_gallery_thumbnail_path = "_static/gallery/tune.png"
 
 import matplotlib.pyplot as plt
 import torch

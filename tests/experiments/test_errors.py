@@ -15,6 +15,7 @@ from bisam.experiments.errors import (
     missing_package,
     reason_not_loaded,
     show_warnings_in_one_line,
+    unknown,
 )
 from bisam.experiments.launch import estimate
 from bisam.experiments.launch.work import train_or_explain
@@ -23,6 +24,7 @@ from bisam.experiments.runs.machine import Machine
 from bisam.experiments.training import train as training
 from bisam.experiments.training.checks import check_model
 
+NAMES = ["sam", "bisam_log", "bisam_tanh", "table1", "table2", "table3", "table10"]
 ONE = Recipe(method="sam", epochs=1, limit=64)
 OUT_OF_MEMORY = [
     MemoryError(),
@@ -44,6 +46,28 @@ OTHER = [
     KeyError("memory"),
 ]
 each_of_memory = pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: f"{error}"[:30])
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("samm", ", did you mean 'sam'? Try bisam list"),
+        ("SAM", ", did you mean 'sam'? Try bisam list"),
+        ("bisam", ", did you mean 'bisam_log' or 'bisam_tanh'? Try bisam list"),
+        ("table", ", did you mean 'table1', 'table2' or 'table3'? Try bisam list"),
+        ("table4", ", did you mean 'table3'? Try bisam list"),
+        ("nonsense", ": try bisam list"),
+        ("t", ": try bisam list"),
+        ("", ": try bisam list"),
+    ],
+)
+def test_of_many_names_the_nearest_are_said_and_what_lists_them(name, words):
+    assert str(unknown("kind", name, NAMES, "bisam list")) == f"unknown kind {name!r}{words}"
+
+
+def test_few_names_are_all_said():
+    assert str(unknown("kind", "c", ["a", "b"])) == "unknown kind 'c', available: a, b"
+    assert str(unknown("kind", "ab", ["abc", "b"])) == "unknown kind 'ab', did you mean 'abc'? Available: abc, b"
 
 
 @each_of_memory

@@ -13,13 +13,26 @@ from pathlib import Path
 from textwrap import shorten
 
 
-def unknown(kind: str, name: str, known: Iterable[str]) -> ValueError:
-    """Return the error for a name that is not in `known`, with the most similar ones: of a family its first members."""
+def unknown(kind: str, name: str, known: Iterable[str], see: str = "") -> ValueError:
+    """Return the error for a name that is not in `known`, with the most similar ones: of a family its first members.
+
+    Args:
+        kind: what is named.
+        name: what was given.
+        known: the names that there are.
+        see: a command that shows them, where they are too many for a message.
+    """
     names, lower = list(known), name.lower()
-    near = [n for n in names if n.lower() == lower] or [n for n in names if n.lower().startswith(f"{lower}_")][:3]
+    family = lower if see and len(lower) > 1 else f"{lower}_"
+    near = [n for n in names if n.lower() == lower] or [n for n in names if n.lower().startswith(family)][:3]
     near = near or get_close_matches(name, names, 1) or get_close_matches(lower, names, 1)
-    hint = f"did you mean {' or '.join(map(repr, near))}? Available: " if near else "available: "
-    return ValueError(f"unknown {kind} {name!r}, {hint}{', '.join(names)}")
+    *others, last = map(repr, near or [""])
+    meant = f", did you mean {', '.join(others)}{' or ' * bool(others)}{last}?" if near else ""
+    if see:
+        rest = f" Try {see}" if near else f": try {see}"
+    else:
+        rest = f"{' Available' if near else ', available'}: {', '.join(names)}"
+    return ValueError(f"unknown {kind} {name!r}{meant}{rest}")
 
 
 def reason(error: BaseException) -> str:

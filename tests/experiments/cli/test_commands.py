@@ -141,3 +141,35 @@ def test_a_short_digits_study_end_to_end(bisam, tmp_path):
     assert len(list(tmp_path.glob("digits/*/seed-0/result.json"))) == 10
     assert (tmp_path / "digits" / "accuracy.png").stat().st_size > 10_000
     assert (tmp_path / "digits" / "flips.png").stat().st_size > 10_000
+
+
+def test_a_path_is_printed_as_it_is(bisam, tmp_path):
+    out = tmp_path / "a [b] :b: [/c]"
+    code, said, _ = bisam("train", "--save-config", out / "a.toml")
+    assert (code, said) == (0, f"{out}/a.toml: bisam train --config '{out}/a.toml'\n")
+    (out / ":b:").touch()
+    code, _, err = bisam("train", "--out", out / ":b:")
+    assert (code, err) == (2, f"bisam: --out {out}/:b: is a file. Give a folder for the runs\n")
+
+
+FAST = ("train", "--method", "sam", "--epochs", 2, "--limit", 96, "--log", "tensorboard")
+
+
+def test_a_run_that_diverges_has_exit_code_1_then_and_later(bisam, tmp_path):
+    for _ in range(2):
+        code, out, err = bisam(*FAST, "--learning-rate", 1e30, "--out", tmp_path)
+        assert code == 1
+        assert "test accuracy" in out
+        assert "ended early: loss is nan since epoch 1: a smaller --learning-rate or --rho" in err
+
+
+@pytest.mark.parametrize(("rank", "speaks"), [("0", True), ("3", False)])
+def test_of_the_processes_of_several_nodes_the_first_one_speaks(bisam, tmp_path, monkeypatch, rank, speaks):
+    bisam(*FAST, "--out", tmp_path)
+    monkeypatch.setenv("RANK", rank)
+    code, out, err = bisam(*FAST, "--nodes", 2, "--out", tmp_path)
+    assert (code, err) == (0, "")
+    assert ("test accuracy" in out) == speaks
+    code, _, err = bisam(*FAST, "--nodes", 2, "--rho", 2, "--log", "nonsense", "--out", tmp_path)
+    assert code == 2
+    assert "unknown logger 'nonsense'" in err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -66,3 +67,11 @@ def test_completing_imports_no_torch():
     codes, slow, _ = loaded(("__complete", "run", ""), ("__complete", "train", "--method", ""))
     assert slow == ""
     assert codes == ["0", "0"]
+
+
+def test_the_help_of_plot_has_every_figure_of_a_study(bisam):
+    from bisam.experiments.reports import figures, predictor_plot
+
+    said = " ".join(re.sub(r"[│\n]", " ", bisam("plot", "--help")[1]).split())
+    for name in (*figures.CAPTIONS, predictor_plot.NAME):
+        assert f" {name}," in said or f" {name};" in said, name

@@ -92,7 +92,9 @@ def at_first_line(tmp_path, *studies: str) -> dict[str, tuple[str, set[str]]]:
 def test_nothing_is_built_or_imported_before_the_first_line(tmp_path, name):
     """Counted work, not seconds: no module, optimizer or step of a method, and none of the heavy packages."""
     ((first, imported),) = at_first_line(tmp_path, name).values()
-    assert first.split() == ["dataset", "model", "method", "rho", "noise", "epochs", "runs", "left"]
+    columns = ["dataset", "model", "method", "rho", "noise", "epochs", "runs", "left"]
+    analysed = ["analyses", "left"] if STUDIES[name].analyses else []
+    assert first.split() == columns + analysed
     assert imported == set()
     assert not list(tmp_path.iterdir())
 
@@ -194,3 +196,49 @@ def test_a_method_that_cannot_take_the_batches_is_said_after_the_runs(bisam, tmp
     assert (code, err.count("\n")) == (2, 1)
     assert "KSAM(8)" in out
     assert "k is 8, and the batch has only 4" in err
+
+
+# Settings in a file
+
+PLAN = ("run", "digits", "--seeds", 1, "--dry-run", "--no-estimate")
+
+
+@pytest.mark.parametrize("name", ["a.toml", "a.json"])
+def test_a_file_changes_the_recipes_as_set_does(bisam, tmp_path, name):
+    setting = ("--limit", 96, "--epochs", 3, "--noise", 0.2, "--model", "mlp")
+    bisam("train", "--method", "sam", "--rho", 0.1, *setting, "--save-config", tmp_path / name)
+    code, planned, err = bisam(*PLAN, "--config", tmp_path / name)
+    assert code == 0
+    assert err == f"bisam: {tmp_path / name}: without effect is method, rho, seed, of which a study has its own\n"
+    changes = ("limit=96", "noise=0.2", "model=mlp", "momentum=0.9", "weight_decay=0.0005")
+    sets = [part for change in changes for part in ("--set", change)]
+    assert planned == bisam(*PLAN, *sets, "--epochs", 3)[1]
+    for given in (("--epochs", 2), ("--set", "epochs=2")):
+        assert bisam(*PLAN, "--config", tmp_path / name, *given)[1] == bisam(*PLAN, *sets, "--epochs", 2)[1]
+
+
+def test_runs_of_a_file_are_found_by_the_same_file(bisam, tmp_path):
+    file, out = tmp_path / "short.toml", tmp_path / "runs"
+    file.write_text("epochs = 1\nlimit = 96\n")
+    (recipe,) = [one for one in STUDIES["digits"].changed(1, ["limit=96"]) if (one.method, one.noise) == ("sam", 0)]
+    train(Run.under(out / "digits", recipe), Machine(log=()))
+    assert "9 of 10 runs of digits are left" in bisam(*PLAN, "--config", file, "--out", out)[1]
+    for command in (("report",), ("archive",), ("plot", "curves")):
+        to = ("--to", tmp_path / "a.png") if command[0] == "plot" else ()
+        code, _, err = bisam(*command, "digits", "--config", file, "--out", out, *to)
+        assert (code, err) == (0, "")
+
+
+def test_a_file_that_is_no_setting_is_one_line(bisam, tmp_path):
+    file = tmp_path / "a.toml"
+    for content, message in (
+        ("epoch = 1", f"{file}: unknown field of a recipe 'epoch', did you mean 'epochs'? Try bisam train --help"),
+        ("[machine]\ndevice = 'cpu'", f"{file}: unknown field of a recipe 'machine': try bisam train --help"),
+        ("schedule = 'steps'", "unknown schedule 'steps', available: "),
+        ("limit = 'many'", f"{file}: limit: 'many' is not a whole number"),
+    ):
+        file.write_text(content)
+        code, _, err = bisam(*PLAN, "--config", file)
+        assert (code, err.count("\n")) == (2, 1)
+        assert message in err
+    assert "without effect are --config" in bisam("run", "figure1", "--dry-run", "--config", file)[2]

@@ -17,6 +17,8 @@ from bisam.experiments import data
 from bisam.experiments.inference import evaluate as module
 from bisam.experiments.inference.evaluate import evaluate
 from bisam.experiments.inference.loaded import load
+from bisam.experiments.models.build import build
+from bisam.experiments.models.files import write_state
 from bisam.experiments.runs.folder import Run
 from bisam.experiments.training.trained import network, result_of, weights
 from tests.experiments.inference.conftest import MACHINE, finished
@@ -123,6 +125,18 @@ def test_an_exported_model_is_the_run(name, digits, tmp_path, bisam):
     found = json.loads((tmp_path / "a.json").read_text())
     assert found["scores"]["accuracy"] == result_of(digits)["test_last"]
     assert found["weights"] == "file"
+
+
+@pytest.mark.parametrize("name", ["convnet", "resnet8", "torchvision:resnet18", "timm:test_vit"])
+@pytest.mark.parametrize("file", ["a.pt", "a.safetensors"])
+def test_the_classes_of_a_file_are_those_of_its_head(name, file, tmp_path):
+    """Whose weights are not the last ones in the order of their names."""
+    model = build(name, 7)
+    write_state(model, tmp_path / file, {})
+    loaded = load(str(tmp_path / file), tmp_path, model=name, dataset="cifar10")
+    assert loaded.classes == 7
+    found = loaded.model.state_dict()
+    assert all(torch.equal(found[key], value) for key, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("task", ["cola", "rte"])

@@ -118,6 +118,34 @@ def test_a_run_whose_worker_is_killed_goes_on_to_the_same_bits(ray, tmp_path):
     assert same_bits(whole, Run.under(tmp_path / "runs", SHORT))
 
 
+class Brief(Machine):
+    """Has no time left once a run has begun."""
+
+    def later(self, seconds):
+        return replace(self, max_time=1e-3)
+
+
+@pytest.mark.slow
+def test_runs_that_are_out_of_time_go_on_to_the_same_bits(ray, tmp_path):
+    recipes, progress = [SHORT, SGD], Silent()
+    runs = [Run.under(tmp_path / "runs", recipe) for recipe in recipes]
+
+    def ended(machine):
+        outcomes = on_ray.run_all(recipes, tmp_path / "runs", machine, progress, address="auto")
+        assert not any(outcome.error for outcome in outcomes)
+        return [outcome.out_of_time for outcome in outcomes]
+
+    assert ended(Machine(log=(), max_time=1e-6)) == [True, True]
+    assert not any(run.folder.exists() for run in runs)  # none was begun
+    assert ended(Brief(log=(), max_time=3600.0)) == [True, True]
+    assert [len(run.metrics()) for run in runs] == [1, 1]
+    assert progress.ended == {}
+    assert ended(QUIET) == [False, False]
+    whole = Run.under(tmp_path / "whole", SHORT)
+    train(whole, QUIET)
+    assert same_bits(whole, runs[0])
+
+
 @pytest.mark.slow
 def test_a_folder_that_workers_do_not_see_is_said_and_not_made(ray, tmp_path, monkeypatch):
     monkeypatch.setattr(on_ray, "marker_file", lambda root: nullcontext(root / "on-another-machine"))

@@ -208,6 +208,17 @@ def test_a_small_study_and_its_report(tmp_path):
     assert len(shown.figures["samples.png"].axes) == 4
 
 
+@pytest.mark.slow
+def test_a_small_study_of_photographs(tmp_path, data):
+    weights = data / "weights" / "squeezenet1_1_imagenet_rgb_fp16.pt"
+    changed = {"data": f"cifar10:{data}", "features": f"squeezenet-caffe:{weights}", "seeds": "1", "methods": "GDA,EG"}
+    shown = report(GAN, run(GAN, {**SMALL, **changed}, tmp_path))
+    assert [cells[0] for cells in shown.cells] == [REAL, "GDA", "EG"]
+    assert {row["features"] for row in shown.rows} == {"SqueezeNet 1.1 (squeezenet-caffe)"}
+    ends = {row["method"]: row["distance"] for row in shown.rows}
+    assert ends[REAL] < min(ends["GDA"], ends["EG"])
+
+
 def row(method: str, seed: int, gradients: int, value: float | None) -> dict:
     images = "" if value is None else "AAAA" * (10 * 32 * 32 // 3) + "AA=="
     return {"data": "digits", "features": "f", "method": method, "seed": seed, "scale": 1.0, "gradients": gradients} | {

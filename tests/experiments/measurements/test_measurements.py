@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -349,10 +350,13 @@ def test_without_a_compiler_it_says_what_to_give(tmp_path, monkeypatch):
     assert {row["mode"] for row in report(TABLE_12, tmp_path).rows} == {"eager"}
 
 
+with_tensorflow = pytest.mark.skipif(find_spec("tensorflow") is None, reason="without TensorFlow")
+
+
+@with_tensorflow
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("classes", [10, 100])
 def test_the_losses_in_tensorflow_are_ours(classes, compiled):
-    pytest.importorskip("tensorflow")
     from bisam.experiments.measurements.tensorflow_losses import gradients
 
     random = torch.Generator().manual_seed(0)
@@ -364,8 +368,8 @@ def test_the_losses_in_tensorflow_are_ours(classes, compiled):
         torch.testing.assert_close(torch.from_numpy(call().numpy()), ours, rtol=0, atol=1e-6, msg=name)
 
 
+@with_tensorflow
 def test_table_12_in_both_frameworks(tmp_path):
-    pytest.importorskip("tensorflow")
     small = {"rounds": "2", "batch_size": "4", "classes": "3", "modes": "eager", "frameworks": "torch,tensorflow"}
     shown = report(TABLE_12, run(TABLE_12, small, tmp_path))
     assert [(row["framework"], row["loss"]) for row in shown.rows] == [

@@ -10,9 +10,11 @@ import pytest
 
 pytest.importorskip("tomli_w")
 
-from bisam.experiments.recipes.config import read, text
+from bisam.experiments.recipes.config import changes, read, text
+from bisam.experiments.recipes.entries import SETTINGS
 from bisam.experiments.recipes.presets import PRESETS
 from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.studies.study import Study
 
 RECIPES = {
     **PRESETS,
@@ -60,8 +62,9 @@ def test_fields_that_are_left_out_have_their_defaults(tmp_path):
 def test_what_is_no_recipe_is_refused_by_name(name, content, message, tmp_path):
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as refused:
         read(tmp_path / name)
+    assert str(refused.value).count(str(tmp_path)) == 1
 
 
 # The command
@@ -93,3 +96,23 @@ def test_two_recipes_to_start_from_are_one_too_many(tmp_path, bisam):
     code, _, err = bisam("train", "--preset", "vit", "--config", tmp_path / "a.toml")
     assert code == 2
     assert "are both a recipe to start from: leave one out" in " ".join(err.split())
+
+
+@pytest.mark.parametrize("name", ["a.toml", "a.json"])
+@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES.values() if "(" not in recipe.method])
+def test_a_written_recipe_is_the_setting_of_a_study(recipe, name, tmp_path):
+    path = tmp_path / name
+    path.write_text(text(recipe, path), encoding="utf-8")
+    found, left_out = changes(path)
+    study = Study("one", "", lambda epochs: [Recipe(method="sam", rho=0.3, epochs=epochs or 5)], 1)
+    (made,) = study.changed(None, found)
+    assert made == replace(recipe, method="sam", rho=0.3, mu=None, alpha=None, eta=None, seed=0, version=made.version)
+    assert left_out == ("method", *(n for n in SETTINGS if getattr(recipe, n) is not None), "seed")
+
+
+def test_a_setting_without_its_method_is_a_change(tmp_path):
+    (tmp_path / "a.toml").write_text("rho = 0.5\nlimit = 96\ncutout = false\nweights = 'none'\n")
+    assert changes(tmp_path / "a.toml") == (("rho=0.5", "limit=96", "cutout=False", "weights=none"), ())
+    (tmp_path / "a.toml").write_text("epochs = 1.5\n")
+    with pytest.raises(ValueError, match=r"a\.toml: epochs: '1\.5' is not a whole number"):
+        changes(tmp_path / "a.toml")

@@ -87,6 +87,9 @@ def test_titles_say_which_method_ends_best():
     assert figures.draw("accuracy", SMALL).axes[0].get_title() == "highest mean: BiSAM (-log)"
     assert figures.draw("curves", SMALL).axes[0].get_title() == "highest at the end: BiSAM (-log)"
     assert figures.draw("accuracy", [run(SAM)]).axes[0].get_title() == ""
+    equal = [run(SAM), run(LOG)]
+    assert figures.draw("accuracy", equal).axes[0].get_title() == "highest mean: 2 methods"
+    assert figures.draw("curves", equal).axes[0].get_title() == "highest at the end: 2 methods"
 
 
 # Names at points

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("matplotlib")
 
 import bisam
-from bisam.experiments.recipes.assumptions import SEEDS, Assumption, Kind
+from bisam.experiments.recipes.assumptions import AE_SAM, SEEDS, Assumption, Kind
 from bisam.experiments.recipes.expressions import contained
 from bisam.experiments.recipes.presets import ASSUMED, PRESETS
 from bisam.experiments.recipes.recipe import Recipe
@@ -43,6 +43,31 @@ def test_an_assumption_concerns_recipes_of_its_study(name, one):
 def test_the_assumptions_of_a_preset_concern_it(preset):
     without_method = [one for one in ASSUMED[preset] if one.subject not in ("mu", "alpha")]
     assert all(one.concerns(PRESETS[preset]) for one in without_method)
+
+
+@pytest.mark.parametrize("name", ["sampa", "methods", "methods-rho"])
+def test_the_thresholds_of_ae_sam_are_marked(name):
+    assert AE_SAM in STUDIES[name].assumptions
+    method = Recipe(method="ae_sam").build_method(steps=10)
+    assert AE_SAM.value == f"{method.first:g} to {method.last:g}, and {method.delta:g}"
+
+
+@pytest.mark.parametrize(("name", "preset"), [("imagenet", "imagenet"), ("vit", "vit"), ("glue", "bert")])
+def test_what_is_recollected_of_bisams_tables_is_not_called_their_value_in_sampas(name, preset):
+    study = STUDIES[f"sampa-{name}"]
+    kinds = {
+        (one.subject, value): one.kind
+        for one in study.assumptions
+        for value in (one.value if isinstance(one.value, tuple) else (one.value,))
+    }
+    recollected = [
+        (one.subject, one.value)
+        for one in ASSUMED[preset]
+        if one.kind == Kind.RECOLLECTED and one.subject in Recipe.__dataclass_fields__
+        if any(map(one.concerns, study.recipes(None)))
+    ]
+    assert len(recollected) >= 2
+    assert {kinds[one] for one in recollected} == {Kind.RECOLLECTED}
 
 
 def test_no_assumption_is_in_a_comment_alone():

@@ -121,11 +121,13 @@ def root(tmp_path, monkeypatch):
 
 
 GLUE = ("train_examples=8", "batch_size=4", "warmup=0")
-FLOWERS = ("model=timm:test_efficientnet", "weights=small.pt", "image_size=32", "batch_size=8", "frozen=1", "warmup=0")
+FLOWERS = ("model=timm:test_efficientnet", "weights=small.pt", "image_size=32", "batch_size=9", "frozen=1", "warmup=0")
 SMALL = {"finetune-glue": GLUE, "finetune-flowers": FLOWERS}
+new_head = pytest.mark.filterwarnings("ignore:weights 'small.pt@.*' are those of 9 classes, and the model has 3")
 
 
 @pytest.mark.slow
+@new_head
 @pytest.mark.parametrize("name", NAMES)
 def test_a_study_of_fine_tuning_end_to_end(name, root, bisam):
     changes = [f"--set={change}" for change in SMALL[name]]
@@ -142,6 +144,21 @@ def test_a_study_of_fine_tuning_end_to_end(name, root, bisam):
     assert {result["headline"] for result in results} == {"last"}
     assert {result["validation_examples"] for result in results} == ({2} if name == "finetune-glue" else {0})
     assert "Registered before the first run" in (page / "report.md").read_text()
+
+
+@pytest.mark.slow
+@new_head
+@pytest.mark.parametrize("name", NAMES)
+def test_its_settings_are_chosen_end_to_end(name, root, bisam):
+    changes = [f"--set={change}" for change in SMALL[name]]
+    tuning, out = f"{name}-rho", root / "out"
+    code, _, err = bisam("run", tuning, "--epochs", 1, "--seeds", 1, *changes, "--data-dir", root, "--out", out)
+    assert code == 0, err
+    rows = list(csv.DictReader((out / tuning / "report.csv").read_text().splitlines()))
+    assert len(rows) == len(STUDIES[tuning].recipes(None))
+    assert "nan" not in {row["validation_best_mean"] for row in rows}
+    chosen = list(csv.DictReader((out / tuning / "choices.csv").read_text().splitlines()))
+    assert [row["chosen"] for row in chosen].count("True") == len(STUDIES[name].recipes(None))
 
 
 def test_the_studies_are_listed():

@@ -31,6 +31,7 @@ from bisam.experiments.reports import figures
 from bisam.experiments.runs.folder import Run, finished
 from bisam.experiments.runs.machine import Machine
 from bisam.experiments.studies import STUDIES
+from bisam.experiments.studies.finetune import FINETUNE
 from bisam.experiments.studies.paper import MODELS, PAPER
 from bisam.experiments.studies.sampa import SAMPA, VARIANTS
 from bisam.experiments.training import ball
@@ -126,6 +127,25 @@ def test_a_study_of_cifar_end_to_end(name, cifar_root, here, bisam, monkeypatch)
     recipe = Recipe.from_dict(json.loads(first.read_text()))
     assert (recipe.model, recipe.limit, recipe.cutout) == ("convnet", 32, True)
     assert name in out
+
+
+OF_THEIR_OWN = {"table3", "table6", "table7", "grid-vit", "sampa-imagenet", "sampa-vit", "sampa-glue", "sharpness"}
+OF_THEIR_OWN |= {study.name for study in FINETUNE}
+"""Studies that other tests run end to end."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in STUDIES if name not in {*IMAGES, *SAMPA_IMAGES, *OF_THEIR_OWN}])
+def test_every_other_study_end_to_end(name, cifar_root, here, bisam):
+    study, out = STUDIES[name], cifar_root / "out"
+    changes = ("limit=64", "batch_size=32")  # K-SAM chooses 32 examples
+    data = () if {recipe.dataset for recipe in study.recipes(None)} == {"digits"} else ("--data-dir", cifar_root)
+    small = [text for change in changes for text in ("--set", change)]
+    code, _, err = bisam("run", name, "--epochs", 1, *small, "--seeds", 1, *data, "--out", out)
+    assert code == 0, err
+    checked(out / name, out / study.folder, len(study.changed(1, changes)))
+    for figure in study.figures:
+        assert (out / name / f"{figure}.png").exists()
 
 
 @pytest.mark.slow
@@ -474,7 +494,9 @@ def test_a_study_without_its_data_starts_nothing(bisam, tmp_path):
 def test_failures_are_said_once_each_and_tell_the_exit_code(capsys):
     good, bad = Outcome(Recipe(), {}), Outcome(Recipe(seed=1), None, "it broke")
     lacking = [Outcome(Recipe(dataset="pets", seed=seed), None, "there are no pets", started=False) for seed in (0, 1)]
-    assert show_failed([good]) == 0
+    diverged = Outcome(Recipe(seed=2), {"diverged": 1})
+    assert show_failed([good]) == show_failed([good, diverged]) == 0
+    assert show_failed([diverged]) == 1
     assert show_failed(lacking) == 2
     assert show_failed([good, *lacking]) == show_failed([bad]) == 1
     capsys.readouterr()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from dataclasses import replace
 
@@ -303,3 +304,21 @@ def test_a_bar_within_the_epoch_is_below_that_of_the_run(shown):
     narrow = shown(60, within)
     assert "7/20" in narrow
     assert "loss" not in narrow
+
+
+def test_ctrl_c_while_a_bar_starts_leaves_the_terminal_as_it_was(monkeypatch):
+    console = Console(file=io.StringIO(), width=60, force_terminal=True)
+    monkeypatch.setattr(progress, "console", console)
+    display = Display([SHORT])
+    refresh, calls = display._bar.live.refresh, []
+
+    def interrupted():
+        refresh()
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(display._bar.live, "refresh", interrupted)
+    with pytest.raises(KeyboardInterrupt), display:
+        pass
+    assert console.file.getvalue().endswith("\n\x1b[?25h")

@@ -221,3 +221,9 @@ def test_a_search_that_is_killed_goes_on_and_its_best_recipe_is_tested(bisam, tm
     assert of.search(out)[0] == of.search(straight)[0]
     code, out, _ = bisam("train", "--config", tmp_path / "a" / "best.toml", "--out", tmp_path)
     assert (code, "test accuracy" in out) == (0, True)
+
+
+def test_a_search_without_a_complete_trial_has_exit_code_1(bisam, here):
+    code, out, err = bisam(*FAST, "--search", "rho=2,3", "--sampler", "grid", "--workers", 1)
+    assert (code, err) == (1, "")
+    assert "No trial of 2 is complete (2 diverged)." in out

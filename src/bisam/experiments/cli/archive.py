@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bisam.experiments.cli.options import Changes, Out, StudyName
+from bisam.experiments.cli.options import Changes, Config, Out, StudyName, with_file
 from bisam.experiments.runs.archive import SUFFIX
 
 EXAMPLES = (
@@ -14,7 +14,14 @@ EXAMPLES = (
 )
 
 
-def archive(study: StudyName, *, changes: Changes = (), out: Out = Path("runs"), to: Path | None = None) -> int:
+def archive(
+    study: StudyName,
+    *,
+    changes: Changes = (),
+    config: Config = None,
+    out: Out = Path("runs"),
+    to: Path | None = None,
+) -> int:
     """Write the finished runs of a study to one compact file, without their checkpoints.
 
     `bisam report` and `bisam plot` read it in place of the folder. Its runs have no weights: they are finished, and
@@ -23,6 +30,7 @@ def archive(study: StudyName, *, changes: Changes = (), out: Out = Path("runs"),
     Args:
         study: Name of the study, see `bisam list`.
         changes: The same values as for `bisam run`.
+        config: The same file as for `bisam run`.
         to: File to write, .tar.xz; by default STUDY.tar.xz in the folder of the runs.
     """
     from bisam.experiments.cli.subjects import subject
@@ -32,4 +40,4 @@ def archive(study: StudyName, *, changes: Changes = (), out: Out = Path("runs"),
         raise ValueError(f"--to {to}: the name of an archive ends in {SUFFIX}")
     if out.is_file():
         raise ValueError(f"--out {out} is a file: give the folder that the run folders are in")
-    return chosen.archive(changes, out, to)
+    return chosen.archive(with_file(config, changes), out, to)

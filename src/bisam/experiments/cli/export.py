@@ -119,7 +119,7 @@ def _check(run: Path, to: Path | None, push_to_hub: str | None, private: bool) -
     if to.suffix and to.is_dir():
         raise ValueError(f"--to {to} is a folder, and its name that of a file: give another one")
     if not to.suffix and to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise ValueError(f"--to {to} exists: give a new folder, or a file such as {to}.safetensors")
+        raise ValueError(f"--to {to} exists: give a new folder, or a file such as {to / 'model.safetensors'}")
 
 
 def _to_file(to: Path, write: Callable[[Path], None]) -> None:

@@ -7,6 +7,7 @@ studies takes seconds, and needs torch.
 from __future__ import annotations
 
 from rich.table import Table
+from rich.text import Text
 
 from bisam.experiments.cli.completion import Entries, written
 from bisam.experiments.cli.terminal import console
@@ -19,7 +20,7 @@ def list_all() -> int:
     found = written()
     table = Table("study", "title", "runs", "methods", box=None, pad_edge=False, header_style="bold")
     for group, rows in found["groups"].items():
-        table.add_row("", f"[bold]{group}[/bold]")
+        table.add_row("", Text(group, "bold"))
         for row in rows:
             table.add_row(*row)
     console.print(table)

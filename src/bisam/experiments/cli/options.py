@@ -10,7 +10,8 @@ from cyclopts import Parameter
 
 from bisam.experiments.cli import completion
 from bisam.experiments.cli.flags import Whole
-from bisam.experiments.cli.groups import MACHINE, OUTPUT
+from bisam.experiments.cli.groups import MACHINE, OUTPUT, RECIPE
+from bisam.experiments.recipes.changes import pairs
 from bisam.experiments.runs.machine import Machine
 
 Out = Annotated[Path, Parameter(group=OUTPUT, help="Folder that the run folders are in.")]
@@ -19,6 +20,14 @@ In = Annotated[
 ]
 Changes = Annotated[
     tuple[str, ...], Parameter(name="--set", negative="", help="Change a field of all recipes: --set epochs=1.")
+]
+Config = Annotated[
+    Path | None,
+    Parameter(
+        group=RECIPE,
+        help="A file of fields to change in all recipes, TOML or JSON, such as the recipe.json of a run. Its method "
+        "with its settings, and its seed, are left out; --set and --epochs go before.",
+    ),
 ]
 StudyName = Annotated[str, Parameter(completer=completion.studies)]
 Quiet = Annotated[
@@ -72,6 +81,7 @@ class Launch:
 
     changes: Changes = ()
     """Fields of its recipes to change; with other values the runs are separate from the study's own."""
+    config: Config = None
     seeds: Whole | None = None
     """Seeds per recipe; by default the study's own number."""
     epochs: Whole | None = None
@@ -101,6 +111,23 @@ class Launch:
         for name in ("seeds", "epochs", "workers", "stack"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
+
+
+def with_file(config: Path | None, changes: tuple[str, ...], epochs: int | None = None) -> tuple[str, ...]:
+    """The changes of a file and of `--set`, which goes before; `epochs` or `steps` there take the place of both here.
+
+    Raises:
+        ValueError: the file or one of its fields is refused.
+    """
+    if config is None:
+        return changes
+    from bisam.experiments.recipes.config import changes as of_file  # not at the top: it needs torch
+
+    given = pairs(changes, "epochs=1").keys()
+    if epochs is not None or given & {"epochs", "steps"}:
+        given |= {"epochs", "steps"}
+    texts, _ = of_file(config)
+    return *(text for text in texts if text.partition("=")[0] not in given), *changes
 
 
 def refuse_contradiction(quiet: bool, verbose: bool) -> None:

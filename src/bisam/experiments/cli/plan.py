@@ -96,7 +96,7 @@ def show_times(left: Mapping[Recipe, int], machine: Machine, stack: int | None =
         runs += "" if stack is None else f" in stacks of {min(stack, count)} at most"
         gradients = f"{cost.gradients:.3g} gradient{'s' if cost.gradients != 1 else ''} per step"
         line = f"{what}: {gradients}, {runs}: {time}"
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+        console.print(line, soft_wrap=True, highlight=False)
     return None if problems else seconds
 
 

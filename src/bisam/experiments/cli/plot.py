@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bisam.experiments.cli.options import Changes, In, StudyName
+from bisam.experiments.cli.options import Changes, Config, In, StudyName, with_file
 from bisam.experiments.cli.terminal import console
 from bisam.experiments.errors import unknown
 from bisam.experiments.runs.archive import is_archive
@@ -22,24 +22,27 @@ def plot(
     study: StudyName | None = None,
     *,
     changes: Changes = (),
+    config: Config = None,
     out: In = Path("runs"),
     to: Path | None = None,
 ) -> int:
     """Draw one figure, from run folders: PNG, PDF or SVG.
 
     Args:
-        figure: A study or measurement (its first figure), or the name of a figure: accuracy, curves, flips, ... or an
-            analysis of a run: landscape, sharpness, zero-one, flips, spectrum, margins, feature-margins, calibration,
-            rank, gradient, corruptions.
+        figure: A study or measurement (its first figure), or the name of a figure: accuracy, ascents, ball, curves,
+            figure2, flips, gradients, grid, predictors, radii, radius, time; or an analysis of a run: landscape,
+            sharpness, zero-one, flips, spectrum, margins, feature-margins, calibration, rank, gradient, corruptions.
         study: Study whose runs the figure shows, the folder of the analysed run, or for `time` the report.csv of a
             study whose runs are not at hand.
         changes: The same values as for `bisam run`.
+        config: The same file as for `bisam run`.
         to: File to write; its suffix gives the format. By default FIGURE.png.
     """
     from bisam.experiments.cli.subjects import SUBJECTS, subject
     from bisam.experiments.reports import analyses, figures, predictor_plot, scatter
     from bisam.experiments.reports.drawing import save
 
+    changes = with_file(config, changes)
     of_studies = [*figures.CAPTIONS, predictor_plot.NAME]
     run = None if study is None or study in SUBJECTS else Path(study)
     if run is not None and is_archive(run):
@@ -64,7 +67,7 @@ def plot(
     elif figure in analyses.DRAWN:
         raise ValueError(f"{figure} shows an analysis of a run. Give its folder too: bisam plot {figure} RUN")
     else:
-        raise unknown("figure", figure, [*of_studies, *SUBJECTS, *analyses.DRAWN])
+        raise unknown("figure", figure, [*of_studies, *SUBJECTS, *analyses.DRAWN], "bisam plot --help")
     file = to or Path(f"{figure}.png")
     save(drawing, file)
     console.print(f"{file}", soft_wrap=True)

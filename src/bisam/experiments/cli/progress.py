@@ -37,7 +37,11 @@ class _Live:
         self._bar = Progress(*columns, console=console, disable=quiet or not console.is_terminal)
 
     def __enter__(self) -> Self:
-        self._bar.start()
+        try:
+            self._bar.start()
+        except BaseException:  # Ctrl-C once the cursor is hidden
+            self.stop()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -93,7 +97,7 @@ class Display(_Live):
     def line(self, text: str) -> None:
         """Print a line, above the bar if there is one; nothing if the display is quiet or a bar suffices."""
         if self._speaks:
-            console.print(text, soft_wrap=True, highlight=False, markup=False)
+            console.print(text, soft_wrap=True, highlight=False)
 
     def starting(self, processes: int, runs: int) -> None:
         """Say that worker processes are started for so many runs."""
@@ -210,7 +214,7 @@ class TrialsDisplay(_Live):
     def line(self, text: str) -> None:
         """Print a line, above the bar if there is one; nothing if the display is quiet or a bar suffices."""
         if self._speaks:
-            console.print(text, soft_wrap=True, highlight=False, markup=False)
+            console.print(text, soft_wrap=True, highlight=False)
 
     def _count(self) -> str:
         return f"{self.finished}/{self._total} trials"

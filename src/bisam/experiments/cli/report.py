@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bisam.experiments.cli.options import Changes, In, StudyName
+from bisam.experiments.cli.options import Changes, Config, In, StudyName, with_file
 
 EXAMPLES = (
     "bisam report digits",
@@ -13,7 +13,14 @@ EXAMPLES = (
 )
 
 
-def report(study: StudyName, *, changes: Changes = (), out: In = Path("runs"), to: Path | None = None) -> int:
+def report(
+    study: StudyName,
+    *,
+    changes: Changes = (),
+    config: Config = None,
+    out: In = Path("runs"),
+    to: Path | None = None,
+) -> int:
     """Write report.md, report.csv, report.html and the figures from the run folders of a study, and print the table.
 
     Where runs were analysed (`bisam analyse`), the report has their numbers, which are in analysis.csv too.
@@ -21,8 +28,9 @@ def report(study: StudyName, *, changes: Changes = (), out: In = Path("runs"), t
     Args:
         study: Name of the study or measurement, see `bisam list`.
         changes: The same values as for `bisam run`.
+        config: The same file as for `bisam run`.
         to: Folder to write to; by default that of the study's runs, or one of its name beside the archive.
     """
     from bisam.experiments.cli.subjects import subject
 
-    return subject(study).report(changes, out, to)
+    return subject(study).report(with_file(config, changes), out, to)

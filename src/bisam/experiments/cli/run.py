@@ -17,6 +17,7 @@ EXAMPLES = (
     "bisam run digits --seeds 2 --epochs 5 --workers 1",
     "bisam run table1 --data-dir data --dry-run",
     "bisam run table1 --set epochs=1 --set limit=640",
+    "bisam run digits --config RUN/recipe.json",
 )
 
 

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 
 from bisam.experiments.cli.folders import check_data_dir
 from bisam.experiments.cli.idle import refuse_idle
-from bisam.experiments.cli.options import Launch, flag
+from bisam.experiments.cli.options import Launch, flag, with_file
 from bisam.experiments.cli.plan import show_runs, show_times
 from bisam.experiments.cli.progress import Display
 from bisam.experiments.cli.terminal import console, errors
 from bisam.experiments.errors import DamagedError, RunError
 from bisam.experiments.launch.outcomes import Done, Outcome, collect_outcomes, known_outcome
+from bisam.experiments.recipes import config
 from bisam.experiments.recipes.changes import pairs
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.recipes.versions import VERSION
@@ -64,7 +65,9 @@ class StudySubject:
         else:
             _refuse("with --ray, --cpus and --gpus decide how many runs there are at a time", given & {"workers"})
             _refuse("with --ray each run is a task", given & {"stack"})
-        recipes = self.study.changed(launch.epochs, _pinned(launch.changes, machine.data_dir))
+        recipes = self._changed(launch, machine)
+        if launch.config is not None and (own := config.changes(launch.config)[1]):
+            errors.print(f"bisam: {launch.config}: without effect is {', '.join(own)}, of which a study has its own")
         refuse_idle(recipes, machine, given, frozenset(pairs(launch.changes, "epochs=1")))
         if launch.stack is not None:
             self._check_stack(recipes, machine, given)
@@ -180,9 +183,12 @@ class StudySubject:
         comparisons, _, _ = compared(runs, entries, own)
         return predictor_plot.predictors(comparisons, own.shown)
 
+    def _changed(self, launch: Launch, machine: Machine) -> list[Recipe]:
+        changes = with_file(launch.config, launch.changes, launch.epochs)
+        return self.study.changed(launch.epochs, _pinned(changes, machine.data_dir))
+
     def _recipes(self, launch: Launch, machine: Machine) -> list[Recipe]:
-        changed = self.study.changed(launch.epochs, _pinned(launch.changes, machine.data_dir))
-        return expand(changed, launch.seeds or self.study.seeds, self.study.first_seed)
+        return expand(self._changed(launch, machine), launch.seeds or self.study.seeds, self.study.first_seed)
 
     def _finished(self, changes: tuple[str, ...], place: Source) -> tuple[list[Finished], list[str]]:
         """Its finished runs, or else runs of its methods with other settings in its folder; and the damaged ones."""
@@ -323,7 +329,12 @@ def without_seed(run: Finished) -> Recipe:
 
 
 def show_failed(outcomes: Sequence[Outcome]) -> int:
-    """Print one line for each reason why runs failed or did not start; return the exit code: 2 if none could start."""
+    """Print one line for each reason why runs failed or did not start.
+
+    Returns:
+        The exit code: 2 if none could start; 1 if some failed, or all diverged. Some that diverge are a part of many
+        studies, as at the largest radii of a grid.
+    """
 
     def reason(outcome: Outcome) -> tuple[str, bool]:
         return outcome.error or "", outcome.started
@@ -336,7 +347,7 @@ def show_failed(outcomes: Sequence[Outcome]) -> int:
         state = "in use elsewhere" if first.elsewhere else "failed" if started else "did not start"
         errors.print(f"bisam: {which} {state}: {error}")
     if not failed:
-        return 0
+        return int(all(outcome.result is not None and outcome.result.get("diverged") for outcome in outcomes))
     return 1 if any(outcome.started for outcome in outcomes) else 2
 
 

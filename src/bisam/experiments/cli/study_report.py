@@ -48,7 +48,7 @@ def report(study: Study, runs: list[Finished], left_out: list[str], place: Sourc
     tables_of = {"report.csv": to_csv(rows), **{n: text for part in found for n, text in part.files.items()}}
     said, wanted = [part.answer for part in found if part.answer], Wanted(len(study.recipes(None)), study.seeds)
     answer = tables.opening(runs, study.baselines, study.registered, said, wanted, tunes=study.tunes)
-    console.print(unmarked(answer), markup=False, highlight=False)
+    console.print(unmarked(answer), highlight=False)
     text = tables.markdown(
         study.title,
         runs,
@@ -114,7 +114,7 @@ def _print_table(study: Study, runs: Sequence[Finished], rows: Sequence[tables.R
         table.add_row(*map(Text, cells), end_section=new)
     console.print(table)
     for mark, value, kind, _ in marks.rows():
-        console.print(f"{mark} {value}: {kind}", markup=False, highlight=False)
+        console.print(f"{mark} {value}: {kind}", highlight=False)
 
 
 def _print_predictors(study: Study, runs: Sequence[Finished], entries: Mapping[Recipe, Sequence[Entry]]) -> None:

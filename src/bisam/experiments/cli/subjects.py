@@ -68,5 +68,5 @@ def subject(name: str) -> Subject:
         ValueError: the name is unknown.
     """
     if name not in SUBJECTS:
-        raise unknown("study", name, SUBJECTS)
+        raise unknown("study", name, SUBJECTS, "bisam list")
     return SUBJECTS[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,7 +15,7 @@ from bisam.experiments.cli.groups import AUTHORS, RECIPE
 from bisam.experiments.cli.idle import CONDITIONS, refuse_idle
 from bisam.experiments.cli.options import Given, MachineFlags, Out, Quiet, Verbose, refuse_contradiction
 from bisam.experiments.cli.progress import Display
-from bisam.experiments.cli.terminal import console, errors
+from bisam.experiments.cli.terminal import console, errors, silent
 from bisam.experiments.errors import OutOfTimeError, RunError, is_out_of_memory, reason
 from bisam.experiments.runs.machine import Machine
 from bisam.experiments.runs.signals import exit_code, ignore_further, past_tense
@@ -47,6 +48,8 @@ def train(
 ) -> int:
     """Train one recipe; the flags are its fields, and those of the BiSAM authors' script (--optim, --learning_rate).
 
+    The exit code is 1 if the run has diverged: its loss or its weights are not finite.
+
     Args:
         preset: Settings to start from: paper, authors, imagenet, vit or bert; other flags change them.
         config: A recipe in a file to start from, TOML or JSON, such as a run's recipe.json; other flags change it.
@@ -57,36 +60,43 @@ def train(
     from bisam.experiments.recipes.presets import started
     from bisam.experiments.runs.files import write
     from bisam.experiments.runs.folder import Run
-    from bisam.experiments.runs.results import TITLES
 
     refuse_contradiction(quiet, verbose)
     check_out(out)
     base = base_recipe(preset, config)
     recipe = started(base, translated(base, flags.given, authors))
     refuse_idle([recipe], machine, given)
-    recipe = _with_pinned_weights(recipe, machine, out)
-    if save_config is not None:
-        write(save_config, text(recipe, save_config))
-        console.print(f"{save_config}: bisam train --config {save_config}", soft_wrap=True, highlight=False)
-        return 0
-    in_files = CONDITIONS["loaders"].holds(recipe, machine)
-    for note in notes(recipe, authors, in_files):
-        errors.print(f"bisam: {note}")
-    if authors.threads is not None and in_files:
-        machine = replace(machine, loaders=authors.threads)
-    one = Run.under(out / "train", recipe)
-    if (result := one.known_result()) is None:
+    with silent(not machine.speaks):
+        recipe = _with_pinned_weights(recipe, machine, out)
+        if save_config is not None:
+            write(save_config, text(recipe, save_config))
+            again = f"bisam train --config {shlex.quote(str(save_config))}"
+            console.print(f"{save_config}: {again}", soft_wrap=True, highlight=False)
+            return 0
+        in_files = CONDITIONS["loaders"].holds(recipe, machine)
+        for note in notes(recipe, authors, in_files):
+            errors.print(f"bisam: {note}")
+        if authors.threads is not None and in_files:
+            machine = replace(machine, loaders=authors.threads)
+        return _trained_or_known(Run.under(out / "train", recipe), machine, quiet, verbose)
+
+
+def _trained_or_known(run: Run, machine: Machine, quiet: bool, verbose: bool) -> int:
+    """Train a run that is not finished, and print its result; return the exit code."""
+    from bisam.experiments.runs.results import TITLES
+
+    if (result := run.known_result()) is None:
         try:
-            result = _trained(one, machine, quiet, verbose)
+            result = _trained(run, machine, quiet, verbose)
         except (KeyboardInterrupt, OutOfTimeError) as error:
             ignore_further()
             what = "--max-time is over" if isinstance(error, OutOfTimeError) else past_tense(error)
-            errors.print(f"{what}: {one.folder} is saved; the same command resumes after its last completed epoch")
+            errors.print(f"{what}: {run.folder} is saved; the same command resumes after its last completed epoch")
             return 130 if isinstance(error, OutOfTimeError) else exit_code(error)
     else:
         console.print("finished before: nothing is left to train")
     metric = result.get("metric", "accuracy")
-    console.print(f"test {TITLES.get(metric, metric)} {_scores(result)}; {one.folder}", soft_wrap=True)
+    console.print(f"test {TITLES.get(metric, metric)} {_scores(result)}; {run.folder}", soft_wrap=True)
     message, diverged = result.get("message"), result.get("diverged")
     if message is None and diverged is not None:  # results of earlier versions have none
         message = f"the loss is not finite from epoch {diverged} on"
@@ -95,8 +105,8 @@ def train(
         if diverged is None:
             console.print(said, soft_wrap=True)
         else:
-            errors.print(f"bisam: {said}; {one.folder}")
-    return 0
+            errors.print(f"bisam: {said}; {run.folder}")
+    return 0 if diverged is None else 1
 
 
 def _trained(run: Run, machine: Machine, quiet: bool, verbose: bool) -> Result:
@@ -168,4 +178,5 @@ def _scores(result: Result) -> str:
     last = f"{100 * result['test_last']:.1f} % at the last epoch"
     if headline(result) == "best":
         return f"{best}, the headline; {last}"
-    return f"{last}, the headline because validation has only {examples:,} examples; {best}"
+    few = f"{examples:,} example{'s' if examples != 1 else ''}"
+    return f"{last}, the headline because validation has only {few}; {best}"

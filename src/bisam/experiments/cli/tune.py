@@ -115,7 +115,11 @@ def tune(
 
 
 def _report(search: Search, folder: Path, trials: Sequence[Trial], importances: Mapping[str, float]) -> int:
-    """Print the best trials and write the report; return the exit code: 1 if trials failed, 2 if none has ended."""
+    """Print the best trials and write the report.
+
+    Returns:
+        The exit code: 1 if trials failed or none is complete, because all diverged; 2 if none has ended.
+    """
     from bisam.experiments.cli.report_files import write_report
     from bisam.experiments.runs.files import to_csv, write
     from bisam.experiments.tuning import figures, report
@@ -133,18 +137,16 @@ def _report(search: Search, folder: Path, trials: Sequence[Trial], importances: 
         for row in rows:
             table.add_row(*map(Text, row))
         console.print(table)
-    console.print(report.answer(search, trials), soft_wrap=True, highlight=False, markup=False)
+    console.print(report.answer(search, trials), soft_wrap=True, highlight=False)
     for line in report.cautions(search, trials):
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+        console.print(line, soft_wrap=True, highlight=False)
     if rows:
-        console.print(
-            f"With new seeds:\n{report.command(search, folder)}", soft_wrap=True, highlight=False, markup=False
-        )
+        console.print(f"With new seeds:\n{report.command(search, folder)}", soft_wrap=True, highlight=False)
     pictures = {f"{name}.png": figure for name, figure in figures.drawn(search, trials, importances).items()}
     text = report.markdown(search, folder, trials, importances, list(pictures))
     write_report(folder, text, {"trials.csv": to_csv(report.rows(search, trials))}, pictures)
     _show_failed(trials)
-    return 1 if any(trial.state == "failed" for trial in trials) else 0
+    return 1 if best is None or any(trial.state == "failed" for trial in trials) else 0
 
 
 def _show_failed(trials: Sequence[Trial]) -> None:

@@ -107,7 +107,7 @@ def check_name(dataset: str) -> None:
         case _:
             there = False
     if not there:
-        raise DataError(str(unknown("dataset", dataset, NAMES)))
+        raise DataError(str(unknown("dataset", dataset, NAMES, "bisam list")))
 
 
 def _load(recipe: Recipe, machine: Machine) -> Data:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from lightning_fabric import Fabric
-from torch import nn
+from torch import Tensor, nn
 
 from bisam.experiments.data import channels_of
 from bisam.experiments.errors import RunError
@@ -118,16 +119,25 @@ def _of_file(
         recipe = Recipe(**changed)
     elif "model" in changed:
         recipe = replace(recipe, model=changed["model"])
-    classes = classes_of(found.state)
     # The architecture of a model of Hugging Face is in its exported folder; recipes may name one of another machine.
     name, text = recipe.model, given
     if name.startswith("hf:") and (place / "config.json").is_file():
         name, text = f"hf:{place}", PRETRAINED
         recipe = replace(recipe, model=name)
     with torch.random.fork_rng(devices=[]):
+        classes = _classes(found.state, build(name, 2, channels=channels_of(recipe), root=root))
         network = build(name, classes, channels=channels_of(recipe), weights=text, new_head=False, root=root)
     network = network.double() if recipe.precision == "64" else network
     return Loaded(place, network, recipe, classes, None, found.checksum, None)
+
+
+def _classes(state: Mapping[str, Tensor], model: nn.Module) -> int:
+    """The number of classes of the weights of a file, by the last ones of a model with other classes.
+
+    A file of safetensors has the weights in the order of their names.
+    """
+    *_, head = (name.removeprefix("network.") for name, value in model.state_dict().items() if value.ndim)
+    return classes_of({head: state[head]} if head in state else state)
 
 
 def _recipe(place: Path) -> Recipe | None:

@@ -29,6 +29,7 @@ from bisam.experiments.measurements.measurement import (
 )
 from bisam.experiments.measurements.timing import interleaved, ratio, threads, turns
 from bisam.experiments.models.build import build
+from bisam.experiments.recipes.assumptions import AE_SAM
 from bisam.experiments.recipes.catalogue import METHODS
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.studies import papers, published
@@ -269,8 +270,9 @@ COSTS = Measurement(
         f"turns of five steps, {READING}. One device computes both gradients of SAMPa, so its step takes as "
         "long as one of SAM; the published ratio is that of two devices. The published column is the time of a run of "
         "200 epochs of ResNet-56 on CIFAR-10 relative to SAM, read off the authors' figure "
-        f"({_PAPER}). SAF and MESA are measured with their term. Memory is the largest that tensors take in some steps "
-        "of a method alone on a CUDA device, with the model, the optimizer and the batch."
+        f"({_PAPER}). SAF and MESA are measured with their term. AE-SAM decides by {AE_SAM.subject} ({AE_SAM.value}), "
+        "which are recollected. Memory is the largest that tensors take in some steps of a method alone on a CUDA "
+        "device, with the model, the optimizer and the batch."
     ),
     settings={"models": ("resnet56",), "batch_size": 128, "classes": 10, "iterations": 45, "threads": 1},
     parts=lambda settings: list(settings["models"]),

@@ -75,6 +75,7 @@ def _gradient(tf: Any, loss: Loss, z: Any, y: Any) -> Any:
 
 
 def _tensorflow(threads: int) -> Any:
+    import_module("torch._dynamo")  # loads triton, which ends the process if TensorFlow is loaded before it
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # it prints what its build can do
     try:
         tf = import_module("tensorflow")

@@ -160,7 +160,7 @@ def statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
 
 def _ours(name: str, classes: int, channels: int, pretrained: bool) -> nn.Module:
     if name not in NETWORKS:
-        raise unknown("model", name, NAMES)
+        raise unknown("model", name, NAMES, "bisam list")
     if pretrained:
         raise ValueError(f"model {name!r} has no pretrained weights: give a file with weights, or leave --weights out")
     network, _ = NETWORKS[name]
@@ -204,7 +204,7 @@ def _torchvision_with(name: str) -> Any:
     models = _package("torchvision", f"model 'torchvision:{name}'").models
     known = models.list_models(module=models)
     if name not in known:
-        raise _unknown_of("torchvision", name, known)
+        raise _unknown_of("torchvision", name, known, "torchvision.models.list_models()")
     return models
 
 
@@ -213,10 +213,10 @@ def _timm_with(name: str) -> Any:
     timm = _package("timm", f"model 'timm:{name}'")
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
-        raise _unknown_of("timm", name, timm.list_models())
+        raise _unknown_of("timm", name, timm.list_models(), "timm.list_models()")
     tagged = timm.list_pretrained(f"{architecture}.*") if tag else []
     if tag and name not in tagged:
-        raise _unknown_of("timm", name, tagged or [architecture])
+        raise _unknown_of("timm", name, tagged or [architecture], f"timm.list_pretrained('{architecture}*')")
     return timm
 
 
@@ -262,10 +262,10 @@ def _package(package: str, what: str) -> Any:
         raise ValueError(f"{what} needs {package}: pip install 'bisam[experiments]'") from error
 
 
-def _unknown_of(source: str, name: str, known: Iterable[str]) -> ValueError:
-    """Return the error for an unknown name, with the most similar names only: `source` may know a thousand."""
-    nearest = get_close_matches(name, list(known), 6, cutoff=0)
-    return unknown("model", f"{source}:{name}", [f"{source}:{near}" for near in nearest])
+def _unknown_of(source: str, name: str, known: Iterable[str], see: str) -> ValueError:
+    """Return the error for an unknown name of a package, which `see` lists."""
+    near = get_close_matches(name, list(known), 3)  # without the source, which would make all names alike
+    return unknown("model", f"{source}:{name}", [f"{source}:{one}" for one in near], see)
 
 
 @contextmanager

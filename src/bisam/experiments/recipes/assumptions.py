@@ -52,3 +52,13 @@ class Assumption:
         return all(
             recipe.setting(name) in (value if isinstance(value, tuple) else (value,)) for name, value in wanted.items()
         )
+
+
+AE_SAM = Assumption(
+    "c and delta",
+    "1 to -1, and 0.9",
+    Kind.RECOLLECTED,
+    "AE-SAM's thresholds and decay, which no public source confirms",
+    {"method": "ae_sam"},
+)
+"""Of every study with AE-SAM."""

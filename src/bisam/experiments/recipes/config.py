@@ -4,7 +4,7 @@
     rho = 0.1
     noise = 0.4
 
-A run's own recipe.json is one.
+A run's own recipe.json is one. `read` makes a recipe of it, and `changes` what it changes in the recipes of a study.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from bisam.experiments.errors import unknown
+from bisam.experiments.recipes.changes import parsed
+from bisam.experiments.recipes.entries import SETTINGS
 from bisam.experiments.recipes.recipe import Recipe
 
 SUFFIXES = (".toml", ".json")
@@ -31,6 +33,40 @@ def read(path: Path) -> Recipe:
         ValueError: the file is missing or no such file, or a field or its value is refused; the message names it.
         RunError: the recipe has a later version.
     """
+    found = _fields(path)
+    try:
+        return Recipe.from_dict({"version": Recipe.version, "method": Recipe.method, **found})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def changes(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the fields of a file as changes of the recipes of a study, and the names of those that are none.
+
+    A study has its own methods and seeds: a method in the file is left out with its settings (rho, mu, alpha, eta), and
+    so is the seed.
+
+    Args:
+        path: of a file of TOML or JSON.
+
+    Returns:
+        Changes "name=value", and the names of the fields that are left out.
+
+    Raises:
+        ValueError: the file is missing or no such file, or a field or the type of its value is refused.
+    """
+    found = _fields(path)
+    found.pop("version", None)
+    own = [name for name in ("method", *(SETTINGS if "method" in found else ()), "seed") if name in found]
+    texts = {name: str(value) for name, value in found.items() if name not in own}
+    for name, value in texts.items():
+        parsed(name, value, f"{path}: {name}")
+    left_out = tuple(name for name in own if found[name] is not None)
+    return tuple(f"{name}={value}" for name, value in texts.items()), left_out
+
+
+def _fields(path: Path) -> dict[str, Any]:
+    """The fields in a file, whose names are those of a recipe."""
     _check(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -47,13 +83,10 @@ def read(path: Path) -> Recipe:
     found: dict[str, Any] = {str(name): value for name, value in values.items()}  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
     for name, value in found.items():
         if name not in _NAMES:
-            raise ValueError(f"{path}: {unknown('field of a recipe', name, _NAMES)}")
+            raise ValueError(f"{path}: {unknown('field of a recipe', name, _NAMES, 'bisam train --help')}")
         if isinstance(value, dict | list):
             raise ValueError(f"{path}: {name} must be one value, got {value}")
-    try:
-        return Recipe.from_dict({"version": Recipe.version, "method": Recipe.method, **found})
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    return found
 
 
 def text(recipe: Recipe, path: Path) -> str:

@@ -265,7 +265,7 @@ def _value(node: ast.expr, names: dict[str, Any]) -> Any:
             raise unknown("name", name, names)
         case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
             if name not in VOCABULARY:
-                raise unknown("name", name, VOCABULARY)
+                raise unknown("name", name, VOCABULARY, "bisam methods")
             given = [k.arg for k in keywords]
             if None in given or len(set(given)) < len(given):
                 raise ValueError(f"{ast.unparse(node)!r} must name each argument once")

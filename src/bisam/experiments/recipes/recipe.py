@@ -130,7 +130,7 @@ class Recipe(Fields):
         elif self.method in VOCABULARY:
             raise ValueError(f"method {self.method!r} is no expression: write a call, such as {self.method}()")
         elif self.method not in METHODS:
-            raise unknown("method", self.method, METHODS)
+            raise unknown("method", self.method, METHODS, "bisam list")
         takes = self.settings
         given = {name for name in SETTINGS if getattr(self, name) is not None}
         if idle := sorted(given - takes):

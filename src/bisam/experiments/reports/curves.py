@@ -13,7 +13,19 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.reports.choice import validation_score
-from bisam.experiments.reports.drawing import MANY, Panel, Style, heading, legend, panels, plain, sheet, styles, titled
+from bisam.experiments.reports.drawing import (
+    MANY,
+    Panel,
+    Style,
+    heading,
+    legend,
+    lowest,
+    panels,
+    plain,
+    sheet,
+    styles,
+    titled,
+)
 from bisam.experiments.reports.groups import Groups, Place, grouped, measured, names, perturbed, place, title
 from bisam.experiments.reports.scales import ERROR_SCALE, fit_scores, share, widen_scores, widen_values
 from bisam.experiments.reports.svg import point
@@ -165,9 +177,7 @@ def _seen(panel: Panel, words: str, column: Callable[[Sequence[Finished]], np.nd
         means = column(group).mean(0)
         if (known := means[np.isfinite(means)]).size:
             ends[name] = float(known[-1])
-    if len(ends) < 2:
-        return titled(panel.title, "")
-    return titled(panel.title, f"{words}: {min(ends, key=lambda name: ends[name])}")
+    return titled(panel.title, lowest(words, ends))
 
 
 def _means(axes: Sequence[Axes]) -> list[np.ndarray]:

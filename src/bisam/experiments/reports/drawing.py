@@ -197,6 +197,13 @@ def titled(where: str, seen: str) -> str:
     return "\n".join(plain(line, 52) for line in (where, seen) if line)
 
 
+def lowest(words: str, values: Mapping[str, float]) -> str:
+    """The words and the name with the lowest value, or how many share it; "" of fewer than two finite values."""
+    finite = {name: value for name, value in values.items() if np.isfinite(value)}
+    names = [name for name, value in finite.items() if value == min(finite.values())]
+    return f"{words}: {names[0] if len(names) == 1 else f'{len(names)} methods'}" if len(finite) > 1 else ""
+
+
 def spread(values: Sequence[float]) -> float | None:
     """Standard deviation; None for fewer than two values."""
     return float(np.std(values, ddof=1)) if len(values) > 1 else None

@@ -24,6 +24,7 @@ from bisam.experiments.reports.drawing import (
     family_colour,
     heading,
     legend,
+    lowest,
     panels,
     plain,
     rendered as rendered,
@@ -102,11 +103,8 @@ def accuracy(runs: Sequence[Finished]) -> Figure:
 
 def _highest(panel: Panel) -> str:
     """The title of a panel, and the method with the highest mean, if there are several."""
-    means = {name: float(np.mean(tested(group, panel.headline))) for _, name, group in panel.shown}
-    means = {name: value for name, value in means.items() if np.isfinite(value)}
-    if len(means) < 2:
-        return titled(panel.title, "")
-    return titled(panel.title, f"highest mean: {max(means, key=lambda name: means[name])}")
+    means = {name: -float(np.mean(tested(group, panel.headline))) for _, name, group in panel.shown}
+    return titled(panel.title, lowest("highest mean", means))
 
 
 _MARKERS = {"best": "o", "last": "D"}

@@ -110,6 +110,12 @@ class Machine:
         """Whether a run has several devices."""
         return self.devices * self.nodes > 1
 
+    @property
+    def speaks(self) -> bool:
+        """Whether this process prints what concerns a run: of those of several nodes the first one does."""
+        rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"  # of torchrun, which srun may start
+        return self.nodes == 1 or rank == "0"
+
     def fabric(self, precision: str = "32") -> Fabric:
         """Return Lightning's Fabric for these devices.
 

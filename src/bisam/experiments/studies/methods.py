@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from bisam.experiments.recipes.assumptions import AE_SAM
 from bisam.experiments.recipes.catalogue import METHODS
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.studies.equal import at_equal_gradients
@@ -134,6 +135,7 @@ EVERY_METHOD = (
         "the examples with the largest losses, which under label noise are those with the wrong labels. The clip of "
         "LE-SAM's radius (100) is out of reach, so that sigma alone decides. Labels are not smoothed, so that SAM (CE "
         "ascent) would be SAM itself." + SETTINGS.note(),
+        assumptions=(AE_SAM,),
     ),
     Study(
         "methods-rho",
@@ -146,6 +148,7 @@ EVERY_METHOD = (
         "last epoch: it is the one that is tested, because validation is small); of equal ones the smaller value. The "
         "seeds are not those of the study methods.",
         tunes=True,
+        assumptions=(AE_SAM,),
     ),
 )
 """In the order of `bisam list`."""

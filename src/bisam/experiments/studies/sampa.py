@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from bisam.experiments.recipes.assumptions import SEEDS, Assumption, Kind
+from bisam.experiments.recipes.assumptions import AE_SAM, SEEDS, Assumption, Kind
 from bisam.experiments.recipes.catalogue import BASELINE, METHODS, PLAIN
 from bisam.experiments.recipes.presets import BERT, CIFAR, IMAGENET, VIT
 from bisam.experiments.recipes.recipe import Recipe
@@ -133,10 +133,13 @@ def _added(why: str, *methods: str) -> Assumption:
     return Assumption("method", methods, Kind.CHOSEN, f"added: {why}")
 
 
-def _of_bisam(**values: object) -> tuple[Assumption, ...]:
-    """Values of the BiSAM paper's table, for which this paper's are not public."""
-    why = "the value of the BiSAM paper's table; this paper's is not public"
-    return tuple(Assumption(name, value, Kind.CHOSEN, why) for name, value in values.items())
+_TABLES = "the value of the BiSAM paper's table; this paper's is not public"
+_RECOLLECTED = "recollected for the BiSAM paper's table; neither paper's value is public"
+_HERE = "as in this package's study of the BiSAM paper's table; neither paper's value is public"
+
+
+def _assumed(why: str, kind: Kind, **values: object) -> tuple[Assumption, ...]:
+    return tuple(Assumption(name, value, kind, why) for name, value in values.items())
 
 
 def _study(
@@ -179,7 +182,18 @@ SAMPA = (
         "All have the same number of epochs. SAF and MESA keep the authors' settings, whose average of the weights "
         "reaches over thousands of steps.",
         ("gradients", "accuracy"),
-        assumptions=(_RADIUS, _added("not in the authors' figure", "sampa_0", "bisam_log")),
+        assumptions=(
+            _RADIUS,
+            _added("not in the authors' figure", "sampa_0", "bisam_log"),
+            Assumption(
+                "other settings",
+                "the catalogue's",
+                Kind.CHOSEN,
+                "those of each method's public code; the settings of this paper are not public",
+                {"method": ("looksam", "esam", "saf", "mesa")},
+            ),
+            AE_SAM,
+        ),
     ),
     _study(
         "sampa-cifar10",
@@ -202,7 +216,10 @@ SAMPA = (
         "Table of ImageNet-1K",
         "SAMPa's table: ImageNet-1K, ResNet-50",
         _imagenet,
-        assumptions=_of_bisam(epochs=90, learning_rate=0.2, batch_size=512, rho=0.05),
+        assumptions=(
+            *_assumed(_RECOLLECTED, Kind.RECOLLECTED, epochs=90, learning_rate=0.2, batch_size=512, rho=0.05),
+            *_assumed(_UNKNOWN, Kind.CHOSEN, model="torchvision:resnet50"),
+        ),
     ),
     _study(
         "sampa-vit",
@@ -210,8 +227,10 @@ SAMPA = (
         "SAMPa's table: ViT-B/16 fine-tuned on CIFAR-10 and CIFAR-100",
         _vit,
         assumptions=(
-            *_of_bisam(learning_rate=1e-4, batch_size=128, weight_decay=0.0, clip=1.0, rho=0.05),
-            Assumption("warmup", 0, Kind.CHOSEN, _UNKNOWN),
+            *_assumed(_RECOLLECTED, Kind.RECOLLECTED, learning_rate=1e-4, batch_size=128),
+            *_assumed(_TABLES, Kind.CHOSEN, weight_decay=0.0, clip=1.0),
+            *_assumed(_HERE, Kind.CHOSEN, rho=0.05),
+            *_assumed(_UNKNOWN, Kind.CHOSEN, warmup=0),
         ),
     ),
     _study(
@@ -221,8 +240,11 @@ SAMPA = (
         _glue,
         "The test is the official development set; a tenth of the training part is held out to choose the epoch. "
         "STS-B, a regression, is left out.",
-        assumptions=_of_bisam(
-            epochs=(3, 5), learning_rate=2e-5, batch_size=32, weight_decay=0.0, warmup=0, rho=(0.05, 0.01, 0.005)
+        assumptions=(
+            *_assumed(_RECOLLECTED, Kind.RECOLLECTED, epochs=(3, 5), learning_rate=2e-5, batch_size=32),
+            *_assumed(_RECOLLECTED, Kind.RECOLLECTED, rho=(0.05, 0.01, 0.005)),
+            *_assumed(_TABLES, Kind.CHOSEN, clip=1.0),
+            *_assumed(_HERE, Kind.CHOSEN, weight_decay=0.0, warmup=0),
         ),
     ),
     _study(

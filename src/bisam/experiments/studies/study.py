@@ -153,7 +153,7 @@ class Study:
         known = [one.name for one in fields(Recipe) if one.name != "version"]
         for name in texts:
             if name not in known:
-                raise unknown("field", name, known)
+                raise unknown("field", name, known, "bisam train --help")
         values = {name: parsed(name, text, f"--set {name}={text}") for name, text in texts.items()}
         for name in ("seed", "method"):
             if name in values:

@@ -98,7 +98,8 @@ class Journal:
         """State what is trained, where, and whether it is resumed."""
         resumed = f", resumed after epoch {self._epoch}" if self._epoch else ""
         where = device if self._processes == 1 else f"{device}, {self._processes} processes"
-        self.say(f"{slug} seed {seed}: {self._length.epochs} epochs on {where}{resumed}")
+        count = f"{self._length.epochs} epoch{'s' if self._length.epochs != 1 else ''}"
+        self.say(f"{slug} seed {seed}: {count} on {where}{resumed}")
 
     def epoch_begins(self, epoch: int, learning_rate: float) -> None:
         """Begin to count the batches of an epoch."""

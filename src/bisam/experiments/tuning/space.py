@@ -218,7 +218,7 @@ def _check_field(name: str) -> None:
     names = [field.name for field in fields(Fields)]
     if name not in names:
         known = [one for one in names if one not in _INSTEAD]
-        raise unknown("setting to search", name, known)
+        raise unknown("setting to search", name, known, "bisam tune --help")
     if name in _INSTEAD:
         raise ValueError(f"--search {name} is refused: {_INSTEAD[name]}")
 
