@@ -187,6 +187,7 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(run, tmp_path, b
         ((run.folder, "--to", to, "--which", "bset"), "unknown weights of a run 'bset', did you mean 'best'"),
         ((run.folder, "--to", full), "exists: give a new folder, or a file such as"),
         ((run.folder, "--to", tmp_path / "folder.pt"), "is a folder, and its name that of a file"),
+        ((run.folder, "--to", tmp_path / "model.onx"), "a file ends in .safetensors, .pt, .pth, .pt2 or .onnx"),
     ]:
         code, _, err = bisam("export", *given)
         assert code == 2

@@ -116,6 +116,13 @@ def _check(run: Path, to: Path | None, push_to_hub: str | None, private: bool) -
         raise ValueError(f"{run} is no run folder, which has a recipe.json: {remedy}")
     if to is None:
         return
+    from bisam.experiments.models.files import PROGRAMS, STATES
+
+    known = (*STATES, *PROGRAMS)
+    if to.suffix[1:].isalpha() and to.suffix not in known and not to.is_dir():
+        raise ValueError(
+            f"--to {to}: a file ends in {', '.join(known[:-1])} or {known[-1]}, and a folder has no suffix"
+        )
     if to.suffix and to.is_dir():
         raise ValueError(f"--to {to} is a folder, and its name that of a file: give another one")
     if not to.suffix and to.exists() and (not to.is_dir() or any(to.iterdir())):
