@@ -256,6 +256,12 @@ def test_without_gamma_the_gradient_does_not_depend_on_the_prediction():
     close(found, expected)
 
 
+def test_sigmoids_are_accurate_where_they_are_close_to_1():
+    logits, labels = torch.tensor([[20.5, 0.0], [-20.5, 25.0]], dtype=torch.double, requires_grad=True), LABELS[:2] % 2
+    expected = references.obf(1.0, 0.5, True, logits, labels)
+    close(gradient(OBF(sigmoid=True)(logits, labels), logits), gradient(expected, logits), 1e-13)
+
+
 @pytest.mark.parametrize("height", [1e3, 1e30])
 @pytest.mark.parametrize("lam", [None, 0.0, 1e-6])
 @pytest.mark.parametrize("sigmoid", [False, True])

@@ -201,7 +201,7 @@ def test_blocks_of_labels_give_the_whole(bound, width, monkeypatch):
     p = mixed(logits).requires_grad_()
     whole = bound(logits, p)
     expected = gradient(whole, logits, p)
-    monkeypatch.setattr(objectives, "_BLOCK", width * logits.numel())
+    monkeypatch.setattr("bisam.objectives.bounds._BLOCK", width * logits.numel())
     blocked = bound(logits, p)
     close(blocked, whole)
     for ours, theirs in zip(gradient(blocked, logits, p), expected, strict=True):

@@ -14,7 +14,7 @@ from types import ModuleType
 import pytest
 
 import bisam
-from bisam import masks, perturbations, proximal, schedules
+from bisam import masks, objectives, perturbations, proximal, schedules
 
 NAMES = {
     "ABiSAM",
@@ -82,6 +82,7 @@ NAMES = {
 }
 MODULES = {
     perturbations: "Adaptive Friendly L2 LossEquated NormLayers Only Smoothed ZScore",
+    objectives: "ClassWeighted CostSensitive ExactMatch Focal IoU Pairwise PerExample Retrieval Tolerance TopK",
     masks: "DropGrow FisherMask RandomMask",
     proximal: "Box L1 Simplex",
     schedules: "Constant Cosine FlipRate Follow Linear Warmup",
@@ -122,7 +123,12 @@ CORE = [
     "model.passes",
     "model.rng",
     "model.running_statistics",
-    "objectives",
+    "objectives.bounds",
+    "objectives.classes",
+    "objectives.forgetting",
+    "objectives.objective",
+    "objectives.positions",
+    "objectives.scores",
     "optim.copies",
     "optim.lookahead",
     "optim.preview",
@@ -142,7 +148,7 @@ def test_the_public_names_are_these():
     assert {name for name in bisam.__all__ if not isinstance(getattr(bisam, name), ModuleType)} == NAMES
     assert set(bisam.__all__) <= set(dir(bisam))
     assert (bisam.perturbations, bisam.masks, bisam.schedules) == (perturbations, masks, schedules)
-    assert bisam.proximal is proximal
+    assert (bisam.objectives, bisam.proximal) == (objectives, proximal)
 
 
 def test_type_checkers_read_the_names_that_are_loaded_when_they_are_used():

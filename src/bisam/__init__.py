@@ -11,6 +11,7 @@ from bisam import deprecated as _deprecated
 if TYPE_CHECKING:
     from bisam import (
         masks as masks,
+        objectives as objectives,
         perturbations as perturbations,
         proximal as proximal,
         schedules as schedules,
@@ -95,10 +96,10 @@ _NAMES = {
     "bisam.vector": "Vector",
 }
 """The public names, by the module that has them; type checkers read the imports above."""
-_PUBLIC_MODULES = ("masks", "perturbations", "proximal", "schedules")
+_PUBLIC_MODULES = ("masks", "objectives", "perturbations", "proximal", "schedules")
 _MODULES = {
     *_PUBLIC_MODULES,
-    *("analysis", "batches", "distributed", "evaluation", "loss", "methods", "model", "objectives", "optim"),
+    *("analysis", "batches", "distributed", "evaluation", "loss", "methods", "model", "optim"),
     *("oracle", "state", "statistics", "targets", "validation", "vector"),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}

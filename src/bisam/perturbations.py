@@ -44,7 +44,7 @@ from torch import Tensor
 
 from bisam import objectives, schedules
 from bisam.evaluation import Evaluation
-from bisam.objectives import OBF, Binary, CrossEntropy, LowerBound, Objective
+from bisam.objectives import Objective, OfClasses
 from bisam.oracle import Oracle
 from bisam.schedules import FlipRate, Radius
 from bisam.validation import instance, non_negative, portion, positive, share
@@ -210,7 +210,7 @@ def geometry(value: Perturbation | Radius) -> Perturbation:
     """
     if is_radius(value):
         return L2(cast(Radius, value))
-    if isinstance(value, LowerBound | Binary | CrossEntropy | OBF):
+    if isinstance(value, OfClasses | objectives.Around):
         raise TypeError(f"perturb must be a radius or a perturbation such as L2(0.05), got the objective {value!r}")
     instance("perturb", value, "a radius such as 0.05, or a perturbation such as L2(0.05)")
     return cast(Perturbation, value)

@@ -163,6 +163,63 @@ def binary(targets: Tensor, bound: str) -> None:
     _require(inside.all(), f"{says}: {classes}; {NO_REGRESSION}", explained)
 
 
+def same_shape(outputs: Tensor, targets: Tensor, name: str) -> None:
+    """Checks that there is one target for each output.
+
+    Args:
+        outputs: real numbers.
+        targets: real numbers.
+        name: the name of the objective.
+
+    Raises:
+        ValueError: their shapes differ, which torch would broadcast.
+    """
+    if targets.shape != outputs.shape:
+        expression = _reshaped(targets, outputs.shape)
+        remedy = f"use {expression}" if expression else "there must be one target for each output"
+        needed, got = tuple(outputs.shape), tuple(targets.shape)
+        raise ValueError(f"{name} needs targets of the shape of the outputs, {needed}, got {got}: {remedy}")
+
+
+def matches(outputs: Tensor, targets: Tensor) -> None:
+    """Checks that outputs are similarities (N, N), and targets the items that match the queries, each once.
+
+    There is no wait for a device, see `_require`.
+
+    Raises:
+        TypeError: the targets are not int64.
+        ValueError: the outputs are no square, or the targets no permutation.
+    """
+    shape, n = tuple(outputs.shape), outputs.shape[0]
+    if shape != (n, n):
+        raise ValueError(
+            f"Retrieval needs similarities (N, N) of N queries and N items, got {shape}: for one direction, or for "
+            "more items than queries, use its bound itself"
+        )
+    if targets.dtype != torch.int64:
+        raise TypeError(f"the targets of Retrieval are int64 numbers of items, torch.arange({n}), got {targets.dtype}")
+    if tuple(targets.shape) != (n,):
+        raise ValueError(f"Retrieval needs one target for each query, torch.arange({n}), got {tuple(targets.shape)}")
+    says = f"targets of Retrieval are the numbers from 0 to N - 1, each once, as torch.arange({n})"
+    holds = (targets.sort().values == torch.arange(n, device=targets.device)).all()
+    _require(holds, says, lambda: f"{says}, got {targets.tolist() if n <= 8 else 'others'}")
+
+
+def masks(outputs: Tensor, targets: Tensor) -> None:
+    """Checks that outputs are the logits (N, L, d1, ...) of masks, and targets 0 or 1 for each.
+
+    Raises:
+        ValueError: the shapes differ or have less than three dimensions, or a target is outside [0, 1].
+    """
+    if outputs.dim() < 3:
+        raise ValueError(
+            f"masks have the shape (N, L, d1, ...), got {tuple(outputs.shape)}: use outputs.unsqueeze(1) for one mask"
+        )
+    if targets.shape != outputs.shape:
+        raise binary_mismatch(outputs, targets, "NegLog(...)")
+    binary(targets if targets.is_floating_point() else targets.long(), "NegLog(...)")
+
+
 def binary_mismatch(outputs: Tensor, targets: Tensor, bound: str) -> ValueError:
     """Returns the error for targets of `Binary` that do not have the shape of the outputs."""
     remedy = "there must be one target for each logit"

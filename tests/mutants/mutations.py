@@ -21,7 +21,7 @@ MODEL += ("tests/model/test_inputs.py", "tests/model/test_partial_gradients.py")
 
 SUBJECTS: dict[str, tuple[str, ...]] = {
     "vector": ("tests/test_vector.py", "tests/methods/test_steps.py"),
-    "objectives": ("tests/test_objectives.py", "tests/test_adversaries.py"),
+    "objectives": ("tests/test_objectives.py", "tests/test_adversaries.py", "tests/test_metrics.py"),
     "targets": ("tests/test_targets.py",),
     "evaluation": (
         "tests/test_evaluation.py",
@@ -74,6 +74,7 @@ TESTS: tuple[str, ...] = (
     "tests/test_proximal.py",
     "tests/test_objectives.py",
     "tests/test_adversaries.py",
+    "tests/test_metrics.py",
     "tests/test_targets.py",
     *METHODS,
     "tests/test_golden.py",
@@ -262,8 +263,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "objectives",
         "mu_missing_in_the_soft_maximum",
         "The log-sum-exp over the classes is not sharpened by mu.",
-        "torch.logsumexp(mu * self.phi(margins), 1)",
-        "torch.logsumexp(self.phi(margins), 1)",
+        "torch.logsumexp(mu * values, 1) / mu",
+        "torch.logsumexp(values, 1) / mu",
     ),
     Mutant(
         "objectives",
@@ -342,6 +343,48 @@ MUTANTS: tuple[Mutant, ...] = (
         "The probability of a label is taken for that of its absence.",
         "torch.stack([1 - p, p], 1)",
         "torch.stack([p, 1 - p], 1)",
+    ),
+    Mutant(
+        "objectives",
+        "one_more_class_before_the_label",
+        "The top-k error leaves out the k highest wrong classes, not k - 1.",
+        "others = logits.scatter(1, index, math.inf).topk(left, 1, largest=False, sorted=False).values",
+        "others = logits.scatter(1, index, math.inf).topk(max(left - 1, 1), 1, largest=False, sorted=False).values",
+    ),
+    Mutant(
+        "objectives",
+        "costs_against_the_label",
+        "A level of the cost is compared with the label alone, not with the best of the classes that cost less.",
+        "best = scores.cummax(1).values",
+        "best = scores[:, :1].expand_as(scores)",
+    ),
+    Mutant(
+        "objectives",
+        "empty_classes_are_balanced",
+        "The balanced weights divide by the number of all classes, also of those that the batch does not have.",
+        "(counts.sum() / (counts > 0).sum() / counts)",
+        "(counts.sum() / len(counts) / counts)",
+    ),
+    Mutant(
+        "objectives",
+        "ignored_positions_match",
+        "Positions that are ignored are in the soft maximum of an exact match.",
+        "values.flatten(1).masked_fill(~counted & some, -math.inf)",
+        "values.flatten(1)",
+    ),
+    Mutant(
+        "objectives",
+        "union_of_the_class_alone",
+        "The Jaccard loss divides by the pixels of the class, without those that are wrong.",
+        "(missed[..., -1:] + false).clamp_min(1)",
+        "missed[..., -1:].clamp_min(1)",
+    ),
+    Mutant(
+        "objectives",
+        "one_direction_of_matches",
+        "The items of a retrieval are not permuted back to the order of the queries.",
+        "return (queries + items[targets]) / 2",
+        "return (queries + items) / 2",
     ),
     # Targets.
     Mutant(

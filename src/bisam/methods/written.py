@@ -12,13 +12,13 @@ from collections.abc import Iterable
 from dataclasses import MISSING, fields
 from typing import Any
 
-from bisam.objectives import Binary, CrossEntropy, LowerBound, NegLog, cross_entropy
+from bisam.objectives import Around, CrossEntropy, LowerBound, NegLog, cross_entropy
 from bisam.perturbations import L2, Adaptive, is_radius
 
 Argument = tuple[str, Any, Any]
 """The name of a parameter, its value, and its default; MISSING if it has none."""
 
-_PARTS = {f"bisam.{module}" for module in ("masks", "objectives", "perturbations", "schedules")}
+_PARTS = tuple([f"bisam.{module}" for module in ("masks", "objectives", "perturbations", "schedules")])
 
 
 class Written:
@@ -27,7 +27,7 @@ class Written:
     def __repr__(self) -> str:
         values: Any = self
         bound = getattr(self, "ascent", None)
-        if type(self).__name__ != "SAM" or not isinstance(bound, LowerBound | Binary):
+        if type(self).__name__ != "SAM" or not isinstance(bound, LowerBound | Around):
             return _call(type(self).__name__, _arguments(self))
         ball, descent = values.perturb, values.descent
         if isinstance(ball, Adaptive) and ball.where is None and descent is None:
@@ -57,7 +57,7 @@ def _text(value: Any) -> str:
         return _text(value.rho)
     if kind is CrossEntropy and value == cross_entropy:
         return "cross_entropy"
-    if kind.__module__ not in _PARTS or not hasattr(kind, "__dataclass_fields__"):
+    if not kind.__module__.startswith(_PARTS) or not hasattr(kind, "__dataclass_fields__"):
         return repr(value)
     return _call(kind.__name__, _arguments(value))
 

@@ -35,6 +35,7 @@ from bisam import (
     cross_entropy,
     next_step,
 )
+from bisam.objectives import ExactMatch, PerExample
 from bisam.perturbations import L2
 from tests.support import ranks
 
@@ -519,7 +520,7 @@ def test_without_classes_the_models_own_loss_is_what_is_climbed(tmp_path, task):
     config = {"num_labels": 1} if task == "regression" else {"problem_type": "multi_label_classification"}
     compare(tmp_path, partial(bert, **config), task, SAM(L2(0.0)), accumulate=2)
     trained(SharpnessAwareTrainer, tmp_path, bert(**config), task, method=SAM(L2(0.1)))
-    for method in (BiSAM(), KSAM(2), FunctionalSAM(), SAM(descent=cross_entropy)):
+    for method in (BiSAM(), BiSAM(bound=PerExample()), KSAM(2), FunctionalSAM(), SAM(descent=cross_entropy)):
         model = bert(**config)
         before = weights(model)
         with pytest.raises(ValueError, match=r"classes.*use a method that climbs the training loss.*SAM\(\)"):
@@ -531,10 +532,10 @@ def test_the_bound_of_several_labels_is_climbed(tmp_path):
     several = partial(bert, problem_type="multi_label_classification")
     compare(tmp_path, several, "several", BiSAM(0.0, Binary()), accumulate=2)
     ends = []
-    for method in (SAM(L2(0.1)), BiSAM(0.1, Binary())):
+    for method in (SAM(L2(0.1)), BiSAM(0.1, Binary()), BiSAM(0.1, ExactMatch(Binary()))):
         trainer = trained(SharpnessAwareTrainer, tmp_path, several(), "several", method=method)
         ends.append(weights(trainer.model))
-    assert not torch.equal(*ends)
+    assert all(not torch.equal(ends[i], ends[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
     batch = trainer.data_collator(examples("several", 4))
     trainer.model.train()
     trainer.compute_loss(trainer.model, dict(batch))

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 import bisam
-from bisam import SharpnessAware, masks, perturbations, proximal, schedules
+from bisam import SharpnessAware, masks, objectives, perturbations, proximal, schedules
 from bisam.experiments.errors import is_out_of_memory, unknown
 from bisam.methods import Method
 from bisam.methods.method import indexed
@@ -33,9 +33,10 @@ _ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv,
 }
-_MODULES: tuple[ModuleType, ...] = (bisam, perturbations, masks, schedules, proximal)
+_MODULES: tuple[ModuleType, ...] = (bisam, objectives, perturbations, masks, schedules, proximal)
 _HIDDEN = {
     "Around",
+    "CrossEntropy",
     "Evaluation",
     "Lookahead",
     "LowerBound",
@@ -43,6 +44,7 @@ _HIDDEN = {
     "ModelOracle",
     "Only",  # takes a function, which an expression cannot contain
     "Named",
+    "OfClasses",
     "Oracle",
     "Prox",
     "ProximalPoint",
@@ -61,7 +63,7 @@ VOCABULARY: dict[str, Callable[..., Any]] = {
     and (name[0].isupper() or name in ("next_step", "cross_entropy"))
     and name not in _HIDDEN
 } | {"lookahead": bisam.next_step}  # the spelling of bisam 0.1, for its run folders
-"""Callables of expressions: methods, perturbations, masks, schedules, proximal operators, bounds, `next_step`."""
+"""Callables of expressions: methods, perturbations, masks, schedules, proximal operators, objectives, `next_step`."""
 
 
 def build(expression: str, **names: Any) -> Method:

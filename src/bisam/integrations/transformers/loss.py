@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from bisam.batches import Batch, size
 from bisam.evaluation import Evaluation
 from bisam.methods import Method
-from bisam.objectives import Binary, CrossEntropy, LowerBound, Objective
+from bisam.objectives import Binary, Objective, OfClasses, innermost
 from bisam.oracle import Oracle, Query, View
 
 Inputs = dict[str, Any]
@@ -69,14 +69,15 @@ class TrainerLoss:
         if watched is not None:
             self._divides = _depends(loss, watched)
         logits, targets = self._laid_out(inputs, outputs)
-        if isinstance(self.asked, LowerBound | CrossEntropy):
+        asked = innermost(self.asked)
+        if isinstance(asked, OfClasses):
             _classes(targets, repr(self.asked))
-        if isinstance(self.asked, Binary):
+        if isinstance(asked, Binary):
             targets = _labels(inputs, logits)
         logits = loss.detach() if logits is None else logits if targets is None else logits.movedim(-1, 1)
         known = logits.as_subclass(_Logits)
         # Bounds do not use it, and its graph holds copies of the logits.
-        known.own = None if isinstance(self.asked, LowerBound | Binary | CrossEntropy) else loss
+        known.own = None if isinstance(asked, OfClasses | Binary) else loss
         return known, targets
 
     def items(self, inputs: Inputs) -> Tensor | None:

@@ -1,35 +1,4 @@
-"""Objectives: the losses that are minimised, and those that the adversary climbs.
-
-An objective maps `(outputs, targets)` to one loss per example. The minimiser descends an *upper* bound of the 0-1 loss
-(`cross_entropy`, or any loss of PyTorch with `reduction="none"`). The maximiser of BiSAM (Xie et al., ICML 2024,
-https://arxiv.org/abs/2407.12993) climbs a differentiable *lower* bound up to log(K)/mu: with the margins
-F_j = f_j - f_y against the label y,
-
-    Q = (1/mu) log sum_j exp(mu phi(F_j)),    phi(x) <= 1 where x > 0, else phi(x) <= 0,
-
-and Q - log(K)/mu <= 1{some wrong class scores higher than y} for K classes. The constant log(K)/mu has no gradient; the
-losses below are Q, as in the paper.
-
-    >>> logits, labels = torch.zeros(2, 3), torch.tensor([0, 2])
-    >>> NegLog()(logits, labels).shape                             # (N, K), (N,) -> (N,)
-    torch.Size([2])
-    >>> maps = torch.zeros(2, 3, 4, 4), torch.full((2, 4, 4), -100)
-    >>> Tanh(mu=10, alpha=0.1)(*maps).shape                        # (N, K, H, W), (N, H, W) -> (N, H, W), without -100
-    torch.Size([2, 4, 4])
-    >>> mixed = torch.full((2, 3), 1 / 3)
-    >>> LowerBound(phi=torch.tanh, mu=5)(logits, mixed).shape      # (N, K), (N, K) class probabilities -> (N,)
-    torch.Size([2])
-
-Other adversaries climb one of these losses:
-
-    >>> from bisam.schedules import Linear
-    >>> sharper = NegLog(Linear(1.0, 10.0, steps=5_000))           # a bound that comes closer to the 0-1 loss
-    >>> others = WrongClasses(NegLog(), margin=2.0)                # Q over the wrong classes alone, near the boundary
-    >>> forgetting = OBF(gamma=0.0)                                # output bias forgetting
-
-An objective may have an attribute `ignore_index`. Training then averages over the other targets, as the cross-entropy
-of torch does. It may have a method `at_step(step)` that returns the objective of a training step; an oracle calls it.
-"""
+"""Bounds: lower bounds of the 0-1 loss, of classes and of labels that are independent of each other."""
 
 from __future__ import annotations
 
@@ -45,14 +14,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from bisam import schedules, targets as check
+from bisam.objectives.objective import OfClasses, at_step, of_classes, of_labels, wide
 from bisam.schedules import Schedule
-from bisam.validation import instance, positive, share
-
-Objective = Callable[[Any, Any], Tensor]
-"""A function `(outputs, targets) -> losses` that returns one loss per example, or a scalar."""
-
-Count = int | Tensor
-"""A number of examples; a 0-dimensional tensor if it depends on the targets, which avoids a device synchronisation."""
+from bisam.validation import instance, positive
 
 GAMMA = math.log(math.e - 1)
 """The offset that makes the -log bound pass through the origin (Xie et al., 2024, eq. 15)."""
@@ -60,46 +24,12 @@ GAMMA = math.log(math.e - 1)
 _BLOCK = 2**24  # largest number of entries of a soft-label block: 64 MiB in float32
 _sigmoid_backward = torch.ops.aten.sigmoid_backward.default  # grad s (1 - s) in one operation
 _sigmoid_backward_out = torch.ops.aten.sigmoid_backward.grad_input
-_HALF = frozenset({torch.float16, torch.bfloat16})
 _FAST_MU = 64.0  # exp(-mu) is still a normal float32, so that the sums below can neither overflow nor vanish
+_A_BOUND = "a LowerBound such as NegLog() or Tanh()"
 
 
 @dataclass(frozen=True)
-class CrossEntropy:
-    """Cross-entropy, one loss per example: the default descent objective.
-
-    For label smoothing pass `torch.nn.CrossEntropyLoss(label_smoothing=..., reduction="none")`. For class weights pass
-    one with `reduction="mean"`, because torch divides by the sum of the weights and not by the number of examples.
-
-    Args:
-        ignore_index: label of examples that are ignored.
-    """
-
-    ignore_index: int = -100
-
-    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Returns losses of the shape of the labels; zero where a label is `ignore_index`.
-
-        Args:
-            outputs: logits (N, K) or (N, K, d1, ...), or (K,) for one example.
-            targets: int64 labels (N,) or (N, d1, ...), or class probabilities of the shape of `outputs`.
-
-        Raises:
-            TypeError: `outputs` or `targets` have the wrong type.
-            ValueError: their shapes do not match, or a label is outside [0, K) (on the CPU; on a GPU a device-side
-                assert fails, as in torch).
-        """
-        check.types(outputs, targets)
-        if not check.fits(outputs, targets):
-            raise check.mismatch(outputs, targets, check.IN_TORCH)
-        return _in_range(_cross_entropy, outputs, targets, self.ignore_index)
-
-
-cross_entropy = CrossEntropy()
-
-
-@dataclass(frozen=True)
-class LowerBound:
+class LowerBound(OfClasses):
     """The objective Q of BiSAM for any `phi` below the 0-1 step (Xie et al., 2024, Lemma 3.1); it uses autograd.
 
     Q is a lower bound of the 0-1 loss up to a constant: Q - log(K)/mu is one for K classes, Q alone is not. The label's
@@ -165,7 +95,40 @@ class LowerBound:
             ValueError: their shapes do not match, K < 2, a label is outside [0, K), or floating-point targets are not
                 class probabilities (values are checked on the CPU; on a GPU a device-side assert fails, as in torch).
         """
-        return _of_classes(self, outputs, targets, check.Elsewhere(f"bisam.Binary({type(self).__name__}(...))"))
+        return of_classes(self, outputs, targets, check.Elsewhere(f"bisam.Binary({self._name}(...))"))
+
+    def of_margins(self, margins: Tensor) -> Tensor:
+        """Returns Q of decisions whose alternatives have these margins: for metrics that compare no classes.
+
+        A decision is wrong if one of its J alternatives leads, max_j F_j > 0. The right answer is an alternative of
+        margin 0, as the label's own class is, so that Q - log(J + 1)/mu <= 1{wrong}; in `WrongClasses` it is left out.
+
+        Args:
+            margins: the leads F (N, J, d1, ...) of the alternatives over the right answer. They are not modified.
+
+        Returns:
+            Q (N, d1, ...) in float32 or a wider type. No decision is ignored.
+
+        Example:
+            >>> import torch
+            >>> from bisam import NegLog
+            >>> scores = torch.tensor([[0.3, 2.0], [1.0, -1.0]])    # of an item that should lead, and of another
+            >>> NegLog().of_margins(scores[:, 1:] - scores[:, :1])
+            tensor([1.1213, 0.1810])
+        """
+        logits = torch.cat([torch.zeros_like(margins[:, :1]), margins], 1)
+        right = torch.zeros_like(logits[:, 0], dtype=torch.int64)
+        return self._labelled(wide(logits), right, None)
+
+    def soft_maximum(self, values: Tensor) -> Tensor:
+        """Returns (1/mu) log sum_j exp(mu v_j) of values (N, J, ...) over J: at most log(J)/mu above the maximum."""
+        mu = self._mu
+        return torch.logsumexp(mu * values, 1) / mu
+
+    @property
+    def _name(self) -> str:
+        """The name of the bound that `Binary` takes in place of this one, for messages."""
+        return type(self).__name__
 
     @property
     def _mu(self) -> float:
@@ -183,12 +146,12 @@ class LowerBound:
 
     def _labelled(self, logits: Tensor, labels: Tensor, ignore_index: int | None) -> Tensor:
         """Returns Q for labels; zero where a label is `ignore_index`. None: all labels count."""
-        ignored, index, reference = _of_labels(logits, labels, ignore_index)
-        margins, mu = logits - reference, self._mu
+        ignored, index, reference = of_labels(logits, labels, ignore_index)
+        margins = logits - reference
         # The label's own margin is constant. As a constant it leaves the gradient at the label, which is minus the sum
         # over the other classes, free of its own much larger term, which would cancel.
         margins = margins.scatter(1, index, margins.detach().gather(1, index))
-        values = torch.logsumexp(mu * self.phi(margins), 1) / mu
+        values = self.soft_maximum(self.phi(margins))
         return values if ignored is None else values.masked_fill(ignored, 0.0)
 
     def _expected(self, logits: Tensor, probabilities: Tensor) -> Tensor:
@@ -214,11 +177,13 @@ class LowerBound:
         return (probabilities * q).sum(1)
 
 
-def _neg_log(x: Tensor) -> Tensor:
+def neg_log(x: Tensor) -> Tensor:
+    """Returns phi of `NegLog`."""
     return 1 + F.logsigmoid(x - GAMMA)
 
 
-def _tanh(alpha: float, x: Tensor) -> Tensor:
+def tanh(alpha: float, x: Tensor) -> Tensor:
+    """Returns phi of `Tanh`."""
     return 2 * torch.sigmoid(2 * alpha * x) - 1  # not tanh, whose derivative 1 - tanh^2 cancels for x << 0
 
 
@@ -252,7 +217,7 @@ class NegLog(LowerBound):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "phi", _neg_log)
+        object.__setattr__(self, "phi", neg_log)
 
     def _labelled(self, logits: Tensor, labels: Tensor, ignore_index: int | None) -> Tensor:
         if self._mu > _FAST_MU:
@@ -305,7 +270,7 @@ class Tanh(LowerBound):
     def __post_init__(self) -> None:
         super().__post_init__()
         positive("alpha", self.alpha)
-        object.__setattr__(self, "phi", partial(_tanh, self.alpha))
+        object.__setattr__(self, "phi", partial(tanh, self.alpha))
 
     def _labelled(self, logits: Tensor, labels: Tensor, ignore_index: int | None) -> Tensor:
         if self._mu > _FAST_MU:
@@ -327,8 +292,51 @@ class Tanh(LowerBound):
         return _sigmoid_backward_out(slope, s, grad_input=slope)  # in place: memory is the cost
 
 
+class Around:
+    """Base class of objectives around a bound.
+
+    Attributes:
+        bound: the bound.
+    """
+
+    bound: Any
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Returns the losses, see `Objective`."""
+        raise NotImplementedError
+
+    def __post_init__(self) -> None:
+        instance("bound", self.bound, _A_BOUND)
+        if not isinstance(self.bound, LowerBound):
+            raise TypeError(f"bound must be {_A_BOUND}, got {self.bound!r}")
+
+    def at_step(self, step: int) -> Any:
+        """Returns the objective of a training step, see `LowerBound.at_step`."""
+        bound = at_step(self.bound, step)
+        return self if bound is self.bound else replace(cast(Any, self), bound=bound)
+
+
 @dataclass(frozen=True)
-class WrongClasses(LowerBound):
+class AroundClasses(Around, LowerBound):
+    """Base class of bounds of classes around another one, whose phi, mu and `ignore_index` they have."""
+
+    phi: Callable[[Tensor], Tensor] = field(init=False, repr=False, compare=False)
+    mu: float | Schedule = field(init=False, repr=False, compare=False)
+    ignore_index: int = field(init=False, repr=False, compare=False)
+    __call__ = LowerBound.__call__  # pyright: ignore[reportAssignmentType] - both bases have one
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("phi", "mu", "ignore_index"):
+            object.__setattr__(self, name, getattr(self.bound, name))
+
+    @property
+    def _name(self) -> str:
+        return cast(LowerBound, self.bound)._name
+
+
+@dataclass(frozen=True)
+class WrongClasses(AroundClasses):
     """A bound whose sum is over the wrong classes alone: Q without the label's own class.
 
     Q = (1/mu) log sum over j != y of exp(mu phi(F_j)), with derivatives u_j phi'(F_j) / sum u for a wrong class j,
@@ -365,30 +373,27 @@ class WrongClasses(LowerBound):
         -0.996
     """
 
-    phi: Callable[[Tensor], Tensor] = field(init=False, repr=False, compare=False)
-    mu: float | Schedule = field(init=False, repr=False, compare=False)
-    ignore_index: int = field(init=False, repr=False, compare=False)
     bound: LowerBound = field(default=NegLog())
     margin: float | None = None
 
     def __post_init__(self) -> None:
-        instance("bound", self.bound, "a LowerBound such as NegLog() or Tanh()")
-        if not isinstance(cast(Any, self.bound), LowerBound) or isinstance(self.bound, WrongClasses):
-            raise TypeError(f"bound must be a LowerBound such as NegLog() or Tanh(), got {self.bound!r}")
+        super().__post_init__()
+        if isinstance(self.bound, AroundClasses):
+            raise TypeError(
+                f"bound must be {_A_BOUND}, got {self.bound!r}: WrongClasses goes inside of others, as in "
+                "TopK(5, WrongClasses())"
+            )
         if self.margin is not None:
             positive("margin", self.margin)
-        for name in ("phi", "mu", "ignore_index"):
-            object.__setattr__(self, name, getattr(self.bound, name))
 
-    def at_step(self, step: int) -> LowerBound:
-        """Returns the bound of a training step, see `LowerBound.at_step`."""
-        bound = self.bound.at_step(step)
-        return self if bound is self.bound else WrongClasses(bound, self.margin)
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
 
     def _labelled(self, logits: Tensor, labels: Tensor, ignore_index: int | None) -> Tensor:
-        ignored, index, reference = _of_labels(logits, labels, ignore_index)
-        margins, mu = logits - reference, self._mu
-        values = torch.logsumexp((mu * self.phi(margins)).scatter(1, index, -math.inf), 1) / mu
+        ignored, index, reference = of_labels(logits, labels, ignore_index)
+        margins = logits - reference
+        values = self.soft_maximum(self.phi(margins).scatter(1, index, -math.inf))
         if self.margin is not None:
             ahead = margins.detach().scatter(1, index, -math.inf).amax(1)  # -m
             values = values * torch.exp(ahead.clamp_max(0) / self.margin)
@@ -396,92 +401,7 @@ class WrongClasses(LowerBound):
 
 
 @dataclass(frozen=True)
-class OBF:
-    """Output bias forgetting: (1 - alpha) CE(p, y) - CE(p, uniform), climbed by the adversary (Vani et al., 2024).
-
-    From "Forget Sharpness: Perturbed Forgetting of Model Biases Within SAM Dynamics",
-    https://arxiv.org/abs/2406.06700. The formula is that of the authors' code (BorealisAI/perturbed-forgetting on
-    GitHub, `loss/output_bias_forget.py`); of the paper only the abstract was read. With p the predicted probabilities,
-
-        alpha = gamma max(0, 1 - lam / p_y) / (1 - lam),
-
-    a constant in the gradient, which with respect to the logits is uniform - alpha p - (1 - alpha) onehot(y). Where the
-    label has a low probability the logits are moved from the label to all classes alike, whatever the prediction; where
-    it has a high one (and gamma is 1) the prediction is moved to the uniform one. Unlike that of cross-entropy the
-    gradient of confident correct examples does not vanish. The loss is no bound of the 0-1 loss, and may be negative.
-
-    The authors' script has gamma 1 for SAM and GSAM on ViTs, and 1e-12, which is 0, for ResNets, for ASAM and for
-    fine-tuning; lam is 1 over the number of classes; p consists of sigmoids.
-
-    Args:
-        gamma: weight of the prediction, in [0, 1].
-        lam: probability of the label below which alpha is 0, in [0, 1). Default: 1/K.
-        sigmoid: whether p is a sigmoid of each logit and CE the sum of binary cross-entropies over the classes, as in
-            the authors' script. Default: the softmax, their other choice.
-        ignore_index: label of examples that are ignored.
-
-    Raises:
-        TypeError: `gamma` or `lam` is not a number.
-        ValueError: `gamma` or `lam` is outside its range.
-
-    Example:
-        >>> import torch
-        >>> from bisam import OBF, SAM
-        >>> OBF()(torch.zeros(1, 4), torch.tensor([0]))    # a uniform prediction: the loss is 0, its gradient is not
-        tensor([0.])
-        >>> forgetting = SAM(0.1, ascent=OBF())
-    """
-
-    gamma: float = 1.0
-    lam: float | None = None
-    sigmoid: bool = False
-    ignore_index: int = field(default=-100, kw_only=True)
-
-    def __post_init__(self) -> None:
-        share("gamma", self.gamma, zero=True)
-        if self.lam is not None:
-            share("lam", self.lam, zero=True, one=False)
-
-    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Returns the loss per example, in float32 or a wider type; zero where a label is `ignore_index`.
-
-        Args:
-            outputs: logits (N, K), (N, K, d1, ...) or (K,), K >= 2.
-            targets: int64 labels (N,), (N, d1, ...) or (); or class probabilities of the shape of `outputs`, for which
-                the loss is the expectation over the label.
-
-        Raises:
-            TypeError: `outputs` or `targets` have the wrong type.
-            ValueError: their shapes do not match, K < 2, a label is outside [0, K), or floating-point targets are not
-                class probabilities.
-        """
-        return _of_classes(self, outputs, targets, check.IN_TORCH)
-
-    def _labelled(self, logits: Tensor, labels: Tensor, ignore_index: int | None) -> Tensor:
-        ignored, index, _ = _of_labels(logits, labels, ignore_index)
-        costs = self._costs(logits)
-        values = (self._weights(logits) * costs).gather(1, index).squeeze(1) - costs.mean(1)
-        return values if ignored is None else values.masked_fill(ignored, 0.0)
-
-    def _expected(self, logits: Tensor, probabilities: Tensor) -> Tensor:
-        costs = self._costs(logits)
-        return (probabilities * self._weights(logits) * costs).sum(1) - probabilities.sum(1) * costs.mean(1)
-
-    def _costs(self, logits: Tensor) -> Tensor:
-        """Returns the cross-entropy for each class as the label; their mean is that for the uniform distribution."""
-        return F.softplus(logits).sum(1, keepdim=True) - logits if self.sigmoid else -F.log_softmax(logits, 1)
-
-    @torch.no_grad()
-    def _weights(self, logits: Tensor) -> Tensor:
-        """Returns 1 - alpha for each class as the label."""
-        lam = 1 / logits.shape[1] if self.lam is None else self.lam
-        p = logits.sigmoid() if self.sigmoid else logits.softmax(1)
-        surplus = 1 - lam / p if lam else torch.ones_like(p)  # not 0 / p, where p has become 0
-        return 1 - surplus.clamp_min(0) * (self.gamma / (1 - lam))
-
-
-@dataclass(frozen=True)
-class Binary:
+class Binary(Around):
     """A bound for tasks with one logit per label: a binary head, several labels per example, or masks.
 
     A logit z is the two-class problem with logits (0, z), so the 0-1 loss is 1 where the sign of z is wrong, and the
@@ -509,16 +429,6 @@ class Binary:
 
     bound: LowerBound = field(default=NegLog())
 
-    def __post_init__(self) -> None:
-        instance("bound", self.bound, "a LowerBound such as NegLog() or Tanh()")
-        if not isinstance(cast(Any, self.bound), LowerBound):
-            raise TypeError(f"bound must be a LowerBound such as NegLog() or Tanh(), got {self.bound!r}")
-
-    def at_step(self, step: int) -> Binary:
-        """Returns the bound of a training step, see `LowerBound.at_step`."""
-        bound = self.bound.at_step(step)
-        return self if bound is self.bound else Binary(bound)
-
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Returns Q per label, of the shape of `outputs` and in float32 or a wider type.
 
@@ -538,74 +448,22 @@ class Binary:
             raise check.binary_mismatch(outputs, targets, bound)
         labels = targets if targets.is_floating_point() else targets.long()
         check.binary(labels, bound)
-        z, p = _wide(outputs), _wide(labels)
+        z, p = wide(outputs), wide(labels)
         logits = torch.stack([torch.zeros_like(z), z], 1)
         if labels.is_floating_point():
             return self.bound._expected(logits, torch.stack([1 - p, p], 1))
         return self.bound._labelled(logits, labels, None)
 
 
-Bound = LowerBound | Binary
-"""A bound of the 0-1 loss: of classes, or of labels."""
+def innermost(objective: Any) -> Any:
+    """Returns what is inside of objectives around others, down to `Binary`, whose targets are those of labels."""
+    while isinstance(objective, Around) and not isinstance(objective, Binary):
+        objective = objective.bound
+    return objective
 
 
-def at_step(objective: Objective, step: int) -> Objective:
-    """Returns the objective of a training step: what its method `at_step` returns, or itself without one."""
-    of_step = getattr(objective, "at_step", None)
-    return objective if of_step is None else of_step(step)
-
-
-def count(losses: Tensor, targets: Any, objective: Objective) -> Count:
-    """Returns the number of losses that count: those whose target is not the objective's `ignore_index`, if it has one.
-
-    Args:
-        losses: one per example.
-        targets: targets that were passed to the objective; labels are integers.
-        objective: `torch.nn.CrossEntropyLoss(reduction="none")` and the objectives in this module have an
-            `ignore_index`.
-    """
-    ignored = getattr(objective, "ignore_index", None)
-    if ignored is None or not isinstance(targets, Tensor) or targets.is_floating_point():
-        return losses.numel()
-    return (targets != ignored).sum(dtype=torch.float32)
-
-
-def mean(losses: Tensor, counted: Count) -> Tensor:
-    """Returns the mean over the losses that count, or 0 if none does; ignored losses are 0. A scalar is unchanged."""
-    if losses.dim() == 0:
-        return losses
-    return losses.mean() if isinstance(counted, int) else losses.sum() / counted.clamp_min(1)
-
-
-def _of_classes(objective: LowerBound | OBF, outputs: Tensor, targets: Tensor, elsewhere: check.Elsewhere) -> Tensor:
-    """Checks outputs and targets of an objective of classes and returns its values."""
-    classes, soft = check.types(outputs, targets), targets.is_floating_point()
-    if classes < 2 or not check.fits(outputs, targets):
-        raise check.mismatch(outputs, targets, elsewhere)
-    if soft:
-        check.probabilities(targets, elsewhere)
-    logits, one = _wide(outputs), outputs.dim() == 1
-    if one:
-        logits, targets = logits.unsqueeze(0), targets.unsqueeze(0)
-    if soft:
-        values = objective._expected(logits, targets)
-    else:
-        values = _in_range(objective._labelled, logits, targets, objective.ignore_index)
-    return values.squeeze(0) if one else values
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in _HALF else tensor
-
-
-def _cross_entropy(outputs: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-    return F.cross_entropy(outputs, targets, ignore_index=ignore_index, reduction="none")
-
-
-def _split_labels(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Returns which labels are ignored, and an index along the classes that is valid for all (N, 1, d1, ...)."""
-    ignored = labels == ignore_index
-    return ignored, labels.masked_fill(ignored, 0).unsqueeze(1)
+Bound = LowerBound | Around
+"""A bound of the 0-1 loss or of another metric, such as `NegLog()` and `Binary()`."""
 
 
 class _ClosedForm(torch.autograd.Function):
@@ -616,7 +474,7 @@ class _ClosedForm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, bound: NegLog | Tanh, ignore_index: int | None) -> Tensor:
-        ignored, index, reference = _of_labels(logits, labels, ignore_index)
+        ignored, index, reference = of_labels(logits, labels, ignore_index)
         # Subtract first: the offset of a bound would be rounded away next to large logits.
         s, u = bound._terms(torch.sub(logits, reference))
         total = u.sum(1)
@@ -639,41 +497,3 @@ class _ClosedForm(torch.autograd.Function):
         # it is so much larger than the others that they would be rounded away.
         rows = bound._rows(weight.unsqueeze(1), s, u).scatter_(1, index, 0.0)
         return rows.scatter_(1, index, rows.sum(1, keepdim=True).neg_()), None, None, None
-
-
-def _of_labels(logits: Tensor, labels: Tensor, ignore_index: int | None) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Returns which labels are ignored (None if none is), an index that is valid for all labels, and the logits at it.
-
-    On a CPU `gather` itself detects a label outside [0, K), so no separate check is needed.
-    """
-    if ignore_index is None:
-        index = labels.unsqueeze(1)
-        return None, index, logits.gather(1, index)
-    noticed = type(labels) is Tensor and labels.is_cpu and not torch.compiler.is_compiling()
-    if noticed and not 0 <= ignore_index < logits.shape[1]:
-        index = labels.unsqueeze(1)
-        try:
-            return None, index, logits.gather(1, index)
-        except RuntimeError:
-            pass  # some labels are ignored or out of range; the same call below raises for the latter
-    ignored, index = _split_labels(labels, ignore_index)
-    return ignored, index, logits.gather(1, index)
-
-
-def _in_range(
-    loss: Callable[[Tensor, Tensor, int], Tensor], logits: Tensor, labels: Tensor, ignore_index: int
-) -> Tensor:
-    """Returns `loss(logits, labels, ignore_index)`; an error for a label out of range becomes one that shows it."""
-    try:
-        return loss(logits, labels, ignore_index)
-    except (IndexError, RuntimeError) as error:
-        if labels.is_floating_point() or "out of bounds" not in str(error):
-            raise
-        classes = logits.shape[1] if logits.dim() > 1 else logits.shape[0]
-        if classes == 1:  # only cross-entropy takes them, as that of torch
-            raise check.mismatch(logits, labels, check.IN_TORCH) from error
-        bad = labels[(labels != ignore_index) & ((labels < 0) | (labels >= classes))]
-        raise ValueError(
-            f"label {int(bad[0])} is outside [0, {classes}): {bad.numel()} of {labels.numel()} labels are. Number the "
-            f"classes from 0, and mark what is to be left out with {ignore_index} or name another ignore_index"
-        ) from error
