@@ -16,7 +16,7 @@ from bisam.experiments.runs.files import checksum
 from bisam.experiments.runs.folder import Finished
 
 SAM = Recipe(method="sam", rho=0.4, epochs=3)
-BEST = Settings()
+BEST = Settings(weights="best")
 
 
 def entry(run: Finished, rate: float, settings: Settings = BEST, of: str | None = None) -> dict:

@@ -12,7 +12,6 @@ import torch
 
 pytest.importorskip("lightning_fabric")
 
-from bisam.experiments.cli.folders import check_data_dir
 from bisam.experiments.errors import RunError, RunWarning
 from bisam.experiments.models.build import build
 from bisam.experiments.models.initial import pinned, read, source
@@ -181,6 +180,6 @@ def test_weights_that_are_here_need_no_folder_of_data_sets(run, tmp_path, bisam,
         code, _, err = bisam("train", *QUICK, "--data-dir", "absent", "--weights", given)
         assert code == 2
         assert "without effect, leave out: --data-dir" in err
-        check_data_dir([replace(RECIPE, weights=given)], Machine(data_dir=tmp_path / "absent"))
-    with pytest.raises(ValueError, match="absent is not there: give the folder"):
-        check_data_dir([replace(RECIPE, weights="absent.pt")], Machine(data_dir=tmp_path / "absent"))
+    code, _, err = bisam("train", *QUICK, "--data-dir", "absent", "--weights", "absent.pt")
+    assert code == 2
+    assert "weights 'absent.pt' cannot be read" in err

@@ -70,7 +70,7 @@ def test_the_command_says_it_in_one_line(bisam, tmp_path):
     """A learning rate that is far too large."""
     flags = ("--lr", "1e30", "--method", "sgd", "--epochs", "1", "--limit", "640", "--batch-size", "32")
     code, out, err = bisam("train", *flags, "--out", tmp_path)
-    assert code == 0
+    assert code == 1
     assert "test accuracy" in out
     assert err.startswith("bisam: loss is nan since epoch 1: a smaller --learning-rate; ")
     assert len(err.splitlines()) == 1
