@@ -22,11 +22,12 @@ each_task = pytest.mark.parametrize("name", TASKS)
 @each_task
 def test_every_method_has_as_many_trials_as_sam(name):
     recipes, task = STUDIES[f"{name}-tune"].recipes(None), TASKS[name]
-    assert len(set(recipes)) == len(recipes) == 2 * 7 * 8
+    assert len(set(recipes)) == len(recipes) == 2 * 7 * (9 if task.more else 8)
     for noise in (0.4, 0.0):
         for method in ("sam", *recover.CANDIDATES):
             mine = [r for r in recipes if r.noise == noise and LABELS.get(r.method, r.method) == method]
-            assert [r.setting("rho") for r in mine] == sorted(task.rates if method == recover.FLIP_RATE else task.radii)
+            assert len(mine) == len(recipes) / 14
+            assert tuple(r.setting("rho") for r in mine) == task.trials_of(method, noise)
     for study in (STUDIES[name], STUDIES[f"{name}-tune"]):
         assert all(recipe.method == "sam" or recipe.method in LABELS for recipe in study.recipes(None))
         assert all(recipe.setting("rho") is not None for recipe in study.recipes(None))
@@ -80,10 +81,10 @@ def test_chosen_settings_are_tested():
     assert recipes[0] == task.trial("sam", 0.4, 1.13, None)
     assert task.trial(recover.FLIP_RATE, 0.0, 0.012, None) in recipes
     assert "sam (0.0)" in task.settings.note()
-    every = {(name, noise): task.trials_of(name)[-1] for noise in (0.4, 0.0) for name in _NAMES}
+    every = {(name, noise): task.trials_of(name, noise)[-1] for noise in (0.4, 0.0) for name in _NAMES}
     task = replace(task, chosen=every)
     assert not task.settings.note()
-    assert task.tests(None)[0].rho == task.radii[-1]
+    assert task.tests(None)[0].rho == task.more[0.4][0]
 
 
 @pytest.fixture
