@@ -16,7 +16,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 # They mostly import, and other tests use the same hosts.
 LONG = {"train_fsdp2.py", "train_lora.py", "train_timm.py", "train_transformers.py"}
 LONG |= {"train_accelerate.py", "train_composite.py", "train_ddp.py", "train_fabric.py", "train_lightning.py"}
-LONG |= {"train_plain.py"}
+LONG |= {"train_amp.py", "train_plain.py"}
 SCRIPTS = [
     pytest.param(path, id=path.name, marks=[pytest.mark.slow] if path.name in LONG else [])
     for path in sorted(EXAMPLES.glob("train_*.py"))

@@ -110,6 +110,7 @@ def test_ctrl_c_is_left_to_the_user(tmp_path):
         train_or_explain(SHORT, tmp_path, Raising(error=KeyboardInterrupt()))
 
 
+@pytest.mark.slow
 def test_a_run_that_another_study_holds_is_said_and_the_others_go_on(tmp_path):
     held = Run.under(tmp_path, SHORT).folder
     held.mkdir(parents=True)
