@@ -18,7 +18,7 @@ from bisam.experiments.reports.differences import baseline
 from bisam.experiments.reports.groups import title, varying
 from bisam.experiments.runs.folder import Run, finished
 from bisam.experiments.runs.machine import Machine
-from bisam.experiments.studies import digits
+from bisam.experiments.studies import digits, finetune, recover
 from bisam.experiments.studies.equal import GRADIENTS
 from bisam.experiments.studies.study import expand
 from bisam.experiments.training.train import train
@@ -107,17 +107,23 @@ def test_settings_are_chosen_on_other_seeds_with_equal_budgets(name, trials):
         assert recipe.weight_decay in values[:-1] if recipe.method in NO_RHO else recipe.rho in values[1:-1]
 
 
-def test_the_settings_of_digits_are_those_of_the_committed_choice():
+@pytest.mark.parametrize(
+    ("settings", "base"),
+    [(digits.SETTINGS, Recipe()), (finetune.GLUE_SETTINGS, finetune.GLUE), (recover.DIGITS.settings, Recipe())],
+    ids=["digits", "finetune-glue", "recover"],
+)
+def test_the_settings_are_those_of_the_committed_choice(settings, base):
     """The value with the largest score, of equal ones the smallest: also by the scores in the file."""
-    chosen = digits.SETTINGS.chosen
-    file = Path(__file__).parents[3] / "docs" / "reproduction" / "digits-rho" / "choices.csv"
-    trials: dict[tuple[str, float], list[tuple[float, float, bool]]] = {}
+    file = Path(__file__).parents[3] / "docs" / "reproduction" / settings.study / "choices.csv"
+    trials: dict[tuple[str, float | str], list[tuple[float, float, bool]]] = {}
     for row in csv.DictReader(file.read_text().splitlines()):
+        condition = row["dataset"].removeprefix("glue:") if base.dataset.startswith("glue") else float(row["noise"])
         trial = (float(row["values"]), float(row["validation"]), row["chosen"] == "True")
-        trials.setdefault((row["method"], float(row["noise"])), []).append(trial)
-    assert len(trials) == len(chosen) == 10
-    for (method, noise), value in chosen.items():
-        tried = trials[title(Recipe(method=method)), noise]
+        trials.setdefault((row["method"], condition), []).append(trial)
+    assert settings.chosen.keys() == settings.before.keys()
+    for (method, condition), value in settings.chosen.items():
+        name = title(replace(base, method=method)) if method in METHODS else method
+        tried = trials[name, condition]
         assert [value for value, _, is_chosen in tried if is_chosen] == [value]
         best = max(score for _, score, _ in tried)
         assert min(value for value, score, _ in tried if score == pytest.approx(best, abs=1e-9)) == value

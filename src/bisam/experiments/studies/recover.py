@@ -114,6 +114,22 @@ DIGITS = Task(
     radii=(0.14, 0.2, 0.28, 0.4, 0.57, 0.8, 1.13, 1.6),
     rates=(0.005, 0.008, 0.012, 0.02, 0.03, 0.045, 0.07, 0.1),
     more={0.4: (2.26, 0.15), 0.0: (0.1, 0.0033)},
+    chosen={
+        (BASELINE, 0.4): 0.8,
+        (FLIP_RATE, 0.4): 0.1,
+        ("BiSAM (-log, mu 1 to 10)", 0.4): 0.8,
+        ("wrong classes (-log)", 0.4): 1.13,
+        ("wrong classes (-log, margin 2)", 0.4): 0.8,
+        ("OBF (gamma 1)", 0.4): 1.13,
+        ("OBF (gamma 0)", 0.4): 1.13,
+        (BASELINE, 0.0): 0.2,
+        (FLIP_RATE, 0.0): 0.045,
+        ("BiSAM (-log, mu 1 to 10)", 0.0): 0.14,
+        ("wrong classes (-log)", 0.0): 0.4,
+        ("wrong classes (-log, margin 2)", 0.0): 0.4,
+        ("OBF (gamma 1)", 0.0): 0.57,
+        ("OBF (gamma 0)", 0.0): 1.13,
+    },
 )
 CIFAR10 = Task(
     "recover-cifar10",
