@@ -67,7 +67,8 @@ nitpick_ignore_regex = [
     # Of bisam, and not public.
     (
         "py:class",
-        r"bisam\.(distributed|model|optim)\..*|(bisam\.vector\.)?Layout|Count|Findings|ForwardPass|Preview|RandomState|Tensors",
+        r"bisam\.(distributed|model|optim)\..*|(bisam\.vector\.)?Layout|Count|Findings|ForwardPass|OfClasses|Preview|"
+        r"RandomState|Tensors",
     ),
 ]
 
