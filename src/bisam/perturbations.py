@@ -210,7 +210,7 @@ def geometry(value: Perturbation | Radius) -> Perturbation:
     """
     if is_radius(value):
         return L2(cast(Radius, value))
-    if isinstance(value, OfClasses | objectives.Around):
+    if isinstance(value, OfClasses | objectives.ObjectiveWrapper):
         raise TypeError(f"perturb must be a radius or a perturbation such as L2(0.05), got the objective {value!r}")
     instance("perturb", value, "a radius such as 0.05, or a perturbation such as L2(0.05)")
     return cast(Perturbation, value)

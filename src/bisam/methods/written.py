@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import MISSING, fields
 from typing import Any
 
-from bisam.objectives import Around, CrossEntropy, LowerBound, NegLog, cross_entropy
+from bisam.objectives import CrossEntropy, LowerBound, NegLog, ObjectiveWrapper, cross_entropy
 from bisam.perturbations import L2, Adaptive, is_radius
 
 Argument = tuple[str, Any, Any]
@@ -27,7 +27,7 @@ class Written:
     def __repr__(self) -> str:
         values: Any = self
         bound = getattr(self, "ascent", None)
-        if type(self).__name__ != "SAM" or not isinstance(bound, LowerBound | Around):
+        if type(self).__name__ != "SAM" or not isinstance(bound, LowerBound | ObjectiveWrapper):
             return _call(type(self).__name__, _arguments(self))
         ball, descent = values.perturb, values.descent
         if isinstance(ball, Adaptive) and ball.where is None and descent is None:

@@ -44,11 +44,11 @@ of torch does. It may have a method `at_step(step)` that returns the objective o
 
 from bisam.objectives.bounds import (
     GAMMA as GAMMA,
-    Around as Around,
     Binary as Binary,
     Bound as Bound,
     LowerBound as LowerBound,
     NegLog as NegLog,
+    ObjectiveWrapper as ObjectiveWrapper,
     Tanh as Tanh,
     WrongClasses as WrongClasses,
     innermost as innermost,

@@ -292,7 +292,7 @@ class Tanh(LowerBound):
         return _sigmoid_backward_out(slope, s, grad_input=slope)  # in place: memory is the cost
 
 
-class Around:
+class ObjectiveWrapper:
     """Base class of objectives around a bound.
 
     Attributes:
@@ -317,7 +317,7 @@ class Around:
 
 
 @dataclass(frozen=True)
-class AroundClasses(Around, LowerBound):
+class BoundWrapper(ObjectiveWrapper, LowerBound):
     """Base class of bounds of classes around another one, whose phi, mu and `ignore_index` they have."""
 
     phi: Callable[[Tensor], Tensor] = field(init=False, repr=False, compare=False)
@@ -336,7 +336,7 @@ class AroundClasses(Around, LowerBound):
 
 
 @dataclass(frozen=True)
-class WrongClasses(AroundClasses):
+class WrongClasses(BoundWrapper):
     """A bound whose sum is over the wrong classes alone: Q without the label's own class.
 
     Q = (1/mu) log sum over j != y of exp(mu phi(F_j)), with derivatives u_j phi'(F_j) / sum u for a wrong class j,
@@ -378,7 +378,7 @@ class WrongClasses(AroundClasses):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.bound, AroundClasses):
+        if isinstance(self.bound, BoundWrapper):
             raise TypeError(
                 f"bound must be {_A_BOUND}, got {self.bound!r}: WrongClasses goes inside of others, as in "
                 "TopK(5, WrongClasses())"
@@ -401,7 +401,7 @@ class WrongClasses(AroundClasses):
 
 
 @dataclass(frozen=True)
-class Binary(Around):
+class Binary(ObjectiveWrapper):
     """A bound for tasks with one logit per label: a binary head, several labels per example, or masks.
 
     A logit z is the two-class problem with logits (0, z), so the 0-1 loss is 1 where the sign of z is wrong, and the
@@ -457,12 +457,12 @@ class Binary(Around):
 
 def innermost(objective: Any) -> Any:
     """Returns what is inside of objectives around others, down to `Binary`, whose targets are those of labels."""
-    while isinstance(objective, Around) and not isinstance(objective, Binary):
+    while isinstance(objective, ObjectiveWrapper) and not isinstance(objective, Binary):
         objective = objective.bound
     return objective
 
 
-Bound = LowerBound | Around
+Bound = LowerBound | ObjectiveWrapper
 """A bound of the 0-1 loss or of another metric, such as `NegLog()` and `Binary()`."""
 
 

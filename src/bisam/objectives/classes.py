@@ -10,14 +10,13 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from bisam import targets as check
-from bisam.objectives.bounds import Around, AroundClasses, LowerBound, NegLog
-from bisam.objectives.objective import OfClasses, of_classes, of_labels
+from bisam.objectives.bounds import BoundWrapper, LowerBound, NegLog, ObjectiveWrapper
+from bisam.objectives.objective import OfClasses, of_labels
 from bisam.validation import instance, non_negative, shown, whole
 
 
 @dataclass(frozen=True)
-class TopK(AroundClasses):
+class TopK(BoundWrapper):
     """A bound of the top-k error, 1 where k wrong classes score higher than the label, as ImageNet's top-5 error.
 
     It is Q of `bound` without the k - 1 wrong classes that score highest: of the others one leads if and only if the
@@ -61,7 +60,7 @@ class TopK(AroundClasses):
 
 
 @dataclass(frozen=True)
-class CostSensitive(AroundClasses):
+class CostSensitive(BoundWrapper):
     """A bound of the cost c(y, j) of predicting class j for label y: ordinal classes, or errors that differ in weight.
 
     The cost is a sum over its levels: with c_1 < c_2 < ... the costs for the label and A_l the classes that cost c_l or
@@ -159,7 +158,7 @@ class Focal:
 
 
 @dataclass(frozen=True)
-class ClassWeighted(Around, OfClasses):
+class ClassWeighted(OfClasses, ObjectiveWrapper):
     """An objective of classes whose losses are multiplied by a weight of their label: the adversary of long tails.
 
     The loss is w_y Q; for class probabilities it is the expectation over the label. With "balanced" its mean over the
@@ -212,20 +211,6 @@ class ClassWeighted(Around, OfClasses):
         for label, weight in enumerate(self.weights):
             non_negative(f"the weight of class {label}", weight)
         object.__setattr__(self, "weights", tuple(self.weights))  # hashable
-
-    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Returns the weighted losses, in float32 or a wider type; zero where a label is `ignore_index`.
-
-        Args:
-            outputs: logits (N, K), (N, K, d1, ...) or (K,), K >= 2.
-            targets: int64 labels (N,), (N, d1, ...) or (); or class probabilities of the shape of `outputs`.
-
-        Raises:
-            TypeError: `outputs` or `targets` have the wrong type.
-            ValueError: their shapes do not match, K < 2, a label is outside [0, K), or floating-point targets are not
-                class probabilities.
-        """
-        return of_classes(self, outputs, targets, check.IN_TORCH)
 
     def _labelled(self, logits: Tensor, labels: Tensor, ignore_index: int | None) -> Tensor:
         ignored, index, _ = of_labels(logits, labels, ignore_index)

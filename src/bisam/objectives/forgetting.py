@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bisam import targets as check
-from bisam.objectives.objective import OfClasses, of_classes, of_labels
+from bisam.objectives.objective import OfClasses, of_labels
 from bisam.validation import share
 
 
@@ -59,21 +58,6 @@ class OBF(OfClasses):
         share("gamma", self.gamma, zero=True)
         if self.lam is not None:
             share("lam", self.lam, zero=True, one=False)
-
-    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Returns the loss per example, in float32 or a wider type; zero where a label is `ignore_index`.
-
-        Args:
-            outputs: logits (N, K), (N, K, d1, ...) or (K,), K >= 2.
-            targets: int64 labels (N,), (N, d1, ...) or (); or class probabilities of the shape of `outputs`, for which
-                the loss is the expectation over the label.
-
-        Raises:
-            TypeError: `outputs` or `targets` have the wrong type.
-            ValueError: their shapes do not match, K < 2, a label is outside [0, K), or floating-point targets are not
-                class probabilities.
-        """
-        return of_classes(self, outputs, targets, check.IN_TORCH)
 
     def _labelled(self, logits: Tensor, labels: Tensor, ignore_index: int | None) -> Tensor:
         ignored, index, _ = of_labels(logits, labels, ignore_index)

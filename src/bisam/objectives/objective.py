@@ -58,6 +58,21 @@ class OfClasses:
 
     ignore_index: int
 
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Returns the loss per example, in float32 or a wider type; zero where a label is `ignore_index`.
+
+        Args:
+            outputs: logits (N, K), (N, K, d1, ...) or (K,), K >= 2. They are not modified.
+            targets: int64 labels (N,), (N, d1, ...) or (); or class probabilities of the shape of `outputs`, for which
+                the loss is the expectation over the label.
+
+        Raises:
+            TypeError: `outputs` or `targets` have the wrong type.
+            ValueError: their shapes do not match, K < 2, a label is outside [0, K), or floating-point targets are not
+                class probabilities.
+        """
+        return of_classes(self, outputs, targets, check.IN_TORCH)
+
     def _labelled(self, logits: Tensor, labels: Tensor, ignore_index: int | None) -> Tensor:
         """Returns the losses for labels; zero where a label is `ignore_index`. None: all labels count."""
         raise NotImplementedError

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from bisam import targets as check
-from bisam.objectives.bounds import Around, Binary, LowerBound, NegLog
+from bisam.objectives.bounds import Binary, LowerBound, NegLog, ObjectiveWrapper
 from bisam.objectives.objective import Objective, in_range, of_labels, wide
 from bisam.validation import instance
 
 
 @dataclass(frozen=True)
-class PerExample(Around):
+class PerExample(ObjectiveWrapper):
     """The mean of an objective over the positions of each example, so that each example counts the same.
 
     Without it the mean of a batch is over its positions: a long sequence outweighs a short one, and an image with few
@@ -59,7 +59,7 @@ class PerExample(Around):
 
 
 @dataclass(frozen=True)
-class ExactMatch(Around):
+class ExactMatch(ObjectiveWrapper):
     """A bound of the exact-match error, 1 where any decision about an example is wrong: its labels, tokens or pixels.
 
     For several labels per example that is the subset 0-1 loss, `ExactMatch(Binary())`; for sequences the share of those
@@ -109,7 +109,7 @@ class ExactMatch(Around):
 
 
 @dataclass(frozen=True)
-class IoU(Around):
+class IoU(ObjectiveWrapper):
     """A bound of the Jaccard loss 1 - IoU of segmentation, of each image, as a mean over its classes.
 
     Let M be the pixels that are wrong about class c: those of c that are predicted otherwise, and others that are

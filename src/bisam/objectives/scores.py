@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from bisam import targets as check
-from bisam.objectives.bounds import Around, LowerBound, NegLog
+from bisam.objectives.bounds import LowerBound, NegLog, ObjectiveWrapper
 from bisam.objectives.objective import Objective, wide
 from bisam.validation import instance, positive
 
 
 @dataclass(frozen=True)
-class Tolerance(Around):
+class Tolerance(ObjectiveWrapper):
     """A bound of the error of a regression with tolerance, 1 where the output is off by more than epsilon.
 
     A prediction can be too high or too low: with the residual r = output - target these are two alternatives with the
@@ -67,7 +67,7 @@ class Tolerance(Around):
 
 
 @dataclass(frozen=True)
-class Pairwise(Around):
+class Pairwise(ObjectiveWrapper):
     """A bound of the ranking error of a list: the share of its pairs that are in the wrong order.
 
     A pair in which item i is more relevant than item j is in the wrong order if s_j - s_i > 0 for their scores s, and
@@ -118,7 +118,7 @@ class Pairwise(Around):
 
 
 @dataclass(frozen=True)
-class Retrieval(Around):
+class Retrieval(ObjectiveWrapper):
     """An objective of the matches in a batch of pairs, in both directions: contrastive losses, as that of CLIP.
 
     With the similarities S (N, N) of N queries and N items, which query i matches item y_i, a direction is a

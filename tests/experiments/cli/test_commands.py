@@ -163,13 +163,13 @@ def test_a_run_that_diverges_has_exit_code_1_then_and_later(bisam, tmp_path):
         assert "ended early: loss is nan since epoch 1: a smaller --learning-rate or --rho" in err
 
 
-@pytest.mark.parametrize(("rank", "speaks"), [("0", True), ("3", False)])
-def test_of_the_processes_of_several_nodes_the_first_one_speaks(bisam, tmp_path, monkeypatch, rank, speaks):
+@pytest.mark.parametrize(("rank", "prints"), [("0", True), ("3", False)])
+def test_of_the_processes_of_several_nodes_the_main_one_prints(bisam, tmp_path, monkeypatch, rank, prints):
     bisam(*FAST, "--out", tmp_path)
     monkeypatch.setenv("RANK", rank)
     code, out, err = bisam(*FAST, "--nodes", 2, "--out", tmp_path)
     assert (code, err) == (0, "")
-    assert ("test accuracy" in out) == speaks
+    assert ("test accuracy" in out) == prints
     code, _, err = bisam(*FAST, "--nodes", 2, "--rho", 2, "--log", "nonsense", "--out", tmp_path)
     assert code == 2
     assert "unknown logger 'nonsense'" in err

@@ -424,7 +424,7 @@ def steps_of(run):
 
 
 def test_step_metrics_are_there_once_also_of_an_epoch_that_was_interrupted(run, service, monkeypatch):
-    """Of 15 losses in 3 epochs every second one has step metrics, except the last of an epoch, which the epoch has."""
+    """Every second one of 15 losses in 3 epochs has step metrics, but not the last of an epoch, which the epoch has."""
     tracker, calls = Tracker(monkeypatch), 0
     machine = Machine(log=("tensorboard", "wandb", "mlflow"), log_every=2)
     usual = loggers.TensorBoard.log_step

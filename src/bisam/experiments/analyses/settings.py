@@ -14,7 +14,7 @@ SPLITS = ("train", "validation", "test")
 FILE = "file"
 """The weights of a file, which belong to no run."""
 HEADLINE = "headline"
-"""Those weights of a run whose test score reports show and compare: best or last, see `runs.results.headline`."""
+"""Stands for the weights whose test score reports show and compare: best or last, see `runs.results.headline`."""
 
 SHARED = ("split", "examples", "batch_size", "weights", "seed")
 """Settings that all analyses have: which examples and weights they are of."""

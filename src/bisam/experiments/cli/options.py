@@ -26,7 +26,7 @@ Config = Annotated[
     Parameter(
         group=RECIPE,
         help="A file of fields to change in all recipes, TOML or JSON, such as the recipe.json of a run. Its method "
-        "with its settings, and its seed, are left out; --set and --epochs go before.",
+        "with its settings, and its seed, are left out; --set and --epochs take precedence.",
     ),
 ]
 StudyName = Annotated[str, Parameter(completer=completion.studies)]
@@ -114,7 +114,9 @@ class Launch:
 
 
 def with_file(config: Path | None, changes: tuple[str, ...], epochs: int | None = None) -> tuple[str, ...]:
-    """The changes of a file and of `--set`, which goes before; `epochs` or `steps` there take the place of both here.
+    """Return the changes of a file and of `--set`, which takes precedence.
+
+    If `--set` or `--epochs` changes the length, neither `epochs` nor `steps` of the file is used.
 
     Raises:
         ValueError: the file or one of its fields is refused.

@@ -66,7 +66,7 @@ def train(
     base = base_recipe(preset, config)
     recipe = started(base, translated(base, flags.given, authors))
     refuse_idle([recipe], machine, given)
-    with silent(not machine.speaks):
+    with silent(not machine.is_main_process):
         recipe = _with_pinned_weights(recipe, machine, out)
         if save_config is not None:
             write(save_config, text(recipe, save_config))

@@ -61,4 +61,4 @@ AE_SAM = Assumption(
     "AE-SAM's thresholds and decay, which no public source confirms",
     {"method": "ae_sam"},
 )
-"""Of every study with AE-SAM."""
+"""Every study with AE-SAM makes this assumption."""

@@ -17,9 +17,9 @@ from bisam.experiments.reports.drawing import (
     MANY,
     Panel,
     Style,
+    extreme,
     heading,
     legend,
-    lowest,
     panels,
     plain,
     sheet,
@@ -177,7 +177,7 @@ def _seen(panel: Panel, words: str, column: Callable[[Sequence[Finished]], np.nd
         means = column(group).mean(0)
         if (known := means[np.isfinite(means)]).size:
             ends[name] = float(known[-1])
-    return titled(panel.title, lowest(words, ends))
+    return titled(panel.title, extreme(words, ends))
 
 
 def _means(axes: Sequence[Axes]) -> list[np.ndarray]:

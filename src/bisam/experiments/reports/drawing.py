@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -197,10 +197,16 @@ def titled(where: str, seen: str) -> str:
     return "\n".join(plain(line, 52) for line in (where, seen) if line)
 
 
-def lowest(words: str, values: Mapping[str, float]) -> str:
-    """The words and the name with the lowest value, or how many share it; "" of fewer than two finite values."""
+def extreme(words: str, values: Mapping[str, float], choose: Callable[[Iterable[float]], float] = min) -> str:
+    """The words and the name with the extreme value, or how many share it; "" of fewer than two finite values.
+
+    Args:
+        words: what the value is, as "highest mean".
+        values: by name.
+        choose: `min` or `max`.
+    """
     finite = {name: value for name, value in values.items() if np.isfinite(value)}
-    names = [name for name, value in finite.items() if value == min(finite.values())]
+    names = [name for name, value in finite.items() if value == choose(finite.values())]
     return f"{words}: {names[0] if len(names) == 1 else f'{len(names)} methods'}" if len(finite) > 1 else ""
 
 

@@ -20,11 +20,11 @@ from bisam.experiments.reports.drawing import (
     EPOCHS,
     MANY,
     Panel,
+    extreme,
     families,
     family_colour,
     heading,
     legend,
-    lowest,
     panels,
     plain,
     rendered as rendered,
@@ -103,8 +103,8 @@ def accuracy(runs: Sequence[Finished]) -> Figure:
 
 def _highest(panel: Panel) -> str:
     """The title of a panel, and the method with the highest mean, if there are several."""
-    means = {name: -float(np.mean(tested(group, panel.headline))) for _, name, group in panel.shown}
-    return titled(panel.title, lowest("highest mean", means))
+    means = {name: float(np.mean(tested(group, panel.headline))) for _, name, group in panel.shown}
+    return titled(panel.title, extreme("highest mean", means, max))
 
 
 _MARKERS = {"best": "o", "last": "D"}

@@ -111,8 +111,8 @@ class Machine:
         return self.devices * self.nodes > 1
 
     @property
-    def speaks(self) -> bool:
-        """Whether this process prints what concerns a run: of those of several nodes the first one does."""
+    def is_main_process(self) -> bool:
+        """Whether this process prints the results of a run: of the processes of several nodes, that of rank 0."""
         rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"  # of torchrun, which srun may start
         return self.nodes == 1 or rank == "0"
 

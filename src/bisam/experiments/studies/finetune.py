@@ -63,8 +63,8 @@ GRIDS: Mapping[str, tuple[float, ...]] = {
     **dict.fromkeys(METHODS[1:5], _RADII),
     "asam": (0.25, 0.5, 1.0, 2.0, 4.0),
 }
-"""What is tried of each method: weight decays of plain training, radii of the others. The weight decays were
-0 to 10 at first, of which the largest was the best."""
+"""Weight decays of plain training and radii of the other methods that are tried. The weight decays were 0 to 10 at
+first, of which the largest was the best."""
 
 TASKS = ("sst2",)
 """The tasks of the study. For others: `bisam run finetune-glue-rho --set dataset=glue:mrpc`."""
