@@ -226,7 +226,7 @@ class SharpnessAware(nn.Module):
         try:
             answer = self._asked(oracle, before, batch, recorder)
             stats = None if recorder is None else recorder.finish(answer)
-            value = _differentiable(oracle, answer)
+            value = _differentiable(oracle, answer, owned=method_state.is_empty(oracle.state))
         except BaseException as error:
             failures.note(oracle.replicas if together else _peers(layout), memory.step, error)
             raise
@@ -400,9 +400,10 @@ class _Memory:
 class WithGradient(torch.autograd.Function):
     """An autograd function that returns `value` and has `gradient` as its gradient with respect to the parameters.
 
-    Call `apply(value, overflow, gradient, wraps, *parameters)`. `overflow` (0 or NaN) is added to the factor that
-    `backward` receives. `wraps` convert the local parts of the gradient to the tensor type of the parameters; None if
-    the parameters are ordinary tensors.
+    Call `apply(value, overflow, gradient, wraps, owned, *parameters)`. `overflow` (0 or NaN) is added to the factor
+    that `backward` receives. `wraps` convert the local parts of the gradient to the tensor type of the parameters; None
+    if the parameters are ordinary tensors. If `owned`, and if the factor is 1, the tensors of the gradient themselves
+    may become `.grad`; autograd copies those that something else refers to.
     """
 
     @staticmethod
@@ -412,10 +413,11 @@ class WithGradient(torch.autograd.Function):
         overflow: Tensor | None,
         gradient: Tensors,
         wraps: Sequence[Callable[[Tensor], Tensor]] | None,
+        owned: bool,
         *_: Tensor,
     ) -> Tensor:
         """Returns the value, and saves the gradient for `backward`."""
-        ctx.overflow, ctx.wraps = overflow, wraps
+        ctx.overflow, ctx.wraps, ctx.owned = overflow, wraps, owned
         ctx.save_for_backward(*gradient)  # freed by backward(): a loss that is stored for logging keeps no gradient
         return value.clone()
 
@@ -435,10 +437,18 @@ class WithGradient(torch.autograd.Function):
             )
         factor = factors[0] if ctx.overflow is None else factors[0] + ctx.overflow
         if ctx.wraps is None:
-            return None, None, None, None, *torch._foreach_mul(ctx.saved_tensors, factor)
+            gradient = ctx.saved_tensors
+            if not (ctx.owned and _is_one(factor)):
+                gradient = torch._foreach_mul(gradient, factor)
+            return None, None, None, None, None, *gradient
         # Multiply before wrapping: local parts take one call, which DTensors of several meshes do not allow.
         parts = torch._foreach_mul(ctx.saved_tensors, factor.to(ctx.saved_tensors[0].device))
-        return None, None, None, None, *[wrap(part) for wrap, part in zip(ctx.wraps, parts, strict=True)]
+        return None, None, None, None, None, *[wrap(part) for wrap, part in zip(ctx.wraps, parts, strict=True)]
+
+
+def _is_one(factor: Tensor) -> bool:
+    """Whether a factor is known to be 1; that of another device is not waited for."""
+    return factor.is_cpu and not torch.compiler.is_compiling() and factor.tolist() == 1
 
 
 def _peers(layout: Layout) -> Peers | None:
@@ -460,8 +470,14 @@ def _plain(oracle: ModelOracle, batch: Batch) -> Tensor:
     return made.value
 
 
-def _differentiable(oracle: ModelOracle, evaluation: Evaluation) -> Tensor:
-    """Returns `evaluation.value` as a loss whose gradient with respect to the parameters is `evaluation.grad`."""
+def _differentiable(oracle: ModelOracle, evaluation: Evaluation, *, owned: bool) -> Tensor:
+    """Returns `evaluation.value` as a loss whose gradient with respect to the parameters is `evaluation.grad`.
+
+    Args:
+        oracle: the oracle of the step.
+        evaluation: the answer of the method.
+        owned: whether the method does not keep tensors of the gradient in its state.
+    """
     grad, parameters = evaluation.gradient, oracle.parameters
     if grad.holes != oracle.holes and any(getattr(m, "find_unused_parameters", False) for m in oracle.model.modules()):
         raise ValueError(
@@ -475,7 +491,8 @@ def _differentiable(oracle: ModelOracle, evaluation: Evaluation) -> Tensor:
     if grad.holes:
         kept = [i for i in range(len(grad)) if i not in grad.holes]
         tensors, parameters = [tensors[i] for i in kept], [parameters[i] for i in kept]
-    return cast(Tensor, WithGradient.apply(evaluation.value, oracle.overflow, tensors, wraps, *parameters))
+    owned = owned and not isinstance(grad.contents, Tensor)  # tensors that are parts of another one are copied
+    return cast(Tensor, WithGradient.apply(evaluation.value, oracle.overflow, tensors, wraps, owned, *parameters))
 
 
 def _innermost(model: nn.Module) -> nn.Module:
