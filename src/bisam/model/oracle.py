@@ -22,7 +22,6 @@ from bisam.distributed.peers import Peers
 from bisam.distributed.placement import Scope, place
 from bisam.evaluation import Evaluation
 from bisam.model import passes
-from bisam.model.displacement import Origin
 from bisam.model.eval_mode import EvalMode
 from bisam.model.gradients import Hooks, LossScale, Scaler, Strangers, check_trainable, filled
 from bisam.model.inputs import Inputs
@@ -152,7 +151,7 @@ class ModelOracle(Oracle):
         hooks = [cast("dict[int, Any]", p._backward_hooks) for p in found.parameters if p._backward_hooks]
         self._hooks = Hooks(hooks + self._placement.hooks(found.parameters))
         self._inputs = Inputs(thorough=not self._findings.initialised)
-        self._origin: Origin | None = None  # the weights, while they are displaced
+        self._origin: Vector | None = None  # the weights, while they are displaced
         self._eval_mode = EvalMode([m for m in (model, loss) if isinstance(m, nn.Module)], self.module_state)
         self._scale = None if scaler is None else LossScale(scaler)
         self._noise = SameNoise(found.parameters) if same_noise else None
@@ -335,8 +334,8 @@ class ModelOracle(Oracle):
             passes.mark(additional=not track)
             if at is not None:
                 weights = self.weights
-                self._origin = Origin(weights, at)
-                self._origin.displace(weights, at)
+                self._origin = weights.clone()
+                _displace(weights, at)
                 at = None  # frees its memory for the forward pass, if the method has no reference either
                 self._drop_copies()  # copies of the previous weights, in lower precision or gathered
             if self._noise is not None:
@@ -365,9 +364,10 @@ class ModelOracle(Oracle):
                 self._drop_copies()  # copies of displaced weights, or copies without a graph
 
     def _restore_weights(self) -> bool:
+        # Copied back, not subtracted: exact in every precision, and after a NaN.
         if self._origin is None:
             return False
-        self._origin.restore(self.weights)
+        torch._foreach_copy_(self.weights.tensors, self._origin.tensors)
         self._origin = None
         return True
 
@@ -496,6 +496,13 @@ class ModelOracle(Oracle):
         """Frees copies of the weights that were made for a forward pass."""
         torch.clear_autocast_cache()
         self._placement.before_forward()
+
+
+def _displace(weights: Vector, by: Vector) -> None:
+    """Adds a displacement in place, except where it is zero by structure."""
+    moved = [i for i in range(len(by)) if i not in by.holes]
+    if moved:
+        torch._foreach_add_([weights.tensors[i] for i in moved], [by.tensors[i] for i in moved])
 
 
 def _detached(tensor: Tensor) -> Tensor:
