@@ -491,7 +491,6 @@ def _differentiable(oracle: ModelOracle, evaluation: Evaluation, *, owned: bool)
     if grad.holes:
         kept = [i for i in range(len(grad)) if i not in grad.holes]
         tensors, parameters = [tensors[i] for i in kept], [parameters[i] for i in kept]
-    owned = owned and not isinstance(grad.contents, Tensor)  # tensors that are parts of another one are copied
     return cast(Tensor, WithGradient.apply(evaluation.value, oracle.overflow, tensors, wraps, owned, *parameters))
 
 

@@ -200,7 +200,7 @@ _NOTHING = object()
 
 def _finite(written: Sequence[Any], gradient: Vector, overflow: Tensor | None) -> Tensor:
     """Returns 0 if the step is finite, else NaN."""
-    vectors = [leaf for leaf in written if isinstance(leaf, Vector) and _is_float(leaf.contents[0])]
+    vectors = [leaf for leaf in written if isinstance(leaf, Vector) and _is_float(leaf.tensors[0])]
     flag = finite([gradient, *vectors])
     if overflow is not None:
         flag = flag + overflow
@@ -215,7 +215,7 @@ def _is_float(tensor: Tensor) -> bool:
 
 
 def _identity(leaf: Any) -> int:
-    return id(leaf.contents) if isinstance(leaf, Vector) else id(leaf)  # `laid_out` makes new Vectors of the same list
+    return id(leaf.tensors) if isinstance(leaf, Vector) else id(leaf)  # `laid_out` makes new Vectors of the same list
 
 
 def _alike(a: Any, b: Any) -> bool:

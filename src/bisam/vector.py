@@ -11,9 +11,7 @@ tensors:
     >>> g.dot(w) / (g.norm() * w.norm())           # cosine similarity
     tensor(0.9839)
 
-Vectors are values: no operation changes its operands. On a CPU one operation per tensor costs more than the arithmetic
-where the tensors are small: there the results of operations are in one flat tensor (`Vector.packed`), and their
-`tensors` are views of it. If parameters are sharded over ranks, a Vector holds the local
+Vectors are values: no operation changes its operands. If parameters are sharded over ranks, a Vector holds the local
 parts, and its `layout` defines how they make up the whole. Norms and inner products are those of the whole vector and
 the same on all ranks.
 """
@@ -37,9 +35,6 @@ TINY = 1e-12
 
 _HALF = frozenset({torch.float16, torch.bfloat16})
 _HAVE_DOUBLE = frozenset({"cpu", "cuda"})  # other devices may have no float64, as MPS
-FEWEST, MEAN_SIZE = 8, 1024
-"""Tensors are stored as one if they are as many, and have no more entries on average; see `Vector.packed`."""
-_PACKED = frozenset({torch.float32, torch.float64})
 ORDINARY = 1e-15, float("inf")
 """A norm of float32 numbers between these is exact: its squares are normal numbers."""
 
@@ -126,125 +121,51 @@ class Vector:
         tensor(2.5000)
     """
 
-    __slots__ = ("_flat", "_own", "_packs", "_shapes", "_tensors", "holes", "layout")
+    __slots__ = ("holes", "layout", "tensors")
 
     def __init__(self, tensors: Tensors, holes: frozenset[int] = frozenset(), layout: Layout = WHOLE) -> None:
-        self._tensors: Tensors | None = tensors
-        self._flat: Tensor | None = None
-        self._shapes: Sequence[torch.Size] = ()  # of `tensors`, if there is a flat one
-        self._packs: bool | None = None  # not known yet
-        self._own = False
+        self.tensors = tensors
         self.holes = holes
         self.layout = layout
 
-    @classmethod
-    def owning(cls, tensors: Tensors, holes: frozenset[int] = frozenset(), layout: Layout = WHOLE) -> Vector:
-        """Returns a Vector of tensors to which nothing else refers: `packed` may replace them by a flat one."""
-        vector = cls(tensors, holes, layout)
-        vector._own = True
-        return vector
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.tensors, self.holes, self.layout)
-
-    def __setstate__(self, state: tuple[None, dict[str, Any]]) -> None:  # of pickles of earlier versions
-        Vector.__init__(self, *[state[1][name] for name in ("tensors", "holes", "layout")])
-
-    @property
-    def tensors(self) -> Tensors:
-        """The tensors, in the order of the model's trainable parameters."""
-        self._own = False
-        return self._listed()
-
-    @property
-    def shapes(self) -> Sequence[torch.Size]:
-        """The shapes of the tensors."""
-        return self._shapes if self._tensors is None else [t.shape for t in self._tensors]
-
-    @property
-    def contents(self) -> Tensor | Tensors:
-        """What has the entries, to read: the flat tensor if there is one, else `tensors`."""
-        return cast(Tensors, self._tensors) if self._flat is None else self._flat
-
-    def packed(self) -> Tensor | None:
-        """Returns all entries in one flat tensor, if arithmetic with it is faster than with `tensors`; else None.
-
-        It is faster for many small tensors on a CPU. There is none for tensors of several types, for those with holes
-        and for those that are sharded.
-        """
-        if self._flat is not None:
-            return self._flat
-        tensors = self._listed()
-        if self._packs is None:
-            self._packs = type(self) is Vector and self.layout is WHOLE and not self.holes and _are_many_small(tensors)
-        if not self._packs:
-            return None
-        flat = _flattened(tensors)
-        if self._own:  # else a change of one of the tensors in place, as of the weights, would not be seen
-            self._flat, self._tensors, self._shapes = flat, None, [t.shape for t in tensors]
-        return flat
-
-    def _listed(self) -> Tensors:
-        if self._tensors is None:
-            parts = cast(Tensor, self._flat).split([shape.numel() for shape in self._shapes])
-            self._tensors = [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
-        return self._tensors
-
-    def _pair(self, other: Vector) -> tuple[Tensor, Tensor] | None:
-        """Returns the flat tensors of two vectors of the same shapes, if both have one."""
-        if (a := self.packed()) is None or (b := other.packed()) is None or self.shapes != other.shapes:
-            return None
-        return a, b
-
-    def _of(self, flat: Tensor) -> Vector:
-        """Returns a Vector of the same shapes, of a flat tensor to which nothing else refers."""
-        vector = Vector((), layout=self.layout)
-        vector._tensors, vector._flat, vector._shapes, vector._packs = None, flat, self.shapes, True
-        return vector
-
     def __len__(self) -> int:
-        return len(self._shapes) if self._tensors is None else len(self._tensors)
+        return len(self.tensors)
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self.tensors)
 
     def __repr__(self) -> str:
-        return f"Vector({len(self)} tensors, {sum(shape.numel() for shape in self.shapes)} entries)"
+        return f"Vector({len(self)} tensors, {sum(t.numel() for t in self.tensors)} entries)"
 
     def __add__(self, other: Vector | Scalar) -> Vector:
         if isinstance(other, Vector):
-            return self._with(other, "add", self.holes & other.holes)
-        if (flat := self.packed()) is not None:
-            return self._of(flat + other)
+            return self._with(other, torch._foreach_add, self.holes & other.holes)
         return self.like(torch._foreach_add(self.tensors, other))
 
     def __sub__(self, other: Vector) -> Vector:
-        return self._with(other, "sub", self.holes & other.holes)
+        return self._with(other, torch._foreach_sub, self.holes & other.holes)
 
     def __mul__(self, other: Vector | Scalar) -> Vector:
         if isinstance(other, Vector):
-            return self._with(other, "mul", self.holes | other.holes)
-        return self._outside("mul", other)
+            return self._with(other, torch._foreach_mul, self.holes | other.holes)
+        return self._outside(torch._foreach_mul, other)
 
     __rmul__ = __mul__
 
     def __truediv__(self, other: Vector | Scalar) -> Vector:
         if isinstance(other, Vector):
-            return self._with(other, "div", self.holes - other.holes)  # 0/0 is not zero
-        return self._outside("div", other)
+            return self._with(other, torch._foreach_div, self.holes - other.holes)  # 0/0 is not zero
+        return self._outside(torch._foreach_div, other)
 
     def __neg__(self) -> Vector:
-        return self._outside("neg")
+        return self._outside(torch._foreach_neg)
 
     def like(self, tensors: Tensors, holes: frozenset[int] = frozenset()) -> Vector:
         """Returns a Vector of other tensors of the same shapes, in the same layout."""
         return type(self)(tensors, holes, self.layout)
 
-    def _with(self, other: Vector, name: str, holes: frozenset[int]) -> Vector:
+    def _with(self, other: Vector, operation: Callable[..., Any], holes: frozenset[int]) -> Vector:
         """Applies an elementwise operation to two vectors; nothing is computed where the result has a hole."""
-        if (pair := self._pair(other)) is not None:
-            return self._of(getattr(torch, name)(*pair))
-        operation = getattr(torch, f"_foreach_{name}")
         a, b, either = self.tensors, other.tensors, self.holes | other.holes
         if not either:
             tensors = operation(a, b)
@@ -261,11 +182,8 @@ class Vector:
             ]
         return type(self)(tensors, holes, other.layout if self.layout is WHOLE else self.layout)
 
-    def _outside(self, name: str, *arguments: Any) -> Vector:
-        """Applies an operation, which leaves zeros unchanged, outside of the holes."""
-        if (flat := self.packed()) is not None:
-            return self._of(getattr(torch, name)(flat, *arguments))
-        operation = clone if name == "clone" else getattr(torch, f"_foreach_{name}")
+    def _outside(self, operation: Callable[..., Any], *arguments: Any) -> Vector:
+        """Applies an operation on lists of tensors, which leaves zeros unchanged, outside of the holes."""
         if not self.holes:
             return self.like(operation(self.tensors, *arguments))
         kept = self._kept()
@@ -273,18 +191,18 @@ class Vector:
         return self.like([results.get(i, t) for i, t in enumerate(self.tensors)], self.holes)
 
     def _kept(self) -> list[int]:
-        return [i for i in range(len(self)) if i not in self.holes]
+        return [i for i in range(len(self.tensors)) if i not in self.holes]
 
     def abs(self) -> Vector:
         """Returns the elementwise absolute value (real for complex entries)."""
-        result = self._outside("abs")
-        if not self.holes:
-            return result
-        return self.like([t.real if t.is_complex() else t for t in result.tensors], self.holes)
+        result = self._outside(torch._foreach_abs)
+        if self.holes:
+            result.tensors = [t.real if t.is_complex() else t for t in result.tensors]
+        return result
 
     def sqrt(self) -> Vector:
         """Returns the elementwise square root."""
-        return self._outside("sqrt")
+        return self._outside(torch._foreach_sqrt)
 
     def norm(self) -> Tensor:
         """Returns the Euclidean norm of the whole vector: a real 0-dimensional tensor, in float32 or a wider type.
@@ -292,8 +210,6 @@ class Vector:
         It is finite if all entries are, also where their squares exceed the range of float32, unless the norm itself
         exceeds the range of its type. On devices without float64 the squares must be in the range of float32.
         """
-        if (flat := self.packed()) is not None and _is_ordinary(norm := torch.linalg.vector_norm(flat)):
-            return norm
         tensors, dtype = _wide(as_real(self.tensors))
         if self.layout is WHOLE:
             norm = _length(tensors, dtype, self.holes)
@@ -315,31 +231,23 @@ class Vector:
         `_foreach` norm and no `_foreach` sum.
         """
         either = self.holes | other.holes
-        if (pair := self._pair(other)) is not None:
-            sizes = [shape.numel() for shape in self.shapes]
-            product = torch.mul(*pair)
-            positive, negative = (part.split(sizes) for part in (product.clamp_min(0.0), product.clamp_max(0.0)))
-        else:
-            a, b = (outside(as_real(v.tensors), either) for v in (self, other))
-            products = torch._foreach_mul(_single(a), _single(b))
-            positive, negative = torch._foreach_clamp_min(products, 0.0), torch._foreach_clamp_max(products, 0.0)
-        gain, loss = torch._foreach_norm(positive, 1), torch._foreach_norm(negative, 1)
+        a, b = (outside(as_real(v.tensors), either) for v in (self, other))
+        products = torch._foreach_mul(_single(a), _single(b))
+        gain = torch._foreach_norm(torch._foreach_clamp_min(products, 0.0), 1)
+        loss = torch._foreach_norm(torch._foreach_clamp_max(products, 0.0), 1)
         return _spread(torch.stack(gain) - torch.stack(loss), len(self), either)
 
     def onto(self, other: Vector) -> Vector:
         """Returns the projection of this vector onto `other`, or 0 if `other` is 0."""
         size = power_of_two(other.norm())  # squares of the quotient are in range, and dividing by it is exact
-        packs = other.packed() is not None
-        scaled = (other if packs else other.like(_single(other.tensors), other.holes)) / size
+        scaled = other.like(_single(other.tensors), other.holes) / size
         squared = scaled.dot(scaled).clamp_min(torch.finfo(size.dtype).tiny)
         along = scaled * (self.dot(scaled) / squared)
-        if packs:
-            return along
         return along.like([a.to(t.dtype) for a, t in zip(along, other, strict=True)], along.holes)
 
     def clone(self) -> Vector:
         """Returns a bit-identical copy with its own memory, except for the zeros of holes."""
-        return self._outside("clone")
+        return self._outside(clone)
 
     def where(self, mask: Sequence[bool], other: Vector) -> Vector:
         """Returns the tensors of this vector where `mask` is true and those of `other` elsewhere, without copying."""
@@ -421,8 +329,7 @@ def finite(vectors: Sequence[Vector]) -> Tensor:
 
     All ranks that share the first vector call it together. If that is sharded, they exchange one number.
     """
-    parts = [[v.contents] if isinstance(v.contents, Tensor) else v.contents for v in vectors]
-    tensors, dtype = _wide(as_real([t for part in parts for t in part]))
+    tensors, dtype = _wide(as_real([t for v in vectors for t in v.tensors]))
     if not vectors[0].layout.sharded:
         return _length(tensors, dtype) * 0
     flags, n = _norms(tensors, dtype) * 0, len(vectors[0])
@@ -448,7 +355,7 @@ def power_of_two(number: Tensor) -> Tensor:
 def _length(tensors: Tensors, dtype: torch.dtype | None, holes: frozenset[int] = frozenset()) -> Tensor:
     """Returns the norm of real tensors as one flat tensor, in the type in which it is summed."""
     if _is_small_on_cpu(tensors):
-        norm = torch.linalg.vector_norm(_flattened(tensors), dtype=dtype)
+        norm = torch.linalg.vector_norm(torch._C._nn.flatten_dense_tensors(tensors), dtype=dtype)  # pyright: ignore
         if _is_ordinary(norm):
             return norm
     return torch.linalg.vector_norm(_norms(tensors, dtype, holes))
@@ -490,19 +397,6 @@ def _is_small_on_cpu(tensors: Tensors) -> bool:
     if {type(t) for t in tensors} != {Tensor} or not tensors[0].is_cpu:
         return False
     return sum([t.numel() for t in tensors]) <= 2**20
-
-
-def _are_many_small(tensors: Tensors) -> bool:
-    """Whether arithmetic on a CPU costs more for its calls, one per tensor, than for the entries (see `benchmarks`)."""
-    if len(tensors) < FEWEST or not tensors[0].is_cpu or sum([t.numel() for t in tensors]) > MEAN_SIZE * len(tensors):
-        return False
-    one = {(type(t), t.dtype, t.device) for t in tensors}
-    return len(one) == 1 and type(tensors[0]) is Tensor and tensors[0].dtype in _PACKED and all([t.dim() for t in tensors])
-
-
-def _flattened(tensors: Tensors) -> Tensor:
-    """Returns the entries of tensors in one, in their order: a copy."""
-    return cast(Tensor, torch._C._nn.flatten_dense_tensors(tensors))  # pyright: ignore
 
 
 def _wide(tensors: Tensors) -> tuple[Tensors, torch.dtype | None]:

@@ -114,7 +114,7 @@ def filled(
     # Conjugated or negated lazily, which not all operations on lists support; `map`, because this runs in each query.
     if any(map(Tensor.is_conj, dense)) or any(map(Tensor.is_neg, dense)):
         dense = [g.resolve_conj().resolve_neg() for g in dense]
-    return Vector.owning(dense, holes, layout)
+    return Vector(dense, holes, layout)
 
 
 def check_trainable(model: nn.Module, parameters: Sequence[Tensor], losses: Tensor, given: bool) -> None:
