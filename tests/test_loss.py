@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections import Counter
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ from bisam import (
     LookSAM,
     ModelOracle,
     SharpnessAware,
+    Vector,
     cross_entropy,
     displaced,
 )
@@ -461,6 +463,87 @@ def test_backward_twice_with_retain_graph_doubles_and_without_raises():
     assert all(torch.equal(p.grad, 2 * g) for p, g in zip(model.parameters(), once, strict=True))
     with pytest.raises(RuntimeError, match="second time"):
         loss.backward()
+
+
+class Kept:
+    """SAM that notes where its gradient is, and keeps it or not."""
+
+    def __init__(self, keeps=lambda oracle, gradient: None):
+        self.keeps, self.places = keeps, []
+
+    def __call__(self, oracle, batch):
+        answer = SAM(0.5)(oracle, batch)
+        self.places = [t.data_ptr() for t in answer.gradient]
+        self.keeps(oracle, answer.gradient)
+        return answer
+
+
+def test_backward_copies_no_gradient():
+    model, method = cases.mlp(), Kept()
+    SharpnessAware(model, method, cross_entropy)(*cases.batch()).backward()
+    assert [p.grad.data_ptr() for p in model.parameters()] == method.places
+
+
+def test_a_factor_or_an_earlier_gradient_does():
+    model, method = cases.mlp(), Kept()
+    sharp = SharpnessAware(model, method, cross_entropy)
+    once = grads_of(sharp(*cases.batch()), model)
+    model.zero_grad()
+    (sharp(*cases.batch()) / 4).backward()
+    assert all(torch.equal(p.grad, g / 4) for p, g in zip(model.parameters(), once, strict=True))
+    sharp(*cases.batch()).backward()
+    assert all(torch.equal(p.grad, g / 4 + g) for p, g in zip(model.parameters(), once, strict=True))
+
+
+def _in_the_state(oracle, gradient):
+    oracle.state["g"] = gradient
+
+
+def _as_views_in_a_part_of_the_state(oracle, gradient):
+    oracle.within("part").state["g"] = gradient.like([t.detach() for t in gradient])
+
+
+HELD = []
+
+
+@pytest.mark.parametrize(
+    "keeps", [_in_the_state, _as_views_in_a_part_of_the_state, lambda _, gradient: HELD.append(gradient)], ids=str
+)
+def test_a_gradient_that_something_keeps_is_not_changed_by_the_loop(keeps):
+    model, method = cases.mlp(), Kept(keeps)
+    sharp = SharpnessAware(model, method, cross_entropy)
+    sharp(*cases.batch()).backward()
+    kept = HELD[-1] if HELD else next(leaf for leaf in tree_leaves(sharp._memory.state) if isinstance(leaf, Vector))
+    before = [t.clone() for t in kept]
+    for p in model.parameters():
+        p.grad.zero_()
+    assert all(torch.equal(t, b) and b.any() for t, b in zip(kept, before, strict=True))
+    HELD.clear()
+
+
+def test_a_method_that_returns_the_weights_as_its_gradient_does_not_share_them():
+    def decay(oracle, batch):
+        return replace(oracle.query(batch), grad=oracle.weights)
+
+    model = cases.mlp()
+    before = [p.detach().clone() for p in model.parameters()]
+    SharpnessAware(model, decay, cross_entropy)(*cases.batch()).backward()
+    for p in model.parameters():
+        p.grad.zero_()
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+def test_the_gradient_of_a_retained_graph_is_not_changed_by_the_loop():
+    model = cases.mlp()
+    sharp = SharpnessAware(model, SAM(), cross_entropy)
+    once = grads_of(sharp(*cases.batch()), model)
+    model.zero_grad()
+    loss = sharp(*cases.batch())
+    loss.backward(retain_graph=True)
+    for p in model.parameters():
+        p.grad.zero_()
+    loss.backward()
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), once, strict=True))
 
 
 @pytest.mark.parametrize("function", [lambda loss: loss, lambda loss: loss**2, lambda loss: 2 * loss + 1])

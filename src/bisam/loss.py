@@ -226,7 +226,7 @@ class SharpnessAware(nn.Module):
         try:
             answer = self._asked(oracle, before, batch, recorder)
             stats = None if recorder is None else recorder.finish(answer)
-            value = _differentiable(oracle, answer, owned=method_state.is_empty(oracle.state))
+            value = _differentiable(oracle, answer)
         except BaseException as error:
             failures.note(oracle.replicas if together else _peers(layout), memory.step, error)
             raise
@@ -470,14 +470,8 @@ def _plain(oracle: ModelOracle, batch: Batch) -> Tensor:
     return made.value
 
 
-def _differentiable(oracle: ModelOracle, evaluation: Evaluation, *, owned: bool) -> Tensor:
-    """Returns `evaluation.value` as a loss whose gradient with respect to the parameters is `evaluation.grad`.
-
-    Args:
-        oracle: the oracle of the step.
-        evaluation: the answer of the method.
-        owned: whether the method does not keep tensors of the gradient in its state.
-    """
+def _differentiable(oracle: ModelOracle, evaluation: Evaluation) -> Tensor:
+    """Returns `evaluation.value` as a loss whose gradient with respect to the parameters is `evaluation.grad`."""
     grad, parameters = evaluation.gradient, oracle.parameters
     if grad.holes != oracle.holes and any(getattr(m, "find_unused_parameters", False) for m in oracle.model.modules()):
         raise ValueError(
@@ -491,6 +485,7 @@ def _differentiable(oracle: ModelOracle, evaluation: Evaluation, *, owned: bool)
     if grad.holes:
         kept = [i for i in range(len(grad)) if i not in grad.holes]
         tensors, parameters = [tensors[i] for i in kept], [parameters[i] for i in kept]
+    owned = oracle.made(grad) and method_state.is_empty(oracle.state)  # which may have views of it
     return cast(Tensor, WithGradient.apply(evaluation.value, oracle.overflow, tensors, wraps, owned, *parameters))
 
 
