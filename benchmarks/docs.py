@@ -2,10 +2,11 @@
 
 python -m benchmarks.objective --json objective.json
 python -m benchmarks.step --json step.json
+python -m benchmarks.remembered --json remembered.json
 python -m benchmarks.pipeline --json pipeline.json
 python -m benchmarks.parallel --json parallel.json
 python -m benchmarks.scaling --json scaling.json
-python -m benchmarks.docs objective.json step.json pipeline.json
+python -m benchmarks.docs objective.json step.json remembered.json pipeline.json
 python -m benchmarks.docs parallel.json scaling.json --to docs/scaling.md
 """
 
@@ -20,6 +21,7 @@ from typing import Any
 from benchmarks import parallel, pipeline, scaling
 from benchmarks.measure import interval, load
 from benchmarks.objective import REFERENCE
+from benchmarks.remembered import must
 from benchmarks.step import LIMIT, to_sam
 from bisam.experiments.errors import RunError
 from bisam.experiments.runs.files import read_json, write
@@ -28,13 +30,13 @@ PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 INTRODUCTION = """# Benchmarks
 
 `python -m benchmarks.docs` writes this page from the results of `benchmarks.objective`, `benchmarks.step`,
-`benchmarks.pipeline`, `benchmarks.parallel` and `benchmarks.scaling`. The measured variants take turns within each
-round, so that anything that slows the machine slows all of them. Each number is the median over the rounds of the ratio
-to the reference, with its 95 % interval (of the sign test); the interval tells how exact the run is, not how other
-processes or machines differ. A bar is met if the whole interval meets it, missed if no part of it does, and undecided
-otherwise. If the load of other programs was above 1.5 per core, there is no verdict. Sections that were measured before
-bisam recorded this have quartiles instead, and their verdict is that of the median alone. Absolute times are omitted
-because they mean little on a shared machine.
+`benchmarks.remembered`, `benchmarks.pipeline`, `benchmarks.parallel` and `benchmarks.scaling`. The measured variants
+take turns within each round, so that anything that slows the machine slows all of them. Each number is the median over
+the rounds of the ratio to the reference, with its 95 % interval (of the sign test); the interval tells how exact the
+run is, not how other processes or machines differ. A bar is met if the whole interval meets it, missed if no part of it
+does, and undecided otherwise. If the load of other programs was above 1.5 per core, there is no verdict. Sections that
+were measured before bisam recorded this have quartiles instead, and their verdict is that of the median alone. Absolute
+times are omitted because they mean little on a shared machine.
 """
 
 
@@ -83,6 +85,12 @@ def _step(content: Mapping[str, Any]) -> list[str]:
         "",
         *_table(("implementation", "at the second loss", "between steps", "checkpoint"), kept),
     ]
+
+
+def _remembered(content: Mapping[str, Any]) -> list[str]:
+    rows = [(f"{r['model']}, batch {r['batch']}", r["contestant"], must(r), *_ratio(r)[:2]) for r in content["rows"]]
+    title = "## Methods that keep something between steps, relative to the passes and steps that they must do"
+    return [f"{title}{_threads(content)}", "", *_table(("model", "method", "must do", "ratio", "95 % interval"), rows)]
 
 
 def _pipeline(content: Mapping[str, Any]) -> list[str]:
@@ -136,6 +144,7 @@ def _stacked(content: Mapping[str, Any]) -> list[str]:
 _MAKERS: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
     "objective": _objective,
     "step": _step,
+    "remembered": _remembered,
     "pipeline": _pipeline,
     "parallel": _parallel,
     "scaling": _scaling,

@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 pytest.importorskip("pytorch_optimizer")
 pytest.importorskip("rich")
 pytest.importorskip("torchvision")
 
-from benchmarks import docs, measure, models, objective, parallel, pipeline, scaling, stacked, step, versions
+from benchmarks import (
+    docs,
+    measure,
+    models,
+    objective,
+    parallel,
+    pipeline,
+    remembered,
+    scaling,
+    stacked,
+    step,
+    versions,
+)
 from bisam import SharpnessAware, cross_entropy
 from bisam.experiments.measurements import timing
 from bisam.oracle import View
 
-MAINS = [module.main for module in (objective, step, pipeline, parallel, scaling, stacked)]
+MAINS = [module.main for module in (objective, step, remembered, pipeline, parallel, scaling, stacked)]
 RATIO = {"median", "low", "high", "rounds", "seconds", "median_low", "median_high", "load", "cores", "bar", "verdict"}
 QUIET = timing.Load(0.25, 2)
 LOADED = timing.Load(7.5, 2)
@@ -107,6 +122,48 @@ def test_step(tmp_path, capsys, monkeypatch):
     shown = capsys.readouterr().out
     assert "time / SAM's" in shown
     assert "checkpoint" in shown
+
+
+def test_remembered(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(timing, "BLOCK", 0.0)
+    path = tmp_path / "remembered.json"
+    remembered.main(["--models", "mlp-32", "--repeats", "2", "--json", str(path)])
+    content = written(path)
+    assert [r["contestant"] for r in content["rows"]] == list(remembered.TURNS)
+    assert all(r.keys() >= RATIO | {"model", "batch", "passes", "steps"} for r in content["rows"])
+    assert "6 passes, 5 steps" in capsys.readouterr().out
+    assert "| LookSAM, 5 steps | 6 passes, 5 steps |" in "\n".join(docs.section(content))
+
+
+@pytest.mark.parametrize("name", remembered.TURNS)
+def test_a_turn_does_as_much_as_its_limit(name):
+    model, turn = models.mlp(3), remembered.TURNS[name]
+    x, y = models.batch_for(model, 8)
+
+    def counted(make):
+        batches, steps = Counter(), [0]
+        own = copy.deepcopy(model)
+
+        def note(module, inputs, outputs):
+            batches["forward"] += len(outputs) / 8
+            if outputs.requires_grad:
+                outputs.register_hook(lambda grad: batches.update(backward=len(grad) / 8))
+
+        own.register_forward_hook(note)
+        call = make(turn, own, x, y)
+        call()  # a method may need more in its first turn
+        batches.clear()
+        handle = register_optimizer_step_post_hook(lambda *_: steps.__setitem__(0, steps[0] + 1))
+        call()
+        handle.remove()
+        return batches["forward"], batches["backward"], steps[0]
+
+    assert counted(remembered.turn_of) == counted(remembered.limit_of)
+    assert counted(remembered.limit_of) == (
+        turn.passes_of(8) + turn.forwards,
+        turn.passes_of(8),
+        turn.steps,
+    )
 
 
 def test_pipeline(tmp_path, capsys, monkeypatch):
