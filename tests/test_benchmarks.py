@@ -17,6 +17,7 @@ pytest.importorskip("torchvision")
 
 from benchmarks import (
     docs,
+    gpu,
     measure,
     models,
     objective,
@@ -190,6 +191,34 @@ def test_stacked(tmp_path, capsys, monkeypatch):
     assert content["rows"][0]["median"] == 1.0
     assert [row["verdict"] for row in content["rows"][:2]] == [None, None]
     assert "(bar 3)" in capsys.readouterr().out
+
+
+def test_the_tables_of_a_gpu_are_all_written_without_one(tmp_path, monkeypatch):
+    def fails(device):
+        raise MemoryError("out of | memory")
+
+    broken = gpu.Case(gpu.TINY["GPT, 2 x 6 tokens"].model, fails)
+    monkeypatch.setattr(timing, "BLOCK", 0.0)
+    monkeypatch.setattr(gpu, "TINY", {"tiny": gpu.TINY["convolution, 2 images"], "broken": broken})
+    gpu.main(["--dry-run", "--to", str(tmp_path / "gpu.md")])
+    page = (tmp_path / "gpu.md").read_text()
+    assert page.count("\n## ") == len(gpu.TABLES)
+    # "Many small layers" has a network of its own, and CUDA graphs are not made here.
+    assert page.count("| broken | failed: MemoryError: out of / memory |") == len(gpu.TABLES) - 2
+    assert "| tiny | 0" not in page
+    tables = [block.splitlines() for block in page.split("\n\n") if block.startswith("|")]
+    assert all(len({line.count("|") for line in table}) == 1 for table in tables)
+    scaled = next(table for table in tables if "overflow" in table[0])
+    assert scaled[2].endswith("| yes | yes |")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_benchmark_names_the_dry_run(tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        gpu.main(["--to", str(tmp_path / "gpu.md")])
+    assert error.value.code == 2
+    assert "--dry-run" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_both_pipelines_give_an_epoch_of_the_same_kind():
