@@ -26,6 +26,8 @@ if TYPE_CHECKING:
         ERM as ERM,
         ESAM as ESAM,
         FSAM as FSAM,
+        GCSAM as GCSAM,
+        GNP as GNP,
         GSAM as GSAM,
         KSAM as KSAM,
         LESAM as LESAM,
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
         RAPP as RAPP,
         RSAM as RSAM,
         SAF as SAF,
+        SAGM as SAGM,
         SAM as SAM,
         SAMDB as SAMDB,
         SAMON as SAMON,
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
         XSAM as XSAM,
         ABiSAM as ABiSAM,
         AsyncSAM as AsyncSAM,
+        BilateralSAM as BilateralSAM,
         BiSAM as BiSAM,
         CEGPlus as CEGPlus,
         During as During,
@@ -58,6 +62,7 @@ if TYPE_CHECKING:
         MultiStepSAM as MultiStepSAM,
         OptSAM as OptSAM,
         SAMPa as SAMPa,
+        StableSAM as StableSAM,
         VaSSO as VaSSO,
         ZSharp as ZSharp,
     )
@@ -83,9 +88,9 @@ _NAMES = {
     "bisam.evaluation": "Evaluation",
     "bisam.loss": "SharpnessAware",
     "bisam.methods": (
-        "AESAM ASAM BSAM CRSAM ERM ESAM FSAM GSAM KSAM LESAM MESA MSAM RAPP RSAM SAF SAM SAMDB SAMON SSAMD "
-        "SSAMF WSAM XSAM ABiSAM AsyncSAM BiSAM CEGPlus During EBiSAM Every ExtraGradient FisherSAM "
-        "FunctionalSAM GBiSAM LookSAM Method MomentumSAM MultiStepSAM OptSAM SAMPa VaSSO ZSharp"
+        "AESAM ASAM BSAM CRSAM ERM ESAM FSAM GCSAM GNP GSAM KSAM LESAM MESA MSAM RAPP RSAM SAF SAGM SAM SAMDB SAMON "
+        "SSAMD SSAMF WSAM XSAM ABiSAM AsyncSAM BilateralSAM BiSAM CEGPlus During EBiSAM Every ExtraGradient FisherSAM "
+        "FunctionalSAM GBiSAM LookSAM Method MomentumSAM MultiStepSAM OptSAM SAMPa StableSAM VaSSO ZSharp"
     ),
     "bisam.model.oracle": "ModelOracle",
     "bisam.model.passes": "displaced",

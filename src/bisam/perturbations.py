@@ -7,11 +7,13 @@ A geometry defines the radius:
     >>> annealed = L2(Cosine(0.05, 0.0, steps=10_000))              # a radius may be a schedule
     >>> asam = Adaptive(2.0)                                        # ASAM as in most ports: all parameters, eta = 0
     >>> authors = Adaptive(0.5, eta=0.01, where=lambda name, w: "weight" in name)    # ASAM as its authors use it
+    >>> per_tensor = PerTensor(0.05)                                # each tensor has the radius for itself
 
 Other perturbations contain a geometry. They change the gradient before it, or the displacement after it:
 
     >>> from bisam.masks import RandomMask
     >>> friendly = Friendly(L2(0.05))                               # F-SAM: without the average gradient
+    >>> centralised = Centralised(L2(0.05))                         # GCSAM: without the mean of each row
     >>> norm_layers = NormLayers(Adaptive(2.0))                     # SAM-ON in the neighbourhood of ASAM
     >>> head = Only(lambda name, p: name.startswith("head."), L2(0.05))    # a part of the parameters
     >>> masked = RandomMask(Friendly(L2(0.05)), beta=0.5)           # see masks.py
@@ -146,6 +148,47 @@ class Adaptive:
         chosen = [self.where(name, w) for name, w in zip(oracle.names, oracle.weights, strict=True)]
         tg = tg.where(chosen, gradient)
         return (t * tg).where(chosen, tg) * (rho / (tg.norm() + TINY))
+
+    def part(self, oracle: Oracle, among: Part) -> Part:
+        """See `needed`."""
+        return among
+
+
+@dataclass(frozen=True)
+class PerTensor:
+    """A Euclidean ball for each tensor: e_i = rho g_i/||g_i|| for each parameter tensor i.
+
+    The displacement of n tensors is sqrt(n) times as long as that of `L2`. It is the normalisation of ZSharp in its
+    authors' code for tensors of two or more dimensions, where the paper (https://arxiv.org/abs/2505.02369) has one norm
+    for all: `SAM(ZScore(PerTensor(0.05)))`.
+
+    Args:
+        rho: radius of each tensor, >= 0, a number or a schedule.
+
+    Raises:
+        TypeError: `rho` is neither a number nor a schedule.
+        ValueError: `rho` is negative or not finite.
+
+    Example:
+        >>> import torch
+        >>> from bisam import ModelOracle, Vector, cross_entropy
+        >>> from bisam.perturbations import PerTensor
+        >>> oracle = ModelOracle(torch.nn.Linear(2, 1), cross_entropy)
+        >>> gradient = Vector([torch.tensor([[3.0, 4.0]]), torch.tensor([5.0])])
+        >>> PerTensor(1.0)(gradient, oracle).tensors
+        [tensor([[0.6000, 0.8000]]), tensor([1.])]
+    """
+
+    rho: Radius
+
+    def __post_init__(self) -> None:
+        _check_rho(self.rho)
+
+    def __call__(self, gradient: Vector, oracle: Oracle) -> Vector:
+        """Returns the displacement, of length rho in each tensor whose gradient is not 0."""
+        rho = _present(self.rho, oracle)
+        scaled = gradient.each(lambda g: g * (rho / (Vector([g]).norm() + TINY)))
+        return gradient.like(scaled.tensors, gradient.holes)
 
     def part(self, oracle: Oracle, among: Part) -> Part:
         """See `needed`."""
@@ -361,7 +404,8 @@ class ZScore(Around):
 
     Source: https://arxiv.org/abs/2505.02369. z is the entry minus the mean of its tensor, divided by the standard
     deviation of the tensor. Tensors with fewer than two dimensions (biases, normalisation layers) are kept whole, as in
-    the authors' code. That code gives each tensor its own radius; the paper and this class use one radius for all.
+    the authors' code. That code gives each filtered tensor its own radius, as `ZScore(PerTensor(rho))` does; the paper
+    has one radius for all, as `ZScore(L2(rho))`.
 
     Args:
         perturb: perturbation that is applied to the filtered gradient, or a radius `rho`, which means `L2(rho)`.
@@ -393,6 +437,36 @@ class ZScore(Around):
         distance = (g - g.mean()).abs()  # |z| up to a factor, which does not change the order
         kept = portion(self.keep, g.numel())  # not kthvalue, which has no deterministic implementation on a GPU
         return distance >= distance.flatten().topk(kept).values[-1]
+
+
+@dataclass(frozen=True)
+class Centralised(Around):
+    """GCSAM: perturbs along the centralised gradient, g minus its mean over each row (Hassan et al., 2025).
+
+    Source: https://arxiv.org/abs/2501.11584. A row is what belongs to one index of the first dimension: the weights of
+    an output unit, as in gradient centralisation (Yong et al., 2020, https://arxiv.org/abs/2004.01461). Tensors with
+    fewer than two dimensions are kept. The gradient that is descended is not centralised; accounts of the method by
+    others differ in this, and the authors' code was not found in a public source.
+
+    Args:
+        perturb: perturbation that is applied to the centralised gradient, or a radius `rho`, which means `L2(rho)`.
+
+    Raises:
+        TypeError: `perturb` is neither a perturbation nor a radius.
+        ValueError: the radius is negative or not finite.
+    """
+
+    def __call__(self, gradient: Vector, oracle: Oracle) -> Vector:
+        """Returns the displacement for the centralised gradient."""
+        return self.inner(gradient.like(gradient.each(_centred).tensors, gradient.holes), oracle)
+
+    def part(self, oracle: Oracle, among: Part) -> Part:
+        """See `needed`: a row is a part of a single tensor."""
+        return self.inner_part(oracle, among)
+
+
+def _centred(g: Tensor) -> Tensor:
+    return g if g.dim() < 2 or not g.numel() else g - g.mean(tuple(range(1, g.dim())), keepdim=True)
 
 
 @dataclass(frozen=True)

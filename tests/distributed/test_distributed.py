@@ -64,7 +64,8 @@ STEPS, PART = int(os.environ.get("BISAM_STEPS", "8")), 4
 DRAWING = "RandomMask RandomMask-friendly SSAMD ESAM EBiSAM BSAM RSAM"  # random numbers of their own
 DETERMINED = (
     "ERM SAM BiSAM MultiStepSAM-adaptive FSAM VaSSO ZSharp SAMON Only LESAM FisherSAM LookSAM AESAM MomentumSAM SAMPa "
-    "GSAM WSAM CRSAM XSAM FunctionalSAM RAPP Every-LookSAM During OptSAM AsyncSAM SAMDB MESA-bisam"
+    "GSAM WSAM CRSAM XSAM FunctionalSAM RAPP Every-LookSAM During OptSAM AsyncSAM SAMDB MESA-bisam "
+    "ZSharp-per-tensor GCSAM GNP StableSAM-log SAGM-tanh BilateralSAM"
 )
 METHODS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
     name: cases.FAMILY[name][0] for name in f"{DETERMINED} {DRAWING}".split()

@@ -16,18 +16,21 @@ from bisam import (
     CRSAM,
     ERM,
     ESAM,
+    GNP,
     GSAM,
     KSAM,
     LESAM,
     MSAM,
     RAPP,
     RSAM,
+    SAGM,
     SAM,
     SAMON,
     SSAMF,
     WSAM,
     XSAM,
     ABiSAM,
+    BilateralSAM,
     Binary,
     BiSAM,
     CEGPlus,
@@ -49,7 +52,7 @@ from bisam import (
     cross_entropy,
 )
 from bisam.masks import DropGrow, FisherMask, RandomMask
-from bisam.perturbations import L2, Adaptive, Friendly, NormLayers
+from bisam.perturbations import L2, Adaptive, Centralised, Friendly, NormLayers, PerTensor
 from bisam.proximal import L1, Box, Simplex
 from tests.support import cases
 
@@ -195,6 +198,10 @@ OUTSIDE: dict[str, tuple[Callable[[Any], Any], list[Any]]] = {
     "lam, SAMPa": (lambda v: SAMPa(ahead=L2(0.1), lam=v), PORTIONS),
     "alpha, GSAM": (lambda v: GSAM(alpha=v), [*AT_LEAST_ZERO, None]),
     "gamma, WSAM": (lambda v: WSAM(gamma=v), [-0.1, 1.0, NAN, INF, True, "half", None]),
+    "alpha, GNP": (lambda v: GNP(alpha=v), [*AT_LEAST_ZERO, None]),
+    "rho, PerTensor": (PerTensor, AT_LEAST_ZERO),
+    "alpha, SAGM": (lambda v: SAGM(alpha=v), [*AT_LEAST_ZERO, None]),
+    "behind": (lambda v: BilateralSAM(behind=v), [*AT_LEAST_ZERO, None]),
     "gamma, CRSAM": (lambda v: CRSAM(gamma=v), [*AT_LEAST_ZERO, None]),
     "beta, CRSAM": (lambda v: CRSAM(beta=v), [*AT_LEAST_ZERO, None]),
     "rho_max, XSAM": (lambda v: XSAM(rho_max=v), POSITIVE),
@@ -239,6 +246,8 @@ CALLABLE: dict[str, Callable[[Any], Any]] = {
     "perturb, MomentumSAM": MomentumSAM,
     "perturb, Friendly": Friendly,
     "perturb, RandomMask": RandomMask,
+    "perturb, Centralised": Centralised,
+    "perturb, BilateralSAM": BilateralSAM,
     "ascent": lambda v: SAM(L2(0.1), v),
     "descent": lambda v: MultiStepSAM(L2(0.1), None, v),
     "descent, MomentumSAM": lambda v: MomentumSAM(L2(0.1), v),

@@ -17,18 +17,22 @@ from bisam import (
     ERM,
     ESAM,
     FSAM,
+    GCSAM,
+    GNP,
     GSAM,
     KSAM,
     LESAM,
     MSAM,
     RAPP,
     RSAM,
+    SAGM,
     SAM,
     SAMON,
     SSAMD,
     SSAMF,
     WSAM,
     XSAM,
+    BilateralSAM,
     BiSAM,
     CEGPlus,
     During,
@@ -44,13 +48,14 @@ from bisam import (
     MultiStepSAM,
     NegLog,
     SharpnessAware,
+    StableSAM,
     Tanh,
     VaSSO,
     ZSharp,
     cross_entropy,
 )
 from bisam.masks import DropGrow, FisherMask, RandomMask
-from bisam.perturbations import L2, Adaptive, Friendly
+from bisam.perturbations import L2, Adaptive, Friendly, PerTensor
 from bisam.proximal import L1, Box
 from bisam.schedules import Constant, Linear
 from tests.support import cases, references
@@ -155,6 +160,9 @@ SAME: dict[str, tuple[Any, Any]] = {
     "VaSSO(theta=1) is SAM": (VaSSO(0.1, theta=1.0), SAM_),
     "WSAM(gamma=0.5) is SAM": (WSAM(B, gamma=0.5), SAM_),
     "WSAM(gamma=0) is ERM": (WSAM(B, gamma=0.0), ERM()),
+    "GNP(alpha=1) is SAM": (GNP(0.1, alpha=1.0), SAM_),
+    "GNP(alpha=0) is ERM": (GNP(0.1, alpha=0.0), ERM()),
+    "GNP is WSAM": (GNP(0.1, alpha=3.0), WSAM(B, gamma=0.75)),
     "LookSAM(k=1) is SAM": (LookSAM(B, k=1), SAM_),
     "LookSAM(alpha=0) is now and then SAM": (LookSAM(B, k=3, alpha=0.0), Every(3, SAM_)),
     "Every(1) is the method": (Every(1, SAM_), SAM_),
@@ -184,6 +192,9 @@ SAME: dict[str, tuple[Any, Any]] = {
     "FSAM(0) is ERM": (FSAM(0.0), ERM()),
     "VaSSO(0) is ERM": (VaSSO(0.0), ERM()),
     "ZSharp(0) is ERM": (ZSharp(0.0), ERM()),
+    "GCSAM(0) is ERM": (GCSAM(0.0), ERM()),
+    "PerTensor(0) is ERM": (SAM(PerTensor(0.0)), ERM()),
+    "SAGM(0, alpha=0) is ERM": (SAGM(L2(0.0), alpha=0.0), ERM()),
     "FisherSAM(0) is ERM": (FisherSAM(0.0, every=2), ERM()),
     "SSAMF(0) is ERM": (SSAMF(L2(0.0), every=2), ERM()),
     "SSAMD(0) is ERM": (SSAMD(0.0, every=2), ERM()),
@@ -200,6 +211,10 @@ NEARLY: dict[str, tuple[Any, Any]] = {
     "XSAM(alpha~1) is SAM": (XSAM(B, alpha=1 - 1e-14), SAM_),
     "LESAM(sigma=1e9) is SAM(L2(rho_max))": (LESAM(1e9, rho_max=0.1), SAM_),
     "WSAM(0) is ERM": (WSAM(L2(0.0)), ERM()),
+    "GNP(0) is ERM": (GNP(0.0), ERM()),
+    "StableSAM(0) is ERM": (StableSAM(L2(0.0)), ERM()),
+    "BilateralSAM(0) is ERM": (BilateralSAM(L2(0.0)), ERM()),
+    "SAGM(alpha=0) is GNP(alpha=0.5)": (SAGM(B, alpha=0.0), GNP(0.1, alpha=0.5)),
     "FunctionalSAM(0) is ERM": (FunctionalSAM(L2(0.0)), ERM()),
 }
 

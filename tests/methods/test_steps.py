@@ -129,6 +129,7 @@ def as_on_a_device(monkeypatch):
 HOMOGENEOUS = (
     "ERM SAM MultiStepSAM ASAM ASAM-official MSAM RandomMask-friendly FSAM VaSSO ZSharp SAMON Only FisherSAM SSAMF "
     "SSAMD ESAM KSAM LookSAM AESAM MomentumSAM SAMPa GSAM GSAM-friendly WSAM CRSAM XSAM FunctionalSAM RSAM "
+    "GNP StableSAM BilateralSAM GCSAM ZSharp-per-tensor "
     "MSAM-LookSAM Every-LookSAM Every-two-memories During"
 )
 """Methods whose gradient is k times as large if the loss is."""
@@ -286,7 +287,8 @@ def test_a_batch_of_one(name):
 
 ENTRIES = (
     "ASAM ASAM-official ABiSAM MultiStepSAM-adaptive MomentumSAM-log Smoothed-friendly-adaptive SAMON-adaptive-log "
-    "RandomMask-entry RandomMask-friendly ESAM-entry-tanh ZSharp ZSharp-log ZScore-adaptive FisherSAM "
+    "RandomMask-entry RandomMask-friendly ESAM-entry-tanh ZSharp ZSharp-log ZSharp-per-tensor ZScore-adaptive "
+    "GCSAM Centralised-adaptive-tanh SAGM-tanh FisherSAM "
     "FisherMask-friendly-log SSAMF SSAMF-log SSAMF-descent SSAMD DropGrow-settling-log During BSAM BSAM-log RSAM "
     "RSAM-plain-adaptive KSAM-RSAM-EBiSAM Every-other-LookSAM RandomMask-only-adaptive Only-RandomMask-adaptive "
     "SAMPa-asam SAMDB-log FlipRate-every-friendly-adaptive-log"

@@ -22,6 +22,8 @@ from bisam import (
     ERM,
     ESAM,
     FSAM,
+    GCSAM,
+    GNP,
     GSAM,
     KSAM,
     LESAM,
@@ -31,6 +33,7 @@ from bisam import (
     RAPP,
     RSAM,
     SAF,
+    SAGM,
     SAM,
     SAMDB,
     SAMON,
@@ -40,6 +43,7 @@ from bisam import (
     XSAM,
     ABiSAM,
     AsyncSAM,
+    BilateralSAM,
     BiSAM,
     CEGPlus,
     During,
@@ -57,6 +61,7 @@ from bisam import (
     OptSAM,
     Oracle,
     SAMPa,
+    StableSAM,
     Tanh,
     VaSSO,
     Vector,
@@ -65,7 +70,17 @@ from bisam import (
     next_step,
 )
 from bisam.masks import DropGrow, FisherMask, RandomMask
-from bisam.perturbations import L2, Adaptive, Friendly, LossEquated, NormLayers, Smoothed, ZScore
+from bisam.perturbations import (
+    L2,
+    Adaptive,
+    Centralised,
+    Friendly,
+    LossEquated,
+    NormLayers,
+    PerTensor,
+    Smoothed,
+    ZScore,
+)
 from bisam.schedules import Cosine, FlipRate, Follow, Linear, Warmup
 from tests.support import references
 
@@ -307,6 +322,19 @@ FAMILY: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], references.Twin]
         lambda o: SAM(ZScore(Adaptive(0.5), keep=0.21)),
         references.climbing(references.outstanding(references.adaptive(0.5), 0.21), CE, CE),
     ),
+    "ZSharp-per-tensor": (
+        lambda o: ZSharp(PerTensor(0.05), keep=0.2),
+        references.climbing(references.outstanding(references.per_tensor(0.05), 0.2), CE, CE),
+    ),
+    "PerTensor-log": (
+        lambda o: SAM(PerTensor(Linear(0.1, 0.02, steps=12)), NegLog()),
+        references.of_step(lambda n: references.climbing(references.per_tensor(0.1 - 0.08 * min(n / 12, 1)), LOG, CE)),
+    ),
+    "GCSAM": (lambda o: GCSAM(0.1), references.climbing(references.centralised(B), CE, CE)),
+    "Centralised-adaptive-tanh": (
+        lambda o: SAM(Centralised(Adaptive(0.5, 0.01)), Tanh()),
+        references.climbing(references.centralised(references.adaptive(0.5, 0.01)), TANH, CE),
+    ),
     "SAMON": (lambda o: SAMON(0.1), references.climbing(references.norm_layers(B, is_norm), CE, CE)),
     "SAMON-adaptive-log": (
         lambda o: SAM(NormLayers(Adaptive(0.5, 0.01)), ascent=NegLog()),
@@ -433,6 +461,31 @@ FAMILY: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], references.Twin]
     "GBiSAM": (lambda o: GBiSAM(0.1, Tanh(), alpha=0.7), references.gsam(B, TANH, CE, 0.7)),
     "WSAM": (lambda o: WSAM(L2(0.1), gamma=0.8), references.wsam(B, CE, CE, 0.8)),
     "WSAM-log": (lambda o: WSAM(L2(0.1), NegLog(), gamma=0.3), references.wsam(B, LOG, CE, 0.3)),
+    "GNP": (lambda o: GNP(0.1, alpha=0.7), references.gnp(B, CE, CE, 0.7)),
+    "GNP-log": (
+        lambda o: GNP(Friendly(L2(0.1)), 1.6, NegLog()),
+        references.gnp(references.friendly(B, 1.0, 0.9), LOG, CE, 1.6),
+    ),
+    "StableSAM": (lambda o: StableSAM(L2(0.1)), references.stable_sam(B, CE, CE)),
+    "StableSAM-log": (
+        lambda o: StableSAM(Smoothed(L2(0.1), theta=0.4), NegLog(), Tanh()),
+        references.stable_sam(references.smoothed(B, 0.4), LOG, TANH),
+    ),
+    "SAGM": (lambda o: SAGM(L2(0.1), alpha=0.05), references.sagm(B, CE, CE, 0.05)),
+    "SAGM-tanh": (
+        lambda o: SAGM(Adaptive(0.5), Tanh(), alpha=0.2),
+        references.sagm(references.adaptive(0.5), TANH, CE, 0.2),
+    ),
+    "BilateralSAM": (lambda o: BilateralSAM(L2(0.1)), references.bilateral_sam(B, CE, CE)),
+    "BilateralSAM-follow-log": (
+        lambda o: BilateralSAM(Friendly(L2(0.1)), NegLog(), behind=Follow(o, high=1.0, lr_low=1e-4)),
+        references.bilateral_sam(
+            references.friendly(B, 1.0, 0.9),
+            LOG,
+            CE,
+            lambda s: (lr(s) - 1e-4) / (s.memory.setdefault("lr", lr(s)) - 1e-4),
+        ),
+    ),
     "CRSAM": (lambda o: CRSAM(), references.crsam(B, CE, CE, 0.1, 0.01)),
     "CRSAM-tanh": (lambda o: CRSAM(L2(0.1), Tanh(), gamma=0.3, beta=0.2), references.crsam(B, TANH, CE, 0.3, 0.2)),
     "XSAM": (lambda o: XSAM(L2(0.5), rho_max=3.0, every=3), references.xsam(references.l2(0.5), CE, CE, 3.0, 3, None)),

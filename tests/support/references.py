@@ -198,6 +198,22 @@ def outstanding(climb: Climb, keep: float) -> Climb:
     return lambda g, w, s: climb(join([filtered(p) for p in s.parts(g)]), w, s)
 
 
+def per_tensor(rho: float) -> Climb:
+    return lambda g, w, s: join([rho * p / p.norm() if p.norm() > 0 else p for p in s.parts(g)])
+
+
+def centralised(climb: Climb) -> Climb:
+    """Yong et al., 2020: each row of a matrix minus its mean; a kernel is a matrix with a row for each channel."""
+
+    def centred(g: Tensor) -> Tensor:
+        if g.dim() < 2:
+            return g
+        rows = g.reshape(len(g), -1)
+        return (rows - rows.sum(1, keepdim=True) / rows.shape[1]).view_as(g)
+
+    return lambda g, w, s: climb(join([centred(p) for p in s.parts(g)]), w, s)
+
+
 def norm_layers(climb: Climb, rule: Callable[[str, Tensor], bool]) -> Climb:
     return lambda g, w, s: climb(s.which(rule) * g, w, s)
 
@@ -329,6 +345,33 @@ def wsam(climb: Climb, ascent: Loss, descent: Loss, gamma: float) -> Twin:
     def twin(w: Tensor, s: Step) -> Tensor:
         g, h = s.grad(w, descent), climbing(climb, ascent, descent)(w, s)
         return g + gamma / (1 - gamma) * (h - g)
+
+    return twin
+
+
+def gnp(climb: Climb, ascent: Loss, descent: Loss, alpha: float) -> Twin:
+    """Zhao et al., 2022, eq. 11."""
+    return lambda w, s: (1 - alpha) * s.grad(w, descent) + alpha * climbing(climb, ascent, descent)(w, s)
+
+
+def stable_sam(climb: Climb, ascent: Loss, descent: Loss) -> Twin:
+    return lambda w, s: s.grad(w, descent).norm() * unit(climbing(climb, ascent, descent)(w, s))
+
+
+def sagm(climb: Climb, ascent: Loss, descent: Loss, alpha: float) -> Twin:
+    def twin(w: Tensor, s: Step) -> Tensor:
+        g = s.grad(w, descent)
+        e = climb(s.grad(w, ascent), w, s)
+        return (g + s.grad(w + e - alpha * g, descent)) / 2
+
+    return twin
+
+
+def bilateral_sam(climb: Climb, ascent: Loss, descent: Loss, behind: Callable[[Step], float] = lambda s: 1.0) -> Twin:
+    def twin(w: Tensor, s: Step) -> Tensor:
+        e = climb(s.grad(w, ascent), w, s)
+        most, least = s.grad(w + e, descent), s.grad(w - behind(s) * e, descent)
+        return most + s.grad(w, descent) - most.norm() * unit(least)
 
     return twin
 

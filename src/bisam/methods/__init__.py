@@ -15,11 +15,15 @@ the descent gradient, e the displacement.
 from bisam.methods.bayesian import BSAM as BSAM
 from bisam.methods.combined import (
     CRSAM as CRSAM,
+    GNP as GNP,
     GSAM as GSAM,
+    SAGM as SAGM,
     WSAM as WSAM,
     XSAM as XSAM,
+    BilateralSAM as BilateralSAM,
     FunctionalSAM as FunctionalSAM,
     GBiSAM as GBiSAM,
+    StableSAM as StableSAM,
 )
 from bisam.methods.efficient import (
     AESAM as AESAM,
@@ -36,6 +40,7 @@ from bisam.methods.sam import (
     ASAM as ASAM,
     ERM as ERM,
     FSAM as FSAM,
+    GCSAM as GCSAM,
     LESAM as LESAM,
     SAM as SAM,
     SAMON as SAMON,

@@ -12,15 +12,23 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from bisam import schedules
 from bisam.batches import Batch
 from bisam.evaluation import Evaluation
 from bisam.methods.sam import SAM
-from bisam.objectives import Bound, NegLog, at_step, count, mean
+from bisam.objectives import Bound, NegLog, Objective, at_step, count, mean
 from bisam.oracle import Oracle, Query
 from bisam.perturbations import L2, Perturbation
 from bisam.schedules import Radius
 from bisam.validation import non_negative, positive, share, whole
 from bisam.vector import TINY, Vector
+
+
+def _start(method: SAM, oracle: Oracle, batch: Batch) -> tuple[Vector, Vector]:
+    """Returns the gradient of the descent objective at the weights, and the displacement."""
+    plain = None if method.ascent == method.descent else oracle.query(batch, method.descent, track=False)
+    a = oracle.query(batch, method.ascent, wrt=None if plain is None else method.part(oracle))
+    return (plain or a).gradient, method.displacement(a.gradient, oracle)
 
 
 @dataclass(frozen=True, repr=False)
@@ -103,6 +111,118 @@ class WSAM(SAM):
         return replace(answer, grad=answer.gradient * weight + g * (1 - weight))
 
 
+def GNP(rho: Perturbation | Radius = 0.05, alpha: float = 0.8, ascent: Objective | None = None) -> WSAM:
+    """GNP: the gradient (1 - alpha) g + alpha h, which penalises the norm of the gradient (Zhao et al., 2022).
+
+    Source: https://arxiv.org/abs/2202.03599. To first order in rho it is the gradient of L + lambda ||grad L|| with
+    lambda = alpha rho. The same as `WSAM(rho, ascent, gamma=alpha / (1 + alpha))`: both papers have one formula with
+    different letters. Here g is the gradient itself, as in the paper; the authors' code has a setting, on by default,
+    with which it is g/||g||. The default of alpha is this library's.
+
+    Args:
+        rho: a radius >= 0 (a number or a schedule), the r of the paper, or a perturbation.
+        alpha: lambda/rho, >= 0; 0 is ERM, 1 is SAM.
+        ascent: see `SAM`.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: `rho` or `alpha` is negative or not finite.
+    """
+    non_negative("alpha", alpha)
+    return WSAM(rho, ascent=ascent, gamma=alpha / (1 + alpha))
+
+
+@dataclass(frozen=True, repr=False)
+class StableSAM(SAM):
+    """Stable SAM: the gradient of SAM, rescaled to the length of the plain gradient (Tan et al., 2024).
+
+    Source: https://arxiv.org/abs/2401.07250. The returned gradient is h ||g||/||h||, with g the gradient at the weights
+    and h that at w + e. SAM may need a smaller learning rate than SGD; with this rescaling it keeps SGD's.
+
+    Args:
+        perturb: see `SAM`.
+        ascent: see `SAM`.
+        descent: see `SAM`.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+    """
+
+    def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
+        """Makes two queries; three if `ascent` and `descent` differ."""
+        g, answer = self.both(oracle, batch)
+        length, g, h = g.norm(), None, answer.gradient
+        return replace(answer, grad=h * (length / (h.norm() + TINY)))
+
+
+@dataclass(frozen=True, repr=False)
+class SAGM(SAM):
+    """SAGM: aligns the gradients of the plain and the perturbed loss (Wang et al., 2023).
+
+    Source: https://arxiv.org/abs/2303.10353. The objective L(w) + L(w + e - alpha grad L(w)) has the sum of the plain
+    and the perturbed loss and, to first order, alpha times the inner product of their gradients. As in the authors'
+    code the returned gradient is the mean of the gradients g at w and h at w + e - alpha g, half of that of the sum.
+
+    Args:
+        perturb: see `SAM`.
+        ascent: see `SAM`.
+        descent: see `SAM`.
+        alpha: weight of the alignment, >= 0; the authors use 0.001. With 0 it is the mean of SAM and ERM.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: `alpha` is negative or not finite.
+    """
+
+    alpha: float = 0.001
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        non_negative("alpha", self.alpha)
+
+    def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
+        """Makes two queries; three if `ascent` and `descent` differ."""
+        g, e = _start(self, oracle, batch)
+        queries, e = [Query(batch, self.descent, e - g * self.alpha)], None  # the query owns the displacement
+        answer = oracle.ask(queries)[0]
+        return replace(answer, grad=(g + answer.gradient) * 0.5)
+
+
+@dataclass(frozen=True, repr=False)
+class BilateralSAM(SAM):
+    """Bilateral SAM: flattens the loss on both sides, at w + e and at w - e (Deng et al., 2024).
+
+    Source: https://arxiv.org/abs/2409.13173, where it is called BSAM; `bisam.BSAM` is the Bayesian one. With p the
+    gradient at w + e, m that at w - behind e and g that at w, the returned gradient is p + g - (||p||/||m||) m, as in
+    the authors' code. The first term is that of the max-sharpness, the others are that of the min-sharpness.
+
+    Args:
+        perturb: see `SAM`.
+        ascent: see `SAM`.
+        descent: see `SAM`.
+        behind: length of the displacement behind, in units of the one ahead, a number >= 0 or a schedule. The authors
+            anneal it with the learning rate, from 1 to 0: `Follow(optimizer, high=1.0)`.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: `behind` is negative or not finite.
+    """
+
+    behind: Radius = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        schedules.check("behind", self.behind)
+
+    def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
+        """Makes three queries, two of which are independent of each other; four if `ascent` and `descent` differ."""
+        g, e = _start(self, oracle, batch)
+        ratio = schedules.at(self.behind, oracle.step)
+        ahead, behind = oracle.ask([Query(batch, self.descent, at) for at in (e, e * -ratio)])
+        p, m = ahead.gradient, behind.gradient
+        return replace(ahead, grad=p + g - m * (p.norm() / (m.norm() + TINY)))
+
+
 @dataclass(frozen=True, repr=False)
 class CRSAM(SAM):
     """CR-SAM: SAM with a penalty on the curvature along the ascent direction, by finite differences (Wu et al., 2024).
@@ -133,9 +253,7 @@ class CRSAM(SAM):
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
         """Makes three queries, two of which are independent of each other; four if `ascent` and `descent` differ."""
-        plain = None if self.ascent == self.descent else oracle.query(batch, self.descent, track=False)
-        a = oracle.query(batch, self.ascent, wrt=None if plain is None else self.part(oracle))
-        g, e = (plain or a).gradient, self.displacement(a.gradient, oracle)
+        g, e = _start(self, oracle, batch)
         ahead, behind = oracle.ask([Query(batch, self.descent, at) for at in (e, -e)])
         p, m = ahead.gradient, behind.gradient
         return replace(ahead, grad=p + (p + m - g * 2) * self.gamma + (p - m) * self.beta)

@@ -27,6 +27,7 @@ from bisam.oracle import Oracle, Query
 from bisam.perturbations import (
     L2,
     Adaptive,
+    Centralised,
     Friendly,
     LossEquated,
     NormLayers,
@@ -257,7 +258,8 @@ def VaSSO(rho: Perturbation | Radius = 0.05, theta: float = 0.9, ascent: Objecti
 def ZSharp(rho: Perturbation | Radius = 0.05, keep: float = 0.05, ascent: Objective | None = None) -> SAM:
     """ZSharp: SAM along the entries of the gradient with the largest z-scores (Yun, 2025).
 
-    Source: https://arxiv.org/abs/2505.02369. The same as `SAM(ZScore(rho, keep), ascent)`.
+    Source: https://arxiv.org/abs/2505.02369. The same as `SAM(ZScore(rho, keep), ascent)`. As in the paper all tensors
+    share one radius; `ZSharp(PerTensor(rho))` gives each its own, as the authors' code does.
 
     Args:
         rho: a radius >= 0 (a number or a schedule), or a perturbation that is applied to the filtered gradient.
@@ -269,6 +271,22 @@ def ZSharp(rho: Perturbation | Radius = 0.05, keep: float = 0.05, ascent: Object
         ValueError: `rho` or `keep` is outside its range.
     """
     return SAM(ZScore(rho, keep), ascent=ascent)
+
+
+def GCSAM(rho: Perturbation | Radius = 0.05, ascent: Objective | None = None) -> SAM:
+    """GCSAM: SAM along the centralised gradient (Hassan et al., 2025).
+
+    Source: https://arxiv.org/abs/2501.11584. The same as `SAM(Centralised(rho), ascent)`.
+
+    Args:
+        rho: a radius >= 0 (a number or a schedule), or a perturbation that is applied to the centralised gradient.
+        ascent: see `SAM`.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: `rho` is negative or not finite.
+    """
+    return SAM(Centralised(rho), ascent=ascent)
 
 
 def SAMON(rho: Perturbation | Radius = 0.05, ascent: Objective | None = None) -> SAM:

@@ -74,9 +74,11 @@ def test_the_digits_study_is_what_it_says():
     assert len(expand(recipes, 5)) == len(set(expand(recipes, 5))) == 50
 
 
-def test_the_methods_study_runs_every_method():
+def test_the_methods_study_runs_every_method_that_it_has_registered():
     recipes = studies.STUDIES["methods"].recipes(None)
-    assert [recipe.method for recipe in recipes] == [method for method in METHODS if method != "sam_ce"]
+    assert len(recipes) == 40
+    later = {"sam_ce", "gcsam", "gnp", "stable_sam", "sagm", "bilateral_sam"}
+    assert [recipe.method for recipe in recipes] == [method for method in METHODS if method not in later]
     assert all((recipe.rho is None) == (recipe.method in NO_RHO) for recipe in recipes)
 
 
