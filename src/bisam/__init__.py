@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         ERM as ERM,
         ESAM as ESAM,
         FSAM as FSAM,
+        GAM as GAM,
         GCSAM as GCSAM,
         GNP as GNP,
         GSAM as GSAM,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
         SAMON as SAMON,
         SSAMD as SSAMD,
         SSAMF as SSAMF,
+        TSAM as TSAM,
         WSAM as WSAM,
         XSAM as XSAM,
         ABiSAM as ABiSAM,
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
         FisherSAM as FisherSAM,
         FunctionalSAM as FunctionalSAM,
         GBiSAM as GBiSAM,
+        Lookbehind as Lookbehind,
         LookSAM as LookSAM,
         Method as Method,
         MomentumSAM as MomentumSAM,
@@ -63,6 +66,7 @@ if TYPE_CHECKING:
         OptSAM as OptSAM,
         SAMPa as SAMPa,
         StableSAM as StableSAM,
+        Tilted as Tilted,
         VaSSO as VaSSO,
         ZSharp as ZSharp,
     )
@@ -88,9 +92,10 @@ _NAMES = {
     "bisam.evaluation": "Evaluation",
     "bisam.loss": "SharpnessAware",
     "bisam.methods": (
-        "AESAM ASAM BSAM CRSAM ERM ESAM FSAM GCSAM GNP GSAM KSAM LESAM MESA MSAM RAPP RSAM SAF SAGM SAM SAMDB SAMON "
-        "SSAMD SSAMF WSAM XSAM ABiSAM AsyncSAM BilateralSAM BiSAM CEGPlus During EBiSAM Every ExtraGradient FisherSAM "
-        "FunctionalSAM GBiSAM LookSAM Method MomentumSAM MultiStepSAM OptSAM SAMPa StableSAM VaSSO ZSharp"
+        "AESAM ASAM BSAM CRSAM ERM ESAM FSAM GAM GCSAM GNP GSAM KSAM LESAM MESA MSAM RAPP RSAM SAF SAGM SAM SAMDB "
+        "SAMON SSAMD SSAMF TSAM WSAM XSAM ABiSAM AsyncSAM BilateralSAM BiSAM CEGPlus During EBiSAM Every "
+        "ExtraGradient FisherSAM FunctionalSAM GBiSAM Lookbehind LookSAM Method MomentumSAM MultiStepSAM OptSAM "
+        "SAMPa StableSAM Tilted VaSSO ZSharp"
     ),
     "bisam.model.oracle": "ModelOracle",
     "bisam.model.passes": "displaced",

@@ -129,7 +129,7 @@ def as_on_a_device(monkeypatch):
 HOMOGENEOUS = (
     "ERM SAM MultiStepSAM ASAM ASAM-official MSAM RandomMask-friendly FSAM VaSSO ZSharp SAMON Only FisherSAM SSAMF "
     "SSAMD ESAM KSAM LookSAM AESAM MomentumSAM SAMPa GSAM GSAM-friendly WSAM CRSAM XSAM FunctionalSAM RSAM "
-    "GNP StableSAM BilateralSAM GCSAM ZSharp-per-tensor "
+    "GNP StableSAM BilateralSAM GCSAM ZSharp-per-tensor Lookbehind Lookbehind-adaptive-alpha GAM RSAM-radius "
     "MSAM-LookSAM Every-LookSAM Every-two-memories During"
 )
 """Methods whose gradient is k times as large if the loss is."""
@@ -153,7 +153,17 @@ def test_a_loss_of_any_magnitude_has_the_same_displacements(name):
 
 # Effects of a step.
 
-ELSEWHERE = ("RSAM", "BSAM", "MomentumSAM", "MSAM", "Every-other", "OptSAM", "SAMDB")  # where running statistics move
+ELSEWHERE = (
+    "RSAM",
+    "TSAM",
+    "Tilted",
+    "BSAM",
+    "MomentumSAM",
+    "MSAM",
+    "Every-other",
+    "OptSAM",
+    "SAMDB",
+)  # where running statistics move
 
 
 @each_method
@@ -288,7 +298,8 @@ def test_a_batch_of_one(name):
 ENTRIES = (
     "ASAM ASAM-official ABiSAM MultiStepSAM-adaptive MomentumSAM-log Smoothed-friendly-adaptive SAMON-adaptive-log "
     "RandomMask-entry RandomMask-friendly ESAM-entry-tanh ZSharp ZSharp-log ZSharp-per-tensor ZScore-adaptive "
-    "GCSAM Centralised-adaptive-tanh SAGM-tanh FisherSAM "
+    "GCSAM Centralised-adaptive-tanh SAGM-tanh Lookbehind-adaptive-alpha GAM-log Tilted-friendly-log TSAM RSAM-radius "
+    "FisherSAM "
     "FisherMask-friendly-log SSAMF SSAMF-log SSAMF-descent SSAMD DropGrow-settling-log During BSAM BSAM-log RSAM "
     "RSAM-plain-adaptive KSAM-RSAM-EBiSAM Every-other-LookSAM RandomMask-only-adaptive Only-RandomMask-adaptive "
     "SAMPa-asam SAMDB-log FlipRate-every-friendly-adaptive-log"

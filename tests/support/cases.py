@@ -22,6 +22,7 @@ from bisam import (
     ERM,
     ESAM,
     FSAM,
+    GAM,
     GCSAM,
     GNP,
     GSAM,
@@ -39,6 +40,7 @@ from bisam import (
     SAMON,
     SSAMD,
     SSAMF,
+    TSAM,
     WSAM,
     XSAM,
     ABiSAM,
@@ -53,6 +55,7 @@ from bisam import (
     FisherSAM,
     FunctionalSAM,
     GBiSAM,
+    Lookbehind,
     LookSAM,
     MomentumSAM,
     MultiStepSAM,
@@ -63,6 +66,7 @@ from bisam import (
     SAMPa,
     StableSAM,
     Tanh,
+    Tilted,
     VaSSO,
     Vector,
     WrongClasses,
@@ -486,6 +490,22 @@ FAMILY: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], references.Twin]
             lambda s: (lr(s) - 1e-4) / (s.memory.setdefault("lr", lr(s)) - 1e-4),
         ),
     ),
+    "Lookbehind": (lambda o: Lookbehind(L2(0.1), steps=3), references.lookbehind(B, CE, CE, 3, 0.5)),
+    "Lookbehind-log": (
+        lambda o: Lookbehind(Friendly(L2(0.1)), NegLog(), alpha=0.8),
+        references.lookbehind(references.friendly(B, 1.0, 0.9), LOG, CE, 2, 0.8),
+    ),
+    "Lookbehind-adaptive-alpha": (
+        lambda o: Lookbehind(Adaptive(0.5), alpha=None),
+        references.lookbehind(references.adaptive(0.5), CE, CE, 2, None),
+    ),
+    "GAM": (lambda o: GAM(L2(0.1), gamma=0.2), references.gam(B, references.l2(0.2), CE, CE, 0.5, 0.6, 0.2)),
+    "GAM-log": (
+        lambda o: GAM(Friendly(L2(0.1)), NegLog(), climb_norm=Adaptive(0.5), beta0=0.1, beta1=0.2),
+        references.gam(
+            references.friendly(B, 1.0, 0.9), references.adaptive(0.5), LOG, CE, beta0=0.1, beta1=0.2, gamma=0.03
+        ),
+    ),
     "CRSAM": (lambda o: CRSAM(), references.crsam(B, CE, CE, 0.1, 0.01)),
     "CRSAM-tanh": (lambda o: CRSAM(L2(0.1), Tanh(), gamma=0.3, beta=0.2), references.crsam(B, TANH, CE, 0.3, 0.2)),
     "XSAM": (lambda o: XSAM(L2(0.5), rho_max=3.0, every=3), references.xsam(references.l2(0.5), CE, CE, 3.0, 3, None)),
@@ -512,6 +532,24 @@ FAMILY: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], references.Twin]
     "RSAM-plain-adaptive": (
         lambda o: RSAM(0.1, SAM(Adaptive(0.5)), filters=False),
         references.rsam(0.1, references.climbing(references.adaptive(0.5), CE, CE), filters=False),
+    ),
+    "RSAM-radius": (
+        lambda o: RSAM(0.1, SAM(L2(0.1)), filters=False, radius=0.3),
+        references.rsam(0.1, references.climbing(B, CE, CE), filters=False, radius=0.3),
+    ),
+    "TSAM": (
+        lambda o: TSAM(0.1, tilt=5.0, radius=0.3),
+        references.tilted(
+            3, lambda s: 5.0, references.rsam(1.0, references.valued(B, CE, CE), filters=False, radius=0.3)
+        ),
+    ),
+    "Tilted-friendly-log": (
+        lambda o: Tilted(2, RSAM(0.05, SAM(Friendly(L2(0.1)), NegLog())), tilt=Linear(20.0, 0.0, steps=12)),
+        references.tilted(
+            2,
+            lambda s: 20 * (1 - min(s.number / 12, 1)),
+            references.rsam(0.05, references.valued(references.friendly(B, 1.0, 0.9), LOG, CE)),
+        ),
     ),
     "KSAM-RSAM-EBiSAM": (
         lambda o: KSAM(6, RSAM(0.01, EBiSAM(0.1, beta=0.8))),

@@ -376,6 +376,38 @@ def bilateral_sam(climb: Climb, ascent: Loss, descent: Loss, behind: Callable[[S
     return twin
 
 
+def lookbehind(climb: Climb, ascent: Loss, descent: Loss, k: int, alpha: float | None) -> Twin:
+    """Fast weights that take a step of length 1 for each ascent step, and slow ones that follow a part of the way."""
+
+    def twin(w: Tensor, s: Step) -> Tensor:
+        at, fast, first = w, w, None
+        for _ in range(k):
+            at = at + climb(s.grad(at, ascent), w, s)
+            fast = fast - s.grad(at, descent)
+            first = fast if first is None else first
+        if alpha is not None:
+            return w - (w + alpha * (fast - w))
+        shares = []
+        for a, b in zip(s.parts(first - w), s.parts(fast - w), strict=True):
+            cosine = inner(a.reshape(-1), b.reshape(-1)) / (a.norm() * b.norm()) if b.norm() > 0 else 0.0
+            shares.append((1 + cosine) / 2 * torch.ones_like(a))
+        return w - (w + join(shares) * (fast - w))
+
+    return twin
+
+
+def gam(climb: Climb, outer: Climb, ascent: Loss, descent: Loss, beta0: float, beta1: float, gamma: float) -> Twin:
+    def twin(w: Tensor, s: Step) -> Tensor:
+        inside = s.part("inner")
+        e = climb(s.grad(w, ascent), w, inside)
+        up = w + outer(s.grad(w + e, ascent) - s.grad(w, ascent), w, s.part("outer"))
+        g = [s.grad(v, descent) for v in (w, w + e, up, up + climb(s.grad(up, ascent), w, inside))]
+        m, n = g[0] + (1 - beta0) * g[2], beta1 * g[1] + (1 - beta1) * g[3]
+        return n - gamma * (m - inner(m, n) / inner(n, n) * n)
+
+    return twin
+
+
 def crsam(climb: Climb, ascent: Loss, descent: Loss, gamma: float, beta: float) -> Twin:
     def twin(w: Tensor, s: Step) -> Tensor:
         e = climb(s.grad(w, ascent), w, s)
@@ -594,15 +626,37 @@ def ksam(loss: Loss, k: int, twin: Twin) -> Twin:
     return lambda w, s: twin(w, s.on(s.losses(w, loss).topk(k).indices))
 
 
-def rsam(sigma: float, twin: Twin, filters: bool = True) -> Twin:
+def rsam(sigma: float, twin: Twin, filters: bool = True, radius: float = inf) -> Twin:
     def scale(p: Tensor) -> Tensor:
         return p.norm() if p.dim() < 2 else p.flatten(1).norm(dim=1).view(-1, *[1] * (p.dim() - 1))
 
     def outer(w: Tensor, s: Step) -> Tensor:
         noise = [n * scale(p) if filters else n for n, p in zip(s.noise(), s.parts(w), strict=True)]
-        return twin(w + sigma * join(noise), s)
+        noise = sigma * join(noise)
+        return twin(w + min(1.0, radius / noise.norm().item()) * noise, s)
 
     return outer
+
+
+def tilted(samples: int, tilt: Callable[[Step], float], twin: Callable[[Tensor, Step], tuple[Tensor, Tensor]]) -> Twin:
+    """Li et al., 2024: a softmax of the losses; `twin` gives the point of the loss, and the gradient."""
+
+    def outer(w: Tensor, s: Step) -> Tensor:
+        found = [twin(w, s.part(f"sample {i}")) for i in range(samples)]
+        weights = torch.softmax(torch.stack([tilt(s) * value for value, _ in found]), 0)
+        return sum(p * h for p, (_, h) in zip(weights, found, strict=True))
+
+    return outer
+
+
+def valued(climb: Climb, ascent: Loss, descent: Loss) -> Callable[[Tensor, Step], tuple[Tensor, Tensor]]:
+    """SAM, with the loss at the end of the ascent."""
+
+    def pair(w: Tensor, s: Step) -> tuple[Tensor, Tensor]:
+        at = w + climb(s.grad(w, ascent), w, s)
+        return s.losses(at, descent).mean(), s.grad(at, descent)
+
+    return pair
 
 
 def every(k: int, twin: Twin, otherwise: Twin) -> Twin:

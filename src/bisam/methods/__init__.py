@@ -15,6 +15,7 @@ the descent gradient, e the displacement.
 from bisam.methods.bayesian import BSAM as BSAM
 from bisam.methods.combined import (
     CRSAM as CRSAM,
+    GAM as GAM,
     GNP as GNP,
     GSAM as GSAM,
     SAGM as SAGM,
@@ -23,6 +24,7 @@ from bisam.methods.combined import (
     BilateralSAM as BilateralSAM,
     FunctionalSAM as FunctionalSAM,
     GBiSAM as GBiSAM,
+    Lookbehind as Lookbehind,
     StableSAM as StableSAM,
 )
 from bisam.methods.efficient import (
@@ -54,4 +56,12 @@ from bisam.methods.sam import (
 )
 from bisam.methods.stale import SAMDB as SAMDB, AsyncSAM as AsyncSAM, OptSAM as OptSAM
 from bisam.methods.trajectory import MESA as MESA, SAF as SAF
-from bisam.methods.wrappers import KSAM as KSAM, MSAM as MSAM, RSAM as RSAM, During as During, Every as Every
+from bisam.methods.wrappers import (
+    KSAM as KSAM,
+    MSAM as MSAM,
+    RSAM as RSAM,
+    TSAM as TSAM,
+    During as During,
+    Every as Every,
+    Tilted as Tilted,
+)

@@ -2,26 +2,35 @@
 
 They nest in any order:
 
-    >>> from bisam import MSAM, KSAM, RSAM, SAM, BiSAM, During, EBiSAM, Every, L2
+    >>> from bisam import MSAM, KSAM, RSAM, SAM, BiSAM, During, EBiSAM, Every, L2, Tilted
     >>> m_sharpness = MSAM(32, BiSAM())                   # each micro-batch of 32 has its own perturbation
     >>> hardest = KSAM(16, RSAM(0.01, EBiSAM()))          # on the 16 hardest examples, around a random point
     >>> sparse = Every(5, SAM(L2(0.1)))                   # at every fifth step, with the plain gradient in between
     >>> late = During(SAM(), start=8_000)                 # in the last epochs only
+    >>> tilted = Tilted(3, RSAM(0.01, BiSAM()))           # three random points, the worst of which counts most
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from bisam import schedules
 from bisam.batches import Batch, examples, largest, split
 from bisam.evaluation import Evaluation, divisor, join
 from bisam.methods.method import Method, follows_flips, stateful
 from bisam.methods.sam import ERM, SAM
+from bisam.objectives import Objective
 from bisam.oracle import Oracle
-from bisam.validation import instance, non_negative, whole
+from bisam.perturbations import Perturbation
+from bisam.schedules import Radius
+from bisam.validation import MOST_QUERIES, instance, non_negative, positive, whole
+from bisam.vector import TINY, Vector, widened
+
+_METHOD = "SAM(), BiSAM() or another (oracle, batch) -> Evaluation"
 
 
 @dataclass(frozen=True)
@@ -144,19 +153,23 @@ class RSAM:
         method: method that is applied at the random point.
         filters: if True, scale the noise by the norm of each filter (a slice along the first dimension of a tensor of
             two or more dimensions), and of each tensor of fewer dimensions. If False, all entries have the same noise.
+        radius: largest length of the noise, > 0; longer noise is scaled to it. Default: no limit.
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: `sigma` is negative or not finite.
+        ValueError: `sigma` is negative or not finite, or `radius` is not positive and finite.
     """
 
     sigma: float
     method: Method = field(default=SAM())
     filters: bool = True
+    radius: float | None = None
 
     def __post_init__(self) -> None:
         non_negative("sigma", self.sigma)
         instance("method", self.method, _METHOD)
+        if self.radius is not None:
+            positive("radius", self.radius)
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
         """Makes the queries of the method, all displaced by the same noise."""
@@ -165,12 +178,115 @@ class RSAM:
             return self.method(inside, batch)
         w = oracle.weights
         noise = w.random(torch.randn_like) * w.each(lambda t: (self.sigma * self._scale(t)).expand_as(t))
+        if self.radius is not None:
+            noise = noise * (self.radius / (noise.norm() + TINY)).clamp_max(1.0)
         return self.method(inside.shifted(noise, track=True), batch)
 
     def _scale(self, w: Tensor) -> Tensor:
         if not self.filters:
             return w.new_ones(())
         return torch.linalg.vector_norm(w, dim=tuple(range(1, w.dim())) if w.dim() > 1 else None, keepdim=True)
+
+
+@dataclass(frozen=True)
+class Tilted:
+    """Tilted sharpness: applies a method several times and weights the answers by exp(tilt loss) (Li et al., 2024).
+
+    Source: https://arxiv.org/abs/2410.22656. With loss l_i and gradient h_i of answer i the gradient is the mean of h_i
+    with the weights exp(tilt l_i). It is that of log(mean exp(tilt l))/tilt, which is the mean of the losses for tilt 0
+    and their maximum in the limit. `TSAM` is the method of the paper, where a sample is SAM at a random point. A method
+    that draws nothing gives equal answers, and is what the wrapper is then. Running statistics are updated by the first
+    sample; the authors' code updates them in each.
+
+    Args:
+        samples: number of answers, from 1 to 1,000; 1 is the method.
+        method: method that is applied; each sample has a state of its own. The reported loss is the mean with the same
+            weights.
+        tilt: tilt, >= 0, a number or a schedule; the authors' default is 1.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: `samples` or `tilt` is outside its range.
+    """
+
+    samples: int = 3
+    method: Method = field(default=RSAM(0.01))
+    tilt: Radius = 1.0
+
+    def __post_init__(self) -> None:
+        whole("samples", self.samples, most=MOST_QUERIES)
+        instance("method", self.method, _METHOD)
+        schedules.check("tilt", self.tilt)
+
+    def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
+        """Makes the queries of the method for each sample in turn."""
+        tilt, mean = schedules.at(self.tilt, oracle.step), _TiltedMean()
+        for i in range(self.samples):
+            inside = oracle.within(f"sample {i}")
+            answer = self.method(inside if i == 0 else inside.without_tracking(), batch)
+            if self.samples == 1:
+                return answer
+            mean.add(answer.gradient, answer.value, tilt)
+            answer = replace(answer, grad=None)  # frees its memory before the passes of the next sample
+        return replace(answer, grad=mean.gradient, value=mean.value.to(answer.value.dtype))
+
+
+class _TiltedMean:
+    """A mean with weights exp(tilt value), which are relative to the largest one so far: they do not overflow."""
+
+    def __init__(self) -> None:
+        self._sums: tuple[Vector, Tensor, Tensor, Tensor] | None = None
+
+    def add(self, gradient: Vector, value: Tensor, tilt: float | Tensor) -> None:
+        value = widened(value)
+        exponent = value * tilt
+        if self._sums is None:
+            self._sums = gradient, value, torch.ones_like(value), exponent
+            return
+        g, v, total, top = self._sums
+        new = torch.maximum(top, exponent)
+        old, now = torch.exp(top - new), torch.exp(exponent - new)
+        self._sums = g * old + gradient * now, v * old + value * now, total * old + now, new
+
+    @property
+    def gradient(self) -> Vector:
+        g, _, total, _ = cast(Any, self._sums)
+        return g / total
+
+    @property
+    def value(self) -> Tensor:
+        _, v, total, _ = cast(Any, self._sums)
+        return v / total
+
+
+def TSAM(
+    rho: Perturbation | Radius = 0.05,
+    samples: int = 3,
+    tilt: Radius = 1.0,
+    sigma: float = 1.0,
+    radius: float | None = 1.0,
+    ascent: Objective | None = None,
+) -> Tilted:
+    """TSAM: tilted SAM, the mean over SAM at random points where those with a larger loss count more (Li et al., 2024).
+
+    Source: https://arxiv.org/abs/2410.22656, as in the authors' code: a sample is the gradient of SAM at w plus
+    Gaussian noise that is scaled to a length of `radius` at most, and its loss is that at the end of the ascent. The
+    same as `Tilted(samples, RSAM(sigma, SAM(rho, ascent), filters=False, radius=radius), tilt)`. Defaults are those of
+    the authors' code for images; in a network of many weights the noise always has the length `radius`.
+
+    Args:
+        rho: a radius >= 0 (a number or a schedule), or a perturbation.
+        samples: number of random points, from 1 to 1,000.
+        tilt: tilt, >= 0, a number or a schedule; with 0 all points count the same.
+        sigma: standard deviation of the noise of each entry, >= 0.
+        radius: largest length of the noise, > 0, or None for no limit.
+        ascent: see `SAM`.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is outside its range.
+    """
+    return Tilted(samples, RSAM(sigma, SAM(rho, ascent=ascent), filters=False, radius=radius), tilt)
 
 
 @dataclass(frozen=True)
@@ -241,6 +357,3 @@ class During:
             return self.method(oracle.within("method", step - self.start), batch)
         before = step if step < self.start else step - ((stop or 0) - self.start)
         return self.otherwise(oracle.within("otherwise", before), batch)
-
-
-_METHOD = "SAM(), BiSAM() or another (oracle, batch) -> Evaluation"

@@ -135,8 +135,7 @@ EVERY_METHOD = (
         "the examples with the largest losses, which under label noise are those with the wrong labels. The clip of "
         "LE-SAM's radius (100) is out of reach, so that sigma alone decides. Labels are not smoothed, so that SAM (CE "
         "ascent) would be SAM itself. Methods that were added to the catalogue after the registration are not "
-        "here."
-        + SETTINGS.note(),
+        "here." + SETTINGS.note(),
         assumptions=(AE_SAM,),
     ),
     Study(
