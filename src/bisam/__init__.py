@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         SAM as SAM,
         SAMDB as SAMDB,
         SAMON as SAMON,
+        SAMSPS as SAMSPS,
         SSAMD as SSAMD,
         SSAMF as SSAMF,
         TSAM as TSAM,
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
         CEGPlus as CEGPlus,
         During as During,
         EBiSAM as EBiSAM,
+        EigenSAM as EigenSAM,
         Every as Every,
         ExtraGradient as ExtraGradient,
         FisherSAM as FisherSAM,
@@ -93,9 +95,9 @@ _NAMES = {
     "bisam.loss": "SharpnessAware",
     "bisam.methods": (
         "AESAM ASAM BSAM CRSAM ERM ESAM FSAM GAM GCSAM GNP GSAM KSAM LESAM MESA MSAM RAPP RSAM SAF SAGM SAM SAMDB "
-        "SAMON SSAMD SSAMF TSAM WSAM XSAM ABiSAM AsyncSAM BilateralSAM BiSAM CEGPlus During EBiSAM Every "
-        "ExtraGradient FisherSAM FunctionalSAM GBiSAM Lookbehind LookSAM Method MomentumSAM MultiStepSAM OptSAM "
-        "SAMPa StableSAM Tilted VaSSO ZSharp"
+        "SAMON SAMSPS SSAMD SSAMF TSAM WSAM XSAM ABiSAM AsyncSAM BilateralSAM BiSAM CEGPlus During EBiSAM EigenSAM "
+        "Every ExtraGradient FisherSAM FunctionalSAM GBiSAM Lookbehind LookSAM Method MomentumSAM MultiStepSAM "
+        "OptSAM SAMPa StableSAM Tilted VaSSO ZSharp"
     ),
     "bisam.model.oracle": "ModelOracle",
     "bisam.model.passes": "displaced",

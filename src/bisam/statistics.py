@@ -52,9 +52,10 @@ class StepStats:
 
     In the catalogue, with more exact statements where the above leaves a choice:
 
-    * `SAM` with any perturbation, `GSAM`, `WSAM`, `StableSAM`, `LookSAM` and `AESAM` at SAM steps, `XSAM`,
+    * `SAM` with any perturbation, `GSAM`, `WSAM`, `StableSAM`, `SAMSPS`, `LookSAM` and `AESAM` at SAM steps, `XSAM`,
       `FunctionalSAM`, `SSAMF`: all five. `FunctionalSAM`'s h is J(w + e)^T c. `SAGM`: all five, at w + e - alpha g.
     * `CRSAM`, `BilateralSAM`: all five, at w + e, not at w - e.
+    * `EigenSAM`: all five; at steps that estimate the eigenvector g is a gradient of the last difference.
     * `MultiStepSAM`, `Lookbehind`, `GAM`: all five; g is the gradient of the last ascent step.
     * `SAMDB`: no rise, because its batches differ.
     * `SAMPa`: the first step has all five, of the term at w + e; later ones have no g and no rise. `AsyncSAM` has no g

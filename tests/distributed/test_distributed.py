@@ -61,11 +61,11 @@ from tests.support import cases, ranks
 from tests.support.replicas import distance, identical, nested, network, sharded, whole_weights
 
 STEPS, PART = int(os.environ.get("BISAM_STEPS", "8")), 4
-DRAWING = "RandomMask RandomMask-friendly SSAMD ESAM EBiSAM BSAM RSAM TSAM"  # random numbers of their own
+DRAWING = "RandomMask RandomMask-friendly SSAMD ESAM EBiSAM BSAM RSAM TSAM EigenSAM"  # random numbers of their own
 DETERMINED = (
     "ERM SAM BiSAM MultiStepSAM-adaptive FSAM VaSSO ZSharp SAMON Only LESAM FisherSAM LookSAM AESAM MomentumSAM SAMPa "
     "GSAM WSAM CRSAM XSAM FunctionalSAM RAPP Every-LookSAM During OptSAM AsyncSAM SAMDB MESA-bisam "
-    "ZSharp-per-tensor GCSAM GNP StableSAM-log SAGM-tanh BilateralSAM Lookbehind-adaptive-alpha GAM"
+    "ZSharp-per-tensor GCSAM GNP StableSAM-log SAGM-tanh BilateralSAM Lookbehind-adaptive-alpha GAM SAMSPS-log"
 )
 METHODS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
     name: cases.FAMILY[name][0] for name in f"{DETERMINED} {DRAWING}".split()

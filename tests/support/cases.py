@@ -38,6 +38,7 @@ from bisam import (
     SAM,
     SAMDB,
     SAMON,
+    SAMSPS,
     SSAMD,
     SSAMF,
     TSAM,
@@ -50,6 +51,7 @@ from bisam import (
     CEGPlus,
     During,
     EBiSAM,
+    EigenSAM,
     Every,
     ExtraGradient,
     FisherSAM,
@@ -272,6 +274,18 @@ FAMILY: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], references.Twin]
     "MultiStepSAM-adaptive": (
         lambda o: MultiStepSAM(Adaptive(0.5), steps=2),
         references.multi_step(references.adaptive(0.5), CE, CE, 2),
+    ),
+    "EigenSAM": (lambda o: EigenSAM(L2(0.1), every=4), references.eigen_sam(B, CE, CE, 0.2, 4)),
+    "EigenSAM-log": (
+        lambda o: EigenSAM(Friendly(Adaptive(0.5)), NegLog(), alpha=1.0, every=3, iterations=2, r=0.05),
+        references.eigen_sam(
+            references.friendly(references.adaptive(0.5), 1.0, 0.9), LOG, CE, 1.0, 3, iterations=2, r=0.05
+        ),
+    ),
+    "SAMSPS": (lambda o: SAMSPS(floor=0.3, gamma_b=2.0), references.sam_sps(B, CE, CE, 0.3, 2.0, 0.0)),
+    "SAMSPS-log": (
+        lambda o: SAMSPS(Adaptive(0.5), NegLog(), floor=-1.0, weight_decay=0.02),
+        references.sam_sps(references.adaptive(0.5), LOG, CE, -1.0, 1.0, 0.02),
     ),
     # Masks and what else is done to a gradient or a displacement.
     "RandomMask": (

@@ -323,6 +323,43 @@ def multi_step(climb: Climb, ascent: Loss, descent: Loss, n: int) -> Twin:
     return twin
 
 
+def eigen_sam(
+    climb: Climb, ascent: Loss, descent: Loss, alpha: float, every: int, iterations: int = 5, r: float = 0.01
+) -> Twin:
+    """Differences of gradients of the model in eval mode, with the running statistics of the training so far."""
+
+    def twin(w: Tensor, s: Step) -> Tensor:
+        g = s.grad(w, ascent)
+        still = copy.deepcopy(s.model)
+        for name, b in still.named_buffers():
+            b.copy_(s.memory.get("buffers", {}).get(name, b))
+        load(still, w)
+        still(s.batch[0])
+        s.memory["buffers"] = {n: b.clone() for n, b in still.named_buffers()}
+        if s.number % every == 0:
+            v, slope = s.memory.get("v", None), gradient(still.eval(), descent, *s.batch)
+            v = join(s.noise()) if v is None else v
+            for _ in range(iterations):
+                v = unit(slope(w + r * unit(v)) - slope(w - r * unit(v)))
+            s.memory["v"] = v
+        v = s.memory["v"]
+        up = v - inner(v, unit(g)) * unit(g)
+        d = unit(g) + alpha * torch.sign(inner(g, v)) * up
+        return s.grad(w + d.norm() * climb(g.norm() * d, w, s.part("inner")), descent)
+
+    return twin
+
+
+def sam_sps(climb: Climb, ascent: Loss, descent: Loss, floor: float, most: float, decay: float) -> Twin:
+    def twin(w: Tensor, s: Step) -> Tensor:
+        e = climb(s.grad(w, ascent), w, s)
+        h, value = s.grad(w + e, descent), s.losses(w + e, descent).mean()
+        gamma = max(value - floor - inner(h, e), 0.0) / inner(h, h)
+        return min(gamma, most) * (h + decay * w)
+
+    return twin
+
+
 def esam(climb: Climb, ascent: Loss, descent: Loss, select: Loss, gamma: float) -> Twin:
     def twin(w: Tensor, s: Step) -> Tensor:
         e = climb(s.grad(w, ascent), w, s)
