@@ -92,7 +92,7 @@ NAMES = {
     "ZSharp",
 }
 MODULES = {
-    perturbations: "Adaptive Centralised Friendly L2 LossEquated NormLayers Only PerTensor Smoothed ZScore",
+    perturbations: "Adaptive Centralised Friendly L2 LossEquated NormLayers Only PerGroup PerTensor Smoothed ZScore",
     objectives: "ClassWeighted CostSensitive ExactMatch Focal IoU Pairwise PerExample Retrieval Tolerance TopK",
     masks: "DropGrow FisherMask RandomMask",
     proximal: "Box L1 Simplex",

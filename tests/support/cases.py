@@ -83,6 +83,7 @@ from bisam.perturbations import (
     Friendly,
     LossEquated,
     NormLayers,
+    PerGroup,
     PerTensor,
     Smoothed,
     ZScore,
@@ -213,6 +214,10 @@ def is_norm(name: str, p: Tensor) -> bool:
 
 def is_weight(name: str, p: Tensor) -> bool:
     return not name.endswith("bias")
+
+
+def is_bias(name: str, p: Tensor) -> bool:
+    return name.endswith("bias")
 
 
 def lr(step: references.Step) -> float:
@@ -359,6 +364,31 @@ FAMILY: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], references.Twin]
         references.climbing(references.norm_layers(references.adaptive(0.5, 0.01), is_norm), LOG, CE),
     ),
     "Only": (lambda o: SAM(Only(is_weight, L2(0.1))), references.climbing(references.only(B, is_weight), CE, CE)),
+    "PerGroup": (
+        lambda o: SAM(PerGroup([(is_weight, 0.1), (lambda name, p: True, Friendly(L2(0.05)))])),
+        references.climbing(
+            references.per_group(
+                [B, references.friendly(references.l2(0.05), 1.0, 0.9)],
+                [is_weight, lambda name, p: not is_weight(name, p)],
+                together=False,
+            ),
+            CE,
+            CE,
+        ),
+    ),
+    "PerGroup-all-log": (
+        lambda o: GSAM(PerGroup([(is_weight, Adaptive(0.5)), (is_bias, L2(0.3))], norm="all"), NegLog()),
+        references.gsam(
+            references.per_group(
+                [references.adaptive(0.5), references.l2(0.3)],
+                [is_weight, lambda name, p: is_bias(name, p) and not is_weight(name, p)],
+                together=True,
+            ),
+            LOG,
+            CE,
+            0.4,
+        ),
+    ),
     "Only-smoothed-log": (
         lambda o: LookSAM(Only(is_weight, Smoothed(L2(0.1), theta=0.4)), NegLog(), k=2),
         references.looksam(references.only(references.smoothed(B, 0.4), is_weight), LOG, CE, 2, 0.7),

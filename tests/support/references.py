@@ -218,6 +218,20 @@ def norm_layers(climb: Climb, rule: Callable[[str, Tensor], bool]) -> Climb:
     return lambda g, w, s: climb(s.which(rule) * g, w, s)
 
 
+def per_group(climbs: list[Climb], rules: list[Callable[[str, Tensor], bool]], *, together: bool) -> Climb:
+    """The rules exclude each other."""
+
+    def climber(g: Tensor, w: Tensor, s: Step) -> Tensor:
+        masks = [s.which(rule) for rule in rules]
+        whole = sum(masks) * g
+        e = torch.zeros_like(g)
+        for i, (climb, mask) in enumerate(zip(climbs, masks, strict=True)):
+            e = e + mask * climb(whole if together else mask * g, w, s.part(f"group {i}"))
+        return e
+
+    return climber
+
+
 def only(climb: Climb, rule: Callable[[str, Tensor], bool]) -> Climb:
     return lambda g, w, s: s.which(rule) * climb(s.which(rule) * g, w, s.part("inner"))
 

@@ -273,8 +273,7 @@ class Lookbehind(SAM):
         """Yields the answer at the end of each ascent step."""
         e = self.climb(oracle, batch)
         for left in reversed(range(self.steps)):
-            asked = looks(self, batch, e, track=False)
-            answers = oracle.ask(asked if left else asked[:1])
+            answers = oracle.ask(looks(self, batch, e, track=False)[: 2 if left else 1])
             yield answers[0]
             if left:
                 e = e + self.displacement(answers[-1].gradient, oracle)
@@ -329,9 +328,8 @@ class GAM(SAM):
         """Makes four queries; seven if `ascent` and `descent` differ."""
         m, a0 = self._look(oracle, batch, None, track=True)
         n, a1 = self._look(oracle, batch, self.displacement(a0, oracle))
-        up, a0, a1 = a1 - a0, None, None
-        d = cast(Perturbation, self.climb_norm)(up, oracle.within("climb_norm"))
-        del up
+        d = cast(Perturbation, self.climb_norm)(a1 - a0, oracle.within("climb_norm"))
+        del a0, a1
         g2, a2 = self._look(oracle, batch, d)
         m = m + g2 * (1 - self.beta0)
         del g2

@@ -457,8 +457,7 @@ class EigenSAM(SAM):
         g = oracle.query(batch, self.ascent).gradient
         if oracle.step % self.every == 0 or "v" not in oracle.state:
             oracle.state["v"] = self._eigenvector(oracle, batch)
-        v: Vector = oracle.state["v"]
-        length = g.norm()
+        v, length = cast(Vector, oracle.state["v"]), g.norm()
         g = g + (v - v.onto(g)) * (torch.sign(g.dot(v)) * length * self.alpha)
         return self.displacement(g, oracle) * (g.norm() / (length + TINY))
 

@@ -13,7 +13,7 @@ They nest in any order:
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -220,43 +220,31 @@ class Tilted:
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
         """Makes the queries of the method for each sample in turn."""
-        tilt, mean = schedules.at(self.tilt, oracle.step), _TiltedMean()
+        tilt, sums = schedules.at(self.tilt, oracle.step), None
         for i in range(self.samples):
             inside = oracle.within(f"sample {i}")
             answer = self.method(inside if i == 0 else inside.without_tracking(), batch)
             if self.samples == 1:
                 return answer
-            mean.add(answer.gradient, answer.value, tilt)
+            value = widened(answer.value)
+            sums = _weighted(sums, answer.gradient, value, value * tilt)
             answer = replace(answer, grad=None)  # frees its memory before the passes of the next sample
-        return replace(answer, grad=mean.gradient, value=mean.value.to(answer.value.dtype))
+        g, value, total, _ = cast(_Sums, sums)
+        return replace(answer, grad=g / total, value=(value / total).to(answer.value.dtype))
 
 
-class _TiltedMean:
-    """A mean with weights exp(tilt value), which are relative to the largest one so far: they do not overflow."""
+_Sums = tuple[Vector, Tensor, Tensor, Tensor]
+"""The sums of gradients, values and weights, which are relative to the largest exponent so far: the last entry."""
 
-    def __init__(self) -> None:
-        self._sums: tuple[Vector, Tensor, Tensor, Tensor] | None = None
 
-    def add(self, gradient: Vector, value: Tensor, tilt: float | Tensor) -> None:
-        value = widened(value)
-        exponent = value * tilt
-        if self._sums is None:
-            self._sums = gradient, value, torch.ones_like(value), exponent
-            return
-        g, v, total, top = self._sums
-        new = torch.maximum(top, exponent)
-        old, now = torch.exp(top - new), torch.exp(exponent - new)
-        self._sums = g * old + gradient * now, v * old + value * now, total * old + now, new
-
-    @property
-    def gradient(self) -> Vector:
-        g, _, total, _ = cast(Any, self._sums)
-        return g / total
-
-    @property
-    def value(self) -> Tensor:
-        _, v, total, _ = cast(Any, self._sums)
-        return v / total
+def _weighted(sums: _Sums | None, gradient: Vector, value: Tensor, exponent: Tensor) -> _Sums:
+    """Adds an answer with the weight exp(exponent), which may exceed the range of its type."""
+    if sums is None:
+        return gradient, value, torch.ones_like(value), exponent
+    g, v, total, top = sums
+    new = torch.maximum(top, exponent)
+    old, now = torch.exp(top - new), torch.exp(exponent - new)
+    return g * old + gradient * now, v * old + value * now, total * old + now, new
 
 
 def TSAM(
