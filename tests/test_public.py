@@ -18,6 +18,7 @@ from bisam import masks, objectives, perturbations, proximal, schedules
 
 NAMES = {
     "ABiSAM",
+    "Accumulated",
     "AESAM",
     "ASAM",
     "AsyncSAM",
@@ -58,6 +59,7 @@ NAMES = {
     "LowerBound",
     "MESA",
     "ModelOracle",
+    "momentum_of",
     "MomentumSAM",
     "MSAM",
     "MultiStepSAM",

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         WSAM as WSAM,
         XSAM as XSAM,
         ABiSAM as ABiSAM,
+        Accumulated as Accumulated,
         AsyncSAM as AsyncSAM,
         BilateralSAM as BilateralSAM,
         BiSAM as BiSAM,
@@ -83,7 +84,12 @@ if TYPE_CHECKING:
         WrongClasses as WrongClasses,
         cross_entropy as cross_entropy,
     )
-    from bisam.optim import Lookahead as Lookahead, ProximalPoint as ProximalPoint, next_step as next_step
+    from bisam.optim import (
+        Lookahead as Lookahead,
+        ProximalPoint as ProximalPoint,
+        momentum_of as momentum_of,
+        next_step as next_step,
+    )
     from bisam.oracle import Oracle as Oracle, Query as Query
     from bisam.perturbations import L2 as L2, Adaptive as Adaptive, Only as Only, Perturbation as Perturbation
     from bisam.vector import Vector as Vector
@@ -95,14 +101,14 @@ _NAMES = {
     "bisam.loss": "SharpnessAware",
     "bisam.methods": (
         "AESAM ASAM BSAM CRSAM ERM ESAM FSAM GAM GCSAM GNP GSAM KSAM LESAM MESA MSAM RAPP RSAM SAF SAGM SAM SAMDB "
-        "SAMON SAMSPS SSAMD SSAMF TSAM WSAM XSAM ABiSAM AsyncSAM BilateralSAM BiSAM CEGPlus During EBiSAM EigenSAM "
-        "Every ExtraGradient FisherSAM FunctionalSAM GBiSAM Lookbehind LookSAM Method MomentumSAM MultiStepSAM "
-        "OptSAM SAMPa StableSAM Tilted VaSSO ZSharp"
+        "SAMON SAMSPS SSAMD SSAMF TSAM WSAM XSAM ABiSAM Accumulated AsyncSAM BilateralSAM BiSAM CEGPlus During "
+        "EBiSAM EigenSAM Every ExtraGradient FisherSAM FunctionalSAM GBiSAM Lookbehind LookSAM Method MomentumSAM "
+        "MultiStepSAM OptSAM SAMPa StableSAM Tilted VaSSO ZSharp"
     ),
     "bisam.model.oracle": "ModelOracle",
     "bisam.model.passes": "displaced",
     "bisam.objectives": "OBF Binary LowerBound NegLog Tanh WrongClasses cross_entropy",
-    "bisam.optim": "Lookahead ProximalPoint next_step",
+    "bisam.optim": "Lookahead ProximalPoint momentum_of next_step",
     "bisam.oracle": "Oracle Query",
     "bisam.perturbations": "L2 Adaptive Only Perturbation",
     "bisam.vector": "Vector",

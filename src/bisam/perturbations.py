@@ -698,7 +698,8 @@ class PerGroup:
                 for name, p in zip(oracle.names, oracle.parameters, strict=True)
             ]
         )
-        if missing := [n for n in range(len(wheres)) if n not in chosen]:
+        # A group of an optimizer may be empty, as that of frozen parameters is.
+        if missing := [n for n, where in enumerate(wheres) if n not in chosen and not isinstance(where, _InGroup)]:
             raise ValueError(
                 f"group {missing[0]} of PerGroup has none of the {len(chosen)} parameters that are trained: the first "
                 "group that selects a parameter has it, so that a general group goes last"

@@ -63,7 +63,7 @@ class StepStats:
     * `RSAM` and `BSAM`: no rise, because they make no query at w. g is the gradient at the random point, and e contains
       the noise in RSAM.
     * `RAPP`, `ExtraGradient`, `CEGPlus`: g is the operator that the last step from w was made along.
-    * `Tilted`, `TSAM`: those of the last sample. `MSAM`: those of the last micro-batch.
+    * `Tilted`, `TSAM`: those of the last sample. `MSAM`, `Accumulated`: those of the last micro-batch.
     * `KSAM`: those of the selected examples.
     * `SAF`, `MESA`: those of the wrapped method; the rise is that of the loss without the term.
     * `Every`, `During`: those of the method whose turn it is.

@@ -40,6 +40,7 @@ from bisam import (
     SAF,
     SAM,
     SSAMF,
+    Accumulated,
     BiSAM,
     CEGPlus,
     FunctionalSAM,
@@ -66,12 +67,13 @@ DETERMINED = (
     "ERM SAM BiSAM MultiStepSAM-adaptive FSAM VaSSO ZSharp SAMON Only LESAM FisherSAM LookSAM AESAM MomentumSAM SAMPa "
     "GSAM WSAM CRSAM XSAM FunctionalSAM RAPP Every-LookSAM During OptSAM AsyncSAM SAMDB MESA-bisam "
     "ZSharp-per-tensor GCSAM GNP StableSAM-log SAGM-tanh BilateralSAM Lookbehind-adaptive-alpha GAM "
-    "SAMSPS-log PerGroup-all-log"
+    "SAMSPS-log PerGroup-all-log MomentumSAM-buffer"
 )
 METHODS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
     name: cases.FAMILY[name][0] for name in f"{DETERMINED} {DRAWING}".split()
 }
 METHODS["MSAM"] = lambda o: MSAM(2, SAM(L2(0.1)))
+METHODS["Accumulated"] = lambda o: Accumulated(2, GSAM(L2(0.1)))
 METHODS["RAPP-Simplex"] = lambda o: RAPP(0.2, prox=Simplex(2.0))  # needs whole tensors
 METHODS["CEGPlus-Box"] = lambda o: CEGPlus(0.2, Box(-0.1, 0.2))
 OF_A_PART = {"ESAM", "EBiSAM", "MSAM"}  # they choose or split the examples of a rank

@@ -45,6 +45,7 @@ from bisam import (
     WSAM,
     XSAM,
     ABiSAM,
+    Accumulated,
     AsyncSAM,
     BilateralSAM,
     BiSAM,
@@ -73,6 +74,7 @@ from bisam import (
     Vector,
     WrongClasses,
     ZSharp,
+    momentum_of,
     next_step,
 )
 from bisam.masks import DropGrow, FisherMask, RandomMask
@@ -216,8 +218,8 @@ def is_weight(name: str, p: Tensor) -> bool:
     return not name.endswith("bias")
 
 
-def is_bias(name: str, p: Tensor) -> bool:
-    return name.endswith("bias")
+def is_matrix(name: str, p: Tensor) -> bool:
+    return p.dim() > 1
 
 
 def lr(step: references.Step) -> float:
@@ -365,11 +367,11 @@ FAMILY: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], references.Twin]
     ),
     "Only": (lambda o: SAM(Only(is_weight, L2(0.1))), references.climbing(references.only(B, is_weight), CE, CE)),
     "PerGroup": (
-        lambda o: SAM(PerGroup([(is_weight, 0.1), (lambda name, p: True, Friendly(L2(0.05)))])),
+        lambda o: SAM(PerGroup([(is_matrix, 0.1), (lambda name, p: True, Friendly(L2(0.05)))])),
         references.climbing(
             references.per_group(
                 [B, references.friendly(references.l2(0.05), 1.0, 0.9)],
-                [is_weight, lambda name, p: not is_weight(name, p)],
+                [is_matrix, lambda name, p: not is_matrix(name, p)],
                 together=False,
             ),
             CE,
@@ -377,11 +379,11 @@ FAMILY: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], references.Twin]
         ),
     ),
     "PerGroup-all-log": (
-        lambda o: GSAM(PerGroup([(is_weight, Adaptive(0.5)), (is_bias, L2(0.3))], norm="all"), NegLog()),
+        lambda o: GSAM(PerGroup([(is_matrix, Adaptive(0.5)), (lambda name, p: True, L2(0.3))], norm="all"), NegLog()),
         references.gsam(
             references.per_group(
                 [references.adaptive(0.5), references.l2(0.3)],
-                [is_weight, lambda name, p: is_bias(name, p) and not is_weight(name, p)],
+                [is_matrix, lambda name, p: not is_matrix(name, p)],
                 together=True,
             ),
             LOG,
@@ -478,6 +480,10 @@ FAMILY: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], references.Twin]
     "MomentumSAM-log": (
         lambda o: MomentumSAM(Adaptive(0.5), NegLog(), momentum=0.5),
         references.momentum_sam(references.adaptive(0.5), LOG, 0.5),
+    ),
+    "MomentumSAM-buffer": (
+        lambda o: MomentumSAM(L2(0.1), buffer=momentum_of(o)),
+        references.momentum_of_optimizer(B, CE),
     ),
     "SAMPa": (lambda o: SAMPa(L2(0.1), ahead=next_step(o)), references.sampa(B, CE, CE, 0.2)),
     "SAMPa-0": (lambda o: SAMPa(L2(0.1), ahead=next_step(o), lam=0.0), references.sampa(B, CE, CE, 0.0)),
@@ -600,6 +606,11 @@ FAMILY: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], references.Twin]
         references.ksam(
             CE, 6, references.rsam(0.01, references.esam(references.random_mask(B, 0.8, "tensor"), LOG, CE, CE, 0.5))
         ),
+    ),
+    "Accumulated": (lambda o: Accumulated(3, SAM(L2(0.1))), references.accumulated(3, references.climbing(B, CE, CE))),
+    "Accumulated-GSAM-log": (
+        lambda o: Accumulated(5, GSAM(Friendly(L2(0.1)), NegLog())),
+        references.accumulated(5, references.gsam(references.friendly(B, 1.0, 0.9), LOG, CE, 0.4)),
     ),
     "MSAM-LookSAM": (
         lambda o: MSAM(3, LookSAM(L2(0.1), k=2), separate=True),

@@ -94,9 +94,12 @@ class Step:
     optimizer: torch.optim.Optimizer  # of the flat weights
     number: int = 0
     memory: dict[str, Any] = field(default_factory=dict)
+    micro: int | None = None  # a gradient is the mean over micro-batches of so many examples
 
     def grad(self, w: Tensor, loss: Loss, batch: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        return gradient(self.model, loss, *(batch or self.batch))(w)
+        x, y = batch or self.batch
+        parts = zip(x.split(self.micro or len(x)), y.split(self.micro or len(x)), strict=True)
+        return sum(len(a) * gradient(self.model, loss, a, b)(w) for a, b in parts) / len(x)
 
     def losses(self, w: Tensor, loss: Loss) -> Tensor:
         return loss(self.outputs(w), self.batch[1])
@@ -541,6 +544,15 @@ def momentum_sam(climb: Climb, descent: Loss, momentum: float) -> Twin:
     return twin
 
 
+def momentum_of_optimizer(climb: Climb, descent: Loss) -> Twin:
+    def twin(w: Tensor, s: Step) -> Tensor:
+        (state,) = s.optimizer.state.values() if s.optimizer.state else ({},)
+        v = state.get("momentum_buffer", state.get("exp_avg"))
+        return s.grad(w if v is None else w + climb(-v, w, s), descent)
+
+    return twin
+
+
 def sampa(climb: Climb, ascent: Loss, descent: Loss, lam: float) -> Twin:
     def stepped(w: Tensor, g: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
         y = nn.Parameter(w.clone())
@@ -663,6 +675,10 @@ def saf(make: Callable[[Loss], Twin], loss: Loss, lam: float, t: float, epoch: i
         return make(total)(w, s.part("method"))
 
     return outer
+
+
+def accumulated(m: int, twin: Twin) -> Twin:
+    return lambda w, s: twin(w, replace(s, micro=m))
 
 
 def msam(m: int, twin: Twin) -> Twin:

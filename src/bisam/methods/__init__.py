@@ -63,6 +63,7 @@ from bisam.methods.wrappers import (
     MSAM as MSAM,
     RSAM as RSAM,
     TSAM as TSAM,
+    Accumulated as Accumulated,
     During as During,
     Every as Every,
     Tilted as Tilted,

@@ -2,8 +2,9 @@
 
 They nest in any order:
 
-    >>> from bisam import MSAM, KSAM, RSAM, SAM, BiSAM, During, EBiSAM, Every, L2, Tilted
+    >>> from bisam import MSAM, KSAM, RSAM, SAM, Accumulated, BiSAM, During, EBiSAM, Every, L2, Tilted
     >>> m_sharpness = MSAM(32, BiSAM())                   # each micro-batch of 32 has its own perturbation
+    >>> one_ball = Accumulated(32, BiSAM())               # micro-batches of 32 that share one perturbation
     >>> hardest = KSAM(16, RSAM(0.01, EBiSAM()))          # on the 16 hardest examples, around a random point
     >>> sparse = Every(5, SAM(L2(0.1)))                   # at every fifth step, with the plain gradient in between
     >>> late = During(SAM(), start=8_000)                 # in the last epochs only
@@ -12,6 +13,7 @@ They nest in any order:
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import cast
 
@@ -24,7 +26,7 @@ from bisam.evaluation import Evaluation, divisor, join
 from bisam.methods.method import Method, follows_flips, stateful
 from bisam.methods.sam import ERM, SAM
 from bisam.objectives import Objective
-from bisam.oracle import Oracle
+from bisam.oracle import Oracle, Query, View
 from bisam.perturbations import Perturbation
 from bisam.schedules import Radius
 from bisam.validation import MOST_QUERIES, instance, non_negative, positive, whole
@@ -82,16 +84,92 @@ class MSAM:
         oracle.agree("micro-batches", len(parts))
         if len(parts) == 1:
             return self.method(oracle.within("part 0"), batch)
-        g, answers = None, list[Evaluation]()
-        for i, part in enumerate(parts):
-            oracle.next_part()
-            answer = self.method(oracle.within(f"part {i}"), part)
+        return _joined(oracle, parts, lambda i, part: self.method(oracle.within(f"part {i}"), part))
+
+
+def _joined(oracle: Oracle, parts: Sequence[Batch], ask: Callable[[int, Batch], Evaluation]) -> Evaluation:
+    """Returns the answer for a batch from the answers for its parts, which are asked in turn."""
+    g, answers = None, list[Evaluation]()
+    for i, part in enumerate(parts):
+        oracle.next_part()
+        answer = ask(i, part)
+        if answer.grad is not None:
             share = answer.gradient * answer.count
             g = share if g is None else g + share
-            answers.append(replace(answer, grad=None))
-            del answer, share  # free their memory before the passes of the next part
-        joined = join(answers)
-        return replace(joined, grad=None if g is None else g / divisor(joined.count))
+            del share
+        answers.append(replace(answer, grad=None))
+        del answer  # free their memory before the passes of the next part
+    joined = join(answers)
+    return replace(joined, grad=None if g is None else g / divisor(joined.count))
+
+
+@dataclass(frozen=True)
+class Accumulated:
+    """Applies a method to the whole batch, and computes each of its queries in micro-batches of `m` examples.
+
+    This is gradient accumulation with one perturbation for all micro-batches: the displacement is made of the gradient
+    of the whole batch, and the memory of a pass is that of a micro-batch. The loop calls the loss once for each step of
+    the optimizer, with all examples of the step. In a loop that calls it for each micro-batch, each has a perturbation
+    of its own, as in `MSAM`.
+
+    Running statistics are updated once per micro-batch. Losses that are no means over examples (contrastive losses,
+    batch normalisation in the loss) are those of micro-batches. The displacement is kept during the micro-batches of a
+    query: one more tensor of the size of each weight. Hidden states of the model go on from query to query.
+
+    Args:
+        m: examples in a micro-batch, >= 1; the last one may be smaller. A micro-batch is weighted by its number of
+            examples that count.
+        method: the method.
+
+    Raises:
+        TypeError: `m` is not an int, or `method` is not a method.
+        ValueError: `m` is less than 1.
+
+    Raises when called:
+        ValueError: ranks that wait for each other in each pass have different numbers of micro-batches.
+
+    Example:
+        >>> import torch
+        >>> from bisam import SAM, Accumulated, SharpnessAware, cross_entropy
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(4, 3).double()
+        >>> x, y = torch.randn(64, 4).double(), torch.randint(3, (64,))
+        >>> whole = SharpnessAware(model, SAM(0.1), cross_entropy)(x, y)
+        >>> parts = SharpnessAware(model, Accumulated(16, SAM(0.1)), cross_entropy)(x, y)    # a quarter of the memory
+        >>> torch.testing.assert_close(parts, whole)
+    """
+
+    m: int
+    method: Method = field(default=SAM())
+
+    def __post_init__(self) -> None:
+        whole("m, the number of examples in a micro-batch,", self.m)
+        instance("method", self.method, _METHOD)
+
+    def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
+        """Makes the queries of the method, each of them for every micro-batch in turn."""
+        return self.method(_InParts(oracle, self.m), batch)
+
+
+class _InParts(View):
+    """An oracle that answers each query in micro-batches of `m` examples."""
+
+    def __init__(self, oracle: Oracle, m: int) -> None:
+        super().__init__(oracle)
+        self._m = m
+
+    def ask(self, queries: Sequence[Query]) -> list[Evaluation]:
+        """See `Oracle.ask`."""
+        return [self._answer(query) for query in queries]
+
+    def _answer(self, query: Query) -> Evaluation:
+        parts = split(query.batch, self._m)
+        self.agree("micro-batches", len(parts))
+        if len(parts) == 1:
+            return super().ask([query])[0]
+        track, at = query.tracks, query.take()
+        queries = (replace(query, batch=part, at=at, track=track) for part in parts)
+        return _joined(self, parts, lambda i, part: View.ask(self, [next(queries)])[0])
 
 
 @dataclass(frozen=True)

@@ -567,6 +567,14 @@ METHODS: dict[str, Entry] = {
         advice="SAM's; m 32 to 128",
         family="around",
     ),
+    "accumulated": Entry(
+        "SAM, accumulated",
+        "Accumulated(32, SAM(L2({rho})))",
+        "any method, with one perturbation for all micro-batches",
+        memory=3,
+        advice="the method's",
+        family="around",
+    ),
     "rsam": Entry(
         "R-SAM",
         "RSAM(0.05, SAM(L2({rho})))",
