@@ -39,6 +39,7 @@ NAMES = {
     "Every",
     "ExtraGradient",
     "FisherSAM",
+    "FocalSAM",
     "FSAM",
     "FunctionalSAM",
     "GAM",
@@ -46,6 +47,7 @@ NAMES = {
     "GCSAM",
     "GNP",
     "GSAM",
+    "ImbSAM",
     "KSAM",
     "LESAM",
     "Lookahead",
@@ -119,6 +121,7 @@ CORE = [
     "methods.combined",
     "methods.efficient",
     "methods.games",
+    "methods.longtail",
     "methods.method",
     "methods.sam",
     "methods.stale",
@@ -182,7 +185,7 @@ SAM = "SAM(0.05)"
         (
             bisam.SharpnessAware,
             "(model, method, loss, forward=None, *, scaler=None, same_noise=False, scope=None, in_eval_mode=False, "
-            "stats=False)",
+            "stats=False, accumulation=1)",
         ),
         (bisam.ERM, "()"),
         (bisam.SAM, "(perturb=L2(rho=0.05), ascent=None, descent=None)"),

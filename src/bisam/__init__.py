@@ -59,8 +59,10 @@ if TYPE_CHECKING:
         Every as Every,
         ExtraGradient as ExtraGradient,
         FisherSAM as FisherSAM,
+        FocalSAM as FocalSAM,
         FunctionalSAM as FunctionalSAM,
         GBiSAM as GBiSAM,
+        ImbSAM as ImbSAM,
         Lookbehind as Lookbehind,
         LookSAM as LookSAM,
         Method as Method,
@@ -101,9 +103,9 @@ _NAMES = {
     "bisam.loss": "SharpnessAware",
     "bisam.methods": (
         "AESAM ASAM BSAM CRSAM ERM ESAM FSAM GAM GCSAM GNP GSAM KSAM LESAM MESA MSAM RAPP RSAM SAF SAGM SAM SAMDB "
-        "SAMON SAMSPS SSAMD SSAMF TSAM WSAM XSAM ABiSAM Accumulated AsyncSAM BilateralSAM BiSAM CEGPlus During "
-        "EBiSAM EigenSAM Every ExtraGradient FisherSAM FunctionalSAM GBiSAM Lookbehind LookSAM Method MomentumSAM "
-        "MultiStepSAM OptSAM SAMPa StableSAM Tilted VaSSO ZSharp"
+        "SAMON SAMSPS SSAMD SSAMF TSAM WSAM XSAM ABiSAM Accumulated AsyncSAM BilateralSAM BiSAM CEGPlus "
+        "During EBiSAM EigenSAM Every ExtraGradient FisherSAM FocalSAM FunctionalSAM GBiSAM ImbSAM Lookbehind "
+        "LookSAM Method MomentumSAM MultiStepSAM OptSAM SAMPa StableSAM Tilted VaSSO ZSharp"
     ),
     "bisam.model.oracle": "ModelOracle",
     "bisam.model.passes": "displaced",

@@ -56,6 +56,7 @@ class StepStats:
       `FunctionalSAM`, `SSAMF`: all five. `FunctionalSAM`'s h is J(w + e)^T c. `SAGM`: all five, at w + e - alpha g.
     * `CRSAM`, `BilateralSAM`: all five, at w + e, not at w - e.
     * `EigenSAM`: all five; at steps that estimate the eigenvector g is a gradient of the last difference.
+    * `ImbSAM`, `FocalSAM`: all five, with the gradients of the part whose sharpness counts.
     * `MultiStepSAM`, `Lookbehind`, `GAM`: all five; g is the gradient of the last ascent step.
     * `SAMDB`: no rise, because its batches differ.
     * `SAMPa`: the first step has all five, of the term at w + e; later ones have no g and no rise. `AsyncSAM` has no g

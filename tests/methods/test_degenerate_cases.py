@@ -45,8 +45,10 @@ from bisam import (
     Every,
     ExtraGradient,
     FisherSAM,
+    FocalSAM,
     FunctionalSAM,
     GBiSAM,
+    ImbSAM,
     Lookbehind,
     LookSAM,
     LowerBound,
@@ -62,6 +64,7 @@ from bisam import (
     cross_entropy,
 )
 from bisam.masks import DropGrow, FisherMask, RandomMask
+from bisam.methods.longtail import ClassSAM, Tail
 from bisam.perturbations import L2, Adaptive, Friendly, PerTensor
 from bisam.proximal import L1, Box
 from bisam.schedules import Constant, Linear
@@ -233,6 +236,11 @@ NEARLY: dict[str, tuple[Any, Any]] = {
     "GAM(beta1=1, gamma=0) is SAM": (GAM(B, beta1=1.0, gamma=0.0), SAM_),
     "GAM(0) is ERM": (GAM(L2(0.0)), ERM()),
     "EigenSAM(alpha=0) is SAM": (EigenSAM(B, alpha=0.0, every=2), SAM_),
+    "ImbSAM of all classes is SAM": (ImbSAM(0.1, tail=[0, 1, 2, 3]), SAM_),
+    "ImbSAM of no example is ERM": (ImbSAM(0.1, tail=[9]), ERM()),
+    "FocalSAM(gamma=0) is SAM": (FocalSAM(0.1, gamma=0.0, lam=1.0), SAM_),
+    "FocalSAM(lam) is GNP": (FocalSAM(0.1, gamma=0.0, lam=0.7), GNP(0.1, alpha=0.7)),
+    "ClassSAM climbs what it is told": (ClassSAM(B, NegLog(), weight=Tail([0, 1, 2, 3])), BiSAM(0.1)),
     "GNP(0) is ERM": (GNP(0.0), ERM()),
     "StableSAM(0) is ERM": (StableSAM(L2(0.0)), ERM()),
     "BilateralSAM(0) is ERM": (BilateralSAM(L2(0.0)), ERM()),

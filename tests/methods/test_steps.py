@@ -301,7 +301,7 @@ ENTRIES = (
     "ASAM ASAM-official ABiSAM MultiStepSAM-adaptive MomentumSAM-log Smoothed-friendly-adaptive SAMON-adaptive-log "
     "RandomMask-entry RandomMask-friendly ESAM-entry-tanh ZSharp ZSharp-log ZSharp-per-tensor ZScore-adaptive "
     "GCSAM Centralised-adaptive-tanh SAGM-tanh Lookbehind-adaptive-alpha GAM-log Tilted-friendly-log TSAM RSAM-radius "
-    "EigenSAM EigenSAM-log SAMSPS-log PerGroup-all-log FisherSAM "
+    "EigenSAM EigenSAM-log SAMSPS-log PerGroup PerGroup-all-log ClassSAM-log FisherSAM "
     "FisherMask-friendly-log SSAMF SSAMF-log SSAMF-descent SSAMD DropGrow-settling-log During BSAM BSAM-log RSAM "
     "RSAM-plain-adaptive KSAM-RSAM-EBiSAM Every-other-LookSAM RandomMask-only-adaptive Only-RandomMask-adaptive "
     "SAMPa-asam SAMDB-log FlipRate-every-friendly-adaptive-log"

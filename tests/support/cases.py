@@ -56,8 +56,10 @@ from bisam import (
     Every,
     ExtraGradient,
     FisherSAM,
+    FocalSAM,
     FunctionalSAM,
     GBiSAM,
+    ImbSAM,
     Lookbehind,
     LookSAM,
     MomentumSAM,
@@ -78,6 +80,7 @@ from bisam import (
     next_step,
 )
 from bisam.masks import DropGrow, FisherMask, RandomMask
+from bisam.methods.longtail import ClassSAM, Tail
 from bisam.perturbations import (
     L2,
     Adaptive,
@@ -577,6 +580,24 @@ FAMILY: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], references.Twin]
     "RAPP-ridge": (lambda o: RAPP(0.2, prox=ridge), references.rapp(CE, 0.2, 3, lambda z: z / 1.14)),
     "ExtraGradient": (lambda o: ExtraGradient(0.3), references.rapp(CE, 0.3, 2)),
     "CEGPlus": (lambda o: CEGPlus(0.3, ridge), references.ceg_plus(CE, 0.3, lambda z: z / 1.21)),
+    # Long tails.
+    "ImbSAM": (
+        lambda o: ImbSAM(0.1, tail=[1, 3], weight=2.0),
+        references.class_sam(B, CE, [0.0, 2.0, 0.0, 2.0], [1.0, 0.0, 1.0, 0.0]),
+    ),
+    "FocalSAM": (
+        lambda o: FocalSAM(Friendly(L2(0.1)), 2.0, 0.8, counts=[50, 20, 20, 10]),
+        references.class_sam(
+            references.friendly(B, 1.0, 0.9),
+            CE,
+            [0.8 * (1 - pi) ** 2 for pi in (0.5, 0.2, 0.2, 0.1)],
+            [1 - 0.8 * (1 - pi) ** 2 for pi in (0.5, 0.2, 0.2, 0.1)],
+        ),
+    ),
+    "ClassSAM-log": (
+        lambda o: ClassSAM(Adaptive(0.5), NegLog(), Tanh(), weight=Tail([0])),
+        references.class_sam(references.adaptive(0.5), TANH, [1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 1.0, 1.0], ascent=LOG),
+    ),
     # Around any method.
     "RSAM": (lambda o: RSAM(0.05, SAM(L2(0.1))), references.rsam(0.05, references.climbing(B, CE, CE))),
     "RSAM-plain-adaptive": (

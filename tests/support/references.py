@@ -462,6 +462,26 @@ def gam(climb: Climb, outer: Climb, ascent: Loss, descent: Loss, beta0: float, b
     return twin
 
 
+def of_classes(weights: list[float], loss: Loss) -> Loss:
+    def weighted(outputs: Tensor, labels: Tensor) -> Tensor:
+        return torch.stack(
+            [weights[y] * value for y, value in zip(labels.tolist(), loss(outputs, labels), strict=True)]
+        )
+
+    return weighted
+
+
+def class_sam(
+    climb: Climb, descent: Loss, weights: list[float], plain: list[float], ascent: Loss | None = None
+) -> Twin:
+    sharp, rest = of_classes(weights, descent), of_classes(plain, descent)
+
+    def twin(w: Tensor, s: Step) -> Tensor:
+        return s.grad(w, rest) + s.grad(w + climb(s.grad(w, ascent or sharp), w, s), sharp)
+
+    return twin
+
+
 def crsam(climb: Climb, ascent: Loss, descent: Loss, gamma: float, beta: float) -> Twin:
     def twin(w: Tensor, s: Step) -> Tensor:
         e = climb(s.grad(w, ascent), w, s)

@@ -37,6 +37,7 @@ from bisam.methods.efficient import (
     SAMPa as SAMPa,
 )
 from bisam.methods.games import RAPP as RAPP, CEGPlus as CEGPlus, ExtraGradient as ExtraGradient
+from bisam.methods.longtail import FocalSAM as FocalSAM, ImbSAM as ImbSAM
 from bisam.methods.method import Method as Method
 from bisam.methods.sam import (
     ASAM as ASAM,
