@@ -408,8 +408,8 @@ class ZScore(Around):
 
     Source: https://arxiv.org/abs/2505.02369. z is the entry minus the mean of its tensor, divided by the standard
     deviation of the tensor. Tensors with fewer than two dimensions (biases, normalisation layers) are kept whole, as in
-    the authors' code. That code gives each filtered tensor its own radius, as `ZScore(PerTensor(rho))` does; the paper
-    has one radius for all, as `ZScore(L2(rho))`.
+    the authors' code. That code gives each filtered tensor its own radius, as `ZScore(PerTensor(rho))` does for all
+    tensors; the paper has one radius for all, as `ZScore(L2(rho))`.
 
     Args:
         perturb: perturbation that is applied to the filtered gradient, or a radius `rho`, which means `L2(rho)`.

@@ -196,7 +196,9 @@ class BilateralSAM(SAM):
 
     Source: https://arxiv.org/abs/2409.13173, where it is called BSAM; `bisam.BSAM` is the Bayesian one. With p the
     gradient at w + e, m that at w - behind e and g that at w, the returned gradient is p + g - (||p||/||m||) m, as in
-    the authors' code. The first term is that of the max-sharpness, the others are that of the min-sharpness.
+    the authors' code. The first term is that of the max-sharpness, the others are that of the min-sharpness. Their code
+    also leaves the weights at w - behind e before the step of the optimizer, by writing to the saved weights; here they
+    are restored.
 
     Args:
         perturb: see `SAM`.
