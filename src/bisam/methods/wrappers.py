@@ -298,7 +298,7 @@ class Tilted:
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
         """Makes the queries of the method for each sample in turn."""
-        tilt, sums = schedules.at(self.tilt, oracle.step), None
+        tilt, sums, last = schedules.at(self.tilt, oracle.step), None, list[Evaluation]()
         for i in range(self.samples):
             inside = oracle.within(f"sample {i}")
             answer = self.method(inside if i == 0 else inside.without_tracking(), batch)
@@ -306,9 +306,10 @@ class Tilted:
                 return answer
             value = widened(answer.value)
             sums = _weighted(sums, answer.gradient, value, value * tilt)
-            answer = replace(answer, grad=None)  # frees its memory before the passes of the next sample
+            last = [replace(answer, grad=None)]
+            del answer  # frees its memory before the passes of the next sample
         g, value, total, _ = cast(_Sums, sums)
-        return replace(answer, grad=g / total, value=(value / total).to(answer.value.dtype))
+        return replace(last[0], grad=g / total, value=(value / total).to(last[0].value.dtype))
 
 
 _Sums = tuple[Vector, Tensor, Tensor, Tensor]
