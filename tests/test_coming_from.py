@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import bisam
 from bisam import ModelOracle, SharpnessAware
-from bisam.perturbations import L2
+from bisam.perturbations import L2, PerGroup
 from tests.support import cases
 
 theirs = pytest.importorskip("pytorch_optimizer")
@@ -391,3 +391,31 @@ def test_a_zero_gradient_displaces_nothing():
     sharp = SharpnessAware(model, bisam.MultiStepSAM(0.1, steps=2), lambda z, y: 0 * z.sum(1))
     sharp(*cases.batch()).backward()
     assert all(p.grad.eq(0).all() for p in model.parameters())
+
+
+def test_a_rho_for_each_parameter_group():
+    """The groups share one norm, and each has its own radius."""
+
+    def groups(model: nn.Module) -> list[dict[str, Any]]:
+        first, *rest = model.parameters()
+        return [{"params": [first], "rho": 0.3}, {"params": rest, "rho": 0.05}]
+
+    ours = cases.mlp()
+    other = copy.deepcopy(ours)
+    before, optimizer = (
+        theirs.SAM(groups(other), torch.optim.SGD, **SETTINGS),
+        torch.optim.SGD(groups(ours), **SETTINGS),
+    )
+    sharp, criterion = (
+        SharpnessAware(ours, bisam.SAM(PerGroup.of(optimizer)), bisam.cross_entropy),
+        nn.CrossEntropyLoss(),
+    )
+    for x, y in loader():
+        criterion(other(x), y).backward()
+        before.first_step(zero_grad=True)
+        criterion(other(x), y).backward()
+        before.second_step(zero_grad=True)
+        sharp(x, y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert distance(ours, other) < 1e-8

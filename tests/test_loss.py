@@ -928,3 +928,17 @@ def interrupted(method, stats=False):
             assert state() == before, f"at line event {at}"
             assert found is None or sharp.stats is found
     assert at > 300
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_schedules_count_steps_of_the_optimizer(k):
+    radii: list[int] = []
+    seen, method = [], bisam.Every(2, SAM(L2(lambda step: radii.append(step) or 0.1)))
+    radii.clear()  # the check of the radius asks for the first value
+    sharp = SharpnessAware(linear(), method, cross_entropy, accumulation=k)
+    for _ in range(5 * k):
+        sharp(POINTS, LABELS)
+        seen.append(sharp.oracle().step)
+    assert radii == [turn for turn in range(3) for _ in range(k)]  # at steps 0, 2 and 4 of the optimizer
+    assert seen == [(number + 1) // k for number in range(5 * k)]
+    assert sharp.get_extra_state()["step"] == 5 * k

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import bisam
 from bisam import (
     L2,
+    MSAM,
     SAM,
     SAMON,
     Adaptive,
@@ -25,12 +27,12 @@ from bisam import (
     perturbations,
 )
 from bisam.masks import RandomMask
-from bisam.perturbations import Friendly, is_radius
-from bisam.schedules import Constant, Cosine, Warmup
+from bisam.perturbations import Friendly, PerGroup, is_radius, needed
+from bisam.schedules import Constant, Cosine, FlipRate, Warmup
 from tests.support import cases
 from tests.support.cases import bits
 from tests.support.doubles import Quadratic
-from tests.support.runs import grads_of, twins
+from tests.support.runs import close, grads_of, twins
 
 CLASSES = ("SAM", "MultiStepSAM", "GSAM", "WSAM", "CRSAM", "XSAM", "FunctionalSAM", "LookSAM", "SSAMF", "MomentumSAM")
 FUNCTIONS = ("BiSAM", "GBiSAM", "FSAM", "VaSSO", "ZSharp", "SAMON", "FisherSAM", "SSAMD", "EBiSAM")
@@ -214,3 +216,77 @@ def test_only_names_parameters_if_it_selects_none():
 def test_only_takes_a_function(where):
     with pytest.raises(TypeError, match="where"):
         Only(where, L2(0.1))
+
+
+# A perturbation for each group.
+
+
+def by_hand(gradient: Vector, radii: Sequence[float], *, together: bool) -> list[Tensor]:
+    """Of a linear layer: the weights are one group, the bias the other."""
+    norm = torch.cat([t.flatten() for t in gradient]).norm()
+    return [rho * t / (norm if together else t.norm()) for rho, t in zip(radii, gradient, strict=True)]
+
+
+@pytest.mark.parametrize("norm", ["group", "all"])
+def test_parameter_groups_of_an_optimizer_have_their_own_radius(norm):
+    model, batch = cases.linear(), (cases.POINTS, cases.LABELS)
+    groups = [{"params": [model.bias], "rho": 0.5}, {"params": [model.weight], "rho": 0.1}]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    oracle = ModelOracle(model, cross_entropy)
+    g = oracle.query(batch).gradient
+    perturb = PerGroup.of(optimizer, norm=norm)
+    close(perturb(g, oracle).tensors, by_hand(g, (0.1, 0.5), together=norm == "all"), 1e-10)
+    optimizer.param_groups[1]["rho"] = 0.3
+    close(perturb(g, oracle).tensors, by_hand(g, (0.3, 0.5), together=norm == "all"), 1e-10)
+
+
+def test_equal_groups_with_one_norm_are_one_perturbation():
+    runs = []
+    for make in (lambda o: L2(0.3), lambda o: PerGroup.of(o)):
+        torch.manual_seed(0)
+        model = cases.convnet()
+        params = [{"params": [p], "rho": 0.3} for p in model.parameters()]
+        sharp = SharpnessAware(model, SAM(make(torch.optim.SGD(params, lr=0.1))), cross_entropy)
+        runs.append(cases.train(sharp, model))
+    assert runs[0] == runs[1]
+
+
+def test_only_the_gradients_of_the_groups_are_asked_for():
+    oracle = ModelOracle(cases.linear(), cross_entropy)
+    for norm in ("group", "all"):
+        head = PerGroup([(lambda name, p: name == "bias", 0.1)], norm=norm)
+        assert needed(head, oracle) == (False, True)
+        oracle.state.clear()
+    assert needed(PerGroup([(cases.is_weight, Friendly(L2(0.1)))]), oracle) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: PerGroup([]), ValueError, r"groups must be pairs .* got \[\]"),
+        (lambda: PerGroup([(3, 0.1)]), TypeError, "where must be a function"),
+        (lambda: PerGroup([(cases.is_weight, "0.1")]), TypeError, "perturb must be a radius"),
+        (lambda: PerGroup([(cases.is_weight, -0.1)]), ValueError, "rho must be .*-0.1"),
+        (lambda: PerGroup([(cases.is_weight, FlipRate(0.1))]), ValueError, "FlipRate"),
+        (lambda: PerGroup([(cases.is_weight, Friendly(Adaptive(FlipRate(0.1))))]), ValueError, "FlipRate"),
+        (lambda: PerGroup([(cases.is_weight, 0.1)], norm="max"), ValueError, "'max'"),
+        (lambda: PerGroup.of(3), TypeError, "parameter groups .* got 3"),
+        (lambda: PerGroup.of(torch.optim.SGD([torch.zeros(1)], lr=0.1)), ValueError, "group 0 of the SGD has no rad"),
+    ],
+)
+def test_wrong_groups_are_refused(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_a_group_without_parameters_is_refused():
+    sharp = SharpnessAware(
+        cases.linear(), SAM(PerGroup([(lambda n, p: True, 0.1), (cases.is_weight, 0.2)])), cross_entropy
+    )
+    with pytest.raises(ValueError, match="group 1 of PerGroup has none of the 2 parameters"):
+        sharp(cases.POINTS, cases.LABELS)
+
+
+def test_the_memory_of_a_group_is_a_memory():
+    with pytest.raises(ValueError, match="Friendly"):
+        MSAM(4, SAM(PerGroup([(cases.is_weight, Friendly(L2(0.1)))])))

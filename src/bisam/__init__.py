@@ -26,6 +26,9 @@ if TYPE_CHECKING:
         ERM as ERM,
         ESAM as ESAM,
         FSAM as FSAM,
+        GAM as GAM,
+        GCSAM as GCSAM,
+        GNP as GNP,
         GSAM as GSAM,
         KSAM as KSAM,
         LESAM as LESAM,
@@ -34,30 +37,41 @@ if TYPE_CHECKING:
         RAPP as RAPP,
         RSAM as RSAM,
         SAF as SAF,
+        SAGM as SAGM,
         SAM as SAM,
         SAMDB as SAMDB,
         SAMON as SAMON,
+        SAMSPS as SAMSPS,
         SSAMD as SSAMD,
         SSAMF as SSAMF,
+        TSAM as TSAM,
         WSAM as WSAM,
         XSAM as XSAM,
         ABiSAM as ABiSAM,
+        Accumulated as Accumulated,
         AsyncSAM as AsyncSAM,
+        BilateralSAM as BilateralSAM,
         BiSAM as BiSAM,
         CEGPlus as CEGPlus,
         During as During,
         EBiSAM as EBiSAM,
+        EigenSAM as EigenSAM,
         Every as Every,
         ExtraGradient as ExtraGradient,
         FisherSAM as FisherSAM,
+        FocalSAM as FocalSAM,
         FunctionalSAM as FunctionalSAM,
         GBiSAM as GBiSAM,
+        ImbSAM as ImbSAM,
+        Lookbehind as Lookbehind,
         LookSAM as LookSAM,
         Method as Method,
         MomentumSAM as MomentumSAM,
         MultiStepSAM as MultiStepSAM,
         OptSAM as OptSAM,
         SAMPa as SAMPa,
+        StableSAM as StableSAM,
+        Tilted as Tilted,
         VaSSO as VaSSO,
         ZSharp as ZSharp,
     )
@@ -72,7 +86,12 @@ if TYPE_CHECKING:
         WrongClasses as WrongClasses,
         cross_entropy as cross_entropy,
     )
-    from bisam.optim import Lookahead as Lookahead, ProximalPoint as ProximalPoint, next_step as next_step
+    from bisam.optim import (
+        Lookahead as Lookahead,
+        ProximalPoint as ProximalPoint,
+        momentum_of as momentum_of,
+        next_step as next_step,
+    )
     from bisam.oracle import Oracle as Oracle, Query as Query
     from bisam.perturbations import L2 as L2, Adaptive as Adaptive, Only as Only, Perturbation as Perturbation
     from bisam.vector import Vector as Vector
@@ -83,14 +102,15 @@ _NAMES = {
     "bisam.evaluation": "Evaluation",
     "bisam.loss": "SharpnessAware",
     "bisam.methods": (
-        "AESAM ASAM BSAM CRSAM ERM ESAM FSAM GSAM KSAM LESAM MESA MSAM RAPP RSAM SAF SAM SAMDB SAMON SSAMD "
-        "SSAMF WSAM XSAM ABiSAM AsyncSAM BiSAM CEGPlus During EBiSAM Every ExtraGradient FisherSAM "
-        "FunctionalSAM GBiSAM LookSAM Method MomentumSAM MultiStepSAM OptSAM SAMPa VaSSO ZSharp"
+        "AESAM ASAM BSAM CRSAM ERM ESAM FSAM GAM GCSAM GNP GSAM KSAM LESAM MESA MSAM RAPP RSAM SAF SAGM SAM SAMDB "
+        "SAMON SAMSPS SSAMD SSAMF TSAM WSAM XSAM ABiSAM Accumulated AsyncSAM BilateralSAM BiSAM CEGPlus "
+        "During EBiSAM EigenSAM Every ExtraGradient FisherSAM FocalSAM FunctionalSAM GBiSAM ImbSAM Lookbehind "
+        "LookSAM Method MomentumSAM MultiStepSAM OptSAM SAMPa StableSAM Tilted VaSSO ZSharp"
     ),
     "bisam.model.oracle": "ModelOracle",
     "bisam.model.passes": "displaced",
     "bisam.objectives": "OBF Binary LowerBound NegLog Tanh WrongClasses cross_entropy",
-    "bisam.optim": "Lookahead ProximalPoint next_step",
+    "bisam.optim": "Lookahead ProximalPoint momentum_of next_step",
     "bisam.oracle": "Oracle Query",
     "bisam.perturbations": "L2 Adaptive Only Perturbation",
     "bisam.vector": "Vector",

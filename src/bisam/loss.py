@@ -35,7 +35,7 @@ from bisam.model.gradients import Scaler
 from bisam.model.oracle import Findings, Forward, ModelOracle, WeightsInitialised
 from bisam.objectives import Objective, at_step
 from bisam.statistics import Observed, Recorder, StepStats
-from bisam.validation import instance
+from bisam.validation import instance, whole
 from bisam.vector import WHOLE, Layout, Tensors
 
 
@@ -71,9 +71,15 @@ class SharpnessAware(nn.Module):
             pass of the model: three norms and an inner product, and one more tensor of the size of each weight during
             the descent pass. Default: nothing is computed.
 
+        accumulation: number of losses for each step of the optimizer (gradient accumulation), >= 1. Schedules, and the
+            methods that count steps (`LookSAM`, `Every`, `During`, `FisherSAM` and others), count the steps of the
+            optimizer: all micro-batches of one have the same number. Averages that a method keeps are still updated by
+            each micro-batch. Default: each loss is a step.
+
     Raises:
         TypeError: an argument has the wrong type (for example a class in place of an instance).
-        ValueError: `scope` is neither "local", "global" nor None, or `loss` has a schedule.
+        ValueError: `scope` is neither "local", "global" nor None, `loss` has a schedule, or `accumulation` is less than
+            1.
 
     Raises when called:
         TypeError: `forward` or `loss` returns a value of the wrong type.
@@ -104,6 +110,7 @@ class SharpnessAware(nn.Module):
 
     _in_eval_mode: bool = False  # of pickles of earlier versions, as the next
     _records: bool = False
+    _accumulation: int = 1
 
     def __init__(
         self,
@@ -117,6 +124,7 @@ class SharpnessAware(nn.Module):
         scope: Scope | None = None,
         in_eval_mode: bool = False,
         stats: bool = False,
+        accumulation: int = 1,
     ) -> None:
         super().__init__()
         if not isinstance(cast(Any, model), nn.Module):
@@ -136,6 +144,7 @@ class SharpnessAware(nn.Module):
             )
         if scope not in ("local", "global", None):
             raise ValueError(f"scope must be 'local', 'global' or None, got {scope!r}")
+        whole("accumulation", accumulation)
         self.model = model
         self.method = method
         self.loss = loss
@@ -145,6 +154,7 @@ class SharpnessAware(nn.Module):
         self._scope: Scope | None = scope
         self._in_eval_mode = in_eval_mode
         self._records = stats
+        self._accumulation = accumulation
         self._memory = _Memory()
 
     def forward(self, *batch: Any, **named: Any) -> Tensor:
@@ -171,7 +181,7 @@ class SharpnessAware(nn.Module):
             scaler=self._scaler,
             same_noise=self._same_noise,
             scope=self._scope,
-            step=memory.step,
+            step=memory.step // self._accumulation,
             findings=memory.findings,
         )
         try:
@@ -284,15 +294,15 @@ class SharpnessAware(nn.Module):
             self._forward,
             same_noise=self._same_noise,
             scope=self._scope,
-            step=self._memory.step,
+            step=self._memory.step // self._accumulation,
         )
 
     @property
     def clean(self) -> Evaluation:
         """Losses and outputs at the unperturbed weights in the last call, detached, for metrics without a forward pass.
 
-        Methods that make no query at the weights (`RSAM`, `MomentumSAM`, `OptSAM`, `SAMDB`, `SAMPa`, `BSAM`) report the
-        evaluation at the point where they update running statistics.
+        Methods that make no query at the weights (`RSAM`, `TSAM`, `MomentumSAM`, `OptSAM`, `SAMDB`, `SAMPa`, `BSAM`)
+        report the evaluation at the point where they update running statistics.
 
         Raises:
             RuntimeError: the loss was not called yet, or its method made no query that updates running statistics.

@@ -7,14 +7,17 @@ A geometry defines the radius:
     >>> annealed = L2(Cosine(0.05, 0.0, steps=10_000))              # a radius may be a schedule
     >>> asam = Adaptive(2.0)                                        # ASAM as in most ports: all parameters, eta = 0
     >>> authors = Adaptive(0.5, eta=0.01, where=lambda name, w: "weight" in name)    # ASAM as its authors use it
+    >>> per_tensor = PerTensor(0.05)                                # each tensor has the radius for itself
 
 Other perturbations contain a geometry. They change the gradient before it, or the displacement after it:
 
     >>> from bisam.masks import RandomMask
     >>> friendly = Friendly(L2(0.05))                               # F-SAM: without the average gradient
+    >>> centralised = Centralised(L2(0.05))                         # GCSAM: without the mean of each row
     >>> norm_layers = NormLayers(Adaptive(2.0))                     # SAM-ON in the neighbourhood of ASAM
     >>> head = Only(lambda name, p: name.startswith("head."), L2(0.05))    # a part of the parameters
     >>> masked = RandomMask(Friendly(L2(0.05)), beta=0.5)           # see masks.py
+    >>> two = PerGroup([(lambda name, p: name.startswith("head."), 0.5), (lambda name, p: True, 0.05)])
 
 A perturbation is any callable `(gradient, oracle) -> displacement`; a zero gradient gives a zero displacement. The
 state that it keeps between steps is in `oracle.state`. Every argument that takes a perturbation also takes a radius
@@ -36,8 +39,9 @@ import inspect
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from numbers import Real
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -52,6 +56,8 @@ from bisam.vector import TINY, Vector
 
 Perturbation = Callable[[Vector, Oracle], Vector]
 """A function `(gradient, oracle) -> displacement`."""
+
+Choice = TypeVar("Choice", bool, int)
 
 Part = Sequence[bool] | None
 """For each tensor of the weights, whether it is in a part of the weights; None for all of them."""
@@ -146,6 +152,47 @@ class Adaptive:
         chosen = [self.where(name, w) for name, w in zip(oracle.names, oracle.weights, strict=True)]
         tg = tg.where(chosen, gradient)
         return (t * tg).where(chosen, tg) * (rho / (tg.norm() + TINY))
+
+    def part(self, oracle: Oracle, among: Part) -> Part:
+        """See `needed`."""
+        return among
+
+
+@dataclass(frozen=True)
+class PerTensor:
+    """A Euclidean ball for each tensor: e_i = rho g_i/||g_i|| for each parameter tensor i.
+
+    The displacement of n tensors is sqrt(n) times as long as that of `L2`. It is the normalisation of ZSharp in its
+    authors' code for tensors of two or more dimensions, where the paper (https://arxiv.org/abs/2505.02369) has one norm
+    for all: `SAM(ZScore(PerTensor(0.05)))`.
+
+    Args:
+        rho: radius of each tensor, >= 0, a number or a schedule.
+
+    Raises:
+        TypeError: `rho` is neither a number nor a schedule.
+        ValueError: `rho` is negative or not finite.
+
+    Example:
+        >>> import torch
+        >>> from bisam import ModelOracle, Vector, cross_entropy
+        >>> from bisam.perturbations import PerTensor
+        >>> oracle = ModelOracle(torch.nn.Linear(2, 1), cross_entropy)
+        >>> gradient = Vector([torch.tensor([[3.0, 4.0]]), torch.tensor([5.0])])
+        >>> PerTensor(1.0)(gradient, oracle).tensors
+        [tensor([[0.6000, 0.8000]]), tensor([1.])]
+    """
+
+    rho: Radius
+
+    def __post_init__(self) -> None:
+        _check_rho(self.rho)
+
+    def __call__(self, gradient: Vector, oracle: Oracle) -> Vector:
+        """Returns the displacement, of length rho in each tensor whose gradient is not 0."""
+        rho = _present(self.rho, oracle)
+        scaled = gradient.each(lambda g: g * (rho / (Vector([g]).norm() + TINY)))
+        return gradient.like(scaled.tensors, gradient.holes)
 
     def part(self, oracle: Oracle, among: Part) -> Part:
         """See `needed`."""
@@ -361,7 +408,8 @@ class ZScore(Around):
 
     Source: https://arxiv.org/abs/2505.02369. z is the entry minus the mean of its tensor, divided by the standard
     deviation of the tensor. Tensors with fewer than two dimensions (biases, normalisation layers) are kept whole, as in
-    the authors' code. That code gives each tensor its own radius; the paper and this class use one radius for all.
+    the authors' code. That code gives each filtered tensor its own radius, as `ZScore(PerTensor(rho))` does for all
+    tensors; the paper has one radius for all, as `ZScore(L2(rho))`.
 
     Args:
         perturb: perturbation that is applied to the filtered gradient, or a radius `rho`, which means `L2(rho)`.
@@ -393,6 +441,36 @@ class ZScore(Around):
         distance = (g - g.mean()).abs()  # |z| up to a factor, which does not change the order
         kept = portion(self.keep, g.numel())  # not kthvalue, which has no deterministic implementation on a GPU
         return distance >= distance.flatten().topk(kept).values[-1]
+
+
+@dataclass(frozen=True)
+class Centralised(Around):
+    """GCSAM: perturbs along the centralised gradient, g minus its mean over each row (Hassan et al., 2025).
+
+    Source: https://arxiv.org/abs/2501.11584. A row is what belongs to one index of the first dimension: the weights of
+    an output unit, as in gradient centralisation (Yong et al., 2020, https://arxiv.org/abs/2004.01461). Tensors with
+    fewer than two dimensions are kept. The gradient that is descended is not centralised; accounts of the method by
+    others differ in this, and the authors' code was not found in a public source.
+
+    Args:
+        perturb: perturbation that is applied to the centralised gradient, or a radius `rho`, which means `L2(rho)`.
+
+    Raises:
+        TypeError: `perturb` is neither a perturbation nor a radius.
+        ValueError: the radius is negative or not finite.
+    """
+
+    def __call__(self, gradient: Vector, oracle: Oracle) -> Vector:
+        """Returns the displacement for the centralised gradient."""
+        return self.inner(gradient.like(gradient.each(_centred).tensors, gradient.holes), oracle)
+
+    def part(self, oracle: Oracle, among: Part) -> Part:
+        """See `needed`: a row is a part of a single tensor."""
+        return self.inner_part(oracle, among)
+
+
+def _centred(g: Tensor) -> Tensor:
+    return g if g.dim() < 2 or not g.numel() else g - g.mean(tuple(range(1, g.dim())), keepdim=True)
 
 
 @dataclass(frozen=True)
@@ -494,6 +572,169 @@ class Only:
         return chosen
 
 
+@dataclass(frozen=True)
+class PerGroup:
+    """A perturbation for each group of parameters, for example a radius for the head and another one for the rest.
+
+    A parameter belongs to the first group whose `where` selects it; those in no group keep their weights. For the
+    parameter groups of an optimizer see `of`.
+
+    Args:
+        groups: a pair for each group: a function `where(name, parameter) -> bool`, called for each trainable parameter
+            in each step, and a perturbation of the group, or a radius `rho`, which means `L2(rho)`.
+        norm: "group": each group has a ball of its own, and the displacement of the whole is longer than each radius.
+            "all": the norm in each perturbation is that over all groups, as in the ports with a `rho` for each
+            parameter group (davda54/sam): with equal radii it is one perturbation of all groups.
+
+    Raises:
+        TypeError: a `where` is not a function, or a perturbation is neither a perturbation nor a radius.
+        ValueError: there is no group, `norm` is neither "group" nor "all", or a radius is a `FlipRate`.
+
+    Raises when called:
+        ValueError: a group has no trainable parameter.
+
+    Example:
+        >>> import torch
+        >>> from bisam import ModelOracle, Vector, cross_entropy
+        >>> from bisam.perturbations import PerGroup
+        >>> oracle = ModelOracle(torch.nn.Linear(2, 1), cross_entropy)
+        >>> gradient = Vector([torch.tensor([[0.0, 3.0]]), torch.tensor([4.0])])
+        >>> groups = [(lambda name, p: name == "bias", 0.5), (lambda name, p: True, 1.0)]
+        >>> PerGroup(groups)(gradient, oracle).tensors
+        [tensor([[0., 1.]]), tensor([0.5000])]
+        >>> PerGroup(groups, norm="all")(gradient, oracle).tensors
+        [tensor([[0.0000, 0.6000]]), tensor([0.4000])]
+    """
+
+    groups: Sequence[tuple[Callable[[str, Tensor], bool], Perturbation | Radius]]
+    norm: Literal["group", "all"] = "group"
+
+    def __post_init__(self) -> None:
+        if isinstance(cast(Any, self.groups), str) or not len(self.groups):
+            raise ValueError(f"groups must be pairs of a function and a perturbation, got {self.groups!r}")
+        for where, _ in self.groups:
+            instance("where", where, "a function (name, parameter) -> bool")
+        perturbs = [geometry(perturb) for _, perturb in self.groups]
+        if any(_follows_flips(perturb) for perturb in perturbs):
+            raise ValueError(
+                "a FlipRate follows the flips of all displacements together, and here each group would have its own: "
+                f"use a number or another schedule, got {self.groups!r}"
+            )
+        if self.norm not in ("group", "all"):
+            raise ValueError(f"norm must be 'group' or 'all', got {self.norm!r}")
+        wheres = [where for where, _ in self.groups]
+        object.__setattr__(self, "groups", tuple(zip(wheres, perturbs, strict=True)))
+
+    @classmethod
+    def of(
+        cls,
+        optimizer: Any,
+        geometry: Callable[[Radius], Perturbation] = L2,
+        norm: Literal["group", "all"] = "all",
+    ) -> PerGroup:
+        """Returns the perturbation whose groups are the parameter groups of an optimizer.
+
+        The radius of a group is its entry "rho", which is read in each step, so that a scheduler may change it:
+
+            optimizer = SGD([{"params": body, "rho": 0.05}, {"params": head, "rho": 0.5}], lr=0.1)
+            SAM(PerGroup.of(optimizer))
+
+        Args:
+            optimizer: an optimizer with parameter groups; it is read and not changed.
+            geometry: function from a radius to the perturbation of a group, such as `L2` or `Adaptive`.
+            norm: see `PerGroup`.
+
+        Raises:
+            TypeError: the optimizer has no parameter groups.
+            ValueError: a group has no entry "rho", or it is negative.
+        """
+        groups = getattr(optimizer, "param_groups", None)
+        if not isinstance(groups, list):
+            raise TypeError(f"optimizer must have parameter groups with an entry 'rho', got {optimizer!r}")
+        for i, group in enumerate(cast(list[dict[str, Any]], groups)):
+            if "rho" not in group:
+                raise ValueError(
+                    f"parameter group {i} of the {type(optimizer).__name__} has no radius: add an entry, as in "
+                    '{"params": ..., "rho": 0.05}'
+                )
+        parts = [(_InGroup(optimizer, i), geometry(_RhoOf(optimizer, i))) for i in range(len(cast(Any, groups)))]
+        return cls(parts, norm)
+
+    def __call__(self, gradient: Vector, oracle: Oracle) -> Vector:
+        """Returns the displacement of all groups."""
+        chosen = _pop(oracle, self._chosen)
+        gradient = gradient.confined([i >= 0 for i in chosen])
+        e: Vector | None = None
+        for mask, perturb, inside in self._parts(chosen, oracle):
+            of_group = gradient.confined(mask) if self.norm == "group" else gradient
+            moved = perturb(of_group, inside).confined(mask)
+            e = moved if e is None else e + moved
+        assert e is not None
+        return e
+
+    def part(self, oracle: Oracle, among: Part) -> Part:
+        """Returns the parameters of all groups, or those that their perturbations need; see `needed`."""
+        chosen = _peek(oracle, self._chosen)
+        if self.norm == "all":
+            return tuple([i >= 0 for i in chosen])
+        parts = [
+            cast(Sequence[bool], _part(mask, among, partial(needed, perturb, inside)))
+            for mask, perturb, inside in self._parts(chosen, oracle)
+        ]
+        return tuple([any(tensor) for tensor in zip(*parts, strict=True)])
+
+    def _parts(self, chosen: Sequence[int], oracle: Oracle) -> list[tuple[list[bool], Perturbation, Oracle]]:
+        return [
+            ([i == n for i in chosen], cast(Perturbation, perturb), oracle.within(f"group {n}"))
+            for n, (_, perturb) in enumerate(self.groups)
+        ]
+
+    def _chosen(self, oracle: Oracle) -> tuple[int, ...]:
+        """Returns the number of the group of each parameter, -1 for those in none."""
+        wheres = [where for where, _ in self.groups]
+        chosen = tuple(
+            [
+                next((i for i, where in enumerate(wheres) if where(name, p)), -1)
+                for name, p in zip(oracle.names, oracle.parameters, strict=True)
+            ]
+        )
+        # A group of an optimizer may be empty, as that of frozen parameters is.
+        if missing := [n for n, where in enumerate(wheres) if n not in chosen and not isinstance(where, _InGroup)]:
+            raise ValueError(
+                f"group {missing[0]} of PerGroup has none of the {len(chosen)} parameters that are trained: the first "
+                "group that selects a parameter has it, so that a general group goes last"
+            )
+        return chosen
+
+
+@dataclass(frozen=True)
+class _InGroup:
+    """Whether a parameter is in a parameter group of an optimizer."""
+
+    optimizer: Any
+    index: int
+
+    def __call__(self, name: str, parameter: Tensor) -> bool:
+        return any(parameter is p for p in self.optimizer.param_groups[self.index]["params"])
+
+
+@dataclass(frozen=True)
+class _RhoOf:
+    """A schedule: the entry "rho" of a parameter group of an optimizer."""
+
+    optimizer: Any
+    index: int
+
+    def __call__(self, step: int) -> float | Tensor:
+        return self.optimizer.param_groups[self.index]["rho"]
+
+
+def _follows_flips(perturb: Any) -> bool:
+    return isinstance(getattr(perturb, "rho", None), FlipRate) or (
+        hasattr(perturb, "perturb") and _follows_flips(perturb.perturb)
+    )
+
+
 def _confined(chosen: Sequence[bool], gradient: Vector, perturb: Callable[[Vector], Vector]) -> Vector:
     """Returns the displacement for the chosen part of a gradient, and zeros elsewhere."""
     # A geometry gives a zero displacement where the gradient is zero; other perturbations may not.
@@ -509,13 +750,13 @@ def _part(chosen: Sequence[bool], among: Part, inner: Callable[[Part], Part]) ->
 _CHOSEN = "chosen"
 
 
-def _peek(oracle: Oracle, choose: Callable[[Oracle], tuple[bool, ...]]) -> tuple[bool, ...]:
+def _peek(oracle: Oracle, choose: Callable[[Oracle], tuple[Choice, ...]]) -> tuple[Choice, ...]:
     """Returns the choice of the next call, and keeps it until then: a function of the user may choose otherwise."""
     if _CHOSEN not in oracle.state:
         oracle.state[_CHOSEN] = choose(oracle)
     return oracle.state[_CHOSEN]
 
 
-def _pop(oracle: Oracle, choose: Callable[[Oracle], tuple[bool, ...]]) -> tuple[bool, ...]:
+def _pop(oracle: Oracle, choose: Callable[[Oracle], tuple[Choice, ...]]) -> tuple[Choice, ...]:
     """Returns the choice that was kept, or a new one, and forgets it."""
     return oracle.state.pop(_CHOSEN, None) or choose(oracle)

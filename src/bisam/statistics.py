@@ -52,16 +52,20 @@ class StepStats:
 
     In the catalogue, with more exact statements where the above leaves a choice:
 
-    * `SAM` with any perturbation, `GSAM`, `WSAM`, `LookSAM` and `AESAM` at SAM steps, `XSAM`, `FunctionalSAM`, `SSAMF`:
-      all five. `FunctionalSAM`'s h is J(w + e)^T c.
-    * `CRSAM`: all five, at w + e, not at w - e. `MultiStepSAM`: all five; g is the gradient of the last ascent step.
+    * `SAM` with any perturbation, `GSAM`, `WSAM`, `StableSAM`, `SAMSPS`, `LookSAM` and `AESAM` at SAM steps, `XSAM`,
+      `FunctionalSAM`, `SSAMF`: all five. `FunctionalSAM`'s h is J(w + e)^T c. `SAGM`: all five, at w + e - alpha g.
+    * `CRSAM`, `BilateralSAM`: all five, at w + e, not at w - e.
+    * `EigenSAM`: all five; at steps that estimate the eigenvector g is a gradient of the last difference.
+    * `ImbSAM`, `FocalSAM`: all five, with the gradients of the part whose sharpness counts.
+    * `MultiStepSAM`, `Lookbehind`, `GAM`: all five; g is the gradient of the last ascent step.
     * `SAMDB`: no rise, because its batches differ.
     * `SAMPa`: the first step has all five, of the term at w + e; later ones have no g and no rise. `AsyncSAM` has no g
       after its first step. `OptSAM` and `MomentumSAM` have displacement and h.
     * `RSAM` and `BSAM`: no rise, because they make no query at w. g is the gradient at the random point, and e contains
       the noise in RSAM.
     * `RAPP`, `ExtraGradient`, `CEGPlus`: g is the operator that the last step from w was made along.
-    * `MSAM`: those of the last micro-batch. `KSAM`: those of the selected examples.
+    * `Tilted`, `TSAM`: those of the last sample. `MSAM`, `Accumulated`: those of the last micro-batch.
+    * `KSAM`: those of the selected examples.
     * `SAF`, `MESA`: those of the wrapped method; the rise is that of the loss without the term.
     * `Every`, `During`: those of the method whose turn it is.
     """

@@ -40,6 +40,7 @@ from bisam import (
     SAF,
     SAM,
     SSAMF,
+    Accumulated,
     BiSAM,
     CEGPlus,
     FunctionalSAM,
@@ -61,15 +62,18 @@ from tests.support import cases, ranks
 from tests.support.replicas import distance, identical, nested, network, sharded, whole_weights
 
 STEPS, PART = int(os.environ.get("BISAM_STEPS", "8")), 4
-DRAWING = "RandomMask RandomMask-friendly SSAMD ESAM EBiSAM BSAM RSAM"  # random numbers of their own
+DRAWING = "RandomMask RandomMask-friendly SSAMD ESAM EBiSAM BSAM RSAM TSAM EigenSAM"  # random numbers of their own
 DETERMINED = (
     "ERM SAM BiSAM MultiStepSAM-adaptive FSAM VaSSO ZSharp SAMON Only LESAM FisherSAM LookSAM AESAM MomentumSAM SAMPa "
-    "GSAM WSAM CRSAM XSAM FunctionalSAM RAPP Every-LookSAM During OptSAM AsyncSAM SAMDB MESA-bisam"
+    "GSAM WSAM CRSAM XSAM FunctionalSAM RAPP Every-LookSAM During OptSAM AsyncSAM SAMDB MESA-bisam "
+    "ZSharp-per-tensor GCSAM GNP StableSAM-log SAGM-tanh BilateralSAM Lookbehind-adaptive-alpha GAM "
+    "SAMSPS-log PerGroup-all-log MomentumSAM-buffer ImbSAM FocalSAM"
 )
 METHODS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
     name: cases.FAMILY[name][0] for name in f"{DETERMINED} {DRAWING}".split()
 }
 METHODS["MSAM"] = lambda o: MSAM(2, SAM(L2(0.1)))
+METHODS["Accumulated"] = lambda o: Accumulated(2, GSAM(L2(0.1)))
 METHODS["RAPP-Simplex"] = lambda o: RAPP(0.2, prox=Simplex(2.0))  # needs whole tensors
 METHODS["CEGPlus-Box"] = lambda o: CEGPlus(0.2, Box(-0.1, 0.2))
 OF_A_PART = {"ESAM", "EBiSAM", "MSAM"}  # they choose or split the examples of a rank

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bisam import ASAM, MSAM, SAM, BiSAM, ModelOracle, NegLog, SharpnessAware, Tanh, cross_entropy
+from bisam import ASAM, MSAM, SAM, BiSAM, EigenSAM, ModelOracle, NegLog, SharpnessAware, Tanh, cross_entropy
 from bisam.perturbations import L2, Adaptive
-from tests.support import cases
+from tests.support import cases, references
 from tests.support.doubles import ROWS, Quadratic
 from tests.support.runs import close
 
@@ -113,3 +113,22 @@ def test_complex_parameters_climb_as_their_real_and_imaginary_parts():
         SharpnessAware(model, SAM(L2(0.3)), lambda outputs, targets: outputs)(x, x[:, 0, 0]).backward()
         grads.append(model.w.grad)
     close(torch.view_as_real(grads[0]), grads[1], 1e-12)
+
+
+def test_eigen_sam_finds_the_top_eigenvector_of_the_hessian():
+    torch.manual_seed(0)
+    model, (x, y) = cases.mlp(), cases.batch(0)
+    oracle = ModelOracle(model, cross_entropy)
+    EigenSAM(0.1, iterations=60, r=1e-3).climb(oracle, (x, y))
+    v = torch.cat([t.flatten() for t in oracle.state["v"]])
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+
+    def loss(w: Tensor) -> Tensor:
+        parts = w.split([shape.numel() for shape in shapes.values()])
+        weights = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+        return cross_entropy(torch.func.functional_call(model, weights, x), y).mean()
+
+    values, vectors = torch.linalg.eigh(torch.autograd.functional.hessian(loss, references.flat(model)))
+    assert values[-1] > 1.05 * values[:-1].abs().max()
+    close(v.norm(), torch.ones((), dtype=torch.double), 1e-9)
+    assert (vectors[:, -1] @ v).abs() > 0.999

@@ -129,6 +129,7 @@ def as_on_a_device(monkeypatch):
 HOMOGENEOUS = (
     "ERM SAM MultiStepSAM ASAM ASAM-official MSAM RandomMask-friendly FSAM VaSSO ZSharp SAMON Only FisherSAM SSAMF "
     "SSAMD ESAM KSAM LookSAM AESAM MomentumSAM SAMPa GSAM GSAM-friendly WSAM CRSAM XSAM FunctionalSAM RSAM "
+    "GNP StableSAM BilateralSAM GCSAM ZSharp-per-tensor Lookbehind Lookbehind-adaptive-alpha GAM RSAM-radius "
     "MSAM-LookSAM Every-LookSAM Every-two-memories During"
 )
 """Methods whose gradient is k times as large if the loss is."""
@@ -152,7 +153,18 @@ def test_a_loss_of_any_magnitude_has_the_same_displacements(name):
 
 # Effects of a step.
 
-ELSEWHERE = ("RSAM", "BSAM", "MomentumSAM", "MSAM", "Every-other", "OptSAM", "SAMDB")  # where running statistics move
+ELSEWHERE = (
+    "RSAM",
+    "TSAM",
+    "Tilted",
+    "BSAM",
+    "MomentumSAM",
+    "MSAM",
+    "Accumulated",
+    "Every-other",
+    "OptSAM",
+    "SAMDB",
+)  # where running statistics move
 
 
 @each_method
@@ -163,7 +175,8 @@ def test_running_statistics_move_once_a_step(name):
     for step in range(1, 5):
         run.step(step)
         plain(run.batch(step)[0])
-        assert run.model[2].num_batches_tracked == step * (3 if name.startswith("MSAM") else 1)
+        parts = 3 if name.startswith(("MSAM", "Accumulated")) else 1
+        assert run.model[2].num_batches_tracked == step * (2 if name == "Accumulated-GSAM-log" else parts)
     assert run.weights == weights
     assert (cases.buffers(run.model) == cases.buffers(plain)) == (not name.startswith(ELSEWHERE))
 
@@ -286,7 +299,9 @@ def test_a_batch_of_one(name):
 
 ENTRIES = (
     "ASAM ASAM-official ABiSAM MultiStepSAM-adaptive MomentumSAM-log Smoothed-friendly-adaptive SAMON-adaptive-log "
-    "RandomMask-entry RandomMask-friendly ESAM-entry-tanh ZSharp ZSharp-log ZScore-adaptive FisherSAM "
+    "RandomMask-entry RandomMask-friendly ESAM-entry-tanh ZSharp ZSharp-log ZSharp-per-tensor ZScore-adaptive "
+    "GCSAM Centralised-adaptive-tanh SAGM-tanh Lookbehind-adaptive-alpha GAM-log Tilted-friendly-log TSAM RSAM-radius "
+    "EigenSAM EigenSAM-log SAMSPS-log PerGroup PerGroup-all-log ClassSAM-log FisherSAM "
     "FisherMask-friendly-log SSAMF SSAMF-log SSAMF-descent SSAMD DropGrow-settling-log During BSAM BSAM-log RSAM "
     "RSAM-plain-adaptive KSAM-RSAM-EBiSAM Every-other-LookSAM RandomMask-only-adaptive Only-RandomMask-adaptive "
     "SAMPa-asam SAMDB-log FlipRate-every-friendly-adaptive-log"

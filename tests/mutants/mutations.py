@@ -14,7 +14,7 @@ from dataclasses import dataclass
 METHODS = ("tests/methods/test_references.py", "tests/methods/test_steps.py", "tests/methods/test_sam.py")
 METHODS += ("tests/methods/test_degenerate_cases.py", "tests/methods/test_state.py", "tests/methods/test_arguments.py")
 METHODS += ("tests/methods/test_esam.py", "tests/methods/test_trajectory.py", "tests/methods/test_flip_rate.py")
-METHODS += ("tests/methods/test_written.py",)
+METHODS += ("tests/methods/test_written.py", "tests/methods/test_longtail.py", "tests/methods/test_authors.py")
 MODEL = ("tests/model/test_oracle.py", "tests/model/test_gradients.py", "tests/model/test_parameters.py")
 MODEL += ("tests/model/test_module_state.py", "tests/model/test_rng.py", "tests/model/test_compatibility.py")
 MODEL += ("tests/model/test_inputs.py", "tests/model/test_partial_gradients.py")

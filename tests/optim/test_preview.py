@@ -19,7 +19,17 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import StepLR
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from bisam import Lookahead, ModelOracle, SAMPa, SharpnessAware, Vector, cross_entropy, next_step
+from bisam import (
+    Lookahead,
+    ModelOracle,
+    MomentumSAM,
+    SAMPa,
+    SharpnessAware,
+    Vector,
+    cross_entropy,
+    momentum_of,
+    next_step,
+)
 from tests.support import cases, ranks, references
 from tests.support.memory import Weights
 from tests.support.replicas import network, sharded
@@ -714,3 +724,40 @@ def several_on_shards(names: list[str]) -> dict[str, list[str]]:
 def test_under_fsdp2_the_copies_are_sharded_as_the_weights_are():
     names = ["rmsprop-all", "adagrad", "nadam", "grouped", "adam", *(["muon"] if "muon" in COPIED else [])]
     assert ranks.run(2, several_on_shards, names) == [{}, {}]
+
+
+# The momentum of an optimizer.
+
+
+def test_a_momentum_is_that_of_the_optimizer():
+    sgd = partial(SGD, lr=0.1, momentum=0.9)
+    for key, make in (
+        ("momentum_buffer", sgd),
+        ("momentum_buffer", lambda p: Lookahead(sgd(p), k=2)),
+        ("exp_avg", AdamW),
+    ):
+        model = cases.mlp()
+        optimizer = make(list(model.parameters())[:-1])
+        oracle, read = ModelOracle(model, cross_entropy), momentum_of(optimizer)
+        assert read(oracle) is None
+        assert not optimizer.state
+        cross_entropy(model(cases.batch()[0]), cases.batch()[1]).mean().backward()
+        optimizer.step()
+        v = read(oracle)
+        assert v.holes == {3}
+        held = optimizer.param_groups[0]["params"]
+        assert [cases.bits(t) for t in v.tensors[:-1]] == [cases.bits(optimizer.state[p][key]) for p in held]
+
+
+@pytest.mark.parametrize("make", [partial(SGD, lr=0.1), optim.Adagrad])
+def test_an_optimizer_without_momentum_is_refused(make):
+    model = cases.mlp()
+    optimizer = make(model.parameters())
+    sharp = SharpnessAware(model, MomentumSAM(buffer=momentum_of(optimizer)), cross_entropy)
+    with pytest.raises(ValueError, match=r"keeps no momentum .* MomentumSAM\(momentum=...\)"):
+        sharp(*cases.batch())
+
+
+def test_the_momentum_of_what_is_no_optimizer_is_refused():
+    with pytest.raises(TypeError, match=r"momentum_of takes the optimizer .* got 3"):
+        momentum_of(3)

@@ -22,6 +22,9 @@ from bisam import (
     ERM,
     ESAM,
     FSAM,
+    GAM,
+    GCSAM,
+    GNP,
     GSAM,
     KSAM,
     LESAM,
@@ -31,24 +34,33 @@ from bisam import (
     RAPP,
     RSAM,
     SAF,
+    SAGM,
     SAM,
     SAMDB,
     SAMON,
+    SAMSPS,
     SSAMD,
     SSAMF,
+    TSAM,
     WSAM,
     XSAM,
     ABiSAM,
+    Accumulated,
     AsyncSAM,
+    BilateralSAM,
     BiSAM,
     CEGPlus,
     During,
     EBiSAM,
+    EigenSAM,
     Every,
     ExtraGradient,
     FisherSAM,
+    FocalSAM,
     FunctionalSAM,
     GBiSAM,
+    ImbSAM,
+    Lookbehind,
     LookSAM,
     MomentumSAM,
     MultiStepSAM,
@@ -57,15 +69,30 @@ from bisam import (
     OptSAM,
     Oracle,
     SAMPa,
+    StableSAM,
     Tanh,
+    Tilted,
     VaSSO,
     Vector,
     WrongClasses,
     ZSharp,
+    momentum_of,
     next_step,
 )
 from bisam.masks import DropGrow, FisherMask, RandomMask
-from bisam.perturbations import L2, Adaptive, Friendly, LossEquated, NormLayers, Smoothed, ZScore
+from bisam.methods.longtail import ClassSAM, Tail
+from bisam.perturbations import (
+    L2,
+    Adaptive,
+    Centralised,
+    Friendly,
+    LossEquated,
+    NormLayers,
+    PerGroup,
+    PerTensor,
+    Smoothed,
+    ZScore,
+)
 from bisam.schedules import Cosine, FlipRate, Follow, Linear, Warmup
 from tests.support import references
 
@@ -194,6 +221,10 @@ def is_weight(name: str, p: Tensor) -> bool:
     return not name.endswith("bias")
 
 
+def is_matrix(name: str, p: Tensor) -> bool:
+    return p.dim() > 1
+
+
 def lr(step: references.Step) -> float:
     return step.optimizer.param_groups[0]["lr"]
 
@@ -254,6 +285,18 @@ FAMILY: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], references.Twin]
         lambda o: MultiStepSAM(Adaptive(0.5), steps=2),
         references.multi_step(references.adaptive(0.5), CE, CE, 2),
     ),
+    "EigenSAM": (lambda o: EigenSAM(L2(0.1), every=4), references.eigen_sam(B, CE, CE, 0.2, 4)),
+    "EigenSAM-log": (
+        lambda o: EigenSAM(Friendly(Adaptive(0.5)), NegLog(), alpha=1.0, every=3, iterations=2, r=0.05),
+        references.eigen_sam(
+            references.friendly(references.adaptive(0.5), 1.0, 0.9), LOG, CE, 1.0, 3, iterations=2, r=0.05
+        ),
+    ),
+    "SAMSPS": (lambda o: SAMSPS(floor=0.3, gamma_b=2.0), references.sam_sps(B, CE, CE, 0.3, 2.0, 0.0)),
+    "SAMSPS-log": (
+        lambda o: SAMSPS(Adaptive(0.5), NegLog(), floor=-1.0, weight_decay=0.02),
+        references.sam_sps(references.adaptive(0.5), LOG, CE, -1.0, 1.0, 0.02),
+    ),
     # Masks and what else is done to a gradient or a displacement.
     "RandomMask": (
         lambda o: SAM(RandomMask(L2(0.1), beta=0.4)),
@@ -307,12 +350,50 @@ FAMILY: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], references.Twin]
         lambda o: SAM(ZScore(Adaptive(0.5), keep=0.21)),
         references.climbing(references.outstanding(references.adaptive(0.5), 0.21), CE, CE),
     ),
+    "ZSharp-per-tensor": (
+        lambda o: ZSharp(PerTensor(0.05), keep=0.2),
+        references.climbing(references.outstanding(references.per_tensor(0.05), 0.2), CE, CE),
+    ),
+    "PerTensor-log": (
+        lambda o: SAM(PerTensor(Linear(0.1, 0.02, steps=12)), NegLog()),
+        references.of_step(lambda n: references.climbing(references.per_tensor(0.1 - 0.08 * min(n / 12, 1)), LOG, CE)),
+    ),
+    "GCSAM": (lambda o: GCSAM(0.1), references.climbing(references.centralised(B), CE, CE)),
+    "Centralised-adaptive-tanh": (
+        lambda o: SAM(Centralised(Adaptive(0.5, 0.01)), Tanh()),
+        references.climbing(references.centralised(references.adaptive(0.5, 0.01)), TANH, CE),
+    ),
     "SAMON": (lambda o: SAMON(0.1), references.climbing(references.norm_layers(B, is_norm), CE, CE)),
     "SAMON-adaptive-log": (
         lambda o: SAM(NormLayers(Adaptive(0.5, 0.01)), ascent=NegLog()),
         references.climbing(references.norm_layers(references.adaptive(0.5, 0.01), is_norm), LOG, CE),
     ),
     "Only": (lambda o: SAM(Only(is_weight, L2(0.1))), references.climbing(references.only(B, is_weight), CE, CE)),
+    "PerGroup": (
+        lambda o: SAM(PerGroup([(is_matrix, 0.1), (lambda name, p: True, Friendly(L2(0.05)))])),
+        references.climbing(
+            references.per_group(
+                [B, references.friendly(references.l2(0.05), 1.0, 0.9)],
+                [is_matrix, lambda name, p: not is_matrix(name, p)],
+                together=False,
+            ),
+            CE,
+            CE,
+        ),
+    ),
+    "PerGroup-all-log": (
+        lambda o: GSAM(PerGroup([(is_matrix, Adaptive(0.5)), (lambda name, p: True, L2(0.3))], norm="all"), NegLog()),
+        references.gsam(
+            references.per_group(
+                [references.adaptive(0.5), references.l2(0.3)],
+                [is_matrix, lambda name, p: not is_matrix(name, p)],
+                together=True,
+            ),
+            LOG,
+            CE,
+            0.4,
+        ),
+    ),
     "Only-smoothed-log": (
         lambda o: LookSAM(Only(is_weight, Smoothed(L2(0.1), theta=0.4)), NegLog(), k=2),
         references.looksam(references.only(references.smoothed(B, 0.4), is_weight), LOG, CE, 2, 0.7),
@@ -403,6 +484,10 @@ FAMILY: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], references.Twin]
         lambda o: MomentumSAM(Adaptive(0.5), NegLog(), momentum=0.5),
         references.momentum_sam(references.adaptive(0.5), LOG, 0.5),
     ),
+    "MomentumSAM-buffer": (
+        lambda o: MomentumSAM(L2(0.1), buffer=momentum_of(o)),
+        references.momentum_of_optimizer(B, CE),
+    ),
     "SAMPa": (lambda o: SAMPa(L2(0.1), ahead=next_step(o)), references.sampa(B, CE, CE, 0.2)),
     "SAMPa-0": (lambda o: SAMPa(L2(0.1), ahead=next_step(o), lam=0.0), references.sampa(B, CE, CE, 0.0)),
     "SAMPa-log": (
@@ -433,6 +518,47 @@ FAMILY: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], references.Twin]
     "GBiSAM": (lambda o: GBiSAM(0.1, Tanh(), alpha=0.7), references.gsam(B, TANH, CE, 0.7)),
     "WSAM": (lambda o: WSAM(L2(0.1), gamma=0.8), references.wsam(B, CE, CE, 0.8)),
     "WSAM-log": (lambda o: WSAM(L2(0.1), NegLog(), gamma=0.3), references.wsam(B, LOG, CE, 0.3)),
+    "GNP": (lambda o: GNP(0.1, alpha=0.7), references.gnp(B, CE, CE, 0.7)),
+    "GNP-log": (
+        lambda o: GNP(Friendly(L2(0.1)), 1.6, NegLog()),
+        references.gnp(references.friendly(B, 1.0, 0.9), LOG, CE, 1.6),
+    ),
+    "StableSAM": (lambda o: StableSAM(L2(0.1)), references.stable_sam(B, CE, CE)),
+    "StableSAM-log": (
+        lambda o: StableSAM(Smoothed(L2(0.1), theta=0.4), NegLog(), Tanh()),
+        references.stable_sam(references.smoothed(B, 0.4), LOG, TANH),
+    ),
+    "SAGM": (lambda o: SAGM(L2(0.1), alpha=0.05), references.sagm(B, CE, CE, 0.05)),
+    "SAGM-tanh": (
+        lambda o: SAGM(Adaptive(0.5), Tanh(), alpha=0.2),
+        references.sagm(references.adaptive(0.5), TANH, CE, 0.2),
+    ),
+    "BilateralSAM": (lambda o: BilateralSAM(L2(0.1)), references.bilateral_sam(B, CE, CE)),
+    "BilateralSAM-follow-log": (
+        lambda o: BilateralSAM(Friendly(L2(0.1)), NegLog(), behind=Follow(o, high=1.0, lr_low=1e-4)),
+        references.bilateral_sam(
+            references.friendly(B, 1.0, 0.9),
+            LOG,
+            CE,
+            lambda s: (lr(s) - 1e-4) / (s.memory.setdefault("lr", lr(s)) - 1e-4),
+        ),
+    ),
+    "Lookbehind": (lambda o: Lookbehind(L2(0.1), steps=3), references.lookbehind(B, CE, CE, 3, 0.5)),
+    "Lookbehind-log": (
+        lambda o: Lookbehind(Friendly(L2(0.1)), NegLog(), alpha=0.8),
+        references.lookbehind(references.friendly(B, 1.0, 0.9), LOG, CE, 2, 0.8),
+    ),
+    "Lookbehind-adaptive-alpha": (
+        lambda o: Lookbehind(Adaptive(0.5), alpha=None),
+        references.lookbehind(references.adaptive(0.5), CE, CE, 2, None),
+    ),
+    "GAM": (lambda o: GAM(L2(0.1), gamma=0.2), references.gam(B, references.l2(0.2), CE, CE, 0.5, 0.6, 0.2)),
+    "GAM-log": (
+        lambda o: GAM(Friendly(L2(0.1)), NegLog(), climb_norm=Adaptive(0.5), beta0=0.1, beta1=0.2),
+        references.gam(
+            references.friendly(B, 1.0, 0.9), references.adaptive(0.5), LOG, CE, beta0=0.1, beta1=0.2, gamma=0.03
+        ),
+    ),
     "CRSAM": (lambda o: CRSAM(), references.crsam(B, CE, CE, 0.1, 0.01)),
     "CRSAM-tanh": (lambda o: CRSAM(L2(0.1), Tanh(), gamma=0.3, beta=0.2), references.crsam(B, TANH, CE, 0.3, 0.2)),
     "XSAM": (lambda o: XSAM(L2(0.5), rho_max=3.0, every=3), references.xsam(references.l2(0.5), CE, CE, 3.0, 3, None)),
@@ -454,17 +580,58 @@ FAMILY: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], references.Twin]
     "RAPP-ridge": (lambda o: RAPP(0.2, prox=ridge), references.rapp(CE, 0.2, 3, lambda z: z / 1.14)),
     "ExtraGradient": (lambda o: ExtraGradient(0.3), references.rapp(CE, 0.3, 2)),
     "CEGPlus": (lambda o: CEGPlus(0.3, ridge), references.ceg_plus(CE, 0.3, lambda z: z / 1.21)),
+    # Long tails.
+    "ImbSAM": (
+        lambda o: ImbSAM(0.1, tail=[1, 3], weight=2.0),
+        references.class_sam(B, CE, [0.0, 2.0, 0.0, 2.0], [1.0, 0.0, 1.0, 0.0]),
+    ),
+    "FocalSAM": (
+        lambda o: FocalSAM(Friendly(L2(0.1)), 2.0, 0.8, counts=[50, 20, 20, 10]),
+        references.class_sam(
+            references.friendly(B, 1.0, 0.9),
+            CE,
+            [0.8 * (1 - pi) ** 2 for pi in (0.5, 0.2, 0.2, 0.1)],
+            [1 - 0.8 * (1 - pi) ** 2 for pi in (0.5, 0.2, 0.2, 0.1)],
+        ),
+    ),
+    "ClassSAM-log": (
+        lambda o: ClassSAM(Adaptive(0.5), NegLog(), Tanh(), weight=Tail([0])),
+        references.class_sam(references.adaptive(0.5), TANH, [1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 1.0, 1.0], ascent=LOG),
+    ),
     # Around any method.
     "RSAM": (lambda o: RSAM(0.05, SAM(L2(0.1))), references.rsam(0.05, references.climbing(B, CE, CE))),
     "RSAM-plain-adaptive": (
         lambda o: RSAM(0.1, SAM(Adaptive(0.5)), filters=False),
         references.rsam(0.1, references.climbing(references.adaptive(0.5), CE, CE), filters=False),
     ),
+    "RSAM-radius": (
+        lambda o: RSAM(0.1, SAM(L2(0.1)), filters=False, radius=0.3),
+        references.rsam(0.1, references.climbing(B, CE, CE), filters=False, radius=0.3),
+    ),
+    "TSAM": (
+        lambda o: TSAM(0.1, tilt=5.0, radius=0.3),
+        references.tilted(
+            3, lambda s: 5.0, references.rsam(1.0, references.valued(B, CE, CE), filters=False, radius=0.3)
+        ),
+    ),
+    "Tilted-friendly-log": (
+        lambda o: Tilted(2, RSAM(0.05, SAM(Friendly(L2(0.1)), NegLog())), tilt=Linear(20.0, 0.0, steps=12)),
+        references.tilted(
+            2,
+            lambda s: 20 * (1 - min(s.number / 12, 1)),
+            references.rsam(0.05, references.valued(references.friendly(B, 1.0, 0.9), LOG, CE)),
+        ),
+    ),
     "KSAM-RSAM-EBiSAM": (
         lambda o: KSAM(6, RSAM(0.01, EBiSAM(0.1, beta=0.8))),
         references.ksam(
             CE, 6, references.rsam(0.01, references.esam(references.random_mask(B, 0.8, "tensor"), LOG, CE, CE, 0.5))
         ),
+    ),
+    "Accumulated": (lambda o: Accumulated(3, SAM(L2(0.1))), references.accumulated(3, references.climbing(B, CE, CE))),
+    "Accumulated-GSAM-log": (
+        lambda o: Accumulated(5, GSAM(Friendly(L2(0.1)), NegLog())),
+        references.accumulated(5, references.gsam(references.friendly(B, 1.0, 0.9), LOG, CE, 0.4)),
     ),
     "MSAM-LookSAM": (
         lambda o: MSAM(3, LookSAM(L2(0.1), k=2), separate=True),

@@ -94,9 +94,12 @@ class Step:
     optimizer: torch.optim.Optimizer  # of the flat weights
     number: int = 0
     memory: dict[str, Any] = field(default_factory=dict)
+    micro: int | None = None  # a gradient is the mean over micro-batches of so many examples
 
     def grad(self, w: Tensor, loss: Loss, batch: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        return gradient(self.model, loss, *(batch or self.batch))(w)
+        x, y = batch or self.batch
+        parts = zip(x.split(self.micro or len(x)), y.split(self.micro or len(x)), strict=True)
+        return sum(len(a) * gradient(self.model, loss, a, b)(w) for a, b in parts) / len(x)
 
     def losses(self, w: Tensor, loss: Loss) -> Tensor:
         return loss(self.outputs(w), self.batch[1])
@@ -198,8 +201,38 @@ def outstanding(climb: Climb, keep: float) -> Climb:
     return lambda g, w, s: climb(join([filtered(p) for p in s.parts(g)]), w, s)
 
 
+def per_tensor(rho: float) -> Climb:
+    return lambda g, w, s: join([rho * p / p.norm() if p.norm() > 0 else p for p in s.parts(g)])
+
+
+def centralised(climb: Climb) -> Climb:
+    """Yong et al., 2020: each row of a matrix minus its mean; a kernel is a matrix with a row for each channel."""
+
+    def centred(g: Tensor) -> Tensor:
+        if g.dim() < 2:
+            return g
+        rows = g.reshape(len(g), -1)
+        return (rows - rows.sum(1, keepdim=True) / rows.shape[1]).view_as(g)
+
+    return lambda g, w, s: climb(join([centred(p) for p in s.parts(g)]), w, s)
+
+
 def norm_layers(climb: Climb, rule: Callable[[str, Tensor], bool]) -> Climb:
     return lambda g, w, s: climb(s.which(rule) * g, w, s)
+
+
+def per_group(climbs: list[Climb], rules: list[Callable[[str, Tensor], bool]], *, together: bool) -> Climb:
+    """The rules exclude each other."""
+
+    def climber(g: Tensor, w: Tensor, s: Step) -> Tensor:
+        masks = [s.which(rule) for rule in rules]
+        whole = sum(masks) * g
+        e = torch.zeros_like(g)
+        for i, (climb, mask) in enumerate(zip(climbs, masks, strict=True)):
+            e = e + mask * climb(whole if together else mask * g, w, s.part(f"group {i}"))
+        return e
+
+    return climber
 
 
 def only(climb: Climb, rule: Callable[[str, Tensor], bool]) -> Climb:
@@ -307,6 +340,43 @@ def multi_step(climb: Climb, ascent: Loss, descent: Loss, n: int) -> Twin:
     return twin
 
 
+def eigen_sam(
+    climb: Climb, ascent: Loss, descent: Loss, alpha: float, every: int, iterations: int = 5, r: float = 0.01
+) -> Twin:
+    """Differences of gradients of the model in eval mode, with the running statistics of the training so far."""
+
+    def twin(w: Tensor, s: Step) -> Tensor:
+        g = s.grad(w, ascent)
+        still = copy.deepcopy(s.model)
+        for name, b in still.named_buffers():
+            b.copy_(s.memory.get("buffers", {}).get(name, b))
+        load(still, w)
+        still(s.batch[0])
+        s.memory["buffers"] = {n: b.clone() for n, b in still.named_buffers()}
+        if s.number % every == 0:
+            v, slope = s.memory.get("v", None), gradient(still.eval(), descent, *s.batch)
+            v = join(s.noise()) if v is None else v
+            for _ in range(iterations):
+                v = unit(slope(w + r * unit(v)) - slope(w - r * unit(v)))
+            s.memory["v"] = v
+        v = s.memory["v"]
+        up = v - inner(v, unit(g)) * unit(g)
+        d = unit(g) + alpha * torch.sign(inner(g, v)) * up
+        return s.grad(w + d.norm() * climb(g.norm() * d, w, s.part("inner")), descent)
+
+    return twin
+
+
+def sam_sps(climb: Climb, ascent: Loss, descent: Loss, floor: float, most: float, decay: float) -> Twin:
+    def twin(w: Tensor, s: Step) -> Tensor:
+        e = climb(s.grad(w, ascent), w, s)
+        h, value = s.grad(w + e, descent), s.losses(w + e, descent).mean()
+        gamma = max(value - floor - inner(h, e), 0.0) / inner(h, h)
+        return min(gamma, most) * (h + decay * w)
+
+    return twin
+
+
 def esam(climb: Climb, ascent: Loss, descent: Loss, select: Loss, gamma: float) -> Twin:
     def twin(w: Tensor, s: Step) -> Tensor:
         e = climb(s.grad(w, ascent), w, s)
@@ -329,6 +399,85 @@ def wsam(climb: Climb, ascent: Loss, descent: Loss, gamma: float) -> Twin:
     def twin(w: Tensor, s: Step) -> Tensor:
         g, h = s.grad(w, descent), climbing(climb, ascent, descent)(w, s)
         return g + gamma / (1 - gamma) * (h - g)
+
+    return twin
+
+
+def gnp(climb: Climb, ascent: Loss, descent: Loss, alpha: float) -> Twin:
+    """Zhao et al., 2022, eq. 11."""
+    return lambda w, s: (1 - alpha) * s.grad(w, descent) + alpha * climbing(climb, ascent, descent)(w, s)
+
+
+def stable_sam(climb: Climb, ascent: Loss, descent: Loss) -> Twin:
+    return lambda w, s: s.grad(w, descent).norm() * unit(climbing(climb, ascent, descent)(w, s))
+
+
+def sagm(climb: Climb, ascent: Loss, descent: Loss, alpha: float) -> Twin:
+    def twin(w: Tensor, s: Step) -> Tensor:
+        g = s.grad(w, descent)
+        e = climb(s.grad(w, ascent), w, s)
+        return (g + s.grad(w + e - alpha * g, descent)) / 2
+
+    return twin
+
+
+def bilateral_sam(climb: Climb, ascent: Loss, descent: Loss, behind: Callable[[Step], float] = lambda s: 1.0) -> Twin:
+    def twin(w: Tensor, s: Step) -> Tensor:
+        e = climb(s.grad(w, ascent), w, s)
+        most, least = s.grad(w + e, descent), s.grad(w - behind(s) * e, descent)
+        return most + s.grad(w, descent) - most.norm() * unit(least)
+
+    return twin
+
+
+def lookbehind(climb: Climb, ascent: Loss, descent: Loss, k: int, alpha: float | None) -> Twin:
+    """Fast weights that take a step of length 1 for each ascent step, and slow ones that follow a part of the way."""
+
+    def twin(w: Tensor, s: Step) -> Tensor:
+        at, fast, first = w, w, None
+        for _ in range(k):
+            at = at + climb(s.grad(at, ascent), w, s)
+            fast = fast - s.grad(at, descent)
+            first = fast if first is None else first
+        if alpha is not None:
+            return w - (w + alpha * (fast - w))
+        shares = []
+        for a, b in zip(s.parts(first - w), s.parts(fast - w), strict=True):
+            cosine = inner(a.reshape(-1), b.reshape(-1)) / (a.norm() * b.norm()) if b.norm() > 0 else 0.0
+            shares.append((1 + cosine) / 2 * torch.ones_like(a))
+        return w - (w + join(shares) * (fast - w))
+
+    return twin
+
+
+def gam(climb: Climb, outer: Climb, ascent: Loss, descent: Loss, beta0: float, beta1: float, gamma: float) -> Twin:
+    def twin(w: Tensor, s: Step) -> Tensor:
+        inside = s.part("inner")
+        e = climb(s.grad(w, ascent), w, inside)
+        up = w + outer(s.grad(w + e, ascent) - s.grad(w, ascent), w, s.part("outer"))
+        g = [s.grad(v, descent) for v in (w, w + e, up, up + climb(s.grad(up, ascent), w, inside))]
+        m, n = g[0] + (1 - beta0) * g[2], beta1 * g[1] + (1 - beta1) * g[3]
+        return n - gamma * (m - inner(m, n) / inner(n, n) * n)
+
+    return twin
+
+
+def of_classes(weights: list[float], loss: Loss) -> Loss:
+    def weighted(outputs: Tensor, labels: Tensor) -> Tensor:
+        return torch.stack(
+            [weights[y] * value for y, value in zip(labels.tolist(), loss(outputs, labels), strict=True)]
+        )
+
+    return weighted
+
+
+def class_sam(
+    climb: Climb, descent: Loss, weights: list[float], plain: list[float], ascent: Loss | None = None
+) -> Twin:
+    sharp, rest = of_classes(weights, descent), of_classes(plain, descent)
+
+    def twin(w: Tensor, s: Step) -> Tensor:
+        return s.grad(w, rest) + s.grad(w + climb(s.grad(w, ascent or sharp), w, s), sharp)
 
     return twin
 
@@ -411,6 +560,15 @@ def momentum_sam(climb: Climb, descent: Loss, momentum: float) -> Twin:
         h = s.grad(w if v is None else w + climb(-v, w, s), descent)
         s.memory["v"] = h if v is None else momentum * v + h
         return h
+
+    return twin
+
+
+def momentum_of_optimizer(climb: Climb, descent: Loss) -> Twin:
+    def twin(w: Tensor, s: Step) -> Tensor:
+        (state,) = s.optimizer.state.values() if s.optimizer.state else ({},)
+        v = state.get("momentum_buffer", state.get("exp_avg"))
+        return s.grad(w if v is None else w + climb(-v, w, s), descent)
 
     return twin
 
@@ -539,6 +697,10 @@ def saf(make: Callable[[Loss], Twin], loss: Loss, lam: float, t: float, epoch: i
     return outer
 
 
+def accumulated(m: int, twin: Twin) -> Twin:
+    return lambda w, s: twin(w, replace(s, micro=m))
+
+
 def msam(m: int, twin: Twin) -> Twin:
     def outer(w: Tensor, s: Step) -> Tensor:
         parts = torch.arange(len(s.batch[0])).split(m)
@@ -551,15 +713,37 @@ def ksam(loss: Loss, k: int, twin: Twin) -> Twin:
     return lambda w, s: twin(w, s.on(s.losses(w, loss).topk(k).indices))
 
 
-def rsam(sigma: float, twin: Twin, filters: bool = True) -> Twin:
+def rsam(sigma: float, twin: Twin, filters: bool = True, radius: float = inf) -> Twin:
     def scale(p: Tensor) -> Tensor:
         return p.norm() if p.dim() < 2 else p.flatten(1).norm(dim=1).view(-1, *[1] * (p.dim() - 1))
 
     def outer(w: Tensor, s: Step) -> Tensor:
         noise = [n * scale(p) if filters else n for n, p in zip(s.noise(), s.parts(w), strict=True)]
-        return twin(w + sigma * join(noise), s)
+        noise = sigma * join(noise)
+        return twin(w + min(1.0, radius / noise.norm().item()) * noise, s)
 
     return outer
+
+
+def tilted(samples: int, tilt: Callable[[Step], float], twin: Callable[[Tensor, Step], tuple[Tensor, Tensor]]) -> Twin:
+    """Li et al., 2024: a softmax of the losses; `twin` gives the point of the loss, and the gradient."""
+
+    def outer(w: Tensor, s: Step) -> Tensor:
+        found = [twin(w, s.part(f"sample {i}")) for i in range(samples)]
+        weights = torch.softmax(torch.stack([tilt(s) * value for value, _ in found]), 0)
+        return sum(p * h for p, (_, h) in zip(weights, found, strict=True))
+
+    return outer
+
+
+def valued(climb: Climb, ascent: Loss, descent: Loss) -> Callable[[Tensor, Step], tuple[Tensor, Tensor]]:
+    """SAM, with the loss at the end of the ascent."""
+
+    def pair(w: Tensor, s: Step) -> tuple[Tensor, Tensor]:
+        at = w + climb(s.grad(w, ascent), w, s)
+        return s.losses(at, descent).mean(), s.grad(at, descent)
+
+    return pair
 
 
 def every(k: int, twin: Twin, otherwise: Twin) -> Twin:

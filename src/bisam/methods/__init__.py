@@ -15,11 +15,17 @@ the descent gradient, e the displacement.
 from bisam.methods.bayesian import BSAM as BSAM
 from bisam.methods.combined import (
     CRSAM as CRSAM,
+    GAM as GAM,
+    GNP as GNP,
     GSAM as GSAM,
+    SAGM as SAGM,
     WSAM as WSAM,
     XSAM as XSAM,
+    BilateralSAM as BilateralSAM,
     FunctionalSAM as FunctionalSAM,
     GBiSAM as GBiSAM,
+    Lookbehind as Lookbehind,
+    StableSAM as StableSAM,
 )
 from bisam.methods.efficient import (
     AESAM as AESAM,
@@ -31,17 +37,21 @@ from bisam.methods.efficient import (
     SAMPa as SAMPa,
 )
 from bisam.methods.games import RAPP as RAPP, CEGPlus as CEGPlus, ExtraGradient as ExtraGradient
+from bisam.methods.longtail import FocalSAM as FocalSAM, ImbSAM as ImbSAM
 from bisam.methods.method import Method as Method
 from bisam.methods.sam import (
     ASAM as ASAM,
     ERM as ERM,
     FSAM as FSAM,
+    GCSAM as GCSAM,
     LESAM as LESAM,
     SAM as SAM,
     SAMON as SAMON,
+    SAMSPS as SAMSPS,
     SSAMD as SSAMD,
     ABiSAM as ABiSAM,
     BiSAM as BiSAM,
+    EigenSAM as EigenSAM,
     FisherSAM as FisherSAM,
     MultiStepSAM as MultiStepSAM,
     VaSSO as VaSSO,
@@ -49,4 +59,13 @@ from bisam.methods.sam import (
 )
 from bisam.methods.stale import SAMDB as SAMDB, AsyncSAM as AsyncSAM, OptSAM as OptSAM
 from bisam.methods.trajectory import MESA as MESA, SAF as SAF
-from bisam.methods.wrappers import KSAM as KSAM, MSAM as MSAM, RSAM as RSAM, During as During, Every as Every
+from bisam.methods.wrappers import (
+    KSAM as KSAM,
+    MSAM as MSAM,
+    RSAM as RSAM,
+    TSAM as TSAM,
+    Accumulated as Accumulated,
+    During as During,
+    Every as Every,
+    Tilted as Tilted,
+)

@@ -285,13 +285,16 @@ class MomentumSAM:
     Source: https://arxiv.org/abs/2401.12033. v <- momentum v + h, and h is computed at w - rho v/||v||, with the v of
     the previous step; at the first step h is computed at w. v is the momentum buffer of SGD with this momentum and
     without weight decay, if each loss is one step. Under gradient accumulation it is updated at each micro-batch, and
-    in data-parallel training each replica has its own. Between steps the model has its unperturbed weights. Running
-    statistics are updated at the displaced point, because there is no query at the weights.
+    in data-parallel training each replica has its own. With `buffer` v is the optimizer's own momentum, as in the
+    authors' code: it takes no memory, counts steps of the optimizer, and is that of all replicas. Between steps the
+    model has its unperturbed weights. Running statistics are updated at the displaced point, because there is no query
+    at the weights.
 
     Args:
         perturb: see `SAM`; it is applied to -v. The authors use rho 0.3 to 3.
         descent: see `SAM`.
-        momentum: decay of v, in [0, 1); use the value of the optimizer.
+        momentum: decay of v, in [0, 1); use the value of the optimizer. Without effect if there is a `buffer`.
+        buffer: `momentum_of(optimizer)`, with the optimizer of the training loop. Default: the method keeps v.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -301,20 +304,28 @@ class MomentumSAM:
     perturb: Perturbation | Radius = field(default=L2(0.3))
     descent: Objective | None = None
     momentum: float = 0.9
-    stateful: ClassVar[bool] = True
+    buffer: Callable[[Oracle], Vector | None] | None = None
+
+    @property
+    def stateful(self) -> bool:
+        """Whether the method keeps the momentum."""
+        return self.buffer is None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "perturb", geometry(self.perturb))
+        if self.buffer is not None:
+            instance("buffer", self.buffer, "momentum_of(optimizer)")
         if self.descent is not None:
             instance("descent", self.descent, "an objective such as bisam.cross_entropy")
         share("momentum", self.momentum, zero=True, one=False)
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
         """Makes one query."""
-        v: Vector | None = oracle.state.get("v")
+        v: Vector | None = oracle.state.get("v") if self.buffer is None else self.buffer(oracle)
         inside, perturb = oracle.within("perturb"), cast(Perturbation, self.perturb)
         answer = oracle.query(batch, self.descent, at=None if v is None else perturb(-v, inside), track=True)
-        oracle.state["v"] = answer.gradient if v is None else v * self.momentum + answer.gradient
+        if self.buffer is None:
+            oracle.state["v"] = answer.gradient if v is None else v * self.momentum + answer.gradient
         return answer
 
 

@@ -16,7 +16,7 @@ A subclass inherits `counts_flips` only if it inherits `__call__` and `climb` to
 from __future__ import annotations
 
 from dataclasses import fields, is_dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from bisam.batches import Batch
 from bisam.evaluation import Evaluation
@@ -63,8 +63,7 @@ def follows_flips(value: Any, *, uncounted: bool = False) -> bool:
         return True
     if uncounted and _counts_flips(type(value)):
         return False
-    parts = [getattr(value, f.name) for f in fields(value)] if is_dataclass(value) else []
-    return any(follows_flips(part, uncounted=uncounted) for part in parts)
+    return any(follows_flips(part, uncounted=uncounted) for part in _parts(value))
 
 
 def _counts_flips(kind: type) -> bool:
@@ -82,5 +81,11 @@ def unwrapped(method: Any) -> Any:
 def _having(trait: str, value: Any) -> str | None:
     if getattr(value, trait, False) or getattr(value, OLDER_NAMES.get(trait, trait), False):
         return type(value).__name__
-    parts = [getattr(value, f.name) for f in fields(value)] if is_dataclass(value) else []
-    return next((found for part in parts if (found := _having(trait, part))), None)
+    return next((found for part in _parts(value) if (found := _having(trait, part))), None)
+
+
+def _parts(value: Any) -> list[Any]:
+    """Returns the fields of a dataclass, and the elements of a list or tuple of parts such as those of `PerGroup`."""
+    if isinstance(value, list | tuple):
+        return [*cast("list[Any]", value)]
+    return [getattr(value, f.name) for f in fields(value)] if is_dataclass(value) else []

@@ -14,8 +14,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, cast
+
+import torch
 
 from bisam.batches import Batch
 from bisam.evaluation import Evaluation
@@ -27,6 +29,7 @@ from bisam.oracle import Oracle, Query
 from bisam.perturbations import (
     L2,
     Adaptive,
+    Centralised,
     Friendly,
     LossEquated,
     NormLayers,
@@ -39,8 +42,8 @@ from bisam.perturbations import (
     needed,
 )
 from bisam.schedules import Radius
-from bisam.validation import MOST_QUERIES, instance, whole
-from bisam.vector import Vector
+from bisam.validation import MOST_QUERIES, finite, instance, non_negative, positive, whole
+from bisam.vector import TINY, Vector, widened
 
 
 @dataclass(frozen=True)
@@ -257,7 +260,8 @@ def VaSSO(rho: Perturbation | Radius = 0.05, theta: float = 0.9, ascent: Objecti
 def ZSharp(rho: Perturbation | Radius = 0.05, keep: float = 0.05, ascent: Objective | None = None) -> SAM:
     """ZSharp: SAM along the entries of the gradient with the largest z-scores (Yun, 2025).
 
-    Source: https://arxiv.org/abs/2505.02369. The same as `SAM(ZScore(rho, keep), ascent)`.
+    Source: https://arxiv.org/abs/2505.02369. The same as `SAM(ZScore(rho, keep), ascent)`. As in the paper all tensors
+    share one radius; `ZSharp(PerTensor(rho))` gives each its own, as the authors' code does.
 
     Args:
         rho: a radius >= 0 (a number or a schedule), or a perturbation that is applied to the filtered gradient.
@@ -269,6 +273,22 @@ def ZSharp(rho: Perturbation | Radius = 0.05, keep: float = 0.05, ascent: Object
         ValueError: `rho` or `keep` is outside its range.
     """
     return SAM(ZScore(rho, keep), ascent=ascent)
+
+
+def GCSAM(rho: Perturbation | Radius = 0.05, ascent: Objective | None = None) -> SAM:
+    """GCSAM: SAM along the centralised gradient (Hassan et al., 2025).
+
+    Source: https://arxiv.org/abs/2501.11584. The same as `SAM(Centralised(rho), ascent)`.
+
+    Args:
+        rho: a radius >= 0 (a number or a schedule), or a perturbation that is applied to the centralised gradient.
+        ascent: see `SAM`.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: `rho` is negative or not finite.
+    """
+    return SAM(Centralised(rho), ascent=ascent)
 
 
 def SAMON(rho: Perturbation | Radius = 0.05, ascent: Objective | None = None) -> SAM:
@@ -390,3 +410,107 @@ class MultiStepSAM(SAM):
             further = self.displacement(oracle.query(batch, self.ascent, at=e, wrt=wrt).gradient, oracle)
             e = e + further * (1 / self.steps)
         return e
+
+
+@dataclass(frozen=True, repr=False)
+class EigenSAM(SAM):
+    """Eigen-SAM: turns the ascent towards the top eigenvector of the Hessian (Luo et al., 2024).
+
+    Source: https://arxiv.org/abs/2501.12666, as in the authors' code. With the unit eigenvector v and the ascent
+    gradient g the displacement is that of SAM along g/||g|| + alpha sign(<g, v>) u, where u is the component of v that
+    is orthogonal to g; it is longer than that of SAM by the length of this sum, at most sqrt(1 + alpha^2).
+
+    v is estimated by `iterations` steps of power iteration for the Hessian of the descent objective on the batch, at
+    every `every`-th step, beginning with the last v. Products with the Hessian are central differences of gradients,
+    in eval mode, in which dropout is off and running statistics are constants. The authors compute the products by a
+    second backward pass, and have no v before step `every`; here there is one from the first step on.
+
+    Args:
+        perturb: see `SAM`; the authors use rho 0.1 on CIFAR-100.
+        ascent: see `SAM`.
+        descent: see `SAM`.
+        alpha: weight of the eigenvector, >= 0; 0 is SAM. The authors use 0.2.
+        every: interval between two estimates in steps, >= 1.
+        iterations: steps of power iteration, from 1 to 1,000; each takes two gradients.
+        r: distance of the differences from the weights, > 0.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is outside its range.
+    """
+
+    alpha: float = 0.2
+    every: int = 100
+    iterations: int = 5
+    r: float = 0.01
+    stateful: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        non_negative("alpha", self.alpha)
+        whole("every", self.every)
+        whole("iterations", self.iterations, most=MOST_QUERIES)
+        positive("r", self.r)
+
+    def climb(self, oracle: Oracle, batch: Batch) -> Vector:
+        """Returns the displacement; makes 2 `iterations` more queries at steps that estimate the eigenvector."""
+        g = oracle.query(batch, self.ascent).gradient
+        if oracle.step % self.every == 0 or "v" not in oracle.state:
+            oracle.state["v"] = self._eigenvector(oracle, batch)
+        v, length = cast(Vector, oracle.state["v"]), g.norm()
+        g = g + (v - v.onto(g)) * (torch.sign(g.dot(v)) * length * self.alpha)
+        return self.displacement(g, oracle) * (g.norm() / (length + TINY))
+
+    def _eigenvector(self, oracle: Oracle, batch: Batch) -> Vector:
+        v: Vector = oracle.state.get("v") or oracle.weights.random(torch.randn_like)
+        for _ in range(self.iterations):
+            v = v * (self.r / (v.norm() + TINY))
+            ends = oracle.ask([Query(batch, self.descent, at, buffers=oracle.buffers) for at in (v, -v)])
+            v = ends[0].gradient - ends[1].gradient
+            del ends  # frees the gradients before the next queries
+        return v / (v.norm() + TINY)
+
+
+@dataclass(frozen=True, repr=False)
+class SAMSPS(SAM):
+    """SAM-SPS: SAM with a Polyak step in place of a learning rate (Oikonomou and Loizou, 2026).
+
+    Source: https://arxiv.org/abs/2606.01827, as in the authors' code. With h the gradient at w + e the step size is
+    gamma = min([L(w + e) - floor - <h, e>]_+ / ||h||^2, gamma_b), and the returned gradient is gamma (h + weight_decay
+    w). A method sets no learning rate: use SGD with learning rate 1 and without momentum and weight decay, whose step
+    is then that of the paper.
+
+    Args:
+        perturb: see `SAM`; the authors use rho 0.1.
+        ascent: see `SAM`.
+        descent: see `SAM`.
+        floor: lower bound of the loss of a batch, a finite number; 0 for cross-entropy without label smoothing.
+        gamma_b: largest step size, > 0.
+        weight_decay: L2 penalty, >= 0; the authors use 5e-4.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is outside its range.
+    """
+
+    perturb: Perturbation | Radius = field(default=L2(0.1))
+    floor: float = 0.0
+    gamma_b: float = 1.0
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        finite("floor", self.floor)
+        positive("gamma_b", self.gamma_b)
+        non_negative("weight_decay", self.weight_decay)
+
+    def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
+        """Makes two queries."""
+        e = self.climb(oracle, batch)
+        answer = oracle.query(batch, self.descent, at=e)
+        h, length = answer.gradient, answer.gradient.norm() + TINY
+        gain = widened(answer.value) - self.floor - h.dot(e)
+        gamma = (gain.clamp_min(0) / length / length).clamp_max(self.gamma_b)
+        if self.weight_decay:
+            h = h.like((h + oracle.weights * self.weight_decay).tensors, h.holes)
+        return replace(answer, grad=h * gamma)

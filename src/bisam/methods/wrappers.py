@@ -2,26 +2,37 @@
 
 They nest in any order:
 
-    >>> from bisam import MSAM, KSAM, RSAM, SAM, BiSAM, During, EBiSAM, Every, L2
+    >>> from bisam import MSAM, KSAM, RSAM, SAM, Accumulated, BiSAM, During, EBiSAM, Every, L2, Tilted
     >>> m_sharpness = MSAM(32, BiSAM())                   # each micro-batch of 32 has its own perturbation
+    >>> one_ball = Accumulated(32, BiSAM())               # micro-batches of 32 that share one perturbation
     >>> hardest = KSAM(16, RSAM(0.01, EBiSAM()))          # on the 16 hardest examples, around a random point
     >>> sparse = Every(5, SAM(L2(0.1)))                   # at every fifth step, with the plain gradient in between
     >>> late = During(SAM(), start=8_000)                 # in the last epochs only
+    >>> tilted = Tilted(3, RSAM(0.01, BiSAM()))           # three random points, the worst of which counts most
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from bisam import schedules
 from bisam.batches import Batch, examples, largest, split
 from bisam.evaluation import Evaluation, divisor, join
 from bisam.methods.method import Method, follows_flips, stateful
 from bisam.methods.sam import ERM, SAM
-from bisam.oracle import Oracle
-from bisam.validation import instance, non_negative, whole
+from bisam.objectives import Objective
+from bisam.oracle import Oracle, Query, View
+from bisam.perturbations import Perturbation
+from bisam.schedules import Radius
+from bisam.validation import MOST_QUERIES, instance, non_negative, positive, whole
+from bisam.vector import TINY, Vector, widened
+
+_METHOD = "SAM(), BiSAM() or another (oracle, batch) -> Evaluation"
 
 
 @dataclass(frozen=True)
@@ -73,16 +84,92 @@ class MSAM:
         oracle.agree("micro-batches", len(parts))
         if len(parts) == 1:
             return self.method(oracle.within("part 0"), batch)
-        g, answers = None, list[Evaluation]()
-        for i, part in enumerate(parts):
-            oracle.next_part()
-            answer = self.method(oracle.within(f"part {i}"), part)
+        return _joined(oracle, parts, lambda i, part: self.method(oracle.within(f"part {i}"), part))
+
+
+def _joined(oracle: Oracle, parts: Sequence[Batch], ask: Callable[[int, Batch], Evaluation]) -> Evaluation:
+    """Returns the answer for a batch from the answers for its parts, which are asked in turn."""
+    g, answers = None, list[Evaluation]()
+    for i, part in enumerate(parts):
+        oracle.next_part()
+        answer = ask(i, part)
+        if answer.grad is not None:
             share = answer.gradient * answer.count
             g = share if g is None else g + share
-            answers.append(replace(answer, grad=None))
-            del answer, share  # free their memory before the passes of the next part
-        joined = join(answers)
-        return replace(joined, grad=None if g is None else g / divisor(joined.count))
+            del share
+        answers.append(replace(answer, grad=None))
+        del answer  # free their memory before the passes of the next part
+    joined = join(answers)
+    return replace(joined, grad=None if g is None else g / divisor(joined.count))
+
+
+@dataclass(frozen=True)
+class Accumulated:
+    """Applies a method to the whole batch, and computes each of its queries in micro-batches of `m` examples.
+
+    This is gradient accumulation with one perturbation for all micro-batches: the displacement is made of the gradient
+    of the whole batch, and the memory of a pass is that of a micro-batch. The loop calls the loss once for each step of
+    the optimizer, with all examples of the step. In a loop that calls it for each micro-batch, each has a perturbation
+    of its own, as in `MSAM`.
+
+    Running statistics are updated once per micro-batch. Losses that are no means over examples (contrastive losses,
+    batch normalisation in the loss) are those of micro-batches. The displacement is kept during the micro-batches of a
+    query: one more tensor of the size of each weight. Hidden states of the model go on from query to query.
+
+    Args:
+        m: examples in a micro-batch, >= 1; the last one may be smaller. A micro-batch is weighted by its number of
+            examples that count.
+        method: the method.
+
+    Raises:
+        TypeError: `m` is not an int, or `method` is not a method.
+        ValueError: `m` is less than 1.
+
+    Raises when called:
+        ValueError: ranks that wait for each other in each pass have different numbers of micro-batches.
+
+    Example:
+        >>> import torch
+        >>> from bisam import SAM, Accumulated, SharpnessAware, cross_entropy
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(4, 3).double()
+        >>> x, y = torch.randn(64, 4).double(), torch.randint(3, (64,))
+        >>> whole = SharpnessAware(model, SAM(0.1), cross_entropy)(x, y)
+        >>> parts = SharpnessAware(model, Accumulated(16, SAM(0.1)), cross_entropy)(x, y)    # a quarter of the memory
+        >>> torch.testing.assert_close(parts, whole)
+    """
+
+    m: int
+    method: Method = field(default=SAM())
+
+    def __post_init__(self) -> None:
+        whole("m, the number of examples in a micro-batch,", self.m)
+        instance("method", self.method, _METHOD)
+
+    def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
+        """Makes the queries of the method, each of them for every micro-batch in turn."""
+        return self.method(_InParts(oracle, self.m), batch)
+
+
+class _InParts(View):
+    """An oracle that answers each query in micro-batches of `m` examples."""
+
+    def __init__(self, oracle: Oracle, m: int) -> None:
+        super().__init__(oracle)
+        self._m = m
+
+    def ask(self, queries: Sequence[Query]) -> list[Evaluation]:
+        """See `Oracle.ask`."""
+        return [self._answer(query) for query in queries]
+
+    def _answer(self, query: Query) -> Evaluation:
+        parts = split(query.batch, self._m)
+        self.agree("micro-batches", len(parts))
+        if len(parts) == 1:
+            return super().ask([query])[0]
+        track, at = query.tracks, query.take()
+        queries = (replace(query, batch=part, at=at, track=track) for part in parts)
+        return _joined(self, parts, lambda i, part: View.ask(self, [next(queries)])[0])
 
 
 @dataclass(frozen=True)
@@ -144,19 +231,23 @@ class RSAM:
         method: method that is applied at the random point.
         filters: if True, scale the noise by the norm of each filter (a slice along the first dimension of a tensor of
             two or more dimensions), and of each tensor of fewer dimensions. If False, all entries have the same noise.
+        radius: largest length of the noise, > 0; longer noise is scaled to it. Default: no limit.
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: `sigma` is negative or not finite.
+        ValueError: `sigma` is negative or not finite, or `radius` is not positive and finite.
     """
 
     sigma: float
     method: Method = field(default=SAM())
     filters: bool = True
+    radius: float | None = None
 
     def __post_init__(self) -> None:
         non_negative("sigma", self.sigma)
         instance("method", self.method, _METHOD)
+        if self.radius is not None:
+            positive("radius", self.radius)
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
         """Makes the queries of the method, all displaced by the same noise."""
@@ -165,12 +256,104 @@ class RSAM:
             return self.method(inside, batch)
         w = oracle.weights
         noise = w.random(torch.randn_like) * w.each(lambda t: (self.sigma * self._scale(t)).expand_as(t))
+        if self.radius is not None:
+            noise = noise * (self.radius / (noise.norm() + TINY)).clamp_max(1.0)
         return self.method(inside.shifted(noise, track=True), batch)
 
     def _scale(self, w: Tensor) -> Tensor:
         if not self.filters:
             return w.new_ones(())
         return torch.linalg.vector_norm(w, dim=tuple(range(1, w.dim())) if w.dim() > 1 else None, keepdim=True)
+
+
+@dataclass(frozen=True)
+class Tilted:
+    """Tilted sharpness: applies a method several times and weights the answers by exp(tilt loss) (Li et al., 2024).
+
+    Source: https://arxiv.org/abs/2410.22656. With loss l_i and gradient h_i of answer i the gradient is the mean of h_i
+    with the weights exp(tilt l_i). It is that of log(mean exp(tilt l))/tilt, which is the mean of the losses for tilt 0
+    and their maximum in the limit. `TSAM` is the method of the paper, where a sample is SAM at a random point. A method
+    that draws nothing gives equal answers, and is what the wrapper is then. Running statistics are updated by the first
+    sample; the authors' code updates them in each.
+
+    Args:
+        samples: number of answers, from 1 to 1,000; 1 is the method.
+        method: method that is applied; each sample has a state of its own. The reported loss is the mean with the same
+            weights.
+        tilt: tilt, >= 0, a number or a schedule; the authors' default is 1.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: `samples` or `tilt` is outside its range.
+    """
+
+    samples: int = 3
+    method: Method = field(default=RSAM(0.01))
+    tilt: Radius = 1.0
+
+    def __post_init__(self) -> None:
+        whole("samples", self.samples, most=MOST_QUERIES)
+        instance("method", self.method, _METHOD)
+        schedules.check("tilt", self.tilt)
+
+    def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
+        """Makes the queries of the method for each sample in turn."""
+        tilt, sums, last = schedules.at(self.tilt, oracle.step), None, list[Evaluation]()
+        for i in range(self.samples):
+            inside = oracle.within(f"sample {i}")
+            answer = self.method(inside if i == 0 else inside.without_tracking(), batch)
+            if self.samples == 1:
+                return answer
+            value = widened(answer.value)
+            sums = _weighted(sums, answer.gradient, value, value * tilt)
+            last = [replace(answer, grad=None)]
+            del answer  # frees its memory before the passes of the next sample
+        g, value, total, _ = cast(_Sums, sums)
+        return replace(last[0], grad=g / total, value=(value / total).to(last[0].value.dtype))
+
+
+_Sums = tuple[Vector, Tensor, Tensor, Tensor]
+"""The sums of gradients, values and weights, which are relative to the largest exponent so far: the last entry."""
+
+
+def _weighted(sums: _Sums | None, gradient: Vector, value: Tensor, exponent: Tensor) -> _Sums:
+    """Adds an answer with the weight exp(exponent), which may exceed the range of its type."""
+    if sums is None:
+        return gradient, value, torch.ones_like(value), exponent
+    g, v, total, top = sums
+    new = torch.maximum(top, exponent)
+    old, now = torch.exp(top - new), torch.exp(exponent - new)
+    return g * old + gradient * now, v * old + value * now, total * old + now, new
+
+
+def TSAM(
+    rho: Perturbation | Radius = 0.05,
+    samples: int = 3,
+    tilt: Radius = 1.0,
+    sigma: float = 1.0,
+    radius: float | None = 1.0,
+    ascent: Objective | None = None,
+) -> Tilted:
+    """TSAM: tilted SAM, the mean over SAM at random points where those with a larger loss count more (Li et al., 2024).
+
+    Source: https://arxiv.org/abs/2410.22656, as in the authors' code: a sample is the gradient of SAM at w plus
+    Gaussian noise that is scaled to a length of `radius` at most, and its loss is that at the end of the ascent. The
+    same as `Tilted(samples, RSAM(sigma, SAM(rho, ascent), filters=False, radius=radius), tilt)`. Defaults are those of
+    the authors' code for images; in a network of many weights the noise always has the length `radius`.
+
+    Args:
+        rho: a radius >= 0 (a number or a schedule), or a perturbation.
+        samples: number of random points, from 1 to 1,000.
+        tilt: tilt, >= 0, a number or a schedule; with 0 all points count the same.
+        sigma: standard deviation of the noise of each entry, >= 0.
+        radius: largest length of the noise, > 0, or None for no limit.
+        ascent: see `SAM`.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is outside its range.
+    """
+    return Tilted(samples, RSAM(sigma, SAM(rho, ascent=ascent), filters=False, radius=radius), tilt)
 
 
 @dataclass(frozen=True)
@@ -241,6 +424,3 @@ class During:
             return self.method(oracle.within("method", step - self.start), batch)
         before = step if step < self.start else step - ((stop or 0) - self.start)
         return self.otherwise(oracle.within("otherwise", before), batch)
-
-
-_METHOD = "SAM(), BiSAM() or another (oracle, batch) -> Evaluation"

@@ -170,7 +170,8 @@ class ClassWeighted(OfClasses, ObjectiveWrapper):
     with a bound: ImbSAM (Zhou et al., 2023, https://arxiv.org/abs/2308.07815) climbs the tail classes, whose weights
     are 1 and the others' 0; Focal-SAM (Li et al., 2025, https://arxiv.org/abs/2505.01660) climbs the losses with the
     weights of `Focal`. The descent of both is another: they add the gradient of what is not climbed at the weights
-    themselves, where `SAM` descends on the training loss at the displaced ones.
+    themselves, where `SAM` descends on the training loss at the displaced ones. `bisam.ImbSAM` and `bisam.FocalSAM` are
+    the whole methods.
 
     Args:
         bound: the objective: a `LowerBound`, `OBF` or `cross_entropy`; its `ignore_index` is used.

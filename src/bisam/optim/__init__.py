@@ -1,4 +1,4 @@
 """Optim: `next_step`, which computes the next step of an optimizer in advance, Lookahead and ProximalPoint."""
 
 from bisam.optim.lookahead import Lookahead as Lookahead, ProximalPoint as ProximalPoint
-from bisam.optim.preview import next_step as next_step
+from bisam.optim.preview import momentum_of as momentum_of, next_step as next_step

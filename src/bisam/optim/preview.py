@@ -99,6 +99,66 @@ class Preview:
         return w.like([e[i] if i in e else torch.zeros_like(t) for i, t in enumerate(w)], gradient.holes - e.keys())
 
 
+def momentum_of(optimizer: Optimizer) -> Momentum:
+    """Returns a function `oracle -> momentum` that reads the momentum of an optimizer, for `MomentumSAM`.
+
+    Args:
+        optimizer: an optimizer with a momentum in the state of its parameters: SGD with momentum ("momentum_buffer"),
+            Adam, AdamW and others of their kind ("exp_avg"), `Lookahead` around one, also as wrapped by Lightning or
+            Accelerate. It is read and not changed.
+
+    Raises:
+        TypeError: `optimizer` is not an optimizer.
+
+    Example:
+        >>> import torch
+        >>> from bisam import MomentumSAM, SharpnessAware, cross_entropy, momentum_of
+        >>> model = torch.nn.Linear(4, 3)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> sharp = SharpnessAware(model, MomentumSAM(0.3, buffer=momentum_of(optimizer)), cross_entropy)
+    """
+    optimizer = _unwrapped(optimizer)
+    if not is_optimizer(optimizer):
+        raise TypeError(f"momentum_of takes the optimizer of the training loop, got {optimizer!r}")
+    return Momentum(optimizer)
+
+
+@dataclass(frozen=True, repr=False)
+class Momentum:
+    """A function that returns the momentum of an optimizer at the time of the call. Created by `momentum_of`.
+
+    Args:
+        optimizer: the optimizer, which is read and not changed.
+    """
+
+    optimizer: Optimizer
+
+    def __repr__(self) -> str:
+        return f"momentum_of({type(self.optimizer).__name__})"
+
+    def __call__(self, oracle: Oracle) -> Vector | None:
+        """Returns the momentum, with holes at parameters that have none; None if none has, as before the first step.
+
+        Raises:
+            ValueError: the optimizer has taken steps with these parameters and has no momentum.
+        """
+        states = [self.optimizer.state.get(p, {}) for p in oracle.parameters]  # state[p] would add an entry
+        found = [next((s[n] for n in _MOMENTA if s.get(n) is not None), None) for s in states]
+        if all(m is None for m in found):
+            if any(states) or any("momentum" in g and not g["momentum"] for g in self.optimizer.param_groups):
+                raise ValueError(
+                    f"the {type(self.optimizer).__name__} keeps no momentum ({' or '.join(_MOMENTA)}): use "
+                    "MomentumSAM(momentum=...), which has one of its own"
+                )
+            return None
+        holes = frozenset([i for i, m in enumerate(found) if m is None])
+        w = oracle.weights
+        return w.like([torch.zeros_like(t) if m is None else local(m) for m, t in zip(found, w, strict=True)], holes)
+
+
+_MOMENTA = ("momentum_buffer", "exp_avg")
+
+
 def _unwrapped(optimizer: Any) -> Any:
     while {c.__name__ for c in type(optimizer).__mro__} & _WRAPPERS:
         optimizer = optimizer.optimizer

@@ -13,7 +13,9 @@ GRADIENTS: Mapping[str, float] = {
     "looksam": 1.2,
     # AE-SAM decides after each step whether the next one takes 1 or 2.
     **dict.fromkeys(("esam", "ebisam", "every", "during", "ae_sam"), 1.5),
-    **dict.fromkeys(("gbisam", "multistep_sam", "cr_sam"), 3.0),
+    **dict.fromkeys(("gbisam", "multistep_sam", "cr_sam", "bilateral_sam", "lookbehind", "imb_sam", "focal_sam"), 3.0),
+    "gam": 4.0,
+    **dict.fromkeys(("tsam", "tilted"), 6.0),
 }
 """Batch gradients of a step, on average, of the methods of the catalogue for which it is not 2. Forward passes that a
 method makes besides are not counted. A test compares them with the counted numbers."""
