@@ -80,7 +80,12 @@ CONDITIONS: dict[str, Condition] = {
         lambda r, _: f"{r.patience} of {r.epochs}",
     ),
     "measured": Condition(lambda r, _: r.measured_epochs > 0, "measured_epochs above 0", lambda *_: "0"),
-    "momentum": Condition(lambda r, _: r.optimizer == "sgd", "optimizer sgd", lambda r, _: r.optimizer),
+    "momentum": Condition(
+        lambda r, _: r.base_optimizer.takes("momentum"), "an optimizer with momentum", lambda r, _: r.optimizer
+    ),
+    "weight_decay": Condition(
+        lambda r, _: r.base_optimizer.takes("weight_decay"), "an optimizer with weight decay", lambda r, _: r.optimizer
+    ),
     "strategy": Condition(
         lambda _, machine: machine.strategy != "ddp" or machine.parallel, "several --devices", lambda *_: "1"
     ),

@@ -65,7 +65,8 @@ class Fields:
     accumulate: int = 1
     """Number of losses, each over `batch_size` examples, that are averaged for one step of the optimizer."""
     optimizer: str = "sgd"
-    """Base optimizer: sgd or adamw."""
+    """Base optimizer: sgd, adamw, another one of torch.optim (RMSprop, NAdam, ...), timm:NAME (timm:muon, timm:lion) or
+    schedulefree:NAME (with the constant schedule); its other arguments in brackets, as "NAdam(betas=(0.9, 0.99))"."""
     learning_rate: float = 0.1
     """Highest learning rate."""
     schedule: str = "cosine"
@@ -74,7 +75,7 @@ class Fields:
     warmup: int = 0
     """Optimizer steps of linear warm-up of the learning rate (linear and constant schedules)."""
     momentum: float = 0.9
-    """Momentum of SGD; AdamW does not use it."""
+    """Momentum of SGD, RMSprop, Muon and others that have one; AdamW does not."""
     weight_decay: float = 5e-4
     """Weight decay on all parameters."""
     label_smoothing: float = 0.0

@@ -17,8 +17,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from typing import Any, get_args, get_type_hints
 
+import torch
+
 from bisam.experiments.errors import RunError, unknown
-from bisam.experiments.recipes import versions
+from bisam.experiments.recipes import base_optimizers, versions
+from bisam.experiments.recipes.base_optimizers import BaseOptimizer
 from bisam.experiments.recipes.catalogue import METHODS, PLAIN
 from bisam.experiments.recipes.entries import SETTINGS
 from bisam.experiments.recipes.expressions import VOCABULARY, build, check, check_step, contained, names_called
@@ -30,7 +33,6 @@ EPOCHS = 30
 """Epochs of a recipe that is given neither epochs nor steps."""
 
 CHOICES = {
-    "optimizer": ("sgd", "adamw"),
     "schedule": ("cosine", "linear", "constant"),
     "precision": ("32", "bf16", "16", "64"),
     "measured": ("ball", "ascents"),
@@ -98,6 +100,7 @@ class Recipe(Fields):
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise unknown(name, str(getattr(self, name)), known)
+        self._check_optimizer()
         if self.warmup and self.schedule == "cosine":
             raise ValueError(f"warmup {self.warmup} needs the linear or constant schedule: the cosine has none")
         if self.steps is not None and self.warmup >= self.steps:
@@ -124,6 +127,21 @@ class Recipe(Fields):
             elif isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
                 raise ValueError(f"{name} must be text that UTF-8 can encode, got {shown(value)}")
 
+    def _check_optimizer(self) -> None:
+        base = base_optimizers.parsed(self.optimizer)
+        if base.averages and self.schedule != "constant":
+            raise ValueError(
+                f"optimizer {self.optimizer!r} replaces a schedule of the learning rate: give the constant schedule, "
+                f"got {self.schedule!r}"
+            )
+        object.__setattr__(self, "optimizer", str(base))
+        if base.package == "torch" and base.arguments:
+            self._check_arguments(base)
+
+    def _check_arguments(self, base: BaseOptimizer) -> None:
+        weights = [torch.zeros(1, 1)]
+        base.build(weights, self.learning_rate, weight_decay=self.weight_decay, momentum=self.momentum)
+
     def _check_method(self) -> None:
         if "(" in self.method:
             check(self.method)
@@ -141,11 +159,16 @@ class Recipe(Fields):
     def check_trainable(self) -> None:
         """Check before a run that the method can take a step on a batch of this size, by one step on a small model.
 
+        An optimizer of another package than torch is created, which imports the package.
+
         Raises:
-            ValueError: the step fails; the message gives the reason.
+            ValueError: the step fails, or there is no such optimizer; the message gives the reason.
             RunError: the recipe has an earlier version, whose results the present code does not reproduce.
         """
         self.check_version()
+        base = self.base_optimizer
+        if base.package != "torch":
+            self._check_arguments(base)
         if self.method not in METHODS:
             check_step(self.method, self.batch_size)
 
@@ -161,6 +184,11 @@ class Recipe(Fields):
                 f"the recipe has version {self.version}, and this bisam trains version {versions.VERSION} ({since}): "
                 "start a new run, or use the bisam that wrote it"
             )
+
+    @property
+    def base_optimizer(self) -> BaseOptimizer:
+        """The optimizer that takes the steps."""
+        return base_optimizers.parsed(self.optimizer)
 
     @property
     def unit(self) -> str:

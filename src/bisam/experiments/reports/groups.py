@@ -9,6 +9,7 @@ from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 from bisam.experiments.data import NAMES
+from bisam.experiments.recipes.base_optimizers import ADAMW, SGD
 from bisam.experiments.recipes.catalogue import METHODS
 from bisam.experiments.recipes.entries import SETTINGS
 from bisam.experiments.recipes.recipe import Recipe
@@ -97,8 +98,8 @@ def measured(runs: Iterable[Finished]) -> list[Finished]:
 
 def title(recipe: Recipe) -> str:
     """The name of a method: of the catalogue, the label that a study gives to an expression, or the expression."""
-    if recipe.is_plain and recipe.optimizer == "adamw":
-        return "AdamW"
+    if recipe.is_plain and recipe.optimizer != SGD:
+        return "AdamW" if recipe.optimizer == ADAMW else recipe.optimizer
     return METHODS[recipe.method].name if recipe.method in METHODS else LABELS.get(recipe.method, recipe.method)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,11 +17,31 @@ if TYPE_CHECKING:
 
 
 def build_optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
-    """Return the base optimizer of a recipe."""
+    """Return the base optimizer of a recipe.
+
+    Raises:
+        ValueError: there is none of this name, or it does not take the parameters of the model.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
-    if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(trained, recipe.learning_rate, weight_decay=recipe.weight_decay)
-    return torch.optim.SGD(trained, recipe.learning_rate, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+    return recipe.base_optimizer.build(
+        trained, recipe.learning_rate, weight_decay=recipe.weight_decay, momentum=recipe.momentum
+    )
+
+
+def to_train(optimizer: Any) -> None:
+    """Set an optimizer that has other weights for evaluation (schedule-free) to those at which it takes gradients."""
+    _set_mode(optimizer, "train")
+
+
+def to_evaluate(optimizer: Any) -> None:
+    """Set an optimizer that has other weights for evaluation (schedule-free) to these."""
+    _set_mode(optimizer, "eval")
+
+
+def _set_mode(optimizer: Any, mode: str) -> None:
+    inner = getattr(optimizer, "optimizer", optimizer)  # as Fabric wraps it
+    if callable(switch := getattr(inner, mode, None)):
+        switch()
 
 
 def build_scheduler(optimizer: Optimizer, recipe: Recipe, steps: int) -> LRScheduler:
