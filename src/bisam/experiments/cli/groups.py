@@ -20,7 +20,7 @@ _OF_FIELDS = {
     DATA: "dataset noise validation_noise limit train_examples held_out augment cutout image_size max_length bucket",
     MODEL: "model weights frozen",
     METHOD: "method rho mu alpha eta",
-    TRAINING: "epochs steps patience batch_size accumulate optimizer learning_rate schedule warmup momentum "
+    TRAINING: "epochs steps patience batch_size accumulate optimizer learning_rate schedule warmup cooldown momentum "
     "weight_decay label_smoothing clip ema seed",
     MACHINE: "precision channels_last compile",
     OUTPUT: "measured_epochs measured",

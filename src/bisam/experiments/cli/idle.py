@@ -80,6 +80,7 @@ CONDITIONS: dict[str, Condition] = {
         lambda r, _: f"{r.patience} of {r.epochs}",
     ),
     "measured": Condition(lambda r, _: r.measured_epochs > 0, "measured_epochs above 0", lambda *_: "0"),
+    "cooldown": Condition(lambda r, _: r.schedule == "wsd", "schedule wsd", lambda r, _: r.schedule),
     "momentum": Condition(
         lambda r, _: r.base_optimizer.takes("momentum"), "an optimizer with momentum", lambda r, _: r.optimizer
     ),

@@ -70,10 +70,12 @@ class Fields:
     learning_rate: float = 0.1
     """Highest learning rate."""
     schedule: str = "cosine"
-    """Schedule of the learning rate: cosine (to 0, per epoch, or per step of a run of steps), linear (to 0, per step)
-    or constant."""
+    """Schedule of the learning rate: cosine (to 0, per epoch, or per step of a run of steps), linear (to 0, per step),
+    constant, or wsd (warm-up, stable, then decay to 0, per step)."""
     warmup: int = 0
-    """Optimizer steps of linear warm-up of the learning rate (linear and constant schedules)."""
+    """Optimizer steps of linear warm-up of the learning rate (linear, constant and wsd schedules)."""
+    cooldown: float = 0.2
+    """Share of the run in which the wsd schedule decays linearly to 0, at its end."""
     momentum: float = 0.9
     """Momentum of SGD, RMSprop, Muon and others that have one; AdamW does not."""
     weight_decay: float = 5e-4

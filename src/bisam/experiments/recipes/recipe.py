@@ -33,7 +33,7 @@ EPOCHS = 30
 """Epochs of a recipe that is given neither epochs nor steps."""
 
 CHOICES = {
-    "schedule": ("cosine", "linear", "constant"),
+    "schedule": ("cosine", "linear", "constant", "wsd"),
     "precision": ("32", "bf16", "16", "64"),
     "measured": ("ball", "ascents"),
 }
@@ -90,6 +90,7 @@ class Recipe(Fields):
         _require(self.held_out is None or 0 <= self.held_out < 1, "held_out", self.held_out, "in [0, 1)")
         if self.frozen is not None and self.weights is None:
             raise ValueError(f"frozen {self.frozen} keeps layers at random weights: give --weights, or leave it out")
+        _require(0 < self.cooldown <= 1, "cooldown", self.cooldown, "above 0 and at most 1")
         _require(self.ema is None or 0 < self.ema < 1, "ema", self.ema, "between 0 and 1")
         ranges = {non_negative: ("rho", "eta", "weight_decay"), positive: ("learning_rate", "mu", "alpha", "clip")}
         for in_range, names in ranges.items():
@@ -102,11 +103,9 @@ class Recipe(Fields):
                 raise unknown(name, str(getattr(self, name)), known)
         self._check_optimizer()
         if self.warmup and self.schedule == "cosine":
-            raise ValueError(f"warmup {self.warmup} needs the linear or constant schedule: the cosine has none")
-        if self.steps is not None and self.warmup >= self.steps:
-            raise ValueError(
-                f"warmup {self.warmup} does not end within the {self.steps} steps of the run: make it shorter"
-            )
+            raise ValueError(f"warmup {self.warmup} needs the linear, constant or wsd schedule: the cosine has none")
+        if self.steps is not None:
+            self.check_warmup(self.steps)
         if self.cutout and not self.augment:
             raise ValueError("cutout is a part of the augmentation: leave --no-augment out, or --cutout")
         self._check_method()
@@ -184,6 +183,24 @@ class Recipe(Fields):
                 f"the recipe has version {self.version}, and this bisam trains version {versions.VERSION} ({since}): "
                 "start a new run, or use the bisam that wrote it"
             )
+
+    def check_warmup(self, steps: int) -> None:
+        """Check that the warm-up ends within a run of `steps` optimizer steps, and before a decay at its end begins.
+
+        Raises:
+            ValueError: it does not.
+        """
+        if self.warmup >= steps:
+            raise ValueError(f"warmup {self.warmup} does not end within the {steps} steps of the run: make it shorter")
+        if self.schedule == "wsd" and self.warmup + self.decay_steps(steps) > steps:
+            raise ValueError(
+                f"warmup {self.warmup} does not end before the cooldown, the last {self.decay_steps(steps)} of the "
+                f"{steps} steps of the run: make one of them shorter"
+            )
+
+    def decay_steps(self, steps: int) -> int:
+        """The optimizer steps of the decay at the end of a run of `steps` (wsd schedule), at least 1."""
+        return max(1, round(self.cooldown * steps))
 
     @property
     def base_optimizer(self) -> BaseOptimizer:

@@ -53,12 +53,11 @@ def build_scheduler(optimizer: Optimizer, recipe: Recipe, steps: int) -> LRSched
         steps: optimizer steps of the whole run.
 
     Raises:
-        ValueError: the warm-up is longer than the run.
+        ValueError: the warm-up is longer than the run, or than its part before the decay.
     """
     if advances_by_epoch(recipe):
         return CosineAnnealingLR(optimizer, recipe.length)
-    if recipe.warmup >= steps:
-        raise ValueError(f"warmup {recipe.warmup} does not end within the {steps} steps of the run: make it shorter")
+    recipe.check_warmup(steps)
 
     def factor(step: int) -> float:
         if step < recipe.warmup:
@@ -69,6 +68,8 @@ def build_scheduler(optimizer: Optimizer, recipe: Recipe, steps: int) -> LRSched
                 return left
             case "cosine":
                 return 0.5 * (1 - math.cos(math.pi * left))
+            case "wsd":  # Hu et al., 2024, https://arxiv.org/abs/2404.06395
+                return min(1.0, (steps - step) / recipe.decay_steps(steps))
             case _:
                 return 1.0
 
