@@ -204,7 +204,12 @@ def test_each_condition_holds_somewhere(name):
     refuse_idle(recipes, Machine(), frozenset({name}))
     with pytest.raises(ValueError, match="without effect, leave out: "):
         refuse_idle(
-            [Recipe(dataset="glue:rte" if name == "channels_last" else "digits", optimizer="Rprop")],
+            [
+                Recipe(
+                    dataset="glue:rte" if name in ("channels_last", "erasing", "mixup", "cutmix") else "digits",
+                    optimizer="Rprop",
+                )
+            ],
             Machine(strategy="ddp"),
             frozenset({name}),
         )

@@ -32,7 +32,7 @@ def test_the_folder_name_depends_on_every_field_but_the_seed():
         if field.name not in ("seed", "version", "steps"):
             before = getattr(one, field.name)
             value = not before if isinstance(before, bool) else 7 if isinstance(before, int) else 0.25
-            value = 7 if field.name in ("limit", "frozen", "train_examples", "patience") else value
+            value = 7 if field.name in ("limit", "frozen", "train_examples", "patience", "randaugment") else value
             other = replace(one, **{field.name: changed.get(field.name, value)})
             assert other.slug != one.slug, field.name
 

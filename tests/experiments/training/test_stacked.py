@@ -211,6 +211,8 @@ def test_answers_are_those_of_an_oracle_for_each_network(objective, displaced):
         ({"dataset": "flowers"}, "dataset flowers"),
         ({"ema": 0.9}, "ema 0.9"),
         ({"clip": 1.0}, "clip 1.0"),
+        ({"mixup": 0.2}, "mixup 0.2"),
+        ({"randaugment": 9}, "randaugment 9"),
         ({"accumulate": 2}, "accumulate 2"),
         ({"measured_epochs": 1}, "measured_epochs 1"),
     ],

@@ -44,6 +44,7 @@ def _with_dataset(needs: str, *kinds: str) -> Condition:
 
 _CIFAR = _with_dataset("dataset cifar10 or cifar100", "cifar10", "cifar100")
 _FILES = _with_dataset("dataset imagenet, flowers, pets or folder:PATH", "imagenet", "flowers", "pets", "folder")
+_IMAGES = KINDS - {"glue"}
 _TEXTS = _with_dataset("dataset glue:TASK", "glue")
 
 
@@ -66,6 +67,10 @@ CONDITIONS: dict[str, Condition] = {
     "validation_noise": Condition(lambda r, _: r.noise > 0, "noise above 0", lambda r, _: f"{r.noise:g}"),
     "augment": _CIFAR,
     "cutout": _CIFAR,
+    "randaugment": _with_dataset(
+        "dataset cifar10, cifar100, imagenet, flowers, pets or folder:PATH", *(KINDS - {"glue", "digits"})
+    ),
+    **dict.fromkeys(("erasing", "mixup", "cutmix", "channels_last"), _with_dataset("a dataset of images", *_IMAGES)),
     "image_size": _FILES,
     "max_length": _TEXTS,
     "bucket": _TEXTS,
@@ -73,7 +78,6 @@ CONDITIONS: dict[str, Condition] = {
     "frozen": Condition(
         lambda r, _: r.model.partition(":")[0] in ("hf", "timm"), "model hf:NAME or timm:NAME", lambda r, _: r.model
     ),
-    "channels_last": _with_dataset("a dataset of images", *(KINDS - {"glue"})),
     "patience": Condition(
         lambda r, _: r.patience is not None and (r.epochs is None or r.patience < r.epochs),
         "patience below the epochs",

@@ -13,6 +13,7 @@ splits.py         what a split is
 image_tensors.py  splits of small images in memory: digits.py, cifar.py
 image_files.py    splits of images in files: image_folders.py has ImageNet, Flowers-102, Pets and folders of a user
 glue.py           splits of texts, and the tasks of GLUE
+transforms.py     mixup, CutMix, RandAugment and random erasing, by torchvision
 names.py          the classes by name
 """
 
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,6 +75,7 @@ def load(recipe: Recipe, machine: Machine) -> Data:
     if recipe.noise and recipe.validation_noise:
         noisy = symmetric_noise(data.validation.labels, recipe.noise, data.classes, recipe.seed, stream=1)
         data = replace(data, validation=data.validation.relabelled(noisy))
+    data = _with_transforms(data, recipe)
     return data if recipe.bucket == 1 else _bucketed(data, recipe.bucket)
 
 
@@ -165,6 +168,25 @@ def _subset(train: Split, count: int, seed: int) -> Split:
     if count > len(train):
         raise DataError(f"train_examples must be at most {len(train):,}, the training examples, got {count:,}")
     return train.chosen(drawn(len(train), seed, stream=3)[:count].sort().values)
+
+
+def _with_transforms(data: Data, recipe: Recipe) -> Data:
+    """The data with the random changes of training images that torchvision has."""
+    changes = {name: getattr(recipe, name) for name in ("mixup", "cutmix", "erasing")}
+    train: Any = data.train
+    if isinstance(train, Texts):
+        if recipe.randaugment is not None or any(changes.values()):
+            raise DataError(f"randaugment, erasing, mixup and cutmix change images, and {recipe.dataset} has texts")
+        return data
+    if recipe.randaugment is not None:
+        if recipe.dataset == "digits":
+            raise DataError("randaugment needs images of 8-bit pixels, such as cifar10, and not those of digits")
+        train = replace(train, randaugment=recipe.randaugment)
+    if any(changes.values()):
+        from bisam.experiments.data.transforms import Transformed  # not at the top: digits needs no torchvision
+
+        train = Transformed(train, data.classes, **changes)
+    return replace(data, train=train)
 
 
 def _bucketed(data: Data, bucket: int) -> Data:

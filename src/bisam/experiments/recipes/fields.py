@@ -41,6 +41,16 @@ class Fields:
     """Random crops and flips of the training images (not for digits)."""
     cutout: bool = False
     """Blank a square of half the side in half of the augmented images (CIFAR), as the BiSAM authors do."""
+    randaugment: int | None = None
+    """Magnitude of RandAugment, 0 to 30: two random operations on each training image, after crops and flips (CIFAR and
+    image files). By default there are none."""
+    erasing: float = 0.0
+    """Share of the training images of which a random rectangle is erased, in [0, 1]."""
+    mixup: float = 0.0
+    """Mixup of pairs of training images and of their labels: parameter of the beta distribution, often 0.2; 0: none."""
+    cutmix: float = 0.0
+    """CutMix, rectangles of other training images and a share of their labels: the same parameter, often 1; 0: none.
+    With mixup too, each batch has one of the two."""
     image_size: int = 224
     """Side of images that are read from files, in pixels."""
     max_length: int = 128

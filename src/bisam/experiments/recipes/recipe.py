@@ -53,6 +53,7 @@ _MOST = {
     "warmup": LARGEST,
     "patience": 10**6,
     "measured_epochs": 10**6,
+    "randaugment": 30,
 }
 """Largest values of whole numbers, beyond any training run: a typing error would fill the memory without a message."""
 _COLUMNS = {"epochs": "epoch", "steps": "step"}
@@ -83,7 +84,7 @@ class Recipe(Fields):
             object.__setattr__(self, "epochs", EPOCHS)
         for name, most in _MOST.items():
             if (value := getattr(self, name)) is not None:
-                whole(name, value, 0 if name in ("warmup", "measured_epochs", "frozen") else 1, most)
+                whole(name, value, 0 if name in ("warmup", "measured_epochs", "frozen", "randaugment") else 1, most)
         _require(0 <= self.seed < 2**32, "seed", self.seed, "in [0, 2^32)")
         for name in ("noise", "momentum", "label_smoothing"):
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
@@ -92,7 +93,11 @@ class Recipe(Fields):
             raise ValueError(f"frozen {self.frozen} keeps layers at random weights: give --weights, or leave it out")
         _require(0 < self.cooldown <= 1, "cooldown", self.cooldown, "above 0 and at most 1")
         _require(self.ema is None or 0 < self.ema < 1, "ema", self.ema, "between 0 and 1")
-        ranges = {non_negative: ("rho", "eta", "weight_decay"), positive: ("learning_rate", "mu", "alpha", "clip")}
+        _require(0 <= self.erasing <= 1, "erasing", self.erasing, "in [0, 1]")
+        ranges = {
+            non_negative: ("rho", "eta", "weight_decay", "mixup", "cutmix"),
+            positive: ("learning_rate", "mu", "alpha", "clip"),
+        }
         for in_range, names in ranges.items():
             for name in names:
                 if (value := getattr(self, name)) is not None:
@@ -109,6 +114,12 @@ class Recipe(Fields):
         if self.cutout and not self.augment:
             raise ValueError("cutout is a part of the augmentation: leave --no-augment out, or --cutout")
         self._check_method()
+        numbered = sorted(name for name in names_called(self.expression) if getattr(VOCABULARY[name], "indexed", False))
+        if self.is_mixed and numbered:
+            raise ValueError(
+                f"{numbered[0]} compares the outputs for an example with earlier ones, and mixup and cutmix mix "
+                "examples: leave them out"
+            )
         object.__setattr__(self, "version", versions.latest_alike(self.version, names_called(self.expression)))
 
     def _check_types(self) -> None:
@@ -230,6 +241,11 @@ class Recipe(Fields):
     def is_measured(self, epoch: int, epochs: int) -> bool:
         """Whether an epoch, numbered from 1, of the `epochs` of a run is one of its `measured_epochs`."""
         return epoch * self.measured_epochs // epochs > (epoch - 1) * self.measured_epochs // epochs
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether its batches are mixtures, whose labels are class probabilities."""
+        return self.mixup > 0 or self.cutmix > 0
 
     @property
     def is_plain(self) -> bool:

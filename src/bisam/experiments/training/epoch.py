@@ -83,7 +83,7 @@ def train_epoch(
         completes_group = i % recipe.accumulate == group - 1
         with fabric.no_backward_sync(sharp, enabled=not completes_group):
             named = {"indices": index} if needs_indices else {}
-            loss = sharp(prepared(inputs, recipe), labels, **named)
+            loss = sharp(prepared(inputs, recipe), prepared(labels, recipe), **named)
             fabric.backward(loss / group if group > 1 else loss)
         if completes_group:
             if recipe.clip is not None:

@@ -83,8 +83,9 @@ class TrainingSums:
         Args:
             clean: loss and logits at the weights, from the forward pass that the method needs anyway.
             outputs: logits where the method took its descent gradient.
-            labels: classes (n,).
+            labels: classes (n,), or class probabilities (n, K), of which the largest counts as the class.
         """
+        labels = labels if labels.dim() == 1 else labels.argmax(1)
         correct = clean.outputs.argmax(1) == labels
         self._loss += clean.value * len(labels)
         self._correct += correct.sum()
