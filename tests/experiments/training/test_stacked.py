@@ -210,6 +210,7 @@ def test_answers_are_those_of_an_oracle_for_each_network(objective, displaced):
         ({"model": "timm:vit_base_patch16_224"}, "model timm:vit_base_patch16_224"),
         ({"dataset": "flowers"}, "dataset flowers"),
         ({"ema": 0.9}, "ema 0.9"),
+        ({"update_bn": True}, "update_bn True"),
         ({"clip": 1.0}, "clip 1.0"),
         ({"mixup": 0.2}, "mixup 0.2"),
         ({"randaugment": 9}, "randaugment 9"),

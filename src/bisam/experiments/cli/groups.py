@@ -22,7 +22,7 @@ _OF_FIELDS = {
     MODEL: "model weights frozen",
     METHOD: "method rho mu alpha eta",
     TRAINING: "epochs steps patience batch_size accumulate optimizer learning_rate schedule warmup cooldown momentum "
-    "weight_decay label_smoothing clip ema seed",
+    "weight_decay label_smoothing clip ema update_bn seed",
     MACHINE: "precision channels_last compile",
     OUTPUT: "measured_epochs measured",
 }

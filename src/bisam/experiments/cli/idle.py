@@ -85,6 +85,11 @@ CONDITIONS: dict[str, Condition] = {
     ),
     "measured": Condition(lambda r, _: r.measured_epochs > 0, "measured_epochs above 0", lambda *_: "0"),
     "cooldown": Condition(lambda r, _: r.schedule == "wsd", "schedule wsd", lambda r, _: r.schedule),
+    "update_bn": Condition(
+        lambda r, _: r.ema is not None or r.base_optimizer.averages,
+        "ema, or a schedule-free optimizer",
+        lambda r, _: r.optimizer,
+    ),
     "momentum": Condition(
         lambda r, _: r.base_optimizer.takes("momentum"), "an optimizer with momentum", lambda r, _: r.optimizer
     ),

@@ -96,6 +96,9 @@ class Fields:
     """Largest norm of the gradient of all parameters; by default gradients are not clipped."""
     ema: float | None = None
     """Decay of an average of the weights that is tested too, in (0, 1); by default there is no average."""
+    update_bn: bool = False
+    """Recompute the statistics of batch normalisation for averaged weights (of ema, or of a schedule-free optimizer),
+    by a pass over the training examples after each epoch. By default ema averages them too."""
     precision: str = "32"
     """Precision of the model: 32, bf16 or 16 (autocast; the weights stay float32), or 64."""
     channels_last: bool = False

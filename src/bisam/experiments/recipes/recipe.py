@@ -115,6 +115,10 @@ class Recipe(Fields):
             raise ValueError("cutout is a part of the augmentation: leave --no-augment out, or --cutout")
         self._check_method()
         numbered = sorted(name for name in names_called(self.expression) if getattr(VOCABULARY[name], "indexed", False))
+        if self.update_bn and self.frozen is not None:
+            raise ValueError(
+                "update_bn would change the statistics of frozen layers, which are not trained: leave it out, or frozen"
+            )
         if self.is_mixed and numbered:
             raise ValueError(
                 f"{numbered[0]} compares the outputs for an example with earlier ones, and mixup and cutmix mix "

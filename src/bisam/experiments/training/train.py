@@ -40,6 +40,7 @@ from bisam.experiments.runs.results import (
     words_of_divergence,
 )
 from bisam.experiments.runs.signals import delayed
+from bisam.experiments.training.batch_norm import update_statistics
 from bisam.experiments.training.checks import check_data, check_model
 from bisam.experiments.training.counting import CountedMethod
 from bisam.experiments.training.devices import OnEpoch, train_in_processes
@@ -447,6 +448,10 @@ class Training:
         if by_epoch:
             state.scheduler.step()
         share_buffers(self._model, self._fabric)
+        if recipe.update_bn:
+            averaged = self._model if state.average is None else state.average.model
+            update_statistics(averaged, self._train, recipe, self._fabric, seed)
+            reshard(averaged)
         row["validation"] = self._scores(self._model, self._validation)[0]
         if state.average is not None:
             row["validation_ema"] = self._scores(state.average.model, self._validation)[0]
