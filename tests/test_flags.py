@@ -139,6 +139,7 @@ FILES = ("--dataset", "flowers")
         (("--eta", 1), ("--method", "sam"), "eta is no setting of the method sam"),
         (("--patience", 30), (), "--patience (needs patience below the epochs, got 30 of 30)"),
         (("--update-bn",), (), "--update-bn (needs ema, or a schedule-free optimizer, got sgd)"),
+        (("--compile-mode", "default"), (), "--compile-mode (needs compile, got no compile)"),
         (("--cooldown", 0.1), (), "--cooldown (needs schedule wsd, got cosine)"),
         (("--warmup", 9), (), "warmup 9 needs the linear, constant or wsd schedule"),
     ],
@@ -201,7 +202,12 @@ def test_each_condition_holds_somewhere(name):
         Recipe(dataset=dataset, noise=0.1, measured_epochs=1)
         for dataset in ("digits", "cifar10", "imagenet", "folder:a", "glue:rte")
     ]
-    recipes += [Recipe(model="hf:bert-base-uncased"), Recipe(patience=5), Recipe(schedule="wsd"), Recipe(ema=0.9)]
+    recipes += [
+        Recipe(model="hf:bert-base-uncased"),
+        Recipe(patience=5),
+        Recipe(schedule="wsd"),
+        Recipe(ema=0.9, compile=True),
+    ]
     refuse_idle(recipes, Machine(), frozenset({name}))
     with pytest.raises(ValueError, match="without effect, leave out: "):
         refuse_idle(
@@ -221,7 +227,7 @@ def test_settings_of_presets_and_unknown_data_sets_are_not_refused():
     refuse_idle(
         [Recipe(dataset="digit", noise=0.1, measured_epochs=1)],
         Machine(),
-        frozenset(CONDITIONS) - {"strategy", "frozen", "patience", "cooldown", "update_bn"},
+        frozenset(CONDITIONS) - {"strategy", "frozen", "patience", "cooldown", "update_bn", "compile_mode"},
     )
 
 

@@ -23,7 +23,7 @@ _OF_FIELDS = {
     METHOD: "method rho mu alpha eta",
     TRAINING: "epochs steps patience batch_size accumulate optimizer learning_rate schedule warmup cooldown momentum "
     "weight_decay label_smoothing clip ema update_bn seed",
-    MACHINE: "precision channels_last compile",
+    MACHINE: "precision channels_last compile compile_mode",
     OUTPUT: "measured_epochs measured",
 }
 

@@ -90,6 +90,7 @@ CONDITIONS: dict[str, Condition] = {
         "ema, or a schedule-free optimizer",
         lambda r, _: r.optimizer,
     ),
+    "compile_mode": Condition(lambda r, _: r.compile, "compile", lambda *_: "no compile"),
     "momentum": Condition(
         lambda r, _: r.base_optimizer.takes("momentum"), "an optimizer with momentum", lambda r, _: r.optimizer
     ),

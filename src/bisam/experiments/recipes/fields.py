@@ -105,6 +105,9 @@ class Fields:
     """Store images in the channels-last memory format, which is faster for convolutions on most devices."""
     compile: bool = False
     """Compile the model."""
+    compile_mode: str = "default"
+    """Mode of torch.compile: default or max-autotune-no-cudagraphs. The modes with CUDA graphs overwrite the outputs of
+    one pass in the next, and a method has several passes."""
     patience: int | None = None
     """Number of epochs in a row without a better validation score after which the run ends; by default it is trained to
     its last epoch."""

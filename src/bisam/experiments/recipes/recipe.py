@@ -34,6 +34,7 @@ EPOCHS = 30
 
 CHOICES = {
     "schedule": ("cosine", "linear", "constant", "wsd"),
+    "compile_mode": ("default", "max-autotune-no-cudagraphs"),
     "precision": ("32", "bf16", "16", "64"),
     "measured": ("ball", "ascents"),
 }

@@ -228,7 +228,7 @@ class Training:
         if recipe.compile:
             # One graph for each batch size. A dynamic graph is made when the second size comes, and rounds differently
             # from a static one; a resumed run meets the sizes in another order.
-            model.compile(dynamic=False)
+            model.compile(dynamic=False, mode=recipe.compile_mode)
         descent = descent_loss(recipe.label_smoothing, splits.classes)
         self._measured = None
         if recipe.measured_epochs:
