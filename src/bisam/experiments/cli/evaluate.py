@@ -67,7 +67,7 @@ def evaluate(
     machine = where.machine()  # fails here if the device is missing
     recipe = None if config is None else read(config)
     loaded = load(model_or_run, where.data_dir, which, model, dataset, recipe)
-    unit = "texts" if loaded.recipe.model.startswith("hf:") else "images"
+    unit = "texts" if loaded.recipe.dataset.startswith("glue:") else "images"
     with MeasuringDisplay(1, unit, quiet=quiet) as display:
         display.run()
         found = evaluated(loaded, machine, dataset, split, corrupted=corruptions, tta=tta, progress=display.measure)

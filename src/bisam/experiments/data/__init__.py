@@ -127,7 +127,7 @@ def _load(recipe: Recipe, machine: Machine) -> Data:
             return digits(seed)
         side = int(detail) if detail else SIDE
         data = cifar(kind, root, download, recipe.augment, recipe.cutout, min(side, SIDE))
-        return larger(data, side, statistics(recipe.model)) if detail else data
+        return larger(data, side, statistics(recipe.model, root)) if detail else data
     if kind in ("imagenet", "flowers", "pets", "folder"):
         from bisam.experiments.data.image_folders import flowers, folder, imagenet, pets, standardised
         from bisam.experiments.models.build import statistics
@@ -141,7 +141,7 @@ def _load(recipe: Recipe, machine: Machine) -> Data:
                 data = flowers(root, size, machine.loaders, download)
             case _:
                 data = pets(root, seed, size, machine.loaders, download, recipe.held_out)
-        known = statistics(recipe.model)
+        known = statistics(recipe.model, root)
         return data if known is None else standardised(data, *known)
     from bisam.experiments.data.glue import glue
     from bisam.experiments.models.build import tokenizer
