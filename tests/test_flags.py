@@ -66,6 +66,7 @@ ALWAYS = {
     "noise",
     "limit",
     "train_examples",
+    "imbalance",
     "epochs",
     "steps",
     "batch_size",

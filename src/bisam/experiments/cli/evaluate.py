@@ -106,10 +106,10 @@ def _show(found: Evaluated, unit: str) -> None:
 
 
 def _rows(measured: Measured) -> Iterator[tuple[str, str]]:
-    from bisam.experiments.runs.results import TITLES
+    from bisam.experiments.runs.results import IN_PER_CENT, TITLES
 
     for metric, score in measured.scores.items():
-        yield TITLES[metric], f"{100 * score:.2f} %" if metric in ("accuracy", "top5") else f"{score:.4f}"
+        yield TITLES[metric], f"{100 * score:.2f} %" if metric in IN_PER_CENT else f"{score:.4f}"
     found = measured.calibration
     yield "loss (cross-entropy)", f"{measured.loss:.4f}"
     yield "ECE", f"{100 * found.ece:.2f} %"

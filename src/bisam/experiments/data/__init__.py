@@ -13,6 +13,7 @@ splits.py         what a split is
 image_tensors.py  splits of small images in memory: digits.py, cifar.py
 image_files.py    splits of images in files: image_folders.py has ImageNet, Flowers-102, Pets and folders of a user
 glue.py           splits of texts, and the tasks of GLUE
+long_tail.py      training sets whose classes have unequal numbers of examples
 transforms.py     mixup, CutMix, RandAugment and random erasing, by torchvision
 names.py          the classes by name
 """
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor
 
 from bisam.experiments.data.glue import TASKS, Texts
+from bisam.experiments.data.long_tail import long_tailed
 from bisam.experiments.data.splits import Data, Split, drawn
 from bisam.experiments.errors import DataError, unknown
 from bisam.experiments.recipes.recipe import Recipe
@@ -67,6 +69,8 @@ def load(recipe: Recipe, machine: Machine) -> Data:
         raise DataError(str(error)) from error
     if recipe.limit is not None:
         data = _limited(data, recipe.limit, recipe.seed)
+    if recipe.imbalance > 1:
+        data = long_tailed(data, recipe.imbalance, recipe.seed)
     if recipe.train_examples is not None:
         data = replace(data, train=_subset(data.train, recipe.train_examples, recipe.seed))
     if recipe.noise:

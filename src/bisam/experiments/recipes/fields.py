@@ -34,6 +34,10 @@ class Fields:
     """Largest number of training examples, of validation examples and of test examples."""
     train_examples: int | None = None
     """Number of training examples, which the seed draws; the validation and test examples stay complete."""
+    imbalance: float = 1.0
+    """Ratio of the training examples of the first class to those of the last one: their numbers fall exponentially with
+    the number of the class (Cui et al., 2019), and the seed draws which are left. Scores are then balanced accuracy,
+    and that of the classes with many, medium and few examples. Validation and test examples stay as they are."""
     held_out: float | None = None
     """Share of the training examples that is held out for validation, by default a tenth (of ImageNet a fiftieth). 0:
     none; then all are trained, and the validation score is that of the training examples, without augmentation."""

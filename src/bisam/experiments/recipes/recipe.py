@@ -92,6 +92,7 @@ class Recipe(Fields):
         _require(self.held_out is None or 0 <= self.held_out < 1, "held_out", self.held_out, "in [0, 1)")
         if self.frozen is not None and self.weights is None:
             raise ValueError(f"frozen {self.frozen} keeps layers at random weights: give --weights, or leave it out")
+        _require(1 <= self.imbalance <= 1e6, "imbalance", self.imbalance, "from 1 to 1000000")
         _require(0 < self.cooldown <= 1, "cooldown", self.cooldown, "above 0 and at most 1")
         _require(self.ema is None or 0 < self.ema < 1, "ema", self.ema, "between 0 and 1")
         _require(0 <= self.erasing <= 1, "erasing", self.erasing, "in [0, 1]")

@@ -478,7 +478,7 @@ class Training:
             predicted, labels = predict(model, split, self._recipe, metrics)
         reshard(model)
         # The first process decides: all have to agree on the best epoch.
-        return self._fabric.broadcast(scores(metrics, predicted, labels))
+        return self._fabric.broadcast(scores(metrics, predicted, labels, self._data.classes))
 
     def _validated(self) -> Validated:
         """Return the validation score of the weights whose test score would be the headline."""
