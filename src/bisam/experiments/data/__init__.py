@@ -210,7 +210,8 @@ def _folder(path: str, root: Path) -> Path:
 def source(recipe: Recipe) -> tuple[object, ...]:
     """Return the fields that decide whether the data can be loaded: equal for two recipes, both can or neither."""
     prepares = recipe.model if ":" in recipe.model else ""  # tokens and channel statistics depend on the model
-    return recipe.dataset, recipe.image_size, recipe.max_length, recipe.held_out, recipe.train_examples, prepares
+    sizes = recipe.held_out, recipe.train_examples, recipe.imbalance
+    return recipe.dataset, recipe.image_size, recipe.max_length, *sizes, prepares
 
 
 def symmetric_noise(labels: Tensor, rate: float, classes: int, seed: int, stream: int | None = None) -> Tensor:
