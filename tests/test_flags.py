@@ -66,12 +66,13 @@ ALWAYS = {
     "noise",
     "limit",
     "train_examples",
+    "imbalance",
     "epochs",
     "steps",
     "batch_size",
     "accumulate",
 }
-ALWAYS |= {"optimizer", "learning_rate", "schedule", "weight_decay", "label_smoothing", "clip", "ema", "precision"}
+ALWAYS |= {"optimizer", "learning_rate", "schedule", "label_smoothing", "clip", "ema", "precision"}
 ALWAYS |= {
     "compile",
     "measured_epochs",
@@ -111,9 +112,9 @@ FILES = ("--dataset", "flowers")
         (("--image_size=224",), (), "--image-size (needs dataset imagenet"),
         (("--max-length", 64), CIFAR, "--max-length (needs dataset glue:TASK, got cifar10)"),
         (("--channels-last",), BERT, "--channels-last (needs a dataset of images, got glue:rte)"),
-        (("--momentum", 0.5), ("--optimizer", "adamw"), "--momentum (needs optimizer sgd, got adamw)"),
+        (("--momentum", 0.5), ("--optimizer", "adamw"), "--momentum (needs an optimizer with momentum, got adamw)"),
         (("--validation-noise",), (), "--validation-noise (needs noise above 0, got 0)"),
-        (("--momentum", 0.5), ("--preset", "vit"), "--momentum (needs optimizer sgd, got adamw)"),
+        (("--momentum", 0.5), ("--preset", "vit"), "--momentum (needs an optimizer with momentum, got adamw)"),
         (("--strategy", "ddp"), (), "--strategy (needs several --devices, got 1)"),
         (("--data-dir", "data"), (), "--data-dir (needs a dataset or weights in that folder, got digits)"),
         (
@@ -138,7 +139,10 @@ FILES = ("--dataset", "flowers")
         (("--alpha", 1), ("--method", "bisam_log"), "alpha is no setting of the method bisam_log"),
         (("--eta", 1), ("--method", "sam"), "eta is no setting of the method sam"),
         (("--patience", 30), (), "--patience (needs patience below the epochs, got 30 of 30)"),
-        (("--warmup", 9), (), "warmup 9 needs the linear or constant schedule"),
+        (("--update-bn",), (), "--update-bn (needs ema, or a schedule-free optimizer, got sgd)"),
+        (("--compile-mode", "default"), (), "--compile-mode (needs compile, got no compile)"),
+        (("--cooldown", 0.1), (), "--cooldown (needs schedule wsd, got cosine)"),
+        (("--warmup", 9), (), "warmup 9 needs the linear, constant or wsd schedule"),
     ],
 )
 def test_a_flag_without_effect_is_refused_by_name(bisam, tmp_path, idle, where, message):
@@ -155,7 +159,7 @@ def test_a_flag_without_effect_is_refused_by_name(bisam, tmp_path, idle, where, 
         (("digits", "--set", "image-size=96"), "--set image_size (needs dataset imagenet"),
         (("table1", "--set", "validation_noise=yes"), "--set validation_noise (needs noise above 0, got 0)"),
         (("digits", "--loaders", 2), "--loaders (needs dataset imagenet"),
-        (("table7", "--set", "momentum=0.5"), "--set momentum (needs optimizer sgd, got adamw)"),
+        (("table7", "--set", "momentum=0.5"), "--set momentum (needs an optimizer with momentum, got adamw)"),
         (("table1", "--set", "max_length=9"), "--set max_length (needs dataset glue:TASK, got cifar10)"),
         (("digits", "--cpus", 1), "without --ray there is no cluster: leave --cpus out"),
         (("digits", "--ray", "local", "--workers", 2), "leave --workers out"),
@@ -199,11 +203,21 @@ def test_each_condition_holds_somewhere(name):
         Recipe(dataset=dataset, noise=0.1, measured_epochs=1)
         for dataset in ("digits", "cifar10", "imagenet", "folder:a", "glue:rte")
     ]
-    recipes += [Recipe(model="hf:bert-base-uncased"), Recipe(patience=5)]
+    recipes += [
+        Recipe(model="hf:bert-base-uncased"),
+        Recipe(patience=5),
+        Recipe(schedule="wsd"),
+        Recipe(ema=0.9, compile=True),
+    ]
     refuse_idle(recipes, Machine(), frozenset({name}))
     with pytest.raises(ValueError, match="without effect, leave out: "):
         refuse_idle(
-            [Recipe(dataset="glue:rte" if name == "channels_last" else "digits", optimizer="adamw")],
+            [
+                Recipe(
+                    dataset="glue:rte" if name in ("channels_last", "erasing", "mixup", "cutmix") else "digits",
+                    optimizer="Rprop",
+                )
+            ],
             Machine(strategy="ddp"),
             frozenset({name}),
         )
@@ -214,7 +228,7 @@ def test_settings_of_presets_and_unknown_data_sets_are_not_refused():
     refuse_idle(
         [Recipe(dataset="digit", noise=0.1, measured_epochs=1)],
         Machine(),
-        frozenset(CONDITIONS) - {"strategy", "frozen", "patience"},
+        frozenset(CONDITIONS) - {"strategy", "frozen", "patience", "cooldown", "update_bn", "compile_mode"},
     )
 
 

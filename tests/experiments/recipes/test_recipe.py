@@ -24,7 +24,13 @@ def test_a_recipe_survives_its_text():
 def test_the_folder_name_depends_on_every_field_but_the_seed():
     one = replace(SHORT, method="abisam_tanh")  # which takes them all
     assert replace(one, seed=7).slug == one.slug
-    changed: dict[str, Any] = {"method": "abisam_log", "model": "other", "dataset": "other", "weights": "pretrained"}
+    changed: dict[str, Any] = {
+        "compile_mode": "max-autotune-no-cudagraphs",
+        "method": "abisam_log",
+        "model": "other",
+        "dataset": "other",
+        "weights": "pretrained",
+    }
     changed |= {"optimizer": "adamw", "schedule": "linear", "warmup": 3, "precision": "bf16", "measured": "ascents"}
     one = replace(one, schedule="constant", weights="file.pt")
     assert replace(one, epochs=None, steps=7).slug != one.slug
@@ -32,7 +38,7 @@ def test_the_folder_name_depends_on_every_field_but_the_seed():
         if field.name not in ("seed", "version", "steps"):
             before = getattr(one, field.name)
             value = not before if isinstance(before, bool) else 7 if isinstance(before, int) else 0.25
-            value = 7 if field.name in ("limit", "frozen", "train_examples", "patience") else value
+            value = 7 if field.name in ("limit", "frozen", "train_examples", "patience", "randaugment") else value
             other = replace(one, **{field.name: changed.get(field.name, value)})
             assert other.slug != one.slug, field.name
 

@@ -28,6 +28,7 @@ from bisam.experiments.runs.machine import Machine
 from bisam.experiments.runs.results import rows_fault
 from bisam.experiments.studies import STUDIES
 from bisam.experiments.training.epoch import train_epoch
+from bisam.experiments.training.optimizers import build_scheduler
 from bisam.experiments.training.train import train
 
 MACHINE = Machine(log=())
@@ -80,6 +81,12 @@ def test_the_length_is_that_of_a_loop_that_counts(losses, accumulate, given):
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"steps": 10**9 + 1}, "steps must be at most 1000000000"),
         ({"steps": 50, "warmup": 50, "schedule": "linear"}, "warmup 50 does not end within the 50 steps of the run"),
+        (
+            {"steps": 50, "warmup": 41, "schedule": "wsd"},
+            "does not end before the cooldown, the last 10 of",
+        ),
+        ({"cooldown": 0.0, "schedule": "wsd"}, "cooldown must be above 0 and at most 1, got 0.0"),
+        ({"cooldown": 1.5, "schedule": "wsd"}, "cooldown must be above 0 and at most 1, got 1.5"),
     ],
 )
 def test_a_length_that_cannot_be_is_refused(bisam, tmp_path, settings, message):
@@ -163,6 +170,8 @@ def rising(step: int, warmup: int) -> float:
         ("linear", 4, lambda step: rising(step, 4) if step < 4 else 1 - (step - 4) / 8),
         ("linear", 0, lambda step: 1 - step / 12),
         ("constant", 4, lambda step: rising(step, 4)),
+        ("wsd", 4, lambda step: min(rising(step, 4), (12 - step) / 2)),
+        ("wsd", 0, lambda step: min(1.0, (12 - step) / 2)),
         ("cosine", 0, lambda step: math.cos(math.pi * step / 24) ** 2),
     ],
 )
@@ -171,6 +180,23 @@ def test_each_step_has_its_learning_rate(tmp_path, rates, schedule, warmup, fact
     train(run := Run.under(tmp_path, recipe), MACHINE)
     assert rates == pytest.approx([0.05 * factor(step) for step in range(12)], rel=1e-12)
     assert [row["learning_rate"] for row in run.metrics()] == pytest.approx([rates[0], rates[5], rates[10]])
+
+
+@pytest.mark.parametrize(("warmup", "cooldown"), [(0, 0.3), (5, 0.3), (20, 0.5), (0, 1.0), (3, 0.001)])
+def test_wsd_is_the_schedule_of_transformers(warmup, cooldown):
+    """That begins its warm-up at 0 and not at the first share of it: the rates are compared from its end on."""
+    schedule = pytest.importorskip("transformers.optimization").get_wsd_schedule
+    recipe = Recipe(method="sgd", steps=40, schedule="wsd", warmup=warmup, cooldown=cooldown)
+    decay = max(1, round(40 * cooldown))
+    optimizers = [torch.optim.SGD([torch.zeros(1)], 0.1) for _ in range(2)]
+    others = {"num_training_steps": 40, "decay_type": "linear"}
+    ours, theirs = build_scheduler(optimizers[0], recipe, 40), schedule(optimizers[1], warmup, decay, **others)
+    for step in range(41):
+        if step >= warmup:
+            assert ours.get_last_lr() == pytest.approx(theirs.get_last_lr(), rel=1e-12, abs=1e-15), step
+        for optimizer, one in zip(optimizers, (ours, theirs), strict=True):
+            optimizer.step()
+            one.step()
 
 
 @pytest.mark.parametrize(
@@ -232,10 +258,11 @@ def test_whole_epochs_of_steps_are_a_run_of_epochs(tmp_path, method):
     assert ours == theirs
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
 @pytest.mark.parametrize("stop_after", [1, 2, 3])
-def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, stop_after):
+def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, stop_after, schedule):
     recipe = replace(
-        STEPS, method="LookSAM(L2(0.1), k=3)", steps=11, accumulate=2, schedule="cosine", warmup=0, limit=500
+        STEPS, method="LookSAM(L2(0.1), k=3)", steps=11, accumulate=2, schedule=schedule, warmup=0, limit=500
     )
     whole, broken = Run.under(tmp_path / "a", recipe), Run.under(tmp_path / "b", recipe)
     train(whole, MACHINE)

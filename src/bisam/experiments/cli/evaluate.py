@@ -67,7 +67,7 @@ def evaluate(
     machine = where.machine()  # fails here if the device is missing
     recipe = None if config is None else read(config)
     loaded = load(model_or_run, where.data_dir, which, model, dataset, recipe)
-    unit = "texts" if loaded.recipe.model.startswith("hf:") else "images"
+    unit = "texts" if loaded.recipe.dataset.startswith("glue:") else "images"
     with MeasuringDisplay(1, unit, quiet=quiet) as display:
         display.run()
         found = evaluated(loaded, machine, dataset, split, corrupted=corruptions, tta=tta, progress=display.measure)
@@ -106,10 +106,10 @@ def _show(found: Evaluated, unit: str) -> None:
 
 
 def _rows(measured: Measured) -> Iterator[tuple[str, str]]:
-    from bisam.experiments.runs.results import TITLES
+    from bisam.experiments.runs.results import IN_PER_CENT, TITLES
 
     for metric, score in measured.scores.items():
-        yield TITLES[metric], f"{100 * score:.2f} %" if metric in ("accuracy", "top5") else f"{score:.4f}"
+        yield TITLES[metric], f"{100 * score:.2f} %" if metric in IN_PER_CENT else f"{score:.4f}"
     found = measured.calibration
     yield "loss (cross-entropy)", f"{measured.loss:.4f}"
     yield "ECE", f"{100 * found.ece:.2f} %"

@@ -39,8 +39,8 @@ def whole(type_: Any, tokens: Sequence[Token]) -> int:
 
 Whole = Annotated[int, Parameter(converter=whole)]
 
-ALIASES = {"method": ("--optim", "--opt"), "learning_rate": ("--lr",)}
-"""Other spellings of flags: the BiSAM authors' (their parser also takes the beginning of a flag) and a common one."""
+ALIASES = {"method": ("--optim", "--opt"), "learning_rate": ("--lr",), "optimizer": ("--base-optimizer",)}
+"""Other spellings of flags: the BiSAM authors' (their parser also takes the beginning of a flag) and common ones."""
 NO_FLAG = {"version"}
 """Fields of a recipe that no flag sets."""
 

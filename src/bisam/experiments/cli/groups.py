@@ -17,12 +17,13 @@ OUTPUT = Group("Output", sort_key=8)
 AUTHORS = Group("The BiSAM authors' flags", sort_key=9)
 
 _OF_FIELDS = {
-    DATA: "dataset noise validation_noise limit train_examples held_out augment cutout image_size max_length bucket",
+    DATA: "dataset noise validation_noise limit train_examples imbalance held_out augment cutout randaugment "
+    "erasing mixup cutmix image_size max_length bucket",
     MODEL: "model weights frozen",
     METHOD: "method rho mu alpha eta",
-    TRAINING: "epochs steps patience batch_size accumulate optimizer learning_rate schedule warmup momentum "
-    "weight_decay label_smoothing clip ema seed",
-    MACHINE: "precision channels_last compile",
+    TRAINING: "epochs steps patience batch_size accumulate optimizer learning_rate schedule warmup cooldown momentum "
+    "weight_decay label_smoothing clip ema update_bn seed",
+    MACHINE: "precision channels_last compile compile_mode",
     OUTPUT: "measured_epochs measured",
 }
 

@@ -44,6 +44,7 @@ def _with_dataset(needs: str, *kinds: str) -> Condition:
 
 _CIFAR = _with_dataset("dataset cifar10 or cifar100", "cifar10", "cifar100")
 _FILES = _with_dataset("dataset imagenet, flowers, pets or folder:PATH", "imagenet", "flowers", "pets", "folder")
+_IMAGES = KINDS - {"glue"}
 _TEXTS = _with_dataset("dataset glue:TASK", "glue")
 
 
@@ -66,6 +67,10 @@ CONDITIONS: dict[str, Condition] = {
     "validation_noise": Condition(lambda r, _: r.noise > 0, "noise above 0", lambda r, _: f"{r.noise:g}"),
     "augment": _CIFAR,
     "cutout": _CIFAR,
+    "randaugment": _with_dataset(
+        "dataset cifar10, cifar100, imagenet, flowers, pets or folder:PATH", *(KINDS - {"glue", "digits"})
+    ),
+    **dict.fromkeys(("erasing", "mixup", "cutmix", "channels_last"), _with_dataset("a dataset of images", *_IMAGES)),
     "image_size": _FILES,
     "max_length": _TEXTS,
     "bucket": _TEXTS,
@@ -73,14 +78,25 @@ CONDITIONS: dict[str, Condition] = {
     "frozen": Condition(
         lambda r, _: r.model.partition(":")[0] in ("hf", "timm"), "model hf:NAME or timm:NAME", lambda r, _: r.model
     ),
-    "channels_last": _with_dataset("a dataset of images", *(KINDS - {"glue"})),
     "patience": Condition(
         lambda r, _: r.patience is not None and (r.epochs is None or r.patience < r.epochs),
         "patience below the epochs",
         lambda r, _: f"{r.patience} of {r.epochs}",
     ),
     "measured": Condition(lambda r, _: r.measured_epochs > 0, "measured_epochs above 0", lambda *_: "0"),
-    "momentum": Condition(lambda r, _: r.optimizer == "sgd", "optimizer sgd", lambda r, _: r.optimizer),
+    "cooldown": Condition(lambda r, _: r.schedule == "wsd", "schedule wsd", lambda r, _: r.schedule),
+    "update_bn": Condition(
+        lambda r, _: r.ema is not None or r.base_optimizer.averages,
+        "ema, or a schedule-free optimizer",
+        lambda r, _: r.optimizer,
+    ),
+    "compile_mode": Condition(lambda r, _: r.compile, "compile", lambda *_: "no compile"),
+    "momentum": Condition(
+        lambda r, _: r.base_optimizer.takes("momentum"), "an optimizer with momentum", lambda r, _: r.optimizer
+    ),
+    "weight_decay": Condition(
+        lambda r, _: r.base_optimizer.takes("weight_decay"), "an optimizer with weight decay", lambda r, _: r.optimizer
+    ),
     "strategy": Condition(
         lambda _, machine: machine.strategy != "ddp" or machine.parallel, "several --devices", lambda *_: "1"
     ),

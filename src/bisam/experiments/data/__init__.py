@@ -13,6 +13,8 @@ splits.py         what a split is
 image_tensors.py  splits of small images in memory: digits.py, cifar.py
 image_files.py    splits of images in files: image_folders.py has ImageNet, Flowers-102, Pets and folders of a user
 glue.py           splits of texts, and the tasks of GLUE
+long_tail.py      training sets whose classes have unequal numbers of examples
+transforms.py     mixup, CutMix, RandAugment and random erasing, by torchvision
 names.py          the classes by name
 """
 
@@ -20,12 +22,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bisam.experiments.data.glue import TASKS, Texts
+from bisam.experiments.data.long_tail import long_tailed
 from bisam.experiments.data.splits import Data, Split, drawn
 from bisam.experiments.errors import DataError, unknown
 from bisam.experiments.recipes.recipe import Recipe
@@ -65,6 +69,8 @@ def load(recipe: Recipe, machine: Machine) -> Data:
         raise DataError(str(error)) from error
     if recipe.limit is not None:
         data = _limited(data, recipe.limit, recipe.seed)
+    if recipe.imbalance > 1:
+        data = long_tailed(data, recipe.imbalance, recipe.seed)
     if recipe.train_examples is not None:
         data = replace(data, train=_subset(data.train, recipe.train_examples, recipe.seed))
     if recipe.noise:
@@ -73,6 +79,7 @@ def load(recipe: Recipe, machine: Machine) -> Data:
     if recipe.noise and recipe.validation_noise:
         noisy = symmetric_noise(data.validation.labels, recipe.noise, data.classes, recipe.seed, stream=1)
         data = replace(data, validation=data.validation.relabelled(noisy))
+    data = _with_transforms(data, recipe)
     return data if recipe.bucket == 1 else _bucketed(data, recipe.bucket)
 
 
@@ -124,7 +131,7 @@ def _load(recipe: Recipe, machine: Machine) -> Data:
             return digits(seed)
         side = int(detail) if detail else SIDE
         data = cifar(kind, root, download, recipe.augment, recipe.cutout, min(side, SIDE))
-        return larger(data, side, statistics(recipe.model)) if detail else data
+        return larger(data, side, statistics(recipe.model, root)) if detail else data
     if kind in ("imagenet", "flowers", "pets", "folder"):
         from bisam.experiments.data.image_folders import flowers, folder, imagenet, pets, standardised
         from bisam.experiments.models.build import statistics
@@ -138,7 +145,7 @@ def _load(recipe: Recipe, machine: Machine) -> Data:
                 data = flowers(root, size, machine.loaders, download)
             case _:
                 data = pets(root, seed, size, machine.loaders, download, recipe.held_out)
-        known = statistics(recipe.model)
+        known = statistics(recipe.model, root)
         return data if known is None else standardised(data, *known)
     from bisam.experiments.data.glue import glue
     from bisam.experiments.models.build import tokenizer
@@ -167,6 +174,25 @@ def _subset(train: Split, count: int, seed: int) -> Split:
     return train.chosen(drawn(len(train), seed, stream=3)[:count].sort().values)
 
 
+def _with_transforms(data: Data, recipe: Recipe) -> Data:
+    """The data with the random changes of training images that torchvision has."""
+    changes = {name: getattr(recipe, name) for name in ("mixup", "cutmix", "erasing")}
+    train: Any = data.train
+    if isinstance(train, Texts):
+        if recipe.randaugment is not None or any(changes.values()):
+            raise DataError(f"randaugment, erasing, mixup and cutmix change images, and {recipe.dataset} has texts")
+        return data
+    if recipe.randaugment is not None:
+        if recipe.dataset == "digits":
+            raise DataError("randaugment needs images of 8-bit pixels, such as cifar10, and not those of digits")
+        train = replace(train, randaugment=recipe.randaugment)
+    if any(changes.values()):
+        from bisam.experiments.data.transforms import Transformed  # not at the top: digits needs no torchvision
+
+        train = Transformed(train, data.classes, **changes)
+    return replace(data, train=train)
+
+
 def _bucketed(data: Data, bucket: int) -> Data:
     """The texts in batches of similar length; see `Texts`."""
     if not (isinstance(data.train, Texts) and isinstance(data.validation, Texts) and isinstance(data.test, Texts)):
@@ -184,7 +210,8 @@ def _folder(path: str, root: Path) -> Path:
 def source(recipe: Recipe) -> tuple[object, ...]:
     """Return the fields that decide whether the data can be loaded: equal for two recipes, both can or neither."""
     prepares = recipe.model if ":" in recipe.model else ""  # tokens and channel statistics depend on the model
-    return recipe.dataset, recipe.image_size, recipe.max_length, recipe.held_out, recipe.train_examples, prepares
+    sizes = recipe.held_out, recipe.train_examples, recipe.imbalance
+    return recipe.dataset, recipe.image_size, recipe.max_length, *sizes, prepares
 
 
 def symmetric_noise(labels: Tensor, rate: float, classes: int, seed: int, stream: int | None = None) -> Tensor:

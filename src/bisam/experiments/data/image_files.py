@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 
 from bisam.experiments.data.splits import Statistics, shares, without_index
+from bisam.experiments.data.transforms import rand_augment
 from bisam.experiments.errors import reason
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -50,6 +51,7 @@ class Folder:
             pixels.
         grey: whether images are converted to one channel, and not to RGB.
         training: whether images are augmented.
+        randaugment: magnitude of RandAugment, for training; None: none.
         processes: worker processes that decode images; 0: this process decodes them.
         device: of the batches.
         mean, std: of the channels, for standardisation, as shares of 255; by default ImageNet's.
@@ -68,6 +70,7 @@ class Folder:
     std: Channels = STD
     whole: bool = False
     grey: bool = False
+    randaugment: int | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("image_size", 1), ("processes", 0)):
@@ -132,7 +135,7 @@ class Folder:
     def _read(self, parts: list[Tensor], epoch: int) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
         keys = ([(self.paths[i], i, epoch) for i in part.tolist()] for part in parts)
         loader: DataLoader[Any] = DataLoader(
-            _Decoder(self.image_size, self.training, self.whole, self.grey),
+            _Decoder(self.image_size, self.training, self.whole, self.grey, self.randaugment),
             batch_sampler=keys,  # pyright: ignore[reportArgumentType]
             collate_fn=_collate,
             num_workers=self.processes,
@@ -153,10 +156,18 @@ class _Decoder(Dataset[Any]):
     For an image that cannot be read it returns the message: an error in a worker would be shown as a traceback.
     """
 
-    def __init__(self, image_size: int, training: bool, whole: bool, grey: bool) -> None:
+    def __init__(
+        self, image_size: int, training: bool, whole: bool, grey: bool, randaugment: int | None = None
+    ) -> None:
         self._training, self._grey = training, grey
+        operations = [] if randaugment is None else [rand_augment(randaugment)]
         self._transform = v2.Compose(
-            [v2.RandomResizedCrop(image_size, antialias=True), v2.RandomHorizontalFlip(), v2.PILToTensor()]
+            [
+                v2.RandomResizedCrop(image_size, antialias=True),
+                v2.RandomHorizontalFlip(),
+                *operations,
+                v2.PILToTensor(),
+            ]
             if training
             else [
                 v2.Resize(image_size if whole else round(image_size * 256 / 224), antialias=True),

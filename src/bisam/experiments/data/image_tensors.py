@@ -66,6 +66,7 @@ class Images:
         mean, std: of each channel of uint8 images, as a share of 255, (C,).
         augmentation: for training.
         side: of the images of a batch, in pixels, to which they are enlarged; None: as they are.
+        randaugment: magnitude of RandAugment, for training; None: none.
         standardised: what floats were standardised with, see `Split.statistics`; None: not known.
     """
 
@@ -76,6 +77,7 @@ class Images:
     augmentation: Augmentation | None = None
     side: int | None = None
     standardised: Statistics | None = None
+    randaugment: int | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -111,7 +113,7 @@ class Images:
 
     def unaugmented(self) -> Images:
         """Return the split without augmentation."""
-        return replace(self, augmentation=None)
+        return replace(self, augmentation=None, randaugment=None)
 
     def batches(
         self, size: int, generator: torch.Generator | None = None, rank: int = 0, ranks: int = 1
@@ -135,6 +137,10 @@ class Images:
     def _prepared(self, images: Tensor, random: torch.Generator) -> Tensor:
         change = self.augmentation
         x = images if change is None else change.moved(images, random)
+        if self.randaugment is not None:
+            from bisam.experiments.data.transforms import rand_augmented  # not at the top: digits needs no torchvision
+
+            x = rand_augmented(x, self.randaugment, random)
         if self.mean is not None and self.std is not None:
             # Expanded to all pixels: with broadcasting this operation takes twice as long.
             scale, shift = (

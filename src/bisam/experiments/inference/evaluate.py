@@ -238,9 +238,9 @@ class _Kept:
     def measured(self, splits: Data, mirrored: bool = False) -> Measured:
         labels, logits = torch.cat(self._labels), torch.cat(self._mirrored if mirrored else self._logits)
         ranks = ranked(logits, self._metrics) if mirrored else torch.cat(self._ranks)
-        found = dict(zip(self._metrics, scores(self._metrics, ranks, labels), strict=True))
+        found = dict(zip(self._metrics, scores(self._metrics, ranks, labels, splits.classes), strict=True))
         more = [name for name in ("accuracy", *(["top5"] if splits.classes >= TOP5 else [])) if name not in found]
-        found |= zip(more, scores(more, ranked(logits, more), labels), strict=True)
+        found |= zip(more, scores(more, ranked(logits, more), labels, splits.classes), strict=True)
         # The measures of `bisam.analysis` take a model: here one that returns the logits.
         oracle = ModelOracle(_Given(), cross_entropy)
         rows = list(zip(logits.split(_ROWS), labels.split(_ROWS), strict=True))

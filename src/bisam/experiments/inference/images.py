@@ -69,7 +69,7 @@ def preparation(recipe: Recipe, machine: Machine) -> Preparation:
         DataError: the data set is missing.
     """
     if recipe.dataset.partition(":")[0] in IN_FILES:
-        return Preparation(recipe.image_size, False, 3, *(statistics(recipe.model) or (MEAN, STD)))
+        return Preparation(recipe.image_size, False, 3, *(statistics(recipe.model, machine.data_dir) or (MEAN, STD)))
     test = data.load(recipe, machine).test
     if not isinstance(test, Images) or test.statistics is None:
         raise ValueError(f"{recipe.dataset} has no images")

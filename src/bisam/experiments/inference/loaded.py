@@ -50,7 +50,7 @@ class Loaded:
         if self.recipe.channels_last:
             model = cast(Any, model).to(memory_format=torch.channels_last)
         if self.recipe.compile:
-            model.compile(dynamic=False)
+            model.compile(dynamic=False, mode=self.recipe.compile_mode)
         return model.eval()
 
 

@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bisam import Evaluation, Oracle, SharpnessAware, cross_entropy
 from bisam.batches import Batch
+from bisam.experiments.data.long_tail import counts as long_tail_counts
 from bisam.experiments.data.splits import batches_of
 from bisam.experiments.errors import RunError
 from bisam.experiments.models.build import build
@@ -194,6 +195,8 @@ def operations(recipe: Recipe, counts: Counts) -> float:
     if recipe.held_out is not None:
         train, validation = _divided(train + validation, recipe.held_out)
     train, validation, test = (min(n, recipe.limit or n) for n in (train, validation, test))  # as `data.load` does
+    if recipe.imbalance > 1:  # nearly: the classes of a data set seldom have the same numbers of examples
+        train = sum(long_tail_counts([train // size.classes] * size.classes, recipe.imbalance))
     train = min(train, recipe.train_examples or train)
     length = run_length(recipe, batches_of(train, recipe.batch_size))
     trained = (length.epochs - 1) * train + min(train, length.losses_in(length.epochs) * recipe.batch_size)

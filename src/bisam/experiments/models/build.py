@@ -52,8 +52,8 @@ NETWORKS: dict[str, tuple[Callable[[int, int], nn.Module], str]] = {
 NAMES: dict[str, str] = {name: line for name, (_, line) in NETWORKS.items()} | {
     "torchvision:NAME": "a classifier of torchvision.models, as torchvision:resnet50",
     "timm:NAME": "a classifier of timm, as timm:vit_base_patch16_224",
-    "hf:NAME": "a sequence classifier of Hugging Face, as hf:bert-base-uncased: of a folder (here, or in the folder "
-    "weights of the data folder), or of the hub",
+    "hf:NAME": "a classifier of Hugging Face of texts or images, as hf:bert-base-uncased: of a folder (here, or in the "
+    "folder weights of the data folder), or of the hub",
 }
 
 
@@ -69,8 +69,8 @@ def build(
 ) -> nn.Module:
     """Build the network `name` for `classes` classes, in float32 and in training mode.
 
-    Its input is images (N, channels, H, W), or for Hugging Face the dict of tensors that the tokenizer returns. Its
-    output is logits (N, classes). Initial weights are drawn from torch's global generator.
+    Its input is images (N, channels, H, W), or for texts the dict of tensors that the tokenizer returns. Its output is
+    logits (N, classes). Initial weights are drawn from torch's global generator.
 
     Args:
         name: one of `NAMES`.
@@ -101,7 +101,7 @@ def build(
     elif source == "timm":
         model = _timm(rest, classes, channels, pretrained)
     elif source == "hf":
-        model = _hugging_face(rest, classes, pretrained, root)
+        model = _hugging_face(rest, classes, channels, pretrained, root)
     else:
         raise unknown("source of models", source, ["torchvision", "timm", "hf"])
     if weights is not None and not pretrained:
@@ -139,15 +139,43 @@ def tokenizer(name: str, root: Path | None = None) -> Any:
         return transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False)
 
 
-def statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Return mean and standard deviation of the channels for a model's pretrained weights, as shares of 255.
+def image_processor(name: str, root: Path | None = None) -> Any:
+    """Load the image processor of the model `hf:...`, which says how its images are prepared.
 
-    The result is None for models other than timm's and torchvision's, and for those without pretrained weights.
+    Args:
+        name: of the model.
+        root: see `build`.
 
     Raises:
-        ValueError: timm or torchvision is missing, or has no such model.
+        ValueError: transformers is missing, or the processor cannot be loaded.
+    """
+    transformers, rest = _package("transformers", f"the image processor of {name!r}"), name.partition(":")[2]
+    place = _place(rest, root)
+    with _loading(f"the image processor of {name!r}", _hf_remedy(rest, root)), _hub(place):
+        return transformers.AutoImageProcessor.from_pretrained(place, trust_remote_code=False)
+
+
+def statistics(name: str, root: Path | None = None) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Return mean and standard deviation of the channels for a model's pretrained weights, as shares of 255.
+
+    The result is None for models of this package, for those without pretrained weights, and for folders of Hugging Face
+    that do not say it.
+
+    Args:
+        name: of the model.
+        root: see `build`.
+
+    Raises:
+        ValueError: a package is missing, or has no such model.
     """
     source, _, rest = name.partition(":")
+    if source == "hf":
+        place = Path(_place(rest, root))
+        if place.is_dir() and not (place / _PROCESSOR).is_file():
+            return None
+        processor = image_processor(name, root)
+        mean, std = (getattr(processor, key, None) for key in ("image_mean", "image_std"))
+        return None if mean is None or std is None else (tuple(map(float, mean)), tuple(map(float, std)))
     if source == "timm":
         settings = _timm_with(rest).get_pretrained_cfg(rest)
     elif source == "torchvision":
@@ -225,13 +253,23 @@ def _hf_remedy(name: str, root: Path | None) -> str:
     return f"{placed}give a local folder as hf:FOLDER, or set HF_HOME to a filled cache"
 
 
-def _hugging_face(name: str, classes: int, pretrained: bool, root: Path | None) -> Logits:
+_PROCESSOR = "preprocessor_config.json"
+
+
+def _hugging_face(name: str, classes: int, channels: int, pretrained: bool, root: Path | None) -> Logits:
     full = f"hf:{name}"
     transformers = _package("transformers", f"model {full!r}")
     place = _place(name, root)
-    classifier = transformers.AutoModelForSequenceClassification
     with _loading(f"model {full!r}", _hf_remedy(name, root)), _hub(place), _quiet(transformers.logging):
         config = transformers.AutoConfig.from_pretrained(place, num_labels=classes, trust_remote_code=False)
+        classifier = transformers.AutoModelForSequenceClassification
+        if takes_images := _takes_images(config, transformers):
+            classifier = transformers.AutoModelForImageClassification
+            if not pretrained and hasattr(config, "num_channels"):
+                config.num_channels = channels
+    if takes_images and getattr(config, "num_channels", channels) != channels:
+        raise ValueError(f"model {full!r} accepts images of {config.num_channels} channels, not of {channels}")
+    with _loading(f"model {full!r}", _hf_remedy(name, root)), _hub(place), _quiet(transformers.logging):
         if pretrained:
             network = classifier.from_pretrained(
                 place, config=config, ignore_mismatched_sizes=True, trust_remote_code=False
@@ -240,6 +278,14 @@ def _hugging_face(name: str, classes: int, pretrained: bool, root: Path | None) 
             network = classifier.from_config(config, trust_remote_code=False)
     # It is loaded in the precision of its file, and in evaluation mode.
     return Logits(network.float()).train()
+
+
+def _takes_images(config: Any, transformers: Any) -> bool:
+    """Whether a model of Hugging Face classifies images, and not sequences of tokens."""
+    texts, images = (
+        getattr(transformers, f"MODEL_FOR_{what}_CLASSIFICATION_MAPPING") for what in ("SEQUENCE", "IMAGE")
+    )
+    return type(config) in images and type(config) not in texts
 
 
 def _place(name: str, root: Path | None) -> str:

@@ -16,10 +16,20 @@ WHICH = {
 """The weights of a run, in words."""
 
 _SHOWN = (
-    *("method", "rho", "mu", "alpha", "eta", "dataset", "model", "weights", "frozen", "seed", "noise", "epochs"),
-    *("steps", "batch_size", "optimizer", "learning_rate", "schedule", "weight_decay", "label_smoothing", "ema"),
+    *("method", "rho", "mu", "alpha", "eta", "dataset", "model", "weights", "frozen", "seed", "noise", "imbalance"),
+    *(
+        "epochs",
+        "steps",
+        "batch_size",
+        "optimizer",
+        "learning_rate",
+        "schedule",
+        "weight_decay",
+        "label_smoothing",
+        "ema",
+    ),
 )
-_QUIET = {"noise": 0.0, "label_smoothing": 0.0}
+_QUIET = {"noise": 0.0, "imbalance": 1.0, "label_smoothing": 0.0}
 """Fields that say nothing with these values."""
 _LIBRARIES = {"hf": "transformers", "timm": "timm"}
 

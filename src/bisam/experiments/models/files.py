@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bisam.experiments.models.build import tokenizer
+from bisam.experiments.models.build import image_processor, tokenizer
 from bisam.experiments.models.initial import WEIGHTS_FILE as WEIGHTS_FILE, classes_of as classes_of
 from bisam.experiments.models.logits import Logits
 
@@ -84,13 +84,13 @@ def write_folder(model: nn.Module, name: str, to: Path, facts: Mapping[str, Any]
         root: folder of the data sets, see `build`.
 
     Raises:
-        ValueError: a package is missing, or the tokenizer cannot be loaded.
+        ValueError: a package is missing, or the tokenizer or image processor cannot be loaded.
         OSError: a file cannot be written.
     """
     if isinstance(model, Logits):
         network: Any = model.network
         network.save_pretrained(to)
-        tokenizer(name, root).save_pretrained(to)
+        (image_processor if model.takes_images else tokenizer)(name, root).save_pretrained(to)
     elif name.startswith("timm:"):
         timm: Any = _package("timm.models", "a folder of timm")
         timm.save_for_hf(model, str(to), safe_serialization=True)
@@ -111,10 +111,13 @@ def code_of(model: nn.Module, name: str, channels: int, place: str, *, on_hub: b
     source, _, rest = name.partition(":")
     classes = classes_of(model.state_dict())
     if isinstance(model, Logits):
+        kind, prepares, called = "SequenceClassification", "AutoTokenizer", "tokenizer"
+        if model.takes_images:
+            kind, prepares, called = "ImageClassification", "AutoImageProcessor", "processor"
         return (
-            "from transformers import AutoModelForSequenceClassification, AutoTokenizer\n\n"
-            f'model = AutoModelForSequenceClassification.from_pretrained("{place}")\n'
-            f'tokenizer = AutoTokenizer.from_pretrained("{place}")'
+            f"from transformers import {', '.join(sorted((f'AutoModelFor{kind}', prepares)))}\n\n"
+            f'model = AutoModelFor{kind}.from_pretrained("{place}")\n'
+            f'{called} = {prepares}.from_pretrained("{place}")'
         )
     if source == "timm" and on_hub:
         return f'import timm\n\nmodel = timm.create_model("hf_hub:{place}", pretrained=True)'

@@ -11,14 +11,21 @@ HIDDEN = "hidden_states"
 
 
 class Logits(nn.Module):
-    """A Hugging Face classifier that takes one dict of tensors and returns logits (N, classes)."""
+    """A Hugging Face classifier that takes images, or one dict of tensors, and returns logits (N, classes)."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
-    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Map token ids and masks (N, length), by name, to logits (N, classes)."""
+    @property
+    def takes_images(self) -> bool:
+        """Whether its inputs are images, and not tokens."""
+        return getattr(self.network, "main_input_name", "") == "pixel_values"
+
+    def forward(self, inputs: Tensor | Mapping[str, Tensor]) -> Tensor:
+        """Map images (N, C, H, W), or token ids and masks (N, length) by name, to logits (N, classes)."""
+        if isinstance(inputs, Tensor):
+            return self.network(pixel_values=inputs).logits
         if HIDDEN in inputs:
             inputs = {"inputs_embeds" if name == HIDDEN else name: value for name, value in inputs.items()}
         return self.network(**inputs).logits

@@ -34,6 +34,10 @@ class Fields:
     """Largest number of training examples, of validation examples and of test examples."""
     train_examples: int | None = None
     """Number of training examples, which the seed draws; the validation and test examples stay complete."""
+    imbalance: float = 1.0
+    """Ratio of the training examples of the first class to those of the last one: their numbers fall exponentially with
+    the number of the class (Cui et al., 2019), and the seed draws which are left. Scores are then balanced accuracy,
+    and that of the classes with many, medium and few examples. Validation and test examples stay as they are."""
     held_out: float | None = None
     """Share of the training examples that is held out for validation, by default a tenth (of ImageNet a fiftieth). 0:
     none; then all are trained, and the validation score is that of the training examples, without augmentation."""
@@ -41,6 +45,16 @@ class Fields:
     """Random crops and flips of the training images (not for digits)."""
     cutout: bool = False
     """Blank a square of half the side in half of the augmented images (CIFAR), as the BiSAM authors do."""
+    randaugment: int | None = None
+    """Magnitude of RandAugment, 0 to 30: two random operations on each training image, after crops and flips (CIFAR and
+    image files). By default there are none."""
+    erasing: float = 0.0
+    """Share of the training images of which a random rectangle is erased, in [0, 1]."""
+    mixup: float = 0.0
+    """Mixup of pairs of training images and of their labels: parameter of the beta distribution, often 0.2; 0: none."""
+    cutmix: float = 0.0
+    """CutMix, rectangles of other training images and a share of their labels: the same parameter, often 1; 0: none.
+    With mixup too, each batch has one of the two."""
     image_size: int = 224
     """Side of images that are read from files, in pixels."""
     max_length: int = 128
@@ -65,16 +79,19 @@ class Fields:
     accumulate: int = 1
     """Number of losses, each over `batch_size` examples, that are averaged for one step of the optimizer."""
     optimizer: str = "sgd"
-    """Base optimizer: sgd or adamw."""
+    """Base optimizer: sgd, adamw, another one of torch.optim (RMSprop, NAdam, ...), timm:NAME (timm:muon, timm:lion) or
+    schedulefree:NAME (with the constant schedule); its other arguments in brackets, as "NAdam(betas=(0.9, 0.99))"."""
     learning_rate: float = 0.1
     """Highest learning rate."""
     schedule: str = "cosine"
-    """Schedule of the learning rate: cosine (to 0, per epoch, or per step of a run of steps), linear (to 0, per step)
-    or constant."""
+    """Schedule of the learning rate: cosine (to 0, per epoch, or per step of a run of steps), linear (to 0, per step),
+    constant, or wsd (warm-up, stable, then decay to 0, per step)."""
     warmup: int = 0
-    """Optimizer steps of linear warm-up of the learning rate (linear and constant schedules)."""
+    """Optimizer steps of linear warm-up of the learning rate (linear, constant and wsd schedules)."""
+    cooldown: float = 0.2
+    """Share of the run in which the wsd schedule decays linearly to 0, at its end."""
     momentum: float = 0.9
-    """Momentum of SGD; AdamW does not use it."""
+    """Momentum of SGD, RMSprop, Muon and others that have one; AdamW does not."""
     weight_decay: float = 5e-4
     """Weight decay on all parameters."""
     label_smoothing: float = 0.0
@@ -83,12 +100,18 @@ class Fields:
     """Largest norm of the gradient of all parameters; by default gradients are not clipped."""
     ema: float | None = None
     """Decay of an average of the weights that is tested too, in (0, 1); by default there is no average."""
+    update_bn: bool = False
+    """Recompute the statistics of batch normalisation for averaged weights (of ema, or of a schedule-free optimizer),
+    by a pass over the training examples after each epoch. By default ema averages them too."""
     precision: str = "32"
     """Precision of the model: 32, bf16 or 16 (autocast; the weights stay float32), or 64."""
     channels_last: bool = False
     """Store images in the channels-last memory format, which is faster for convolutions on most devices."""
     compile: bool = False
     """Compile the model."""
+    compile_mode: str = "default"
+    """Mode of torch.compile: default or max-autotune-no-cudagraphs. The modes with CUDA graphs overwrite the outputs of
+    one pass in the next, and a method has several passes."""
     patience: int | None = None
     """Number of epochs in a row without a better validation score after which the run ends; by default it is trained to
     its last epoch."""

@@ -17,8 +17,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from typing import Any, get_args, get_type_hints
 
+import torch
+
 from bisam.experiments.errors import RunError, unknown
-from bisam.experiments.recipes import versions
+from bisam.experiments.recipes import base_optimizers, versions
+from bisam.experiments.recipes.base_optimizers import BaseOptimizer
 from bisam.experiments.recipes.catalogue import METHODS, PLAIN
 from bisam.experiments.recipes.entries import SETTINGS
 from bisam.experiments.recipes.expressions import VOCABULARY, build, check, check_step, contained, names_called
@@ -30,8 +33,8 @@ EPOCHS = 30
 """Epochs of a recipe that is given neither epochs nor steps."""
 
 CHOICES = {
-    "optimizer": ("sgd", "adamw"),
-    "schedule": ("cosine", "linear", "constant"),
+    "schedule": ("cosine", "linear", "constant", "wsd"),
+    "compile_mode": ("default", "max-autotune-no-cudagraphs"),
     "precision": ("32", "bf16", "16", "64"),
     "measured": ("ball", "ascents"),
 }
@@ -51,6 +54,7 @@ _MOST = {
     "warmup": LARGEST,
     "patience": 10**6,
     "measured_epochs": 10**6,
+    "randaugment": 30,
 }
 """Largest values of whole numbers, beyond any training run: a typing error would fill the memory without a message."""
 _COLUMNS = {"epochs": "epoch", "steps": "step"}
@@ -81,15 +85,21 @@ class Recipe(Fields):
             object.__setattr__(self, "epochs", EPOCHS)
         for name, most in _MOST.items():
             if (value := getattr(self, name)) is not None:
-                whole(name, value, 0 if name in ("warmup", "measured_epochs", "frozen") else 1, most)
+                whole(name, value, 0 if name in ("warmup", "measured_epochs", "frozen", "randaugment") else 1, most)
         _require(0 <= self.seed < 2**32, "seed", self.seed, "in [0, 2^32)")
         for name in ("noise", "momentum", "label_smoothing"):
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
         _require(self.held_out is None or 0 <= self.held_out < 1, "held_out", self.held_out, "in [0, 1)")
         if self.frozen is not None and self.weights is None:
             raise ValueError(f"frozen {self.frozen} keeps layers at random weights: give --weights, or leave it out")
+        _require(1 <= self.imbalance <= 1e6, "imbalance", self.imbalance, "from 1 to 1000000")
+        _require(0 < self.cooldown <= 1, "cooldown", self.cooldown, "above 0 and at most 1")
         _require(self.ema is None or 0 < self.ema < 1, "ema", self.ema, "between 0 and 1")
-        ranges = {non_negative: ("rho", "eta", "weight_decay"), positive: ("learning_rate", "mu", "alpha", "clip")}
+        _require(0 <= self.erasing <= 1, "erasing", self.erasing, "in [0, 1]")
+        ranges = {
+            non_negative: ("rho", "eta", "weight_decay", "mixup", "cutmix"),
+            positive: ("learning_rate", "mu", "alpha", "clip"),
+        }
         for in_range, names in ranges.items():
             for name in names:
                 if (value := getattr(self, name)) is not None:
@@ -98,15 +108,24 @@ class Recipe(Fields):
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise unknown(name, str(getattr(self, name)), known)
+        self._check_optimizer()
         if self.warmup and self.schedule == "cosine":
-            raise ValueError(f"warmup {self.warmup} needs the linear or constant schedule: the cosine has none")
-        if self.steps is not None and self.warmup >= self.steps:
-            raise ValueError(
-                f"warmup {self.warmup} does not end within the {self.steps} steps of the run: make it shorter"
-            )
+            raise ValueError(f"warmup {self.warmup} needs the linear, constant or wsd schedule: the cosine has none")
+        if self.steps is not None:
+            self.check_warmup(self.steps)
         if self.cutout and not self.augment:
             raise ValueError("cutout is a part of the augmentation: leave --no-augment out, or --cutout")
         self._check_method()
+        numbered = sorted(name for name in names_called(self.expression) if getattr(VOCABULARY[name], "indexed", False))
+        if self.update_bn and self.frozen is not None:
+            raise ValueError(
+                "update_bn would change the statistics of frozen layers, which are not trained: leave it out, or frozen"
+            )
+        if self.is_mixed and numbered:
+            raise ValueError(
+                f"{numbered[0]} compares the outputs for an example with earlier ones, and mixup and cutmix mix "
+                "examples: leave them out"
+            )
         object.__setattr__(self, "version", versions.latest_alike(self.version, names_called(self.expression)))
 
     def _check_types(self) -> None:
@@ -123,6 +142,21 @@ class Recipe(Fields):
                 raise TypeError(f"{name} must be {_WORDS[kinds[0]]}, got {shown(value)}")
             elif isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
                 raise ValueError(f"{name} must be text that UTF-8 can encode, got {shown(value)}")
+
+    def _check_optimizer(self) -> None:
+        base = base_optimizers.parsed(self.optimizer)
+        if base.averages and self.schedule != "constant":
+            raise ValueError(
+                f"optimizer {self.optimizer!r} replaces a schedule of the learning rate: give the constant schedule, "
+                f"got {self.schedule!r}"
+            )
+        object.__setattr__(self, "optimizer", str(base))
+        if base.package == "torch" and base.arguments:
+            self._check_arguments(base)
+
+    def _check_arguments(self, base: BaseOptimizer) -> None:
+        weights = [torch.zeros(1, 1)]
+        base.build(weights, self.learning_rate, weight_decay=self.weight_decay, momentum=self.momentum)
 
     def _check_method(self) -> None:
         if "(" in self.method:
@@ -141,11 +175,16 @@ class Recipe(Fields):
     def check_trainable(self) -> None:
         """Check before a run that the method can take a step on a batch of this size, by one step on a small model.
 
+        An optimizer of another package than torch is created, which imports the package.
+
         Raises:
-            ValueError: the step fails; the message gives the reason.
+            ValueError: the step fails, or there is no such optimizer; the message gives the reason.
             RunError: the recipe has an earlier version, whose results the present code does not reproduce.
         """
         self.check_version()
+        base = self.base_optimizer
+        if base.package != "torch":
+            self._check_arguments(base)
         if self.method not in METHODS:
             check_step(self.method, self.batch_size)
 
@@ -161,6 +200,29 @@ class Recipe(Fields):
                 f"the recipe has version {self.version}, and this bisam trains version {versions.VERSION} ({since}): "
                 "start a new run, or use the bisam that wrote it"
             )
+
+    def check_warmup(self, steps: int) -> None:
+        """Check that the warm-up ends within a run of `steps` optimizer steps, and before a decay at its end begins.
+
+        Raises:
+            ValueError: it does not.
+        """
+        if self.warmup >= steps:
+            raise ValueError(f"warmup {self.warmup} does not end within the {steps} steps of the run: make it shorter")
+        if self.schedule == "wsd" and self.warmup + self.decay_steps(steps) > steps:
+            raise ValueError(
+                f"warmup {self.warmup} does not end before the cooldown, the last {self.decay_steps(steps)} of the "
+                f"{steps} steps of the run: make one of them shorter"
+            )
+
+    def decay_steps(self, steps: int) -> int:
+        """The optimizer steps of the decay at the end of a run of `steps` (wsd schedule), at least 1."""
+        return max(1, round(self.cooldown * steps))
+
+    @property
+    def base_optimizer(self) -> BaseOptimizer:
+        """The optimizer that takes the steps."""
+        return base_optimizers.parsed(self.optimizer)
 
     @property
     def unit(self) -> str:
@@ -185,6 +247,11 @@ class Recipe(Fields):
     def is_measured(self, epoch: int, epochs: int) -> bool:
         """Whether an epoch, numbered from 1, of the `epochs` of a run is one of its `measured_epochs`."""
         return epoch * self.measured_epochs // epochs > (epoch - 1) * self.measured_epochs // epochs
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether its batches are mixtures, whose labels are class probabilities."""
+        return self.mixup > 0 or self.cutmix > 0
 
     @property
     def is_plain(self) -> bool:

@@ -138,11 +138,14 @@ _FEW = 8  # more choices are counted
 
 def rows(runs: Iterable[Finished]) -> list[dict[str, Any]]:
     """A row for each trial, for a CSV file."""
+    found = choices(runs)
+    imbalanced = any(one.place.imbalance > 1 for one in found)
     return [
         {
             "dataset": one.place.dataset,
             "model": one.place.model,
             "noise": one.place.noise,
+            **({"imbalance": one.place.imbalance} if imbalanced else {}),
             "method": one.method,
             "settings": " ".join(one.settings),
             "values": " ".join(f"{value:g}" for value in trial.values),
@@ -150,7 +153,7 @@ def rows(runs: Iterable[Finished]) -> list[dict[str, Any]]:
             "n": len(trial.seeds),
             "chosen": trial == one.best,
         }
-        for one in choices(runs)
+        for one in found
         for trial in one.trials
     ]
 

@@ -152,9 +152,10 @@ def described(title: str, groups: Groups, what: str = "mean ± standard deviatio
     seeds = sorted({len(group) for group in groups.values()})
     n = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     spread = f"{what} of {n} seeds" if seeds[-1] > 1 else "one seed"
-    data, models, noises = (set(values) for values in zip(*places(groups), strict=True))
+    data, models, noises, imbalances = (set(values) for values in zip(*places(groups), strict=True))
     noise = {f"label noise {100 * value:g} %" if value else "" for value in noises}
-    common = [plain(words) for words, *others in (data, models, noise) if words and not others]
+    imbalance = {f"imbalance {value:g}" if value > 1 else "" for value in imbalances}
+    common = [plain(words) for words, *others in (data, models, noise, imbalance) if words and not others]
     diverged = sum(run.diverged is not None for group in groups.values() for run in group)
     failed = [f"{diverged} of {sum(map(len, groups.values()))} runs diverged"] if diverged else []
     return f"{title}\n{', '.join([*common, spread, *failed])}"

@@ -95,11 +95,13 @@ def rows(found: Sequence[Flips]) -> list[Row]:
         found: as `flips` returns them.
     """
     called = names(dict.fromkeys(one.recipe for one in found))
+    imbalanced = any(one.recipe.imbalance > 1 for one in found)
     made: list[Row] = []
     for one in found:
         recipe = one.recipe
         row: Row = {"name": called[recipe], "method": title(recipe), "dataset": recipe.dataset, "model": recipe.model}
-        row |= {"noise": recipe.noise, "mark": one.mark, "epoch": one.epoch or ""}
+        row |= {"noise": recipe.noise, **({"imbalance": recipe.imbalance} if imbalanced else {})}
+        row |= {"mark": one.mark, "epoch": one.epoch or ""}
         for name, values in (("flipped", one.finite), ("share", [share for share in one.shares if isfinite(share)])):
             row[f"{name}_mean"] = mean(values) if values else nan
             row[f"{name}_std"] = stdev(values) if len(values) > 1 else nan

@@ -9,6 +9,7 @@ from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 from bisam.experiments.data import NAMES
+from bisam.experiments.recipes.base_optimizers import ADAMW, SGD
 from bisam.experiments.recipes.catalogue import METHODS
 from bisam.experiments.recipes.entries import SETTINGS
 from bisam.experiments.recipes.recipe import Recipe
@@ -28,18 +29,21 @@ class Place(NamedTuple):
     dataset: str
     model: str
     noise: float
+    imbalance: float
 
 
 def place(recipe: Recipe) -> Place:
     """The place of a recipe."""
-    return Place(recipe.dataset, recipe.model, recipe.noise)
+    return Place(recipe.dataset, recipe.model, recipe.noise, recipe.imbalance)
 
 
 def places(recipes: Iterable[Recipe]) -> dict[Place, str]:
     """The places in order, each with a title that distinguishes it: empty if there is only one."""
     found = list(dict.fromkeys(place(recipe) for recipe in recipes))
     several = [len(set(column)) > 1 for column in zip(*found, strict=True)]
-    parts = {at: (at.dataset, at.model, f"label noise {100 * at.noise:g} %") for at in found}
+    parts = {
+        at: (at.dataset, at.model, f"label noise {100 * at.noise:g} %", f"imbalance {at.imbalance:g}") for at in found
+    }
     return {at: ", ".join(p for p, shown in zip(parts[at], several, strict=True) if shown) for at in found}
 
 
@@ -97,8 +101,8 @@ def measured(runs: Iterable[Finished]) -> list[Finished]:
 
 def title(recipe: Recipe) -> str:
     """The name of a method: of the catalogue, the label that a study gives to an expression, or the expression."""
-    if recipe.is_plain and recipe.optimizer == "adamw":
-        return "AdamW"
+    if recipe.is_plain and recipe.optimizer != SGD:
+        return "AdamW" if recipe.optimizer == ADAMW else recipe.optimizer
     return METHODS[recipe.method].name if recipe.method in METHODS else LABELS.get(recipe.method, recipe.method)
 
 
@@ -158,7 +162,7 @@ def _order(recipe: Recipe) -> tuple[Any, ...]:
 def _natural_place(at: Place) -> tuple[Any, ...]:
     datasets = list(NAMES)
     known = datasets.index(at.dataset) if at.dataset in NAMES else len(datasets)
-    return known, _natural(at.dataset), _natural(at.model), at.noise
+    return known, _natural(at.dataset), _natural(at.model), at.noise, at.imbalance
 
 
 def _natural(text: str) -> list[tuple[int, str]]:

@@ -130,7 +130,7 @@ def of_rows(path: Path, when: str = "last") -> Figure:
             relative, score, relative_spread, score_spread = moments
             wide, high = (v if isfinite(v) else None for v in (relative_spread, 100 * score_spread))
             points.append(Point(row.get("name") or name, row["method"], relative, 100 * score, wide, high))
-            settings.add(tuple(row.get(name, "") for name in ("dataset", "model", "noise")))
+            settings.add(tuple(row.get(name, "") for name in ("dataset", "model", "noise", "imbalance")))
         seeds = sorted({int(row["n"]) for row in rows})
         epoch = rows[0].get("headline", when)
     except (KeyError, StopIteration, UnicodeDecodeError, ValueError, csv.Error) as error:
@@ -139,8 +139,9 @@ def of_rows(path: Path, when: str = "last") -> Figure:
         raise ValueError(f"{path} has rows of {len(settings)} settings; from a file the figure shows a single one")
     accuracy = key.startswith("test_accuracy") or all(row.get("metric") == "accuracy" for row in rows)
     panel = _Panel("", f"test {'accuracy (%)' if accuracy else 'score × 100'}, {EPOCHS.get(epoch, epoch)}", points)
-    data, model, noise = settings.pop()
+    data, model, noise, imbalance = settings.pop()
     about = [data, model, f"label noise {100 * float(noise):g} %" if noise and float(noise) else ""]
+    about += [f"imbalance {imbalance}"] if imbalance else []
     n = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     said = ", ".join([*(plain(word) for word in about if word), f"mean ± standard deviation of {n} seeds"])
     return _many([panel], f"{_seen([panel])}\n{said}")

@@ -318,8 +318,9 @@ def provenance(runs: Sequence[Finished]) -> list[str]:
 def crossed(groups: Groups) -> tuple[list[str], dict[str, list[list[float]]]]:
     """Methods against places: the columns' titles, and for each method its scores in each column, by seed.
 
-    There is one column for each data set, model, label noise and metric, and at the end their average where the noise
-    is the same in all: first of a place's metrics, then of the places, for the seeds that are in all of them.
+    There is one column for each data set, model, label noise, imbalance and metric, and at the end their average where
+    noise and imbalance are the same in all: first of a place's metrics, then of the places, for the seeds that are in
+    all of them.
     """
     called, titles = names(groups), places(groups)
     metrics = {at: _metrics(run for r, group in groups.items() if place(r) == at for run in group) for at in titles}
@@ -331,7 +332,7 @@ def crossed(groups: Groups) -> tuple[list[str], dict[str, list[list[float]]]]:
         mine = {place(recipe): group for recipe, group in groups.items() if called[recipe] == label}
         scored = [[_scores(run)[name] for run in mine.get(at, ()) if name in _scores(run)] for at, name in columns]
         table[label] = [*scored, _average([mine.get(at, ()) for at in titles])]
-    if len({at.noise for at in titles}) > 1 or len(titles) < 2:
+    if len({(at.noise, at.imbalance) for at in titles}) > 1 or len(titles) < 2:
         return heads, {label: scored[:-1] for label, scored in table.items()}
     return [*heads, "average"], table
 

@@ -30,8 +30,19 @@ ENOUGH = 2000
 """Validation examples from which on the best epoch is the headline; with fewer its choice is largely chance."""
 
 
-TITLES = {"accuracy": "accuracy", "top5": "top-5 accuracy", "f1": "F1", "matthews": "Matthews correlation"}
+TITLES = {
+    "accuracy": "accuracy",
+    "top5": "top-5 accuracy",
+    "f1": "F1",
+    "matthews": "Matthews correlation",
+    "balanced": "balanced accuracy",
+    "many": "many-example classes",
+    "medium": "medium classes",
+    "few": "few-example classes",
+}
 """The metrics, as they are written in reports."""
+IN_PER_CENT = {"accuracy", "top5", "balanced", "many", "medium", "few"}
+"""Metrics that are shares of examples, or means of such shares."""
 
 
 class Result(TypedDict, total=False):

@@ -5,13 +5,14 @@ from __future__ import annotations
 from bisam.experiments.studies.adversary import ADVERSARY
 from bisam.experiments.studies.finetune import FINETUNE
 from bisam.experiments.studies.local import LOCAL
+from bisam.experiments.studies.longtail import LONGTAIL
 from bisam.experiments.studies.paper import PAPER
 from bisam.experiments.studies.radius import RADIUS
 from bisam.experiments.studies.recover import RECOVER
 from bisam.experiments.studies.sampa import SAMPA
 
 GROUPS = {
-    "additional studies": (*LOCAL, *RADIUS, *ADVERSARY, *RECOVER, *FINETUNE),
+    "additional studies": (*LOCAL, *RADIUS, *ADVERSARY, *RECOVER, *LONGTAIL, *FINETUNE),
     "BiSAM (Xie et al., 2024)": PAPER,
     "SAMPa (Xie, Pethick and Cevher, 2024)": SAMPA,
 }

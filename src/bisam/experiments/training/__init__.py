@@ -12,6 +12,7 @@ fsdp.py             models that are sharded with FSDP2
 optimizers.py       base optimizer, learning rate schedule, descent loss
 trained.py          the model of a finished run, with its weights
 weight_average.py   exponential moving average of the weights
+batch_norm.py       running statistics of averaged weights
 counting.py         gradients and forward passes that a method asks for
 metrics.py          accuracy and other scores; sums over the batches of an epoch
 measured.py         what a run measures of its weights after some epochs: ball.py, or ascents.py

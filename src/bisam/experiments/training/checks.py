@@ -11,6 +11,7 @@ from bisam.experiments.data.splits import Data, batches_of
 from bisam.experiments.errors import is_out_of_memory
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.machine import Machine
+from bisam.experiments.training.batch_norm import has_batch_norm
 
 
 def check_data(recipe: Recipe, splits: Data, machine: Machine) -> None:
@@ -36,8 +37,10 @@ def check_model(model: nn.Module, splits: Data, recipe: Recipe) -> None:
     """Check that the model accepts the images, by one forward pass; the model is in training mode afterwards.
 
     Raises:
-        ValueError: it does not.
+        ValueError: it does not, or it has no layers that a field of the recipe concerns.
     """
+    if recipe.update_bn and not has_batch_norm(model):
+        raise ValueError(f"model {recipe.model!r} has no batch normalisation to update: leave update_bn out")
     if isinstance(splits.test, Texts):
         return
     if isinstance(splits.test, Images):

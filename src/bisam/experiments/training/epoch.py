@@ -20,6 +20,7 @@ from bisam.experiments.runs.folder import Row
 from bisam.experiments.training.counting import CountedMethod
 from bisam.experiments.training.journal import Journal
 from bisam.experiments.training.metrics import TrainingSums, ranked
+from bisam.experiments.training.optimizers import to_evaluate, to_train as to_train_optimizer
 from bisam.experiments.training.weight_average import WeightAverage
 from bisam.methods.method import indexed
 from bisam.statistics import StatsMean
@@ -49,7 +50,8 @@ def train_epoch(
         fabric: devices and precision.
         sharp: the `SharpnessAware` loss with the model in it, as `fabric.setup` returned it.
         method: the method of the loss; its counts are those of this epoch afterwards.
-        optimizer: the base optimizer, as `fabric.setup` returned it.
+        optimizer: the base optimizer, as `fabric.setup` returned it; afterwards the weights are those that it
+            evaluates.
         split: training examples.
         recipe: batch size, accumulation, clipping, and layout of the inputs.
         random: draws the order and the augmentation of the examples.
@@ -65,6 +67,7 @@ def train_epoch(
         sharp.train()
     else:
         to_train(sharp)
+    to_train_optimizer(optimizer)
     sums = TrainingSums(fabric.device)
     method.counts.clear()
     whole = batches_of(len(split), recipe.batch_size, fabric.world_size)
@@ -80,7 +83,7 @@ def train_epoch(
         completes_group = i % recipe.accumulate == group - 1
         with fabric.no_backward_sync(sharp, enabled=not completes_group):
             named = {"indices": index} if needs_indices else {}
-            loss = sharp(prepared(inputs, recipe), labels, **named)
+            loss = sharp(prepared(inputs, recipe), prepared(labels, recipe), **named)
             fabric.backward(loss / group if group > 1 else loss)
         if completes_group:
             if recipe.clip is not None:
@@ -99,6 +102,7 @@ def train_epoch(
         if hopeless is not None and (i + 1) % LOOK == 0 and i + 1 < losses and hopeless(sums):
             losses = i + 1
             break
+    to_evaluate(optimizer)
     return {
         **sums.row(fabric, gradients=method.counts[True], forwards=method.counts[False]),
         "losses": losses,

@@ -1,6 +1,6 @@
 """Metrics: scores of predictions on held-out data, and running sums of what is measured during training.
 
->>> scores(("accuracy", "top5"), ranked(logits, ("accuracy", "top5")), labels)
+>>> scores(("accuracy", "top5"), ranked(logits, ("accuracy", "top5")), labels, classes=10)
 
 Scores are in [0, 1], or in [-1, 1] for a correlation.
 """
@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from lightning_fabric import Fabric
-from sklearn.metrics import f1_score, matthews_corrcoef
+from sklearn.metrics import f1_score, matthews_corrcoef, recall_score
 from torch import Tensor
 
 from bisam import Evaluation
+from bisam.experiments.data.long_tail import BALANCED, groups
 from bisam.experiments.runs.folder import Row
 from bisam.statistics import NAMES, StatsMean
 from bisam.vector import widened
@@ -29,18 +30,21 @@ def ranked(logits: Tensor, metrics: Sequence[str]) -> Tensor:
     return logits.argmax(1, keepdim=True)
 
 
-def scores(metrics: Sequence[str], predicted: Tensor, labels: Tensor) -> list[float]:
+def scores(metrics: Sequence[str], predicted: Tensor, labels: Tensor, classes: int) -> list[float]:
     """Return the score of predictions for each metric.
 
     Args:
-        metrics: names: accuracy, top5, f1 (of class 1), matthews.
+        metrics: names: accuracy, top5, f1 (of class 1), matthews, balanced (the mean of the accuracies of the classes
+            that there are), and the same of the classes with many, medium and few training examples, see
+            `long_tail.groups`.
         predicted: the result of `ranked`, (N, R).
         labels: classes (N,).
+        classes: number of classes.
     """
-    return [_score(metric, predicted.cpu(), labels.cpu()) for metric in metrics]
+    return [_score(metric, predicted.cpu(), labels.cpu(), classes) for metric in metrics]
 
 
-def _score(metric: str, ranks: Tensor, labels: Tensor) -> float:
+def _score(metric: str, ranks: Tensor, labels: Tensor, classes: int) -> float:
     predicted = ranks[:, 0]
     match metric:
         case "top5":
@@ -53,6 +57,11 @@ def _score(metric: str, ranks: Tensor, labels: Tensor) -> float:
             with warnings.catch_warnings():  # warns if there is a single class, for which it is 0 by convention
                 warnings.simplefilter("ignore", UserWarning)
                 return float(matthews_corrcoef(labels.numpy(), predicted.numpy()))
+        case "balanced" | "many" | "medium" | "few":
+            members = {BALANCED: range(classes), **groups(classes)}[metric]
+            there = sorted(set(labels.tolist()) & set(members))
+            given: Any = {"labels": there, "average": "macro", "zero_division": 0}
+            return float(recall_score(labels.numpy(), predicted.numpy(), **given))
         case _:
             raise AssertionError(metric)
 
@@ -83,8 +92,9 @@ class TrainingSums:
         Args:
             clean: loss and logits at the weights, from the forward pass that the method needs anyway.
             outputs: logits where the method took its descent gradient.
-            labels: classes (n,).
+            labels: classes (n,), or class probabilities (n, K), of which the largest counts as the class.
         """
+        labels = labels if labels.dim() == 1 else labels.argmax(1)
         correct = clean.outputs.argmax(1) == labels
         self._loss += clean.value * len(labels)
         self._correct += correct.sum()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,11 +17,31 @@ if TYPE_CHECKING:
 
 
 def build_optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
-    """Return the base optimizer of a recipe."""
+    """Return the base optimizer of a recipe.
+
+    Raises:
+        ValueError: there is none of this name, or it does not take the parameters of the model.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
-    if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(trained, recipe.learning_rate, weight_decay=recipe.weight_decay)
-    return torch.optim.SGD(trained, recipe.learning_rate, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+    return recipe.base_optimizer.build(
+        trained, recipe.learning_rate, weight_decay=recipe.weight_decay, momentum=recipe.momentum
+    )
+
+
+def to_train(optimizer: Any) -> None:
+    """Set an optimizer that has other weights for evaluation (schedule-free) to those at which it takes gradients."""
+    _set_mode(optimizer, "train")
+
+
+def to_evaluate(optimizer: Any) -> None:
+    """Set an optimizer that has other weights for evaluation (schedule-free) to these."""
+    _set_mode(optimizer, "eval")
+
+
+def _set_mode(optimizer: Any, mode: str) -> None:
+    inner = getattr(optimizer, "optimizer", optimizer)  # as Fabric wraps it
+    if callable(switch := getattr(inner, mode, None)):
+        switch()
 
 
 def build_scheduler(optimizer: Optimizer, recipe: Recipe, steps: int) -> LRScheduler:
@@ -33,12 +53,11 @@ def build_scheduler(optimizer: Optimizer, recipe: Recipe, steps: int) -> LRSched
         steps: optimizer steps of the whole run.
 
     Raises:
-        ValueError: the warm-up is longer than the run.
+        ValueError: the warm-up is longer than the run, or than its part before the decay.
     """
     if advances_by_epoch(recipe):
         return CosineAnnealingLR(optimizer, recipe.length)
-    if recipe.warmup >= steps:
-        raise ValueError(f"warmup {recipe.warmup} does not end within the {steps} steps of the run: make it shorter")
+    recipe.check_warmup(steps)
 
     def factor(step: int) -> float:
         if step < recipe.warmup:
@@ -49,6 +68,8 @@ def build_scheduler(optimizer: Optimizer, recipe: Recipe, steps: int) -> LRSched
                 return left
             case "cosine":
                 return 0.5 * (1 - math.cos(math.pi * left))
+            case "wsd":  # Hu et al., 2024, https://arxiv.org/abs/2404.06395
+                return min(1.0, (steps - step) / recipe.decay_steps(steps))
             case _:
                 return 1.0
 

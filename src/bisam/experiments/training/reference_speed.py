@@ -71,7 +71,7 @@ class ReferenceSpeed:
         copied = copy.deepcopy(model)
         shard(copied, fabric)
         if recipe.compile:
-            copied.compile(dynamic=False)
+            copied.compile(dynamic=False, mode=recipe.compile_mode)
         self._fabric, self._method = fabric, CountedMethod(ERM())
         self._split = PrefetchedSplit(split.first(steps * recipe.batch_size))
         self._recipe = replace(recipe, accumulate=1, clip=None)

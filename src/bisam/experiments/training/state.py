@@ -28,6 +28,8 @@ from bisam.experiments.training.fsdp import (
 from bisam.experiments.training.optimizers import grad_scaler
 from bisam.experiments.training.weight_average import WeightAverage
 
+_OF_SHAPE = {"momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
+"""Names of an optimizer's tensors that have the shape of their parameter; Adafactor has others, of rows and columns."""
 _METHOD_STATE = "_extra_state"  # torch's name of `get_extra_state` in a state_dict
 
 
@@ -121,7 +123,7 @@ class RunState:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         for i, state in states.items():
             for name, value in state.items():
-                if isinstance(value, Tensor) and value.dim() and value.shape != parameters[i].shape:
+                if name in _OF_SHAPE and isinstance(value, Tensor) and value.shape != parameters[i].shape:
                     raise ValueError(
                         f"{name} of parameter {i} has shape {tuple(value.shape)}, not {tuple(parameters[i].shape)}"
                     )

@@ -40,6 +40,7 @@ from bisam.experiments.runs.results import (
     words_of_divergence,
 )
 from bisam.experiments.runs.signals import delayed
+from bisam.experiments.training.batch_norm import update_statistics
 from bisam.experiments.training.checks import check_data, check_model
 from bisam.experiments.training.counting import CountedMethod
 from bisam.experiments.training.devices import OnEpoch, train_in_processes
@@ -227,7 +228,7 @@ class Training:
         if recipe.compile:
             # One graph for each batch size. A dynamic graph is made when the second size comes, and rounds differently
             # from a static one; a resumed run meets the sizes in another order.
-            model.compile(dynamic=False)
+            model.compile(dynamic=False, mode=recipe.compile_mode)
         descent = descent_loss(recipe.label_smoothing, splits.classes)
         self._measured = None
         if recipe.measured_epochs:
@@ -447,6 +448,10 @@ class Training:
         if by_epoch:
             state.scheduler.step()
         share_buffers(self._model, self._fabric)
+        if recipe.update_bn:
+            averaged = self._model if state.average is None else state.average.model
+            update_statistics(averaged, self._train, recipe, self._fabric, seed)
+            reshard(averaged)
         row["validation"] = self._scores(self._model, self._validation)[0]
         if state.average is not None:
             row["validation_ema"] = self._scores(state.average.model, self._validation)[0]
@@ -473,7 +478,7 @@ class Training:
             predicted, labels = predict(model, split, self._recipe, metrics)
         reshard(model)
         # The first process decides: all have to agree on the best epoch.
-        return self._fabric.broadcast(scores(metrics, predicted, labels))
+        return self._fabric.broadcast(scores(metrics, predicted, labels, self._data.classes))
 
     def _validated(self) -> Validated:
         """Return the validation score of the weights whose test score would be the headline."""

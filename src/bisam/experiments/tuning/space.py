@@ -25,7 +25,7 @@ EXAMPLE = "rho=0.01:1:log"
 DIGITS = 4
 """Significant digits of the numbers that are tried: more of them change no run that can be told from another."""
 _PROBLEM = (
-    *("dataset", "model", "weights", "noise", "validation_noise", "limit", "train_examples", "held_out"),
+    *("dataset", "model", "weights", "noise", "validation_noise", "limit", "train_examples", "imbalance", "held_out"),
     *("measured", "measured_epochs", "precision", "version"),
 )
 """Fields that decide what is learned or measured, and not how."""

@@ -34,7 +34,10 @@ def check(recipe: Recipe, machine: Machine) -> None:
 def misfits(recipe: Recipe, machine: Machine) -> list[str]:
     """Return what keeps seeds of a recipe from being trained in a stack; nothing if they can be."""
     defaults = Recipe()
-    plain = ("accumulate", "clip", "ema", "compile", "channels_last", "measured_epochs", "patience")
+    plain = (
+        *("accumulate", "clip", "ema", "update_bn", "compile", "channels_last", "measured_epochs", "patience"),
+        *("randaugment", "erasing", "mixup", "cutmix"),
+    )
     faults = [f"{name} {getattr(recipe, name)}" for name in plain if getattr(recipe, name) != getattr(defaults, name)]
     if not _has_batched_method(recipe):
         faults.append(f"method {recipe.method}")

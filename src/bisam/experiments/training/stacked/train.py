@@ -197,9 +197,10 @@ class StackTraining:
 
     def _scores(self, inputs: Tensor, labels: Tensor) -> list[list[float]]:
         """Return the scores of each network for the metrics of the data set."""
-        metrics = self._data[0].metrics
+        metrics, classes = self._data[0].metrics, self._data[0].classes
         logits = torch.cat([self._stack.predict_logits(part) for part in inputs.split(1024, 1)], 1)
-        return [scores(metrics, ranked(one, metrics), y) for one, y in zip(logits.cpu(), labels.cpu(), strict=True)]
+        pairs = zip(logits.cpu(), labels.cpu(), strict=True)
+        return [scores(metrics, ranked(one, metrics), y, classes) for one, y in pairs]
 
     def _test(self) -> list[tuple[dict[str, Any], list[Row]]]:
         """Test the last and the best weights; return the results of all seeds with their metrics."""

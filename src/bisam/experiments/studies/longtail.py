@@ -1,0 +1,208 @@
+"""Long tail: adversaries that weight the classes, where the numbers of training examples of the classes fall.
+
+Each method has a setting of its own, a radius or the weight decay of SGD, chosen with the same number of trials: the
+studies `longtail-rho` and `longtail-cifar10-rho` make them; what the section "Chosen settings" of their reports says is
+entered in `chosen` of the task. `longtail` and `longtail-cifar10` test it on other seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from bisam.experiments.recipes.catalogue import BASELINE, PLAIN
+from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.studies.equal import at_equal_gradients
+from bisam.experiments.studies.study import Primary, Study
+from bisam.experiments.studies.tuned import Condition, Settings, with_setting
+
+IMBALANCES = (10.0, 100.0)
+"""Ratios of the training examples of the first class to those of the last one."""
+
+SAM_BALANCED, BISAM_BALANCED = "SAM (balanced ascent)", "BiSAM (-log, balanced)"
+WEIGHTED: Mapping[str, str] = {
+    SAM_BALANCED: "SAM(L2({:g}), ascent=ClassWeighted(cross_entropy, 'balanced'))",
+    BISAM_BALANCED: "BiSAM({:g}, ClassWeighted(NegLog(), 'balanced'))",
+    "BiSAM (-log, focal)": "BiSAM({:g}, ClassWeighted(NegLog(), Focal(2)))",
+}
+"""Names of the methods whose adversary weights the classes, and templates of their expressions with their radius."""
+METHODS = (PLAIN, BASELINE, SAM_BALANCED, "bisam_log", *[name for name in WEIGHTED if name != SAM_BALANCED])
+"""All methods, in the order of the table."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A data set with its network, and the trials of the settings.
+
+    Attributes:
+        name: of the study that tests the chosen settings.
+        recipe: without a method and its setting.
+        radii: trials of each method that has a radius, at least 4.
+        decays: trials of the weight decay of SGD, as many.
+        chosen: the settings that the tuning study has chosen, by name and imbalance.
+    """
+
+    name: str
+    recipe: Recipe
+    radii: tuple[float, ...]
+    decays: tuple[float, ...]
+    chosen: Mapping[tuple[str, Condition], float] = field(
+        default_factory=dict[tuple[str, Condition], float], hash=False
+    )
+
+    @property
+    def tuning(self) -> str:
+        """Name of the study that makes the trials."""
+        return f"{self.name}-rho"
+
+    @property
+    def settings(self) -> Settings:
+        """The setting of each method at each imbalance; before it is chosen, the fourth of the trials."""
+        before: dict[tuple[str, Condition], float] = {
+            (name, imbalance): self.trials_of(name)[3] for name in METHODS for imbalance in IMBALANCES
+        }
+        return Settings(self.tuning, before, "the fourth of the trials, and all runs are trial runs", self.chosen)
+
+    def trials_of(self, name: str) -> tuple[float, ...]:
+        """The trials of a method: as many for each."""
+        return self.decays if name == PLAIN else self.radii
+
+    def trial(self, name: str, imbalance: float, setting: float, epochs: int | None) -> Recipe:
+        """The recipe of a method with a setting; SGD has as many gradients as the others."""
+        base = replace(self.recipe, imbalance=imbalance, epochs=epochs or self.recipe.epochs)
+        if name in WEIGHTED:
+            return replace(base, method=WEIGHTED[name].format(setting))
+        return at_equal_gradients(with_setting(base, name, setting))
+
+    def trials(self, epochs: int | None) -> list[Recipe]:
+        """The recipes of the tuning study."""
+        return [
+            self.trial(name, imbalance, setting, epochs)
+            for imbalance in IMBALANCES
+            for name in METHODS
+            for setting in self.trials_of(name)
+        ]
+
+    def tests(self, epochs: int | None) -> list[Recipe]:
+        """The recipes of the study that tests the chosen settings."""
+        settings = self.settings
+        return [self.trial(name, r, settings[name, r], epochs) for r in IMBALANCES for name in METHODS]
+
+    def labels(self) -> dict[str, str]:
+        """Names of the expressions."""
+        return {WEIGHTED[name].format(radius): name for name in WEIGHTED for radius in self.radii}
+
+    def primary(self) -> Primary:
+        """The comparison that is fixed before the first run."""
+        method = WEIGHTED[BISAM_BALANCED].format(self.settings[BISAM_BALANCED, 100.0])
+        return Primary("BiSAM (-log, balanced) against SAM at imbalance 100", method, where={"imbalance": 100.0})
+
+
+DIGITS = Task(
+    "longtail",
+    Recipe(method=BASELINE, epochs=40, batch_size=32),
+    radii=(0.05, 0.1, 0.2, 0.4, 0.8, 1.6),
+    decays=(5e-4, 2e-3, 5e-3, 1e-2, 2e-2, 4e-2),
+)
+CIFAR10 = Task(
+    "longtail-cifar10",
+    Recipe(
+        dataset="cifar10:8",
+        model="resnet8",
+        method=BASELINE,
+        limit=5000,
+        augment=False,
+        batch_size=128,
+        epochs=40,
+    ),
+    radii=(0.025, 0.05, 0.1, 0.2, 0.4, 0.8),
+    decays=(5e-4, 2e-3, 5e-3, 1e-2, 2e-2, 4e-2),
+)
+
+_QUESTION = (
+    "Question: does an adversary that weights the classes help where some have few training examples? The descent is "
+    "cross-entropy for all. The adversaries: SAM's; cross-entropy in which each class of a batch has the same weight "
+    "(balanced ascent); BiSAM's bound (-log); the same with balanced classes, a bound of the balanced error; the same "
+    "with the weights (1 - n_c/n)^2 of Focal-SAM (Li et al., 2025) for a class with n_c of n examples of the batch. "
+    "The training examples of class k are n r^(-k/9) with imbalance r (Cui et al., 2019; Cao et al., 2019), drawn by "
+    "the seed. The scores are the balanced accuracy on the test set, the mean of the accuracies of the classes; the "
+    "groups are classes 0 to 2 (many), 3 to 6 (medium) and 7 to 9 (few). "
+)
+
+
+def _note(task: Task, epoch: str, seeds: str, smaller: str) -> str:
+    """The note of a test: the question, where the settings are from, and what was fixed before the first run."""
+    return (
+        f"{_QUESTION}Each setting is the best of {len(task.radii)} trials by balanced validation accuracy on other "
+        f"seeds ([{task.tuning}](../{task.tuning}/report.md)): a radius, or the weight decay of SGD, which trains for "
+        "twice the epochs, so that all compute the same number of gradients. The validation part is not long-tailed, "
+        "so that the choice knows more of the rare classes than training does. Fixed before the first run: the "
+        "*primary comparison* is BiSAM (-log, balanced) minus SAM, each with its own radius, in balanced test accuracy "
+        f"of the {epoch} at imbalance 100, paired by seed, two-sided at 5 %; {seeds}; the study ends there and not "
+        "earlier. All other comparisons of this page are adjusted together (Holm), and accuracies of groups of classes "
+        f"are described and not tested. {smaller}{task.settings.note()}"
+    )
+
+
+_TUNING = (
+    "Six trials for each method at each imbalance, on seeds that no test uses. Fixed before the first run: the setting "
+    "with the largest mean balanced validation accuracy over the seeds, of the epoch that is tested, is chosen, the "
+    "smaller of equal ones. If the best one of a method is at an end of its trials, one more trial there, by the same "
+    "factor, is added for all methods at both imbalances, once. "
+)
+_OF_DIGITS = (
+    "The network is that of `digits`, three convolutions with batch normalisation, which takes batches of one example "
+    "too; each seed draws a split of its own."
+)
+_OF_CIFAR10 = (
+    "To fit two cores the images have 8 x 8 pixels (means of blocks), at most about 500 of each class are trained on, "
+    "without augmentation, and the network is ResNet-8."
+)
+
+LONGTAIL = (
+    Study(
+        DIGITS.name,
+        "Adversaries that weight the classes, on long-tailed digits",
+        DIGITS.tests,
+        seeds=60,
+        figures=("accuracy", "flips"),
+        first_seed=700,
+        primary=DIGITS.primary(),
+        note=_note(DIGITS, "last epoch", "n = 60 (seeds 700 to 759)", _OF_DIGITS),
+        labels=DIGITS.labels(),
+    ),
+    Study(
+        DIGITS.tuning,
+        "The settings of `longtail`, by balanced validation accuracy",
+        DIGITS.trials,
+        seeds=6,
+        figures=("radius",),
+        first_seed=110,
+        note=_TUNING + _OF_DIGITS,
+        tunes=True,
+        labels=DIGITS.labels(),
+    ),
+    Study(
+        CIFAR10.name,
+        "Adversaries that weight the classes, on small long-tailed CIFAR-10",
+        CIFAR10.tests,
+        seeds=20,
+        figures=("accuracy", "flips"),
+        first_seed=700,
+        primary=CIFAR10.primary(),
+        note=_note(CIFAR10, "best validation epoch", "n = 20 (seeds 700 to 719)", _OF_CIFAR10),
+        labels=CIFAR10.labels(),
+    ),
+    Study(
+        CIFAR10.tuning,
+        "The settings of `longtail-cifar10`, by balanced validation accuracy",
+        CIFAR10.trials,
+        seeds=2,
+        figures=("radius",),
+        first_seed=110,
+        note=_TUNING + _OF_CIFAR10,
+        tunes=True,
+        labels=CIFAR10.labels(),
+    ),
+)
+"""The tests, each with the study that chooses its settings."""
