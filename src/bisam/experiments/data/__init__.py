@@ -13,6 +13,7 @@ splits.py         what a split is
 image_tensors.py  splits of small images in memory: digits.py, cifar.py
 image_files.py    splits of images in files: image_folders.py has ImageNet, Flowers-102, Pets and folders of a user
 glue.py           splits of texts, and the tasks of GLUE
+sequences.py      splits of tokens with a label for each: language.py has text and addition
 names.py          the classes by name
 """
 
@@ -26,6 +27,8 @@ import torch
 from torch import Tensor
 
 from bisam.experiments.data.glue import TASKS, Texts
+from bisam.experiments.data.language import LANGUAGES, language
+from bisam.experiments.data.sequences import Sequences
 from bisam.experiments.data.splits import Data, Split, drawn
 from bisam.experiments.errors import DataError, unknown
 from bisam.experiments.recipes.recipe import Recipe
@@ -42,6 +45,7 @@ NAMES = {
     "folder:PATH": "your own images: PATH/train/CLASS/*, optionally with val and test beside train; PATH here, or in "
     "the folder of the data sets",
     **{f"glue:{task}": f"GLUE, {task}" for task in TASKS},
+    **{f"text:{name}": line for name, line in LANGUAGES.items()},
 }
 """The data sets, with a short description of each."""
 
@@ -49,6 +53,11 @@ NAMES = {
 def channels_of(recipe: Recipe) -> int:
     """Return the number of channels of a recipe's images, without loading them."""
     return 1 if recipe.dataset == "digits" else 3
+
+
+def has_tokens(dataset: str) -> bool:
+    """Return whether the labels of a data set are tokens, one for each position of an example."""
+    return dataset.partition(":")[0] == "text"
 
 
 def load(recipe: Recipe, machine: Machine) -> Data:
@@ -67,6 +76,10 @@ def load(recipe: Recipe, machine: Machine) -> Data:
         data = _limited(data, recipe.limit, recipe.seed)
     if recipe.train_examples is not None:
         data = replace(data, train=_subset(data.train, recipe.train_examples, recipe.seed))
+    if recipe.noise and isinstance(data.train, Sequences):
+        raise DataError(
+            f"noise {recipe.noise:g} replaces the class of an example, and {recipe.dataset} has tokens: leave it out"
+        )
     if recipe.noise:
         noisy = symmetric_noise(data.train.labels, recipe.noise, data.classes, recipe.seed)
         data = replace(data, train=data.train.relabelled(noisy))
@@ -104,6 +117,8 @@ def check_name(dataset: str) -> None:
             there = bool(detail)
         case "glue":
             there = detail in TASKS
+        case "text":
+            there = detail in LANGUAGES
         case _:
             there = False
     if not there:
@@ -140,6 +155,8 @@ def _load(recipe: Recipe, machine: Machine) -> Data:
                 data = pets(root, seed, size, machine.loaders, download, recipe.held_out)
         known = statistics(recipe.model)
         return data if known is None else standardised(data, *known)
+    if kind == "text":
+        return language(detail, seed, recipe.max_length)
     from bisam.experiments.data.glue import glue
     from bisam.experiments.models.build import tokenizer
 
