@@ -30,7 +30,7 @@ class Condition:
     got: Callable[[Recipe, Machine], str]
 
 
-KINDS = {"digits", "cifar10", "cifar100", "imagenet", "flowers", "pets", "folder", "glue"}
+KINDS = {"digits", "cifar10", "cifar100", "imagenet", "flowers", "pets", "folder", "glue", "text"}
 
 
 def _with_dataset(needs: str, *kinds: str) -> Condition:
@@ -53,7 +53,7 @@ def _is_in_data_dir(recipe: Recipe) -> bool:
     paths = [detail] if kind == "folder" else []
     paths += [recipe.weights or ""] if recipe.weights != "pretrained" else []
     paths += [recipe.model.removeprefix("hf:")] if recipe.model.startswith("hf:") else []
-    return kind not in ("digits", "folder") or any(path and not _is_here(path) for path in paths)
+    return kind not in ("digits", "text", "folder") or any(path and not _is_here(path) for path in paths)
 
 
 def _is_here(path: str) -> bool:
@@ -67,13 +67,17 @@ CONDITIONS: dict[str, Condition] = {
     "augment": _CIFAR,
     "cutout": _CIFAR,
     "image_size": _FILES,
-    "max_length": _TEXTS,
+    "max_length": Condition(
+        lambda r, machine: r.dataset == "text:pydoc" or (r.dataset != "text:addition" and _TEXTS.holds(r, machine)),
+        "dataset glue:TASK or text:pydoc",
+        lambda r, _: r.dataset,
+    ),
     "bucket": _TEXTS,
     "held_out": _with_dataset("dataset imagenet, pets, folder:PATH or glue:TASK", "imagenet", "pets", "folder", "glue"),
     "frozen": Condition(
         lambda r, _: r.model.partition(":")[0] in ("hf", "timm"), "model hf:NAME or timm:NAME", lambda r, _: r.model
     ),
-    "channels_last": _with_dataset("a dataset of images", *(KINDS - {"glue"})),
+    "channels_last": _with_dataset("a dataset of images", *(KINDS - {"glue", "text"})),
     "patience": Condition(
         lambda r, _: r.patience is not None and (r.epochs is None or r.patience < r.epochs),
         "patience below the epochs",
