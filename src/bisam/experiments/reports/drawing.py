@@ -192,9 +192,15 @@ def plain(text: str, width: int = 30) -> str:
     return "\n".join([*lines[:3], "…"] if len(lines) > 4 else lines)
 
 
-def titled(where: str, seen: str) -> str:
-    """The title of a panel: its place, and below it what is seen there; either may be empty."""
-    return "\n".join(plain(line, 52) for line in (where, seen) if line)
+def titled(where: str, seen: str, width: int = 52) -> str:
+    """The title of a panel: its place, and below it what is seen there; either may be empty.
+
+    Args:
+        where: the place.
+        seen: what is seen there.
+        width: characters of a line.
+    """
+    return "\n".join(plain(line, width) for line in (where, seen) if line)
 
 
 def extreme(words: str, values: Mapping[str, float], choose: Callable[[Iterable[float]], float] = min) -> str:
