@@ -64,6 +64,14 @@ def test_the_gan_trains(tmp_path, method):
     assert 1.0 <= float(words[-1]) < 8
 
 
+@pytest.mark.slow
+def test_nanogpt_learns_with_each_method():
+    """To less than the entropy of single characters, 3.3; a model of pairs of them has 2.4."""
+    ends = {method: float(run("nanogpt.py", "--method", method).split()[-1]) for method in ("adamw", "sam", "bisam")}
+    assert all(1.5 < value < 2.9 for value in ends.values()), ends
+    assert len(set(ends.values())) == 3
+
+
 def test_the_twins_differ_by_an_import_an_object_and_a_line():
     plain, bisam = ((EXAMPLES / f"train_{name}.py").read_text().splitlines()[1:] for name in ("plain", "bisam"))
     changes = [line for line in difflib.ndiff(plain, bisam) if line[0] in "+-" and line[1:].strip()]

@@ -11,7 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from bisam import (
     ESAM,
@@ -28,8 +30,9 @@ from bisam import (
     cross_entropy,
     objectives,
 )
-from bisam.objectives import CrossEntropy
+from bisam.objectives import CrossEntropy, bounds as bounds_module
 from tests.support import references
+from tests.support.memory import Peak
 
 MUS = [0.3, 1.0, 5.0, 10.0, 64.0, 65.0, 300.0]
 ALPHAS = [0.1, 1.0, 7.0]
@@ -230,6 +233,99 @@ def test_an_empty_batch(bound, rest, soft):
     q = bound(logits, mixed(logits) if soft else labels)
     assert q.shape == (0, *rest)
     assert gradient(q, logits).shape == logits.shape
+
+
+# Large vocabularies
+
+
+@given(problems(), st.integers(1, 12))
+@settings(deadline=None, derandomize=True, max_examples=60)
+def test_blocks_of_rows_give_the_whole(problem, most):
+    """To 1e-14: torch may add the terms of a row in another order."""
+    bound, logits, labels = problem
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bisam.objectives.bounds._BLOCK", most)
+        values = bound(logits, labels)
+        slope = gradient(values, logits)
+        again = gradient(bound(logits, labels), logits, create_graph=True).detach()
+    close(values, bound(logits, labels), 1e-14)
+    close(values, twin(bound, logits, labels))
+    close(slope, gradient(bound(logits, labels), logits), 1e-14)
+    close(again, slope, 1e-10)
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (2, 7, 9), (1, 3, 2, 4, 5)], ids=str)
+@pytest.mark.parametrize("most", [1, 6, 14, 20, 50, 1000])
+def test_blocks_have_each_row_once_and_no_more_entries_than_wanted(shape, most):
+    seen, logits = torch.zeros(shape), torch.zeros(shape)
+    for rows, block in bounds_module._blocks(logits.shape, most):
+        seen[block] += 1
+        assert torch.equal(seen[block].amin(1), seen[:, 0][rows])
+        assert logits[block].numel() <= max(most, shape[1])
+    assert (seen == 1).all()
+
+
+@fast
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["classes last", "classes in dimension 1"])
+def test_a_large_vocabulary_needs_no_copy_of_the_logits_but_their_gradient(bound, dtype, layout, monkeypatch):
+    """Cross-entropy has a tensor of this size after its forward pass, and two more in its backward pass."""
+    monkeypatch.setattr("bisam.objectives.bounds._BLOCK", 4096)
+    n, length, classes = 4, 16, 1000
+    logits, labels = example(n, classes, (length,), dtype=dtype)
+    labels.view(-1)[::5] = -100
+    leaf = logits.detach().movedim(1, -1).contiguous() if layout == "classes last" else logits.detach()
+    leaf.requires_grad_()
+    size = logits.element_size() / 4
+
+    def peaks(objective):
+        with Peak(leaf.numel()) as memory:
+            z = leaf.view_as(leaf)  # which the mode counts
+            values = objective(z.movedim(-1, 1) if layout == "classes last" else z, labels)
+            forward, memory.peak = memory.peak - size, 0.0
+            values.sum().backward()
+        grad, leaf.grad = leaf.grad, None
+        return forward, memory.peak - size, values, grad
+
+    forward, backward, values, grad = peaks(bound)
+    assert (forward, backward) == (0, size)
+    assert all(theirs >= least for theirs, least in zip(peaks(CrossEntropy()), (size, 2 * size), strict=False))
+    monkeypatch.setattr("bisam.objectives.bounds._BLOCK", 2**24)
+    kept = peaks(bound)
+    close(values, kept[2], 1e-5)
+    close(grad, kept[3], 1e-5 if dtype == torch.float32 else 1e-2)
+
+
+@fast
+def test_large_vocabularies_under_autocast_and_without_gradient(bound, monkeypatch):
+    logits, labels = example(6, 5, (3,), dtype=torch.float32)
+    labels[1] = -100
+    expected = bound(logits, labels)
+    monkeypatch.setattr("bisam.objectives.bounds._BLOCK", 8)
+    with torch.no_grad():
+        close(bound(logits, labels), expected.detach(), 1e-6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = bound(logits.bfloat16(), labels)
+    assert half.dtype == torch.float32
+    close(half, expected, 0.1)
+    labels[2, 1] = 5
+    with pytest.raises(ValueError, match=r"label 5 is outside \[0, 5\)"):
+        bound(logits, labels)
+
+
+def test_logits_that_are_split_over_ranks_are_taken_whole(monkeypatch):
+    monkeypatch.setattr("bisam.objectives.bounds._BLOCK", 8)
+    logits, labels = example(dtype=torch.float32)
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        split, where = (distribute_tensor(t.detach(), mesh, [Shard(0)]) for t in (logits, labels))
+        values = NegLog()(split.requires_grad_(), where)
+        values.sum().backward()
+        close(values.full_tensor().detach(), NegLog()(logits, labels).detach(), 1e-6)
+        assert isinstance(split.grad, DTensor)
+    finally:
+        distributed.destroy_process_group()
 
 
 # The bound

@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DistributedSampler
 
 import bisam
-from bisam import ERM, ESAM, KSAM, SAM, BiSAM, NegLog, SharpnessAware
+from bisam import ERM, ESAM, KSAM, MSAM, SAM, BiSAM, NegLog, SharpnessAware
 from tests.support import cases, ranks
 
 ROOT = Path(__file__).parent.parent
@@ -176,6 +176,21 @@ def hugging_face() -> dict[str, Any]:
     labels = torch.cat([x[:, :1], y[:, :-1]], 1)  # not shifted: the model does
     batch = transformers.BatchEncoding({"input_ids": x, "labels": labels})
     return {**loop(), "model": transformers.GPT2LMHeadModel(config), "loader": [batch]}
+
+
+def seq2seq() -> dict[str, Any]:
+    """T5, with batches that have 40, 12 and 25 labels."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.T5Config(
+        vocab_size=11, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, dropout_rate=0.0, decoder_start_token_id=0
+    )
+    x, labels = sequences(-100)
+    many = []
+    for skipped in (1, 4, 3):
+        y = labels.clone()
+        y[:, :skipped] = -100
+        many.append(transformers.BatchEncoding({"input_ids": x.roll(skipped, 1), "labels": y}))
+    return {**loop(), "model": transformers.T5ForConditionalGeneration(config), "loader": many}
 
 
 def trainer(folder: Path) -> dict[str, Any]:
@@ -375,7 +390,7 @@ HERE: dict[tuple[str, str], list[Callable[[], dict[str, Any]]]] = {
     (LOOP, "A plain loop"): [loop],
     (LOOP, "Mixed precision, clipping, accumulation"): [lambda: {**loop(), "loader": batches(2), "parts": 2}],
     (LOOP, "Examples that are remembered"): [numbered],
-    (LOOP, "Models that compute their own loss"): [nano_gpt, hugging_face],
+    (LOOP, "Models that compute their own loss"): [nano_gpt, hugging_face, seq2seq],
     (LOOP, "Accelerate"): [accelerated],
     (LOOP, "Fabric"): [fabric],
     (LOOP, "timm"): [timm],
@@ -553,6 +568,26 @@ def test_a_language_model_trains_with_methods_that_compare_labels_or_choose_sequ
     sharp(*batch).backward()
     assert sharp.clean.per_example.shape == (8,)
     assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("method", [ERM(), BiSAM(0.05)], ids=str)
+def test_tokens_are_accumulated_as_the_page_says(method):
+    names = execute(of(LOOP, "Models that compute their own loss")[2].sides()[1], seq2seq())
+    model, parts = names["model"].double(), names["loader"]
+    whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    counts = [(part["labels"] != -100).sum() for part in parts]
+    gradients = []
+    for how, batches_, weights in (
+        (method, parts, [count / sum(counts) for count in counts]),
+        (MSAM(8, method), [whole], [1.0]),
+    ):
+        sharp = SharpnessAware(model, how, loss=names["cross_entropy"], forward=names["tokens"])
+        model.zero_grad()
+        for batch, weight in zip(batches_, weights, strict=True):
+            (sharp(dict(batch)) * weight).backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for g, h in zip(*gradients, strict=True):
+        torch.testing.assert_close(g, h, rtol=0, atol=1e-8)  # T5's norms go on in float32
 
 
 @pytest.mark.parametrize("method", [ERM(), SAM(0.05)], ids=str)

@@ -297,6 +297,20 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "objectives",
+        "large_logits_in_one_block",
+        "The terms of large logits are computed at once.",
+        "step = min(size, max(1, most // entries))",
+        "step = size",
+    ),
+    Mutant(
+        "objectives",
+        "ignored_labels_in_blocks",
+        "Ignored labels have gradients where logits are taken in blocks.",
+        "_, _, *terms = _values(bound, logits[block], labels[rows], ctx.ignore_index)",
+        "_, _, *terms = _values(bound, logits[block], labels[rows].clamp_min(0), None)",
+    ),
+    Mutant(
+        "objectives",
         "ignored_labels_have_gradients",
         "The gradient of a bound is not zero at ignored labels.",
         "grad = grad.masked_fill(ignored, 0.0)",

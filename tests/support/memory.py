@@ -25,3 +25,16 @@ class Weights(TorchDispatchMode):
                 ref = StorageWeakRef(t.untyped_storage())
                 self.born.setdefault(ref.cdata, (ref, size))
         return result
+
+
+class Peak(Weights):
+    """The same, with the largest memory until now."""
+
+    def __init__(self, entries: int) -> None:
+        super().__init__(entries)
+        self.peak = 0.0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = super().__torch_dispatch__(function, types, args, kwargs)
+        self.peak = max(self.peak, self.held())
+        return result

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, cast
+from itertools import product
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from bisam.validation import instance, positive
 GAMMA = math.log(math.e - 1)
 """The offset that makes the -log bound pass through the origin (Xie et al., 2024, eq. 15)."""
 
-_BLOCK = 2**24  # largest number of entries of a soft-label block: 64 MiB in float32
+_BLOCK = 2**24  # largest number of entries of a block of labels, or of rows: 64 MiB in float32
 _sigmoid_backward = torch.ops.aten.sigmoid_backward.default  # grad s (1 - s) in one operation
 _sigmoid_backward_out = torch.ops.aten.sigmoid_backward.grad_input
 _FAST_MU = 64.0  # exp(-mu) is still a normal float32, so that the sums below can neither overflow nor vanish
@@ -212,6 +213,7 @@ class NegLog(LowerBound):
         tensor([0.1810, 1.1648])
     """
 
+    _widens: ClassVar[bool] = True
     phi: Callable[[Tensor], Tensor] = field(init=False, repr=False, compare=False)
     mu: float | Schedule = 1.0
 
@@ -221,7 +223,7 @@ class NegLog(LowerBound):
 
     def _labelled(self, logits: Tensor, labels: Tensor, ignore_index: int | None) -> Tensor:
         if self._mu > _FAST_MU:
-            return super()._labelled(logits, labels, ignore_index)
+            return super()._labelled(wide(logits), labels, ignore_index)
         return cast(Tensor, _ClosedForm.apply(logits, labels, self, ignore_index))
 
     def _terms(self, margins: Tensor) -> tuple[Tensor, Tensor]:
@@ -263,6 +265,7 @@ class Tanh(LowerBound):
         tensor([0.0130, 0.2104])
     """
 
+    _widens: ClassVar[bool] = True
     phi: Callable[[Tensor], Tensor] = field(init=False, repr=False, compare=False)
     mu: float | Schedule = 10.0
     alpha: float = 0.1
@@ -274,7 +277,7 @@ class Tanh(LowerBound):
 
     def _labelled(self, logits: Tensor, labels: Tensor, ignore_index: int | None) -> Tensor:
         if self._mu > _FAST_MU:
-            return super()._labelled(logits, labels, ignore_index)
+            return super()._labelled(wide(logits), labels, ignore_index)
         return cast(Tensor, _ClosedForm.apply(logits, labels, self, ignore_index))
 
     def _terms(self, margins: Tensor) -> tuple[Tensor, Tensor]:
@@ -469,31 +472,79 @@ Bound = LowerBound | ObjectiveWrapper
 class _ClosedForm(torch.autograd.Function):
     """Q = 1 + log(sum u)/mu with u = exp(mu (phi - 1)); dQ/df_j = u_j phi'_j / sum u, and minus their sum at the label.
 
-    For a small batch the number of operations determines the cost, not their size: hence `rsub` for 1 + x/mu.
+    For a small batch the number of operations determines the cost, not their size: hence `rsub` for 1 + x/mu. A large
+    one is taken in blocks of rows, whose terms the backward pass computes again: the gradient is then the only tensor
+    of the size of the logits, which are converted to float32 block by block.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, bound: NegLog | Tanh, ignore_index: int | None) -> Tensor:
-        ignored, index, reference = of_labels(logits, labels, ignore_index)
-        # Subtract first: the offset of a bound would be rounded away next to large logits.
-        s, u = bound._terms(torch.sub(logits, reference))
-        total = u.sum(1)
-        ctx.bound = bound
-        ctx.save_for_backward(logits, index, ignored, s, u, total)
-        values = torch.rsub(total.log(), 1.0, alpha=-1 / bound._mu)
-        return values if ignored is None else values.masked_fill_(ignored, 0.0)
+        ctx.bound, ctx.ignore_index = bound, ignore_index
+        # A compiler fuses the terms, and views of a DTensor cannot be written to.
+        whole = torch.compiler.is_compiling() or hasattr(logits, "device_mesh")
+        ctx.in_blocks = not whole and logits.numel() > _BLOCK
+        if ctx.in_blocks:
+            total = torch.empty(labels.shape, dtype=wide(logits[:0]).dtype, device=logits.device)
+            values = torch.empty_like(total)
+            for rows, block in _blocks(logits.shape, _BLOCK):
+                values[rows], total[rows], *_ = _values(bound, logits[block], labels[rows], ignore_index)
+            ctx.save_for_backward(logits, labels, total)
+            return values
+        values, total, *terms = _values(bound, logits, labels, ignore_index)
+        ctx.save_for_backward(logits, labels, total, *terms)
+        return values
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (grad,), bound = grads, ctx.bound
-        logits, index, ignored, s, u, total = ctx.saved_tensors
-        if ignored is not None:
-            grad = grad.masked_fill(ignored, 0.0)
-        if torch.is_grad_enabled():  # create_graph=True: s, u and total have no graph, so start from the logits
-            values = LowerBound._labelled(bound, logits, index.squeeze(1), None)
+        logits, labels, total, *terms = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True: the terms have no graph, so start from the logits
+            values = LowerBound._labelled(bound, wide(logits), labels, ctx.ignore_index)
             return torch.autograd.grad(values, logits, grad, create_graph=True)[0], None, None, None
-        weight = grad / total
-        # The sum is that over the other classes: the label's own term would cancel in it, and where the margin is large
-        # it is so much larger than the others that they would be rounded away.
-        rows = bound._rows(weight.unsqueeze(1), s, u).scatter_(1, index, 0.0)
-        return rows.scatter_(1, index, rows.sum(1, keepdim=True).neg_()), None, None, None
+        if not ctx.in_blocks:
+            return _rows(bound, grad, total, *terms).to(logits.dtype), None, None, None
+        result = torch.empty_like(logits)
+        for rows, block in _blocks(logits.shape, _BLOCK):
+            _, _, *terms = _values(bound, logits[block], labels[rows], ctx.ignore_index)
+            result[block] = _rows(bound, grad[rows], total[rows], *terms)
+        return result, None, None, None
+
+
+def _values(
+    bound: NegLog | Tanh, logits: Tensor, labels: Tensor, ignore_index: int | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    """Returns Q, the sum of u over the classes, and the terms of the gradient: index, ignored, s and u."""
+    ignored, index, reference = of_labels(logits, labels, ignore_index)
+    # Subtract first: the offset of a bound would be rounded away next to large logits.
+    s, u = bound._terms(torch.sub(logits, wide(reference)))
+    total = u.sum(1)
+    values = torch.rsub(total.log(), 1.0, alpha=-1 / bound._mu)
+    return values if ignored is None else values.masked_fill_(ignored, 0.0), total, index, ignored, s, u
+
+
+def _rows(
+    bound: NegLog | Tanh, grad: Tensor, total: Tensor, index: Tensor, ignored: Tensor | None, s: Tensor, u: Tensor
+) -> Tensor:
+    """Returns the gradient of the logits, for that of Q."""
+    if ignored is not None:
+        grad = grad.masked_fill(ignored, 0.0)
+    weight = grad / total
+    # The sum is that over the other classes: the label's own term would cancel in it, and where the margin is large
+    # it is so much larger than the others that they would be rounded away.
+    rows = bound._rows(weight.unsqueeze(1), s, u).scatter_(1, index, 0.0)
+    return rows.scatter_(1, index, rows.sum(1, keepdim=True).neg_())
+
+
+def _blocks(shape: torch.Size, most: int) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
+    """Yields blocks of logits (N, K, d1, ...) with at most `most` entries, or one row: that of labels, that of logits.
+
+    The rows, which are along dimension 1, are not divided.
+    """
+    sizes, entries = (shape[0], *shape[2:]), shape.numel()
+    ranges: list[list[slice]] = []
+    for size in sizes:
+        entries //= size  # of one place along this dimension
+        step = min(size, max(1, most // entries))
+        ranges.append([slice(start, start + step) for start in range(0, size, step)])
+    for rows in product(*ranges):
+        yield rows, (rows[0], slice(None), *rows[1:])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +57,8 @@ class OfClasses:
     """
 
     ignore_index: int
+    _widens: ClassVar[bool] = False
+    """Whether it takes logits of half precision for labels, and computes in float32 by itself, a part at a time."""
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Returns the loss per example, in float32 or a wider type; zero where a label is `ignore_index`.
@@ -130,7 +132,7 @@ def of_classes(objective: OfClasses, outputs: Tensor, targets: Tensor, elsewhere
         raise check.mismatch(outputs, targets, elsewhere)
     if soft:
         check.probabilities(targets, elsewhere)
-    logits, one = wide(outputs), outputs.dim() == 1
+    logits, one = outputs if objective._widens and not soft else wide(outputs), outputs.dim() == 1
     if one:
         logits, targets = logits.unsqueeze(0), targets.unsqueeze(0)
     if soft:

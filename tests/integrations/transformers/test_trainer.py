@@ -50,6 +50,14 @@ BatchEncoding, Trainer, TrainingArguments = (
 )
 SharpnessAwareTrainer = integration.SharpnessAwareTrainer
 
+
+class Divides(Trainer):
+    """The Trainer for a model that returns a mean whatever the number of items: it would sum the means of batches."""
+
+    loss_is_scaled_for_ga = False
+
+
+old_name = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # in peft
 WORDS, LENGTH, CLASSES = 20, 6, 3
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 BERT = {**SIZES, "vocab_size": WORDS, "num_labels": CLASSES, "max_position_embeddings": 8}
@@ -105,6 +113,15 @@ def gpt2(drop: float = 0.0):
     return transformers.GPT2LMHeadModel(config)
 
 
+def t5(drop: float = 0.0):
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=WORDS, dropout_rate=drop
+    )
+    config.decoder_start_token_id = 0
+    return transformers.AutoModelForSeq2SeqLM.from_config(config)
+
+
 def examples(task: str, n: int = 16) -> list[dict[str, torch.Tensor]]:
     draw = torch.Generator().manual_seed(1)
     rows = []
@@ -114,6 +131,7 @@ def examples(task: str, n: int = 16) -> list[dict[str, torch.Tensor]]:
             "sequence": torch.randint(0, CLASSES, (), generator=draw),
             "token": torch.randint(0, CLASSES, (LENGTH,), generator=draw),
             "causal": words.clone(),
+            "translation": torch.randint(1, WORDS, (LENGTH,), generator=draw),
             "regression": torch.rand((), generator=draw),
             "several": torch.rand(CLASSES, generator=draw).round(),
         }[task]
@@ -123,7 +141,7 @@ def examples(task: str, n: int = 16) -> list[dict[str, torch.Tensor]]:
     return rows
 
 
-MODELS = {"sequence": bert, "token": partial(bert, "Token"), "causal": llama, "gpt2": gpt2}
+MODELS = {"sequence": bert, "token": partial(bert, "Token"), "causal": llama, "gpt2": gpt2, "t5": t5}
 
 
 def made(cls, folder, model, task, *, accumulate=1, **options):
@@ -167,9 +185,9 @@ def trained(cls, folder, model, task, resume=None, **options):
     return trainer
 
 
-def compare(folder, model, task, method, exactly=True, **options):
+def compare(folder, model, task, method, exactly=True, plain=Trainer, **options):
     """A trainer with `method`, after it was found to be what the plain one is."""
-    plain = trained(Trainer, folder / "plain", model(), task, **options)
+    plain = trained(plain, folder / "plain", model(), task, **options)
     trainer = trained(SharpnessAwareTrainer, folder / "sharp", model(), task, method=method, **options)
     assert not torch.equal(weights(trainer.model), weights(model()))
     if exactly:
@@ -196,14 +214,18 @@ def weighted(outputs, labels, num_items_in_batch=None):
 @pytest.mark.parametrize(
     ("model", "task", "options"),
     [
-        ("sequence", "sequence", {"accumulate": 2}),
+        ("sequence", "sequence", {"accumulate": 2, "plain": Divides}),
         ("sequence", "sequence", {"label_smoothing_factor": 0.1}),
         ("sequence", "sequence", {"compute_loss_func": weighted}),
-        ("token", "token", {"accumulate": 2}),
+        ("token", "token", {}),
         ("causal", "causal", {}),
+        ("causal", "causal", {"bf16": True}),
         ("gpt2", "causal", {}),
+        ("gpt2", "causal", {"bf16": True}),
+        ("t5", "translation", {}),
+        ("t5", "translation", {"bf16": True}),
         ("causal", "causal", {"label_smoothing_factor": 0.1}),
-        ("sequence", "sequence", {"bf16": True, "accumulate": 2}),
+        ("sequence", "sequence", {"bf16": True, "accumulate": 2, "plain": Divides}),
     ],
     ids=named,
 )
@@ -214,6 +236,51 @@ def test_without_a_perturbation_it_is_the_trainer_bit_for_bit(tmp_path, model, t
 @pytest.mark.parametrize("method", [ERM(), SAM(L2(0.0)), MSAM(1, ERM()), KSAM(4, ERM())], ids=named)
 def test_tokens_are_accumulated_as_by_the_trainer(tmp_path, method):
     compare(tmp_path, double, "causal", method, exactly=False, accumulate=3, optim="sgd")
+
+
+ACCUMULATED = [
+    (method, whole)
+    for one in (ERM(), SAM(0.3), BiSAM(0.3), BiSAM(0.3, PerExample(NegLog())), BiSAM(0.3, ExactMatch(NegLog())))
+    for method, whole in [(one, MSAM(4, one) if one != ERM() else one)]
+]
+
+
+@pytest.mark.parametrize(("method", "whole"), ACCUMULATED, ids=named)
+@pytest.mark.parametrize(("model", "task"), [("causal", "causal"), ("gpt2", "causal"), ("t5", "translation")])
+def test_accumulated_tokens_are_those_of_one_large_batch(tmp_path, method, whole, model, task):
+    """To 1e-8: these models have norms, softmax and the loss in float32. Micro-batches have 4 to 24 tokens."""
+    rows = examples(task, 24)
+    options = {"rows": rows, "optim": "sgd", "train_sampling_strategy": "sequential", "max_steps": 2}
+    options |= {"max_grad_norm": 0.0, "learning_rate": 0.1, "lr_scheduler_type": "constant"}
+    made_of = lambda: MODELS[model]().double()  # noqa: E731
+    parts, large = (
+        trained(SharpnessAwareTrainer, tmp_path, made_of(), task, method=how, accumulate=n, **options, **size)
+        for how, n, size in ((method, 3, {}), (whole, 1, {"per_device_train_batch_size": 12}))
+    )
+    torch.testing.assert_close(weights(parts.model), weights(large.model), rtol=0, atol=1e-8)
+    assert losses(parts) == pytest.approx(losses(large), rel=1e-6)
+    assert (weights(parts.model) - weights(made_of())).norm() > 1e-2
+
+
+@old_name
+@pytest.mark.parametrize(("model", "task", "names"), [("causal", "causal", "q_proj"), ("t5", "translation", "q")])
+def test_accumulated_tokens_of_adapters(tmp_path, model, task, names):
+    def adapted():
+        adapters = peft.LoraConfig(r=2, target_modules=[names], init_lora_weights=False)
+        return peft.get_peft_model(MODELS[model]().double(), adapters).double()
+
+    options = {"optim": "sgd", "train_sampling_strategy": "sequential", "max_steps": 1, "max_grad_norm": 0.0}
+    parts, large = (
+        trained(SharpnessAwareTrainer, tmp_path, adapted(), task, method=how, accumulate=n, **options, **size)
+        for how, n, size in (
+            (BiSAM(0.3), 3, {}),
+            (MSAM(4, BiSAM(0.3)), 1, {"per_device_train_batch_size": 12}),
+        )
+    )
+    torch.testing.assert_close(weights(parts.model), weights(large.model), rtol=0, atol=1e-8)
+    before = {name: p.detach().clone() for name, p in adapted().named_parameters()}
+    moved = {name for name, p in parts.model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name in before if "lora_" in name}
 
 
 def test_a_micro_batch_without_tokens_counts_nothing(tmp_path):
@@ -291,18 +358,11 @@ def by_hand(model, task, accumulate, rho, *, rise=None, smoothing=0.0, loss=None
             with torch.no_grad():
                 for p, old, sum_, t in zip(parameters, saved, total, h, strict=True):
                     p.copy_(old)
-                    # Where the model's loss does not go by the items of all batches, the Trainer adds up means.
-                    sum_.add_(
-                        0 if t is None else t * (count.double() / sum(counts) if divides(task, smoothing, loss) else 1)
-                    )
+                    sum_.add_(0 if t is None else t * (count.double() / sum(counts)))
         with torch.no_grad():
             for p, t in zip(parameters, total, strict=True):
                 p.sub_(lr * t)
     return weights(model)
-
-
-def divides(task, smoothing, loss) -> bool:
-    return task == "causal" or smoothing > 0 or loss is not None
 
 
 @pytest.mark.parametrize(
@@ -310,7 +370,7 @@ def divides(task, smoothing, loss) -> bool:
     [
         ("sequence", 2, {}, BiSAM(0.3)),
         ("sequence", 2, {"label_smoothing_factor": 0.1}, BiSAM(0.3)),
-        ("token", 1, {}, BiSAM(0.3)),
+        ("token", 2, {}, BiSAM(0.3)),
         ("causal", 1, {}, BiSAM(0.3)),
         ("causal", 2, {}, BiSAM(0.3)),
         ("causal", 2, {"label_smoothing_factor": 0.1}, BiSAM(0.3)),
@@ -518,7 +578,7 @@ def test_a_criterion_is_what_was_seen_at_the_weights(tmp_path):
 @pytest.mark.parametrize("task", ["regression", "several"])
 def test_without_classes_the_models_own_loss_is_what_is_climbed(tmp_path, task):
     config = {"num_labels": 1} if task == "regression" else {"problem_type": "multi_label_classification"}
-    compare(tmp_path, partial(bert, **config), task, SAM(L2(0.0)), accumulate=2)
+    compare(tmp_path, partial(bert, **config), task, SAM(L2(0.0)), plain=Divides, accumulate=2)
     trained(SharpnessAwareTrainer, tmp_path, bert(**config), task, method=SAM(L2(0.1)))
     for method in (BiSAM(), BiSAM(bound=PerExample()), KSAM(2), FunctionalSAM(), SAM(descent=cross_entropy)):
         model = bert(**config)
@@ -530,7 +590,7 @@ def test_without_classes_the_models_own_loss_is_what_is_climbed(tmp_path, task):
 
 def test_the_bound_of_several_labels_is_climbed(tmp_path):
     several = partial(bert, problem_type="multi_label_classification")
-    compare(tmp_path, several, "several", BiSAM(0.0, Binary()), accumulate=2)
+    compare(tmp_path, several, "several", BiSAM(0.0, Binary()), plain=Divides, accumulate=2)
     ends = []
     for method in (SAM(L2(0.1)), BiSAM(0.1, Binary()), BiSAM(0.1, ExactMatch(Binary()))):
         trainer = trained(SharpnessAwareTrainer, tmp_path, several(), "several", method=method)
@@ -548,9 +608,6 @@ def test_the_bound_of_several_labels_is_climbed(tmp_path):
 
 
 # Other duties of the Trainer
-
-
-old_name = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # in peft
 
 
 @old_name
@@ -789,7 +846,7 @@ def replicas(folder: str) -> dict[str, torch.Tensor]:
         "alone": run(SharpnessAwareTrainer, model=double(), method=ERM(), average_tokens_across_devices=False),
         "plain alone": run(Trainer, model=double(), average_tokens_across_devices=False),
         "bert": run(SharpnessAwareTrainer, model=bert().double(), task="sequence", method=ERM()),
-        "plain bert": run(Trainer, model=bert().double(), task="sequence"),
+        "plain bert": run(Divides, model=bert().double(), task="sequence", average_tokens_across_devices=False),
     }
     looks = {"method": LookSAM(L2(0.3), k=4), **options, **SAVED, "max_steps": 4}
     ends["straight"] = trained(SharpnessAwareTrainer, Path(folder), llama(), "causal", **looks)

@@ -30,7 +30,7 @@ class Condition:
     got: Callable[[Recipe, Machine], str]
 
 
-KINDS = {"digits", "cifar10", "cifar100", "imagenet", "flowers", "pets", "folder", "glue"}
+KINDS = {"digits", "cifar10", "cifar100", "imagenet", "flowers", "pets", "folder", "glue", "text"}
 
 
 def _with_dataset(needs: str, *kinds: str) -> Condition:
@@ -44,7 +44,7 @@ def _with_dataset(needs: str, *kinds: str) -> Condition:
 
 _CIFAR = _with_dataset("dataset cifar10 or cifar100", "cifar10", "cifar100")
 _FILES = _with_dataset("dataset imagenet, flowers, pets or folder:PATH", "imagenet", "flowers", "pets", "folder")
-_IMAGES = KINDS - {"glue"}
+_IMAGES = KINDS - {"glue", "text"}
 _TEXTS = _with_dataset("dataset glue:TASK", "glue")
 
 
@@ -54,7 +54,7 @@ def _is_in_data_dir(recipe: Recipe) -> bool:
     paths = [detail] if kind == "folder" else []
     paths += [recipe.weights or ""] if recipe.weights != "pretrained" else []
     paths += [recipe.model.removeprefix("hf:")] if recipe.model.startswith("hf:") else []
-    return kind not in ("digits", "folder") or any(path and not _is_here(path) for path in paths)
+    return kind not in ("digits", "text", "folder") or any(path and not _is_here(path) for path in paths)
 
 
 def _is_here(path: str) -> bool:
@@ -68,11 +68,15 @@ CONDITIONS: dict[str, Condition] = {
     "augment": _CIFAR,
     "cutout": _CIFAR,
     "randaugment": _with_dataset(
-        "dataset cifar10, cifar100, imagenet, flowers, pets or folder:PATH", *(KINDS - {"glue", "digits"})
+        "dataset cifar10, cifar100, imagenet, flowers, pets or folder:PATH", *(_IMAGES - {"digits"})
     ),
     **dict.fromkeys(("erasing", "mixup", "cutmix", "channels_last"), _with_dataset("a dataset of images", *_IMAGES)),
     "image_size": _FILES,
-    "max_length": _TEXTS,
+    "max_length": Condition(
+        lambda r, machine: r.dataset == "text:pydoc" or (r.dataset != "text:addition" and _TEXTS.holds(r, machine)),
+        "dataset glue:TASK or text:pydoc",
+        lambda r, _: r.dataset,
+    ),
     "bucket": _TEXTS,
     "held_out": _with_dataset("dataset imagenet, pets, folder:PATH or glue:TASK", "imagenet", "pets", "folder", "glue"),
     "frozen": Condition(

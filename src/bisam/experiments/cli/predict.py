@@ -63,6 +63,7 @@ def predict(
         dataset: Data set of a file of weights, whose images are prepared in the same way, and whose classes have names.
         config: Recipe of a file of weights, TOML or JSON.
     """
+    from bisam.experiments.data import has_tokens
     from bisam.experiments.inference.loaded import load
     from bisam.experiments.inference.predict import image_files, predict_images, predict_texts, takes_texts
     from bisam.experiments.recipes.config import read
@@ -73,6 +74,11 @@ def predict(
         raise ValueError(f"--to {to} is a folder: give a file, such as {to / 'out.csv'}")
     machine = where.machine()  # fails here if the device is missing
     loaded = load(model_or_run, where.data_dir, which, model, dataset, None if config is None else read(config))
+    if has_tokens(loaded.recipe.dataset):
+        raise ValueError(
+            f"{model_or_run} predicts the next token, and this command classifies images and texts: its scores on the "
+            "test set are in result.json"
+        )
     if not 1 <= top <= loaded.classes:
         raise ValueError(f"--top must be from 1 to {loaded.classes}, the classes of the model, got {top}")
     if takes_texts(loaded):

@@ -15,6 +15,7 @@ image_files.py    splits of images in files: image_folders.py has ImageNet, Flow
 glue.py           splits of texts, and the tasks of GLUE
 long_tail.py      training sets whose classes have unequal numbers of examples
 transforms.py     mixup, CutMix, RandAugment and random erasing, by torchvision
+sequences.py      splits of tokens with a label for each: language.py has text and addition
 names.py          the classes by name
 """
 
@@ -29,6 +30,8 @@ import torch
 from torch import Tensor
 
 from bisam.experiments.data.glue import TASKS, Texts
+from bisam.experiments.data.language import LANGUAGES, language
+from bisam.experiments.data.sequences import Sequences
 from bisam.experiments.data.long_tail import long_tailed
 from bisam.experiments.data.splits import Data, Split, drawn
 from bisam.experiments.errors import DataError, unknown
@@ -46,6 +49,7 @@ NAMES = {
     "folder:PATH": "your own images: PATH/train/CLASS/*, optionally with val and test beside train; PATH here, or in "
     "the folder of the data sets",
     **{f"glue:{task}": f"GLUE, {task}" for task in TASKS},
+    **{f"text:{name}": line for name, line in LANGUAGES.items()},
 }
 """The data sets, with a short description of each."""
 
@@ -53,6 +57,11 @@ NAMES = {
 def channels_of(recipe: Recipe) -> int:
     """Return the number of channels of a recipe's images, without loading them."""
     return 1 if recipe.dataset == "digits" else 3
+
+
+def has_tokens(dataset: str) -> bool:
+    """Return whether the labels of a data set are tokens, one for each position of an example."""
+    return dataset.partition(":")[0] == "text"
 
 
 def load(recipe: Recipe, machine: Machine) -> Data:
@@ -69,6 +78,11 @@ def load(recipe: Recipe, machine: Machine) -> Data:
         raise DataError(str(error)) from error
     if recipe.limit is not None:
         data = _limited(data, recipe.limit, recipe.seed)
+    for name, value, none in (("noise", recipe.noise, 0), ("imbalance", recipe.imbalance, 1)):
+        if value != none and isinstance(data.train, Sequences):
+            raise DataError(
+                f"{name} {value:g} is about classes of examples, and {recipe.dataset} has tokens: leave it out"
+            )
     if recipe.imbalance > 1:
         data = long_tailed(data, recipe.imbalance, recipe.seed)
     if recipe.train_examples is not None:
@@ -111,6 +125,8 @@ def check_name(dataset: str) -> None:
             there = bool(detail)
         case "glue":
             there = detail in TASKS
+        case "text":
+            there = detail in LANGUAGES
         case _:
             there = False
     if not there:
@@ -147,6 +163,8 @@ def _load(recipe: Recipe, machine: Machine) -> Data:
                 data = pets(root, seed, size, machine.loaders, download, recipe.held_out)
         known = statistics(recipe.model, root)
         return data if known is None else standardised(data, *known)
+    if kind == "text":
+        return language(detail, seed, recipe.max_length)
     from bisam.experiments.data.glue import glue
     from bisam.experiments.models.build import tokenizer
 

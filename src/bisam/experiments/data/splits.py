@@ -14,6 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+IGNORED = -100
+"""The label of a position that does not count, as for torch's losses and the bounds."""
+
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and standard deviation, one for each channel or one for all, as shares of the largest value of a pixel."""
 
@@ -48,7 +51,7 @@ class Split(Batches, Protocol):
 
     @property
     def labels(self) -> Tensor:
-        """Classes (N,), int64."""
+        """Classes (N,), int64; or tokens (N, T), of which those that are `IGNORED` do not count."""
         ...
 
     @property
@@ -69,7 +72,7 @@ class Split(Batches, Protocol):
         ...
 
     def relabelled(self, labels: Tensor) -> Self:
-        """Return the split with other labels (N,)."""
+        """Return the split with other labels, of the same shape."""
         ...
 
     def unaugmented(self) -> Self:
@@ -96,6 +99,8 @@ class Data:
             labels = getattr(self, name).labels
             if not len(labels):
                 raise ValueError(f"the {name} part of the data is empty")
+            if labels.dim() > 1 and not len(labels := labels[labels != IGNORED]):
+                raise ValueError(f"no label of the {name} part of the data counts")
             low, high = int(labels.min()), int(labels.max())
             if low < 0 or high >= self.classes:
                 wrong = low if low < 0 else high

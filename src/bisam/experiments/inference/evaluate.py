@@ -21,6 +21,7 @@ from bisam.analysis import Calibration, Corruptions, Margins, calibration, corru
 from bisam.experiments import data
 from bisam.experiments.data.glue import Texts
 from bisam.experiments.data.image_tensors import Images
+from bisam.experiments.data.sequences import Sequences
 from bisam.experiments.data.splits import Data, Split
 from bisam.experiments.errors import DataError, unknown
 from bisam.experiments.inference.images import preparation, prepared_as
@@ -163,6 +164,11 @@ def evaluate(
             "set with the classes of the model"
         )
     part: Split = getattr(splits, split).unaugmented()
+    if isinstance(part, Sequences):
+        raise ValueError(
+            f"{dataset or recipe.dataset} has tokens, and these measures are those of one class for each example: the "
+            "scores of a run on its test set are in its result.json"
+        )
     if isinstance(part, Texts) and (corrupted or tta):
         what = "--corruptions are those of images" if corrupted else "--tta mirrors images"
         raise ValueError(f"{what}, and {dataset or recipe.dataset} has texts: leave it out")

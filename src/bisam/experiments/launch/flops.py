@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bisam import Evaluation, Oracle, SharpnessAware, cross_entropy
 from bisam.batches import Batch
+from bisam.experiments.data import has_tokens
 from bisam.experiments.data.long_tail import counts as long_tail_counts
 from bisam.experiments.data.splits import batches_of
 from bisam.experiments.errors import RunError
@@ -60,7 +61,7 @@ class Size(NamedTuple):
     test: int
     classes: int
     shape: tuple[int, ...] = ()
-    """The shape of an image; by default (3, side, side) for images from files, and the length for texts."""
+    """The shape of an image, or (T,) of tokens. Default: (3, side, side) for files of images, the length for texts."""
 
 
 _GLUE = {  # examples of the official training and development sets, a tenth of the former held out; classes
@@ -81,6 +82,8 @@ SIZES: Mapping[str, Size] = {
     "flowers": Size(1_020, 1_020, 6_149, 102),
     "pets": Size(3_312, 368, 3_669, 37),
     "folder:flowers102-128": Size(459, 51, 510, 102),
+    "text:pydoc": Size(4_500, 650, 650, 103, (64,)),  # about, for the texts of Python 3.11 in windows of 64
+    "text:addition": Size(6_000, 1_500, 2_500, 12, (8,)),  # about: the seed draws pairs of numbers
     **{f"glue:{task}": Size(n - n // 10, n // 10, test, k) for task, (n, test, k) in _GLUE.items()},
 }
 """The sizes of the data sets of the studies, by name, as `bisam.experiments.data` splits them."""
@@ -278,6 +281,8 @@ def _begins_late(recipe: Recipe) -> bool:
 def _shape(recipe: Recipe) -> tuple[int, ...]:
     if recipe.dataset.startswith("glue:"):
         return (recipe.max_length,)
+    if recipe.dataset == "text:pydoc":
+        return (recipe.max_length,)
     return size_of(recipe.dataset).shape or (3, recipe.image_size, recipe.image_size)
 
 
@@ -297,7 +302,10 @@ def _network(recipe: Recipe, classes: int) -> nn.Module:
 
 def _batch(recipe: Recipe, examples: int) -> tuple[Any, Tensor]:
     """Return random inputs and labels."""
-    shape, labels = _shape(recipe), torch.randint(size_of(recipe.dataset).classes, (examples,))
+    shape, classes = _shape(recipe), size_of(recipe.dataset).classes
+    if has_tokens(recipe.dataset):
+        return torch.randint(classes, (examples, *shape)), torch.randint(classes, (examples, *shape))
+    labels = torch.randint(classes, (examples,))
     if len(shape) == 3:
         return torch.randn(examples, *shape), labels
     tokens = torch.randint(1000, (examples, *shape))

@@ -6,4 +6,5 @@ files.py     a trained model in files of torch, safetensors, ONNX, timm and Hugg
 card.py      the model card of an exported folder
 hub.py       an exported folder on the Hugging Face hub
 networks.py  our networks for small images
+gpt.py       our network for tokens
 """

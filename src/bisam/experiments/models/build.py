@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from bisam.experiments.errors import RunWarning, is_out_of_memory, reason_not_loaded, unknown
 from bisam.experiments.models import initial
 from bisam.experiments.models.frozen import freeze, with_frozen
+from bisam.experiments.models.gpt import GPT
 from bisam.experiments.models.initial import PRETRAINED as PRETRAINED, WEIGHTS, classes_of, local, without_prefixes
 from bisam.experiments.models.logits import Logits
 from bisam.experiments.models.networks import MLP, VGG, ConvNet, DenseNet, ResNet, WideResNet
@@ -47,6 +48,10 @@ NETWORKS: dict[str, tuple[Callable[[int, int], nn.Module], str]] = {
         VGG,
         "VGG-19 with batch normalisation for images of 32x32 (Simonyan and Zisserman 2015), 21M parameters",
     ),
+    "gpt": (
+        lambda classes, channels: GPT(classes),
+        "a decoder of three blocks of width 96 for tokens (text:NAME), 0.35M parameters",
+    ),
 }
 
 NAMES: dict[str, str] = {name: line for name, (_, line) in NETWORKS.items()} | {
@@ -70,7 +75,8 @@ def build(
     """Build the network `name` for `classes` classes, in float32 and in training mode.
 
     Its input is images (N, channels, H, W), or for texts the dict of tensors that the tokenizer returns. Its output is
-    logits (N, classes). Initial weights are drawn from torch's global generator.
+    logits (N, classes). `gpt` takes tokens (N, T) and returns logits (N, classes, T). Initial weights are drawn from
+    torch's global generator.
 
     Args:
         name: one of `NAMES`.

@@ -12,8 +12,8 @@ class Fields:
     """The fields of `Recipe`, from which the flags of `bisam train` are derived. Their docstrings are the help."""
 
     dataset: str = "digits"
-    """Data set: digits (no download), cifar10, cifar100, imagenet, flowers, pets, folder:PATH, glue:TASK; cifar10:SIDE
-    reduces the images to 4, 8 or 16 pixels, or enlarges them."""
+    """Data set: digits (no download), cifar10, cifar100, imagenet, flowers, pets, folder:PATH, glue:TASK, text:NAME
+    (tokens; no download); cifar10:SIDE reduces the images to 4, 8 or 16 pixels, or enlarges them."""
     model: str = "convnet"
     """Network: a name from `bisam list`, torchvision:NAME, timm:NAME or hf:NAME; a local folder after hf: is looked for
     here and in DATA/weights."""
@@ -58,7 +58,7 @@ class Fields:
     image_size: int = 224
     """Side of images that are read from files, in pixels."""
     max_length: int = 128
-    """Largest number of tokens of a text; longer texts are truncated."""
+    """Largest number of tokens of a text. Longer texts are truncated, those of text:pydoc divided."""
     bucket: int = 1
     """Batches whose texts are drawn together and sorted by length before they are divided, so that there is less
     padding; 1: texts are not sorted."""

@@ -30,6 +30,7 @@ from bisam.experiments.reports.groups import Groups, Place, grouped, measured, n
 from bisam.experiments.reports.scales import ERROR_SCALE, fit_scores, share, widen_scores, widen_values
 from bisam.experiments.reports.svg import point
 from bisam.experiments.runs.folder import Finished
+from bisam.experiments.runs.results import training_labels
 from bisam.experiments.studies.published import in_sequence
 
 
@@ -293,8 +294,8 @@ def _focus(ax: Axes, *, falling: bool = False) -> None:
 
 def _share_of_all(ax: Axes, panel: Panel) -> None:
     """Add an axis in per cent of the training set, if its size is known and equal in all runs."""
-    examples = {run.result.get("examples") for *_, group in panel.shown for run in group}
-    if len(examples) == 1 and (n := examples.pop()):
+    sizes = {training_labels(run.result) for *_, group in panel.shown for run in group}
+    if len(sizes) == 1 and np.isfinite(n := sizes.pop()):
         share = ax.secondary_yaxis(
             "right", functions=(lambda y: np.asarray(y) * 100 / n, lambda y: np.asarray(y) * n / 100)
         )

@@ -19,6 +19,7 @@ from bisam.experiments.reports.differences import Baselines, Comparison, columns
 from bisam.experiments.reports.groups import Groups, names, place, places, title
 from bisam.experiments.reports.significance import adjusted
 from bisam.experiments.runs.folder import Finished
+from bisam.experiments.runs.results import training_labels
 
 Row = dict[str, Any]
 
@@ -164,6 +165,6 @@ def _count(run: Finished, mark: str) -> float:
 def _flips(recipe: Recipe, runs: Sequence[Finished], mark: str, comparison: Comparison | None) -> Flips:
     epochs = {at(run, mark) for run in runs}
     counts = tuple(_count(run, mark) for run in runs)
-    sizes = [run.result.get("examples", nan) for run in runs]  # 0.1 did not always write it
+    sizes = [training_labels(run.result) for run in runs]
     shares = tuple(count / size for count, size in zip(counts, sizes, strict=True))
     return Flips(recipe, mark, epochs.pop() if len(epochs) == 1 else 0, counts, shares, comparison)

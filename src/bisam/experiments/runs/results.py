@@ -39,6 +39,8 @@ TITLES = {
     "many": "many-example classes",
     "medium": "medium classes",
     "few": "few-example classes",
+    "exact_match": "exact match",
+    "likelihood": "likelihood of a token",
 }
 """The metrics, as they are written in reports."""
 IN_PER_CENT = {"accuracy", "top5", "balanced", "many", "medium", "few"}
@@ -74,6 +76,8 @@ class Result(TypedDict, total=False):
     """All scores, by weights (best, last, ema) and metric."""
     examples: int
     """Training examples."""
+    labels: int
+    """Training labels that count, where an example has several, as a text has tokens; absent otherwise."""
     seconds_per_epoch: Required[float]
     relative_time: Required[float]
     """Time of a step, relative to plain training."""
@@ -131,7 +135,7 @@ _SCORE, _COUNT, _SIZE = _Number(least=-1, most=1), _Number(int, 1), _Number(most
 _TIME, _TEXT, _SUM = _Number(least=1e-12, most=_LARGE), _Text(), _Text("[0-9a-f]{32}")
 _ENTRIES: Mapping[str, _Number | _Text] = {
     **dict.fromkeys(("test_best", "test_last", "test_ema", "validation_best"), _SCORE),
-    **dict.fromkeys(("best_epoch", "diverged", "examples", "processes", "stacked"), _COUNT),
+    **dict.fromkeys(("best_epoch", "diverged", "examples", "labels", "processes", "stacked"), _COUNT),
     "validation_ties": _COUNT,
     "validation_examples": _Number(int),
     "headline": _Text("best|last"),
@@ -189,6 +193,11 @@ def headline(result: Result) -> Headline:
 def headline_score(result: Result) -> float:
     """Return the test score of a run that is shown and compared."""
     return result["test_best"] if headline(result) == "best" else result["test_last"]
+
+
+def training_labels(result: Result) -> float:
+    """Return the number of labels that are predicted in an epoch; nan where a result of 0.1 does not have it."""
+    return result.get("labels", result.get("examples", nan))
 
 
 def headline_for(validation_examples: int) -> Headline:

@@ -10,9 +10,10 @@ from bisam.experiments.studies.paper import PAPER
 from bisam.experiments.studies.radius import RADIUS
 from bisam.experiments.studies.recover import RECOVER
 from bisam.experiments.studies.sampa import SAMPA
+from bisam.experiments.studies.textgen import TEXTGEN
 
 GROUPS = {
-    "additional studies": (*LOCAL, *RADIUS, *ADVERSARY, *RECOVER, *LONGTAIL, *FINETUNE),
+    "additional studies": (*LOCAL, *RADIUS, *ADVERSARY, *RECOVER, *LONGTAIL, *FINETUNE, *TEXTGEN),
     "BiSAM (Xie et al., 2024)": PAPER,
     "SAMPa (Xie, Pethick and Cevher, 2024)": SAMPA,
 }

@@ -19,7 +19,7 @@ from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Row
 from bisam.experiments.training.counting import CountedMethod
 from bisam.experiments.training.journal import Journal
-from bisam.experiments.training.metrics import TrainingSums, ranked
+from bisam.experiments.training.metrics import TrainingSums, log_likelihoods, ranked
 from bisam.experiments.training.optimizers import to_evaluate, to_train as to_train_optimizer
 from bisam.experiments.training.weight_average import WeightAverage
 from bisam.methods.method import indexed
@@ -111,19 +111,27 @@ def train_epoch(
 
 
 @torch.no_grad()
-def predict(model: nn.Module, split: Split, recipe: Recipe, metrics: Sequence[str]) -> tuple[Tensor, Tensor]:
+def predict(
+    model: nn.Module, split: Split, recipe: Recipe, metrics: Sequence[str]
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Predict a split in evaluation mode.
 
     Returns:
-        The R most likely classes of each example, (N, R), with R as `metrics` need, and the labels (N,).
+        The R most likely classes of each example, (N, R), with R as `metrics` need, the labels (N,), and the results of
+        `log_likelihoods`. Of tokens they are (N, 1, T) and (N, T).
     """
-    pairs = [(ranked(logits, metrics), labels) for _, logits, labels in outputs(model, split, recipe)]
-    predicted, labels = zip(*pairs, strict=True)
-    return torch.cat(predicted), torch.cat(labels)
+    found = [
+        (ranked(logits, metrics), labels, log_likelihoods(logits, labels, metrics))
+        for _, logits, labels in outputs(model, split, recipe)
+    ]
+    predicted, labels, known = zip(*found, strict=True)
+    return torch.cat(predicted), torch.cat(labels), None if None in known else torch.cat(known)
 
 
 def outputs(model: nn.Module, split: Batches, recipe: Recipe) -> Iterator[tuple[Any, Tensor, Tensor]]:
     """Yield the inputs, the logits (n, K) and the labels (n,) of the batches of a split, in evaluation mode.
+
+    Those of tokens are (n, K, T) and (n, T).
 
     Args:
         model: it is in evaluation mode afterwards.

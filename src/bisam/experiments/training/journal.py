@@ -197,6 +197,8 @@ class Journal:
 
 def counted(inputs: Any) -> tuple[int, str]:
     """Return the size of a batch and its unit: images, or tokens with the padding, whose number costs no waiting."""
+    if isinstance(inputs, Tensor) and inputs.dim() == 2 and not inputs.is_floating_point():
+        return inputs.numel(), "tokens"
     for name in ("input_ids", HIDDEN) if isinstance(inputs, Mapping) else ():
         if isinstance(texts := inputs.get(name), Tensor):  # pyright: ignore
             return texts.shape[:2].numel(), "tokens"

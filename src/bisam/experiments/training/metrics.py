@@ -2,7 +2,9 @@
 
 >>> scores(("accuracy", "top5"), ranked(logits, ("accuracy", "top5")), labels, classes=10)
 
-Scores are in [0, 1], or in [-1, 1] for a correlation.
+Scores are in [0, 1], or in [-1, 1] for a correlation, and the larger the better. Labels (N, T) of tokens have as many
+decisions as labels that count: accuracy is that of the tokens, one minus the token error. An answer is an exact match
+if all of its tokens are the most likely ones, so that greedy generation, which goes on from its own tokens, gives it.
 """
 
 from __future__ import annotations
@@ -12,45 +14,75 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from lightning_fabric import Fabric
 from sklearn.metrics import f1_score, matthews_corrcoef, recall_score
 from torch import Tensor
 
 from bisam import Evaluation
 from bisam.experiments.data.long_tail import BALANCED, groups
+from bisam.experiments.data.splits import IGNORED
 from bisam.experiments.runs.folder import Row
 from bisam.statistics import NAMES, StatsMean
 from bisam.vector import widened
 
 
 def ranked(logits: Tensor, metrics: Sequence[str]) -> Tensor:
-    """Return the classes (N, R) of the largest logits (N, K), the most likely first, with R as the metrics need."""
+    """Return the classes (N, R) of the largest logits (N, K), the most likely first, with R as the metrics need.
+
+    Those of tokens are (N, 1, T), for logits (N, K, T).
+    """
     if "top5" in metrics:
         return logits.topk(min(5, logits.shape[1]), 1).indices
     return logits.argmax(1, keepdim=True)
 
 
-def scores(metrics: Sequence[str], predicted: Tensor, labels: Tensor, classes: int) -> list[float]:
+def log_likelihoods(logits: Tensor, labels: Tensor, metrics: Sequence[str]) -> Tensor | None:
+    """Return the sum of the log-likelihoods of each example's labels (N,), in float64; None if no metric needs it.
+
+    Args:
+        logits: (N, K), or (N, K, T) of tokens.
+        labels: (N,) or (N, T).
+        metrics: names.
+    """
+    if "likelihood" not in metrics:
+        return None
+    losses = F.cross_entropy(logits.float(), labels, reduction="none", ignore_index=IGNORED)
+    return -losses.double().reshape(len(labels), -1).sum(1)
+
+
+def scores(
+    metrics: Sequence[str], predicted: Tensor, labels: Tensor, classes: int, log_likelihood: Tensor | None = None
+) -> list[float]:
     """Return the score of predictions for each metric.
 
     Args:
         metrics: names: accuracy, top5, f1 (of class 1), matthews, balanced (the mean of the accuracies of the classes
-            that there are), and the same of the classes with many, medium and few training examples, see
-            `long_tail.groups`.
-        predicted: the result of `ranked`, (N, R).
-        labels: classes (N,).
+            that there are), the same of the classes with many, medium and few training examples (see
+            `long_tail.groups`), exact_match, likelihood. The likelihood is the geometric mean over labels, exp(-loss)
+            or one over the perplexity.
+        predicted: the result of `ranked`, (N, R) or (N, 1, T).
+        labels: classes (N,), or tokens (N, T), of which those that are `IGNORED` do not count.
         classes: number of classes.
+        log_likelihood: the result of `log_likelihoods`, for the likelihood.
     """
-    return [_score(metric, predicted.cpu(), labels.cpu(), classes) for metric in metrics]
+    return [_score(metric, predicted.cpu(), labels.cpu(), classes, log_likelihood) for metric in metrics]
 
 
-def _score(metric: str, ranks: Tensor, labels: Tensor, classes: int) -> float:
+def _score(metric: str, ranks: Tensor, labels: Tensor, classes: int, log_likelihood: Tensor | None) -> float:
     predicted = ranks[:, 0]
+    counted = labels != IGNORED
     match metric:
+        case "likelihood":
+            assert log_likelihood is not None
+            return float((log_likelihood.sum().cpu() / counted.sum()).exp().nan_to_num())
+        case "exact_match":
+            right = (predicted == labels) | ~counted
+            return right.reshape(len(labels), -1).all(1).sum().item() / len(labels)
         case "top5":
             return (ranks == labels[:, None]).any(1).sum().item() / len(labels)
         case "accuracy":
-            return (predicted == labels).sum().item() / len(labels)
+            return (predicted == labels).sum().item() / int(counted.sum())
         case "f1":
             return float(f1_score(labels.numpy(), predicted.numpy(), zero_division=0))  # pyright: ignore[reportArgumentType]
         case "matthews":
@@ -84,7 +116,8 @@ class TrainingSums:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._loss, self._correct, self._flipped, self._examples = (torch.zeros((), device=device) for _ in range(4))
+        zeros = (torch.zeros((), device=device) for _ in range(5))
+        self._loss, self._correct, self._flipped, self._examples, self._labels = zeros
 
     def add(self, clean: Evaluation, outputs: Tensor, labels: Tensor) -> None:
         """Add a batch.
@@ -92,21 +125,24 @@ class TrainingSums:
         Args:
             clean: loss and logits at the weights, from the forward pass that the method needs anyway.
             outputs: logits where the method took its descent gradient.
-            labels: classes (n,), or class probabilities (n, K), of which the largest counts as the class.
+            labels: classes (n,), class probabilities (n, K), of which the largest counts as the class, or tokens (n,
+                T), of which those that are `IGNORED` do not count.
         """
-        labels = labels if labels.dim() == 1 else labels.argmax(1)
+        labels = labels.argmax(1) if labels.is_floating_point() else labels
         correct = clean.outputs.argmax(1) == labels
-        self._loss += clean.value * len(labels)
+        count = len(labels) if labels.dim() == 1 else (labels != IGNORED).sum()
+        self._loss += clean.value * count
         self._correct += correct.sum()
         self._examples += len(labels)
+        self._labels += count
         if len(outputs) == len(labels):
             self._flipped += (correct & (outputs.argmax(1) != labels)).sum()
         else:
             self._flipped += float("nan")  # the method descended on a part of the batch
 
     def totals(self) -> tuple[float, float]:
-        """Return the sum of the losses so far and the number of examples, in this process; waits for the device."""
-        return float(self._loss), float(self._examples)
+        """Return the sum of the losses so far and the number of labels, in this process; waits for the device."""
+        return float(self._loss), float(self._labels)
 
     def is_finite(self, fabric: Fabric) -> bool:
         """Return whether the loss of all batches so far is finite, over all processes; waits for the device."""
@@ -121,13 +157,13 @@ class TrainingSums:
             forwards: examples in queries without gradient, in this process.
         """
         counts = (torch.tensor(float(count), device=fabric.device) for count in (gradients, forwards))
-        sums = torch.stack([self._loss, self._correct, self._flipped, *counts, self._examples])
-        loss, correct, flipped, all_gradients, all_forwards, examples = cast(
+        sums = torch.stack([self._loss, self._correct, self._flipped, *counts, self._examples, self._labels])
+        loss, correct, flipped, all_gradients, all_forwards, examples, labels = cast(
             Tensor, fabric.all_reduce(sums, reduce_op="sum")
         ).tolist()
         return {
-            "train_loss": loss / examples,
-            "train_accuracy": correct / examples,
+            "train_loss": loss / labels,
+            "train_accuracy": correct / labels,
             "flipped": flipped,
             "gradients": all_gradients / examples,
             "forwards": all_forwards / examples,

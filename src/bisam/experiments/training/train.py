@@ -21,7 +21,7 @@ from bisam import SharpnessAware
 from bisam.distributed.fsdp import reshard
 from bisam.experiments import data
 from bisam.experiments.data.image_tensors import channels
-from bisam.experiments.data.splits import Data, Split, batches_of
+from bisam.experiments.data.splits import IGNORED, Data, Split, batches_of
 from bisam.experiments.errors import OutOfTimeError, RunError, StoppedError
 from bisam.experiments.models.build import build
 from bisam.experiments.models.frozen import with_frozen, without_frozen
@@ -475,10 +475,11 @@ class Training:
         """Return the scores for the metrics of the data set; the first metric selects the best epoch."""
         metrics = self._data.metrics
         with self._fabric.autocast():
-            predicted, labels = predict(model, split, self._recipe, metrics)
+            found = predict(model, split, self._recipe, metrics)
         reshard(model)
         # The first process decides: all have to agree on the best epoch.
-        return self._fabric.broadcast(scores(metrics, predicted, labels, self._data.classes))
+        predicted, labels, likelihood = found
+        return self._fabric.broadcast(scores(metrics, predicted, labels, self._data.classes, likelihood))
 
     def _validated(self) -> Validated:
         """Return the validation score of the weights whose test score would be the headline."""
@@ -562,6 +563,7 @@ def summary(
         "metric": splits.metrics[0],
         "scores": {which: dict(zip(splits.metrics, values, strict=True)) for which, values in tested.items()},
         "examples": len(splits.train),
+        **({} if splits.train.labels.dim() == 1 else {"labels": int((splits.train.labels != IGNORED).sum())}),
         "seconds_per_epoch": median(r["seconds"] for r in history),
         "relative_time": median(r["relative_time"] for r in history),
         "gradients_per_step": fmean([r["gradients"] for r in history], weights),

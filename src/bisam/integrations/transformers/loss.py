@@ -38,7 +38,6 @@ class TrainerLoss:
         self.is_local = True  # whether an answer is for the batch of this process, not a mean over all processes
         self.counted: Tensor | None = None  # number of items in the last query
         self.whole: Tensor | int | None = None  # number of items in all accumulated batches
-        self._divides: bool | None = None  # whether the model's loss uses the number of items that is passed to it
 
     def __call__(self, outputs: Tensor, targets: Tensor | None) -> Tensor:
         """Returns the loss that is stored with these logits, or computes that of logits without one."""
@@ -58,16 +57,10 @@ class TrainerLoss:
 
         For `Binary` the labels are those of the logits, (N, L).
         """
-        items = self.counted = self.items(inputs)
-        watched = None
-        if items is None:
-            items = self.whole
-        elif self._divides is None and torch.is_grad_enabled():
-            items = watched = _Seen.apply(items, next(p for p in model.parameters() if p.requires_grad))
+        self.counted = self.items(inputs)
+        items = self.whole if self.counted is None else self.counted
         with self._for_itself():
             loss, outputs = self._compute(model, dict(inputs), return_outputs=True, num_items_in_batch=items)
-        if watched is not None:
-            self._divides = _depends(loss, watched)
         logits, targets = self._laid_out(inputs, outputs)
         asked = innermost(self.asked)
         if isinstance(asked, OfClasses):
@@ -96,10 +89,15 @@ class TrainerLoss:
         return torch.where(count == 0, 1.0, count)
 
     def share(self, inputs: Inputs, dtype: torch.dtype) -> Tensor | int | None:
-        """Returns the factor of the mean over a batch for the Trainer, which sums its losses; None is 1."""
-        if self.whole is None:
-            return None
-        items = self.items(inputs) if self._divides else None
+        """Returns the factor of the mean over a batch for the Trainer, which sums its losses; None is 1.
+
+        It is the share of the batch in the items of all accumulated batches. The model need not know their number: a
+        loss that ignores `num_items_in_batch`, as that of T5, is a mean over the batch too, and the Trainer, which
+        leaves the division to it, would sum means.
+        """
+        if self.whole is None or getattr(self._trainer, "loss_is_scaled_for_ga", None) is False:
+            return None  # the Trainer divides by the number of accumulated batches
+        items = self.items(inputs)
         if items is not None:
             return items.to(torch.promote_types(dtype, torch.float32)) * self._processes / self.whole
         return None if self._processes == 1 else self._processes
@@ -174,18 +172,6 @@ class _Logits(Tensor):
     own: Tensor | None = None
 
 
-class _Seen(torch.autograd.Function):
-    """The identity, whose node in a graph shows that a number was used; its anchor, a parameter, gets no gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, number: Tensor, anchor: Tensor) -> Tensor:
-        return number.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return None, None
-
-
 def _classes(targets: Tensor | None, purpose: str) -> Tensor:
     if targets is None:
         raise ValueError(
@@ -205,19 +191,6 @@ def _labels(inputs: Inputs, logits: Tensor | None) -> Tensor:
             "regression, SAM()"
         )
     return labels.to(logits.device)
-
-
-def _depends(loss: Tensor, on: Tensor) -> bool:
-    todo, seen = [loss.grad_fn], set[Any]()
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        if node is on.grad_fn:
-            return True
-        seen.add(node)
-        todo += [following for following, _ in node.next_functions]
-    return False
 
 
 @dataclass(frozen=True, eq=False, repr=False)

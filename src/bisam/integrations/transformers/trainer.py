@@ -12,7 +12,8 @@ The training loss is that of the Trainer, including label smoothing and `compute
 over the items that count in the batch, or in the part of the batch that is queried. The value that is returned to the
 Trainer is weighted by its share in the items of all accumulated batches (`num_items_in_batch`), as in the Trainer. So
 the loss that a method evaluates has the same scale for any accumulation, and `ERM()` is bit-identical to the Trainer,
-except for rounding if tokens are accumulated.
+except for rounding if tokens are accumulated. Where the model ignores `num_items_in_batch` (T5, classifiers), the
+Trainer sums the means of the accumulated batches; here they are weighted by their items too.
 """
 
 from __future__ import annotations
@@ -44,10 +45,11 @@ from bisam.validation import instance
 class SharpnessAwareTrainer(Trainer):
     """`transformers.Trainer` with a sharpness-aware training loss; evaluation and prediction are those of the Trainer.
 
-    Gradient accumulation (each micro-batch has its own perturbation), clipping, mixed precision and DDP are those of
-    the Trainer. A checkpoint contains the state of the method for each process, as `sharpness_aware_RANK.pt`, and is
-    resumed with it. The log has the average costs since its previous line: `gradients_per_step` and `forwards_per_step`
-    (gradients and additional forward passes, in units of whole batches, per micro-batch) and `seconds_per_query`.
+    Gradient accumulation is by items, such as tokens, and each micro-batch has its own perturbation: several are as
+    `MSAM` on one large batch. Clipping, mixed precision and DDP are those of the Trainer. A checkpoint contains the
+    state of the method for each process, as `sharpness_aware_RANK.pt`, and is resumed with it. The log has the average
+    costs since its previous line: `gradients_per_step` and `forwards_per_step` (gradients and additional forward
+    passes, in units of whole batches, per micro-batch) and `seconds_per_query`.
 
     Methods that climb a bound of the 0-1 loss need classes: int64 labels, and logits with the classes in the last
     dimension. `Binary` is the bound for `problem_type="multi_label_classification"`. In causal language models each
