@@ -84,8 +84,13 @@ def test_a_recipe_takes_parts_of_them():
 
 
 def test_what_makes_no_sense_for_tokens_is_refused():
-    with pytest.raises(DataError, match=r"noise 0.4 replaces the class of an example, and text:addition has tokens"):
+    with pytest.raises(DataError, match=r"noise 0.4 is about the class of an example, and text:addition has tokens"):
         data.load(Recipe(dataset="text:addition", model="gpt", noise=0.4), Machine())
+    with pytest.raises(DataError, match=r"imbalance 10 is about the class of an example, and text:addition has tokens"):
+        data.load(Recipe(dataset="text:addition", model="gpt", imbalance=10), Machine())
+    for change in ({"mixup": 0.2}, {"cutmix": 1.0}, {"erasing": 0.1}, {"randaugment": 2}):
+        with pytest.raises(DataError, match="randaugment, erasing, mixup and cutmix change images, and text:addition"):
+            data.load(Recipe(dataset="text:addition", model="gpt", **change), Machine())
     with pytest.raises(DataError, match=r"dataset 'text:adition'.*text:addition"):
         data.load(Recipe(dataset="text:adition", model="gpt"), Machine())
     some, none = torch.zeros(2, 3, dtype=torch.int64), torch.full((2, 3), IGNORED)

@@ -31,8 +31,8 @@ from torch import Tensor
 
 from bisam.experiments.data.glue import TASKS, Texts
 from bisam.experiments.data.language import LANGUAGES, language
-from bisam.experiments.data.sequences import Sequences
 from bisam.experiments.data.long_tail import long_tailed
+from bisam.experiments.data.sequences import Sequences
 from bisam.experiments.data.splits import Data, Split, drawn
 from bisam.experiments.errors import DataError, unknown
 from bisam.experiments.recipes.recipe import Recipe
@@ -196,7 +196,7 @@ def _with_transforms(data: Data, recipe: Recipe) -> Data:
     """The data with the random changes of training images that torchvision has."""
     changes = {name: getattr(recipe, name) for name in ("mixup", "cutmix", "erasing")}
     train: Any = data.train
-    if isinstance(train, Texts):
+    if isinstance(train, Texts | Sequences):
         if recipe.randaugment is not None or any(changes.values()):
             raise DataError(f"randaugment, erasing, mixup and cutmix change images, and {recipe.dataset} has texts")
         return data
