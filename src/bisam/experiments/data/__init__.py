@@ -81,7 +81,7 @@ def load(recipe: Recipe, machine: Machine) -> Data:
     for name, value, none in (("noise", recipe.noise, 0), ("imbalance", recipe.imbalance, 1)):
         if value != none and isinstance(data.train, Sequences):
             raise DataError(
-                f"{name} {value:g} is about classes of examples, and {recipe.dataset} has tokens: leave it out"
+                f"{name} {value:g} is about the class of an example, and {recipe.dataset} has tokens: leave it out"
             )
     if recipe.imbalance > 1:
         data = long_tailed(data, recipe.imbalance, recipe.seed)
