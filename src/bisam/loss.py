@@ -458,7 +458,7 @@ class WithGradient(torch.autograd.Function):
 
 def _is_one(factor: Tensor) -> bool:
     """Whether a factor is known to be 1; that of another device is not waited for."""
-    return factor.is_cpu and not torch.compiler.is_compiling() and factor.tolist() == 1
+    return factor.is_cpu and not torch.compiler.is_compiling() and factor.item() == 1
 
 
 def _peers(layout: Layout) -> Peers | None:

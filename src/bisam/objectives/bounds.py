@@ -505,8 +505,8 @@ class _ClosedForm(torch.autograd.Function):
             return _rows(bound, grad, total, *terms).to(logits.dtype), None, None, None
         result = torch.empty_like(logits)
         for rows, block in _blocks(logits.shape, _BLOCK):
-            _, _, *terms = _values(bound, logits[block], labels[rows], ctx.ignore_index)
-            result[block] = _rows(bound, grad[rows], total[rows], *terms)
+            _, _, index, ignored, s, u = _values(bound, logits[block], labels[rows], ctx.ignore_index)
+            result[block] = _rows(bound, grad[rows], total[rows], index, ignored, s, u)
         return result, None, None, None
 
 

@@ -50,7 +50,7 @@ def translated(base: Recipe, given: Mapping[str, Any], flags: AuthorsFlags) -> d
         )
     values = {name: _NAMES.get(name, {}).get(value, _in_lower_case(name, value)) for name, value in given.items()}
     if flags.adam:
-        if values.get("optimizer", "adamw").lower() != "adamw":
+        if (values.get("optimizer") or "adamw").lower() != "adamw":
             raise ValueError(
                 f"--adam is --optimizer adamw, and --optimizer {values['optimizer']} is given: leave one out"
             )
