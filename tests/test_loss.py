@@ -507,7 +507,9 @@ HELD = []
 
 
 @pytest.mark.parametrize(
-    "keeps", [_in_the_state, _as_views_in_a_part_of_the_state, lambda _, gradient: HELD.append(gradient)], ids=str
+    "keeps",
+    [_in_the_state, _as_views_in_a_part_of_the_state, lambda _, gradient: HELD.append(gradient)],
+    ids=["state", "views", "elsewhere"],
 )
 def test_a_gradient_that_something_keeps_is_not_changed_by_the_loop(keeps):
     model, method = cases.mlp(), Kept(keeps)
