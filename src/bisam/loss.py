@@ -36,7 +36,7 @@ from bisam.model.oracle import Findings, Forward, ModelOracle, WeightsInitialise
 from bisam.objectives import Objective, at_step
 from bisam.statistics import Observed, Recorder, StepStats
 from bisam.validation import instance, whole
-from bisam.vector import WHOLE, Layout, Tensors
+from bisam.vector import WHOLE, Layout, Tensors, known
 
 
 class SharpnessAware(nn.Module):
@@ -458,7 +458,7 @@ class WithGradient(torch.autograd.Function):
 
 def _is_one(factor: Tensor) -> bool:
     """Whether a factor is known to be 1; that of another device is not waited for."""
-    return factor.is_cpu and not torch.compiler.is_compiling() and factor.item() == 1
+    return not torch.compiler.is_compiling() and known(factor == 1) is True
 
 
 def _peers(layout: Layout) -> Peers | None:

@@ -98,7 +98,9 @@ class Step:
 
     def grad(self, w: Tensor, loss: Loss, batch: tuple[Tensor, Tensor] | None = None) -> Tensor:
         x, y = batch or self.batch
-        parts = zip(x.split(self.micro or len(x)), y.split(self.micro or len(x)), strict=True)
+        if self.micro is None:
+            return gradient(self.model, loss, x, y)(w)
+        parts = zip(x.split(self.micro), y.split(self.micro), strict=True)
         return sum(len(a) * gradient(self.model, loss, a, b)(w) for a, b in parts) / len(x)
 
     def losses(self, w: Tensor, loss: Loss) -> Tensor:

@@ -26,6 +26,7 @@ from torch import Tensor
 from bisam.batches import Batch
 from bisam.evaluation import Evaluation
 from bisam.methods.sam import SAM
+from bisam.methods.written import call
 from bisam.objectives import Objective, at_step
 from bisam.oracle import Oracle, Query
 from bisam.perturbations import L2, Perturbation
@@ -67,6 +68,16 @@ class ClassSAM(SAM):
         instance("weight", self.weight, "a function from labels to weights such as Tail([8, 9])")
         if self.plain is not None:
             instance("plain", self.plain, "a function from labels to weights")
+
+    def __repr__(self) -> str:
+        weight, others = self.weight, [("ascent", self.ascent, None), ("descent", self.descent, None)]
+        if isinstance(weight, Shares) and self.plain is None and self.descent is None:
+            own = [("gamma", weight.gamma, 1.0), ("lam", weight.lam, 0.5), ("counts", weight.counts, None)]
+            return call("FocalSAM", [("perturb", self.perturb, None), *own, others[0]])
+        if isinstance(weight, Tail) and self.plain == _Rest(Tail(weight.classes)) and self.descent is None:
+            own = [("tail", weight.classes, None), ("weight", weight.weight, 1.0)]
+            return call("ImbSAM", [("perturb", self.perturb, None), *own, others[0]])
+        return super().__repr__()
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
         """Makes three queries."""

@@ -28,14 +28,14 @@ class Written:
         values: Any = self
         bound = getattr(self, "ascent", None)
         if type(self).__name__ != "SAM" or not isinstance(bound, LowerBound | ObjectiveWrapper):
-            return _call(type(self).__name__, _arguments(self))
+            return call(type(self).__name__, _arguments(self))
         ball, descent = values.perturb, values.descent
         if isinstance(ball, Adaptive) and ball.where is None and descent is None:
-            return _call("ABiSAM", [("rho", ball.rho, None), ("bound", bound, NegLog()), ("eta", ball.eta, 0.0)])
-        return _call("BiSAM", [("rho", ball, None), ("bound", bound, NegLog()), ("descent", descent, None)])
+            return call("ABiSAM", [("rho", ball.rho, None), ("bound", bound, NegLog()), ("eta", ball.eta, 0.0)])
+        return call("BiSAM", [("rho", ball, None), ("bound", bound, NegLog()), ("descent", descent, None)])
 
 
-def _call(name: str, arguments: Iterable[Argument]) -> str:
+def call(name: str, arguments: Iterable[Argument]) -> str:
     """Returns a call as text: without arguments that have their default, except the radius or the perturbation."""
     shown: list[str] = []
     for parameter, value, default in arguments:
@@ -59,7 +59,7 @@ def _text(value: Any) -> str:
         return "cross_entropy"
     if not kind.__module__.startswith(_PARTS) or not hasattr(kind, "__dataclass_fields__"):
         return repr(value)
-    return _call(kind.__name__, _arguments(value))
+    return call(kind.__name__, _arguments(value))
 
 
 def _same(value: Any, default: Any) -> bool:

@@ -85,7 +85,7 @@ def test_parameters_are_as_many_as_the_papers_networks_have(name):
 
 
 def test_the_parameters_of_every_network_are_counted():
-    assert [*COUNTS] == [name for name in NAMES if ":" not in name]
+    assert [*COUNTS] == [name for name in NAMES if ":" not in name and name != "gpt"]  # whose classes are tokens
 
 
 @pytest.mark.parametrize("name", [name for name in COUNTS if "28_10" not in name])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from lightning_fabric import Fabric
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
 from bisam.experiments.data.splits import Batches
@@ -15,7 +14,8 @@ from bisam.experiments.training.epoch import prepared
 
 def has_batch_norm(model: nn.Module) -> bool:
     """Whether a model has layers with running statistics of batches."""
-    return any(isinstance(module, _BatchNorm) and module.track_running_stats for module in model.modules())
+    kinds = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
+    return any(isinstance(module, kinds) and module.track_running_stats for module in model.modules())
 
 
 def update_statistics(model: nn.Module, split: Batches, recipe: Recipe, fabric: Fabric, seed: int) -> None:
