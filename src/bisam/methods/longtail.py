@@ -70,14 +70,7 @@ class ClassSAM(SAM):
             instance("plain", self.plain, "a function from labels to weights")
 
     def __repr__(self) -> str:
-        weight, others = self.weight, [("ascent", self.ascent, None), ("descent", self.descent, None)]
-        if isinstance(weight, Shares) and self.plain is None and self.descent is None:
-            own = [("gamma", weight.gamma, 1.0), ("lam", weight.lam, 0.5), ("counts", weight.counts, None)]
-            return call("FocalSAM", [("perturb", self.perturb, None), *own, others[0]])
-        if isinstance(weight, Tail) and self.plain == _Rest(Tail(weight.classes)) and self.descent is None:
-            own = [("tail", weight.classes, None), ("weight", weight.weight, 1.0)]
-            return call("ImbSAM", [("perturb", self.perturb, None), *own, others[0]])
-        return super().__repr__()
+        return _named(self) or super().__repr__()
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
         """Makes three queries."""
@@ -216,6 +209,19 @@ def FocalSAM(
         ValueError: an argument is outside its range.
     """
     return ClassSAM(rho, ascent, weight=Shares(gamma, lam, counts))
+
+
+def _named(method: ClassSAM) -> str | None:
+    """Returns the call of `ImbSAM` or `FocalSAM` that makes a method, as text; None if neither does."""
+    weight, perturb, ascent = method.weight, ("perturb", method.perturb, None), ("ascent", method.ascent, None)
+    if method.descent is not None:
+        return None
+    if isinstance(weight, Shares) and method.plain is None:
+        own = [("gamma", weight.gamma, 1.0), ("lam", weight.lam, 0.5), ("counts", weight.counts, None)]
+        return call("FocalSAM", [perturb, *own, ascent])
+    if isinstance(weight, Tail) and method.plain == _Rest(Tail(weight.classes)):
+        return call("ImbSAM", [perturb, ("tail", weight.classes, None), ("weight", weight.weight, 1.0), ascent])
+    return None
 
 
 def _type(labels: Tensor) -> torch.dtype:
