@@ -67,8 +67,8 @@ nitpick_ignore_regex = [
     # Of bisam, and not public.
     (
         "py:class",
-        r"bisam\.(distributed|model|optim)\..*|(bisam\.vector\.)?Layout|Count|Findings|ForwardPass|OfClasses|Preview|"
-        r"RandomState|Tensors",
+        r"bisam\.(distributed|model|optim)\..*|(bisam\.vector\.)?Layout|Count|Findings|ForwardPass|Momentum|OfClasses|"
+        r"Preview|RandomState|Tensors",
     ),
 ]
 
@@ -82,6 +82,7 @@ ALIASES = {  # of types, by their names in signatures; docs/api/types.md documen
         "bisam.model.gradients": "Scaler",
         "bisam.distributed.placement": "Scope",
         "bisam.perturbations": "Perturbation Part",
+        "bisam.methods.longtail": "LabelWeight",
         "bisam.proximal": "Prox",
         "bisam.vector": "Scalar",
         "bisam.analysis.samples": "Source Mode Progress",
