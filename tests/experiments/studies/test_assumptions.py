@@ -134,9 +134,8 @@ def test_names_are_different_where_methods_are():
     for study in STUDIES.values():
         recipes = study.recipes(None)
         called = names(recipes)
-        assert len({(name, recipe.dataset, recipe.model, recipe.noise) for recipe, name in called.items()}) == len(
-            recipes
-        ), study.name
+        places = {(name, r.dataset, r.model, r.noise, r.imbalance) for r, name in called.items()}
+        assert len(places) == len(recipes), study.name
 
 
 def test_two_methods_with_one_name_are_told_apart():
