@@ -2,11 +2,11 @@
 
 python -m benchmarks.objective --json objective.json
 python -m benchmarks.step --json step.json
-python -m benchmarks.remembered --json remembered.json
+python -m benchmarks.overhead --json overhead.json
 python -m benchmarks.pipeline --json pipeline.json
 python -m benchmarks.parallel --json parallel.json
 python -m benchmarks.scaling --json scaling.json
-python -m benchmarks.docs objective.json step.json remembered.json pipeline.json
+python -m benchmarks.docs objective.json step.json overhead.json pipeline.json
 python -m benchmarks.docs parallel.json scaling.json --to docs/scaling.md
 """
 
@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks import parallel, pipeline, scaling
 from benchmarks.measure import interval, load
 from benchmarks.objective import REFERENCE
-from benchmarks.remembered import must
+from benchmarks.overhead import needed
 from benchmarks.step import LIMIT, to_sam
 from bisam.experiments.errors import RunError
 from bisam.experiments.runs.files import read_json, write
@@ -30,7 +30,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 INTRODUCTION = """# Benchmarks
 
 `python -m benchmarks.docs` writes this page from the results of `benchmarks.objective`, `benchmarks.step`,
-`benchmarks.remembered`, `benchmarks.pipeline`, `benchmarks.parallel` and `benchmarks.scaling`. The measured variants
+`benchmarks.overhead`, `benchmarks.pipeline`, `benchmarks.parallel` and `benchmarks.scaling`. The measured variants
 take turns within each round, so that anything that slows the machine slows all of them. Each number is the median over
 the rounds of the ratio to the reference, with its 95 % interval (of the sign test); the interval tells how exact the
 run is, not how other processes or machines differ. A bar is met if the whole interval meets it, missed if no part of it
@@ -87,10 +87,10 @@ def _step(content: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _remembered(content: Mapping[str, Any]) -> list[str]:
-    rows = [(f"{r['model']}, batch {r['batch']}", r["contestant"], must(r), *_ratio(r)[:2]) for r in content["rows"]]
-    title = "## Methods that keep something between steps, relative to the passes and steps that they must do"
-    return [f"{title}{_threads(content)}", "", *_table(("model", "method", "must do", "ratio", "95 % interval"), rows)]
+def _overhead(content: Mapping[str, Any]) -> list[str]:
+    rows = [(f"{r['model']}, batch {r['batch']}", r["contestant"], needed(r), *_ratio(r)[:2]) for r in content["rows"]]
+    title = "## Methods other than SAM, relative to the passes and optimizer steps that they need"
+    return [f"{title}{_threads(content)}", "", *_table(("model", "method", "needs", "ratio", "95 % interval"), rows)]
 
 
 def _pipeline(content: Mapping[str, Any]) -> list[str]:
@@ -144,7 +144,7 @@ def _stacked(content: Mapping[str, Any]) -> list[str]:
 _MAKERS: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
     "objective": _objective,
     "step": _step,
-    "remembered": _remembered,
+    "overhead": _overhead,
     "pipeline": _pipeline,
     "parallel": _parallel,
     "scaling": _scaling,

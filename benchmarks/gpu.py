@@ -1,6 +1,7 @@
 """All tables of a GPU in one unattended run: step times, launches, waits, CUDA graphs, memory, float16, NCCL.
 
-Each table is for three networks (ResNet-50, ViT-B/16, a GPT of the size of GPT-2 small) in bfloat16, with the same
+Each table is for three networks (ResNet-50, ViT-B/16, a GPT with the width and depth of GPT-2
+small) in bfloat16, with the same
 implementations as `benchmarks.step`. What fails is a line of its table and ends nothing else. A run takes less than 12
 minutes on a recent GPU: the rounds of a table end when its share of the time is over.
 
@@ -17,7 +18,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -34,6 +35,7 @@ from benchmarks.measure import environment, interleaved, interval, ratio
 from benchmarks.models import mlp
 from benchmarks.step import CONTESTANTS, LIMIT, RHO, SGD, Loss, Training
 from bisam import SAM, BiSAM, SharpnessAware, cross_entropy
+from bisam.experiments.models.gpt import GPT
 from bisam.experiments.runs.files import write
 from bisam.methods import Method
 
@@ -55,23 +57,6 @@ class Autocast(nn.Module):
         """Returns the logits."""
         with torch.autocast(self.kind, torch.bfloat16):
             return self.network(x).float()
-
-
-class GPT(nn.Module):
-    """A causal transformer; the defaults have the size of GPT-2 small (Radford et al., 2019)."""
-
-    def __init__(self, vocabulary: int = 50257, width: int = 768, layers: int = 12, heads: int = 12, n: int = 512):
-        super().__init__()
-        self.tokens, self.places = nn.Embedding(vocabulary, width), nn.Embedding(n, width)
-        layer = nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, F.gelu, batch_first=True, norm_first=True)
-        self.layers, self.norm = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False), nn.LayerNorm(width)
-        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(n), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns the logits (N, K, T) of tokens (N, T)."""
-        states = self.tokens(x) + self.places.weight[: x.shape[1]]
-        mask = self.mask[: x.shape[1], : x.shape[1]]
-        return F.linear(self.norm(self.layers(states, mask, is_causal=True)), self.tokens.weight).transpose(1, 2)
 
 
 @dataclass(frozen=True)
@@ -102,21 +87,23 @@ def vision(name: str) -> nn.Module:
 CASES: Mapping[str, Case] = {
     "ResNet-50, 64 images": Case(partial(vision, "resnet50"), partial(images, 64, 224, 1000)),
     "ViT-B/16, 64 images": Case(partial(vision, "vit_b_16"), partial(images, 64, 224, 1000)),
-    "GPT-2 small, 8 x 512 tokens": Case(GPT, partial(texts, 8, 512, 50257)),
+    "GPT, 12 blocks of width 768, 8 x 512 tokens": Case(
+        partial(GPT, 50257, width=768, depth=12, heads=12), partial(texts, 8, 512, 50257)
+    ),
 }
 TINY: Mapping[str, Case] = {
     "convolution, 2 images": Case(
         lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 5)),
         partial(images, 2, 8, 5),
     ),
-    "GPT, 2 x 6 tokens": Case(lambda: GPT(11, 8, 1, 2, 6), partial(texts, 2, 6, 11)),
+    "GPT, 2 x 6 tokens": Case(partial(GPT, 11, width=8, depth=1, heads=2), partial(texts, 2, 6, 11)),
 }
 """The cases of a dry run."""
 
 
 @dataclass
 class Bench:
-    """What the tables are made with.
+    """The device and the networks of all tables, and the time that each may take.
 
     Attributes:
         device: the GPU, or the CPU in a dry run.
@@ -183,15 +170,22 @@ def _each(bench: Bench, row: Callable[[str, Case], Sequence[Sequence[str]]], wid
     return rows
 
 
-def times(bench: Bench) -> Table:
-    """Step times of all implementations."""
+_TIMES = ("network", "implementation", "ms", "ratio to the limit", "95 % interval", "rounds")
+
+
+def _times(bench: Bench) -> list[Sequence[str]]:
+    """The step times of all implementations."""
 
     def rows(name: str, case: Case) -> list[list[str]]:
         cells = bench.ratios({key: bench.step(make, case) for key, make in CONTESTANTS.items()}, LIMIT)
         return [[name, key, *cells[key]] for key in cells]
 
-    heading = ("network", "implementation", "ms", "ratio to the limit", "95 % interval", "rounds")
-    return "Step time in bfloat16", heading, _each(bench, rows, 4)
+    return _each(bench, rows, 4)
+
+
+def times(bench: Bench) -> Table:
+    """Step times of all implementations."""
+    return "Step time in bfloat16", _TIMES, _times(bench)
 
 
 def launches(bench: Bench) -> Table:
@@ -375,16 +369,10 @@ def _group(bench: Bench) -> Generator[None]:
 
 def small(bench: Bench) -> Table:
     """86 small layers, where a step is bound by launches."""
-
-    def rows(name: str, case: Case) -> list[list[str]]:
-        cells = bench.ratios({key: bench.step(make, case) for key, make in CONTESTANTS.items()}, LIMIT)
-        return [[name, key, *cells[key]] for key in cells]
-
     layers = 86 if bench.on_gpu else 3
     case = Case(partial(mlp, layers), lambda device: (torch.randn(32, 16).to(device), torch.arange(32).to(device) % 16))
-    own = Bench(bench.device, {f"{layers} x Linear(16, 16), 32 examples": case}, bench.seconds, bench.rounds)
-    heading = ("network", "implementation", "ms", "ratio to the limit", "95 % interval", "rounds")
-    return "Many small layers", heading, _each(own, rows, 4)
+    cases = {f"{layers} x Linear(16, 16), 32 examples": case}
+    return "Many small layers", _TIMES, _times(replace(bench, cases=cases))
 
 
 TABLES: Sequence[Callable[[Bench], Table]] = (times, small, launches, memory, graphs, scaled, one_device)

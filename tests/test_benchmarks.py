@@ -21,9 +21,9 @@ from benchmarks import (
     measure,
     models,
     objective,
+    overhead,
     parallel,
     pipeline,
-    remembered,
     scaling,
     stacked,
     step,
@@ -33,7 +33,7 @@ from bisam import SharpnessAware, cross_entropy
 from bisam.experiments.measurements import timing
 from bisam.oracle import View
 
-MAINS = [module.main for module in (objective, step, remembered, pipeline, parallel, scaling, stacked)]
+MAINS = [module.main for module in (objective, step, overhead, pipeline, parallel, scaling, stacked)]
 RATIO = {"median", "low", "high", "rounds", "seconds", "median_low", "median_high", "load", "cores", "bar", "verdict"}
 QUIET = timing.Load(0.25, 2)
 LOADED = timing.Load(7.5, 2)
@@ -125,20 +125,20 @@ def test_step(tmp_path, capsys, monkeypatch):
     assert "checkpoint" in shown
 
 
-def test_remembered(tmp_path, capsys, monkeypatch):
+def test_overhead(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(timing, "BLOCK", 0.0)
-    path = tmp_path / "remembered.json"
-    remembered.main(["--models", "mlp-32", "--repeats", "2", "--json", str(path)])
+    path = tmp_path / "overhead.json"
+    overhead.main(["--models", "mlp-32", "--repeats", "2", "--json", str(path)])
     content = written(path)
-    assert [r["contestant"] for r in content["rows"]] == list(remembered.TURNS)
+    assert [r["contestant"] for r in content["rows"]] == list(overhead.CYCLES)
     assert all(r.keys() >= RATIO | {"model", "batch", "passes", "steps"} for r in content["rows"])
     assert "6 passes, 5 steps" in capsys.readouterr().out
     assert "| LookSAM, 5 steps | 6 passes, 5 steps |" in "\n".join(docs.section(content))
 
 
-@pytest.mark.parametrize("name", remembered.TURNS)
-def test_a_turn_does_as_much_as_its_limit(name):
-    model, turn = models.mlp(3), remembered.TURNS[name]
+@pytest.mark.parametrize("name", overhead.CYCLES)
+def test_a_cycle_does_as_much_as_its_limit(name):
+    model, cycle = models.mlp(3), overhead.CYCLES[name]
     x, y = models.batch_for(model, 8)
 
     def counted(make):
@@ -151,19 +151,19 @@ def test_a_turn_does_as_much_as_its_limit(name):
                 outputs.register_hook(lambda grad: batches.update(backward=len(grad) / 8))
 
         own.register_forward_hook(note)
-        call = make(turn, own, x, y)
-        call()  # a method may need more in its first turn
+        call = make(cycle, own, x, y)
+        call()  # a method may need more in its first cycle
         batches.clear()
         handle = register_optimizer_step_post_hook(lambda *_: steps.__setitem__(0, steps[0] + 1))
         call()
         handle.remove()
         return batches["forward"], batches["backward"], steps[0]
 
-    assert counted(remembered.turn_of) == counted(remembered.limit_of)
-    assert counted(remembered.limit_of) == (
-        turn.passes_of(8) + turn.forwards,
-        turn.passes_of(8),
-        turn.steps,
+    assert counted(overhead.cycle_of) == counted(overhead.limit_of)
+    assert counted(overhead.limit_of) == (
+        cycle.passes_of(8) + cycle.forwards,
+        cycle.passes_of(8),
+        cycle.steps,
     )
 
 
@@ -212,8 +212,8 @@ def test_the_tables_of_a_gpu_are_all_written_without_one(tmp_path, monkeypatch):
     assert scaled[2].endswith("| yes | yes |")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_the_benchmark_names_the_dry_run(tmp_path, capsys):
+def test_without_a_gpu_the_benchmark_names_the_dry_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as error:
         gpu.main(["--to", str(tmp_path / "gpu.md")])
     assert error.value.code == 2

@@ -222,7 +222,7 @@ def test_only_takes_a_function(where):
 
 
 def by_hand(gradient: Vector, radii: Sequence[float], *, together: bool) -> list[Tensor]:
-    """Of a linear layer: the weights are one group, the bias the other."""
+    """Returns the groups of a linear layer: its weights, and its bias."""
     norm = torch.cat([t.flatten() for t in gradient]).norm()
     return [rho * t / (norm if together else t.norm()) for rho, t in zip(radii, gradient, strict=True)]
 

@@ -495,7 +495,7 @@ def _differentiable(oracle: ModelOracle, evaluation: Evaluation) -> Tensor:
     if grad.holes:
         kept = [i for i in range(len(grad)) if i not in grad.holes]
         tensors, parameters = [tensors[i] for i in kept], [parameters[i] for i in kept]
-    owned = oracle.made(grad) and method_state.is_empty(oracle.state)  # which may have views of it
+    owned = oracle.is_last_gradient(grad) and method_state.is_empty(oracle.state)  # which may have views of it
     return cast(Tensor, WithGradient.apply(evaluation.value, oracle.overflow, tensors, wraps, owned, *parameters))
 
 

@@ -691,7 +691,7 @@ class PerGroup:
 
     def _chosen(self, oracle: Oracle) -> tuple[int, ...]:
         """Returns the number of the group of each parameter, -1 for those in none."""
-        wheres = [where for where, _ in self.groups]
+        wheres = [where.members() if isinstance(where, _InGroup) else where for where, _ in self.groups]
         chosen = tuple(
             [
                 next((i for i, where in enumerate(wheres) if where(name, p)), -1)
@@ -699,7 +699,8 @@ class PerGroup:
             ]
         )
         # A group of an optimizer may be empty, as that of frozen parameters is.
-        if missing := [n for n, where in enumerate(wheres) if n not in chosen and not isinstance(where, _InGroup)]:
+        groups = enumerate(self.groups)
+        if missing := [n for n, (where, _) in groups if n not in chosen and not isinstance(where, _InGroup)]:
             raise ValueError(
                 f"group {missing[0]} of PerGroup has none of the {len(chosen)} parameters that are trained: the first "
                 "group that selects a parameter has it, so that a general group goes last"
@@ -715,7 +716,12 @@ class _InGroup:
     index: int
 
     def __call__(self, name: str, parameter: Tensor) -> bool:
-        return any(parameter is p for p in self.optimizer.param_groups[self.index]["params"])
+        return self.members()(name, parameter)
+
+    def members(self) -> Callable[[str, Tensor], bool]:
+        """Returns the same function for the parameters that the group has now, whose calls are fast."""
+        members = {id(p) for p in self.optimizer.param_groups[self.index]["params"]}
+        return lambda name, parameter: id(parameter) in members
 
 
 @dataclass(frozen=True)

@@ -1600,14 +1600,14 @@ MUTANTS: tuple[Mutant, ...] = (
         "loss",
         "gradient_of_the_state_shared",
         "A gradient that the state of the method has views of becomes `.grad` itself.",
-        "owned = oracle.made(grad) and method_state.is_empty(oracle.state)",
-        "owned = oracle.made(grad)",
+        "owned = oracle.is_last_gradient(grad) and method_state.is_empty(oracle.state)",
+        "owned = oracle.is_last_gradient(grad)",
     ),
     Mutant(
         "loss",
         "any_gradient_shared",
         "Tensors that a method returns as its gradient, such as the weights, become `.grad` themselves.",
-        "owned = oracle.made(grad) and method_state.is_empty(oracle.state)",
+        "owned = oracle.is_last_gradient(grad) and method_state.is_empty(oracle.state)",
         "owned = method_state.is_empty(oracle.state)",
     ),
     Mutant(

@@ -29,7 +29,7 @@ from bisam.methods.sam import SAM
 from bisam.methods.written import call
 from bisam.objectives import Objective, at_step
 from bisam.oracle import Oracle, Query
-from bisam.perturbations import L2, Perturbation
+from bisam.perturbations import Perturbation
 from bisam.schedules import Radius
 from bisam.validation import describe, instance, non_negative, whole
 
@@ -162,7 +162,7 @@ class Shares:
 
 
 def ImbSAM(
-    rho: Perturbation | Radius = L2(0.05),  # noqa: B008
+    rho: Perturbation | Radius = 0.05,
     *,
     tail: Sequence[int] | int,
     weight: float = 1.0,
@@ -187,7 +187,7 @@ def ImbSAM(
 
 
 def FocalSAM(
-    rho: Perturbation | Radius = L2(0.05),  # noqa: B008
+    rho: Perturbation | Radius = 0.05,
     gamma: float = 1.0,
     lam: float = 0.5,
     counts: Sequence[float] | None = None,

@@ -152,7 +152,7 @@ class ModelOracle(Oracle):
         self._hooks = Hooks(hooks + self._placement.hooks(found.parameters))
         self._inputs = Inputs(thorough=not self._findings.initialised)
         self._origin: Vector | None = None  # the weights, while they are displaced
-        self._newest: Vector | None = None  # the gradient of the last query
+        self._last_gradient: Vector | None = None  # the gradient of the last query
         self._eval_mode = EvalMode([m for m in (model, loss) if isinstance(m, nn.Module)], self.module_state)
         self._scale = None if scaler is None else LossScale(scaler)
         self._noise = SameNoise(found.parameters) if same_noise else None
@@ -192,9 +192,9 @@ class ModelOracle(Oracle):
         self._drop_copies()
         return layer_names(self.model, self.loss, self.parameters)
 
-    def made(self, gradient: Vector) -> bool:
+    def is_last_gradient(self, gradient: Vector) -> bool:
         """Whether a gradient is that of the last query itself, whose tensors are no other Vector's."""
-        return gradient is self._newest
+        return gradient is self._last_gradient
 
     @property
     def overflow(self) -> Tensor | None:
@@ -329,7 +329,7 @@ class ModelOracle(Oracle):
                 "for each, in the order of oracle.names"
             )
         track, at, state, noise = query.tracks, query.take(), self.module_state, None
-        self._newest = None  # frees its memory
+        self._last_gradient = None  # frees its memory
         self._inputs.begin(query.batch)
         first = not self._findings.initialised
         if first and at is not None:
@@ -392,7 +392,7 @@ class ModelOracle(Oracle):
         value, count, gradient = self._placement.averaged(answer.value, answer.count, gradient, wrt)
         if gradient is not None:
             self.note_overflow(gradient)
-            self._newest = gradient
+            self._last_gradient = gradient
         return replace(answer, grad=gradient, value=value.detach(), count=count)
 
     def _run_for(self, query: Query) -> ForwardPass:

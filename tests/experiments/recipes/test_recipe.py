@@ -31,7 +31,14 @@ def test_the_folder_name_depends_on_every_field_but_the_seed():
         "dataset": "other",
         "weights": "pretrained",
     }
-    changed |= {"optimizer": "adamw", "schedule": "linear", "warmup": 3, "precision": "bf16", "measured": "ascents"}
+    changed |= {
+        "imbalance": 10.0,
+        "optimizer": "adamw",
+        "schedule": "linear",
+        "warmup": 3,
+        "precision": "bf16",
+        "measured": "ascents",
+    }
     one = replace(one, schedule="constant", weights="file.pt")
     assert replace(one, epochs=None, steps=7).slug != one.slug
     for field in fields(Recipe):

@@ -6,15 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from bisam.experiments.launch import processes
-from bisam.experiments.launch.outcomes import Outcome
 from bisam.experiments.recipes.expressions import check_step
 from bisam.experiments.reports.choice import choices, rows
 from bisam.experiments.reports.groups import title
-from bisam.experiments.runs.folder import Finished, Run
-from bisam.experiments.runs.machine import Machine
+from bisam.experiments.runs.folder import Finished
 from bisam.experiments.studies import STUDIES, longtail
-from bisam.experiments.training.train import train
 
 TASKS = {"longtail": longtail.DIGITS, "longtail-cifar10": longtail.CIFAR10}
 TITLES = {"SGD", "SAM", "BiSAM (-log)", *longtail.WEIGHTED}
@@ -87,22 +83,8 @@ def test_chosen_settings_are_tested():
     assert task.trial(longtail.BISAM_BALANCED, 100.0, 1.6, None) in recipes
     assert "1.6" in task.primary().method
     assert "sam (10.0)" in task.settings.note()
-    every = {(name, r): task.trials_of(name)[-1] for name in longtail.METHODS for r in longtail.IMBALANCES}
+    every = {(name, r): task.trials_of(name, r)[-1] for name in longtail.METHODS for r in longtail.IMBALANCES}
     assert not replace(task, chosen=every).settings.note()
-
-
-@pytest.fixture
-def here(monkeypatch):
-    """Runs of a study one after the other in this process."""
-
-    def run_all(recipes, root, workers, machine, progress, *_):
-        outcomes = []
-        for recipe in recipes:
-            outcomes.append(Outcome(recipe, train(Run.under(root, recipe), Machine())))
-            progress.done(recipe, None)
-        return outcomes
-
-    monkeypatch.setattr(processes, "run_all", run_all)
 
 
 @pytest.mark.slow

@@ -6,14 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from bisam.experiments.launch import processes
-from bisam.experiments.launch.outcomes import Outcome
 from bisam.experiments.recipes.expressions import check_step
 from bisam.experiments.reports.choice import choices
-from bisam.experiments.runs.folder import Finished, Run
-from bisam.experiments.runs.machine import Machine
+from bisam.experiments.runs.folder import Finished
 from bisam.experiments.studies import LABELS, STUDIES, recover
-from bisam.experiments.training.train import train
 
 TASKS = {"recover": recover.DIGITS, "recover-cifar10": recover.CIFAR10}
 each_task = pytest.mark.parametrize("name", TASKS)
@@ -85,20 +81,6 @@ def test_chosen_settings_are_tested():
     task = replace(task, chosen=every)
     assert not task.settings.note()
     assert task.tests(None)[0].rho == task.more[0.4][0]
-
-
-@pytest.fixture
-def here(monkeypatch):
-    """Runs of a study one after the other in this process."""
-
-    def run_all(recipes, root, workers, machine, progress, *_):
-        outcomes = []
-        for recipe in recipes:
-            outcomes.append(Outcome(recipe, train(Run.under(root, recipe), Machine())))
-            progress.done(recipe, None)
-        return outcomes
-
-    monkeypatch.setattr(processes, "run_all", run_all)
 
 
 def test_the_studies_end_to_end(tmp_path, here, bisam):

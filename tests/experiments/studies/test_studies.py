@@ -20,7 +20,6 @@ from bisam.experiments.cli.study import show_failed
 from bisam.experiments.data import load
 from bisam.experiments.data.glue import TASKS
 from bisam.experiments.errors import DataError, RunError
-from bisam.experiments.launch import processes
 from bisam.experiments.launch.estimate import queries
 from bisam.experiments.launch.outcomes import Outcome
 from bisam.experiments.models.build import NETWORKS, statistics
@@ -55,20 +54,6 @@ def cifar_root(tmp_path, monkeypatch):
         (folder / kind.meta["filename"]).write_bytes(pickle.dumps(names))
     monkeypatch.setattr(cifar, "check_integrity", lambda *_: True)  # the official digests are of the official images
     return tmp_path
-
-
-@pytest.fixture
-def here(monkeypatch):
-    """Runs of a study one after the other in this process."""
-
-    def run_all(recipes, root, workers, machine, progress, analyses=None, stack=None):
-        outcomes = []
-        for recipe in recipes:
-            outcomes.append(Outcome(recipe, train(Run.under(root, recipe), machine)))
-            progress.done(recipe, None)
-        return outcomes
-
-    monkeypatch.setattr(processes, "run_all", run_all)
 
 
 def test_cifar_at_a_smaller_side(cifar_root):

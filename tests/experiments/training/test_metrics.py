@@ -39,6 +39,7 @@ def test_all_metrics_of_two_classes():
 
 
 def test_every_metric_has_a_title():
-    assert set(TITLES) == {"accuracy", "top5", "f1", "matthews", "balanced", "many", "medium", "few"}
+    of_tokens = {"exact_match", "likelihood"}
+    assert set(TITLES) == {"accuracy", "top5", "f1", "matthews", "balanced", "many", "medium", "few", *of_tokens}
     with pytest.raises(AssertionError):
         scores(("bleu",), torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), 2)

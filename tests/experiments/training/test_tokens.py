@@ -93,14 +93,14 @@ def test_scores_of_tokens():
     logits = 3 * torch.randn(30, 4, 3)
     labels = torch.where(torch.rand(30, 3) < 0.7, logits.argmax(1), torch.randint(4, (30, 3)))
     labels[::3, 1] = IGNORED
-    found = scores(METRICS, ranked(logits, METRICS), labels, log_likelihoods(logits, labels, METRICS))
+    found = scores(METRICS, ranked(logits, METRICS), labels, 4, log_likelihoods(logits, labels, METRICS))
     expected = slow(logits, labels.tolist())
     assert found == pytest.approx(expected, abs=1e-6)
     assert 0.1 < found[0] < found[1] < 0.95
     assert log_likelihoods(logits, labels, ("accuracy",)) is None
     row, one = torch.randn(5, 4), torch.randint(4, (5,))  # of classes too
     known = log_likelihoods(row, one, ("likelihood",))
-    assert scores(("likelihood",), ranked(row, ()), one, known) == pytest.approx(
+    assert scores(("likelihood",), ranked(row, ()), one, 4, known) == pytest.approx(
         [float((-F.cross_entropy(row, one)).exp())]
     )
 
@@ -120,7 +120,8 @@ def test_an_exact_match_is_what_greedy_generation_gives():
     split = type(part)(tokens, labels)
     wanted = torch.cat([tokens[:, :6], labels[:, 5:]], 1)
     with torch.no_grad():
-        found = scores(METRICS, *predict(model, split, SMALL, METRICS))
+        predicted, counted, likelihoods = predict(model, split, SMALL, METRICS)
+    found = scores(METRICS, predicted, counted, splits.classes, likelihoods)
     assert found[0] == (generated == wanted).all(1).float().mean()
     assert 0.4 < found[0] < 0.6
 

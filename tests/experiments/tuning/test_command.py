@@ -122,7 +122,7 @@ def test_a_search_in_which_nothing_succeeds_says_why(bisam, here, monkeypatch):
         (("--search", "cutout=true,false"), "--search cutout (needs dataset cifar10 or cifar100, got digits)"),
         (
             ("--method", "sgd", "--optimizer", "adamw", "--search", "momentum=0.5:0.9"),
-            "--search momentum (needs optimizer",
+            "--search momentum (needs an optimizer with momentum, got adamw",
         ),
         (("--method", "SAM(0.1)"), "what is searched?"),
         (("--method", "SAM(L2({r}))"), "--method has {r}, and no --search: add --search r=0.01:1:log"),

@@ -108,7 +108,7 @@ def test_values_have_few_digits_and_stay_in_the_range():
     [
         ({"method": "sgd"}, ["rho=0.1:1"], {}, "--search rho=0.1:1: rho is no setting of the method sgd"),
         ({}, ["momentum=0.5:1"], {}, "--search momentum=0.5:1: momentum must be in [0, 1), got 1.0"),
-        ({}, ["warmup=0:9"], {}, "needs the linear or constant schedule"),
+        ({}, ["warmup=0:9"], {}, "needs the linear, constant or wsd schedule"),
         ({}, ["rho=0.1:1"], {"sampler": "grid"}, "--search rho=0.1:1 is a range without a step: write choices"),
         ({}, ["epochs=1:9"], {}, "trials of different lengths cannot be compared after an epoch: add --pruner none"),
         ({}, ["rho=0.1:1"], {"sampler": "tpo"}, "unknown sampler 'tpo', did you mean 'tpe'"),

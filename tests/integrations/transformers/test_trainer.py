@@ -252,7 +252,10 @@ def test_accumulated_tokens_are_those_of_one_large_batch(tmp_path, method, whole
     rows = examples(task, 24)
     options = {"rows": rows, "optim": "sgd", "train_sampling_strategy": "sequential", "max_steps": 2}
     options |= {"max_grad_norm": 0.0, "learning_rate": 0.1, "lr_scheduler_type": "constant"}
-    made_of = lambda: MODELS[model]().double()  # noqa: E731
+
+    def made_of():
+        return MODELS[model]().double()
+
     parts, large = (
         trained(SharpnessAwareTrainer, tmp_path, made_of(), task, method=how, accumulate=n, **options, **size)
         for how, n, size in ((method, 3, {}), (whole, 1, {"per_device_train_batch_size": 12}))

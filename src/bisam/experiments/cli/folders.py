@@ -47,7 +47,7 @@ def check_data_dir(recipes: Collection[Recipe], machine: Machine) -> None:
     for recipe in recipes:
         check_name(recipe.dataset)
     place = machine.data_dir
-    if place.is_dir() or any(recipe.dataset.partition(":")[0] in ("digits", "text", "folder") for recipe in recipes):
+    if place.is_dir() or any(not recipe.needs_files or recipe.dataset.startswith("folder:") for recipe in recipes):
         return
     if place.exists():
         raise ValueError(f"--data-dir {place} is a file: give the folder that the data sets are in")

@@ -54,7 +54,7 @@ def _is_in_data_dir(recipe: Recipe) -> bool:
     paths = [detail] if kind == "folder" else []
     paths += [recipe.weights or ""] if recipe.weights != "pretrained" else []
     paths += [recipe.model.removeprefix("hf:")] if recipe.model.startswith("hf:") else []
-    return kind not in ("digits", "text", "folder") or any(path and not _is_here(path) for path in paths)
+    return (recipe.needs_files and kind != "folder") or any(path and not _is_here(path) for path in paths)
 
 
 def _is_here(path: str) -> bool:

@@ -87,7 +87,7 @@ class Transformed:
 
     @property
     def statistics(self) -> Statistics | None:
-        """What the images are standardised with."""
+        """The mean and standard deviation with which the images are standardised; see `Split.statistics`."""
         return self.split.statistics
 
     def to(self, device: torch.device) -> Transformed:

@@ -152,7 +152,7 @@ def page(methods: Mapping[str, Entry], games: Mapping[str, Entry]) -> str:
             "## Other adversaries",
             "",
             "They cost what SAM costs. Those without a source are this library's. `bisam run recover` compares them "
-            "with SAM on digits: [none is better](reproduction/recover/report.md).",
+            "with SAM on digits: [none is shown to be better](reproduction/recover/report.md).",
             "",
             "| adversary | expression | what | source |",
             "|---|---|---|---|",

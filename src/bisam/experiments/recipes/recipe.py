@@ -249,6 +249,11 @@ class Recipe(Fields):
         return epoch * self.measured_epochs // epochs > (epoch - 1) * self.measured_epochs // epochs
 
     @property
+    def needs_files(self) -> bool:
+        """Whether its data set is read from files: digits comes with scikit-learn, and texts come with Python."""
+        return self.dataset.partition(":")[0] not in ("digits", "text")
+
+    @property
     def is_mixed(self) -> bool:
         """Whether its batches are mixtures, whose labels are class probabilities."""
         return self.mixup > 0 or self.cutmix > 0

@@ -10,6 +10,8 @@ import io
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
+from math import lcm
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from bisam.experiments.reports.groups import Groups, metric, names, place, place
 from bisam.experiments.reports.svg import with_titles
 from bisam.experiments.runs.files import write
 from bisam.experiments.runs.folder import Finished
-from bisam.experiments.runs.results import TITLES, headline
+from bisam.experiments.runs.results import IN_PER_CENT, TITLES, headline
 
 BLACK, GREY = "#000000", "#7F7F7F"
 BLUE, SKY, GREEN, ORANGE, RED, PURPLE = "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7"
@@ -81,8 +83,14 @@ def styles(called: Mapping[Recipe, str]) -> dict[str, Style]:
             found.setdefault(name, _KNOWN[recipe.method])
     taken = {style.colour for style in found.values()}
     colours = sorted(_COLOURS, key=lambda colour: colour in taken)  # the free ones first
-    for i, name in enumerate(name for name in dict.fromkeys(called.values()) if name not in found):
-        found[name] = Style(colours[i % len(colours)], _DASHES[i % len(_DASHES)], _MARKERS[i % len(_MARKERS)])
+    every = [
+        Style(colours[i % len(colours)], _DASHES[i % len(_DASHES)], _MARKERS[i % len(_MARKERS)])
+        for i in range(lcm(len(colours), len(_DASHES), len(_MARKERS)))
+    ]
+    free = cycle([style for style in every if style not in found.values()])
+    for name in dict.fromkeys(called.values()):
+        if name not in found:
+            found[name] = next(free)
     return found
 
 
@@ -112,7 +120,7 @@ class Panel:
     def metric(self) -> str:
         """The metric of the scores, with its unit."""
         name = metric(self.shown[0][2][0])
-        return "accuracy (%)" if name == "accuracy" else f"{TITLES.get(name, name)} × 100"
+        return f"{TITLES.get(name, name)} {'(%)' if name in IN_PER_CENT else '× 100'}"
 
 
 def panels(groups: Groups, most: int | None = None) -> list[Panel]:

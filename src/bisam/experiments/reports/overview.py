@@ -109,7 +109,7 @@ def _introduction(throughput: Throughput, versions: Mapping[str, str]) -> str:
 def _row_of_study(study: Study, operations: Operations, throughput: Throughput, docs: Path) -> tuple[str, ...]:
     recipes = study.recipes(None)
     data = list(dict.fromkeys(recipe.dataset for recipe in recipes))
-    command = f"bisam run {study.name}" + ("" if data == ["digits"] else " --data-dir DATA")
+    command = f"bisam run {study.name}" + (" --data-dir DATA" if any(recipe.needs_files for recipe in recipes) else "")
     runs = f"{len(recipes)} x {study.seeds}"
     if study.shared:
         runs += f", shared with `{study.shared}`"
@@ -130,6 +130,7 @@ def _needs(recipes: Iterable[Recipe], data: Iterable[str]) -> str:
 
 
 _TITLES = {
+    "text": "nothing (texts and sums are made here)",
     "digits": "nothing (digits)",
     "cifar10": "CIFAR-10",
     "cifar100": "CIFAR-100",

@@ -43,7 +43,7 @@ TITLES = {
     "likelihood": "likelihood of a token",
 }
 """The metrics, as they are written in reports."""
-IN_PER_CENT = {"accuracy", "top5", "balanced", "many", "medium", "few"}
+IN_PER_CENT = {"accuracy", "top5", "balanced", "many", "medium", "few", "exact_match"}
 """Metrics that are shares of examples, or means of such shares."""
 
 

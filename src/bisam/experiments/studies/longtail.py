@@ -7,14 +7,15 @@ entered in `chosen` of the task. `longtail` and `longtail-cifar10` test it on ot
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from bisam.experiments.recipes.catalogue import BASELINE, PLAIN
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.studies.equal import at_equal_gradients
 from bisam.experiments.studies.study import Primary, Study
-from bisam.experiments.studies.tuned import Condition, Settings, with_setting
+from bisam.experiments.studies.tuned import Task, with_setting
 
 IMBALANCES = (10.0, 100.0)
 """Ratios of the training examples of the first class to those of the last one."""
@@ -31,66 +32,31 @@ METHODS = (PLAIN, BASELINE, SAM_BALANCED, "bisam_log", *[name for name in WEIGHT
 
 
 @dataclass(frozen=True)
-class Task:
+class LongTail(Task):
     """A data set with its network, and the trials of the settings.
 
     Attributes:
-        name: of the study that tests the chosen settings.
-        recipe: without a method and its setting.
-        radii: trials of each method that has a radius, at least 4.
+        radii: trials of each method that has a radius.
         decays: trials of the weight decay of SGD, as many.
-        chosen: the settings that the tuning study has chosen, by name and imbalance.
     """
 
-    name: str
-    recipe: Recipe
     radii: tuple[float, ...]
     decays: tuple[float, ...]
-    chosen: Mapping[tuple[str, Condition], float] = field(
-        default_factory=dict[tuple[str, Condition], float], hash=False
-    )
+    methods: ClassVar[Sequence[str]] = METHODS
+    expressions: ClassVar[Mapping[str, str]] = WEIGHTED
+    conditions: ClassVar[Sequence[float]] = IMBALANCES
+    suffix: ClassVar[str] = "-rho"
 
-    @property
-    def tuning(self) -> str:
-        """Name of the study that makes the trials."""
-        return f"{self.name}-rho"
+    def trials_of(self, method: str, condition: float) -> tuple[float, ...]:
+        """The trials of a method: the same at both imbalances."""
+        return self.decays if method == PLAIN else self.radii
 
-    @property
-    def settings(self) -> Settings:
-        """The setting of each method at each imbalance; before it is chosen, the fourth of the trials."""
-        before: dict[tuple[str, Condition], float] = {
-            (name, imbalance): self.trials_of(name)[3] for name in METHODS for imbalance in IMBALANCES
-        }
-        return Settings(self.tuning, before, "the fourth of the trials, and all runs are trial runs", self.chosen)
-
-    def trials_of(self, name: str) -> tuple[float, ...]:
-        """The trials of a method: as many for each."""
-        return self.decays if name == PLAIN else self.radii
-
-    def trial(self, name: str, imbalance: float, setting: float, epochs: int | None) -> Recipe:
+    def trial(self, method: str, condition: float, setting: float, epochs: int | None) -> Recipe:
         """The recipe of a method with a setting; SGD has as many gradients as the others."""
-        base = replace(self.recipe, imbalance=imbalance, epochs=epochs or self.recipe.epochs)
-        if name in WEIGHTED:
-            return replace(base, method=WEIGHTED[name].format(setting))
-        return at_equal_gradients(with_setting(base, name, setting))
-
-    def trials(self, epochs: int | None) -> list[Recipe]:
-        """The recipes of the tuning study."""
-        return [
-            self.trial(name, imbalance, setting, epochs)
-            for imbalance in IMBALANCES
-            for name in METHODS
-            for setting in self.trials_of(name)
-        ]
-
-    def tests(self, epochs: int | None) -> list[Recipe]:
-        """The recipes of the study that tests the chosen settings."""
-        settings = self.settings
-        return [self.trial(name, r, settings[name, r], epochs) for r in IMBALANCES for name in METHODS]
-
-    def labels(self) -> dict[str, str]:
-        """Names of the expressions."""
-        return {WEIGHTED[name].format(radius): name for name in WEIGHTED for radius in self.radii}
+        base = replace(self.recipe, imbalance=condition, epochs=epochs or self.recipe.epochs)
+        if method in WEIGHTED:
+            return replace(base, method=WEIGHTED[method].format(setting))
+        return at_equal_gradients(with_setting(base, method, setting))
 
     def primary(self) -> Primary:
         """The comparison that is fixed before the first run."""
@@ -98,13 +64,13 @@ class Task:
         return Primary("BiSAM (-log, balanced) against SAM at imbalance 100", method, where={"imbalance": 100.0})
 
 
-DIGITS = Task(
+DIGITS = LongTail(
     "longtail",
     Recipe(method=BASELINE, epochs=40, batch_size=32),
     radii=(0.05, 0.1, 0.2, 0.4, 0.8, 1.6),
     decays=(5e-4, 2e-3, 5e-3, 1e-2, 2e-2, 4e-2),
 )
-CIFAR10 = Task(
+CIFAR10 = LongTail(
     "longtail-cifar10",
     Recipe(
         dataset="cifar10:8",
@@ -130,11 +96,11 @@ _QUESTION = (
 )
 
 
-def _note(task: Task, epoch: str, seeds: str, smaller: str) -> str:
+def _note(task: LongTail, epoch: str, seeds: str, smaller: str) -> str:
     """The note of a test: the question, where the settings are from, and what was fixed before the first run."""
     return (
         f"{_QUESTION}Each setting is the best of {len(task.radii)} trials by balanced validation accuracy on other "
-        f"seeds ([{task.tuning}](../{task.tuning}/report.md)): a radius, or the weight decay of SGD, which trains for "
+        f"seeds ({task.tuning}): a radius, or the weight decay of SGD, which trains for "
         "twice the epochs, so that all compute the same number of gradients. The validation part is not long-tailed, "
         "so that the choice knows more of the rare classes than training does. Fixed before the first run: the "
         "*primary comparison* is BiSAM (-log, balanced) minus SAM, each with its own radius, in balanced test accuracy "
@@ -166,9 +132,9 @@ LONGTAIL = (
         DIGITS.tests,
         seeds=60,
         figures=("accuracy", "flips"),
-        first_seed=700,
+        first_seed=800,
         primary=DIGITS.primary(),
-        note=_note(DIGITS, "last epoch", "n = 60 (seeds 700 to 759)", _OF_DIGITS),
+        note=_note(DIGITS, "last epoch", "n = 60 (seeds 800 to 859)", _OF_DIGITS),
         labels=DIGITS.labels(),
     ),
     Study(
@@ -188,9 +154,9 @@ LONGTAIL = (
         CIFAR10.tests,
         seeds=20,
         figures=("accuracy", "flips"),
-        first_seed=700,
+        first_seed=800,
         primary=CIFAR10.primary(),
-        note=_note(CIFAR10, "best validation epoch", "n = 20 (seeds 700 to 719)", _OF_CIFAR10),
+        note=_note(CIFAR10, "best validation epoch", "n = 20 (seeds 800 to 819)", _OF_CIFAR10),
         labels=CIFAR10.labels(),
     ),
     Study(

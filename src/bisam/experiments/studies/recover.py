@@ -7,13 +7,14 @@ their reports says is entered in `settings` of the task. `recover` and `recover-
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 from bisam.experiments.recipes.catalogue import BASELINE
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.studies.study import Primary, Study
-from bisam.experiments.studies.tuned import Condition, Settings
+from bisam.experiments.studies.tuned import Task
 
 CANDIDATES: Mapping[str, str] = {
     "SAM at a flip rate": "SAM(FlipRate({:g}))",
@@ -31,71 +32,39 @@ NOISE = (0.4, 0.0)
 """Shares of noisy training labels."""
 
 
+_METHODS = (BASELINE, *CANDIDATES)
+
+
 @dataclass(frozen=True)
-class Task:
+class Recovery(Task):
     """A data set with its network, and the trials of the settings.
 
     Attributes:
-        name: of the study that tests the chosen settings.
-        recipe: without a candidate and its setting.
         radii: trials of each method that has a radius.
         rates: trials of the flip rate.
         more: by noise, a radius and a rate that were added because a best trial was at that end.
-        chosen: the settings that the tuning study has chosen, by name and noise.
     """
 
-    name: str
-    recipe: Recipe
     radii: tuple[float, ...]
     rates: tuple[float, ...]
     more: Mapping[float, tuple[float, float]] = field(default_factory=dict[float, tuple[float, float]], hash=False)
-    chosen: Mapping[tuple[str, Condition], float] = field(
-        default_factory=dict[tuple[str, Condition], float], hash=False
-    )
+    methods: ClassVar[Sequence[str]] = _METHODS
+    expressions: ClassVar[Mapping[str, str]] = CANDIDATES
+    conditions: ClassVar[Sequence[float]] = NOISE
+    suffix: ClassVar[str] = "-tune"
 
-    @property
-    def tuning(self) -> str:
-        """Name of the study that makes the trials."""
-        return f"{self.name}-tune"
-
-    @property
-    def settings(self) -> Settings:
-        """The setting of each method at each level of noise; before it is chosen, the fifth of the trials."""
-        before: dict[tuple[str, Condition], float] = {
-            (name, noise): self.trials_of(name, noise)[4] for name in _METHODS for noise in NOISE
-        }
-        return Settings(self.tuning, before, "the fifth of the trials, and all runs are trial runs", self.chosen)
-
-    def trials_of(self, name: str, noise: float) -> tuple[float, ...]:
+    def trials_of(self, method: str, condition: float) -> tuple[float, ...]:
         """The trials of a candidate, or of SAM: as many for each at a level of noise."""
-        trials, one = (self.rates, 1) if name == FLIP_RATE else (self.radii, 0)
-        added = [self.more[noise][one]] if noise in self.more else []
+        trials, one = (self.rates, 1) if method == FLIP_RATE else (self.radii, 0)
+        added = [self.more[condition][one]] if condition in self.more else []
         return tuple(sorted([*trials, *added]))
 
-    def trial(self, name: str, noise: float, setting: float, epochs: int | None) -> Recipe:
+    def trial(self, method: str, condition: float, setting: float, epochs: int | None) -> Recipe:
         """The recipe of a candidate, or of SAM, with a setting."""
-        base = replace(self.recipe, noise=noise, epochs=epochs or self.recipe.epochs)
-        if name == BASELINE:
+        base = replace(self.recipe, noise=condition, epochs=epochs or self.recipe.epochs)
+        if method == BASELINE:
             return replace(base, method=BASELINE, rho=setting)
-        return replace(base, method=CANDIDATES[name].format(setting))
-
-    def trials(self, epochs: int | None) -> list[Recipe]:
-        """The recipes of the tuning study."""
-        return [
-            self.trial(name, noise, setting, epochs)
-            for noise in NOISE
-            for name in _METHODS
-            for setting in self.trials_of(name, noise)
-        ]
-
-    def tests(self, epochs: int | None) -> list[Recipe]:
-        """The recipes of the study that tests the chosen settings."""
-        settings = self.settings
-        return [self.trial(name, noise, settings[name, noise], epochs) for noise in NOISE for name in _METHODS]
-
-    def labels(self) -> dict[str, str]:
-        """Names of the expressions."""
-        return {CANDIDATES[name].format(s): name for name in CANDIDATES for n in NOISE for s in self.trials_of(name, n)}
+        return replace(base, method=CANDIDATES[method].format(setting))
 
     def primary(self) -> Primary:
         """The comparison that is fixed before the first run."""
@@ -106,9 +75,7 @@ class Task:
         )
 
 
-_METHODS = (BASELINE, *CANDIDATES)
-
-DIGITS = Task(
+DIGITS = Recovery(
     "recover",
     Recipe(model="mlp", method=BASELINE, epochs=30),
     radii=(0.14, 0.2, 0.28, 0.4, 0.57, 0.8, 1.13, 1.6),
@@ -131,7 +98,7 @@ DIGITS = Task(
         ("OBF (gamma 0)", 0.0): 1.13,
     },
 )
-CIFAR10 = Task(
+CIFAR10 = Recovery(
     "recover-cifar10",
     Recipe(
         dataset="cifar10:8",
@@ -156,7 +123,7 @@ _QUESTION = (
 )
 
 
-def _note(task: Task, seeds: str, smaller: str) -> str:
+def _note(task: Recovery, seeds: str, smaller: str) -> str:
     """The note of a test: the question, where the settings are from, and what was fixed before the first run."""
     return (
         f"{_QUESTION}Each setting, that of SAM too, is the best of "

@@ -1,10 +1,10 @@
-"""Time of methods that keep something between steps, relative to the passes and optimizer steps that they must do.
+"""Time of methods other than SAM, relative to the passes and optimizer steps that they need.
 
-A row is a turn of a method: as many training steps as its queries take to repeat. Its limit is the same number of
-forward-backward passes and optimizer steps in a plain loop, so that what is left is what the method remembers: the
-arithmetic with stored vectors, their copies, and the check that they are finite.
+A row is a cycle of a method: the training steps after which its queries repeat. Its limit is the same number of
+forward-backward passes and optimizer steps in a plain loop. The rest is the overhead: vector arithmetic, copies of
+stored vectors, and the check that they are finite.
 
-    python -m benchmarks.remembered
+    python -m benchmarks.overhead
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from bisam.methods import Method
 
 
 @dataclass(frozen=True)
-class Turn:
-    """A method and what a turn of it must do.
+class Cycle:
+    """A method, and the passes and steps of a cycle.
 
     Attributes:
         method: the method.
-        passes: forward-backward passes of a turn, each for the whole batch.
-        steps: training steps of a turn.
-        forwards: further forward passes of a turn.
+        passes: forward-backward passes of a cycle, each for the whole batch.
+        steps: training steps of a cycle.
+        forwards: further forward passes of a cycle.
         chosen: examples of one more pass, of a batch of n.
     """
 
@@ -45,37 +45,37 @@ class Turn:
     chosen: Callable[[int], int] = lambda n: 0
 
     def passes_of(self, n: int) -> float:
-        """The passes in batches of n."""
+        """Returns the passes, in batches of n examples."""
         return self.passes + self.chosen(n) / n
 
 
-TURNS: Mapping[str, Turn] = {
-    "SAM": Turn(SAM(0.05), 2),
-    "F-SAM": Turn(FSAM(0.05), 2),
-    "GSAM": Turn(GSAM(0.05), 2),
-    "WSAM": Turn(WSAM(0.05), 2),
-    "MomentumSAM": Turn(MomentumSAM(0.05), 1),
-    "LookSAM, 5 steps": Turn(LookSAM(0.05, k=5), 6, steps=5),
+CYCLES: Mapping[str, Cycle] = {
+    "SAM": Cycle(SAM(0.05), 2),
+    "F-SAM": Cycle(FSAM(0.05), 2),
+    "GSAM": Cycle(GSAM(0.05), 2),
+    "WSAM": Cycle(WSAM(0.05), 2),
+    "MomentumSAM": Cycle(MomentumSAM(0.05), 1),
+    "LookSAM, 5 steps": Cycle(LookSAM(0.05, k=5), 6, steps=5),
     # Its mask is of all weights, so that its first pass is a whole one. It takes what is above the median loss.
-    "ESAM": Turn(ESAM(RandomMask(0.05, beta=1.0), gamma=0.5), 1, forwards=1, chosen=lambda n: n // 2 - 1),
+    "ESAM": Cycle(ESAM(RandomMask(0.05, beta=1.0), gamma=0.5), 1, forwards=1, chosen=lambda n: n // 2 - 1),
 }
 
 
-def turn_of(turn: Turn, model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], None]:
-    """A turn of the method."""
-    training = ours(turn.method, model, F.cross_entropy)
+def cycle_of(cycle: Cycle, model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], None]:
+    """Returns a cycle of the method."""
+    training = ours(cycle.method, model, F.cross_entropy)
 
     def call() -> None:
-        for _ in range(turn.steps):
+        for _ in range(cycle.steps):
             training.step(x, y)
 
     return call
 
 
-def limit_of(turn: Turn, model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], None]:
-    """What a turn must do, in a plain loop."""
-    base, part = SGD(model.parameters()), turn.chosen(len(x))
-    first = turn.passes - turn.steps + (part > 0)  # each optimizer step follows one of the last passes
+def limit_of(cycle: Cycle, model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], None]:
+    """Returns a plain loop with the passes and steps of a cycle."""
+    base, part = SGD(model.parameters()), cycle.chosen(len(x))
+    first = cycle.passes - cycle.steps + (part > 0)  # each optimizer step follows one of the last passes
 
     def backward(n: int) -> None:
         base.zero_grad()
@@ -83,9 +83,9 @@ def limit_of(turn: Turn, model: nn.Module, x: Tensor, y: Tensor) -> Callable[[],
 
     def call() -> None:
         with torch.no_grad():
-            for _ in range(turn.forwards):
+            for _ in range(cycle.forwards):
                 F.cross_entropy(model(x), y, reduction="none")
-        for i in range(turn.passes):
+        for i in range(cycle.passes):
             backward(len(x))
             if i >= first:
                 base.step()
@@ -98,27 +98,27 @@ def limit_of(turn: Turn, model: nn.Module, x: Tensor, y: Tensor) -> Callable[[],
 
 
 def measured(model: nn.Module, n: int, repeats: int) -> list[dict[str, Any]]:
-    """One row for each method."""
+    """Returns one row for each method."""
     x, y = batch_for(model, n)
     contestants: dict[str, Callable[[], None]] = {}
-    for name, turn in TURNS.items():
-        contestants[name] = turn_of(turn, copy.deepcopy(model), x, y)
-        contestants[f"limit of {name}"] = limit_of(turn, copy.deepcopy(model), x, y)
+    for name, cycle in CYCLES.items():
+        contestants[name] = cycle_of(cycle, copy.deepcopy(model), x, y)
+        contestants[f"limit of {name}"] = limit_of(cycle, copy.deepcopy(model), x, y)
     times = interleaved(contestants, repeats)
     return [
         {
             "contestant": name,
-            "passes": turn.passes_of(n),
-            "forwards": turn.forwards,
-            "steps": turn.steps,
+            "passes": cycle.passes_of(n),
+            "forwards": cycle.forwards,
+            "steps": cycle.steps,
             **judged(ratio(times, name, f"limit of {name}"), None),
         }
-        for name, turn in TURNS.items()
+        for name, cycle in CYCLES.items()
     ]
 
 
-def must(row: Mapping[str, Any]) -> str:
-    """What a turn must do, in words."""
+def needed(row: Mapping[str, Any]) -> str:
+    """Returns the passes and steps of a cycle, in words."""
     words = [f"{row['passes']:.3g} passes"]
     if row["forwards"]:
         words.append(f"{row['forwards']} forward pass")
@@ -127,10 +127,10 @@ def must(row: Mapping[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(
-        "benchmarks.remembered",
-        "Time of methods that keep something between steps, relative to the passes that they must do.",
-        "  python -m benchmarks.remembered\n"
-        "  python -m benchmarks.remembered --models mlp-32 --repeats 101 --json remembered.json",
+        "benchmarks.overhead",
+        "Time of methods other than SAM, relative to the passes and optimizer steps that they need.",
+        "  python -m benchmarks.overhead\n"
+        "  python -m benchmarks.overhead --models mlp-32 --repeats 101 --json overhead.json",
         repeats=31,
     )
     parser.add_argument("--models", nargs="+", choices=list(CASES), default=["resnet56", "mlp-32"])
@@ -144,10 +144,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         own = [{"model": name, "batch": case.n, **row} for row in measured(case.model(), case.n, arguments.repeats)]
         rows += own
         report(
-            f"Time relative to what must be done: {name}, batch {case.n}",
+            f"Time relative to the passes and steps that a method needs: {name}, batch {case.n}",
             {
                 "method": lambda r: r["contestant"],
-                "must do": must,
+                "needs": needed,
                 "ratio": lambda r: f"{r['median']:.3f}",
                 "95 % interval": interval,
             },
@@ -155,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             [load(own)],
         )
     if arguments.json:
-        write(arguments.json, "remembered", {"repeats": arguments.repeats}, {"rows": rows})
+        write(arguments.json, "overhead", {"repeats": arguments.repeats}, {"rows": rows})
 
 
 if __name__ == "__main__":
