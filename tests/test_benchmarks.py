@@ -126,6 +126,18 @@ def test_step(tmp_path, capsys, monkeypatch):
     assert "checkpoint" in shown
 
 
+def test_step_with_compiled_passes(tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "BLOCK", 0.0)
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, dynamic: compiled.append((len(module), dynamic)))
+    path = tmp_path / "step.json"
+    step.main(["--models", "mlp-32", "--repeats", "1", "--compile", "--json", str(path)])
+    rows = {r["contestant"]: r for r in written(path)["rows"]}
+    assert [name for name in rows if "compiled" in name] == list(step.COMPILED)
+    assert compiled == [(171, False)] * 4
+    assert not any(rows[name]["ratio_to_sam"] for name in step.COMPILED)
+
+
 def test_overhead(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(timing, "BLOCK", 0.0)
     path = tmp_path / "overhead.json"
