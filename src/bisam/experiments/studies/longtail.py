@@ -111,13 +111,13 @@ def _note(task: LongTail, epoch: str, seeds: str, smaller: str) -> str:
 
 
 _TUNING = (
-    "Six trials or more for each method at each imbalance, as many for all, on seeds that no test uses. Fixed before the first run: the setting "
-    "with the largest mean balanced validation accuracy over the seeds, of the epoch that is tested, is chosen, the "
-    "smaller of equal ones. If the best one of a method is at an end of its trials, one more trial there, by the same "
-    "factor, is added for all methods at both imbalances, once. "
+    "Six trials or more for each method at each imbalance, as many for all, on seeds that no test uses. Fixed before "
+    "the first run: the setting with the largest mean balanced validation accuracy over the seeds, of the epoch that "
+    "is tested, is chosen, the smaller of equal ones. If the best one of a method is at an end of its trials, one more "
+    "trial there, by the same factor, is added for all methods at both imbalances, once. "
 )
 _ADDED = (
-    "By this rule the radius 0.025 and the weight decay 0.000125 were added: with imbalance 100 the smallest had been the "
+    "By this rule the radius 0.025 and the weight decay 0.000125 were added: with imbalance 100 the smallest was the "
     "best of every method. "
 )
 _OF_DIGITS = (
