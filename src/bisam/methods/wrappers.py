@@ -13,7 +13,7 @@ They nest in any order:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import cast
@@ -169,12 +169,15 @@ class _InParts(View):
         self.agree("micro-batches", len(parts))
         if len(parts) == 1:
             return super().ask([query])[0]
-        track, at = query.tracks, query.take()
-        queries = (
-            replace(query, batch=part, at=at, track=track, objective=_of_part(query.objective, parts, i))
-            for i, part in enumerate(parts)
-        )
+        queries = _divided(query, parts)
         return _joined(self, parts, lambda i, part: View.ask(self, [next(queries)])[0])
+
+
+def _divided(query: Query, parts: Sequence[Batch]) -> Iterator[Query]:
+    """Yields the query for each part of its batch; all have its displacement."""
+    track, at = query.tracks, query.take()
+    for i, part in enumerate(parts):
+        yield replace(query, batch=part, at=at, track=track, objective=_of_part(query.objective, parts, i))
 
 
 def _of_part(objective: Objective | None, parts: Sequence[Batch], i: int) -> Objective | None:
