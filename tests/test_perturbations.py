@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 
@@ -285,6 +286,20 @@ def test_a_group_without_parameters_is_refused():
     )
     with pytest.raises(ValueError, match="group 1 of PerGroup has none of the 2 parameters"):
         sharp(cases.POINTS, cases.LABELS)
+
+
+def test_an_optimizer_of_another_model_is_refused():
+    model = cases.linear()
+    optimizer = torch.optim.SGD([{"params": cases.linear().parameters(), "rho": 0.1}], lr=0.1)
+    with pytest.raises(ValueError, match="an optimizer that holds none of the 2 parameters"):
+        SharpnessAware(model, SAM(PerGroup.of(optimizer)), cross_entropy)(cases.POINTS, cases.LABELS)
+
+
+def test_a_copy_of_a_loss_has_the_groups_of_its_own_model():
+    model = cases.linear()
+    optimizer = torch.optim.SGD([{"params": model.parameters(), "rho": 0.1}], lr=0.1)
+    sharp = SharpnessAware(model, SAM(PerGroup.of(optimizer)), cross_entropy)
+    assert copy.deepcopy(sharp)(cases.POINTS, cases.LABELS) == sharp(cases.POINTS, cases.LABELS)
 
 
 def test_the_memory_of_a_group_is_a_memory():

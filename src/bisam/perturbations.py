@@ -591,7 +591,7 @@ class PerGroup:
         ValueError: there is no group, `norm` is neither "group" nor "all", or a radius is a `FlipRate`.
 
     Raises when called:
-        ValueError: a group has no trainable parameter.
+        ValueError: a group has no trainable parameter; with `of`, no group has one.
 
     Example:
         >>> import torch
@@ -698,6 +698,12 @@ class PerGroup:
                 for name, p in zip(oracle.names, oracle.parameters, strict=True)
             ]
         )
+        if max(chosen, default=-1) < 0 and all(isinstance(where, _InGroup) for where, _ in self.groups):
+            raise ValueError(
+                f"PerGroup.of reads an optimizer that holds none of the {len(chosen)} parameters that are trained in "
+                "the model: give it the optimizer that trains this model. A copy of the method alone has a copy of the "
+                "optimizer; copy the SharpnessAware loss with its model instead"
+            )
         # A group of an optimizer may be empty, as that of frozen parameters is.
         groups = enumerate(self.groups)
         if missing := [n for n, (where, _) in groups if n not in chosen and not isinstance(where, _InGroup)]:

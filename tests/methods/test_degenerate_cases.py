@@ -23,9 +23,11 @@ from bisam import (
     GSAM,
     KSAM,
     LESAM,
+    MESA,
     MSAM,
     RAPP,
     RSAM,
+    SAF,
     SAGM,
     SAM,
     SAMON,
@@ -274,6 +276,29 @@ def test_is_the_same_to_the_bit_in_float32(case):
 def test_is_nearly_the_same(case, model):
     (_, first), (_, second) = (trained(method, FAMILY_MODELS[model]) for method in NEARLY[case])
     close(references.flat(first), references.flat(second), 1e-12)
+
+
+OF_EXAMPLES = {"FunctionalSAM": FunctionalSAM(B), "MESA": MESA(BiSAM(0.1), lam=3.0), "GSAM": GSAM(B)}
+"""Methods, some of whose objectives know the examples of a batch."""
+
+
+@pytest.mark.parametrize("m", [1, 2, 3])
+@pytest.mark.parametrize("name", OF_EXAMPLES)
+def test_micro_batches_of_one_perturbation_are_the_whole_batch(name, m):
+    method = OF_EXAMPLES[name]
+    (_, whole), (_, parts) = (trained(one, FAMILY_MODELS["mlp"]) for one in (method, Accumulated(m, method)))
+    close(references.flat(parts), references.flat(whole), 1e-12)
+
+
+def test_micro_batches_of_saf_are_the_whole_batch():
+    models = []
+    for wrap in (lambda method: method, lambda method: Accumulated(3, method)):
+        torch.manual_seed(3)
+        model = FAMILY_MODELS["mlp"]()
+        method = SAF(epoch=1, examples=8, ago=1, start=0, lam=3.0, indices=lambda batch: torch.arange(len(batch[1])))
+        cases.train(SharpnessAware(model, wrap(method), cross_entropy), model)
+        models.append(references.flat(model))
+    close(models[1], models[0], 1e-12)
 
 
 @pytest.mark.parametrize("alpha", [None, 0.0, 0.5, 2.0])

@@ -8,6 +8,7 @@ from torch import nn
 
 from bisam import FocalSAM, ImbSAM, SharpnessAware, cross_entropy
 from bisam.methods.longtail import ClassSAM, Shares, Tail
+from bisam.objectives import CrossEntropy
 from tests.support import cases
 from tests.support.runs import close, grads_of
 
@@ -23,14 +24,21 @@ def test_weights_are_those_of_the_labels():
     close(shares, torch.tensor([0.4, 0.4, 0.4, 0.7, 0.9, 0.4, 0.7, 0.4], dtype=torch.double), 1e-12)
 
 
-def test_ignored_labels_count_in_neither_part():
-    model, (x, y) = cases.mlp(), cases.batch()
-    method = FocalSAM(0.1, counts=[4, 3, 2, 1])
-    kept = grads_of(SharpnessAware(model, method, cross_entropy)(x[:6], y[:6]), model)
+@pytest.mark.parametrize("ignore_index", [-100, 255])
+@pytest.mark.parametrize("counts", [None, [4, 3, 2, 1]])
+def test_ignored_labels_count_in_neither_part(counts, ignore_index):
+    model, (x, y), loss = cases.mlp(), cases.batch(), CrossEntropy(ignore_index)
+    method = FocalSAM(0.1, counts=counts)
+    kept = grads_of(SharpnessAware(model, method, loss)(x[:6], y[:6]), model)
     ignored = grads_of(
-        SharpnessAware(model, method, cross_entropy)(x, torch.cat([y[:6], torch.tensor([-100, -100])])), model
+        SharpnessAware(model, method, loss)(x, torch.cat([y[:6], y.new_full((2,), ignore_index)])), model
     )
     close(ignored, kept, 1e-12)
+
+
+def test_shares_of_a_map_of_labels_need_no_table_of_pairs():
+    labels = torch.arange(2).repeat(4, 100_000).transpose(0, 1)  # a table of pairs would have 6.4e11 entries
+    close(Shares()(labels), torch.full(labels.shape, 0.5, dtype=torch.double), 1e-12)
 
 
 def test_the_reported_loss_is_the_sum_of_both_parts():

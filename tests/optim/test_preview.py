@@ -758,6 +758,13 @@ def test_an_optimizer_without_momentum_is_refused(make):
         sharp(*cases.batch())
 
 
+def test_the_momentum_of_an_optimizer_of_another_model_is_refused():
+    optimizer = SGD(cases.mlp().parameters(), lr=0.1, momentum=0.9)
+    sharp = SharpnessAware(cases.mlp(), MomentumSAM(buffer=momentum_of(optimizer)), cross_entropy)
+    with pytest.raises(ValueError, match=r"SGD holds none of the model's parameters.* momentum_of"):
+        sharp(*cases.batch())
+
+
 def test_the_momentum_of_what_is_no_optimizer_is_refused():
     with pytest.raises(TypeError, match=r"momentum_of takes the optimizer .* got 3"):
         momentum_of(3)

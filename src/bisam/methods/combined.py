@@ -498,6 +498,10 @@ class _Tangent:
     def __call__(self, outputs: Tensor, targets: object) -> Tensor:
         return (outputs * self.slope.conj()).real.sum()  # of complex outputs the real inner product
 
+    def of_part(self, start: int, stop: int, n: int) -> _Tangent:
+        """Returns the function of a part of the batch, see `Accumulated`."""
+        return _Tangent(self.slope[start:stop] * (n / (stop - start)))
+
 
 def _check_tangent(plain: Evaluation) -> None:
     if not isinstance(plain.outputs, Tensor):

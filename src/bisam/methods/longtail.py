@@ -34,7 +34,7 @@ from bisam.schedules import Radius
 from bisam.validation import describe, instance, non_negative, whole
 
 LabelWeight = Callable[[Tensor], Tensor]
-"""A function from class labels (int64) to weights of the same shape."""
+"""A function from class labels (int64) to weights of the same shape. The label of ignored examples is -1."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -149,8 +149,7 @@ class Shares:
             ValueError: a label has no count (checked on the CPU).
         """
         if self.counts is None:
-            shares = (labels.flatten()[:, None] == labels.flatten()).to(_type(labels)).mean(1)
-            return self.lam * (1 - shares.view(labels.shape)) ** self.gamma
+            return self.lam * (1 - _shares(labels)) ** self.gamma
         total = sum(self.counts)
         weights = [self.lam * (1 - n / total) ** self.gamma for n in self.counts]
         try:
@@ -224,6 +223,14 @@ def _named(method: ClassSAM) -> str | None:
     return None
 
 
+def _shares(labels: Tensor) -> Tensor:
+    """Returns the share of the label of each example, among the examples that are not ignored."""
+    flat = labels.flatten()
+    order = flat.sort().values  # memory of the labels, not of all pairs of them, and nothing waits for the device
+    counts = torch.searchsorted(order, flat, right=True) - torch.searchsorted(order, flat)
+    return counts.view(labels.shape).to(_type(labels)) / (flat >= 0).sum().clamp_min(1)
+
+
 def _type(labels: Tensor) -> torch.dtype:
     return torch.float64 if labels.is_cpu else torch.float32  # other devices may have no float64
 
@@ -258,4 +265,6 @@ class _Weighted:
                 f"weights of classes need one loss for each of the labels {tuple(targets.shape)}, got "
                 f'{tuple(losses.shape)}: pass your criterion with reduction="none", or bisam.cross_entropy'
             )
-        return losses * self.weight(targets.clamp_min(0)).to(losses.dtype)
+        ignored = self.ignore_index
+        labels = targets if ignored is None else targets.masked_fill(targets == ignored, -1)
+        return losses * self.weight(labels).to(losses.dtype)

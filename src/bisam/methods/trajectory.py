@@ -289,6 +289,10 @@ class _TrajectoryLoss:
     def ignore_index(self) -> int | None:
         return getattr(self.loss, "ignore_index", None)
 
+    def of_part(self, start: int, stop: int, n: int) -> _TrajectoryLoss:
+        """Returns the loss of a part of the batch, see `Accumulated`."""
+        return replace(self, past=_Past(*[None if t is None else t[start:stop] for t in self.past]))
+
     def __call__(self, outputs: Any, targets: Any) -> Tensor:
         losses, past = self.loss(outputs, targets), cast(Tensor, self.past.outputs)
         term = _divergence(_logits(outputs), past, self.temperature) * (self.lam * self.temperature**2)

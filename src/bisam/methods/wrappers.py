@@ -13,8 +13,9 @@ They nest in any order:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import cast
 
 import torch
@@ -113,7 +114,8 @@ class Accumulated:
     of its own, as in `MSAM`.
 
     Running statistics are updated once per micro-batch. Losses that are no means over examples (contrastive losses,
-    batch normalisation in the loss) are those of micro-batches. The displacement is kept during the micro-batches of a
+    batch normalisation in the loss), and class weights that are made of the batch (`FocalSAM` without counts,
+    `ClassWeighted("balanced")`), are those of micro-batches. The displacement is kept during the micro-batches of a
     query: one more tensor of the size of each weight. Hidden states of the model go on from query to query.
 
     Args:
@@ -167,9 +169,28 @@ class _InParts(View):
         self.agree("micro-batches", len(parts))
         if len(parts) == 1:
             return super().ask([query])[0]
-        track, at = query.tracks, query.take()
-        queries = (replace(query, batch=part, at=at, track=track) for part in parts)
+        queries = _divided(query, parts)
         return _joined(self, parts, lambda i, part: View.ask(self, [next(queries)])[0])
+
+
+def _divided(query: Query, parts: Sequence[Batch]) -> Iterator[Query]:
+    """Yields the query for each part of its batch; all have its displacement."""
+    track, at = query.tracks, query.take()
+    for i, part in enumerate(parts):
+        yield replace(query, batch=part, at=at, track=track, objective=_of_part(query.objective, parts, i))
+
+
+def _of_part(objective: Objective | None, parts: Sequence[Batch], i: int) -> Objective | None:
+    """Returns the objective of part `i` of a batch: its own part of one that knows the examples of the batch.
+
+    Such an objective has a method `of_part(start, stop, n)` for examples `start` to `stop` - 1 of `n`. The mean of its
+    parts, each with the weight of its number of examples, is the whole.
+    """
+    divided = getattr(objective, "of_part", None)
+    if divided is None:
+        return objective
+    ends = [0, *accumulate(examples(part) for part in parts)]
+    return divided(ends[i], ends[i + 1], ends[-1])
 
 
 @dataclass(frozen=True)

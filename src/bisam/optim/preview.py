@@ -7,7 +7,7 @@ With it a method evaluates the loss at the end of the next step, before the weig
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from inspect import Parameter, signature
@@ -90,7 +90,7 @@ class Preview:
             ValueError: the optimizer holds none of the parameters.
         """
         position = {p: i for i, p in enumerate(oracle.parameters)}
-        if not any(p in position for group in self.optimizer.param_groups for p in group["params"]):
+        if not _holds(self.optimizer, position):
             raise ValueError(
                 f"the {type(self.optimizer).__name__} holds none of the model's parameters, so its next step does not "
                 "move them: give next_step the optimizer that trains this model"
@@ -140,11 +140,16 @@ class Momentum:
         """Returns the momentum, with holes at parameters that have none; None if none has, as before the first step.
 
         Raises:
-            ValueError: the optimizer has taken steps with these parameters and has no momentum.
+            ValueError: the optimizer holds none of the parameters, or has taken steps with them and has no momentum.
         """
         states = [self.optimizer.state.get(p, {}) for p in oracle.parameters]  # state[p] would add an entry
         found = [next((s[n] for n in _MOMENTA if s.get(n) is not None), None) for s in states]
         if all(m is None for m in found):
+            if not _holds(self.optimizer, set(oracle.parameters)):
+                raise ValueError(
+                    f"the {type(self.optimizer).__name__} holds none of the model's parameters, and has no momentum of "
+                    "them: give momentum_of the optimizer that trains this model"
+                )
             if any(states) or any("momentum" in g and not g["momentum"] for g in self.optimizer.param_groups):
                 raise ValueError(
                     f"the {type(self.optimizer).__name__} keeps no momentum ({' or '.join(_MOMENTA)}): use "
@@ -157,6 +162,11 @@ class Momentum:
 
 
 _MOMENTA = ("momentum_buffer", "exp_avg")
+
+
+def _holds(optimizer: Any, parameters: Container[Tensor]) -> bool:
+    """Whether the optimizer holds any of the parameters."""
+    return any(p in parameters for group in optimizer.param_groups for p in group["params"])
 
 
 def _unwrapped(optimizer: Any) -> Any:

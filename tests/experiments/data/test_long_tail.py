@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.metrics import balanced_accuracy_score
 
 from bisam.experiments import data
@@ -49,6 +50,19 @@ def test_groups_are_thirds_of_the_classes(classes, sizes):
     found = groups(classes)
     assert [len(members) for members in found.values()] == sizes
     assert [k for members in found.values() for k in members] == list(range(classes if sizes else 0))
+
+
+def test_where_nothing_is_held_out_the_validation_examples_are_those_of_the_tail(tmp_path):
+    for label in range(3):
+        (folder := tmp_path / "train" / f"class{label}").mkdir(parents=True)
+        for i in range(20):
+            Image.new("RGB", (4, 4), (i, label, 0)).save(folder / f"{i}.png")
+    recipe = replace(ONE, dataset=f"folder:{tmp_path}", image_size=4, held_out=0.0)
+    found = data.load(recipe, MACHINE)
+    assert torch.equal(found.validation.labels, found.train.labels)
+    assert len(found.validation) < 40
+    (images, _), (again, _) = (next(found.validation.batches(100)), next(found.train.unaugmented().batches(100)))
+    assert torch.equal(images, again)
 
 
 def test_the_seed_draws_the_examples_that_are_left():

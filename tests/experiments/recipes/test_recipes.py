@@ -136,7 +136,11 @@ def test_a_whole_number_is_a_float_where_a_field_is_one():
 
 @pytest.mark.parametrize(
     ("method", "message"),
-    [("L2(0.1)", "no method that can take a step"), ("KSAM(65)", "k is 65, and the batch has only 64")],
+    [
+        ("L2(0.1)", "no method that can take a step"),
+        ("KSAM(65)", "k is 65, and the batch has only 64"),
+        ("SAM(0.1, ascent=TopK(99999999))", "the top-99999999 error of 10000 classes is always 0"),
+    ],
 )
 def test_a_method_is_tried_before_a_run(tmp_path, bisam, method, message):
     one = Recipe(method=method)
@@ -148,6 +152,29 @@ def test_a_method_is_tried_before_a_run(tmp_path, bisam, method, message):
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert message in err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "SAM(FlipRate(0.1))", "mixup": 0.2}, "no method that can take a step on mixtures: .* class labels"),
+        ({"method": "imb_sam", "cutmix": 0.2}, "no method that can take a step on mixtures: weights of classes"),
+        ({"method": "SAM(0.1, ascent=TopK(10))"}, "is for 11 classes or more, and digits has 10"),
+        ({"method": "ImbSAM(0.1, tail=10)"}, "is for 11 classes or more, and digits has 10"),
+        ({"schedule": "wsd", "warmup": 1000, "epochs": 1}, "warmup 1000 does not end within the 17 steps"),
+        ({"optimizer": "Muon"}, "optimizer 'Muon': .* timm:muon"),
+    ],
+    ids=["flips", "classes", "top-k", "tail", "warmup", "muon"],
+)
+def test_what_the_data_or_the_model_do_not_take_leaves_no_folder(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        train(Run.under(tmp_path, Recipe(**changes)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_top_k_error_is_tried_on_more_classes_than_k():
+    Recipe(method="SAM(0.1, ascent=TopK(5))", mixup=0.2).check_trainable()
+    Recipe(method="SAM(0.1, ascent=TopK(5))").check_trainable()
 
 
 def test_a_study_whose_methods_cannot_take_its_batches_starts_no_run(tmp_path, bisam, monkeypatch):

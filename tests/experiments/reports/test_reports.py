@@ -461,6 +461,20 @@ def test_columns_of_metrics_are_averaged_over_tasks_for_common_seeds():
     assert len(rows["SAM"][-1]) == 2
 
 
+def test_of_a_long_tail_the_balanced_accuracy_is_averaged_and_of_text_nothing():
+    def scored(dataset, **scores):
+        recipe = replace(SAM, dataset=dataset, imbalance=10.0)
+        one = run(recipe)
+        return replace(one, result={**one.result, "scores": dict.fromkeys(("last", "best", "ema"), scores)})
+
+    tails = [scored(name, balanced=score, many=0.9, few=0.1) for name, score in (("cifar10", 0.5), ("cifar100", 0.3))]
+    heads, rows = report.crossed(grouped(tails))
+    assert heads[-1] == "average"
+    assert rows["SAM"][-1] == [pytest.approx(0.4)]
+    texts = [scored("text:pydoc", likelihood=0.3), scored("text:addition", exact_match=0.5, likelihood=0.9)]
+    assert "average" not in report.crossed(grouped(texts))[0]
+
+
 def test_a_score_of_several_metrics_is_in_the_csv():
     rows = {row["dataset"]: row for row in report.summary(GLUE)}
     assert rows["glue:mrpc"]["test_best_accuracy_mean"] == pytest.approx(0.8)

@@ -171,9 +171,33 @@ def test_measurements_of_classes_are_refused(tmp_path):
         train(Run.under(tmp_path, recipe), Machine())
 
 
-def test_commands_for_classifiers_refuse_a_run_of_tokens(tmp_path, bisam):
-    run = Run.under(tmp_path, replace(SMALL, epochs=1))
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished run."""
+    run = Run.under(tmp_path_factory.mktemp("tokens"), replace(SMALL, epochs=1))
     train(run, Machine())
+    return run
+
+
+def test_an_exported_folder_says_that_it_takes_tokens(tmp_path, trained, bisam):
+    assert bisam("export", trained.folder, "--to", tmp_path / "model")[0] == 0
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "pipeline_tag: text-generation" in card
+    assert "It takes tokens (N, T), the places of characters in `bisam.experiments.data.language.SYMBOLS`" in card
+    assert "image" not in card
+
+
+@pytest.mark.slow  # torch.export takes seconds
+def test_an_exported_program_takes_tokens_of_any_length(tmp_path, trained, bisam):
+    assert bisam("export", trained.folder, "--to", tmp_path / "model.pt2")[0] == 0
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    tokens = torch.randint(12, (3, 20))
+    assert program(tokens).shape == (3, 12, 20)
+    torch.testing.assert_close(program(tokens)[..., :5], program(tokens[:, :5]), atol=1e-5, rtol=1e-4)
+
+
+def test_commands_for_classifiers_refuse_a_run_of_tokens(tmp_path, trained, bisam):
+    run = trained
     image = tmp_path / "a.png"
     image.write_bytes(b"")
     for command, said in (

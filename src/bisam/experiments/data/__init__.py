@@ -87,6 +87,8 @@ def load(recipe: Recipe, machine: Machine) -> Data:
         data = long_tailed(data, recipe.imbalance, recipe.seed)
     if recipe.train_examples is not None:
         data = replace(data, train=_subset(data.train, recipe.train_examples, recipe.seed))
+    if recipe.imbalance > 1 and recipe.held_out == 0:
+        data = replace(data, validation=data.train.unaugmented())  # not the examples that the tail leaves out
     if recipe.noise:
         noisy = symmetric_noise(data.train.labels, recipe.noise, data.classes, recipe.seed)
         data = replace(data, train=data.train.relabelled(noisy))

@@ -31,6 +31,7 @@ _SHOWN = (
 )
 _QUIET = {"noise": 0.0, "imbalance": 1.0, "label_smoothing": 0.0}
 """Fields that say nothing with these values."""
+_TASKS = {"glue": "text-classification", "text": "text-generation"}
 _LIBRARIES = {"hf": "transformers", "timm": "timm"}
 
 
@@ -45,7 +46,7 @@ def card(recipe: Recipe, facts: Mapping[str, Any], code: str) -> str:
     values = {name: recipe.setting(name) for name in _SHOWN}
     fields = {k: v for k, v in values.items() if v is not None and _QUIET.get(k) != v}
     made = ", ".join(f"{key} {facts[key]}" for key in ("bisam", "commit", "torch", "python") if key in facts)
-    task = "text-classification" if recipe.dataset.startswith("glue:") else "image-classification"
+    task = _TASKS.get(recipe.dataset.partition(":")[0], "image-classification")
     written = [] if recipe.expression == recipe.method else [f"* expression: `{recipe.expression}`"]
     return "\n".join(
         (
@@ -68,7 +69,7 @@ def card(recipe: Recipe, facts: Mapping[str, Any], code: str) -> str:
             "",
             "## How to load",
             "",
-            _how(recipe),
+            _how(recipe, facts),
             "",
             "```python",
             code,
@@ -78,8 +79,15 @@ def card(recipe: Recipe, facts: Mapping[str, Any], code: str) -> str:
     )
 
 
-def _how(recipe: Recipe) -> str:
+def _how(recipe: Recipe, facts: Mapping[str, Any]) -> str:
     """A paragraph on what the model takes."""
+    if recipe.dataset.startswith("text:"):
+        tokens = "the places of characters in `bisam.experiments.data.language.SYMBOLS`"
+        if recipe.dataset == "text:pydoc":
+            tokens = (
+                f"the places of characters among those of the help texts of Python {facts.get('python', '')}, sorted"
+            )
+        return f"It takes tokens (N, T), {tokens}, and returns logits (N, classes, T) of the token after each."
     if recipe.dataset.startswith("glue:"):
         takes = f"It takes texts of at most {recipe.max_length} tokens"
     else:

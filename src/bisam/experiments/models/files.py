@@ -47,9 +47,10 @@ def write_program(model: nn.Module, to: Path, images: Tensor) -> None:
     """Write a model as a program for batches of any size, in eval mode.
 
     Args:
-        model: a model of images.
+        model: a model of images or of tokens.
         to: a file of `PROGRAMS`.
-        images: two or more inputs (N, channels, height, width), whose shape but for N is that of the program.
+        images: two or more inputs: images (N, channels, height, width), whose shape but for N is that of the program;
+            or tokens (N, T), of which the program takes any number T >= 2.
 
     Raises:
         ValueError: packages for ONNX are missing, or the model cannot be written as a program.
@@ -61,9 +62,11 @@ def write_program(model: nn.Module, to: Path, images: Tensor) -> None:
         for package in ("onnx", "onnxscript"):
             _package(package, "a file of ONNX")
     model = model.eval()
-    batch: Any = torch.export.Dim("batch", min=1)
+    any_size: dict[int, Any] = {0: torch.export.Dim("batch", min=1)}
+    if not images.is_floating_point():
+        any_size[1] = torch.export.Dim("length", min=2)
     try:
-        program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
+        program = torch.export.export(model, (images,), dynamic_shapes=(any_size,))
         onnx: Any = torch.onnx.export(program, (images,), dynamo=True, verbose=False) if to.suffix == ".onnx" else None
     except Exception as error:  # torch raises errors of many types for what it cannot trace
         raise ValueError(f"the model cannot be exported as a program ({_line(error)}): export its weights") from error

@@ -23,6 +23,7 @@ import bisam
 from bisam import SharpnessAware, masks, objectives, perturbations, proximal, schedules
 from bisam.experiments.errors import is_out_of_memory, unknown
 from bisam.methods import Method
+from bisam.methods.longtail import Tail
 from bisam.methods.method import indexed
 from bisam.objectives import LowerBound
 
@@ -172,28 +173,43 @@ def names_called(expression: str) -> frozenset[str]:
 
 
 @cache
-def check_step(expression: str, batch_size: int) -> None:
+def check_step(expression: str, batch_size: int, mixed: bool = False) -> None:
     """Check that the method of an expression can take a step, by one step on a small model.
 
     Args:
         expression: see `build`.
         batch_size: examples in a step.
+        mixed: whether the labels are class probabilities, those of mixtures.
 
     Raises:
         ValueError: see `build`; or the step fails, and the message gives the reason.
     """
     try:
-        take_steps(expression, batch_size, 1)
+        take_steps(expression, batch_size, 1, mixed=mixed)
     except Exception as error:  # an expression can put any callable in the place of a method
         if is_out_of_memory(error):
             raise
         raise (
             error
             if isinstance(error, ValueError) and expression in str(error)
-            else ValueError(f"{expression} is no method that can take a step: {error}")
+            else ValueError(f"{expression} is no method that can take a step{' on mixtures' if mixed else ''}: {error}")
         ) from error
 
 
+@cache
+def least_classes(expression: str) -> int:
+    """The number of classes that the method of an expression needs: 2, or more for a top-k error or for a tail.
+
+    Raises:
+        ValueError: see `build`.
+    """
+    parts = list(_parts(_built(expression)))
+    top = [part.k + 1 for part in parts if isinstance(part, objectives.TopK)]
+    tail = [label + 1 for part in parts if isinstance(part, Tail) for label in cast("tuple[int, ...]", part.classes)]
+    return max([2, *top, *tail])
+
+
+_MOST_CLASSES = 10_000  # of the small model
 _UNKNOWN_STEPS = 10**9  # stands for the steps of a run before they are known
 
 
@@ -203,6 +219,7 @@ def take_steps(
     steps: int,
     wrap: Callable[[Method], Method] = lambda method: method,
     total: int = _UNKNOWN_STEPS,
+    mixed: bool = False,
 ) -> None:
     """Take steps with a method on a small model.
 
@@ -212,18 +229,23 @@ def take_steps(
         steps: number of steps.
         wrap: puts a wrapper around the method, for example one that counts its queries.
         total: steps of the whole run, for methods that depend on it.
+        mixed: whether the labels are class probabilities.
 
     Raises:
         ValueError: see `build`.
     """
+    classes = min(least_classes(expression), _MOST_CLASSES)
     with torch.random.fork_rng([]):
-        model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+        model = nn.Sequential(nn.Linear(2, classes), nn.LayerNorm(classes))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         method = build(expression, optimizer=optimizer, **_run(total))
         sharp = SharpnessAware(model, wrap(method), bisam.cross_entropy)
+        labels = torch.zeros(batch_size, dtype=torch.long)
+        if mixed:
+            labels = torch.full((batch_size, classes), 1 / classes)
         for _ in range(steps):
             named = {"indices": torch.arange(batch_size)} if indexed(method) else {}
-            sharp(torch.randn(batch_size, 2), torch.zeros(batch_size, dtype=torch.long), **named).backward()
+            sharp(torch.randn(batch_size, 2), labels, **named).backward()
 
 
 def _run(steps: int) -> dict[str, int]:

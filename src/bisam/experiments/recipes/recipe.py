@@ -185,8 +185,8 @@ class Recipe(Fields):
         base = self.base_optimizer
         if base.package != "torch":
             self._check_arguments(base)
-        if self.method not in METHODS:
-            check_step(self.method, self.batch_size)
+        if self.method not in METHODS or self.is_mixed:
+            check_step(self.expression, self.batch_size, self.is_mixed)
 
     def check_version(self) -> None:
         """Check that the present code gives its results, and its split of the data.

@@ -320,7 +320,8 @@ def crossed(groups: Groups) -> tuple[list[str], dict[str, list[list[float]]]]:
 
     There is one column for each data set, model, label noise, imbalance and metric, and at the end their average where
     noise and imbalance are the same in all: first of a place's metrics, then of the places, for the seeds that are in
-    all of them.
+    all of them. Of a long tail it is the balanced accuracy alone that is averaged, of which the others are parts. A
+    likelihood has no average with other scores.
     """
     called, titles = names(groups), places(groups)
     metrics = {at: _metrics(run for r, group in groups.items() if place(r) == at for run in group) for at in titles}
@@ -332,15 +333,20 @@ def crossed(groups: Groups) -> tuple[list[str], dict[str, list[list[float]]]]:
         mine = {place(recipe): group for recipe, group in groups.items() if called[recipe] == label}
         scored = [[_scores(run)[name] for run in mine.get(at, ()) if name in _scores(run)] for at, name in columns]
         table[label] = [*scored, _average([mine.get(at, ()) for at in titles])]
-    if len({(at.noise, at.imbalance) for at in titles}) > 1 or len(titles) < 2:
+    likely = any("likelihood" in found for found in metrics.values())
+    if likely or len({(at.noise, at.imbalance) for at in titles}) > 1 or len(titles) < 2:
         return heads, {label: scored[:-1] for label, scored in table.items()}
     return [*heads, "average"], table
 
 
 def _average(groups: Sequence[Sequence[Finished]]) -> list[float]:
-    by_seed = [{run.recipe.seed: mean(_scores(run).values()) for run in group} for group in groups]
+    by_seed = [{run.recipe.seed: _mean(_scores(run)) for run in group} for group in groups]
     common = sorted(set.intersection(*(set(scores) for scores in by_seed)))
     return [mean(scores[seed] for scores in by_seed) for seed in common]
+
+
+def _mean(scores: Mapping[str, float]) -> float:
+    return scores["balanced"] if "balanced" in scores else mean(scores.values())
 
 
 def _crossed(groups: Groups) -> str:

@@ -10,22 +10,30 @@ from bisam.experiments.data.image_tensors import Images
 from bisam.experiments.data.sequences import Sequences
 from bisam.experiments.data.splits import Data, batches_of
 from bisam.experiments.errors import is_out_of_memory
+from bisam.experiments.recipes.expressions import least_classes
+from bisam.experiments.recipes.length import run_length
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.machine import Machine
 from bisam.experiments.training.batch_norm import has_batch_norm
+from bisam.experiments.training.optimizers import advances_by_epoch
 
 
 def check_data(recipe: Recipe, splits: Data, machine: Machine) -> None:
     """Check that the recipe can be trained on the data.
 
     Raises:
-        ValueError: the label smoothing is too large for the number of classes, a batch is too small for the number of
-            devices, or something is measured that tokens do not have.
+        ValueError: the label smoothing is too large for the number of classes, the method needs more of them, a batch
+            is too small for the number of devices, the warm-up is longer than the run, or something is measured that
+            tokens do not have.
     """
     most = (splits.classes - 1) / splits.classes
     if recipe.label_smoothing > most:
         raise ValueError(
             f"label_smoothing must be at most {most:.3g} with {splits.classes} classes, got {recipe.label_smoothing}"
+        )
+    if (least := least_classes(recipe.expression)) > splits.classes:
+        raise ValueError(
+            f"method {recipe.method!r} is for {least} classes or more, and {recipe.dataset} has {splits.classes}"
         )
     if recipe.measured_epochs and isinstance(splits.train, Sequences):
         raise ValueError(
@@ -33,9 +41,12 @@ def check_data(recipe: Recipe, splits: Data, machine: Machine) -> None:
             f"{recipe.dataset} has tokens: leave it out"
         )
     processes = machine.devices * machine.nodes
-    if not batches_of(len(splits.train), recipe.batch_size, processes):
+    batches = batches_of(len(splits.train), recipe.batch_size, processes)
+    if not batches:
         examples = min(recipe.batch_size, len(splits.train))
         raise ValueError(f"batches of {examples} cannot be shared by {processes} devices: give a larger batch_size")
+    if not advances_by_epoch(recipe):
+        recipe.check_warmup(run_length(recipe, batches).steps)
 
 
 @torch.no_grad()

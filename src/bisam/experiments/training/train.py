@@ -185,7 +185,7 @@ def prepare(recipe: Recipe, machine: Machine) -> tuple[Data, nn.Module]:
     """Load the data of a recipe and build its model from its seed, on the CPU and in training mode.
 
     Raises:
-        ValueError: data, model and recipe do not fit together.
+        ValueError: data, model, optimizer and recipe do not fit together.
     """
     splits = data.load(recipe, machine)
     check_data(recipe, splits, machine)
@@ -199,6 +199,7 @@ def prepare(recipe: Recipe, machine: Machine) -> tuple[Data, nn.Module]:
         root=machine.data_dir,
     )
     check_model(model, splits, recipe)
+    build_optimizer(model, recipe)  # refuses what it does not train before the folder of the run is made
     return splits, model
 
 
