@@ -121,8 +121,8 @@ class Fields:
     """Kind of the measurement: ball (the largest error in a ball around the weights, and what adversaries flip), or
     ascents (flips, cosines and largest error of five adversaries on the same weights)."""
     seed: int = 0
-    """Seed of the initial weights, the label noise, the order of the batches, the examples that a limit keeps, and the
-    split where the data set has none of its own."""
+    """Seed of the initial weights, the label noise, the order of the batches, the examples that a limit or an imbalance
+    keeps, and the split where the data set has none of its own."""
     version: int = versions.VERSION
     """Version of the meaning of the fields; no flag sets it.
 

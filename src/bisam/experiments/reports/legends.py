@@ -42,6 +42,8 @@ def caption(runs: Collection[Finished]) -> str:
         )
     else:
         seeds = "the initial weights, the noise and the order of the batches, not the split"
+    if any(run.recipe.imbalance != 1 for run in runs):
+        seeds += " and, of a long tail, the examples that are left"
     return (
         "Test scores times 100 (accuracies in per cent): mean ± standard deviation over n seeds. The test set was "
         "evaluated once, at the end of each run. Label noise is in the training labels, and in the validation labels "

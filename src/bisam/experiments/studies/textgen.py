@@ -64,7 +64,7 @@ def recipe_of(task: str, method: str, setting: float, epochs: int | None) -> Rec
         task: a key of `TASKS`.
         method: one of `METHODS`.
         setting: weight decay of plain training, or radius.
-        epochs: of the study; those of the tasks are proportional to it. None: their own.
+        epochs: of the methods other than plain training. None: those of the task.
     """
     base = TASKS[task]
     if epochs is not None:
