@@ -230,7 +230,7 @@ def test_no_second_copy_of_the_weights_is_made_in_forward_passes():
         with Peak(40_000) as peak:
             method(oracle, (torch.randn(4, 200), torch.randint(200, (4,))))
         peaks.append(peak.peak)
-    assert peaks[0] - 8 > 16  # 8 of the weights themselves
+    assert peaks[0] - 8 >= 16  # 8 of the weights themselves
     assert peaks[1] - 8 < 12  # 8 of the gradient
 
 
