@@ -3,10 +3,11 @@
 python -m benchmarks.objective --json objective.json
 python -m benchmarks.step --json step.json
 python -m benchmarks.overhead --json overhead.json
+python -m benchmarks.growth --json growth.json
 python -m benchmarks.pipeline --json pipeline.json
 python -m benchmarks.parallel --json parallel.json
 python -m benchmarks.scaling --json scaling.json
-python -m benchmarks.docs objective.json step.json overhead.json pipeline.json
+python -m benchmarks.docs objective.json step.json overhead.json growth.json pipeline.json
 python -m benchmarks.docs parallel.json scaling.json --to docs/scaling.md
 """
 
@@ -18,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import parallel, pipeline, scaling
+from benchmarks import growth, parallel, pipeline, scaling
 from benchmarks.measure import interval, load
 from benchmarks.objective import REFERENCE
 from benchmarks.overhead import needed
@@ -27,16 +28,17 @@ from bisam.experiments.errors import RunError
 from bisam.experiments.runs.files import read_json, write
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+FIGURE = "growth.svg"
 INTRODUCTION = """# Benchmarks
 
 `python -m benchmarks.docs` writes this page from the results of `benchmarks.objective`, `benchmarks.step`,
-`benchmarks.overhead`, `benchmarks.pipeline`, `benchmarks.parallel` and `benchmarks.scaling`. The measured variants
-take turns within each round, so that anything that slows the machine slows all of them. Each number is the median over
-the rounds of the ratio to the reference, with its 95 % interval (of the sign test); the interval tells how exact the
-run is, not how other processes or machines differ. A bar is met if the whole interval meets it, missed if no part of it
-does, and undecided otherwise. If the load of other programs was above 1.5 per core, there is no verdict. Sections that
-were measured before bisam recorded this have quartiles instead, and their verdict is that of the median alone. Absolute
-times are omitted because they mean little on a shared machine.
+`benchmarks.overhead`, `benchmarks.growth`, `benchmarks.pipeline`, `benchmarks.parallel` and `benchmarks.scaling`. The
+measured variants take turns within each round, so that anything that slows the machine slows all of them. Each number
+is the median over the rounds of the ratio to the reference, with its 95 % interval (of the sign test); the interval
+tells how exact the run is, not how other processes or machines differ. A bar is met if the whole interval meets it,
+missed if no part of it does, and undecided otherwise. If the load of other programs was above 1.5 per core, there is no
+verdict. Sections that were measured before bisam recorded this have quartiles instead, and their verdict is that of the
+median alone. Absolute times are omitted because they mean little on a shared machine.
 """
 
 
@@ -93,6 +95,20 @@ def _overhead(content: Mapping[str, Any]) -> list[str]:
     return [f"{title}{_threads(content)}", "", *_table(("model", "method", "needs", "ratio", "95 % interval"), rows)]
 
 
+def _growth(content: Mapping[str, Any]) -> list[str]:
+    title = "## Training step of SAM against the number of parameters and of tensors, relative to the same limit"
+    return [
+        f"{title}{_threads(content)}",
+        "",
+        f"![Time relative to the limit, against parameters and tensors]({FIGURE})",
+        "",
+        "Batches of 32. Of networks that do not fit in memory, only the operators are counted: those that compute "
+        "something, in a step after the first two, beyond the operators of the limit.",
+        "",
+        *_table(growth.HEADING, [growth.cells(row) for row in content["rows"]]),
+    ]
+
+
 def _pipeline(content: Mapping[str, Any]) -> list[str]:
     rows = [
         (pipeline.augmentation(r), r["contestant"], *_ratio(r))
@@ -145,6 +161,7 @@ _MAKERS: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
     "objective": _objective,
     "step": _step,
     "overhead": _overhead,
+    "growth": _growth,
     "pipeline": _pipeline,
     "parallel": _parallel,
     "scaling": _scaling,
@@ -185,6 +202,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         except RunError as error:
             sys.exit(f"{parser.prog}: {error}")
         lines += ["", *section(content)]
+        if content["benchmark"] == "growth":
+            growth.draw(content["rows"], arguments.to.with_name(FIGURE))
     write(arguments.to, "\n".join(lines).rstrip() + "\n")
 
 

@@ -13,6 +13,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import pytorch_optimizer
@@ -141,6 +142,20 @@ CONTESTANTS: dict[str, Callable[[nn.Module, Loss], Training]] = {
 WITH_STATS = {"bisam SAM, stats": partial(ours, SAM(), stats=True)}
 """A step that also records its statistics; its time is compared with SAM's."""
 
+
+def compiled(make: Callable[[nn.Module, Loss], Training], model: nn.Module, loss: Loss) -> Training:
+    """An implementation whose passes run the compiled model; what is between them is eager."""
+    model.compile(dynamic=False)
+    return make(model, loss)
+
+
+COMPILED: dict[str, Callable[[nn.Module, Loss], Training]] = {
+    f"{name}, compiled": partial(compiled, CONTESTANTS[name])
+    for name in (LIMIT, "bisam SAM", "bisam BiSAM (-log)", "bisam ASAM")
+}
+"""Both passes as one compiled graph each. The vector arithmetic between them is not compiled: on a CPU it takes as long
+in one compiled graph as in 26 operators."""
+
 OF_A_PART: dict[str, Method] = {
     "bisam SAM, half of the tensors": SAM(RandomMask(RHO, beta=0.5)),
     "bisam ESAM": ESAM(RandomMask(RHO, beta=0.5), gamma=0.5),
@@ -173,20 +188,23 @@ CASES = {
 }
 
 
-def speed(case: Case, repeats: int) -> list[dict[str, Any]]:
-    """One row per implementation."""
+def speed(
+    case: Case, repeats: int, more: Mapping[str, Callable[[nn.Module, Loss], Training]] = MappingProxyType({})
+) -> list[dict[str, Any]]:
+    """One row per implementation, with further ones."""
     torch.manual_seed(0)
     model = case.model()
     x, y = batch_for(model, case.n)
+    contestants = {**case.contestants, **more}
     steps = {
-        name: partial(make(copy.deepcopy(model), F.cross_entropy).step, x, y) for name, make in case.contestants.items()
+        name: partial(make(copy.deepcopy(model), F.cross_entropy).step, x, y) for name, make in contestants.items()
     }
     times = interleaved(steps, repeats)
     rows: list[dict[str, Any]] = []
-    for name in case.contestants:
+    for name in contestants:
         r: Ratio = ratio(times, name, LIMIT)
         bar = case.bar if name == "bisam SAM" else None
-        compared = name == "bisam BiSAM (-log)" or name not in CONTESTANTS
+        compared = name == "bisam BiSAM (-log)" or name not in {**CONTESTANTS, **COMPILED}
         to_sam = ratio(times, name, "bisam SAM") if compared else None
         row = {"contestant": name, **judged(r, bar), "ratio_to_sam": None if to_sam is None else to_sam.median}
         if to_sam is not None:
@@ -304,15 +322,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         action="store_true",
         help="make glibc keep freed memory, to avoid the page faults of returning and requesting it",
     )
+    parser.add_argument("--compile", action="store_true", help="also with torch.compile, which takes minutes at first")
     arguments = parser.parse_args(argv)
     if arguments.keep_memory and not kept_memory():
         parser.error("argument --keep-memory: the C library is not glibc")
     parser.begin(arguments.threads)
 
+    more = COMPILED if arguments.compile else {}
     rows: list[dict[str, Any]] = []
     for name in arguments.models:
         case = CASES[name]
-        own = [{"model": name, "batch": case.n, **row} for row in speed(case, arguments.repeats)]
+        own = [{"model": name, "batch": case.n, **row} for row in speed(case, arguments.repeats, more)]
         rows += own
         report(
             f"Step time relative to the limit: {name}, batch {case.n}",

@@ -18,6 +18,7 @@ pytest.importorskip("torchvision")
 from benchmarks import (
     docs,
     gpu,
+    growth,
     measure,
     models,
     objective,
@@ -33,7 +34,7 @@ from bisam import SharpnessAware, cross_entropy
 from bisam.experiments.measurements import timing
 from bisam.oracle import View
 
-MAINS = [module.main for module in (objective, step, overhead, pipeline, parallel, scaling, stacked)]
+MAINS = [module.main for module in (objective, step, overhead, growth, pipeline, parallel, scaling, stacked)]
 RATIO = {"median", "low", "high", "rounds", "seconds", "median_low", "median_high", "load", "cores", "bar", "verdict"}
 QUIET = timing.Load(0.25, 2)
 LOADED = timing.Load(7.5, 2)
@@ -125,6 +126,18 @@ def test_step(tmp_path, capsys, monkeypatch):
     assert "checkpoint" in shown
 
 
+def test_step_with_compiled_passes(tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "BLOCK", 0.0)
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, dynamic: compiled.append((len(module), dynamic)))
+    path = tmp_path / "step.json"
+    step.main(["--models", "mlp-32", "--repeats", "1", "--compile", "--json", str(path)])
+    rows = {r["contestant"]: r for r in written(path)["rows"]}
+    assert [name for name in rows if "compiled" in name] == list(step.COMPILED)
+    assert compiled == [(171, False)] * 4
+    assert not any(rows[name]["ratio_to_sam"] for name in step.COMPILED)
+
+
 def test_overhead(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(timing, "BLOCK", 0.0)
     path = tmp_path / "overhead.json"
@@ -134,6 +147,49 @@ def test_overhead(tmp_path, capsys, monkeypatch):
     assert all(r.keys() >= RATIO | {"model", "batch", "passes", "steps"} for r in content["rows"])
     assert "6 passes, 5 steps" in capsys.readouterr().out
     assert "| LookSAM, 5 steps | 6 passes, 5 steps |" in "\n".join(docs.section(content))
+
+
+def test_growth(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(timing, "BLOCK", 0.0)
+    path, page = tmp_path / "growth.json", tmp_path / "page.md"
+    sizes = ["--parameters", "800", "1000000000", "--tensors", "3", "20", "--most", "10000"]
+    growth.main([*sizes, "--repeats", "2", "--json", str(path)])
+    content = written(path)
+    assert [(r["grows"], r["parameters"], r["tensors"]) for r in content["rows"]] == [
+        ("parameters", 800, 8),
+        ("parameters", 999_939_200, 8),
+        ("tensors", 768, 3),
+        ("tensors", 5120, 20),
+    ]
+    assert [r.keys() >= RATIO for r in content["rows"]] == [True, False, True, True]
+    assert "not measured" in capsys.readouterr().out
+    docs.main([str(path), "--to", str(page)])
+    assert "| 999,939,200 | 8 | not measured |" in page.read_text()
+    drawn = (tmp_path / "growth.svg").read_bytes()
+    docs.main([str(path), "--to", str(page)])
+    assert (tmp_path / "growth.svg").read_bytes() == drawn
+    assert f"]({docs.FIGURE})" in page.read_text()
+
+
+def test_growth_of_nothing_is_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        growth.main(["--parameters", "--tensors"])
+    assert "nothing to measure" in capsys.readouterr().err
+
+
+def test_the_overhead_is_a_number_of_operators_that_does_not_grow():
+    counts = {growth.operators(size) for size in growth.sizes((10**5, 10**8, 10**9), (10, 300))}
+    assert len(counts) == 1
+    assert 10 < counts.pop() < 30
+
+
+def test_operators_that_compute_something_are_counted():
+    with growth.Operators() as counted:
+        x = torch.ones(2, 2)  # one
+        x.view(4).detach()
+        x + 1  # two
+        x @ x.T  # three; its transpose is a view
+    assert counted.count == 3
 
 
 @pytest.mark.parametrize("name", overhead.CYCLES)

@@ -167,7 +167,7 @@ def settled(
         return new
     flag = _finite(written, gradient, overflow)
     bad = (flag if of_all_replicas is None else of_all_replicas(flag)).isnan()
-    if not (kept and written):
+    if not (kept and written) or bad.is_meta:  # on the meta device there are no values, and so none that is not finite
         return new
     if (decided := known(bad)) is not None:
         return old if decided else new

@@ -341,6 +341,18 @@ def known(condition: Tensor) -> bool | None:
     return bool(condition.tolist()) if condition.is_cpu else None
 
 
+def same_values(a: Tensor, b: Tensor) -> bool:
+    """Returns whether two tensors of one shape and type have equal values; a NaN equals a NaN.
+
+    Tensors on the meta device, which have none, count as equal.
+    """
+    if a.is_meta:
+        return True
+    if a.is_floating_point() or a.is_complex():
+        return torch.equal(a.nan_to_num(), b.nan_to_num())
+    return torch.equal(a, b)
+
+
 def widened(number: Tensor) -> Tensor:
     """Returns numbers in float64, in which squares of float32 are in range, or unchanged if the device has none."""
     return number.double() if number.device.type in _HAVE_DOUBLE else number

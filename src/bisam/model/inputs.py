@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bisam.batches import Batch, tensors
+from bisam.vector import same_values
 
 
 class _Given(NamedTuple):
@@ -73,16 +74,10 @@ class Inputs:
         tensor, contents = given.tensor, given.contents
         changed = tensor._version != given.version
         if not changed and contents is not None:
-            changed = tensor.shape != contents.shape or not _same(tensor, contents)
+            changed = tensor.shape != contents.shape or not same_values(tensor, contents)
         if changed:
             raise ValueError(
                 f"a forward pass changed tensor {given.place} of the batch in place (an input of shape "
                 f"{tuple(tensor.shape)} and type {tensor.dtype}), so that the next query of this step would see "
                 "another batch: let `forward` work on a copy, x = x.clone()"
             )
-
-
-def _same(tensor: Tensor, contents: Tensor) -> bool:
-    if tensor.is_floating_point() or tensor.is_complex():
-        return torch.equal(tensor.nan_to_num(), contents.nan_to_num())
-    return torch.equal(tensor, contents)

@@ -33,7 +33,7 @@ from bisam.objectives import Count, Objective
 from bisam.oracle import Oracle, Query
 from bisam.seeded import Seeded
 from bisam.validation import check_losses, describe
-from bisam.vector import Layout, Vector
+from bisam.vector import Layout, Vector, same_values
 
 Forward = Callable[..., tuple[Any, Any]]
 """`(model, *batch) -> (outputs, targets)`."""
@@ -488,7 +488,7 @@ class ModelOracle(Oracle):
         """Returns those of the weights that have changed."""
         changed: Sums = []
         for (p, version, norm), (_, version_now, norm_now) in zip(sums, self._sums(), strict=True):
-            if version != version_now or not torch.equal(norm.nan_to_num(), norm_now.nan_to_num()):
+            if version != version_now or not same_values(norm, norm_now):
                 changed.append((p, version_now, norm_now))
         return changed
 
