@@ -116,9 +116,9 @@ class _Drawer:
 
     def __call__(self, like: Tensor) -> Tensor:
         device = like.device
-        if device not in self._generators:
+        if device not in self._generators and device.type != "meta":
             self._generators[device] = torch.Generator(device).manual_seed(self._seed)
-        generator, pair = self._generators[device], (2,) if like.is_complex() else ()
+        generator, pair = self._generators.get(device), (2,) if like.is_complex() else ()
         shape, dtype = (*like.shape, *pair), like.real.dtype if pair else like.dtype
         if self._kind == "gaussian":
             z = torch.randn(shape, dtype=dtype, device=device, generator=generator)
