@@ -301,8 +301,8 @@ class SharpnessAware(nn.Module):
     def clean(self) -> Evaluation:
         """Losses and outputs at the unperturbed weights in the last call, detached, for metrics without a forward pass.
 
-        Methods that make no query at the weights (`RSAM`, `TSAM`, `MomentumSAM`, `OptSAM`, `SAMDB`, `SAMPa`, `BSAM`)
-        report the evaluation at the point where they update running statistics.
+        Methods that make no query at the weights (`RSAM`, `TSAM`, `MomentumSAM`, `OptSAM`, `SAMDB`, `SAMPa`, `BSAM`,
+        `ZerothOrder`, `FilterNoise`) report the evaluation at the point where they update running statistics.
 
         Raises:
             RuntimeError: the loss was not called yet, or its method made no query that updates running statistics.

@@ -64,6 +64,7 @@ class StepStats:
       after its first step. `OptSAM` and `MomentumSAM` have displacement and h.
     * `RSAM` and `BSAM`: no rise, because they make no query at w. g is the gradient at the random point, and e contains
       the noise in RSAM.
+    * `ZerothOrder`, `FilterNoise`: displacement and h.
     * `RAPP`, `ExtraGradient`, `CEGPlus`: g is the operator that the last step from w was made along.
     * `Tilted`, `TSAM`: those of the last sample. `MSAM`, `Accumulated`: those of the last micro-batch.
     * `KSAM`: those of the selected examples.
