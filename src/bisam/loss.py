@@ -466,8 +466,9 @@ def _is_one(factor: Tensor) -> bool:
 
 def _keeps_graph() -> bool:
     """Whether another backward pass of the same graph may follow the present one, as with `retain_graph=True`."""
-    known_to_torch = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return torch.compiler.is_compiling() or known_to_torch is None or bool(known_to_torch())
+    engine: Any = getattr(torch._C, "_autograd", None)
+    keeps = getattr(engine, "_get_current_graph_task_keep_graph", None)  # older versions of torch do not say
+    return torch.compiler.is_compiling() or keeps is None or bool(keeps())
 
 
 def _peers(layout: Layout) -> Peers | None:
