@@ -14,7 +14,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 # They mostly import, and other tests use the same hosts.
-LONG = {"train_fsdp2.py", "train_lora.py", "train_timm.py", "train_transformers.py"}
+LONG = {"train_fsdp2.py", "train_lora.py", "train_timm.py", "train_transformers.py", "train_trl.py"}
 LONG |= {"train_accelerate.py", "train_composite.py", "train_ddp.py", "train_fabric.py", "train_lightning.py"}
 LONG |= {"train_amp.py", "train_plain.py"}
 SCRIPTS = [

@@ -420,6 +420,7 @@ APART = {
     (LOOP, "FSDP2"): 1,
     (LOOP, "SAMPa on pairs of ranks"): 1,
     (LOOP, "Hugging Face Trainer"): 1,
+    (LOOP, "TRL"): 1,
     (LOOP, "Lightning"): 1,
     (LARGE, "Noise on the merged weights of LoRA"): 1,
 }
@@ -502,6 +503,27 @@ def test_the_block_of_flat_lora_runs():
         assert names["loss"].isfinite()
     assert after["noise"].passes == 3
     assert (before["loss"] - after["loss"]).abs() < 0.1
+
+
+def test_the_classes_of_trl_train(tmp_path):
+    """With stand-ins for TRL's trainers, which tests/integrations/transformers/test_trl.py trains."""
+    transformers = pytest.importorskip("transformers")
+    integration = pytest.importorskip("bisam.integrations.transformers")
+
+    class SFTTrainer(transformers.Trainer):
+        def compute_loss(self, *args, **kwargs):
+            raise AssertionError("the class between does not call it")
+
+    given = {"Trainer": transformers.Trainer, "SharpnessAwareTrainer": integration.SharpnessAwareTrainer}
+    (block,) = of(LOOP, "TRL")
+    (code,) = block.sides()
+    names = execute(code, {**given, "SFTTrainer": SFTTrainer, "DPOTrainer": transformers.Trainer})
+    for name in ("SharpnessAwareDPOTrainer", "SharpnessAwareSFTTrainer"):
+        made = trainer(tmp_path)
+        one = names[name](made["model"], made["arguments"], train_dataset=made["data"], method=BiSAM(0.05))
+        one.train()
+        assert one.state.log_history[-1]["train_loss"] > 0
+        assert one.state.global_step == 2
 
 
 def test_the_block_of_lightning_runs():

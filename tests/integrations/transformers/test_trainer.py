@@ -531,6 +531,35 @@ def test_an_objective_of_a_scalar_may_say_the_loss_of_each_example():
         SharpnessAware(model, KSAM(3), lambda outputs, targets: outputs.mean())(x, y)
 
 
+class WithoutLogits(Trainer):
+    """As TRL's SFTTrainer: its loss needs no logits, and it computes them again for who asks."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        if not return_outputs:
+            return loss
+        with torch.no_grad():
+            return loss, model(**inputs)
+
+
+class OfThem(SharpnessAwareTrainer, WithoutLogits):
+    """A trainer whose bounds have no graph."""
+
+
+@pytest.mark.parametrize("method", [BiSAM(0.3), SAM(L2(0.3), ascent=NegLog())], ids=named)
+def test_a_bound_of_logits_without_a_graph_is_refused(tmp_path, method):
+    trainer = made(OfThem, tmp_path, gpt2(), "causal", method=method)
+    with pytest.raises(ValueError, match=r"WithoutLogits\.compute_loss returns have no graph.*Trainer\.compute_loss"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("method", [ERM(), SAM(L2(0.3))], ids=named)
+def test_the_training_loss_needs_no_logits(tmp_path, method):
+    ours = trained(OfThem, tmp_path / "ours", gpt2(), "causal", method=method)
+    theirs = trained(SharpnessAwareTrainer, tmp_path / "theirs", gpt2(), "causal", method=method)
+    assert torch.equal(weights(ours.model), weights(theirs.model))
+
+
 def test_the_loss_has_the_same_scale_whatever_is_accumulated(tmp_path):
     seen = []
 

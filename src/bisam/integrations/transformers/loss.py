@@ -65,6 +65,12 @@ class TrainerLoss:
         asked = innermost(self.asked)
         if isinstance(asked, OfClasses):
             _classes(targets, repr(self.asked))
+        if isinstance(asked, OfClasses | Binary) and logits is not None and loss.requires_grad > logits.requires_grad:
+            raise ValueError(
+                f"{self.asked!r} needs the logits that the loss is computed from, and those that "
+                f"{self._compute.__qualname__} returns have no graph, as with TRL's fused head: put a class between "
+                "whose compute_loss is `return Trainer.compute_loss(self, *args, **kwargs)`"
+            )
         if isinstance(asked, Binary):
             targets = _labels(inputs, logits)
         logits = loss.detach() if logits is None else logits if targets is None else logits.movedim(-1, 1)

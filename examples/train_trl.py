@@ -1,0 +1,86 @@
+"""Supervised fine-tuning with TRL and BiSAM: a small causal language model learns to name the largest of four numbers.
+
+TRL computes its loss without building the logits, and then computes them again without a graph. BiSAM climbs a bound of
+the token error, which needs the logits: so the loss is that of the Trainer, which is the same number.
+"""
+
+import random
+import tempfile
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, Trainer
+from trl import SFTConfig, SFTTrainer
+
+from bisam import BiSAM
+from bisam.integrations.transformers import SharpnessAwareTrainer
+
+
+class WithLogits(SFTTrainer):
+    """TRL's trainer with the loss and the logits of the Trainer."""
+
+    def compute_loss(self, *args, **kwargs):
+        return Trainer.compute_loss(self, *args, **kwargs)
+
+
+class SharpnessAwareSFTTrainer(SharpnessAwareTrainer, WithLogits):
+    """TRL's trainer with a method."""
+
+
+words = ["<pad>", "<end>", "largest", *map(str, range(10))]
+backend = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+backend.pre_tokenizer = Whitespace()
+tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<end>")
+
+draw = random.Random(0)
+numbers = [[draw.randrange(10) for _ in range(4)] for _ in range(2200)]
+rows = [{"prompt": f"{' '.join(map(str, four))} largest ", "completion": str(max(four))} for four in numbers]
+
+torch.manual_seed(0)
+model = GPT2LMHeadModel(
+    GPT2Config(
+        vocab_size=len(words),
+        n_positions=16,
+        n_embd=48,
+        n_layer=2,
+        n_head=4,
+        bos_token_id=1,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+)
+with tempfile.TemporaryDirectory() as folder:
+    arguments = SFTConfig(
+        folder,
+        num_train_epochs=3,
+        per_device_train_batch_size=16,
+        gradient_accumulation_steps=2,
+        learning_rate=5e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=20,
+        logging_steps=60,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        bf16=False,
+    )
+    trainer = SharpnessAwareSFTTrainer(
+        model,
+        arguments,
+        train_dataset=Dataset.from_list(rows[:2000]),
+        processing_class=tokenizer,
+        method=BiSAM(rho=0.05),
+    )
+    trainer.train()
+
+model.eval()
+correct = 0
+for row in rows[2000:]:
+    prompt = tokenizer(row["prompt"], return_tensors="pt")
+    answer = model.generate(**prompt, max_new_tokens=1, do_sample=False, pad_token_id=0)
+    correct += tokenizer.decode(answer[0, -1:]) == row["completion"]
+print(f"test accuracy {correct / 200:.3f}")
