@@ -22,7 +22,7 @@ METHODS += (
 )
 MODEL = ("tests/model/test_oracle.py", "tests/model/test_gradients.py", "tests/model/test_parameters.py")
 MODEL += ("tests/model/test_module_state.py", "tests/model/test_rng.py", "tests/model/test_compatibility.py")
-MODEL += ("tests/model/test_inputs.py", "tests/model/test_partial_gradients.py")
+MODEL += ("tests/model/test_inputs.py", "tests/model/test_partial_gradients.py", "tests/model/test_meta.py")
 
 SUBJECTS: dict[str, tuple[str, ...]] = {
     "vector": ("tests/test_vector.py", "tests/methods/test_steps.py"),
@@ -92,6 +92,8 @@ TESTS: tuple[str, ...] = (
     "tests/integrations/pairs/test_pair.py",
     "tests/integrations/transformers/test_callback.py",
     "tests/integrations/transformers/test_trainer.py",
+    "tests/integrations/transformers/test_trl.py",
+    "tests/integrations/test_peft.py",
     "tests/distributed/test_statistics.py",
     "tests/distributed/test_flip_rate.py",
     "tests/distributed/test_distributed.py",
