@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from benchmarks import (
     gpu,
     growth,
     measure,
+    memory,
     models,
     objective,
     overhead,
@@ -34,7 +36,7 @@ from bisam import SharpnessAware, cross_entropy
 from bisam.experiments.measurements import timing
 from bisam.oracle import View
 
-MAINS = [module.main for module in (objective, step, overhead, growth, pipeline, parallel, scaling, stacked)]
+MAINS = [module.main for module in (objective, step, overhead, growth, memory, pipeline, parallel, scaling, stacked)]
 RATIO = {"median", "low", "high", "rounds", "seconds", "median_low", "median_high", "load", "cores", "bar", "verdict"}
 QUIET = timing.Load(0.25, 2)
 LOADED = timing.Load(7.5, 2)
@@ -529,3 +531,41 @@ def test_a_folder_without_benchmarks_is_refused_in_one_line(tmp_path, capsys):
         versions.main([str(tmp_path)])
     assert ended.value.code == 2
     assert "has no benchmarks/step.py: give the root of a checkout" in capsys.readouterr().err
+
+
+def test_memory_of_a_tiny_model(tmp_path, capsys):
+    page = tmp_path / "page.md"
+    begin, end = (mark.format(page) for mark in memory.MARKS)
+    page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    small = ["--layers", "2", "--width", "48", "--vocabulary", "60"]
+    memory.main([*small, "--to", str(page), "--json", str(tmp_path / "memory.json")])
+    rows = {row["method"]: row for row in written(tmp_path / "memory.json")["rows"]}
+    weights = rows["plain AdamW"]["weights_bytes"]
+    assert weights == 4 * sum(p.numel() for p in memory.GPT(2, 48, 60).parameters())
+    assert rows["plain AdamW"]["peak_bytes"] > 4 * weights  # weights, gradient, two averages
+    copied, redrawn = rows["`ZerothOrder(0.5)`"], rows['`ZerothOrder(0.5, restore="redraw")`']
+    assert copied["peak_bytes"] - redrawn["peak_bytes"] == pytest.approx(weights, rel=0.1)
+    assert (redrawn["gradients"], redrawn["forwards"]) == (1, 2)
+    assert rows["`SAMON(0.5)`"]["peak_bytes"] < rows["`SAM(0.05)`, `BiSAM(0.05)`"]["peak_bytes"]
+    assert rows["`BiSAM(0.05)`, LoRA"]["trained"] < rows["plain AdamW"]["trained"]
+    text = page.read_text()
+    assert text.startswith(f"before\n{begin}\n| method |")
+    assert text.endswith(f"|\n{end}\nafter\n")
+    assert "old" not in text
+    assert "FilterNoise" in capsys.readouterr().out
+
+
+def test_a_page_without_a_place_for_the_table_is_refused(tmp_path, monkeypatch, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("no place")
+    monkeypatch.setattr(memory, "rows", lambda **size: [])
+    with pytest.raises(SystemExit) as error:
+        memory.main(["--to", str(page)])
+    assert error.value.code == 2
+    assert "no place for the table" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_table_of_the_page_is_the_present_one():
+    page = Path(__file__).parents[1] / "docs" / "fine-tuning.md"
+    assert page.read_text() == memory.written(page.read_text(), "docs/fine-tuning.md", memory.rows())

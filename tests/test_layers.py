@@ -19,7 +19,7 @@ ROOT = Path(bisam.__file__).parent
 # experiments have floors of their own, as `experiments.data`: a package, or a file beside the packages.
 FLOORS = [
     {"validation", "vector", "batches", "targets"},
-    {"schedules"},
+    {"schedules", "seeded"},
     {"objectives"},
     {"distributed"},
     {"evaluation"},

@@ -465,6 +465,23 @@ def test_backward_twice_with_retain_graph_doubles_and_without_raises():
         loss.backward()
 
 
+def test_a_factor_of_the_loss_needs_no_second_gradient_and_keeps_what_another_backward_pass_needs():
+    method = Kept()
+    model = cases.mlp()
+    sharp = SharpnessAware(model, method, cross_entropy)
+    once = grads_of(sharp(*cases.batch()), model)
+    model.zero_grad(set_to_none=True)
+    (sharp(*cases.batch()) / 4).backward()
+    assert [p.grad.data_ptr() for p in model.parameters()] == method.places
+    assert all(torch.equal(4 * p.grad, g) for p, g in zip(model.parameters(), once, strict=True))
+    model.zero_grad(set_to_none=True)
+    loss = sharp(*cases.batch()) / 4
+    loss.backward(retain_graph=True)
+    assert all(torch.equal(4 * p.grad, g) for p, g in zip(model.parameters(), once, strict=True))
+    loss.backward()
+    assert all(torch.equal(2 * p.grad, g) for p, g in zip(model.parameters(), once, strict=True))
+
+
 class Kept:
     """SAM that notes where its gradient is, and keeps it or not."""
 

@@ -37,7 +37,7 @@ from tests.support import cases, ranks
 ROOT = Path(__file__).parent.parent
 README, LOOP, COMING = "README.md", "docs/add-to-your-loop.md", "docs/coming-from.md"
 FRONT, START, METHODS_PAGE = "docs/index.md", "docs/start.md", "docs/choosing-a-method.md"
-RANKS = "docs/distributed.md"
+RANKS, LARGE = "docs/distributed.md", "docs/fine-tuning.md"
 CLASSES = 4
 
 
@@ -71,7 +71,7 @@ def blocks(page: str) -> list[Block]:
     return found
 
 
-BLOCKS = [block for page in (FRONT, LOOP) for block in blocks(page) if not block.language.startswith("{")]
+BLOCKS = [block for page in (FRONT, LOOP, LARGE) for block in blocks(page) if not block.language.startswith("{")]
 
 
 # Stand-ins: what a script defines before the block.
@@ -314,6 +314,11 @@ def lora() -> dict[str, Any]:
     return {**loop(), "get_peft_model": peft.get_peft_model, "LoraConfig": peft.LoraConfig, "model": Attention()}
 
 
+def with_norms() -> dict[str, Any]:
+    model = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, CLASSES))
+    return {**loop(), "model": model, "steps": 10}
+
+
 def several_labels() -> dict[str, Any]:
     return {**loop(), "nn": nn, "loader": [(x, (x[:, :CLASSES] > 0).float()) for x, _ in batches()]}
 
@@ -403,6 +408,11 @@ HERE: dict[tuple[str, str], list[Callable[[], dict[str, Any]]]] = {
     (LOOP, "Models that keep a state"): [loop],
     (LOOP, "torch.compile"): [compiled],
     (LOOP, "Activation checkpointing"): [lambda: {**loop(), "model": Checkpointed()}],
+    (LARGE, "Adapters"): [lora],
+    (LARGE, "The last layers"): [lambda: {**loop(), "model": Attention()}],
+    (LARGE, "Normalisation layers"): [with_norms],
+    (LARGE, "Ascent without a gradient"): [with_norms],
+    (LARGE, "Noise in place of an adversary"): [with_norms],
 }
 # Blocks that have a test of their own below.
 APART = {
@@ -412,6 +422,7 @@ APART = {
     (LOOP, "Hugging Face Trainer"): 1,
     (LOOP, "TRL"): 1,
     (LOOP, "Lightning"): 1,
+    (LARGE, "Noise on the merged weights of LoRA"): 1,
 }
 
 
@@ -420,6 +431,8 @@ NO_VALUE_BEFORE = {
     "SAMPa on pairs of ranks": "its values are those at another point",
     "A loss of several parts": "its penalty is added outside",
     "GANs": "there are two losses",
+    "Ascent without a gradient": "its values are those at the displaced point",
+    "Noise in place of an adversary": "its values are those at the random point",
 }
 
 
@@ -479,6 +492,17 @@ def test_the_block_of_the_trainer_runs(tmp_path):
     (block,) = of(LOOP, "Hugging Face Trainer")
     for side in block.sides():
         assert execute(side, trainer(tmp_path))["trainer"].state.global_step == 2
+
+
+def test_the_block_of_flat_lora_runs():
+    (block,) = of(LARGE, "Noise on the merged weights of LoRA")
+    before, after = ({**lora(), "steps": 10, "loader": batches(3)} for _ in block.sides())
+    for side, names in zip(block.sides(), (before, after), strict=True):
+        torch.manual_seed(0)
+        execute(side, names)
+        assert names["loss"].isfinite()
+    assert after["noise"].passes == 3
+    assert (before["loss"] - after["loss"]).abs() < 0.1
 
 
 def test_the_classes_of_trl_train(tmp_path):
@@ -817,7 +841,7 @@ ELSEWHERE = {
 
 def test_the_blocks_of_every_page_run_in_some_test():
     with_code = {page for page in PAGES if any(b.language in ("python", "py", "diff") for b in blocks(page))}
-    assert with_code == {FRONT, LOOP, *WHOLE, *ELSEWHERE}
+    assert with_code == {FRONT, LOOP, LARGE, *WHOLE, *ELSEWHERE}
     for page, test in ELSEWHERE.items():
         assert Path(page).stem in (ROOT / test).read_text()
 
@@ -829,6 +853,7 @@ LONGER = {
     "Fabric": 3,
     "timm's train.py": 4,
     "GANs": 6,
+    "The last layers": 3,
 }
 
 

@@ -58,6 +58,7 @@ if TYPE_CHECKING:
         EigenSAM as EigenSAM,
         Every as Every,
         ExtraGradient as ExtraGradient,
+        FilterNoise as FilterNoise,
         FisherSAM as FisherSAM,
         FocalSAM as FocalSAM,
         FunctionalSAM as FunctionalSAM,
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
         StableSAM as StableSAM,
         Tilted as Tilted,
         VaSSO as VaSSO,
+        ZerothOrder as ZerothOrder,
         ZSharp as ZSharp,
     )
     from bisam.model.oracle import ModelOracle as ModelOracle
@@ -104,8 +106,8 @@ _NAMES = {
     "bisam.methods": (
         "AESAM ASAM BSAM CRSAM ERM ESAM FSAM GAM GCSAM GNP GSAM KSAM LESAM MESA MSAM RAPP RSAM SAF SAGM SAM SAMDB "
         "SAMON SAMSPS SSAMD SSAMF TSAM WSAM XSAM ABiSAM Accumulated AsyncSAM BilateralSAM BiSAM CEGPlus "
-        "During EBiSAM EigenSAM Every ExtraGradient FisherSAM FocalSAM FunctionalSAM GBiSAM ImbSAM Lookbehind "
-        "LookSAM Method MomentumSAM MultiStepSAM OptSAM SAMPa StableSAM Tilted VaSSO ZSharp"
+        "During EBiSAM EigenSAM Every ExtraGradient FilterNoise FisherSAM FocalSAM FunctionalSAM GBiSAM ImbSAM "
+        "Lookbehind LookSAM Method MomentumSAM MultiStepSAM OptSAM SAMPa StableSAM Tilted VaSSO ZerothOrder ZSharp"
     ),
     "bisam.model.oracle": "ModelOracle",
     "bisam.model.passes": "displaced",
@@ -120,7 +122,7 @@ _PUBLIC_MODULES = ("masks", "objectives", "perturbations", "proximal", "schedule
 _MODULES = {
     *_PUBLIC_MODULES,
     *("analysis", "batches", "distributed", "evaluation", "loss", "methods", "model", "optim"),
-    *("oracle", "state", "statistics", "targets", "validation", "vector"),
+    *("oracle", "seeded", "state", "statistics", "targets", "validation", "vector"),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 

@@ -301,8 +301,8 @@ class SharpnessAware(nn.Module):
     def clean(self) -> Evaluation:
         """Losses and outputs at the unperturbed weights in the last call, detached, for metrics without a forward pass.
 
-        Methods that make no query at the weights (`RSAM`, `TSAM`, `MomentumSAM`, `OptSAM`, `SAMDB`, `SAMPa`, `BSAM`)
-        report the evaluation at the point where they update running statistics.
+        Methods that make no query at the weights (`RSAM`, `TSAM`, `MomentumSAM`, `OptSAM`, `SAMDB`, `SAMPa`, `BSAM`,
+        `ZerothOrder`, `FilterNoise`) report the evaluation at the point where they update running statistics.
 
         Raises:
             RuntimeError: the loss was not called yet, or its method made no query that updates running statistics.
@@ -449,7 +449,10 @@ class WithGradient(torch.autograd.Function):
         if ctx.wraps is None:
             gradient = ctx.saved_tensors
             if not (ctx.owned and _is_one(factor)):
-                gradient = torch._foreach_mul(gradient, factor)
+                if ctx.owned and not _keeps_graph():
+                    torch._foreach_mul_(gradient, factor)  # a second gradient would be the peak of the step's memory
+                else:
+                    gradient = torch._foreach_mul(gradient, factor)
             return None, None, None, None, None, *gradient
         # Multiply before wrapping: local parts take one call, which DTensors of several meshes do not allow.
         parts = torch._foreach_mul(ctx.saved_tensors, factor.to(ctx.saved_tensors[0].device))
@@ -459,6 +462,13 @@ class WithGradient(torch.autograd.Function):
 def _is_one(factor: Tensor) -> bool:
     """Whether a factor is known to be 1; that of another device is not waited for."""
     return not torch.compiler.is_compiling() and known(factor == 1) is True
+
+
+def _keeps_graph() -> bool:
+    """Whether another backward pass of the same graph may follow the present one, as with `retain_graph=True`."""
+    engine: Any = getattr(torch._C, "_autograd", None)
+    keeps = getattr(engine, "_get_current_graph_task_keep_graph", None)  # older versions of torch do not say
+    return torch.compiler.is_compiling() or keeps is None or bool(keeps())
 
 
 def _peers(layout: Layout) -> Peers | None:

@@ -33,6 +33,7 @@ from torch import Tensor
 from bisam.batches import Batch
 from bisam.evaluation import Evaluation
 from bisam.objectives import Count, Objective, at_step
+from bisam.seeded import Seeded
 from bisam.vector import Vector
 
 
@@ -57,7 +58,8 @@ class Query:
         batch: a batch or a part of one.
         objective: objective to evaluate. Default: the training loss.
         at: displacement of the weights. Default: none, the query is at the weights. The query takes ownership: keep no
-            other reference to it.
+            other reference to it. For noise that is drawn from a seed (`bisam.seeded.Seeded`) no copy of the weights is
+            kept: the noise is drawn again and subtracted, which restores them to a rounding.
         grad: whether to compute the gradient.
         track: whether to update running statistics. Default: only if `at` is None.
         wrt: for each tensor of the weights, whether the gradient with respect to it is computed; the gradient has
@@ -85,7 +87,7 @@ class Query:
 
     batch: Batch
     objective: Objective | None = None
-    at: Vector | None = None
+    at: Vector | Seeded | None = None
     grad: bool = True
     track: bool | None = None
     wrt: Sequence[bool] | None = None
@@ -110,7 +112,7 @@ class Query:
         """Whether the query needs the gradient with respect to any of the weights."""
         return self.grad and (self.wrt is None or any(self.wrt))
 
-    def take(self) -> Vector | None:
+    def take(self) -> Vector | Seeded | None:
         """Returns the displacement and removes it from the query.
 
         Raises:
@@ -184,7 +186,7 @@ class Oracle(ABC):
         batch: Batch,
         objective: Objective | None = None,
         *,
-        at: Vector | None = None,
+        at: Vector | Seeded | None = None,
         grad: bool = True,
         track: bool | None = None,
         wrt: Sequence[bool] | None = None,
@@ -387,5 +389,6 @@ class View(Oracle):
             track = self._track and not query.displaced
         at = query.take()
         if self._by is not None:
+            at = at.vector(self._by) if isinstance(at, Seeded) else at
             at = self._by if at is None else self._by + at
         return replace(query, at=at, track=track)

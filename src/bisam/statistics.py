@@ -20,6 +20,7 @@ from torch import Tensor
 from bisam.batches import Batch
 from bisam.evaluation import Evaluation
 from bisam.oracle import Oracle, Query, View
+from bisam.seeded import Seeded
 from bisam.vector import Vector, power_of_two, widened
 
 
@@ -63,6 +64,7 @@ class StepStats:
       after its first step. `OptSAM` and `MomentumSAM` have displacement and h.
     * `RSAM` and `BSAM`: no rise, because they make no query at w. g is the gradient at the random point, and e contains
       the noise in RSAM.
+    * `ZerothOrder`, `FilterNoise`: displacement and h.
     * `RAPP`, `ExtraGradient`, `CEGPlus`: g is the operator that the last step from w was made along.
     * `Tilted`, `TSAM`: those of the last sample. `MSAM`, `Accumulated`: those of the last micro-batch.
     * `KSAM`: those of the selected examples.
@@ -158,12 +160,13 @@ class Recorder:
         self._plain: Evaluation | Tensor | None = None  # its answer, or the value of the training loss there
         self._rise: Tensor | None = None  # at the last displaced point that had a forward pass alone
 
-    def before(self, queries: Sequence[Query]) -> Tensor | None:
+    def before(self, queries: Sequence[Query], oracle: Oracle) -> Tensor | None:
         """Returns the norm of the displacement of the query that the statistics describe, if there is one."""
         described = _described(queries)
         if described is not None:
             # The norm first: during the pass nothing but the query may refer to the displacement.
-            return None if (at := queries[described].at) is None else at.norm()
+            at = queries[described].at
+            return None if at is None else (at.lengths(oracle.weights) if isinstance(at, Seeded) else at).norm()
         if any(query.grad for query in queries):
             self._gradient = self._rise = None  # frees a gradient that the next one replaces
         return None
@@ -243,7 +246,7 @@ class Observed(View):
         """See `Oracle.ask`."""
         if self.recorder is None:
             return super().ask(queries)
-        length = self.recorder.before(queries)
+        length = self.recorder.before(queries, self)
         answers = super().ask(queries)
         self.recorder.after(queries, answers, length, self.loss)
         return answers

@@ -67,7 +67,7 @@ DETERMINED = (
     "ERM SAM BiSAM MultiStepSAM-adaptive FSAM VaSSO ZSharp SAMON Only LESAM FisherSAM LookSAM AESAM MomentumSAM SAMPa "
     "GSAM WSAM CRSAM XSAM FunctionalSAM RAPP Every-LookSAM During OptSAM AsyncSAM SAMDB MESA-bisam "
     "ZSharp-per-tensor GCSAM GNP StableSAM-log SAGM-tanh BilateralSAM Lookbehind-adaptive-alpha GAM "
-    "SAMSPS-log PerGroup-all-log MomentumSAM-buffer ImbSAM FocalSAM"
+    "SAMSPS-log PerGroup-all-log MomentumSAM-buffer ImbSAM FocalSAM ZerothOrder-signs-adaptive-tanh FilterNoise"
 )
 METHODS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
     name: cases.FAMILY[name][0] for name in f"{DETERMINED} {DRAWING}".split()

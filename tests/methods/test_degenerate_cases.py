@@ -46,6 +46,7 @@ from bisam import (
     EigenSAM,
     Every,
     ExtraGradient,
+    FilterNoise,
     FisherSAM,
     FocalSAM,
     FunctionalSAM,
@@ -62,6 +63,7 @@ from bisam import (
     Tanh,
     Tilted,
     VaSSO,
+    ZerothOrder,
     ZSharp,
     cross_entropy,
 )
@@ -197,6 +199,9 @@ SAME: dict[str, tuple[Any, Any]] = {
     "AESAM(-1e9) is SAM": (AESAM(B, steps=6, first=-1e9, last=-1e9), SAM_),
     "AESAM(1e9) is SAM once": (AESAM(B, steps=6, first=1e9, last=1e9), During(SAM_, stop=1)),  # no variance at first
     "LESAM(sigma=0) is ERM": (LESAM(0.0), ERM()),
+    "ZerothOrder(0) is ERM": (ZerothOrder(0.0, draws=2), ERM()),
+    "FilterNoise(0) is ERM": (FilterNoise(0.0), ERM()),
+    "FilterNoise that is scheduled to 0 is ERM": (FilterNoise(Linear(0.0, 0.0, steps=3)), ERM()),
     "RAPP(inner=1) is ERM": (RAPP(0.3, inner=1), ERM()),
     "RAPP in a box without bounds is RAPP": (RAPP(0.3, prox=Box(-inf, inf)), RAPP(0.3)),
     "RAPP in a box that is never left is RAPP": (RAPP(0.3, prox=Box(-1e3, 1e3)), RAPP(0.3)),

@@ -164,6 +164,8 @@ ELSEWHERE = (
     "Every-other",
     "OptSAM",
     "SAMDB",
+    "ZerothOrder",
+    "FilterNoise",
 )  # where running statistics move
 
 
@@ -304,7 +306,8 @@ ENTRIES = (
     "EigenSAM EigenSAM-log SAMSPS-log PerGroup PerGroup-all-log ClassSAM-log FisherSAM "
     "FisherMask-friendly-log SSAMF SSAMF-log SSAMF-descent SSAMD DropGrow-settling-log During BSAM BSAM-log RSAM "
     "RSAM-plain-adaptive KSAM-RSAM-EBiSAM Every-other-LookSAM RandomMask-only-adaptive Only-RandomMask-adaptive "
-    "SAMPa-asam SAMDB-log FlipRate-every-friendly-adaptive-log"
+    "SAMPa-asam SAMDB-log FlipRate-every-friendly-adaptive-log ZerothOrder-signs-adaptive-tanh FilterNoise "
+    "FilterNoise-rising-log"
 )
 """Methods that treat single entries, of which a complex number is one; test_references.py has their formulas."""
 

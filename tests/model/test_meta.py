@@ -6,7 +6,19 @@ import pytest
 import torch
 from torch import nn
 
-from bisam import ASAM, FSAM, SAM, AsyncSAM, BiSAM, LookSAM, MomentumSAM, SharpnessAware, cross_entropy
+from bisam import (
+    ASAM,
+    FSAM,
+    SAM,
+    AsyncSAM,
+    BiSAM,
+    FilterNoise,
+    LookSAM,
+    MomentumSAM,
+    SharpnessAware,
+    ZerothOrder,
+    cross_entropy,
+)
 from bisam.masks import RandomMask
 
 METHODS = {
@@ -18,6 +30,10 @@ METHODS = {
     "FSAM": FSAM(),
     "MomentumSAM": MomentumSAM(),
     "AsyncSAM": AsyncSAM(),
+    "ZerothOrder": ZerothOrder(draws=2),
+    "ZerothOrder, redrawn": ZerothOrder(draws=2, restore="redraw"),
+    "FilterNoise": FilterNoise(),
+    "FilterNoise, redrawn": FilterNoise(restore="redraw"),
 }
 
 

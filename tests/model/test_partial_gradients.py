@@ -195,13 +195,34 @@ def test_zeros_of_what_was_not_asked_for_take_no_memory():
 
 
 def test_layers_that_are_not_displaced_cost_no_additional_memory():
-    """Beside the copy from which the weights are restored."""
+    """Not even the copy from which displaced weights are restored."""
     model = nn.Sequential(nn.Linear(WIDE, WIDE, bias=False), nn.LayerNorm(WIDE))
     storages, alive = Storages(model[0].weight), []
     model.register_forward_pre_hook(lambda *_: alive.append(storages.alive()))
     with storages:
         SharpnessAware(model, SAMON(0.1), cross_entropy)(torch.randn(4, WIDE), torch.arange(4)).backward()
-    assert alive == [0, 1]
+    assert alive == [0, 0]
+
+
+class Shrinking(nn.Linear):
+    """Its forward pass changes its weights."""
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.weight.mul_(0.5)
+        return super().forward(x)
+
+
+def test_weights_that_a_pass_changes_are_restored_where_they_are_not_displaced():
+    model = nn.Sequential(Shrinking(4, 4), nn.Linear(4, 3))
+    sharp, before = SharpnessAware(model, SAM(Only(in_head, 0.1)), cross_entropy), model[0].weight.detach().clone()
+    for step in (1, 2):
+        sharp(torch.randn(8, 4), torch.arange(8) % 3)
+        assert torch.equal(model[0].weight, before * 0.5**step)  # as one pass at the weights does
+
+
+def in_head(name, parameter):
+    return name.startswith("1.")
 
 
 # What else a query keeps to.

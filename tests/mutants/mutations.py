@@ -14,10 +14,15 @@ from dataclasses import dataclass
 METHODS = ("tests/methods/test_references.py", "tests/methods/test_steps.py", "tests/methods/test_sam.py")
 METHODS += ("tests/methods/test_degenerate_cases.py", "tests/methods/test_state.py", "tests/methods/test_arguments.py")
 METHODS += ("tests/methods/test_esam.py", "tests/methods/test_trajectory.py", "tests/methods/test_flip_rate.py")
-METHODS += ("tests/methods/test_written.py", "tests/methods/test_longtail.py", "tests/methods/test_authors.py")
+METHODS += (
+    "tests/methods/test_drawn.py",
+    "tests/methods/test_written.py",
+    "tests/methods/test_longtail.py",
+    "tests/methods/test_authors.py",
+)
 MODEL = ("tests/model/test_oracle.py", "tests/model/test_gradients.py", "tests/model/test_parameters.py")
 MODEL += ("tests/model/test_module_state.py", "tests/model/test_rng.py", "tests/model/test_compatibility.py")
-MODEL += ("tests/model/test_inputs.py", "tests/model/test_partial_gradients.py")
+MODEL += ("tests/model/test_inputs.py", "tests/model/test_partial_gradients.py", "tests/model/test_meta.py")
 
 SUBJECTS: dict[str, tuple[str, ...]] = {
     "vector": ("tests/test_vector.py", "tests/methods/test_steps.py"),
@@ -87,6 +92,8 @@ TESTS: tuple[str, ...] = (
     "tests/integrations/pairs/test_pair.py",
     "tests/integrations/transformers/test_callback.py",
     "tests/integrations/transformers/test_trainer.py",
+    "tests/integrations/transformers/test_trl.py",
+    "tests/integrations/test_peft.py",
     "tests/distributed/test_statistics.py",
     "tests/distributed/test_flip_rate.py",
     "tests/distributed/test_distributed.py",
@@ -1326,28 +1333,77 @@ MUTANTS: tuple[Mutant, ...] = (
         "model",
         "displacement_sign",
         "The displacement is subtracted from the weights.",
-        "torch._foreach_add_([weights.tensors[i] for i in moved], [by.tensors[i] for i in moved])",
-        "torch._foreach_sub_([weights.tensors[i] for i in moved], [by.tensors[i] for i in moved])",
+        "torch._foreach_add_(self._of(weights, self._moved), self._of(at, self._moved))",
+        "torch._foreach_sub_(self._of(weights, self._moved), self._of(at, self._moved))",
     ),
     Mutant(
         "model",
         "weights_not_restored",
         "The weights stay displaced.",
-        "torch._foreach_copy_(self.weights.tensors, self._origin.tensors)",
+        "torch._foreach_copy_(self._of(weights, copied), self._of(self._copies, copied))",
         "pass",
     ),
     Mutant(
         "model",
         "weights_restored_by_subtraction",
         "The displacement is subtracted, in place of copying the weights back.",
-        "                _displace(weights, at)\n",
-        "                _displace(weights, at)\n                self._moved = at\n",
+        "self._copies = self._copies.clone()",
+        "self._copies = at",
         also=(
             (
-                "torch._foreach_copy_(self.weights.tensors, self._origin.tensors)",
-                "torch._foreach_sub_(self.weights.tensors, self._moved.tensors)",
+                "torch._foreach_copy_(self._of(weights, copied), self._of(self._copies, copied))",
+                "torch._foreach_sub_(self._of(weights, copied), self._of(self._copies, copied))",
             ),
         ),
+    ),
+    Mutant(
+        "model",
+        "weights_that_a_layer_changes_have_no_copy",
+        "Weights outside of the displacement are not restored where the forward pass changes weights.",
+        "self._findings.steady = not changed",
+        "self._findings.steady = True",
+    ),
+    Mutant(
+        "model",
+        "redrawn_tensor_restored_twice",
+        "After an interruption noise is subtracted from a tensor that it was not added to.",
+        "            if self._tensors[i]._version == self._versions[i] + 1:",
+        "            if True:",
+    ),
+    Mutant(
+        "methods",
+        "slope_of_the_training_loss",
+        "The adversary of ZerothOrder climbs the training loss, whatever its objective is.",
+        "query = Query(batch, objective, at, grad=False, buffers=oracle.buffers)",
+        "query = Query(batch, None, at, grad=False, buffers=oracle.buffers)",
+    ),
+    Mutant(
+        "methods",
+        "slope_with_dropout",
+        "The forward passes of ZerothOrder are in training mode.",
+        "query = Query(batch, objective, at, grad=False, buffers=oracle.buffers)",
+        "query = Query(batch, objective, at, grad=False)",
+    ),
+    Mutant(
+        "methods",
+        "every_step_draws_the_same_noise",
+        "The noise of ZerothOrder does not depend on the step.",
+        "[(self.seed, oracle.step, k) for k in range(self.draws)]",
+        "[(self.seed, 0, k) for k in range(self.draws)]",
+    ),
+    Mutant(
+        "methods",
+        "redrawn_slope_is_nan",
+        "A loss that is not finite makes weights that have no copy NaN.",
+        'return _finite(slope) if restore == "redraw" else slope',
+        "return slope",
+    ),
+    Mutant(
+        "methods",
+        "filter_noise_grows_with_the_filter",
+        "FilterNoise does not divide by the root of the number of entries of a filter.",
+        "keepdim=True) / max(entries, 1) ** 0.5",
+        "keepdim=True)",
     ),
     Mutant(
         "model",

@@ -55,6 +55,7 @@ from bisam import (
     EigenSAM,
     Every,
     ExtraGradient,
+    FilterNoise,
     FisherSAM,
     FocalSAM,
     FunctionalSAM,
@@ -75,6 +76,7 @@ from bisam import (
     VaSSO,
     Vector,
     WrongClasses,
+    ZerothOrder,
     ZSharp,
     momentum_of,
     next_step,
@@ -597,6 +599,24 @@ FAMILY: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], references.Twin]
     "ClassSAM-log": (
         lambda o: ClassSAM(Adaptive(0.5), NegLog(), Tanh(), weight=Tail([0])),
         references.class_sam(references.adaptive(0.5), TANH, [1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 1.0, 1.0], ascent=LOG),
+    ),
+    # Noise from a seed.
+    "ZerothOrder": (lambda o: ZerothOrder(0.5), references.zeroth_order(references.l2(0.5), CE, CE)),
+    "ZerothOrder-only-log": (
+        lambda o: ZerothOrder(Only(is_weight, 0.3), NegLog(), draws=3, seed=4),
+        references.zeroth_order(references.only(references.l2(0.3), is_weight), LOG, CE, 3, seed=4, rule=is_weight),
+    ),
+    "ZerothOrder-signs-adaptive-tanh": (
+        lambda o: ZerothOrder(Adaptive(0.5), Tanh(), NegLog(), draws=2, epsilon=1e-2, noise="rademacher"),
+        references.zeroth_order(references.adaptive(0.5), TANH, LOG, 2, 1e-2, signs=True),
+    ),
+    "FilterNoise": (
+        lambda o: FilterNoise(0.3, seed=2),
+        references.filter_noise(CE, lambda s: 0.3, lambda name, p: p.dim() > 1, 2),
+    ),
+    "FilterNoise-rising-log": (
+        lambda o: FilterNoise(Cosine(0.0, 0.5, steps=12), references.biased, descent=NegLog()),
+        references.filter_noise(LOG, lambda s: 0.25 * (1 - cos(pi * min(s.number / 12, 1))), references.biased),
     ),
     # Around any method.
     "RSAM": (lambda o: RSAM(0.05, SAM(L2(0.1))), references.rsam(0.05, references.climbing(B, CE, CE))),

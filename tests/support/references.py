@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 from math import ceil, cos, e as euler, exp, inf, log, pi
 from typing import Any
 
@@ -723,6 +724,75 @@ def rsam(sigma: float, twin: Twin, filters: bool = True, radius: float = inf) ->
         noise = [n * scale(p) if filters else n for n, p in zip(s.noise(), s.parts(w), strict=True)]
         noise = sigma * join(noise)
         return twin(w + min(1.0, radius / noise.norm().item()) * noise, s)
+
+    return outer
+
+
+def generator_of(*key: int) -> torch.Generator:
+    number = int.from_bytes(blake2b(repr(key).encode(), digest_size=8).digest(), "little")
+    return torch.Generator().manual_seed(number)
+
+
+def drawn_like(p: Tensor, generator: torch.Generator, *, signs: bool = False) -> Tensor:
+    """Noise of the shape of a tensor; a complex number is two entries."""
+    shape, dtype = torch.view_as_real(p).shape if p.is_complex() else p.shape, p.abs().dtype
+    if signs:
+        z = 2.0 * torch.randint(0, 2, shape, dtype=dtype, generator=generator) - 1
+    else:
+        z = torch.randn(shape, dtype=dtype, generator=generator)
+    return torch.view_as_complex(z) if p.is_complex() else z
+
+
+def zeroth_order(
+    climb: Climb,
+    ascent: Loss,
+    descent: Loss,
+    draws: int = 1,
+    epsilon: float = 1e-3,
+    seed: int = 0,
+    *,
+    signs: bool = False,
+    rule: Callable[[str, Tensor], bool] = lambda name, p: True,
+) -> Twin:
+    """Malladi et al., 2023: central differences along noise, in eval mode with the running statistics until now."""
+
+    def outer(w: Tensor, s: Step) -> Tensor:
+        still = copy.deepcopy(s.model)
+        for name, b in still.named_buffers():
+            b.copy_(s.memory.get("buffers", {}).get(name, b))
+        still.eval()
+        values, g = replace(s, model=still), torch.zeros_like(w)
+        for k in range(draws):
+            generator, parts = generator_of(seed, s.number, k), []
+            for name, p in s.model.named_parameters():
+                parts.append(drawn_like(p, generator, signs=signs) if rule(name, p) else torch.zeros_like(p))
+            z = join(parts)
+            rise = values.losses(w + epsilon * z, ascent).mean() - values.losses(w - epsilon * z, ascent).mean()
+            g = g + rise / (2 * epsilon) * z / draws
+        e = climb(g, w, s)
+        load(still.train(), w + e)
+        still(s.batch[0])  # running statistics move at the displaced point
+        s.memory["buffers"] = {n: b.clone() for n, b in still.named_buffers()}
+        return s.grad(w + e, descent)
+
+    return outer
+
+
+def filter_noise(
+    descent: Loss, sigma: Callable[[Step], float], rule: Callable[[str, Tensor], bool], seed: int = 0
+) -> Twin:
+    """Li et al., 2024: the standard deviation in a row of n entries is sigma / sqrt(n) times its norm."""
+
+    def outer(w: Tensor, s: Step) -> Tensor:
+        parts, generator = [], generator_of(seed, s.number)
+        for (name, _), p in zip(s.model.named_parameters(), s.parts(w), strict=True):
+            if not rule(name, p):
+                parts.append(torch.zeros_like(p))
+                continue
+            z = drawn_like(p, generator)
+            rows = [(p, z)] if p.dim() < 2 else [*zip(p, z, strict=True)]
+            parts.append(join([sigma(s) / row.numel() ** 0.5 * row.norm() * noise for row, noise in rows]))
+        return s.grad(w + join(parts), descent)
 
     return outer
 

@@ -27,6 +27,7 @@ from bisam.methods.combined import (
     Lookbehind as Lookbehind,
     StableSAM as StableSAM,
 )
+from bisam.methods.drawn import FilterNoise as FilterNoise, ZerothOrder as ZerothOrder
 from bisam.methods.efficient import (
     AESAM as AESAM,
     ESAM as ESAM,

@@ -22,6 +22,7 @@ from bisam.distributed.peers import Peers
 from bisam.distributed.placement import Scope, place
 from bisam.evaluation import Evaluation
 from bisam.model import passes
+from bisam.model.displacement import Redrawn, Saved
 from bisam.model.eval_mode import EvalMode
 from bisam.model.gradients import Hooks, LossScale, Scaler, Strangers, check_trainable, filled
 from bisam.model.inputs import Inputs
@@ -30,6 +31,7 @@ from bisam.model.parameters import inventory, layer_names, owners_of, parameter_
 from bisam.model.rng import RandomState, SameNoise
 from bisam.objectives import Count, Objective
 from bisam.oracle import Oracle, Query
+from bisam.seeded import Seeded
 from bisam.validation import check_losses, describe
 from bisam.vector import Layout, Vector, same_values
 
@@ -73,12 +75,14 @@ class Findings:
         strangers: the check of the first graphs.
         differentiates: whether forward passes compute derivatives themselves, so that they need a graph.
         initialised: whether the first pass of training has been made.
+        steady: whether that pass has changed no weights.
     """
 
     known: Known = field(default_factory=Known)
     strangers: Strangers = field(default_factory=Strangers)
     differentiates: bool = False
     initialised: bool = False
+    steady: bool = False
 
 
 class WeightsInitialised(Exception):
@@ -151,7 +155,7 @@ class ModelOracle(Oracle):
         hooks = [cast("dict[int, Any]", p._backward_hooks) for p in found.parameters if p._backward_hooks]
         self._hooks = Hooks(hooks + self._placement.hooks(found.parameters))
         self._inputs = Inputs(thorough=not self._findings.initialised)
-        self._origin: Vector | None = None  # the weights, while they are displaced
+        self._origin: Saved | Redrawn | None = None  # how the weights are restored, while they are displaced
         self._last_gradient: Vector | None = None  # the gradient of the last query
         self._eval_mode = EvalMode([m for m in (model, loss) if isinstance(m, nn.Module)], self.module_state)
         self._scale = None if scaler is None else LossScale(scaler)
@@ -339,9 +343,7 @@ class ModelOracle(Oracle):
             state.enter(track)
             passes.mark(additional=not track)
             if at is not None:
-                weights = self.weights
-                self._origin = weights.clone()
-                _displace(weights, at)
+                self._displace(at)
                 at = None  # frees its memory for the forward pass, if the method has no reference either
                 self._drop_copies()  # copies of the previous weights, in lower precision or gathered
             if self._noise is not None:
@@ -369,11 +371,19 @@ class ModelOracle(Oracle):
             if displaced or not query.differentiates:
                 self._drop_copies()  # copies of displaced weights, or copies without a graph
 
+    def _displace(self, at: Vector | Seeded) -> None:
+        weights = self.weights
+        if isinstance(at, Seeded):
+            self._origin = redrawn = Redrawn(weights, at)
+            redrawn.displace()
+        else:
+            self._origin = saved = Saved(weights, at, steady=self._findings.steady)
+            saved.displace(weights, at)
+
     def _restore_weights(self) -> bool:
-        # Copied back, not subtracted: exact in every precision, and after a NaN.
         if self._origin is None:
             return False
-        torch._foreach_copy_(self.weights.tensors, self._origin.tensors)
+        self._origin.restore(self.weights)
         self._origin = None
         return True
 
@@ -448,6 +458,7 @@ class ModelOracle(Oracle):
         state = self.module_state
         state.look()
         changed = self._changed(sums)
+        self._findings.steady = not changed
         if not self._anywhere(bool(changed) or state.changed):
             return set()
         weights, again, before = self.weights.clone(), state.present(), self._sums()
@@ -503,13 +514,6 @@ class ModelOracle(Oracle):
         """Frees copies of the weights that were made for a forward pass."""
         torch.clear_autocast_cache()
         self._placement.before_forward()
-
-
-def _displace(weights: Vector, by: Vector) -> None:
-    """Adds a displacement in place, except where it is zero by structure."""
-    moved = [i for i in range(len(by)) if i not in by.holes]
-    if moved:
-        torch._foreach_add_([weights.tensors[i] for i in moved], [by.tensors[i] for i in moved])
 
 
 def _detached(tensor: Tensor) -> Tensor:

@@ -36,6 +36,31 @@ _LENGTH = ("epochs", "steps")
 """A method whose step computes another number of gradients trains longer or shorter, at equal gradients."""
 _DECAY = ("weight_decay",)
 
+_ZEROTH_ORDER = Entry(
+    "zeroth-order SAM",
+    "ZerothOrder(L2({rho}), draws=1)",
+    "climb along noise by the difference of two forward passes",
+    "Malladi et al., 2023",
+    arxiv("2305.17333"),
+    gradients="1",
+    forwards="2 * draws",
+    rho=0.5,
+    advice="larger than SAM's",
+    family="saving",
+    own_fields=_LENGTH,
+)
+_FILTER_NOISE = Entry(
+    "filter noise",
+    "FilterNoise(Cosine(0.0, {rho}, steps=steps))",
+    "stand at a random point, in proportion to each filter: one gradient",
+    "Li et al., 2024",
+    arxiv("2409.14396"),
+    gradients="1",
+    advice="sigma, 0.05",
+    family="saving",
+    own_fields=_LENGTH,
+)
+
 METHODS: dict[str, Entry] = {
     # Plain training, and the method that all others change.
     PLAIN: Entry(
@@ -149,6 +174,7 @@ METHODS: dict[str, Entry] = {
         "Mueller et al., 2023",
         arxiv("2306.04226"),
         partial=True,
+        memory=0,
         rho=0.5,
         advice="larger than SAM's",
     ),
@@ -527,6 +553,22 @@ METHODS: dict[str, Entry] = {
         state="batch",
         advice="SAM's",
         family="saving",
+    ),
+    "zeroth_order": _ZEROTH_ORDER,
+    "zeroth_order_redrawn": replace(
+        _ZEROTH_ORDER,
+        name="zeroth-order SAM, redrawn",
+        expression="ZerothOrder(L2({rho}), draws=1, restore='redraw')",
+        what="the same without a copy of the weights, which are restored to a rounding",
+        memory=0,
+    ),
+    "filter_noise": _FILTER_NOISE,
+    "filter_noise_redrawn": replace(
+        _FILTER_NOISE,
+        name="filter noise, redrawn",
+        expression="FilterNoise(Cosine(0.0, {rho}, steps=steps), restore='redraw')",
+        what="the same without a copy of the weights, which are restored to a rounding",
+        memory=0,
     ),
     "saf": Entry(
         "SAF",

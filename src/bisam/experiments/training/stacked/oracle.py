@@ -20,6 +20,7 @@ from bisam import Evaluation, Oracle, Vector
 from bisam.experiments.training.stacked.network import Stack
 from bisam.objectives import Objective, at_step
 from bisam.oracle import Query
+from bisam.seeded import Seeded
 from bisam.vector import ORDINARY, Scalar
 
 
@@ -100,6 +101,7 @@ class StackedOracle(Oracle):
         assert query.wrt is None or all(query.wrt), "a stack computes whole gradients"
         inputs, labels = cast("tuple[Tensor, Tensor]", query.batch)
         at = query.take()
+        assert not isinstance(at, Seeded), "a stack keeps copies of its weights"
         weights = [w.requires_grad_() for w in (self.weights if at is None else self.weights + at)]
         objective = at_step(self.loss if query.objective is None else query.objective, self.step)
         with torch.enable_grad():

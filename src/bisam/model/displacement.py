@@ -1,0 +1,90 @@
+"""Displacement: moves the weights of a model for a query, and restores them.
+
+`Saved` restores them from a copy, bit for bit. `Redrawn` keeps no copy: it draws the noise that it has added again, and
+subtracts it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from bisam.seeded import Seeded
+from bisam.vector import Tensors, Vector
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class Saved:
+    """Weights and a copy of those that a displacement moves.
+
+    Args:
+        weights: the weights.
+        at: the displacement.
+        steady: whether the forward pass changes no weights itself, so that those outside of the displacement need no
+            copy.
+    """
+
+    def __init__(self, weights: Vector, at: Vector, *, steady: bool) -> None:
+        self._moved = [i for i in range(len(at)) if i not in at.holes]
+        # Copied back, not subtracted: exact in every precision, and after a NaN.
+        self._copies = weights.confined([i not in at.holes for i in range(len(at))] if steady else [True] * len(at))
+        self._copies = self._copies.clone()
+
+    def displace(self, weights: Vector, at: Vector) -> None:
+        """Adds the displacement in place, except where it is zero by structure."""
+        if self._moved:
+            torch._foreach_add_(self._of(weights, self._moved), self._of(at, self._moved))
+
+    def restore(self, weights: Vector) -> None:
+        """Restores the weights; may be called again after an interruption."""
+        copied = [i for i in range(len(weights)) if i not in self._copies.holes]
+        if copied:
+            torch._foreach_copy_(self._of(weights, copied), self._of(self._copies, copied))
+
+    @staticmethod
+    def _of(vector: Vector, indices: list[int]) -> Tensors:
+        return [vector.tensors[i] for i in indices]
+
+
+class Redrawn:
+    """Weights that seeded noise moves and that no copy is kept of: they are restored to a rounding.
+
+    Args:
+        weights: the weights.
+        noise: the displacement.
+
+    Raises:
+        ValueError: the weights are sharded, or in half precision.
+    """
+
+    def __init__(self, weights: Vector, noise: Seeded) -> None:
+        remedy = "use restore='copy', which restores every bit from a copy of the weights"
+        if weights.layout.sharded:
+            raise ValueError(f"displacements of sharded parameters cannot be drawn again: {remedy}")
+        if half := {t.dtype for t in weights} & {*_HALF}:
+            raise ValueError(
+                f"restoring {half.pop()} weights by subtraction changes them by up to 0.4 % in each query: {remedy}"
+            )
+        self._noise, self._tensors = noise, weights.tensors
+        # A version counts the changes of a tensor in place: after an interruption it tells which are displaced.
+        self._versions = [t._version for t in weights]
+
+    def displace(self) -> None:
+        """Adds the noise in place, one tensor after the other."""
+        for i, part in self._noise.each(Vector(self._tensors)):
+            self._tensors[i].add_(part)
+
+    def restore(self, weights: Vector) -> None:
+        """Draws the noise again and subtracts it; may be called again after an interruption.
+
+        Raises:
+            RuntimeError: the forward pass has replaced the memory of a weight.
+        """
+        for i, part in self._noise.each(Vector(self._tensors)):
+            if weights.tensors[i].data_ptr() != self._tensors[i].data_ptr():
+                raise RuntimeError(
+                    "the forward pass has replaced the memory of a weight while it was displaced, so that subtracting "
+                    "the displacement does not restore it: use restore='copy'"
+                )
+            if self._tensors[i]._version == self._versions[i] + 1:
+                self._tensors[i].sub_(part)
