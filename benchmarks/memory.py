@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.measure import Parser, at_least, report, write
 from bisam import SAM, SAMON, FilterNoise, MomentumSAM, Only, SharpnessAware, ZerothOrder, cross_entropy
+from bisam.experiments.models.gpt import GPT
 from bisam.experiments.runs import files
 from bisam.integrations.peft import FlatLoRA
 from bisam.methods import Method
@@ -32,37 +33,7 @@ from bisam.oracle import Oracle, Query, View
 
 RHO = 0.05
 MARKS = "<!-- memory: begin (python -m benchmarks.memory --to {} writes this table) -->", "<!-- memory: end -->"
-VOCABULARY, SEQUENCES, TOKENS = 16_000, 1, 128
-
-
-class Block(nn.Module):
-    """Causal self-attention and an MLP, each with a norm before it and a shortcut around it."""
-
-    def __init__(self, width: int, heads: int = 12) -> None:
-        super().__init__()
-        self.norm1, self.norm2, self.heads = nn.LayerNorm(width), nn.LayerNorm(width), heads
-        self.attention, self.projection = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.attention(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
-        x = x + self.projection(mixed)
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
-
-
-class GPT(nn.Module):
-    """A decoder whose embedding is its output layer; logits (examples of all sequences, vocabulary)."""
-
-    def __init__(self, layers: int = 12, width: int = 768, vocabulary: int = VOCABULARY) -> None:
-        super().__init__()
-        self.tokens, self.places = nn.Embedding(vocabulary, width), nn.Embedding(1024, width)
-        self.blocks, self.norm = nn.Sequential(*[Block(width) for _ in range(layers)]), nn.LayerNorm(width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        places = torch.arange(x.shape[1], device=x.device)
-        y = self.norm(self.blocks(self.tokens(x) + self.places(places)))
-        return (y @ self.tokens.weight.T).flatten(0, 1)
+VOCABULARY, HEADS, SEQUENCES, TOKENS = 16_000, 12, 1, 128
 
 
 class Live(TorchDispatchMode):
@@ -117,13 +88,13 @@ class Passes(View):
 
 def adapters(model: nn.Module) -> nn.Module:
     """LoRA adapters of rank 8 at all linear layers of the blocks."""
-    layers = ["attention", "projection", "up", "down"]
+    layers = ["attention", "mix", "up", "down"]
     return peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules=layers))  # pyright: ignore[reportArgumentType]
 
 
 def in_block(number: int, name: str, parameter: Tensor) -> bool:
-    """Whether a parameter is in a block of the model, or in the norm after the last one."""
-    return name.startswith((f"blocks.{number}.", "norm."))
+    """Whether a parameter is in a block of the model, or after the last one."""
+    return name.startswith((f"blocks.{number}.", "norm.", "head."))
 
 
 @dataclass(frozen=True)
@@ -162,7 +133,7 @@ def measured(
     """Returns a row: the peak of the third step in bytes, the parameters that are trained, and the passes of a step."""
     counts = {"gradients": 0, "forwards": 0}
     with torch.device("meta"):
-        model = GPT(layers, width, vocabulary)
+        model = GPT(vocabulary, width=width, depth=layers, heads=HEADS)
         x, y = torch.randint(9, (SEQUENCES, TOKENS)), torch.randint(9, (SEQUENCES, TOKENS))
         size = sum(p.nbytes for p in model.parameters())
         model = adapters(model) if contestant.lora else model
@@ -171,7 +142,7 @@ def measured(
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, foreach=False)  # without copies of all of its state
     method = contestant.method
-    sharp = None if method is None else SharpnessAware(model, _counted(method, counts), cross_entropy, _forward)
+    sharp = None if method is None else SharpnessAware(model, _counted(method, counts), cross_entropy)
     live = Live()
     for tensor in (*model.parameters(), x, y):
         live.add(tensor)
@@ -180,7 +151,7 @@ def measured(
             if step == 2:  # the first steps also look at the model
                 counts.update(gradients=0, forwards=0)
                 live.restart()
-            loss = F.cross_entropy(model(x), y.flatten()) if sharp is None else sharp(x, y)
+            loss = F.cross_entropy(model(x), y) if sharp is None else sharp(x, y)
             loss.backward()
             del loss
             optimizer.step()
@@ -196,10 +167,6 @@ def measured(
 
 def _counted(method: Method, counts: dict[str, int]) -> Method:
     return lambda oracle, batch: method(Passes(oracle, counts), batch)
-
-
-def _forward(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    return model(x), y.flatten()
 
 
 def rows(layers: int = 12, width: int = 768, vocabulary: int = VOCABULARY) -> list[dict[str, Any]]:
@@ -246,12 +213,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     number = at_least(1)
     parser.add_argument("--layers", type=number, default=12, help="blocks of the model (default: %(default)s)")
-    parser.add_argument("--width", type=number, default=768, help="a multiple of 12 (default: %(default)s)")
+    parser.add_argument("--width", type=number, default=768, help=f"a multiple of {2 * HEADS} (default: %(default)s)")
     parser.add_argument("--vocabulary", type=number, default=VOCABULARY, help="default: %(default)s")
     parser.add_argument("--to", metavar="PAGE", help="write the table into this page, between its marks")
     arguments = parser.parse_args(argv)
-    if arguments.width % 12:
-        parser.error(f"argument --width: must be a multiple of 12, the number of heads, got {arguments.width}")
+    if arguments.width % (2 * HEADS):
+        parser.error(f"argument --width: must be a multiple of {2 * HEADS}, got {arguments.width}")
     torch.set_num_threads(arguments.threads)
     size = {"layers": arguments.layers, "width": arguments.width, "vocabulary": arguments.vocabulary}
     found = rows(**size)

@@ -541,7 +541,7 @@ def test_memory_of_a_tiny_model(tmp_path, capsys):
     memory.main([*small, "--to", str(page), "--json", str(tmp_path / "memory.json")])
     rows = {row["method"]: row for row in written(tmp_path / "memory.json")["rows"]}
     weights = rows["plain AdamW"]["weights_bytes"]
-    assert weights == 4 * sum(p.numel() for p in memory.GPT(2, 48, 60).parameters())
+    assert weights == 4 * sum(p.numel() for p in memory.GPT(60, width=48, depth=2, heads=12).parameters())
     assert rows["plain AdamW"]["peak_bytes"] > 4 * weights  # weights, gradient, two averages
     copied, redrawn = rows["`ZerothOrder(0.5)`"], rows['`ZerothOrder(0.5, restore="redraw")`']
     assert copied["peak_bytes"] - redrawn["peak_bytes"] == pytest.approx(weights, rel=0.1)

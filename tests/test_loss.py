@@ -465,6 +465,38 @@ def test_backward_twice_with_retain_graph_doubles_and_without_raises():
         loss.backward()
 
 
+KEEPS = {
+    "the evaluation": lambda answer: answer,
+    "the vector": lambda answer: answer.gradient,
+    "one tensor": lambda answer: answer.gradient.tensors[-1],
+    "views": lambda answer: [t.view(-1) for t in answer.gradient.tensors],
+}
+
+
+@pytest.mark.parametrize("what", KEEPS)
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_a_gradient_that_a_method_keeps_is_not_multiplied(factor, what):
+    kept, tensors, before = [], [], []
+
+    def method(oracle, batch):
+        answer = SAM()(oracle, batch)
+        kept.append(KEEPS[what](answer))
+        before.extend(t.clone() for t in answer.gradient.tensors)
+        return answer
+
+    model = cases.mlp()
+    (factor * SharpnessAware(model, method, cross_entropy)(*cases.batch())).backward()
+    (one,) = kept
+    match what:
+        case "one tensor":
+            tensors, before = [one], before[-1:]
+        case "views":
+            tensors = [t.view_as(b) for t, b in zip(one, before, strict=True)]
+        case _:
+            tensors = getattr(one, "gradient", one).tensors
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+
+
 def test_a_factor_of_the_loss_needs_no_second_gradient_and_keeps_what_another_backward_pass_needs():
     method = Kept()
     model = cases.mlp()

@@ -11,11 +11,12 @@ loss. It replaces the loss in a training loop; the rest of the loop is unchanged
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence, Set as AbstractSet
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any, cast
+from functools import cache, partial
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -449,8 +450,9 @@ class WithGradient(torch.autograd.Function):
         if ctx.wraps is None:
             gradient = ctx.saved_tensors
             if not (ctx.owned and _is_one(factor)):
-                if ctx.owned and not _keeps_graph():
-                    torch._foreach_mul_(gradient, factor)  # a second gradient would be the peak of the step's memory
+                # In place where nothing else needs it: a second gradient could be the peak of the step's memory.
+                if ctx.owned and not _keeps_graph() and not _are_shared(gradient):
+                    torch._foreach_mul_(gradient, factor)
                 else:
                     gradient = torch._foreach_mul(gradient, factor)
             return None, None, None, None, None, *gradient
@@ -469,6 +471,49 @@ def _keeps_graph() -> bool:
     engine: Any = getattr(torch._C, "_autograd", None)
     keeps = getattr(engine, "_get_current_graph_task_keep_graph", None)  # older versions of torch do not say
     return torch.compiler.is_compiling() or keeps is None or bool(keeps())
+
+
+def _are_shared(saved: Sequence[Tensor]) -> bool:
+    """Whether anything but their graph refers to tensors that it has saved, or to their memory."""
+    uses = getattr(torch._C, "_storage_Use_Count", None)
+    if uses is None:
+        return True
+    objects, storages = _alone()
+    # A view, as the gradient of a linear layer is, shares its memory with its base.
+    used = [uses(t.untyped_storage()._cdata) - t._is_view() for t in saved]
+    return _references(saved) > objects or max(used) > storages
+
+
+def _references(tensors: Sequence[Tensor]) -> int:
+    return max(map(sys.getrefcount, tensors))
+
+
+class _Alone(torch.autograd.Function):
+    """Counts the references to a tensor that nothing but the graph refers to: how many depends on the versions."""
+
+    found: ClassVar[tuple[int, int]]
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """Saves another tensor."""
+        ctx.save_for_backward(x.clone())
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *factors: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Counts the references to it."""
+        saved = ctx.saved_tensors
+        storages = torch._C._storage_Use_Count(saved[0].untyped_storage()._cdata)
+        _Alone.found = _references(saved), storages
+        return factors[0]
+
+
+@cache
+def _alone() -> tuple[int, int]:
+    """Returns the references to a saved tensor, and to its storage, without further ones."""
+    with torch.enable_grad():
+        cast(Tensor, _Alone.apply(torch.zeros((), requires_grad=True))).backward()
+    return _Alone.found
 
 
 def _peers(layout: Layout) -> Peers | None:
