@@ -102,8 +102,11 @@ def _growth(content: Mapping[str, Any]) -> list[str]:
         "",
         f"![Time relative to the limit, against parameters and tensors]({FIGURE})",
         "",
-        "Batches of 32. Of networks that do not fit in memory, only the operators are counted: those that compute "
-        "something, in a step after the first two, beyond the operators of the limit.",
+        "Layers without biases and batches of 32: each weight is used once for an example, so that a pass costs little "
+        "for each weight, and the arithmetic with vectors of the size of the weights shows most. A convolution uses a "
+        "weight at every place of an image, and there is almost no overhead (above). Of networks that do not fit in "
+        "memory, only the operators are counted: those that compute something, in a step after the first two, beyond "
+        "the operators of the limit.",
         "",
         *_table(growth.HEADING, [growth.cells(row) for row in content["rows"]]),
     ]

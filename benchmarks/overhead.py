@@ -119,7 +119,7 @@ def measured(model: nn.Module, n: int, repeats: int) -> list[dict[str, Any]]:
 
 def needed(row: Mapping[str, Any]) -> str:
     """Returns the passes and steps of a cycle, in words."""
-    words = [f"{row['passes']:.3g} passes"]
+    words = [f"{row['passes']:.3g} pass{'' if row['passes'] == 1 else 'es'}"]
     if row["forwards"]:
         words.append(f"{row['forwards']} forward pass")
     return ", ".join([*words, f"{row['steps']} step{'s' if row['steps'] > 1 else ''}"])
