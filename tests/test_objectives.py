@@ -256,13 +256,21 @@ def test_blocks_of_rows_give_the_whole(problem, most):
 
 @pytest.mark.parametrize("shape", [(5, 7), (2, 7, 9), (1, 3, 2, 4, 5)], ids=str)
 @pytest.mark.parametrize("most", [1, 6, 14, 20, 50, 1000])
-def test_blocks_have_each_row_once_and_no_more_entries_than_wanted(shape, most):
+@pytest.mark.parametrize("name", ["_BLOCK", "_BLOCK_ON_CPU"])
+def test_blocks_have_each_row_once_and_no_more_entries_than_wanted(shape, most, name, monkeypatch):
+    monkeypatch.setattr(bounds_module, name, most)
     seen, logits = torch.zeros(shape), torch.zeros(shape)
-    for rows, block in bounds_module._blocks(logits.shape, most):
+    for rows, block in bounds_module._blocks(logits):
         seen[block] += 1
         assert torch.equal(seen[block].amin(1), seen[:, 0][rows])
         assert logits[block].numel() <= max(most, shape[1])
     assert (seen == 1).all()
+
+
+def test_blocks_are_larger_where_the_cache_does_not_count():
+    rows, classes = 64, 2**14
+    assert len(list(bounds_module._blocks(torch.empty(rows, classes)))) == 4
+    assert len(list(bounds_module._blocks(torch.empty(rows, classes, device="meta")))) == 1
 
 
 @fast

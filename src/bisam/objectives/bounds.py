@@ -23,6 +23,7 @@ GAMMA = math.log(math.e - 1)
 """The offset that makes the -log bound pass through the origin (Xie et al., 2024, eq. 15)."""
 
 _BLOCK = 2**24  # largest number of entries of a block of labels, or of rows: 64 MiB in float32
+_BLOCK_ON_CPU = 2**18  # that of rows on a CPU: 1 MiB, which its cache holds, so that the terms of a block do
 _sigmoid_backward = torch.ops.aten.sigmoid_backward.default  # grad s (1 - s) in one operation
 _sigmoid_backward_out = torch.ops.aten.sigmoid_backward.grad_input
 _FAST_MU = 64.0  # exp(-mu) is still a normal float32, so that the sums below can neither overflow nor vanish
@@ -486,7 +487,7 @@ class _ClosedForm(torch.autograd.Function):
         if ctx.in_blocks:
             total = torch.empty(labels.shape, dtype=wide(logits[:0]).dtype, device=logits.device)
             values = torch.empty_like(total)
-            for rows, block in _blocks(logits.shape, _BLOCK):
+            for rows, block in _blocks(logits):
                 values[rows], total[rows], *_ = _values(bound, logits[block], labels[rows], ignore_index)
             ctx.save_for_backward(logits, labels, total)
             return values
@@ -504,7 +505,7 @@ class _ClosedForm(torch.autograd.Function):
         if not ctx.in_blocks:
             return _rows(bound, grad, total, *terms).to(logits.dtype), None, None, None
         result = torch.empty_like(logits)
-        for rows, block in _blocks(logits.shape, _BLOCK):
+        for rows, block in _blocks(logits):
             _, _, index, ignored, s, u = _values(bound, logits[block], labels[rows], ctx.ignore_index)
             result[block] = _rows(bound, grad[rows], total[rows], index, ignored, s, u)
         return result, None, None, None
@@ -535,11 +536,13 @@ def _rows(
     return rows.scatter_(1, index, rows.sum(1, keepdim=True).neg_())
 
 
-def _blocks(shape: torch.Size, most: int) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
-    """Yields blocks of logits (N, K, d1, ...) with at most `most` entries, or one row: that of labels, that of logits.
+def _blocks(logits: Tensor) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
+    """Yields blocks of logits (N, K, d1, ...), as their places in the labels and in the logits.
 
-    The rows, which are along dimension 1, are not divided.
+    A block has at most `_BLOCK` entries, `_BLOCK_ON_CPU` on a CPU, or one row. The rows, which are along dimension 1,
+    are not divided.
     """
+    shape, most = logits.shape, min(_BLOCK, _BLOCK_ON_CPU) if logits.is_cpu else _BLOCK
     sizes, entries = (shape[0], *shape[2:]), shape.numel()
     ranges: list[list[slice]] = []
     for size in sizes:
