@@ -36,51 +36,24 @@ backend.pre_tokenizer = Whitespace()
 tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<end>")
 
 draw = random.Random(0)
-numbers = [[draw.randrange(10) for _ in range(4)] for _ in range(2200)]
+numbers = [draw.choices(range(10), k=4) for _ in range(2200)]
 rows = [{"prompt": f"{' '.join(map(str, four))} largest ", "completion": str(max(four))} for four in numbers]
 
 torch.manual_seed(0)
-model = GPT2LMHeadModel(
-    GPT2Config(
-        vocab_size=len(words),
-        n_positions=16,
-        n_embd=48,
-        n_layer=2,
-        n_head=4,
-        bos_token_id=1,
-        eos_token_id=1,
-        pad_token_id=0,
-    )
-)
+size = {"vocab_size": len(words), "n_positions": 16, "n_embd": 48, "n_layer": 2, "n_head": 4}
+model = GPT2LMHeadModel(GPT2Config(**size, bos_token_id=1, eos_token_id=1, pad_token_id=0))
+schedule = {"num_train_epochs": 3, "learning_rate": 5e-3, "lr_scheduler_type": "cosine", "warmup_steps": 20}
+batches = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 2}
+quiet = {"logging_steps": 60, "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
 with tempfile.TemporaryDirectory() as folder:
-    arguments = SFTConfig(
-        folder,
-        num_train_epochs=3,
-        per_device_train_batch_size=16,
-        gradient_accumulation_steps=2,
-        learning_rate=5e-3,
-        lr_scheduler_type="cosine",
-        warmup_steps=20,
-        logging_steps=60,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        bf16=False,
-    )
-    trainer = SharpnessAwareSFTTrainer(
-        model,
-        arguments,
-        train_dataset=Dataset.from_list(rows[:2000]),
-        processing_class=tokenizer,
-        method=BiSAM(rho=0.05),
-    )
-    trainer.train()
+    arguments = SFTConfig(folder, **schedule, **batches, **quiet, use_cpu=True, bf16=False)
+    data = Dataset.from_list(rows[:2000])
+    SharpnessAwareSFTTrainer(
+        model, arguments, train_dataset=data, processing_class=tokenizer, method=BiSAM(0.05)
+    ).train()
 
-model.eval()
 correct = 0
 for row in rows[2000:]:
-    prompt = tokenizer(row["prompt"], return_tensors="pt")
-    answer = model.generate(**prompt, max_new_tokens=1, do_sample=False, pad_token_id=0)
+    answer = model.generate(**tokenizer(row["prompt"], return_tensors="pt"), max_new_tokens=1, do_sample=False)
     correct += tokenizer.decode(answer[0, -1:]) == row["completion"]
 print(f"test accuracy {correct / 200:.3f}")

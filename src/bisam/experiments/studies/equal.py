@@ -10,6 +10,7 @@ from bisam.experiments.recipes.recipe import Recipe
 
 GRADIENTS: Mapping[str, float] = {
     **dict.fromkeys((PLAIN, "ksam", "momentum_sam", "opt_sam", "saf", "mesa"), 1.0),
+    **dict.fromkeys(("zeroth_order", "zeroth_order_redrawn", "filter_noise", "filter_noise_redrawn"), 1.0),
     "looksam": 1.2,
     # AE-SAM decides after each step whether the next one takes 1 or 2.
     **dict.fromkeys(("esam", "ebisam", "every", "during", "ae_sam"), 1.5),
