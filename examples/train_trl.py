@@ -34,7 +34,6 @@ words = ["<pad>", "<end>", "largest", *map(str, range(10))]
 backend = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
 backend.pre_tokenizer = Whitespace()
 tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<end>")
-
 draw = random.Random(0)
 numbers = [draw.choices(range(10), k=4) for _ in range(2200)]
 rows = [{"prompt": f"{' '.join(map(str, four))} largest ", "completion": str(max(four))} for four in numbers]
@@ -52,6 +51,7 @@ with tempfile.TemporaryDirectory() as folder:
         model, arguments, train_dataset=data, processing_class=tokenizer, method=BiSAM(0.05)
     ).train()
 
+model.eval()
 correct = 0
 for row in rows[2000:]:
     answer = model.generate(**tokenizer(row["prompt"], return_tensors="pt"), max_new_tokens=1, do_sample=False)
