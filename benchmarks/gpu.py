@@ -1,9 +1,8 @@
 """All tables of a GPU in one unattended run: step times, launches, waits, CUDA graphs, memory, float16, NCCL.
 
-Each table is for three networks (ResNet-50, ViT-B/16, a GPT with the width and depth of GPT-2
-small) in bfloat16, with the same
-implementations as `benchmarks.step`. What fails is a line of its table and ends nothing else. A run takes less than 12
-minutes on a recent GPU: the rounds of a table end when its share of the time is over.
+Each table is for three networks (ResNet-50, ViT-B/16, a GPT with the width and depth of GPT-2 small) in bfloat16, with
+the same implementations as `benchmarks.step`. What fails is a line of its table and ends nothing else. A run takes less
+than 12 minutes on a recent GPU: the rounds of a table end when its share of the time is over.
 
     python -m benchmarks.gpu --to gpu.md
     python -m benchmarks.gpu --dry-run --to gpu.md        # tiny networks on the CPU: shows that all tables are written

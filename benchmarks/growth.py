@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,14 +27,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.measure import Parser, at_least, interleaved, interval, judged, load, ratio, report, write
 from benchmarks.models import batch_for
-from benchmarks.step import Loss, Training, limit, ours
-from bisam import SAM
+from benchmarks.step import CONTESTANTS, LIMIT
 
 PARAMETERS = (10**5, 10**6, 10**7, 10**8, 10**9)
 TENSORS = (10, 100, 1000, 10_000)
 EXAMPLES = 32
-LIMIT, CONTESTANT = "limit", "bisam SAM"
-CONTESTANTS: Mapping[str, Callable[[nn.Module, Loss], Training]] = {LIMIT: limit, CONTESTANT: partial(ours, SAM())}
+CONTESTANT = "bisam SAM"
 _NO_KERNEL = ("aten.detach", "aten.view", "aten.expand", "aten.alias", "aten.t.", "aten.permute", "profiler.")
 """Operators that make another tensor of the same storage, or none."""
 
@@ -96,11 +94,11 @@ class Operators(TorchDispatchMode):
 def operators(size: Size) -> int:
     """Returns how many operators a later step of SAM has beyond those of its limit, on the meta device."""
     counts: list[int] = []
-    for make in (CONTESTANTS[CONTESTANT], limit):
+    for name in (CONTESTANT, LIMIT):
         with torch.device("meta"):
             model = Residual(size.tensors, size.width)
             x, y = batch_for(model, 4)
-        training = make(model, F.cross_entropy)
+        training = CONTESTANTS[name](model, F.cross_entropy)
         for _ in range(2):  # the first steps also look at the model
             training.step(x, y)
         with Operators() as counted:
@@ -115,7 +113,8 @@ def measured(size: Size, repeats: int) -> dict[str, Any]:
     model = Residual(size.tensors, size.width)
     x, y = batch_for(model, EXAMPLES)
     steps = {
-        name: partial(make(copy.deepcopy(model), F.cross_entropy).step, x, y) for name, make in CONTESTANTS.items()
+        name: partial(CONTESTANTS[name](copy.deepcopy(model), F.cross_entropy).step, x, y)
+        for name in (CONTESTANT, LIMIT)
     }
     found = ratio(interleaved(steps, repeats), CONTESTANT, LIMIT)
     overhead = found.seconds * (1 - 1 / found.median)

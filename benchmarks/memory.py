@@ -19,11 +19,9 @@ import peft
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from benchmarks.measure import Parser, at_least, report, write
+from benchmarks.step import RHO, Storages
 from bisam import SAM, SAMON, FilterNoise, MomentumSAM, Only, SharpnessAware, ZerothOrder, cross_entropy
 from bisam.experiments.models.gpt import GPT
 from bisam.experiments.runs import files
@@ -31,46 +29,8 @@ from bisam.integrations.peft import FlatLoRA
 from bisam.methods import Method
 from bisam.oracle import Oracle, Query, View
 
-RHO = 0.05
 MARKS = "<!-- memory: begin (python -m benchmarks.memory --to {} writes this table) -->", "<!-- memory: end -->"
 VOCABULARY, HEADS, SEQUENCES, TOKENS = 16_000, 12, 1, 128
-
-
-class Live(TorchDispatchMode):
-    """The bytes of the storages that are alive, now and at most since `restart`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._seen: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._most = 0  # what is alive at most: storages that have died since `now` are in it
-        self.peak = 0
-
-    def add(self, tensor: Any) -> None:
-        """Counts the storage of a tensor from now on."""
-        if isinstance(tensor, Tensor):
-            storage = tensor.untyped_storage()
-            ref = StorageWeakRef(storage)
-            if ref.cdata not in self._seen:
-                self._seen[ref.cdata] = ref, storage.nbytes()
-                self._most += storage.nbytes()
-
-    def now(self) -> int:
-        """Returns the bytes that are alive."""
-        self._seen = {key: pair for key, pair in self._seen.items() if not pair[0].expired()}
-        self._most = sum(size for _, size in self._seen.values())
-        return self._most
-
-    def restart(self) -> None:
-        """Forgets the peak until now."""
-        self.peak = self.now()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            self.add(leaf)
-        if self._most > self.peak:
-            self.peak = max(self.peak, self.now())
-        return out
 
 
 class Passes(View):
@@ -143,7 +103,7 @@ def measured(
     optimizer = torch.optim.AdamW(trained, foreach=False)  # without copies of all of its state
     method = contestant.method
     sharp = None if method is None else SharpnessAware(model, _counted(method, counts), cross_entropy)
-    live = Live()
+    live = Storages()
     for tensor in (*model.parameters(), x, y):
         live.add(tensor)
     with live:

@@ -13,7 +13,6 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import pytorch_optimizer
@@ -144,7 +143,7 @@ WITH_STATS = {"bisam SAM, stats": partial(ours, SAM(), stats=True)}
 
 
 def compiled(make: Callable[[nn.Module, Loss], Training], model: nn.Module, loss: Loss) -> Training:
-    """An implementation whose passes run the compiled model; what is between them is eager."""
+    """An implementation on a compiled model."""
     model.compile(dynamic=False)
     return make(model, loss)
 
@@ -153,8 +152,7 @@ COMPILED: dict[str, Callable[[nn.Module, Loss], Training]] = {
     f"{name}, compiled": partial(compiled, CONTESTANTS[name])
     for name in (LIMIT, "bisam SAM", "bisam BiSAM (-log)", "bisam ASAM")
 }
-"""Both passes as one compiled graph each. The vector arithmetic between them is not compiled: on a CPU it takes as long
-in one compiled graph as in 26 operators."""
+"""Both passes run the compiled model; the vector arithmetic between them is eager."""
 
 OF_A_PART: dict[str, Method] = {
     "bisam SAM, half of the tensors": SAM(RandomMask(RHO, beta=0.5)),
@@ -188,14 +186,12 @@ CASES = {
 }
 
 
-def speed(
-    case: Case, repeats: int, more: Mapping[str, Callable[[nn.Module, Loss], Training]] = MappingProxyType({})
-) -> list[dict[str, Any]]:
-    """One row per implementation, with further ones."""
+def speed(case: Case, repeats: int, *, compile: bool = False) -> list[dict[str, Any]]:
+    """One row per implementation, also with compiled models if asked for."""
     torch.manual_seed(0)
     model = case.model()
     x, y = batch_for(model, case.n)
-    contestants = {**case.contestants, **more}
+    contestants = case.contestants | (COMPILED if compile else {})
     steps = {
         name: partial(make(copy.deepcopy(model), F.cross_entropy).step, x, y) for name, make in contestants.items()
     }
@@ -204,7 +200,7 @@ def speed(
     for name in contestants:
         r: Ratio = ratio(times, name, LIMIT)
         bar = case.bar if name == "bisam SAM" else None
-        compared = name == "bisam BiSAM (-log)" or name not in {**CONTESTANTS, **COMPILED}
+        compared = name == "bisam BiSAM (-log)" or name not in CONTESTANTS | COMPILED
         to_sam = ratio(times, name, "bisam SAM") if compared else None
         row = {"contestant": name, **judged(r, bar), "ratio_to_sam": None if to_sam is None else to_sam.median}
         if to_sam is not None:
@@ -224,10 +220,17 @@ def to_sam(row: Mapping[str, Any]) -> str:
 
 @dataclass
 class Storages(TorchDispatchMode):
-    """Counts live storages of at least `least` bytes that were created inside the context or added by `add`."""
+    """Live storages of at least `least` bytes that were created inside the context or added by `add`, and their bytes.
 
-    least: int
-    seen: dict[int, StorageWeakRef] = field(default_factory=dict)
+    Attributes:
+        least: bytes of a storage that counts.
+        peak: the most bytes that were alive at once since `restart`.
+    """
+
+    least: int = 0
+    peak: int = 0
+    seen: dict[int, tuple[StorageWeakRef, int]] = field(default_factory=dict)
+    bound: int = 0  # on the bytes that are alive: those of storages that have died since the last look count in it
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -236,16 +239,28 @@ class Storages(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for t in tree_leaves(out):
             self.add(t)
+        if self.bound > self.peak:
+            self.peak = max(self.peak, self.nbytes())
         return out
 
     def add(self, t: Any) -> None:
-        if isinstance(t, Tensor) and t.untyped_storage().nbytes() >= self.least:
+        if isinstance(t, Tensor) and (size := t.untyped_storage().nbytes()) >= self.least:
             ref = StorageWeakRef(t.untyped_storage())
-            self.seen.setdefault(ref.cdata, ref)
+            if ref.cdata not in self.seen:
+                self.seen[ref.cdata] = ref, size
+                self.bound += size
 
     def alive(self) -> int:
-        self.seen = {k: ref for k, ref in self.seen.items() if not ref.expired()}
+        self.seen = {key: found for key, found in self.seen.items() if not found[0].expired()}
         return len(self.seen)
+
+    def nbytes(self) -> int:
+        self.alive()
+        self.bound = sum(size for _, size in self.seen.values())
+        return self.bound
+
+    def restart(self) -> None:
+        self.peak = self.nbytes()
 
 
 def memory(make: Callable[[nn.Module, Loss], Training], width: int = 512) -> dict[str, int]:
@@ -328,11 +343,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("argument --keep-memory: the C library is not glibc")
     parser.begin(arguments.threads)
 
-    more = COMPILED if arguments.compile else {}
     rows: list[dict[str, Any]] = []
     for name in arguments.models:
         case = CASES[name]
-        own = [{"model": name, "batch": case.n, **row} for row in speed(case, arguments.repeats, more)]
+        measured = speed(case, arguments.repeats, compile=arguments.compile)
+        own = [{"model": name, "batch": case.n, **row} for row in measured]
         rows += own
         report(
             f"Step time relative to the limit: {name}, batch {case.n}",

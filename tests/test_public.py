@@ -143,6 +143,7 @@ CORE = [
     "model.passes",
     "model.rng",
     "model.running_statistics",
+    "model.saved_tensors",
     "objectives.bounds",
     "objectives.classes",
     "objectives.forgetting",

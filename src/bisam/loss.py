@@ -11,12 +11,11 @@ loss. It replaces the loss in a training loop; the rest of the loop is unchanged
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence, Set as AbstractSet
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
-from typing import Any, ClassVar, cast
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +33,7 @@ from bisam.methods.method import stateful
 from bisam.model import compatibility
 from bisam.model.gradients import Scaler
 from bisam.model.oracle import Findings, Forward, ModelOracle, WeightsInitialised
+from bisam.model.saved_tensors import are_shared, keeps_graph
 from bisam.objectives import Objective, at_step
 from bisam.statistics import Observed, Recorder, StepStats
 from bisam.validation import instance, whole
@@ -413,8 +413,8 @@ class WithGradient(torch.autograd.Function):
 
     Call `apply(value, overflow, gradient, wraps, owned, *parameters)`. `overflow` (0 or NaN) is added to the factor
     that `backward` receives. `wraps` convert the local parts of the gradient to the tensor type of the parameters; None
-    if the parameters are ordinary tensors. If `owned`, and if the factor is 1, the tensors of the gradient themselves
-    may become `.grad`; autograd copies those that something else refers to.
+    if the parameters are ordinary tensors. If `owned`, the tensors of the gradient themselves may be multiplied in
+    place and become `.grad`, where nothing else refers to them.
     """
 
     @staticmethod
@@ -451,7 +451,7 @@ class WithGradient(torch.autograd.Function):
             gradient = ctx.saved_tensors
             if not (ctx.owned and _is_one(factor)):
                 # In place where nothing else needs it: a second gradient could be the peak of the step's memory.
-                if ctx.owned and not _keeps_graph() and not _are_shared(gradient):
+                if ctx.owned and not keeps_graph() and not are_shared(gradient):
                     torch._foreach_mul_(gradient, factor)
                 else:
                     gradient = torch._foreach_mul(gradient, factor)
@@ -464,56 +464,6 @@ class WithGradient(torch.autograd.Function):
 def _is_one(factor: Tensor) -> bool:
     """Whether a factor is known to be 1; that of another device is not waited for."""
     return not torch.compiler.is_compiling() and known(factor == 1) is True
-
-
-def _keeps_graph() -> bool:
-    """Whether another backward pass of the same graph may follow the present one, as with `retain_graph=True`."""
-    engine: Any = getattr(torch._C, "_autograd", None)
-    keeps = getattr(engine, "_get_current_graph_task_keep_graph", None)  # older versions of torch do not say
-    return torch.compiler.is_compiling() or keeps is None or bool(keeps())
-
-
-def _are_shared(saved: Sequence[Tensor]) -> bool:
-    """Whether anything but their graph refers to tensors that it has saved, or to their memory."""
-    uses = getattr(torch._C, "_storage_Use_Count", None)
-    if uses is None:
-        return True
-    objects, storages = _alone()
-    # A view, as the gradient of a linear layer is, shares its memory with its base.
-    used = [uses(t.untyped_storage()._cdata) - t._is_view() for t in saved]
-    return _references(saved) > objects or max(used) > storages
-
-
-def _references(tensors: Sequence[Tensor]) -> int:
-    return max(map(sys.getrefcount, tensors))
-
-
-class _Alone(torch.autograd.Function):
-    """Counts the references to a tensor that nothing but the graph refers to: how many depends on the versions."""
-
-    found: ClassVar[tuple[int, int]]
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        """Saves another tensor."""
-        ctx.save_for_backward(x.clone())
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *factors: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Counts the references to it."""
-        saved = ctx.saved_tensors
-        storages = torch._C._storage_Use_Count(saved[0].untyped_storage()._cdata)
-        _Alone.found = _references(saved), storages
-        return factors[0]
-
-
-@cache
-def _alone() -> tuple[int, int]:
-    """Returns the references to a saved tensor, and to its storage, without further ones."""
-    with torch.enable_grad():
-        cast(Tensor, _Alone.apply(torch.zeros((), requires_grad=True))).backward()
-    return _Alone.found
 
 
 def _peers(layout: Layout) -> Peers | None:

@@ -16,8 +16,11 @@ from tests.support import references
 from tests.support.cases import bits, parameters
 from tests.support.memory import Peak
 
-peft = pytest.importorskip("peft")
-from bisam.integrations.peft import FlatLoRA  # noqa: E402 - after the package that it needs
+pytest.importorskip("peft")
+
+import peft
+
+from bisam.integrations.peft import FlatLoRA
 
 
 def adapted(width: int = 6) -> nn.Module:

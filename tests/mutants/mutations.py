@@ -1654,6 +1654,20 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "loss",
+        "kept_gradient_multiplied",
+        "A gradient that the method keeps is multiplied by the factor in place.",
+        "if ctx.owned and not keeps_graph() and not are_shared(gradient):",
+        "if ctx.owned and not keeps_graph():",
+    ),
+    Mutant(
+        "loss",
+        "gradient_of_a_kept_graph_multiplied",
+        "A second backward pass of the same graph multiplies the product of the first one.",
+        "if ctx.owned and not keeps_graph() and not are_shared(gradient):",
+        "if ctx.owned and not are_shared(gradient):",
+    ),
+    Mutant(
+        "loss",
         "gradient_of_the_state_shared",
         "A gradient that the state of the method has views of becomes `.grad` itself.",
         "owned = oracle.is_last_gradient(grad) and method_state.is_empty(oracle.state)",

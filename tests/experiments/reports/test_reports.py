@@ -1015,6 +1015,12 @@ def test_a_report_of_sgd_alone_has_no_figure_of_flips(finished, tmp_path, bisam)
     assert "flips" not in (tmp_path / "elsewhere" / "report.md").read_text()
 
 
+def test_the_caption_says_that_seeds_draw_a_long_tail():
+    tail = "and, of a long tail, the examples that are left"
+    assert tail not in legends.caption([run(SAM)])
+    assert tail in legends.caption([run(replace(SAM, imbalance=10.0))])
+
+
 def test_the_caption_says_which_times_are_those_of_stacks():
     alone, stacked = run(SAM), run(replace(SAM, seed=1))
     stacked.result["stacked"] = 12

@@ -52,7 +52,7 @@ _ZEROTH_ORDER = Entry(
 _FILTER_NOISE = Entry(
     "filter noise",
     "FilterNoise(Cosine(0.0, {rho}, steps=steps))",
-    "stand at a random point, in proportion to each filter: one gradient",
+    "the gradient at a random point; noise in proportion to each filter",
     "Li et al., 2024",
     arxiv("2409.14396"),
     gradients="1",
