@@ -23,12 +23,12 @@ from bisam.experiments.training.checks import check_model
 from bisam.experiments.training.counting import CountedMethod
 from bisam.experiments.training.hidden import with_hidden_states
 from bisam.experiments.training.measured import cost, measured_batches
-from bisam.experiments.training.reference_speed import REFERENCE_STEPS, ReferenceSpeed
+from bisam.experiments.training.reference_speed import REFERENCE_STEPS, ReferenceSpeed, measurements
 from bisam.methods import Method
 
 _STEPS = 2
 _FORWARD = 1 / 3  # time of a forward pass, in gradients
-_READS = 3  # iterators over data in an epoch: to train, to validate, and for the reference speed
+_READS = 2  # iterators over data in an epoch: to train and to validate
 _SAMPLED = 20  # steps of a toy model, as if they were the whole run
 
 
@@ -70,13 +70,14 @@ def estimate(recipe: Recipe, machine: Machine) -> Estimate:
             f"{recipe.model} with batches of {recipe.batch_size} does not fit into the memory of this machine",
         )
     length = run_length(recipe, batches_of(training, recipe.batch_size, machine.devices * machine.nodes))
-    plain = min(length.losses_per_epoch, REFERENCE_STEPS)  # reference steps, which each epoch adds
+    plain = measurements(length.epochs, length.losses_per_epoch)
     work = length.losses * (step + _FORWARD * forwards)
-    work += length.epochs * (plain + _FORWARD * validation / recipe.batch_size)
+    work += plain * min(length.losses_per_epoch, REFERENCE_STEPS)
+    work += length.epochs * _FORWARD * validation / recipe.batch_size
     measured = min(recipe.measured_epochs, length.epochs) * measured_batches(recipe, training)
     own, more = cost(recipe)
     work += measured * (own + _FORWARD * more)
-    return Estimate(step, before + seconds * work + length.epochs * _READS * latency)
+    return Estimate(step, before + seconds * work + (length.epochs * _READS + plain) * latency)
 
 
 @cache

@@ -1,14 +1,15 @@
 """Reference speed: seconds of a plain training step on this machine now, the unit of `relative_time`.
 
 Wall-clock times of a shared or throttled machine vary; the ratio of two times measured directly after each other varies
-least. So each epoch is followed by a few steps of plain training on a copy of the model.
+least. So epochs are followed by a few steps of plain training on a copy of the model: each epoch if it is long, one in
+a while if epochs are short, so that these steps are a small part of the run.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, cast
 
@@ -25,7 +26,37 @@ from bisam.experiments.training.fsdp import shard
 from bisam.experiments.training.optimizers import build_optimizer, grad_scaler
 
 REFERENCE_STEPS = 8
-"""Plain training steps after each epoch."""
+"""Plain training steps of one measurement."""
+RENEWED = 16 * REFERENCE_STEPS
+"""Losses of a run between two measurements, at least."""
+
+
+class LatestSpeed:
+    """The latest measurement of the reference speed, which is renewed after an epoch if it is old."""
+
+    def __init__(self) -> None:
+        self._seconds: float | None = None
+        self._losses = 0  # since the latest measurement
+
+    def after(self, losses: int, measure: Callable[[], float]) -> float:
+        """Return the seconds of a plain step.
+
+        Args:
+            losses: number of losses of the epoch that has ended.
+            measure: measures the present speed.
+        """
+        self._losses += losses
+        if self._seconds is None:
+            measure()  # the first steps of a process are slower
+        elif self._losses < RENEWED:
+            return self._seconds
+        self._seconds, self._losses = measure(), 0
+        return self._seconds
+
+
+def measurements(epochs: int, losses: int) -> int:
+    """Return how often a run of `epochs` with so many `losses` in each measures its speed, warm-up included."""
+    return 2 + (epochs - 1) // -(-RENEWED // losses) if epochs else 0
 
 
 class PrefetchedSplit:

@@ -58,7 +58,7 @@ from bisam.experiments.training.optimizers import (
     descent_loss,
     grad_scaler,
 )
-from bisam.experiments.training.reference_speed import ReferenceSpeed
+from bisam.experiments.training.reference_speed import LatestSpeed, ReferenceSpeed
 from bisam.experiments.training.state import RunState
 from bisam.experiments.training.step_metrics import OnStepMetrics, StepMetrics
 from bisam.experiments.training.weight_average import WeightAverage
@@ -215,7 +215,7 @@ class Training:
         self._train, self._validation = (part.to(fabric.device) for part in (splits.train, splits.validation))
         self._model = model.to(memory_format=torch.channels_last) if recipe.channels_last else model
         # A sharded model cannot be copied: both copies are made before, and the optimizer after it is sharded.
-        self._reference_speed = ReferenceSpeed(fabric, model, self._train, recipe)
+        self._reference_speed, self._latest_speed = ReferenceSpeed(fabric, model, self._train, recipe), LatestSpeed()
         average = None if recipe.ema is None else WeightAverage(model, recipe.ema, fabric)
         shard(model, fabric)
         optimizer = build_optimizer(model, recipe)
@@ -445,7 +445,9 @@ class Training:
         if recipe.steps is not None:  # fewer if the epoch was cut short
             steps = (epoch - 1) * self._length.steps_per_epoch + -(-int(row["losses"]) // recipe.accumulate)
             row["step"] = min(row["step"], steps)
-        row["relative_time"] = row["seconds"] / row["losses"] / self._reference_speed.seconds_per_loss()
+        losses = int(row["losses"])
+        plain = self._latest_speed.after(losses, self._reference_speed.seconds_per_loss)
+        row["relative_time"] = row["seconds"] / losses / plain
         if by_epoch:
             state.scheduler.step()
         share_buffers(self._model, self._fabric)

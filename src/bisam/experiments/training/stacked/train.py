@@ -11,6 +11,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from math import isfinite
 from typing import Any
 
@@ -30,6 +31,7 @@ from bisam.experiments.training.counting import CountedMethod
 from bisam.experiments.training.epoch import prepared
 from bisam.experiments.training.metrics import ranked, scores
 from bisam.experiments.training.optimizers import advances_by_epoch, build_optimizer, build_scheduler, descent_loss
+from bisam.experiments.training.reference_speed import LatestSpeed
 from bisam.experiments.training.stacked.checks import check
 from bisam.experiments.training.stacked.network import Stack
 from bisam.experiments.training.stacked.oracle import StackedOracle
@@ -102,7 +104,7 @@ class StackTraining:
             examples=len(loaded[0].train),
         )
         self._method, self._steps = CountedMethod(method), 0
-        self._reference = _Reference(stack, recipe)
+        self._reference, self._latest_speed = _Reference(stack, recipe), LatestSpeed()
         self._histories: list[list[Row]] = [[] for _ in recipes]
         self._best_scores = torch.full((len(recipes),), -2.0, dtype=torch.float64)  # below any score
         self._best_epochs = [0] * len(recipes)
@@ -153,7 +155,8 @@ class StackTraining:
                 first.append((inputs, labels))
         rows = sums.rows(self._method.counts[True], self._method.counts[False])  # waits for the device
         seconds = time.perf_counter() - start
-        relative = seconds / losses / self._reference.seconds_per_loss(first)
+        plain = self._latest_speed.after(losses, partial(self._reference.seconds_per_loss, first))
+        relative = seconds / losses / plain
         shared_after: Row = {"losses": losses, "seconds": seconds / count, "relative_time": relative}
         if by_epoch:
             self._scheduler.step()
