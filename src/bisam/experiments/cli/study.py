@@ -15,7 +15,7 @@ from bisam.experiments.cli.options import Launch, flag, with_file
 from bisam.experiments.cli.plan import show_runs, show_times
 from bisam.experiments.cli.progress import Display
 from bisam.experiments.cli.terminal import console, errors
-from bisam.experiments.errors import DamagedError, RunError
+from bisam.experiments.errors import DamagedError, RunError, to_find
 from bisam.experiments.launch.outcomes import Done, Outcome, collect_outcomes, known_outcome
 from bisam.experiments.recipes import config
 from bisam.experiments.recipes.changes import pairs
@@ -204,7 +204,7 @@ class StudySubject:
                 errors.print(f"bisam: no finished run has the settings of {self.name}: these runs have other settings")
         if not found:
             again = " ".join(["bisam run", self.name, *(f"--set {change}" for change in changes)])
-            remedy = f"run `{again}` first, or give its --out"
+            remedy = to_find(again, self.study.folder, place.given)
             if place.archived:
                 remedy = f"it has runs in {', '.join(sorted(path.name for path in place.folder.iterdir()))}"
             raise ValueError(f"no finished run of {self.name} in {place.given}: {remedy}")
