@@ -394,7 +394,7 @@ HERE: dict[tuple[str, str], list[Callable[[], dict[str, Any]]]] = {
     (FRONT, "bisam"): [loop],
     (LOOP, "A plain loop"): [loop],
     (LOOP, "Mixed precision, clipping, accumulation"): [lambda: {**loop(), "loader": batches(2), "parts": 2}],
-    (LOOP, "Examples that are remembered"): [numbered],
+    (LOOP, "Numbered examples (SAF)"): [numbered],
     (LOOP, "Models that compute their own loss"): [nano_gpt, hugging_face, seq2seq],
     (LOOP, "Accelerate"): [accelerated],
     (LOOP, "Fabric"): [fabric],
