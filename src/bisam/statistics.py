@@ -1,4 +1,4 @@
-"""Statistics of a training step, from the queries that its method makes anyway: no pass of the model is added.
+"""Statistics: norms, rise of the loss and cosine of a training step, from the queries that its method makes anyway.
 
     sharp = SharpnessAware(model, SAM(0.05), cross_entropy, stats=True)
     sharp(x, y).backward()
