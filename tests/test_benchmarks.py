@@ -18,6 +18,7 @@ pytest.importorskip("torchvision")
 
 from benchmarks import (
     docs,
+    epoch,
     gpu,
     growth,
     measure,
@@ -36,7 +37,9 @@ from bisam import SharpnessAware, cross_entropy
 from bisam.experiments.measurements import timing
 from bisam.oracle import View
 
-MAINS = [module.main for module in (objective, step, overhead, growth, memory, pipeline, parallel, scaling, stacked)]
+MAINS = [
+    module.main for module in (objective, step, overhead, growth, memory, pipeline, epoch, parallel, scaling, stacked)
+]
 RATIO = {"median", "low", "high", "rounds", "seconds", "median_low", "median_high", "load", "cores", "bar", "verdict"}
 QUIET = timing.Load(0.25, 2)
 LOADED = timing.Load(7.5, 2)
@@ -239,6 +242,27 @@ def test_pipeline(tmp_path, capsys, monkeypatch):
     assert "(bar 10)" in capsys.readouterr().out
 
 
+def test_the_shares_of_an_epoch(tmp_path, capsys):
+    path, page = tmp_path / "epoch.json", tmp_path / "page.md"
+    epoch.main(["--dataset", "digits", "--model", "mlp", "--repeats", "2", "--json", str(path)])
+    rows = written(path)["rows"]
+    for whole, first in (("training epoch", epoch.STEP), ("epoch", epoch.TRAINING)):
+        parts = {r["part"]: r["share"] for r in rows if r["whole"] == whole}
+        assert sum(parts.values()) == pytest.approx(1)
+        assert min(parts.values()) > 0
+        assert max(parts, key=parts.__getitem__) == first
+    assert [r["part"] for r in rows if r["bar"] is not None] == [epoch.STEP]
+    assert "training epoch" in capsys.readouterr().out
+    docs.main([str(path), "--to", str(page)])
+    assert f"| epoch | {epoch.VALIDATION} |" in page.read_text()
+
+
+def test_an_epoch_of_unknown_data_is_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        epoch.main(["--dataset", "cifra10"])
+    assert "'cifra10'" in capsys.readouterr().err
+
+
 def test_stacked(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(timing, "BLOCK", 0.0)
     path = tmp_path / "stacked.json"
@@ -431,6 +455,16 @@ def objective_file(path, row):
     path.write_text(json.dumps({**content, "rows": [{"size": [8, 4], "contestant": "NegLog", **row}]}))
     docs.main([str(path), "--to", str(path.with_suffix(".md"))])
     return path.with_suffix(".md").read_text()
+
+
+def test_a_page_keeps_the_sections_of_other_benchmarks(tmp_path):
+    row = {"median": 0.742, "low": 0.7, "high": 0.8, "rounds": 9, "seconds": 1e-4, "bar": 1.0, "passed": True}
+    page = tmp_path / "o.md"
+    page.write_text("# Old\n\nOld words.\n\n## Others\n\n| a |\n\nend.\n")
+    first = objective_file(tmp_path / "o.json", row)
+    assert first.startswith(docs.INTRODUCTION.rstrip() + "\n\n\n## Others\n\n| a |\n\nend.\n\n\n## Forward and")
+    second = objective_file(tmp_path / "o.json", {**row, "median": 0.5})
+    assert second == first.replace("0.742", "0.500")
 
 
 def test_the_page_still_shows_files_without_intervals(tmp_path):
