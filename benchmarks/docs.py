@@ -209,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("results", nargs="+", type=Path, help="JSON files of the benchmarks")
     parser.add_argument("--to", type=Path, default=PAGE, help="page to write (default: docs/benchmarks.md)")
     arguments = parser.parse_args(argv)
-    made: dict[str, str] = {}
+    made: dict[str, list[str]] = {}
     for path in arguments.results:
         try:
             content = read_json(path)
@@ -218,18 +218,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         except RunError as error:
             sys.exit(f"{parser.prog}: {error}")
         text = "\n".join(section(content)).rstrip()
-        made[_title(text)] = text
+        made.setdefault(_title(text), []).append(text)
         if content["benchmark"] == "growth":
             growth.draw(content["rows"], arguments.to.with_name(FIGURE))
-    write(arguments.to, "\n\n".join([INTRODUCTION.rstrip(), *(_present(arguments.to) | made).values()]) + "\n")
+    sections: list[str] = []
+    for text in _present(arguments.to):
+        title = _title(text)
+        sections += made.get(title, [text])
+        if title in made:
+            made[title] = []  # of several sections with this title, they are in the place of the first
+    sections += [text for texts in made.values() for text in texts]
+    write(arguments.to, "\n\n".join([INTRODUCTION.rstrip(), *sections]) + "\n")
 
 
-def _present(page: Path) -> dict[str, str]:
-    """The sections of a page that exists, by their titles."""
+def _present(page: Path) -> list[str]:
+    """The sections of a page that exists."""
     if not page.is_file():
-        return {}
-    found = page.read_text(encoding="utf-8").split("\n## ")[1:]
-    return {_title(text): text.rstrip() for text in (f"## {one}" for one in found)}
+        return []
+    return [f"## {text.rstrip()}" for text in page.read_text(encoding="utf-8").split("\n## ")[1:]]
 
 
 def _title(text: str) -> str:

@@ -459,12 +459,24 @@ def objective_file(path, row):
 
 def test_a_page_keeps_the_sections_of_other_benchmarks(tmp_path):
     row = {"median": 0.742, "low": 0.7, "high": 0.8, "rounds": 9, "seconds": 1e-4, "bar": 1.0, "passed": True}
-    page = tmp_path / "o.md"
-    page.write_text("# Old\n\nOld words.\n\n## Others\n\n| a |\n\nend.\n")
+    page, others = tmp_path / "o.md", "## Others\n\n| a |\n\nend.\n\n## Others\n\n| b |\n"
+    page.write_text(f"# Old\n\nOld words.\n\n{others}")
     first = objective_file(tmp_path / "o.json", row)
-    assert first.startswith(docs.INTRODUCTION.rstrip() + "\n\n\n## Others\n\n| a |\n\nend.\n\n\n## Forward and")
+    assert first.startswith(f"{docs.INTRODUCTION}\n{others}\n## Forward and")
     second = objective_file(tmp_path / "o.json", {**row, "median": 0.5})
     assert second == first.replace("0.742", "0.500")
+
+
+def test_new_sections_take_the_place_of_all_that_have_their_title(tmp_path):
+    page, path = tmp_path / "o.md", tmp_path / "o.json"
+    row = {"median": 0.742, "low": 0.7, "high": 0.8, "rounds": 9, "seconds": 1e-4, "bar": 1.0, "passed": True}
+    made = objective_file(path, row)
+    title = next(line for line in made.splitlines() if line.startswith("## "))
+    page.write_text(f"{made}\n## Others\n\n{title}\n\nold\n")
+    docs.main([str(path), str(path), "--to", str(page)])
+    text = page.read_text()
+    assert (text.count(title), text.count("0.742"), text.count("old")) == (2, 2, 0)
+    assert text.endswith("\n\n## Others\n")
 
 
 def test_the_page_still_shows_files_without_intervals(tmp_path):
