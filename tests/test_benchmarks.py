@@ -33,6 +33,7 @@ from benchmarks import (
     step,
     versions,
 )
+from benchmarks.operators import Operators
 from bisam import SharpnessAware, cross_entropy
 from bisam.experiments.measurements import timing
 from bisam.oracle import View
@@ -88,6 +89,21 @@ def test_objective(tmp_path, capsys):
     assert "NegLog" in shown
     assert "(bar 1)" in shown
     assert [p.name for p in tmp_path.iterdir()] == ["objective.json"]
+
+
+def test_operators_and_passes_of_an_objective():
+    def work(name, n, classes):
+        found = objective.counted(objective.CONTESTANTS[name], n, classes)
+        return found["operators"], found["passes"]
+
+    for size in ((128, 10), (512, 100)):
+        assert work(objective.PLAIN, *size) == (7, 6)
+        assert work("NegLog", *size) <= (16, 10)
+        assert work("Tanh", *size) <= (20, 18)
+    with Operators(least=20) as found:
+        x = torch.ones(4, 5)
+        (x + x[:1].expand(4, 5)).mul_(2).gather(1, torch.zeros(4, 1, dtype=torch.long)).sum()
+    assert (found.count, found.entries) == (6, 20 * (1 + 3 + 2))
 
 
 def test_objective_leaves_out_what_takes_too_long(tmp_path, capsys, monkeypatch):
