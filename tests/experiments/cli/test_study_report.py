@@ -29,7 +29,9 @@ def test_the_report_says_so(tmp_path, capsys):
     report(STUDY, runs, [], Source(tmp_path, tmp_path), tmp_path / "digits")
     text = (tmp_path / "digits" / "report.md").read_text()
     assert text.split("\n\n")[1].startswith(OTHER_SETTINGS)
-    assert "primary" not in text
+    assert "(primary)" not in text
+    assert "**Primary comparison**" not in text
+    assert "Unfinished" not in text
     assert "Other settings:" in capsys.readouterr().out
 
 

@@ -79,6 +79,7 @@ class StudySubject:
         if launch.dry_run:  # it checks what takes time after it has printed the runs
             return
         _refuse("without --dry-run nothing is estimated", given & {"estimate"})
+        _check_models(recipes)
         _check_methods(recipes)
         if self.study.analyses is not None:
             from bisam.experiments.analyses.catalogue import known
@@ -231,6 +232,13 @@ def _pinned(changes: tuple[str, ...], data_dir: Path) -> tuple[str, ...]:
 
     others = [one for one in changes if one.partition("=")[0].strip() != "weights"]
     return *others, f"weights={pinned(weights, data_dir)}"
+
+
+def _check_models(recipes: Iterable[Recipe]) -> None:
+    from bisam.experiments.models.build import check_name
+
+    for model in dict.fromkeys(recipe.model for recipe in recipes):
+        check_name(model)
 
 
 def _check_methods(recipes: Iterable[Recipe]) -> None:
