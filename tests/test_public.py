@@ -185,7 +185,7 @@ def test_type_checkers_read_the_names_that_are_loaded_when_they_are_used():
 SAM = "SAM(0.05)"
 
 
-QUERY = "*, at=None, grad=True, track=None, wrt=None, last=False)"
+QUERY = "*, at=None, grad=True, track=None, wrt=None, last=False"
 
 
 @pytest.mark.parametrize(
