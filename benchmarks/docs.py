@@ -10,8 +10,9 @@ python -m benchmarks.pipeline --json pipeline.json
 python -m benchmarks.epoch --json epoch.json
 python -m benchmarks.parallel --json parallel.json
 python -m benchmarks.scaling --json scaling.json
+python -m benchmarks.overlap --json overlap.json
 python -m benchmarks.docs objective.json step.json overhead.json growth.json pipeline.json epoch.json
-python -m benchmarks.docs parallel.json scaling.json --to docs/scaling.md
+python -m benchmarks.docs parallel.json scaling.json overlap.json --to docs/scaling.md
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import epoch, growth, objective, parallel, pipeline, scaling
+from benchmarks import epoch, growth, objective, overlap, parallel, pipeline, scaling
 from benchmarks.measure import interval, load
 from benchmarks.overhead import needed
 from benchmarks.step import LIMIT, to_sam
@@ -36,13 +37,14 @@ TITLES = {"scaling": "Scaling over processes"}
 INTRODUCTION = """# Benchmarks
 
 `python -m benchmarks.docs` writes this page from the results of `benchmarks.objective`, `benchmarks.step`,
-`benchmarks.overhead`, `benchmarks.growth`, `benchmarks.pipeline`, `benchmarks.epoch`, `benchmarks.parallel` and
-`benchmarks.scaling`. The measured variants take turns within each round, so that anything that slows the machine slows
-all of them. Each number is the median over the rounds of the ratio to the reference, with its 95 % interval (of the
-sign test); the interval tells how exact the run is, not how other processes or machines differ. A bar is met if the
-whole interval meets it, missed if no part of it does, and undecided otherwise. If the load of other programs was above
-1.5 per core, there is no verdict. Sections that were measured before bisam recorded this have quartiles instead, and
-their verdict is that of the median alone. Absolute times are omitted because they mean little on a shared machine.
+`benchmarks.overhead`, `benchmarks.growth`, `benchmarks.pipeline`, `benchmarks.epoch`, `benchmarks.parallel`,
+`benchmarks.scaling` and `benchmarks.overlap`. The measured variants take turns within each round, so that anything that
+slows the machine slows all of them. Each number is the median over the rounds of the ratio to the reference, with its
+95 % interval (of the sign test); the interval tells how exact the run is, not how other processes or machines differ. A
+bar is met if the whole interval meets it, missed if no part of it does, and undecided otherwise. If the load of other
+programs was above 1.5 per core, there is no verdict. Sections that were measured before bisam recorded this have
+quartiles instead, and their verdict is that of the median alone. Absolute times are omitted because they mean little on
+a shared machine.
 """
 
 
@@ -184,6 +186,23 @@ def _scaling(content: Mapping[str, Any]) -> list[str]:
     return [title, "", *_table(heading, rows)]
 
 
+def _overlap(content: Mapping[str, Any]) -> list[str]:
+    rows = [
+        (f"{r['model']}, batch {r['batch']}", f"{r['link']:g}", r["contestant"], *_ratio(r)[:2], overlap.saved(r))
+        for r in content["rows"]
+        if r["contestant"] != overlap.REFERENCE
+    ]
+    heading = ("model, batch per process", "link", "step", "ratio", "95 % interval", "hidden")
+    return [
+        f"## Step time with a slow link, relative to a step of SAM without it{_threads(content)}",
+        "",
+        "Two processes; the link carries a whole gradient in that many times of a plain step (ERM), one bucket after "
+        "the other, and uses no core. *Hidden* is the share of the time of the link that `overlap=True` saves.",
+        "",
+        *_table(heading, rows),
+    ]
+
+
 def _stacked(content: Mapping[str, Any]) -> list[str]:
     rows = [(r["contestant"], f"{r['runs_per_minute']:.1f}", *_ratio(r)) for r in content["rows"] if r["size"] > 1]
     heading = ("training", "runs per minute", "ratio", "95 % interval", "bar")
@@ -200,6 +219,7 @@ _MAKERS: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
     "epoch": _epoch,
     "parallel": _parallel,
     "scaling": _scaling,
+    "overlap": _overlap,
     "stacked": _stacked,
 }
 

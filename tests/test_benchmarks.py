@@ -26,6 +26,7 @@ from benchmarks import (
     models,
     objective,
     overhead,
+    overlap,
     parallel,
     pipeline,
     scaling,
@@ -38,9 +39,8 @@ from bisam import SharpnessAware, cross_entropy
 from bisam.experiments.measurements import timing
 from bisam.oracle import View
 
-MAINS = [
-    module.main for module in (objective, step, overhead, growth, memory, pipeline, epoch, parallel, scaling, stacked)
-]
+TIMED = (objective, step, overhead, growth, memory, pipeline, epoch, parallel, scaling, overlap, stacked)
+MAINS = [module.main for module in TIMED]
 RATIO = {"median", "low", "high", "rounds", "seconds", "median_low", "median_high", "load", "cores", "bar", "verdict"}
 QUIET = timing.Load(0.25, 2)
 LOADED = timing.Load(7.5, 2)
@@ -443,6 +443,36 @@ def in_no_process(work, name, repeats):
     each = [f"{m}, {n}" for m in scaling.METHODS for n in (scaling.ALONE, scaling.OUTSIDE, scaling.INSIDE)]
     times = timing.Times({k: [1.0 + i] for i, k in enumerate(each)}, QUIET)
     return {"times": times.to_dict(), "reductions": dict.fromkeys(each, 1)}
+
+
+def test_overlap(tmp_path, monkeypatch, capsys):
+    def faster(work, name, share, repeats):
+        seconds = {key: [1.0] * repeats for key in overlap.CONTESTANTS}
+        seconds |= {"SAM": [1.5] * repeats, "SAM, overlap": [1.1] * repeats, "ERM": [2.0] * repeats}
+        return timing.Times(seconds, QUIET).to_dict()
+
+    monkeypatch.setattr(overlap, "in_two", faster)
+    path, page = tmp_path / "overlap.json", tmp_path / "page.md"
+    overlap.main(["--models", "mlp-128", "--links", "0.5", "1", "--repeats", "8", "--json", str(path)])
+    rows = written(path)["rows"]
+    hidden = {(r["link"], r["contestant"]): r["hidden"] for r in rows if r["hidden"] is not None}
+    assert hidden == {
+        (link, name): pytest.approx(share)
+        for link in (0.5, 1.0)
+        for name, share in (("SAM, overlap", 0.8), ("ERM, overlap", 1.0))
+    }
+    docs.main([str(path), "--to", str(page)])
+    assert "| 0.5 | SAM, overlap | 1.100 | [1.100, 1.100] | 0.80 |" in page.read_text()
+    with pytest.raises(SystemExit, match="2"):
+        overlap.main(["--links", "0"])
+    assert "--links: must be positive" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_with_a_slow_link():
+    rows = overlap.rows("mlp-128", 0.5, 3)
+    assert [r["contestant"] for r in rows] == list(overlap.CONTESTANTS)
+    assert all(r["median"] > 0 for r in rows)
 
 
 @pytest.mark.slow
