@@ -738,7 +738,7 @@ def test_the_combined_methods_are_methods():
 
 def test_the_options_in_short_train(alone, tmp_path):
     """Each assignment to `sharp` is a loss that takes a step, except for InPairs, which needs two processes."""
-    (ranks_block,) = python(RANKS)
+    of_ranks = [block.code for block in python(RANKS)]
     (block,) = [block for block in python(START) if block.section == WHOLE[START]]
     names = {
         **cases.public_names(),
@@ -761,7 +761,7 @@ def test_the_options_in_short_train(alone, tmp_path):
         "micro_batches": [(x, y)],
     }
     trained = 0
-    for statement in ast.parse(ranks_block.code + "\n" + block.code).body:
+    for statement in ast.parse("\n".join([*of_ranks, block.code])).body:
         code = ast.unparse(statement)
         model = names["model"] = vision if "Trainer(" in code else mlp()
         names["optimizer"] = SGD(model.parameters(), lr=0.1)
@@ -769,7 +769,7 @@ def test_the_options_in_short_train(alone, tmp_path):
         if code.startswith("sharp = ") and "InPairs" not in code:
             names["sharp"](*([{"inputs": {"input": x}, "labels": y}] if "inputs" in code else (x, y))).backward()
             trained += 1
-    assert trained == 6
+    assert trained == 7
     assert (tmp_path / "saved").exists()
 
 
