@@ -299,16 +299,51 @@ def test_half_precision_is_refused(method):
         sharp(*batch(0, torch.bfloat16))
 
 
-class Constrained(nn.Linear):
+class Replaced(nn.Linear):
     def forward(self, x):
-        self.weight.data = torch.renorm(self.weight.data, 2, 0, maxnorm=100.0)
+        self.weight.data = torch.renorm(self.weight.data, 2, 0, maxnorm=self.limit)
         return super().forward(x)
 
 
-def test_a_layer_that_replaces_its_weights_is_refused():
-    model = nn.Sequential(Constrained(4, 3))
-    with pytest.raises(RuntimeError, match="restore='copy'"):
-        SharpnessAware(model, FilterNoise(0.1, restore="redraw"), cross_entropy)(torch.randn(4, 4), torch.arange(4) % 3)
+class Changed(nn.Linear):
+    def forward(self, x):
+        if self.limit < 100:
+            with torch.no_grad():
+                self.weight.clamp_(-self.limit, self.limit)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("method", [ZerothOrder(0.5, restore="redraw"), FilterNoise(0.3, restore="redraw")])
+@pytest.mark.parametrize("layer", [Replaced, Changed])
+@pytest.mark.parametrize("later", [False, True])
+def test_a_layer_that_changes_its_weights_is_refused(method, layer, later):
+    """Subtracting the noise would not restore them: they would move in each step, without a message."""
+    model = nn.Sequential(nn.Linear(4, 4), layer(4, 3))
+    model[1].limit = 100.0 if later else 0.2
+    sharp, (x, y) = SharpnessAware(model, method, cross_entropy), (torch.randn(4, 4), torch.arange(4) % 3)
+    if later and layer is Changed:
+        sharp(x, y)
+    model[1].limit = 0.2
+    model(x)
+    before = references.flat(model)
+    with pytest.raises((ValueError, RuntimeError), match="restore='copy'"):
+        sharp(x, y)
+    if not (later and layer is Changed):
+        assert (references.flat(model) - before).abs().max() < 1e-6
+
+
+def test_an_embedding_that_limits_its_rows_is_refused_before_it_is_displaced():
+    model = nn.Sequential(nn.Embedding(5, 4, max_norm=0.5), nn.Linear(4, 3))
+    tokens, y = torch.arange(5), torch.arange(5) % 3
+    model(tokens)
+    before = references.flat(model)
+    sharp = SharpnessAware(model, ZerothOrder(0.5, restore="redraw"), cross_entropy)
+    with pytest.raises(ValueError, match=r"(?s)nn\.Embedding\(max_norm=.*restore='copy'"):
+        sharp(tokens, y)
+    assert torch.equal(references.flat(model), before)
+    sharp.method = ZerothOrder(0.5)
+    sharp(tokens, y).backward()
+    assert torch.equal(references.flat(model), before)
 
 
 @pytest.mark.parametrize(

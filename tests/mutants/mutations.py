@@ -1371,6 +1371,13 @@ MUTANTS: tuple[Mutant, ...] = (
         "            if True:",
     ),
     Mutant(
+        "model",
+        "redrawn_weights_change_unnoticed",
+        "A layer that changes displaced weights is not refused, and noise is subtracted from the changed weights.",
+        "if versions != self._versions_of_parameters or self._replaced(weights):",
+        "if False:",
+    ),
+    Mutant(
         "methods",
         "slope_of_the_training_loss",
         "The adversary of ZerothOrder climbs the training loss, whatever its objective is.",

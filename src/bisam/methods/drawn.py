@@ -8,7 +8,7 @@ With `restore="redraw"` no copy of the weights is kept while they are displaced,
 plain training: the noise is drawn again and subtracted. This is the only place where the library restores weights to a
 rounding, and not bit for bit: a hundred steps of either method change the weights of an MLP in float32 by less than
 1e-6 of their length (a test) besides the steps of the optimizer. It is refused for weights in half precision and for
-sharded weights. A layer that changes its weights in the forward pass needs `restore="copy"`.
+sharded weights, and where a layer changes its weights in the forward pass, as `nn.Embedding(max_norm=...)` does.
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ class ZerothOrder(SAM):
         ValueError: an argument is outside its range, or `perturb` does not permit `restore="redraw"`.
 
     Raises when called:
-        ValueError: `restore` is "redraw", and the weights are sharded or in half precision.
+        ValueError: `restore` is "redraw", and the weights are sharded or in half precision, or a layer changes its
+            weights in the forward pass.
+        RuntimeError: the same, where only a later pass changes weights.
 
     Example:
         >>> import torch
@@ -194,8 +196,9 @@ class FilterNoise(Written):
         ValueError: an argument is outside its range.
 
     Raises when called:
-        ValueError: `where` selects no trainable parameter; or `restore` is "redraw", and the weights are sharded or in
-            half precision.
+        ValueError: `where` selects no trainable parameter; or `restore` is "redraw", and its conditions do not hold,
+            see `ZerothOrder`.
+        RuntimeError: see `ZerothOrder`.
     """
 
     sigma: Radius = 0.05
