@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 from bisam import (
+    SAM,
     Every,
     FilterNoise,
     NegLog,
     Only,
     SharpnessAware,
+    Tilted,
     ZerothOrder,
     cross_entropy,
 )
@@ -175,6 +177,38 @@ def test_the_noise_of_a_filter_has_its_share_of_the_length():
     sharp(torch.randn(2, 10_000), torch.arange(2))
     ratio = (seen[-1] - before).norm(dim=1) / before.norm(dim=1)
     torch.testing.assert_close(ratio, torch.full((3,), 0.05), rtol=0.05, atol=0)
+
+
+def test_a_complex_weight_is_two_entries_of_a_filter():
+    torch.manual_seed(0)
+    model = nn.Linear(10_000, 3, bias=False, dtype=torch.complex64)
+    sharp = SharpnessAware(
+        model, FilterNoise(0.05), cross_entropy, lambda model, x, y: (model(x + 0j).real, y), stats=True
+    )
+    sharp(torch.randn(2, 10_000), torch.arange(2)).backward()
+    assert (sharp.stats.displacement_norm / model.weight.norm()).item() == pytest.approx(0.05, rel=0.05)
+
+
+@pytest.mark.parametrize("method", [ZerothOrder(0.5, draws=2), FilterNoise(0.5), FilterNoise(0.5, restore="redraw")])
+def test_samples_of_a_step_have_noise_of_their_own(method):
+    """As those of a method that draws from the global generators: else each would be the first."""
+    values, model = [], cases.mlp()
+
+    def noting(oracle, batch):
+        values.append((answer := method(oracle, batch)).value.item())
+        return answer
+
+    def note(count, wrapper=noting):
+        values.clear()
+        SharpnessAware(model, Tilted(count, wrapper), cross_entropy)(*cases.batch())
+        return list(values)
+
+    samples, nested, alone = note(3), note(2, Tilted(2, noting)), note(1)
+    assert len(set(samples)) == 3
+    assert len(set(nested)) == 4
+    assert samples == pytest.approx(note(3), abs=1e-12)  # to the rounding of restore="redraw"
+    by_itself = method(SharpnessAware(model, SAM(), cross_entropy).oracle(), cases.batch()).value
+    assert alone == pytest.approx([by_itself.item()], abs=1e-12)
 
 
 # Weights that are restored without a copy.

@@ -1395,8 +1395,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "methods",
         "every_step_draws_the_same_noise",
         "The noise of ZerothOrder does not depend on the step.",
-        "[(self.seed, oracle.step, k) for k in range(self.draws)]",
-        "[(self.seed, 0, k) for k in range(self.draws)]",
+        "[(self.seed, oracle.step, k, *oracle.draws) for k in range(self.draws)]",
+        "[(self.seed, 0, k, *oracle.draws) for k in range(self.draws)]",
     ),
     Mutant(
         "methods",
