@@ -17,6 +17,7 @@ from bisam import (
     Only,
     SharpnessAware,
     Tilted,
+    Vector,
     ZerothOrder,
     cross_entropy,
 )
@@ -388,6 +389,17 @@ def test_a_displacement_that_cannot_be_drawn_again_is_refused(perturb):
     for refused in (perturb, Only(cases.is_matrix, perturb), PerGroup([(cases.is_matrix, perturb)])):
         with pytest.raises(ValueError, match=r"(?s)L2.*restore='copy'"):
             ZerothOrder(refused, restore="redraw")
+
+
+class Signs(L2):
+    def __call__(self, gradient, oracle):
+        return Vector([t.sign() * self.rho for t in gradient])
+
+
+@pytest.mark.parametrize("perturb", [Signs(0.1), Only(cases.is_matrix, Signs(0.1))])
+def test_a_subclass_of_a_ball_is_not_taken_for_one(perturb):
+    with pytest.raises(ValueError, match=r"(?s)L2.*restore='copy'"):
+        ZerothOrder(perturb, restore="redraw")
 
 
 def test_values_of_an_argument_are_named():

@@ -158,9 +158,10 @@ def _radial(g: Seeded, oracle: Oracle, displacement: Callable[[Vector, Oracle], 
 
 def _is_radial(perturb: Any) -> bool:
     """Whether a displacement is the gradient times a number in each tensor, which norms of tensors determine."""
-    if isinstance(perturb, PerGroup):
+    kind = type(perturb)  # not those of a subclass, which may be any function of the gradient
+    if kind is PerGroup:
         return all(_is_radial(inner) for _, inner in perturb.groups)
-    return _is_radial(perturb.perturb) if isinstance(perturb, Only | NormLayers) else isinstance(perturb, L2)
+    return _is_radial(perturb.perturb) if kind in (Only, NormLayers) else kind is L2
 
 
 @dataclass(frozen=True, repr=False)
