@@ -538,6 +538,18 @@ def test_all_examples_count_the_same_in_training():
     assert model.weight.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("make", [PerExample, ExactMatch])
+@pytest.mark.parametrize("bound", [Binary(), NegLog()])
+def test_examples_without_positions_have_no_loss(make, bound):
+    shape = (3, 0) if isinstance(bound, Binary) else (3, 5, 0)
+    logits, labels = torch.zeros(shape, requires_grad=True), torch.zeros(3, 0, dtype=torch.long)
+    losses = make(bound)(logits, labels)
+    torch.testing.assert_close(losses, torch.zeros(3))
+    losses.sum().backward()
+    assert logits.grad is not None
+    assert make(bound)(torch.zeros(0, *shape[1:-1], 4), torch.zeros(0, 4, dtype=torch.long)).shape == (0,)
+
+
 def test_a_loss_for_each_position_is_needed():
     with pytest.raises(ValueError, match=r'CrossEntropyLoss\(\) returned a scalar, .*: use reduction="none"'):
         PerExample(nn.CrossEntropyLoss())(torch.zeros(2, 3, 4), torch.zeros(2, 4, dtype=torch.long))

@@ -466,9 +466,8 @@ class WithGradient(torch.autograd.Function):
         factor = factors[0] if ctx.overflow is None else factors[0] + ctx.overflow
         if ctx.wraps is None:
             gradient = ctx.saved_tensors
-            owned = (
-                ctx.owned and not keeps_graph()
-            )  # autograd.grad(..., retain_graph=True) returns what is returned here
+            # With retain_graph=True autograd.grad returns what is returned here, and it is needed again.
+            owned = ctx.owned and not keeps_graph()
             if not (owned and _is_one(factor)):
                 # In place where nothing else needs it: a second gradient could be the peak of the step's memory.
                 if owned and not are_shared(gradient):

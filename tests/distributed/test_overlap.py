@@ -20,6 +20,7 @@ from bisam import (
     MSAM,
     RSAM,
     SAM,
+    Accumulated,
     BiSAM,
     During,
     Every,
@@ -27,6 +28,7 @@ from bisam import (
     LookSAM,
     MultiStepSAM,
     SharpnessAware,
+    Tilted,
     ZerothOrder,
     cross_entropy,
 )
@@ -229,6 +231,8 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "LookSAM": lambda: LookSAM(0.1, k=2),
     "Every": lambda: Every(2, GSAM(0.1)),
     "MSAM": lambda: MSAM(2, SAM(0.1)),
+    "Accumulated": lambda: Accumulated(2, SAM(0.1)),
+    "Tilted": lambda: Tilted(2, SAM(0.1)),
     "a function": lambda: lambda oracle, batch: oracle.query(batch),
 }
 

@@ -54,6 +54,8 @@ class PerExample(ObjectiveWrapper):
             raise ValueError(f'{self.bound!r} returned a scalar, not a loss for each position: use reduction="none"')
         if losses.dim() < 2:
             return losses
+        if losses[:1].numel() == 0 < len(losses):
+            return losses.flatten(1).sum(1)  # of no position
         counted = _counted(self.bound, targets)
         return losses.flatten(1).mean(1) if counted is None else losses.flatten(1).sum(1) / counted.sum(1).clamp_min(1)
 
@@ -99,6 +101,8 @@ class ExactMatch(ObjectiveWrapper):
         values = self.bound(outputs, targets)
         if values.dim() < 2:
             return values
+        if values[:1].numel() == 0 < len(values):
+            return values.flatten(1).sum(1)  # of no position
         lower = self.bound.bound if isinstance(self.bound, Binary) else self.bound
         counted = _counted(self.bound, targets)
         if counted is None:
