@@ -41,7 +41,7 @@ OTHERS: dict[str, set[str]] = {
     },
     "torch: a check that does not wait for the device": {"_assert_async"},
     "torch: pytrees": {"_pytree"},
-    "torch: whether a graph is kept": {"_autograd", "_get_current_graph_task_keep_graph"},
+    "torch: whether a graph is kept": {"_autograd", "_current_graph_task_id", "_get_current_graph_task_keep_graph"},
     "torch: who else refers to a tensor": {"_cdata", "_is_view", "_storage_Use_Count"},
     "torch.nn.Module": {"_buffers", "_modules", "_parameters"},
     "torch.Tensor": {"_backward_hooks", "_version"},

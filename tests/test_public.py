@@ -29,6 +29,7 @@ NAMES = {
     "CEGPlus",
     "cross_entropy",
     "CRSAM",
+    "Decoupled",
     "displaced",
     "During",
     "EBiSAM",
@@ -151,8 +152,10 @@ CORE = [
     "objectives.positions",
     "objectives.scores",
     "optim.copies",
+    "optim.decoupled",
     "optim.lookahead",
     "optim.preview",
+    "optim.wrapper",
     "oracle",
     "perturbations",
     "proximal",
@@ -210,7 +213,10 @@ SAM = "SAM(0.05)"
         (perturbations.L2, "(rho)"),
         (perturbations.Adaptive, "(rho, eta=0.0, where=None)"),
         (bisam.Vector, "(tensors, holes=frozenset(), layout=WHOLE)"),
-        (bisam.Evaluation, "(losses, grad=None, outputs=None, value=None, count=None, targets=None, objective=None)"),
+        (
+            bisam.Evaluation,
+            "(losses, grad=None, outputs=None, value=None, count=None, targets=None, objective=None, decoupled=None)",
+        ),
         (
             bisam.ModelOracle,
             "(model, loss, forward=None, *, scaler=None, same_noise=False, scope=None, step=0, state=None, "

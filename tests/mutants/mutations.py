@@ -39,6 +39,7 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
     "games": ("tests/methods/test_games.py",),
     "optimizers": (
         "tests/optim/test_lookahead.py",
+        "tests/optim/test_decoupled.py",
         "tests/optim/test_preview.py",
         "tests/optim/test_proximal_point.py",
         "tests/methods/test_games.py",
@@ -52,6 +53,7 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
     "distributed": (
         "tests/distributed/test_ddp.py",
         "tests/distributed/test_failures.py",
+        "tests/distributed/test_decoupled.py",
         "tests/distributed/test_distributed.py",
     ),
     "pairs": ("tests/integrations/pairs/test_pair.py",),
@@ -73,6 +75,7 @@ TESTS: tuple[str, ...] = (
     "tests/distributed/test_ddp.py",
     "tests/distributed/test_failures.py",
     "tests/optim/test_lookahead.py",
+    "tests/optim/test_decoupled.py",
     "tests/optim/test_preview.py",
     "tests/methods/test_games.py",
     "tests/optim/test_proximal_point.py",
@@ -96,6 +99,7 @@ TESTS: tuple[str, ...] = (
     "tests/integrations/test_peft.py",
     "tests/distributed/test_statistics.py",
     "tests/distributed/test_flip_rate.py",
+    "tests/distributed/test_decoupled.py",
     "tests/distributed/test_distributed.py",
 )
 """The tests of the core, fast ones first: what the tests of its subject did not find is put to all of these."""
@@ -1163,6 +1167,42 @@ MUTANTS: tuple[Mutant, ...] = (
         "Joint players do not wait for each other.",
         "players = self._players or (self,)",
         "players = (self,)",
+    ),
+    # Decoupled terms.
+    Mutant(
+        "optimizers",
+        "term_of_the_first_loss_lost",
+        "Of two losses in one backward pass the second replaces the decoupled term of the first.",
+        "(p.grad is not None or before.task == task)",
+        "p.grad is not None",
+    ),
+    Mutant(
+        "optimizers",
+        "term_kept_without_gradient",
+        "A decoupled term stays when the gradient has been dropped by the model.",
+        "(p.grad is not None or before.task == task)",
+        "True",
+    ),
+    Mutant(
+        "optimizers",
+        "term_kept_by_zero_grad",
+        "The zero_grad of Decoupled leaves the term.",
+        "        self._term.drop(self.parameters)\n",
+        "",
+    ),
+    Mutant(
+        "optimizers",
+        "term_scaled",
+        "The decoupled term keeps the factor of the scaler.",
+        "factor = factor if self._scale is None else factor / self._scale.to(factor.device)",
+        "factor = factor * 1",
+    ),
+    Mutant(
+        "distributed",
+        "term_of_one_replica",
+        "The decoupled term is not averaged over replicas.",
+        "self._ranks, self._parameters = to, oracle.replicas, oracle.parameters",
+        "self._ranks, self._parameters = to, None, oracle.parameters",
     ),
     # The next step of an optimizer, and Lookahead.
     Mutant(
