@@ -394,6 +394,10 @@ HERE: dict[tuple[str, str], list[Callable[[], dict[str, Any]]]] = {
     (FRONT, "bisam"): [loop],
     (LOOP, "A plain loop"): [loop],
     (LOOP, "Mixed precision, clipping, accumulation"): [lambda: {**loop(), "loader": batches(2), "parts": 2}],
+    (LOOP, "Averages of weights"): [
+        loop,
+        lambda: {**loop(), "loader": batches(4), "validation_loss": lambda model: 1.0},
+    ],
     (LOOP, "WSAM with a decoupled term"): [loop],
     (LOOP, "Examples that are remembered"): [numbered],
     (LOOP, "Models that compute their own loss"): [nano_gpt, hugging_face, seq2seq],

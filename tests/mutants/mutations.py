@@ -40,6 +40,7 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
     "optimizers": (
         "tests/optim/test_lookahead.py",
         "tests/optim/test_decoupled.py",
+        "tests/optim/test_swad.py",
         "tests/optim/test_preview.py",
         "tests/optim/test_proximal_point.py",
         "tests/methods/test_games.py",
@@ -76,6 +77,7 @@ TESTS: tuple[str, ...] = (
     "tests/distributed/test_failures.py",
     "tests/optim/test_lookahead.py",
     "tests/optim/test_decoupled.py",
+    "tests/optim/test_swad.py",
     "tests/optim/test_preview.py",
     "tests/methods/test_games.py",
     "tests/optim/test_proximal_point.py",
@@ -1168,7 +1170,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "players = self._players or (self,)",
         "players = (self,)",
     ),
-    # Decoupled terms.
+    # Decoupled terms, and SWAD.
     Mutant(
         "optimizers",
         "term_of_the_first_loss_lost",
@@ -1203,6 +1205,27 @@ MUTANTS: tuple[Mutant, ...] = (
         "The decoupled term is not averaged over replicas.",
         "self._ranks, self._parameters = to, oracle.replicas, oracle.parameters",
         "self._ranks, self._parameters = to, None, oracle.parameters",
+    ),
+    Mutant(
+        "optimizers",
+        "swad_starts_at_the_last_minimum",
+        "SWAD starts at the last of several equal losses.",
+        "loss < self._losses[0]",
+        "loss <= self._losses[0]",
+    ),
+    Mutant(
+        "optimizers",
+        "swad_segments_are_steps",
+        "SWAD weights a segment as one step.",
+        "steps / self.steps",
+        "1 / self.steps",
+    ),
+    Mutant(
+        "optimizers",
+        "swad_forgets_losses_above",
+        "SWAD does not count losses above the threshold before it is known.",
+        "self._above = len(self._losses) - last",
+        "self._above = 0",
     ),
     # The next step of an optimizer, and Lookahead.
     Mutant(
