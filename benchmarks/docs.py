@@ -1,14 +1,18 @@
 """Writes docs/benchmarks.md and docs/scaling.md from the JSON files of the benchmarks.
 
+A section that a page has already is replaced by that of a newer file; other sections stay as they are.
+
 python -m benchmarks.objective --json objective.json
 python -m benchmarks.step --json step.json
 python -m benchmarks.overhead --json overhead.json
 python -m benchmarks.growth --json growth.json
 python -m benchmarks.pipeline --json pipeline.json
+python -m benchmarks.epoch --json epoch.json
 python -m benchmarks.parallel --json parallel.json
 python -m benchmarks.scaling --json scaling.json
-python -m benchmarks.docs objective.json step.json overhead.json growth.json pipeline.json
-python -m benchmarks.docs parallel.json scaling.json --to docs/scaling.md
+python -m benchmarks.overlap --json overlap.json
+python -m benchmarks.docs objective.json step.json overhead.json growth.json pipeline.json epoch.json
+python -m benchmarks.docs parallel.json scaling.json overlap.json --to docs/scaling.md
 """
 
 from __future__ import annotations
@@ -19,9 +23,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import growth, parallel, pipeline, scaling
+from benchmarks import epoch, growth, objective, overlap, parallel, pipeline, scaling
 from benchmarks.measure import interval, load
-from benchmarks.objective import REFERENCE
 from benchmarks.overhead import needed
 from benchmarks.step import LIMIT, to_sam
 from bisam.experiments.errors import RunError
@@ -32,13 +35,14 @@ FIGURE = "growth.svg"
 INTRODUCTION = """# Benchmarks
 
 `python -m benchmarks.docs` writes this page from the results of `benchmarks.objective`, `benchmarks.step`,
-`benchmarks.overhead`, `benchmarks.growth`, `benchmarks.pipeline`, `benchmarks.parallel` and `benchmarks.scaling`. The
-measured variants take turns within each round, so that anything that slows the machine slows all of them. Each number
-is the median over the rounds of the ratio to the reference, with its 95 % interval (of the sign test); the interval
-tells how exact the run is, not how other processes or machines differ. A bar is met if the whole interval meets it,
-missed if no part of it does, and undecided otherwise. If the load of other programs was above 1.5 per core, there is no
-verdict. Sections that were measured before bisam recorded this have quartiles instead, and their verdict is that of the
-median alone. Absolute times are omitted because they mean little on a shared machine.
+`benchmarks.overhead`, `benchmarks.growth`, `benchmarks.pipeline`, `benchmarks.epoch`, `benchmarks.parallel`,
+`benchmarks.scaling` and `benchmarks.overlap`. The measured variants take turns within each round, so that anything that
+slows the machine slows all of them. Each number is the median over the rounds of the ratio to the reference, with its
+95 % interval (of the sign test); the interval tells how exact the run is, not how other processes or machines differ. A
+bar is met if the whole interval meets it, missed if no part of it does, and undecided otherwise. If the load of other
+programs was above 1.5 per core, there is no verdict. Sections that were measured before bisam recorded this have
+quartiles instead, and their verdict is that of the median alone. Absolute times are omitted because they mean little on
+a shared machine.
 """
 
 
@@ -55,13 +59,31 @@ def section(content: Mapping[str, Any]) -> list[str]:
 
 def _objective(content: Mapping[str, Any]) -> list[str]:
     rows = [
-        (f"{r['size'][0]} x {r['size'][1]}", r["contestant"], *_ratio(r))
+        (
+            f"{r['size'][0]} x {r['size'][1]}",
+            r["contestant"],
+            *_ratio(r),
+            objective.against_plain(r),
+            objective.counts(r),
+        )
         for r in content["rows"]
-        if r["contestant"] != REFERENCE
+        if r["contestant"] != objective.REFERENCE
     ]
-    heading = ("examples x classes", "objective", "ratio", "95 % interval", "bar")
     title = "## Forward and backward pass of an objective, relative to cross-entropy with label smoothing 0.1"
-    return [f"{title}{_threads(content)}", "", *_table(heading, rows)]
+    heading = (
+        *("examples x classes", "objective", "ratio", "95 % interval", "bar"),
+        *("to unsmoothed cross-entropy", "operators, passes over the logits"),
+    )
+    return [
+        f"{title}{_threads(content)}",
+        "",
+        "In eager mode each operator is a kernel of its own. Torch has fused kernels for unsmoothed cross-entropy, "
+        "in seven operators, and none for a bound: what a bound takes beyond it is the time of its operators "
+        "where the batch is small, and of their passes over a tensor of the size of the logits where it is large. "
+        "`torch.compile` fuses a bound too ([table 12](reproduction/table12/report.md)).",
+        "",
+        *_table(heading, rows),
+    ]
 
 
 def _step(content: Mapping[str, Any]) -> list[str]:
@@ -126,6 +148,15 @@ def _pipeline(content: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _epoch(content: Mapping[str, Any]) -> list[str]:
+    rows = [
+        (r["whole"], r["part"], epoch.percent(r), "" if r["bar"] is None else f"{r['bar']:g}: {r['verdict']}")
+        for r in content["rows"]
+    ]
+    title = f"## Shares of the time of an epoch of bisam train{_threads(content)}"
+    return [title, "", *_table(("of", "part", "share", "bar"), rows)]
+
+
 def _parallel(content: Mapping[str, Any]) -> list[str]:
     rows = [
         (f"{r['model']}, batch {r['batch']}", r["contestant"], *_ratio(r))
@@ -153,6 +184,23 @@ def _scaling(content: Mapping[str, Any]) -> list[str]:
     return [title, "", *_table(heading, rows)]
 
 
+def _overlap(content: Mapping[str, Any]) -> list[str]:
+    rows = [
+        (f"{r['model']}, batch {r['batch']}", f"{r['link']:g}", r["contestant"], *_ratio(r)[:2], overlap.saved(r))
+        for r in content["rows"]
+        if r["contestant"] != overlap.REFERENCE
+    ]
+    heading = ("model, batch per process", "link", "step", "ratio", "95 % interval", "hidden")
+    return [
+        f"## Step time with a slow link, relative to a step of SAM without it{_threads(content)}",
+        "",
+        "Two processes; the link carries a whole gradient in that many times of a plain step (ERM), one bucket after "
+        "the other, and uses no core. *Hidden* is the share of the time of the link that `overlap=True` saves.",
+        "",
+        *_table(heading, rows),
+    ]
+
+
 def _stacked(content: Mapping[str, Any]) -> list[str]:
     rows = [(r["contestant"], f"{r['runs_per_minute']:.1f}", *_ratio(r)) for r in content["rows"] if r["size"] > 1]
     heading = ("training", "runs per minute", "ratio", "95 % interval", "bar")
@@ -166,8 +214,10 @@ _MAKERS: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
     "overhead": _overhead,
     "growth": _growth,
     "pipeline": _pipeline,
+    "epoch": _epoch,
     "parallel": _parallel,
     "scaling": _scaling,
+    "overlap": _overlap,
     "stacked": _stacked,
 }
 
@@ -196,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("results", nargs="+", type=Path, help="JSON files of the benchmarks")
     parser.add_argument("--to", type=Path, default=PAGE, help="page to write (default: docs/benchmarks.md)")
     arguments = parser.parse_args(argv)
-    lines = INTRODUCTION.splitlines()
+    made: dict[str, list[str]] = {}
     for path in arguments.results:
         try:
             content = read_json(path)
@@ -204,10 +254,29 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise RunError(f"{path} is not what a benchmark's --json writes")
         except RunError as error:
             sys.exit(f"{parser.prog}: {error}")
-        lines += ["", *section(content)]
+        text = "\n".join(section(content)).rstrip()
+        made.setdefault(_title(text), []).append(text)
         if content["benchmark"] == "growth":
             growth.draw(content["rows"], arguments.to.with_name(FIGURE))
-    write(arguments.to, "\n".join(lines).rstrip() + "\n")
+    sections: list[str] = []
+    for text in _present(arguments.to):
+        title = _title(text)
+        sections += made.get(title, [text])
+        if title in made:
+            made[title] = []  # of several sections with this title, they are in the place of the first
+    sections += [text for texts in made.values() for text in texts]
+    write(arguments.to, "\n\n".join([INTRODUCTION.rstrip(), *sections]) + "\n")
+
+
+def _present(page: Path) -> list[str]:
+    """The sections of a page that exists."""
+    if not page.is_file():
+        return []
+    return [f"## {text.rstrip()}" for text in page.read_text(encoding="utf-8").split("\n## ")[1:]]
+
+
+def _title(text: str) -> str:
+    return text.partition("\n")[0]
 
 
 if __name__ == "__main__":

@@ -23,18 +23,16 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.measure import Parser, at_least, interleaved, interval, judged, load, ratio, report, write
 from benchmarks.models import batch_for
+from benchmarks.operators import Operators
 from benchmarks.step import CONTESTANTS, LIMIT
 
 PARAMETERS = (10**5, 10**6, 10**7, 10**8, 10**9)
 TENSORS = (10, 100, 1000, 10_000)
 EXAMPLES = 32
 CONTESTANT = "bisam SAM"
-_NO_KERNEL = ("aten.detach", "aten.view", "aten.expand", "aten.alias", "aten.t.", "aten.permute", "profiler.")
-"""Operators that make another tensor of the same storage, or none."""
 
 
 class Residual(nn.Module):
@@ -77,18 +75,6 @@ def sizes(parameters: Sequence[int], tensors: Sequence[int]) -> list[Size]:
         *[Size("parameters", 8, max(round(math.sqrt(n / 8)), 1)) for n in parameters],
         *[Size("tensors", n, 16) for n in tensors],
     ]
-
-
-class Operators(TorchDispatchMode):
-    """Counts the operators that compute something."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += not str(func).startswith(_NO_KERNEL)
-        return func(*args, **(kwargs or {}))
 
 
 def operators(size: Size) -> int:

@@ -18,6 +18,7 @@ pytest.importorskip("torchvision")
 
 from benchmarks import (
     docs,
+    epoch,
     gpu,
     growth,
     measure,
@@ -25,6 +26,7 @@ from benchmarks import (
     models,
     objective,
     overhead,
+    overlap,
     parallel,
     pipeline,
     scaling,
@@ -32,11 +34,13 @@ from benchmarks import (
     step,
     versions,
 )
+from benchmarks.operators import Operators
 from bisam import SharpnessAware, cross_entropy
 from bisam.experiments.measurements import timing
 from bisam.oracle import View
 
-MAINS = [module.main for module in (objective, step, overhead, growth, memory, pipeline, parallel, scaling, stacked)]
+TIMED = (objective, step, overhead, growth, memory, pipeline, epoch, parallel, scaling, overlap, stacked)
+MAINS = [module.main for module in TIMED]
 RATIO = {"median", "low", "high", "rounds", "seconds", "median_low", "median_high", "load", "cores", "bar", "verdict"}
 QUIET = timing.Load(0.25, 2)
 LOADED = timing.Load(7.5, 2)
@@ -85,6 +89,21 @@ def test_objective(tmp_path, capsys):
     assert "NegLog" in shown
     assert "(bar 1)" in shown
     assert [p.name for p in tmp_path.iterdir()] == ["objective.json"]
+
+
+def test_operators_and_passes_of_an_objective():
+    def work(name, n, classes):
+        found = objective.counted(objective.CONTESTANTS[name], n, classes)
+        return found["operators"], found["passes"]
+
+    for size in ((128, 10), (512, 100)):
+        assert work(objective.PLAIN, *size) == (7, 6)
+        assert work("NegLog", *size) <= (16, 10)
+        assert work("Tanh", *size) <= (20, 18)
+    with Operators(least=20) as found:
+        x = torch.ones(4, 5)
+        (x + x[:1].expand(4, 5)).mul_(2).gather(1, torch.zeros(4, 1, dtype=torch.long)).sum()
+    assert (found.count, found.entries) == (6, 20 * (1 + 3 + 2))
 
 
 def test_objective_leaves_out_what_takes_too_long(tmp_path, capsys, monkeypatch):
@@ -237,6 +256,27 @@ def test_pipeline(tmp_path, capsys, monkeypatch):
     assert {row["bar"] for row in content["rows"][1::2]} == {pipeline.BAR}
     assert {row["verdict"] for row in content["rows"][::2]} == {None}
     assert "(bar 10)" in capsys.readouterr().out
+
+
+def test_the_shares_of_an_epoch(tmp_path, capsys):
+    path, page = tmp_path / "epoch.json", tmp_path / "page.md"
+    epoch.main(["--dataset", "digits", "--model", "mlp", "--repeats", "2", "--json", str(path)])
+    rows = written(path)["rows"]
+    for whole, first in (("training epoch", epoch.STEP), ("epoch", epoch.TRAINING)):
+        parts = {r["part"]: r["share"] for r in rows if r["whole"] == whole}
+        assert sum(parts.values()) == pytest.approx(1)
+        assert min(parts.values()) > 0
+        assert max(parts, key=parts.__getitem__) == first
+    assert [r["part"] for r in rows if r["bar"] is not None] == [epoch.STEP]
+    assert "training epoch" in capsys.readouterr().out
+    docs.main([str(path), "--to", str(page)])
+    assert f"| epoch | {epoch.VALIDATION} |" in page.read_text()
+
+
+def test_an_epoch_of_unknown_data_is_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        epoch.main(["--dataset", "cifra10"])
+    assert "'cifra10'" in capsys.readouterr().err
 
 
 def test_stacked(tmp_path, capsys, monkeypatch):
@@ -405,6 +445,36 @@ def in_no_process(work, name, repeats):
     return {"times": times.to_dict(), "reductions": dict.fromkeys(each, 1)}
 
 
+def test_overlap(tmp_path, monkeypatch, capsys):
+    def faster(work, name, share, repeats):
+        seconds = {key: [1.0] * repeats for key in overlap.CONTESTANTS}
+        seconds |= {"SAM": [1.5] * repeats, "SAM, overlap": [1.1] * repeats, "ERM": [2.0] * repeats}
+        return timing.Times(seconds, QUIET).to_dict()
+
+    monkeypatch.setattr(overlap, "in_two", faster)
+    path, page = tmp_path / "overlap.json", tmp_path / "page.md"
+    overlap.main(["--models", "mlp-128", "--links", "0.5", "1", "--repeats", "8", "--json", str(path)])
+    rows = written(path)["rows"]
+    hidden = {(r["link"], r["contestant"]): r["hidden"] for r in rows if r["hidden"] is not None}
+    assert hidden == {
+        (link, name): pytest.approx(share)
+        for link in (0.5, 1.0)
+        for name, share in (("SAM, overlap", 0.8), ("ERM, overlap", 1.0))
+    }
+    docs.main([str(path), "--to", str(page)])
+    assert "| 0.5 | SAM, overlap | 1.100 | [1.100, 1.100] | 0.80 |" in page.read_text()
+    with pytest.raises(SystemExit, match="2"):
+        overlap.main(["--links", "0"])
+    assert "--links: must be positive" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_with_a_slow_link():
+    rows = overlap.rows("mlp-128", 0.5, 3)
+    assert [r["contestant"] for r in rows] == list(overlap.CONTESTANTS)
+    assert all(r["median"] > 0 for r in rows)
+
+
 @pytest.mark.slow
 def test_the_page_has_every_row_and_where_it_comes_from(tmp_path, monkeypatch):
     monkeypatch.setattr(scaling, "in_two", in_no_process)
@@ -431,6 +501,28 @@ def objective_file(path, row):
     path.write_text(json.dumps({**content, "rows": [{"size": [8, 4], "contestant": "NegLog", **row}]}))
     docs.main([str(path), "--to", str(path.with_suffix(".md"))])
     return path.with_suffix(".md").read_text()
+
+
+def test_a_page_keeps_the_sections_of_other_benchmarks(tmp_path):
+    row = {"median": 0.742, "low": 0.7, "high": 0.8, "rounds": 9, "seconds": 1e-4, "bar": 1.0, "passed": True}
+    page, others = tmp_path / "o.md", "## Others\n\n| a |\n\nend.\n\n## Others\n\n| b |\n"
+    page.write_text(f"# Old\n\nOld words.\n\n{others}")
+    first = objective_file(tmp_path / "o.json", row)
+    assert first.startswith(f"{docs.INTRODUCTION}\n{others}\n## Forward and")
+    second = objective_file(tmp_path / "o.json", {**row, "median": 0.5})
+    assert second == first.replace("0.742", "0.500")
+
+
+def test_new_sections_take_the_place_of_all_that_have_their_title(tmp_path):
+    page, path = tmp_path / "o.md", tmp_path / "o.json"
+    row = {"median": 0.742, "low": 0.7, "high": 0.8, "rounds": 9, "seconds": 1e-4, "bar": 1.0, "passed": True}
+    made = objective_file(path, row)
+    title = next(line for line in made.splitlines() if line.startswith("## "))
+    page.write_text(f"{made}\n## Others\n\n{title}\n\nold\n")
+    docs.main([str(path), str(path), "--to", str(page)])
+    text = page.read_text()
+    assert (text.count(title), text.count("0.742"), text.count("old")) == (2, 2, 0)
+    assert text.endswith("\n\n## Others\n")
 
 
 def test_the_page_still_shows_files_without_intervals(tmp_path):

@@ -190,13 +190,16 @@ def test_type_checkers_read_the_names_that_are_loaded_when_they_are_used():
 SAM = "SAM(0.05)"
 
 
+QUERY = "*, at=None, grad=True, track=None, wrt=None, last=False"
+
+
 @pytest.mark.parametrize(
     ("function", "signature"),
     [
         (
             bisam.SharpnessAware,
             "(model, method, loss, forward=None, *, scaler=None, same_noise=False, scope=None, in_eval_mode=False, "
-            "stats=False, accumulation=1)",
+            "stats=False, accumulation=1, overlap=False)",
         ),
         (bisam.ERM, "()"),
         (bisam.SAM, "(perturb=L2(rho=0.05), ascent=None, descent=None)"),
@@ -222,10 +225,10 @@ SAM = "SAM(0.05)"
         (
             bisam.ModelOracle,
             "(model, loss, forward=None, *, scaler=None, same_noise=False, scope=None, step=0, state=None, "
-            "findings=None)",
+            "overlap=False, findings=None)",
         ),
-        (bisam.Oracle.query, "(self, batch, objective=None, *, at=None, grad=True, track=None, wrt=None)"),
-        (bisam.ModelOracle.query, "(self, batch, objective=None, *, at=None, grad=True, track=None, wrt=None)"),
+        (bisam.Oracle.query, f"(self, batch, objective=None, {QUERY})"),
+        (bisam.ModelOracle.query, f"(self, batch, objective=None, {QUERY})"),
     ],
 )
 def test_signatures(function, signature):

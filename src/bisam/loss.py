@@ -78,6 +78,13 @@ class SharpnessAware(nn.Module):
             methods that count steps (`LookSAM`, `Every`, `During`, `FisherSAM` and others), count the steps of the
             optimizer: all micro-batches of one have the same number. Averages that a method keeps are still updated by
             each micro-batch. Default: each loss is a step.
+        overlap: for `SharpnessAware(DistributedDataParallel(model), ...)`, whether the wrapper averages the gradient
+            during the last backward pass of the method, inside the call, as it does in a plain loop. Then slow links
+            cost less time, and `backward()` has nothing to communicate. The loss must be the only one of the step
+            with a graph through the model, and multiplied by the same factor on all ranks; hooks of parameters get the
+            averaged gradient. Where `.grad` has a gradient already, as that of micro-batches under `no_sync()`,
+            `backward()` averages both. Only for methods whose gradient is that of their last query: `ERM`, `SAM` and
+            its combinations. Default: `backward()` averages the gradient.
 
     Raises:
         TypeError: an argument has the wrong type (for example a class in place of an instance).
@@ -115,6 +122,7 @@ class SharpnessAware(nn.Module):
     _records: bool = False
     _accumulation: int = 1
     _term: Term | None = None
+    _overlap: bool = False
 
     def __init__(
         self,
@@ -129,6 +137,7 @@ class SharpnessAware(nn.Module):
         in_eval_mode: bool = False,
         stats: bool = False,
         accumulation: int = 1,
+        overlap: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(cast(Any, model), nn.Module):
@@ -159,6 +168,7 @@ class SharpnessAware(nn.Module):
         self._in_eval_mode = in_eval_mode
         self._records = stats
         self._accumulation = accumulation
+        self._overlap = overlap
         self._memory = _Memory()
 
     def forward(self, *batch: Any, **named: Any) -> Tensor:
@@ -176,7 +186,7 @@ class SharpnessAware(nn.Module):
             batch = (*batch, Keywords(named))
         memory, with_grad = self._memory, torch.is_grad_enabled()
         if not memory.checked:
-            compatibility.check(self, self.method, self._scope)
+            compatibility.check(self, self.method, self._scope, overlap=self._overlap)
         memory.seen, memory.clean = [], None  # free the outputs of the last step
         oracle = ModelOracle(
             self.model,
@@ -186,6 +196,7 @@ class SharpnessAware(nn.Module):
             same_noise=self._same_noise,
             scope=self._scope,
             step=memory.step // self._accumulation,
+            overlap=self._overlap,
             findings=memory.findings,
         )
         try:
@@ -239,6 +250,12 @@ class SharpnessAware(nn.Module):
         recorder = Recorder(oracle.training_value) if self._records else None
         try:
             answer = self._asked(oracle, before, batch, recorder)
+            if oracle.averages_last and not (oracle.is_averaged and oracle.is_last_gradient(answer.gradient)):
+                raise ValueError(
+                    f"overlap=True averages the gradient of a method's last query, and the gradient of {self.method!r} "
+                    "is made of others too: leave overlap out, or use SAM, BiSAM, ASAM or another method that returns "
+                    "the answer of Query(..., last=True)"
+                )
             stats = None if recorder is None else recorder.finish(answer)
             value = _differentiable(oracle, answer, self._term)
         except BaseException as error:

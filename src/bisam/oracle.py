@@ -70,6 +70,8 @@ class Query:
         buffers: values for `Oracle.buffers`, with which the model is run in eval mode: without dropout, and reading
             running statistics instead of updating them. Such a query never tracks. Default: the model runs in its
             present mode, with its own buffers.
+        last: whether the method returns the answer as it is: no query follows in this step, and the gradient is that
+            of the step. `SharpnessAware(..., overlap=True)` averages it over the replicas while it is computed.
 
     Example:
         >>> import torch
@@ -92,6 +94,7 @@ class Query:
     track: bool | None = None
     wrt: Sequence[bool] | None = None
     buffers: Sequence[Tensor] | None = None
+    last: bool = False
     displaced: bool = field(init=False, repr=False)
     """Whether the query is at displaced weights; still valid after `take`."""
 
@@ -190,9 +193,10 @@ class Oracle(ABC):
         grad: bool = True,
         track: bool | None = None,
         wrt: Sequence[bool] | None = None,
+        last: bool = False,
     ) -> Evaluation:
         """Evaluates `objective` (default: the training loss) on `batch` at `weights + at`; arguments as `Query`."""
-        queries = (Query(batch, objective, at, grad, track, wrt),)
+        queries = (Query(batch, objective, at, grad, track, wrt, last=last),)
         at = None  # this frame must not keep the displacement
         return self.ask(queries)[0]
 

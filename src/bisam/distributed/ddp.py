@@ -6,8 +6,9 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
+import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -110,6 +111,25 @@ def synchronising_as_before(model: nn.Module) -> Generator[None]:
     finally:
         for ddp, was in before:
             ddp.require_forward_param_sync = was
+
+
+def gradients_of_reduction(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+    """Returns gradients that the wrapper in the graph of a loss has averaged over its ranks, as in a plain loop.
+
+    The wrapper reduces each bucket of gradients as soon as it is complete, while the backward pass goes on. Afterwards
+    it expects no gradient until its next forward pass, so that those that reach `.grad` are not averaged again.
+
+    Args:
+        loss: a scalar with its graph; the wrapper's last forward pass is in it.
+        parameters: the trainable parameters, whose `.grad` is None, and is None again afterwards.
+    """
+    try:
+        torch.autograd.backward(loss, inputs=list(parameters))
+        # A wrapper may return views of its buckets, which the next reduction writes to.
+        return [None if p.grad is None else p.grad.clone() if p.grad._is_view() else p.grad for p in parameters]
+    finally:
+        for p in parameters:
+            p.grad = None
 
 
 class BufferBroadcasts:

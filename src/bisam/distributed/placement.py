@@ -19,7 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from bisam.distributed import failures
-from bisam.distributed.ddp import BufferBroadcasts, apart, check_join, communicating, replicas_of
+from bisam.distributed.ddp import (
+    BufferBroadcasts,
+    apart,
+    check_join,
+    communicating,
+    gradients_of_reduction,
+    replicas_of,
+)
 from bisam.distributed.fsdp import FSDPModules, accumulation_hooks
 from bisam.distributed.layout import ReplicatedLayout, ShardedLayout, local
 from bisam.distributed.peers import Peers, position
@@ -86,6 +93,14 @@ class Local:
             return found
         each = iter(found)
         return [next(each) if ask else None for ask in wrt]
+
+    def averages_last(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether `last_gradients` is to be called for the last gradient of the step."""
+        return False
+
+    def last_gradients(self, loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """Returns the gradients of `loss`, averaged over the replicas while they are computed; see `gradients`."""
+        raise NotImplementedError
 
     def averaged(
         self, value: Tensor, count: Count, gradient: Vector | None, wrt: Sequence[bool] | None = None
@@ -156,6 +171,22 @@ class Replica(Local):
     def forward_pass(self, *, evaluates: bool = False) -> AbstractContextManager[None]:
         """See `Local.forward_pass`."""
         return self._broadcasts.never() if evaluates else self._broadcasts.once()
+
+
+class OverlappingReplica(Replica):
+    """A replica whose wrapper averages the last gradient of a step bucket by bucket, while it is computed."""
+
+    def averages_last(self, parameters: Sequence[Tensor]) -> bool:
+        """See `Local.averages_last`; a gradient that is accumulated already has to be averaged with the new one."""
+        return all(p.grad is None for p in parameters)
+
+    def last_gradients(self, loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """See `Local.last_gradients`."""
+        return gradients_of_reduction(loss, parameters)
+
+    def hooks(self, parameters: Sequence[Tensor]) -> list[dict[int, Any]]:
+        """See `Local.hooks`."""
+        return accumulation_hooks(parameters)
 
 
 class Replicated(Local):
@@ -287,7 +318,14 @@ class FullySharded(Local):
 _LOCAL = Local()
 
 
-def place(model: nn.Module, parameters: Sequence[Tensor], fsdp_modules: Sequence[Any], scope: Scope | None) -> Local:
+def place(
+    model: nn.Module,
+    parameters: Sequence[Tensor],
+    fsdp_modules: Sequence[Any],
+    scope: Scope | None,
+    *,
+    overlap: bool = False,
+) -> Local:
     """Returns the placement of a model for one training step.
 
     Args:
@@ -296,6 +334,7 @@ def place(model: nn.Module, parameters: Sequence[Tensor], fsdp_modules: Sequence
         fsdp_modules: its modules to which `fully_shard` was applied, outer ones first.
         scope: "global" averages answers over all ranks, "local" does not. None: as the wrapper does. Under FSDP2 and
             tensor parallelism the wrapper determines the scope (`bisam.model.compatibility` refuses the other value).
+        overlap: whether the wrapper inside averages the last gradient of the step while it is computed.
 
     Raises:
         ValueError: the context `join()` of a DistributedDataParallel is active, and ranks would wait for each other.
@@ -316,4 +355,5 @@ def place(model: nn.Module, parameters: Sequence[Tensor], fsdp_modules: Sequence
     if not (inside or norms or wrappers or separate):
         return _LOCAL
     waiting, replicas = (Peers.of(modules, parameters) if modules else None for modules in (norms, wrappers))
-    return Replica(BufferBroadcasts(inside), waiting, replicas, separate)
+    kind = OverlappingReplica if overlap and wrappers else Replica
+    return kind(BufferBroadcasts(inside), waiting, replicas, separate)

@@ -114,7 +114,7 @@ class ZerothOrder(SAM):
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
         """Makes 2 `draws` queries without a gradient, and one at w + e."""
-        return oracle.query(batch, self.descent, at=self._displacement(oracle, batch), track=True)
+        return oracle.query(batch, self.descent, at=self._displacement(oracle, batch), track=True, last=True)
 
     def climb(self, oracle: Oracle, batch: Batch) -> Vector:
         """Returns the displacement; makes 2 `draws` queries without a gradient."""
@@ -217,12 +217,11 @@ class FilterNoise(Written):
         """Makes one query, at the random point."""
         sigma = schedules.at(self.sigma, oracle.step)
         if isinstance(sigma, float | int) and sigma == 0:
-            return oracle.query(batch, self.descent)
+            return oracle.query(batch, self.descent, last=True)
         noise = _filter_noise(oracle, self.where or _is_matrix, sigma, self.seed)
-        query = Query(
-            batch, self.descent, noise if self.restore == "redraw" else noise.vector(oracle.weights), track=True
-        )
-        return oracle.ask([query])[0]
+        at = noise if self.restore == "redraw" else noise.vector(oracle.weights)
+        queries, at = [Query(batch, self.descent, at, track=True, last=True)], None  # the query owns the displacement
+        return oracle.ask(queries)[0]
 
 
 def _is_matrix(name: str, parameter: Tensor) -> bool:

@@ -76,7 +76,7 @@ class ESAM(SAM):
             before = before.under(select).per_example
             rise = oracle.query(batch, select, at=e, grad=False).per_example - before
             batch = largest(rise, max(1, int(len(rise) * self.gamma) - 1), batch)
-        return oracle.query(batch, self.descent, at=e)
+        return oracle.query(batch, self.descent, at=e, last=True)
 
 
 _ALL = 0.99

@@ -55,7 +55,7 @@ class ERM:
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
         """Makes one query, at the weights."""
-        return oracle.query(batch)
+        return oracle.query(batch, last=True)
 
 
 @dataclass(frozen=True, repr=False)
@@ -111,7 +111,7 @@ class SAM(Written):
         """Makes two queries: at w and at w + e."""
         if self._follows_flips:
             return _with_flips(self, oracle, batch)
-        return oracle.query(batch, self.descent, at=self.climb(oracle, batch))
+        return oracle.query(batch, self.descent, at=self.climb(oracle, batch), last=True)
 
     def climb(self, oracle: Oracle, batch: Batch) -> Vector:
         """Returns the displacement e. A separate method, so that the ascent gradient is freed when it returns."""
@@ -142,7 +142,7 @@ def _with_flips(sam: SAM, oracle: Oracle, batch: Batch) -> Evaluation:
     g = oracle.query(batch, sam.ascent, wrt=sam.part(oracle))
     correct, e = g.correct, [sam.displacement(g.gradient, oracle)]
     del g  # frees its gradient
-    answer = oracle.query(batch, sam.descent, at=e.pop())
+    answer = oracle.query(batch, sam.descent, at=e.pop(), last=True)
     learn(cast(Perturbation, sam.perturb), correct, answer, oracle.within("perturb"))
     return answer
 

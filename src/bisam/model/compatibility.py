@@ -30,11 +30,13 @@ class Setup:
         sharp: the loss around the model.
         method: the method of the loss.
         scope: the argument `scope` of the loss.
+        overlap: the argument `overlap` of the loss.
     """
 
     sharp: nn.Module
     method: Any
     scope: Scope | None
+    overlap: bool = False
 
     @cached_property
     def modules(self) -> list[nn.Module]:
@@ -150,6 +152,26 @@ def ddp_static_graph_inside(setup: Setup) -> str | None:
     )
 
 
+def overlap_without_ddp_inside(setup: Setup) -> str | None:
+    """`overlap=True` where no DistributedDataParallel inside the loss averages gradients of this rank's batch."""
+    if not setup.overlap or (setup.ddp_inside and setup.scope != "global"):
+        return None
+    return (
+        "overlap=True lets the wrapper inside the loss average gradients while they are computed: use it with "
+        'SharpnessAware(DistributedDataParallel(model), ...) and without scope="global", or leave it out'
+    )
+
+
+def overlap_with_unused_parameters(setup: Setup) -> str | None:
+    """`overlap=True` with `DistributedDataParallel(model, find_unused_parameters=True)`."""
+    if not setup.overlap or not any(getattr(module, "find_unused_parameters", False) for module in setup.ddp_inside):
+        return None
+    return (
+        "DistributedDataParallel(find_unused_parameters=True) takes the gradients of backward() for those of the next "
+        "step, if overlap=True has averaged them before: leave one of the two arguments out"
+    )
+
+
 def flip_rate_without_flips(setup: Setup) -> str | None:
     """A radius `FlipRate` in a method that does not compare the predictions at w and w + e."""
     if not follows_flips(setup.method, uncounted=True):
@@ -223,6 +245,8 @@ RULES: tuple[Callable[[Setup], str | None], ...] = (
     uninitialised_parameters,
     conjugated_parameters,
     ddp_static_graph_inside,
+    overlap_without_ddp_inside,
+    overlap_with_unused_parameters,
     flip_rate_without_flips,
     data_dependent_method_with_sync_batchnorm,
     fsdp2_with_unsharded_parameters,
@@ -232,13 +256,13 @@ RULES: tuple[Callable[[Setup], str | None], ...] = (
 )
 
 
-def check(sharp: nn.Module, method: Any, scope: Scope | None) -> None:
-    """Checks that model, method and scope are not a combination in `RULES`.
+def check(sharp: nn.Module, method: Any, scope: Scope | None, *, overlap: bool = False) -> None:
+    """Checks that model, method, scope and overlap are not a combination in `RULES`.
 
     Raises:
         ValueError: they are; the message shows the remedy.
     """
-    setup = Setup(sharp, method, scope)
+    setup = Setup(sharp, method, scope, overlap)
     for rule in RULES:
         if message := rule(setup):
             raise ValueError(message)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from bisam.seeded import Seeded
-from bisam.vector import Tensors, Vector
+from bisam.vector import Vector, outside
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -25,25 +25,21 @@ class Saved:
     """
 
     def __init__(self, weights: Vector, at: Vector, *, steady: bool) -> None:
-        self._moved = [i for i in range(len(at)) if i not in at.holes]
+        self._holes = at.holes
+        if steady and at.holes:
+            weights = weights.confined([i not in at.holes for i in range(len(at))])
         # Copied back, not subtracted: exact in every precision, and after a NaN.
-        self._copies = weights.confined([i not in at.holes for i in range(len(at))] if steady else [True] * len(at))
-        self._copies = self._copies.clone()
+        self._copies = weights.clone()
 
     def displace(self, weights: Vector, at: Vector) -> None:
         """Adds the displacement in place, except where it is zero by structure."""
-        if self._moved:
-            torch._foreach_add_(self._of(weights, self._moved), self._of(at, self._moved))
+        if len(self._holes) < len(at):
+            torch._foreach_add_(outside(weights.tensors, self._holes), outside(at.tensors, self._holes))
 
     def restore(self, weights: Vector) -> None:
         """Restores the weights; may be called again after an interruption."""
-        copied = [i for i in range(len(weights)) if i not in self._copies.holes]
-        if copied:
-            torch._foreach_copy_(self._of(weights, copied), self._of(self._copies, copied))
-
-    @staticmethod
-    def _of(vector: Vector, indices: list[int]) -> Tensors:
-        return [vector.tensors[i] for i in indices]
+        if len(holes := self._copies.holes) < len(weights):
+            torch._foreach_copy_(outside(weights.tensors, holes), outside(self._copies.tensors, holes))
 
 
 class Redrawn:

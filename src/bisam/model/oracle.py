@@ -104,6 +104,8 @@ class ModelOracle(Oracle):
             distributed wrapper does.
         step: see `Oracle`.
         state: see `Oracle`.
+        overlap: whether a DistributedDataParallel inside averages the gradient of a query that is the last of its step
+            over the replicas, while it is computed; see `Query`.
         findings: facts that the oracles of earlier steps have found out; each oracle adds to them. Default: none, for a
             model that is not in its first training step.
 
@@ -112,6 +114,7 @@ class ModelOracle(Oracle):
         same_noise: the argument `same_noise`.
         module_state: the buffers and other state of the model and the loss.
         holes: positions of the parameters that the last loss with a gradient does not depend on, of those asked for.
+        is_averaged: whether the last gradient is averaged over the replicas already.
 
     Example:
         >>> import torch
@@ -137,12 +140,14 @@ class ModelOracle(Oracle):
         scope: Scope | None = None,
         step: int = 0,
         state: dict[str, Any] | None = None,
+        overlap: bool = False,
         findings: Findings | None = None,
     ) -> None:
         self.model, self.loss, self.same_noise = model, loss, same_noise
         self.step, self.state = step, {} if state is None else state
         self.seen: list[Evaluation] = []
         self.holes: frozenset[int] = frozenset()
+        self.is_averaged = False
         self._forward = forward or _inputs_then_targets
         self._findings = findings or Findings(initialised=True)
         known = self._findings.known
@@ -151,7 +156,7 @@ class ModelOracle(Oracle):
         if known.thorough:
             known.budget = sum([p.nbytes for p in found.parameters])
         self.module_state = ModuleState(found.places, known, next(iter(found.parameters), None))
-        self._placement = place(model, found.parameters, found.fsdp_modules, scope)
+        self._placement = place(model, found.parameters, found.fsdp_modules, scope, overlap=overlap)
         hooks = [cast("dict[int, Any]", p._backward_hooks) for p in found.parameters if p._backward_hooks]
         self._hooks = Hooks(hooks + self._placement.hooks(found.parameters))
         self._inputs = Inputs(thorough=not self._findings.initialised)
@@ -195,6 +200,11 @@ class ModelOracle(Oracle):
         """The class names of the modules that the parameters belong to."""
         self._drop_copies()
         return layer_names(self.model, self.loss, self.parameters)
+
+    @property
+    def averages_last(self) -> bool:
+        """Whether the gradient of a query that is the last of its step would be averaged; see `overlap`."""
+        return self._placement.averages_last(self.parameters)
 
     def is_last_gradient(self, gradient: Vector) -> bool:
         """Whether a gradient is that of the last query itself, whose tensors are no other Vector's."""
@@ -396,7 +406,7 @@ class ModelOracle(Oracle):
         made = self._run_for(query)
         if query.differentiates:
             self._check_graph(query.batch, made.losses)
-            gradient = self._gradient(made.value, wrt)
+            gradient = self._gradient(made.value, wrt, last=query.last and wrt is None)
         elif query.grad:
             gradient = self.weights.confined([False] * len(self.parameters))
         answer = made.detached()
@@ -496,11 +506,16 @@ class ModelOracle(Oracle):
                 changed.append((p, version_now, norm_now))
         return changed
 
-    def _gradient(self, value: Tensor, wrt: Sequence[bool] | None) -> Vector:
-        factor = None if self._scale is None else self._scale.factor(value.device)
+    def _gradient(self, value: Tensor, wrt: Sequence[bool] | None, *, last: bool) -> Vector:
+        factor, place = None if self._scale is None else self._scale.factor(value.device), self._placement
+        scaled = value if factor is None else value * factor
+        self.is_averaged = last and place.averages_last(self.parameters)
         with self._hooks.silenced():
             try:
-                grads = self._placement.gradients(value if factor is None else value * factor, self.parameters, wrt)
+                if self.is_averaged:
+                    grads = place.last_gradients(scaled, self.parameters)
+                else:
+                    grads = place.gradients(scaled, self.parameters, wrt)
             except RuntimeError as error:
                 if "a second time" not in str(error):
                     raise
