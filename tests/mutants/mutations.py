@@ -1062,8 +1062,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "methods",
         "msam_unweighted",
         "MSAM's parts weigh the same, whatever their size.",
-        "share = answer.gradient * answer.count",
-        "share = answer.gradient * (len(batch[0]) / len(parts))",
+        "share = vector * answer.count",
+        "share = vector * (sum(len(one[0]) for one in parts) / len(parts))",
     ),
     Mutant(
         "methods",
