@@ -32,6 +32,8 @@ from bisam.experiments.runs.files import read_json, write
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 FIGURE = "growth.svg"
+TITLES = {"scaling": "Scaling over processes"}
+"""Titles of the pages that are not called Benchmarks."""
 INTRODUCTION = """# Benchmarks
 
 `python -m benchmarks.docs` writes this page from the results of `benchmarks.objective`, `benchmarks.step`,
@@ -265,7 +267,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if title in made:
             made[title] = []  # of several sections with this title, they are in the place of the first
     sections += [text for texts in made.values() for text in texts]
-    write(arguments.to, "\n\n".join([INTRODUCTION.rstrip(), *sections]) + "\n")
+    introduction = INTRODUCTION.replace("# Benchmarks", f"# {TITLES.get(arguments.to.stem, 'Benchmarks')}", 1)
+    write(arguments.to, "\n\n".join([introduction.rstrip(), *sections]) + "\n")
 
 
 def _present(page: Path) -> list[str]:

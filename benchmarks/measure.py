@@ -41,7 +41,7 @@ def report(
     notes: Sequence[str] = (),
 ) -> None:
     """Print a table; each column is a heading and a function from a row to a cell."""
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = Console(width=None if sys.stdout.isatty() else 170)
     table = Table(title=title, title_justify="left")
     for i, heading in enumerate(columns):
         table.add_column(heading, justify="left" if i < 2 else "right")

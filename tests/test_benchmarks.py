@@ -513,6 +513,11 @@ def test_a_page_keeps_the_sections_of_other_benchmarks(tmp_path):
     assert second == first.replace("0.742", "0.500")
 
 
+def test_the_page_of_scaling_has_a_title_of_its_own(tmp_path):
+    row = {"median": 0.742, "low": 0.7, "high": 0.8, "rounds": 9, "seconds": 1e-4, "bar": 1.0, "passed": True}
+    assert objective_file(tmp_path / "scaling.json", row).startswith("# Scaling over processes\n\n`python -m")
+
+
 def test_new_sections_take_the_place_of_all_that_have_their_title(tmp_path):
     page, path = tmp_path / "o.md", tmp_path / "o.json"
     row = {"median": 0.742, "low": 0.7, "high": 0.8, "rounds": 9, "seconds": 1e-4, "bar": 1.0, "passed": True}

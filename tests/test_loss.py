@@ -514,6 +514,40 @@ def test_a_factor_of_the_loss_needs_no_second_gradient_and_keeps_what_another_ba
     assert all(torch.equal(2 * p.grad, g) for p, g in zip(model.parameters(), once, strict=True))
 
 
+class Summed(nn.Module):
+    """A model with a bias whose gradient is expanded from one number."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.shift = nn.Linear(4, 3), nn.Parameter(torch.randn(2, 5))
+
+    def forward(self, x):
+        return self.layer(x) + self.shift.sum() * torch.arange(3)
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 3.0])
+def test_an_expanded_gradient_is_multiplied(factor):
+    model, batch = Summed(), (torch.randn(8, 4), torch.arange(8) % 3)
+    sharp = SharpnessAware(model, ERM(), cross_entropy)
+    assert set(sharp.oracle().query(batch).gradient.tensors[0].stride()) == {0}
+    expected = grads_of(factor * nn.functional.cross_entropy(model(batch[0]), batch[1]), model)
+    model.zero_grad()
+    for g, wanted in zip(grads_of(factor * sharp(*batch), model), expected, strict=True):
+        torch.testing.assert_close(g, wanted)
+
+
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_gradients_of_a_retained_graph_are_the_callers(factor):
+    model = cases.mlp()
+    once = grads_of(SharpnessAware(model, SAM(), cross_entropy)(*cases.batch()), model)
+    loss, parameters = factor * SharpnessAware(model, SAM(), cross_entropy)(*cases.batch()), list(model.parameters())
+    for p in (parameters, parameters[:1]):
+        for g in torch.autograd.grad(loss, p, retain_graph=True):
+            g.zero_()
+    for g, wanted in zip(torch.autograd.grad(loss, parameters), once, strict=True):
+        torch.testing.assert_close(g, factor * wanted)
+
+
 class Kept:
     """SAM that notes where its gradient is, and keeps it or not."""
 

@@ -601,6 +601,7 @@ def test_weights_are_numbers_of_classes():
         ((1, -2), ValueError, "the weight of class 1 must be non-negative and finite, got -2"),
         ((1, "2"), TypeError, "the weight of class 1 must be a number, got '2'"),
         (Focal, ValueError, "weights must be numbers"),
+        ({1: 1.0, 0: 5.0}, ValueError, "weights must be numbers in a list"),
     ):
         with pytest.raises(kind, match=said):
             ClassWeighted(NegLog(), weights)

@@ -399,7 +399,7 @@ HERE: dict[tuple[str, str], list[Callable[[], dict[str, Any]]]] = {
         lambda: {**loop(), "loader": batches(4), "validation_loss": lambda model: 1.0},
     ],
     (LOOP, "WSAM with a decoupled term"): [loop],
-    (LOOP, "Examples that are remembered"): [numbered],
+    (LOOP, "Numbered examples (SAF)"): [numbered],
     (LOOP, "Models that compute their own loss"): [nano_gpt, hugging_face, seq2seq],
     (LOOP, "Accelerate"): [accelerated],
     (LOOP, "Fabric"): [fabric],
@@ -743,7 +743,7 @@ def test_the_combined_methods_are_methods():
 
 def test_the_options_in_short_train(alone, tmp_path):
     """Each assignment to `sharp` is a loss that takes a step, except for InPairs, which needs two processes."""
-    (ranks_block,) = python(RANKS)
+    of_ranks = [block.code for block in python(RANKS)]
     (block,) = [block for block in python(START) if block.section == WHOLE[START]]
     names = {
         **cases.public_names(),
@@ -766,7 +766,7 @@ def test_the_options_in_short_train(alone, tmp_path):
         "micro_batches": [(x, y)],
     }
     trained = 0
-    for statement in ast.parse(ranks_block.code + "\n" + block.code).body:
+    for statement in ast.parse("\n".join([*of_ranks, block.code])).body:
         code = ast.unparse(statement)
         model = names["model"] = vision if "Trainer(" in code else mlp()
         names["optimizer"] = SGD(model.parameters(), lr=0.1)
@@ -774,7 +774,7 @@ def test_the_options_in_short_train(alone, tmp_path):
         if code.startswith("sharp = ") and "InPairs" not in code:
             names["sharp"](*([{"inputs": {"input": x}, "labels": y}] if "inputs" in code else (x, y))).backward()
             trained += 1
-    assert trained == 6
+    assert trained == 7
     assert (tmp_path / "saved").exists()
 
 

@@ -32,10 +32,12 @@ from bisam import (
     SAM,
     SAMDB,
     XSAM,
+    Accumulated,
     AsyncSAM,
     BilateralSAM,
     BiSAM,
     Every,
+    FilterNoise,
     FunctionalSAM,
     GBiSAM,
     LookSAM,
@@ -49,6 +51,7 @@ from bisam import (
     SharpnessAware,
     StableSAM,
     Tanh,
+    Tilted,
     cross_entropy,
     next_step,
     statistics,
@@ -635,6 +638,25 @@ def test_they_are_those_of_the_last_micro_batch():
     other = SharpnessAware(model, SAM(), cross_entropy, stats=True)
     other(*cases.batch(1))
     assert found == other.stats.to_dict()
+
+
+@pytest.mark.parametrize("method", [SAM(0.5), BiSAM(0.5), MultiStepSAM(0.5, steps=2), GSAM(0.5)], ids=str)
+@pytest.mark.parametrize("wrap", [lambda m: m, lambda m: Every(1, m), lambda m: MSAM(8, m)])
+def test_those_of_accumulated_queries_are_of_the_whole_batch(method, wrap):
+    model, found = cases.mlp(), []
+    for each in (wrap(method), wrap(Accumulated(3, method)), Tilted(2, Accumulated(3, method))):
+        sharp = SharpnessAware(model, each, cross_entropy, stats=True)
+        sharp(*cases.batch(8)).backward()
+        found.append(sharp.stats.to_dict())
+    assert set(found[0]) == {"ascent_norm", "descent_norm", "displacement_norm", "rise", "cosine"}
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-6)
+
+
+def test_the_gradient_of_another_micro_batch_is_not_that_of_an_ascent():
+    sharp = SharpnessAware(cases.mlp(), MSAM(3, FilterNoise(0.5)), cross_entropy, stats=True)
+    sharp(*cases.batch(8)).backward()
+    assert set(sharp.stats.to_dict()) == {"descent_norm", "displacement_norm"}
 
 
 def test_a_model_in_eval_mode_that_trains_has_statistics():

@@ -488,9 +488,12 @@ class WithGradient(torch.autograd.Function):
             ctx.decoupled.add(factor)
         if ctx.wraps is None:
             gradient = ctx.saved_tensors
-            if not (ctx.owned and _is_one(factor)):
+            owned = (
+                ctx.owned and not keeps_graph()
+            )  # autograd.grad(..., retain_graph=True) returns what is returned here
+            if not (owned and _is_one(factor)):
                 # In place where nothing else needs it: a second gradient could be the peak of the step's memory.
-                if ctx.owned and not keeps_graph() and not are_shared(gradient):
+                if owned and not are_shared(gradient):
                     torch._foreach_mul_(gradient, factor)
                 else:
                     gradient = torch._foreach_mul(gradient, factor)

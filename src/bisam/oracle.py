@@ -139,6 +139,8 @@ class Oracle(ABC):
         buffers: running statistics and other buffers of the model, with their present values.
         loss: the training loss, which is the default objective of a query.
         step: number of losses that were computed before this one.
+        draws: numbers that tell this call of a method from others in the same step, as those for the samples of
+            `Tilted`. Noise that is drawn from a seed is a function of them too.
         is_local: whether an answer is computed on this rank's batch only. If parameters are sharded, or if the scope is
             "global", answers are means over the batches of all ranks.
         position: number of this rank among those that share a batch, as "0 of 2"; "0 of 1" if `is_local`.
@@ -172,6 +174,7 @@ class Oracle(ABC):
     buffers: Sequence[Tensor] = ()
     loss: Objective
     step: int = 0
+    draws: tuple[int, ...] = ()
     is_local: bool = True
     position: str = "0 of 1"
     state: dict[str, Any]
@@ -273,15 +276,16 @@ class Oracle(ABC):
         """Returns the same oracle, whose queries do not update running statistics: an earlier query has done so."""
         return View(self, never_track=True)
 
-    def within(self, part: str, step: int | None = None) -> Oracle:
+    def within(self, part: str, step: int | None = None, draw: int | None = None) -> Oracle:
         """Returns the same oracle for a part of a method, with its own state: two parts never share state.
 
         Args:
             part: name of the part, the key of its state.
             step: number of earlier calls of the part. Default: that of the whole method.
+            draw: number that is added to `draws`, where parts are samples. Default: the same draws.
         """
         self.state[part] = own = dict(self.state.get(part, {}))  # a copy: see `state`
-        return View(self, state=own, step=step)
+        return View(self, state=own, step=step, draws=None if draw is None else (*self.draws, draw))
 
 
 class View(Oracle):
@@ -296,6 +300,7 @@ class View(Oracle):
         never_track: if True, no query updates running statistics.
         state: state of the method. Default: that of the underlying oracle.
         step: step counter. Default: that of the underlying oracle.
+        draws: see `Oracle`. Default: those of the underlying oracle.
     """
 
     def __init__(
@@ -307,10 +312,12 @@ class View(Oracle):
         never_track: bool = False,
         state: dict[str, Any] | None = None,
         step: int | None = None,
+        draws: tuple[int, ...] | None = None,
     ) -> None:
         self._oracle, self._by, self._track, self._never_track = oracle, by, track, never_track
         self.state = oracle.state if state is None else state
         self.step = oracle.step if step is None else step
+        self.draws = oracle.draws if draws is None else draws
 
     @property
     def below(self) -> Oracle:

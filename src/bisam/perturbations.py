@@ -51,7 +51,7 @@ from bisam.evaluation import Evaluation
 from bisam.objectives import Objective, OfClasses
 from bisam.oracle import Oracle
 from bisam.schedules import FlipRate, Radius
-from bisam.validation import instance, non_negative, portion, positive, share
+from bisam.validation import instance, non_negative, portion, positive, share, shown
 from bisam.vector import TINY, Vector
 
 Perturbation = Callable[[Vector, Oracle], Vector]
@@ -610,8 +610,11 @@ class PerGroup:
     norm: Literal["group", "all"] = "group"
 
     def __post_init__(self) -> None:
-        if isinstance(cast(Any, self.groups), str) or not len(self.groups):
-            raise ValueError(f"groups must be pairs of a function and a perturbation, got {self.groups!r}")
+        groups = cast(Any, self.groups)
+        if not (isinstance(groups, Sequence) and groups and all(isinstance(pair, tuple | list) for pair in groups)):
+            raise ValueError(f"groups must be pairs of a function and a perturbation in a list, got {shown(groups)}")
+        if wrong := [pair for pair in groups if len(pair) != 2]:
+            raise ValueError(f"a group must be a pair of a function and a perturbation, got {shown(wrong[0])}")
         for where, _ in self.groups:
             instance("where", where, "a function (name, parameter) -> bool")
         perturbs = [geometry(perturb) for _, perturb in self.groups]

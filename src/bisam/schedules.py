@@ -10,7 +10,8 @@
     >>> flips = L2(FlipRate(0.06))                                 # the radius that flips 6 % of the predictions
 
 A schedule is any callable from a step to a radius. A step is a call of the method that the schedule belongs to: under
-gradient accumulation each micro-batch is a step, and inside `Every(5, ...)` every fifth of them. The parameter mu of
+gradient accumulation each micro-batch is a step, unless the loss has an argument `accumulation`, and inside
+`Every(5, ...)` every fifth of them. The parameter mu of
 the bounds in `bisam.objectives` may be a schedule too.
 """
 

@@ -1,4 +1,4 @@
-"""Statistics of a training step, from the queries that its method makes anyway: no pass of the model is added.
+"""Statistics: norms, rise of the loss and cosine of a training step, from the queries that its method makes anyway.
 
     sharp = SharpnessAware(model, SAM(0.05), cross_entropy, stats=True)
     sharp(x, y).backward()
@@ -10,9 +10,11 @@ An `Observed` oracle passes all queries of the method on, and a `Recorder` compu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import reduce
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -66,7 +68,8 @@ class StepStats:
       the noise in RSAM.
     * `ZerothOrder`, `FilterNoise`: displacement and h.
     * `RAPP`, `ExtraGradient`, `CEGPlus`: g is the operator that the last step from w was made along.
-    * `Tilted`, `TSAM`: those of the last sample. `MSAM`, `Accumulated`: those of the last micro-batch.
+    * `Tilted`, `TSAM`: those of the last sample. `MSAM`: those of the last micro-batch.
+    * `Accumulated`: those of the wrapped method, for the whole batch.
     * `KSAM`: those of the selected examples.
     * `SAF`, `MESA`: those of the wrapped method; the rise is that of the loss without the term.
     * `Every`, `During`: those of the method whose turn it is.
@@ -203,6 +206,10 @@ class Recorder:
             if answer.grad is not None:
                 self._gradient, self._part = answer.grad, query.wrt
 
+    def next_part(self) -> None:
+        """Forgets the gradient of a part of the batch: the displacements of the next part are not made of it."""
+        self._gradient = self._rise = None
+
     def finish(self, answer: Evaluation) -> StepStats:
         """Returns the statistics of the step whose method returned `answer`."""
         return self._stats or StepStats(descent_norm=answer.gradient.norm())
@@ -251,16 +258,41 @@ class Observed(View):
         self.recorder.after(queries, answers, length, self.loss)
         return answers
 
+    def next_part(self) -> None:
+        """See `Oracle.next_part`."""
+        super().next_part()
+        if self.recorder is not None:
+            self.recorder.next_part()
+
 
 def observed_above(view: View) -> Oracle:
     """Returns `view`, observed in place of the oracle below it that is: for a view that sends queries elsewhere."""
+    below = _observed_below(view)
+    if below is None:
+        return view
+    recorder, below.recorder = below.recorder, None
+    return Observed(view, cast(Recorder, recorder))
+
+
+@contextmanager
+def observed_as_asked(view: View) -> Generator[Oracle]:
+    """A context with `view`, observed in place of the oracle below it that is: for a view that divides queries."""
+    below = _observed_below(view)
+    recorder = None if below is None else below.recorder
+    try:
+        yield observed_above(view)
+    finally:
+        if below is not None:
+            below.recorder = recorder
+
+
+def _observed_below(view: View) -> Observed | None:
     below: Oracle = view
     while isinstance(below, View):
         if isinstance(below, Observed) and below.recorder is not None:
-            recorder, below.recorder = below.recorder, None
-            return Observed(view, recorder)
+            return below
         below = below.below
-    return view
+    return None
 
 
 def _described(queries: Sequence[Query]) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Set
 from numbers import Real
 from typing import Any, cast
 
@@ -95,6 +96,29 @@ def whole(name: str, value: Any, least: int = 1, most: int = LARGEST) -> None:
         raise ValueError(f"{name} must be at least {least}, got {shown(value)}")
     if value > most:
         raise ValueError(f"{name} must be at most {most}, got {shown(value)}")
+
+
+def numbers_of_classes(name: str, of_class: str, values: Any) -> tuple[float, ...]:
+    """Returns numbers >= 0, one for each class in the order of the classes, as a tuple.
+
+    Args:
+        name: name of the argument.
+        of_class: what one of them is called, before the number of its class.
+        values: the argument.
+
+    Raises:
+        TypeError: one is not a number; the message shows the class and the value.
+        ValueError: they are no sequence, as a dict and a set are, or empty; or one is negative or not finite.
+    """
+    if isinstance(values, str | type | Mapping | Set) or not hasattr(values, "__len__") or not len(values):
+        raise ValueError(
+            f"{name} must be numbers in a list, one for each class in the order of the classes, got {shown(values)}"
+        )
+    if isinstance(values, Tensor):
+        raise TypeError(f"{name} must be numbers, not a tensor: use {name}.tolist(), got {shown(values)}")
+    for label, value in enumerate(values):
+        non_negative(f"{of_class} {label}", value)
+    return tuple(values)
 
 
 def instance(name: str, value: Any, remedy: str, *also: type) -> None:

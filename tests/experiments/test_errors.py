@@ -15,6 +15,7 @@ from bisam.experiments.errors import (
     missing_package,
     reason_not_loaded,
     show_warnings_in_one_line,
+    to_find,
     unknown,
 )
 from bisam.experiments.launch import estimate
@@ -68,6 +69,16 @@ def test_of_many_names_the_nearest_are_said_and_what_lists_them(name, words):
 def test_few_names_are_all_said():
     assert str(unknown("kind", "c", ["a", "b"])) == "unknown kind 'c', available: a, b"
     assert str(unknown("kind", "ab", ["abc", "b"])) == "unknown kind 'ab', did you mean 'abc'? Available: abc, b"
+    assert str(unknown("kind", "ab", ["ab_c", "ab_c"])) == "unknown kind 'ab', did you mean 'ab_c'? Available: ab_c"
+
+
+def test_where_nothing_is_found_the_folder_above_or_below_is_said(tmp_path):
+    (tmp_path / "digits").mkdir()
+    first = "run `bisam run digits` first, or give the --out of its runs"
+    assert to_find("bisam run digits", "digits", tmp_path) == first
+    assert to_find("bisam run digits", "digits", tmp_path / "x") == f"{first}; {tmp_path / 'x'} does not exist"
+    remedy = f"--out is the folder that the folder digits is in: give --out {tmp_path}"
+    assert to_find("bisam run digits", "digits", tmp_path / "digits") == remedy
 
 
 @each_of_memory

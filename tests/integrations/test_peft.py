@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from bisam import SAM, BiSAM, FilterNoise, Only, SharpnessAware, ZerothOrder, cross_entropy
+from bisam import SAM, BiSAM, FilterNoise, Only, SharpnessAware, Vector, ZerothOrder, cross_entropy
 from bisam.perturbations import NormLayers
 from bisam.schedules import Cosine
+from bisam.seeded import Seeded
 from tests.support import references
 from tests.support.cases import bits, parameters
 from tests.support.memory import Peak
@@ -87,13 +88,66 @@ def test_a_repeated_pass_of_checkpointing_has_the_same_noise():
     noise.passes = 0
     model.zero_grad()
     cross_entropy(checkpoint(model, x, use_reentrant=False), y).mean().backward()
-    # The repeated pass begins at the model, so that it is a pass of its own; inside the model it is not.
-    assert noise.passes == 2
+    assert noise.passes == 1
+    assert [p.grad.tolist() for p in model.parameters() if p.requires_grad] == plain
     noise.passes, inner = 0, model.base_model.model
     model.zero_grad()
     inner[3].forward = lambda x, forward=inner[3].forward: checkpoint(forward, x, use_reentrant=False)
     cross_entropy(model(x), y).mean().backward()
     assert [p.grad.tolist() for p in model.parameters() if p.requires_grad] == plain
+
+
+def test_a_pass_without_gradients_before_a_repeated_one_leaves_its_noise():
+    """As that of a reference model, between the pass and the backward pass of the policy."""
+    model, (x, y) = adapted(), batch()
+    noise, inner = FlatLoRA(model, 0.5), model.base_model.model
+    plain = grads(model)
+    noise.passes = 0
+    model.zero_grad()
+    inner[3].forward = lambda x, forward=inner[3].forward: checkpoint(forward, x, use_reentrant=False)
+    loss = cross_entropy(model(x), y).mean()
+    with torch.no_grad(), model.disable_adapter():
+        model(x)
+    loss.backward()
+    assert [p.grad.tolist() for p in model.parameters() if p.requires_grad] == plain
+
+
+def test_a_layer_without_the_active_adapter_has_noise_on_its_own_weights():
+    model, (x, _) = adapted(), batch()
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["3"]))
+    model.set_adapter("other")
+    noise, layer = FlatLoRA(model, 0.5, seed=7), model.base_model.model[0]
+    model(x)
+    weight = layer.base_layer.weight
+    scale = torch.linalg.vector_norm(weight, dim=1, keepdim=True) / weight.shape[1] ** 0.5
+    e = Seeded([(7, 0, 0)], scales=[0.5 * scale]).vector(Vector([weight.data])).tensors[0]
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, weight + e, layer.base_layer.bias))
+    noise.remove()
+
+
+def test_a_bias_is_trained_on_one_example_too():
+    model = peft.get_peft_model(
+        nn.Sequential(nn.Linear(4, 3)), peft.LoraConfig(r=2, target_modules=["0"], bias="lora_only")
+    ).train()
+    FlatLoRA(model, 0.1)
+    model(torch.randn(4)).sum().backward()
+    assert model.base_model.model[0].base_layer.bias.grad.tolist() == [1, 1, 1]
+
+
+def test_weights_that_are_trained_later_and_a_second_noise_are_refused():
+    model, (x, _) = adapted(), batch()
+    noise, base = FlatLoRA(model, 0.5), model.base_model.model[0].base_layer
+    with pytest.raises(ValueError, match=r"remove\(\) first"):
+        FlatLoRA(model, 0.1)
+    base.weight.requires_grad_()
+    with pytest.raises(ValueError, match="FilterNoise"):  # they would have no gradient
+        model(x)
+    base.weight.requires_grad_(False)
+    noise.remove()
+    FlatLoRA(model, 0.1).remove()
+    base.forward = hooked = lambda x: nn.Linear.forward(base, x)
+    FlatLoRA(model, 0.1).remove()
+    assert base.forward is hooked
 
 
 def test_the_noise_of_one_layer_at_a_time_is_in_memory():
@@ -125,6 +179,8 @@ def test_models_without_frozen_lora_layers_are_refused():
         FlatLoRA(model)
     with pytest.raises(ValueError, match="sigma"):
         FlatLoRA(adapted(), -1.0)
+    with pytest.raises(TypeError, match="model must be a PEFT model"):
+        FlatLoRA("model")
 
 
 # Perturbations of a part of a model, in one line each.

@@ -10,11 +10,14 @@ import torch
 from torch import nn
 
 from bisam import (
+    SAM,
     Every,
     FilterNoise,
     NegLog,
     Only,
     SharpnessAware,
+    Tilted,
+    Vector,
     ZerothOrder,
     cross_entropy,
 )
@@ -177,6 +180,38 @@ def test_the_noise_of_a_filter_has_its_share_of_the_length():
     torch.testing.assert_close(ratio, torch.full((3,), 0.05), rtol=0.05, atol=0)
 
 
+def test_a_complex_weight_is_two_entries_of_a_filter():
+    torch.manual_seed(0)
+    model = nn.Linear(10_000, 3, bias=False, dtype=torch.complex64)
+    sharp = SharpnessAware(
+        model, FilterNoise(0.05), cross_entropy, lambda model, x, y: (model(x + 0j).real, y), stats=True
+    )
+    sharp(torch.randn(2, 10_000), torch.arange(2)).backward()
+    assert (sharp.stats.displacement_norm / model.weight.norm()).item() == pytest.approx(0.05, rel=0.05)
+
+
+@pytest.mark.parametrize("method", [ZerothOrder(0.5, draws=2), FilterNoise(0.5), FilterNoise(0.5, restore="redraw")])
+def test_samples_of_a_step_have_noise_of_their_own(method):
+    """As those of a method that draws from the global generators: else each would be the first."""
+    values, model = [], cases.mlp()
+
+    def noting(oracle, batch):
+        values.append((answer := method(oracle, batch)).value.item())
+        return answer
+
+    def note(count, wrapper=noting):
+        values.clear()
+        SharpnessAware(model, Tilted(count, wrapper), cross_entropy)(*cases.batch())
+        return list(values)
+
+    samples, nested, alone = note(3), note(2, Tilted(2, noting)), note(1)
+    assert len(set(samples)) == 3
+    assert len(set(nested)) == 4
+    assert samples == pytest.approx(note(3), abs=1e-12)  # to the rounding of restore="redraw"
+    by_itself = method(SharpnessAware(model, SAM(), cross_entropy).oracle(), cases.batch()).value
+    assert alone == pytest.approx([by_itself.item()], abs=1e-12)
+
+
 # Weights that are restored without a copy.
 
 
@@ -299,16 +334,51 @@ def test_half_precision_is_refused(method):
         sharp(*batch(0, torch.bfloat16))
 
 
-class Constrained(nn.Linear):
+class Replaced(nn.Linear):
     def forward(self, x):
-        self.weight.data = torch.renorm(self.weight.data, 2, 0, maxnorm=100.0)
+        self.weight.data = torch.renorm(self.weight.data, 2, 0, maxnorm=self.limit)
         return super().forward(x)
 
 
-def test_a_layer_that_replaces_its_weights_is_refused():
-    model = nn.Sequential(Constrained(4, 3))
-    with pytest.raises(RuntimeError, match="restore='copy'"):
-        SharpnessAware(model, FilterNoise(0.1, restore="redraw"), cross_entropy)(torch.randn(4, 4), torch.arange(4) % 3)
+class Changed(nn.Linear):
+    def forward(self, x):
+        if self.limit < 100:
+            with torch.no_grad():
+                self.weight.clamp_(-self.limit, self.limit)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("method", [ZerothOrder(0.5, restore="redraw"), FilterNoise(0.3, restore="redraw")])
+@pytest.mark.parametrize("layer", [Replaced, Changed])
+@pytest.mark.parametrize("later", [False, True])
+def test_a_layer_that_changes_its_weights_is_refused(method, layer, later):
+    """Subtracting the noise would not restore them: they would move in each step, without a message."""
+    model = nn.Sequential(nn.Linear(4, 4), layer(4, 3))
+    model[1].limit = 100.0 if later else 0.2
+    sharp, (x, y) = SharpnessAware(model, method, cross_entropy), (torch.randn(4, 4), torch.arange(4) % 3)
+    if later and layer is Changed:
+        sharp(x, y)
+    model[1].limit = 0.2
+    model(x)
+    before = references.flat(model)
+    with pytest.raises((ValueError, RuntimeError), match="restore='copy'"):
+        sharp(x, y)
+    if not (later and layer is Changed):
+        assert (references.flat(model) - before).abs().max() < 1e-6
+
+
+def test_an_embedding_that_limits_its_rows_is_refused_before_it_is_displaced():
+    model = nn.Sequential(nn.Embedding(5, 4, max_norm=0.5), nn.Linear(4, 3))
+    tokens, y = torch.arange(5), torch.arange(5) % 3
+    model(tokens)
+    before = references.flat(model)
+    sharp = SharpnessAware(model, ZerothOrder(0.5, restore="redraw"), cross_entropy)
+    with pytest.raises(ValueError, match=r"(?s)nn\.Embedding\(max_norm=.*restore='copy'"):
+        sharp(tokens, y)
+    assert torch.equal(references.flat(model), before)
+    sharp.method = ZerothOrder(0.5)
+    sharp(tokens, y).backward()
+    assert torch.equal(references.flat(model), before)
 
 
 @pytest.mark.parametrize(
@@ -319,6 +389,17 @@ def test_a_displacement_that_cannot_be_drawn_again_is_refused(perturb):
     for refused in (perturb, Only(cases.is_matrix, perturb), PerGroup([(cases.is_matrix, perturb)])):
         with pytest.raises(ValueError, match=r"(?s)L2.*restore='copy'"):
             ZerothOrder(refused, restore="redraw")
+
+
+class Signs(L2):
+    def __call__(self, gradient, oracle):
+        return Vector([t.sign() * self.rho for t in gradient])
+
+
+@pytest.mark.parametrize("perturb", [Signs(0.1), Only(cases.is_matrix, Signs(0.1))])
+def test_a_subclass_of_a_ball_is_not_taken_for_one(perturb):
+    with pytest.raises(ValueError, match=r"(?s)L2.*restore='copy'"):
+        ZerothOrder(perturb, restore="redraw")
 
 
 def test_values_of_an_argument_are_named():

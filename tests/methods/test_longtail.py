@@ -36,6 +36,14 @@ def test_ignored_labels_count_in_neither_part(counts, ignore_index):
     close(ignored, kept, 1e-12)
 
 
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 1.5, 2.0])
+def test_more_ignored_labels_than_others_leave_the_loss_finite(gamma):
+    model, (x, y) = cases.mlp(), cases.batch()
+    sharp = SharpnessAware(model, FocalSAM(0.1, gamma), cross_entropy)
+    kept = sharp(x[:2], y[:2])
+    close(sharp(x, torch.cat([y[:2], y.new_full((len(x) - 2,), -100)])), kept, 1e-12)
+
+
 def test_shares_of_a_map_of_labels_need_no_table_of_pairs():
     labels = torch.arange(2).repeat(4, 100_000).transpose(0, 1)  # a table of pairs would have 6.4e11 entries
     close(Shares()(labels), torch.full(labels.shape, 0.5, dtype=torch.double), 1e-12)
@@ -61,6 +69,9 @@ def test_the_reported_loss_is_the_sum_of_both_parts():
         (lambda: FocalSAM(lam=None), TypeError, "lam must be a number"),
         (lambda: FocalSAM(counts=[1, -2]), ValueError, "the count of class 1 must be .*-2"),
         (lambda: FocalSAM(counts=[0, 0]), ValueError, "counts must be the numbers of examples"),
+        (lambda: FocalSAM(counts={0: 4, 1: 2}), ValueError, "counts must be numbers in a list.*got {0: 4, 1: 2}"),
+        (lambda: FocalSAM(counts=3), ValueError, "counts must be numbers in a list.*got 3"),
+        (lambda: FocalSAM(counts=torch.tensor([4, 2])), TypeError, r"counts.tolist\(\)"),
         (lambda: ClassSAM(weight=3), TypeError, "weight must be a function from labels"),
         (lambda: ClassSAM(weight=Tail([1]), plain=3), TypeError, "plain must be a function from labels"),
     ],

@@ -22,7 +22,7 @@ def unknown(kind: str, name: str, known: Iterable[str], see: str = "") -> ValueE
         known: the names that there are.
         see: a command that shows them, where they are too many for a message.
     """
-    names, lower = list(known), name.lower()
+    names, lower = list(dict.fromkeys(known)), name.lower()
     family = lower if see and len(lower) > 1 else f"{lower}_"
     near = [n for n in names if n.lower() == lower] or [n for n in names if n.lower().startswith(family)][:3]
     near = near or get_close_matches(name, names, 1) or get_close_matches(lower, names, 1)
@@ -33,6 +33,20 @@ def unknown(kind: str, name: str, known: Iterable[str], see: str = "") -> ValueE
     else:
         rest = f"{' Available' if near else ', available'}: {', '.join(names)}"
     return ValueError(f"unknown {kind} {name!r}{meant}{rest}")
+
+
+def to_find(command: str, name: str, out: Path) -> str:
+    """Return what to do where no result of a study or measurement was found.
+
+    Args:
+        command: makes the results.
+        name: of the study or measurement.
+        out: where they were looked for.
+    """
+    if out.is_dir() and out.absolute().name == name:
+        return f"--out is the folder that the folder {name} is in: give --out {out.parent}"
+    missing = "" if out.exists() else f"; {out} does not exist"
+    return f"run `{command}` first, or give the --out of its runs{missing}"
 
 
 def reason(error: BaseException) -> str:

@@ -27,7 +27,7 @@ except ImportError as error:
 from bisam import schedules
 from bisam.schedules import Radius
 from bisam.seeded import Seeded
-from bisam.validation import whole
+from bisam.validation import shown, whole
 from bisam.vector import Vector
 
 
@@ -45,26 +45,33 @@ class FlatLoRA:
     The authors add E to W and subtract it after the step. Here W is not changed: a layer draws E from its seed in the
     forward pass and again in the backward pass, so that no more than the noise of one layer is in memory, and W keeps
     its bits. The noise is a function of `seed`, the number of the pass and the layer. It is the same on all ranks, and
-    in a pass that activation checkpointing repeats.
+    in a pass that activation checkpointing repeats, unless another pass with gradients was made before `backward()`.
 
-    Layers whose adapters are merged or disabled have no noise, and neither has the model in eval mode.
+    Layers whose adapters are merged or disabled have no noise, and neither has the model in eval mode. A pass without
+    gradients, as that of the reference model of DPO, is not counted and has the noise of the pass before it.
 
     Args:
         model: a PEFT model with LoRA layers around `nn.Linear`.
         sigma: length of the noise in units of the norm of each filter, >= 0, a number or a schedule, whose steps are
-            forward passes in training mode: SAM makes two in a step.
+            forward passes in training mode with gradients: SAM makes two in a step.
         seed: seed of the noise, >= 0.
 
     Attributes:
-        passes: number of forward passes in training mode; store it in a checkpoint, and set it after loading.
+        passes: number of forward passes in training mode with gradients; store it in a checkpoint, and set it after
+            loading.
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: `sigma` or `seed` is outside its range; the model has no LoRA layer around `nn.Linear`, or the
-            weights of one are trained.
+        ValueError: `sigma` or `seed` is outside its range; the model has no LoRA layer around `nn.Linear`, has noise of
+            another `FlatLoRA`, or the weights of a layer are trained.
+
+    Raises in a forward pass:
+        ValueError: the weights of a layer are trained since.
     """
 
     def __init__(self, model: nn.Module, sigma: Radius = 0.05, seed: int = 0) -> None:
+        if not isinstance(cast(Any, model), nn.Module):
+            raise TypeError(f"model must be a PEFT model, a torch.nn.Module, got {shown(model)}")
         schedules.check("sigma", sigma)
         whole("seed", seed, least=0)
         self.sigma, self.seed, self.passes = sigma, seed, 0
@@ -75,11 +82,12 @@ class FlatLoRA:
                 "FlatLoRA adds noise to LoRA layers around nn.Linear, and the model has none: call get_peft_model(...) "
                 "with a LoraConfig first"
             )
-        for layer in self._layers:
-            if cast(nn.Linear, layer.base_layer).weight.requires_grad:
+        self._before = [vars(layer.base_layer).get("forward") for layer in self._layers]  # as that of a hook
+        for layer, before in zip(self._layers, self._before, strict=True):
+            _check_frozen(cast(nn.Linear, layer.base_layer))
+            if isinstance(getattr(getattr(before, "func", None), "__self__", None), FlatLoRA):
                 raise ValueError(
-                    "FlatLoRA adds noise to frozen weights, and those of a LoRA layer are trained: freeze them, or use "
-                    "the method FilterNoise for weights that are trained"
+                    "the model has the noise of another FlatLoRA, which this one would replace: call its remove() first"
                 )
         self._count = model.register_forward_pre_hook(self._begin)
         for i, layer in enumerate(self._layers):
@@ -89,22 +97,34 @@ class FlatLoRA:
     def remove(self) -> None:
         """Removes the noise from the model."""
         self._count.remove()
-        for layer in self._layers:
+        for layer, before in zip(self._layers, self._before, strict=True):
             vars(layer.base_layer).pop("forward", None)
+            if before is not None:
+                vars(layer.base_layer)["forward"] = before
 
     def _begin(self, model: nn.Module, args: Any) -> None:
-        self.passes += model.training
+        repeated = torch._C._current_graph_task_id() != -1  # by checkpointing, in the backward pass
+        self.passes += model.training and torch.is_grad_enabled() and not repeated
 
     def _forward(self, i: int, layer: Any, base: nn.Linear, plain: Any, x: Tensor) -> Tensor:
         if not layer.training or layer.merged or layer.disable_adapters:
             return plain(x)
-        step = max(self.passes - 1, 0)
+        _check_frozen(base)
+        step, active = max(self.passes - 1, 0), [name for name in layer.active_adapters if name in layer.lora_A]
         with torch.no_grad():
-            merged = base.weight + sum([layer.get_delta_weight(name) for name in layer.active_adapters])
+            merged = base.weight + sum([layer.get_delta_weight(name) for name in active])
             scale = torch.linalg.vector_norm(merged, dim=1, keepdim=True) / merged.shape[1] ** 0.5
             del merged
         noise = Seeded([(self.seed, step, i)], scales=[scale * schedules.at(self.sigma, step)])
         return cast(Tensor, _Noisy.apply(x, base.weight, base.bias, noise))
+
+
+def _check_frozen(base: nn.Linear) -> None:
+    if base.weight.requires_grad:
+        raise ValueError(
+            "FlatLoRA adds noise to frozen weights, and those of a LoRA layer are trained: freeze them, or use "
+            "the method FilterNoise for weights that are trained"
+        )
 
 
 class _Noisy(torch.autograd.Function):
@@ -123,7 +143,7 @@ class _Noisy(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         g = grads[0]
         of_x = (g @ _moved(weight, ctx.noise).to(g.dtype)).to(ctx.dtype) if ctx.needs_input_grad[0] else None
-        of_bias = g.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        of_bias = g.sum_to_size(g.shape[-1:]) if ctx.needs_input_grad[2] else None
         return of_x, None, of_bias, None
 
 

@@ -1,14 +1,14 @@
 """Methods whose displacement is drawn from a seed and needs no gradient: ZerothOrder and FilterNoise.
 
-A step of each computes one gradient. The noise is a function of the argument `seed` and of the step: it does not depend
-on the state of the global generators, continues after a checkpoint as in an uninterrupted run, and is the same on all
-ranks.
+A step of each computes one gradient. The noise is a function of the argument `seed` and of the step, and in `Tilted` of
+the sample: it does not depend on the state of the global generators, continues after a checkpoint as in an
+uninterrupted run, and is the same on all ranks.
 
 With `restore="redraw"` no copy of the weights is kept while they are displaced, so that the memory of a step is that of
 plain training: the noise is drawn again and subtracted. This is the only place where the library restores weights to a
 rounding, and not bit for bit: a hundred steps of either method change the weights of an MLP in float32 by less than
 1e-6 of their length (a test) besides the steps of the optimizer. It is refused for weights in half precision and for
-sharded weights. A layer that changes its weights in the forward pass needs `restore="copy"`.
+sharded weights, and where a layer changes its weights in the forward pass, as `nn.Embedding(max_norm=...)` does.
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ class ZerothOrder(SAM):
         ValueError: an argument is outside its range, or `perturb` does not permit `restore="redraw"`.
 
     Raises when called:
-        ValueError: `restore` is "redraw", and the weights are sharded or in half precision.
+        ValueError: `restore` is "redraw", and the weights are sharded or in half precision, or a layer changes its
+            weights in the forward pass.
+        RuntimeError: the same, where only a later pass changes weights.
 
     Example:
         >>> import torch
@@ -122,7 +124,7 @@ class ZerothOrder(SAM):
         return e.vector(oracle.weights) if isinstance(e, Seeded) else e
 
     def _displacement(self, oracle: Oracle, batch: Batch) -> Vector | Seeded:
-        part, keys = self.part(oracle), [(self.seed, oracle.step, k) for k in range(self.draws)]
+        part, keys = self.part(oracle), [(self.seed, oracle.step, k, *oracle.draws) for k in range(self.draws)]
         scales = None if part is None else [1.0 if inside else None for inside in part]
         draws = [Seeded([key], None, scales, self.noise) for key in keys]
         slopes = [_slope(oracle, batch, self.ascent, z, self.epsilon, self.restore) / self.draws for z in draws]
@@ -156,9 +158,10 @@ def _radial(g: Seeded, oracle: Oracle, displacement: Callable[[Vector, Oracle], 
 
 def _is_radial(perturb: Any) -> bool:
     """Whether a displacement is the gradient times a number in each tensor, which norms of tensors determine."""
-    if isinstance(perturb, PerGroup):
+    kind = type(perturb)  # not those of a subclass, which may be any function of the gradient
+    if kind is PerGroup:
         return all(_is_radial(inner) for _, inner in perturb.groups)
-    return _is_radial(perturb.perturb) if isinstance(perturb, Only | NormLayers) else isinstance(perturb, L2)
+    return _is_radial(perturb.perturb) if kind in (Only, NormLayers) else kind is L2
 
 
 @dataclass(frozen=True, repr=False)
@@ -166,7 +169,7 @@ class FilterNoise(Written):
     """The gradient at a random point, whose noise is in proportion to the norm of each filter (Li et al., 2024).
 
     The noise of Flat-LoRA, https://arxiv.org/abs/2409.14396, on the weights that are trained. The gradient is that at
-    w + e, where an entry of filter i of n entries has
+    w + e, where an entry of filter i of n entries (a complex weight is two) has
 
         e_ij = sigma / sqrt(n) ||w_i|| z_ij,    z_ij ~ N(0, 1),
 
@@ -194,8 +197,9 @@ class FilterNoise(Written):
         ValueError: an argument is outside its range.
 
     Raises when called:
-        ValueError: `where` selects no trainable parameter; or `restore` is "redraw", and the weights are sharded or in
-            half precision.
+        ValueError: `where` selects no trainable parameter; or `restore` is "redraw", and its conditions do not hold,
+            see `ZerothOrder`.
+        RuntimeError: see `ZerothOrder`.
     """
 
     sigma: Radius = 0.05
@@ -236,14 +240,15 @@ def _filter_noise(oracle: Oracle, where: Callable[[str, Tensor], bool], sigma: f
             f"and it selects none of the {len(chosen)} that are trained: select some by name"
         )
     scales = [_scale(oracle.weights, i) * sigma if inside else None for i, inside in enumerate(chosen)]
-    return Seeded([(seed, oracle.step)], scales=scales)
+    return Seeded([(seed, oracle.step, *oracle.draws)], scales=scales)
 
 
 def _scale(w: Vector, i: int) -> Tensor:
     """Returns the root mean square of the entries of each filter of tensor `i`, in a shape that broadcasts to it."""
     whole = w.layout.whole(i, w.tensors[i])
     filters = tuple(range(1, whole.dim())) if whole.dim() > 1 else None
-    entries = whole.numel() // max(whole.shape[0], 1) if filters else whole.numel()
+    numbers = torch.view_as_real(whole) if whole.is_complex() else whole  # a complex weight is two entries
+    entries = numbers.numel() // max(whole.shape[0], 1) if filters else numbers.numel()
     scale = torch.linalg.vector_norm(whole, dim=filters, keepdim=True) / max(entries, 1) ** 0.5
     return w.layout.part(i, scale.expand(whole.shape)) if w.layout.sharded else scale
 

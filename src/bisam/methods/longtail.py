@@ -31,7 +31,7 @@ from bisam.objectives import Objective, at_step
 from bisam.oracle import Oracle, Query
 from bisam.perturbations import Perturbation
 from bisam.schedules import Radius
-from bisam.validation import describe, instance, non_negative, whole
+from bisam.validation import describe, instance, non_negative, numbers_of_classes, whole
 
 LabelWeight = Callable[[Tensor], Tensor]
 """A function from class labels (int64) to weights of the same shape. The label of ignored examples is -1."""
@@ -125,7 +125,8 @@ class Shares:
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: an argument is outside its range, or all counts are 0.
+        ValueError: an argument is outside its range, all counts are 0, or they are not in the order of the classes, as
+            those of a dict.
     """
 
     gamma: float = 1.0
@@ -136,11 +137,10 @@ class Shares:
         non_negative("gamma", self.gamma)
         non_negative("lam", self.lam)
         if self.counts is not None:
-            for label, number in enumerate(self.counts):
-                non_negative(f"the count of class {label}", number)
-            if not sum(self.counts):
+            counts = numbers_of_classes("counts", "the count of class", self.counts)
+            if not sum(counts):
                 raise ValueError(f"counts must be the numbers of examples of each class, got {self.counts!r}")
-            object.__setattr__(self, "counts", tuple(self.counts))  # hashable
+            object.__setattr__(self, "counts", counts)
 
     def __call__(self, labels: Tensor) -> Tensor:
         """Returns the weights.
@@ -228,6 +228,7 @@ def _shares(labels: Tensor) -> Tensor:
     flat = labels.flatten()
     order = flat.sort().values  # memory of the labels, not of all pairs of them, and nothing waits for the device
     counts = torch.searchsorted(order, flat, right=True) - torch.searchsorted(order, flat)
+    counts = counts.masked_fill(flat < 0, 0)  # more than all others, and a power of 1 minus their share would be NaN
     return counts.view(labels.shape).to(_type(labels)) / (flat >= 0).sum().clamp_min(1)
 
 

@@ -30,6 +30,7 @@ from bisam.objectives import Objective
 from bisam.oracle import Oracle, Query, View
 from bisam.perturbations import Perturbation
 from bisam.schedules import Radius
+from bisam.statistics import observed_as_asked
 from bisam.validation import MOST_QUERIES, instance, non_negative, positive, whole
 from bisam.vector import TINY, Vector, widened
 
@@ -152,7 +153,8 @@ class Accumulated:
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
         """Makes the queries of the method, each of them for every micro-batch in turn."""
-        return self.method(_InParts(oracle, self.m), batch)
+        with observed_as_asked(_InParts(oracle, self.m)) as divided:
+            return self.method(divided, batch)
 
 
 class _InParts(View):
@@ -328,7 +330,7 @@ class Tilted:
         """Makes the queries of the method for each sample in turn."""
         tilt, sums, last = schedules.at(self.tilt, oracle.step), None, list[Evaluation]()
         for i in range(self.samples):
-            inside = oracle.within(f"sample {i}")
+            inside = oracle.within(f"sample {i}", draw=i if self.samples > 1 else None)
             answer = self.method(inside if i == 0 else inside.without_tracking(), batch)
             if self.samples == 1:
                 return answer

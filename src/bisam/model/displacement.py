@@ -6,12 +6,16 @@ subtracts it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from bisam.seeded import Seeded
 from bisam.vector import Vector, outside
 
 _HALF = (torch.float16, torch.bfloat16)
+_REMEDY = "use restore='copy', which restores every bit from a copy of the weights"
 
 
 class Saved:
@@ -46,41 +50,51 @@ class Redrawn:
     """Weights that seeded noise moves and that no copy is kept of: they are restored to a rounding.
 
     Args:
-        weights: the weights.
+        parameters: the parameters, whose versions tell whether a forward pass has changed them.
+        weights: their data.
         noise: the displacement.
 
     Raises:
         ValueError: the weights are sharded, or in half precision.
     """
 
-    def __init__(self, weights: Vector, noise: Seeded) -> None:
-        remedy = "use restore='copy', which restores every bit from a copy of the weights"
+    def __init__(self, parameters: Sequence[Tensor], weights: Vector, noise: Seeded) -> None:
         if weights.layout.sharded:
-            raise ValueError(f"displacements of sharded parameters cannot be drawn again: {remedy}")
+            raise ValueError(f"displacements of sharded parameters cannot be drawn again: {_REMEDY}")
         if half := {t.dtype for t in weights} & {*_HALF}:
             raise ValueError(
-                f"restoring {half.pop()} weights by subtraction changes them by up to 0.4 % in each query: {remedy}"
+                f"restoring {half.pop()} weights by subtraction changes them by up to 0.4 % in each query: {_REMEDY}"
             )
         self._noise, self._tensors = noise, weights.tensors
-        # A version counts the changes of a tensor in place: after an interruption it tells which are displaced.
+        # A version counts the changes in place. Those of the data count the changes that are made here: after an
+        # interruption they tell which tensors are displaced. Those of the parameters count what a forward pass changes.
         self._versions = [t._version for t in weights]
+        self._versions_of_parameters = [p._version for p in parameters]
 
     def displace(self) -> None:
         """Adds the noise in place, one tensor after the other."""
         for i, part in self._noise.each(Vector(self._tensors)):
             self._tensors[i].add_(part)
 
-    def restore(self, weights: Vector) -> None:
-        """Draws the noise again and subtracts it; may be called again after an interruption.
+    def check(self, parameters: Sequence[Tensor], weights: Vector) -> None:
+        """Checks that the forward pass has changed no weights, displaced or not; `restore` would not undo that.
 
         Raises:
-            RuntimeError: the forward pass has replaced the memory of a weight.
+            RuntimeError: it has changed or replaced the memory of a parameter. What it changes with `.data` in place is
+                not noticed.
         """
+        versions = [p._version for p in parameters]
+        if versions != self._versions_of_parameters or self._replaced(weights):
+            raise RuntimeError(f"the forward pass has changed weights while they were displaced: {_REMEDY}")
+
+    def restore(self, weights: Vector) -> None:
+        """Draws the noise again and subtracts it; may be called again after an interruption."""
         for i, part in self._noise.each(Vector(self._tensors)):
-            if weights.tensors[i].data_ptr() != self._tensors[i].data_ptr():
-                raise RuntimeError(
-                    "the forward pass has replaced the memory of a weight while it was displaced, so that subtracting "
-                    "the displacement does not restore it: use restore='copy'"
-                )
             if self._tensors[i]._version == self._versions[i] + 1:
                 self._tensors[i].sub_(part)
+        for old, new in self._replaced(weights):
+            new.copy_(old)
+
+    def _replaced(self, weights: Vector) -> list[tuple[Tensor, Tensor]]:
+        pairs = zip(self._tensors, weights.tensors, strict=True)
+        return [(old, new) for old, new in pairs if old.data_ptr() != new.data_ptr()]

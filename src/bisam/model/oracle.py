@@ -76,6 +76,7 @@ class Findings:
         differentiates: whether forward passes compute derivatives themselves, so that they need a graph.
         initialised: whether the first pass of training has been made.
         steady: whether that pass has changed no weights.
+        constrains: whether that pass has changed weights, and does so again in a second pass.
     """
 
     known: Known = field(default_factory=Known)
@@ -83,6 +84,7 @@ class Findings:
     differentiates: bool = False
     initialised: bool = False
     steady: bool = False
+    constrains: bool = False
 
 
 class WeightsInitialised(Exception):
@@ -281,7 +283,8 @@ class ModelOracle(Oracle):
         Raises:
             TypeError: `forward` or the objective returns a value of the wrong type.
             ValueError: the batch is empty; the losses have the wrong shape or no gradient; a gradient is sparse; `wrt`
-                has another length than the weights.
+                has another length than the weights; weights cannot be restored by subtracting seeded noise.
+            RuntimeError: a forward pass changes weights that seeded noise displaces.
         """
         return [self._answer(query) for query in queries]
 
@@ -366,6 +369,8 @@ class ModelOracle(Oracle):
                 self._eval_mode.enter(query.buffers)
             answer = self._evaluate(query, track)
             self._eval_mode.leave()
+            if isinstance(self._origin, Redrawn):
+                self._origin.check(self.parameters, self.weights)
             if sums is not None:
                 state.keep(self._initialised_modules(query, sums))
             state.leave(track, evaluates=query.buffers is not None)
@@ -388,7 +393,12 @@ class ModelOracle(Oracle):
     def _displace(self, at: Vector | Seeded) -> None:
         weights = self.weights
         if isinstance(at, Seeded):
-            self._origin = redrawn = Redrawn(weights, at)
+            if self._findings.constrains:
+                raise ValueError(
+                    "a layer changes its weights in each forward pass, as nn.Embedding(max_norm=...) does, so that "
+                    "subtracting a displacement does not restore them: use restore='copy'"
+                )
+            self._origin = redrawn = Redrawn(self.parameters, weights, at)
             redrawn.displace()
         else:
             self._origin = saved = Saved(weights, at, steady=self._findings.steady)
@@ -481,6 +491,7 @@ class ModelOracle(Oracle):
         state.look()
         once = state.modules(state.once(state.read, again))
         twice = {id(p) for p, *_ in self._changed(before)}
+        self._findings.constrains = bool(twice)
         state.restore(again)
         torch._foreach_copy_(self.weights.tensors, weights.tensors)
         self._drop_copies()

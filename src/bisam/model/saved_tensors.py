@@ -21,14 +21,20 @@ def keeps_graph() -> bool:
 def are_shared(saved: Sequence[Tensor]) -> bool:
     """Whether anything but their graph refers to tensors that it has saved, or to their storages.
 
+    So does a tensor to itself whose entries share memory, as those of an expanded gradient.
+
     Args:
         saved: `ctx.saved_tensors`, at least one, in the backward pass.
     """
-    if _storage_uses() is None:
+    if _storage_uses() is None or any(map(_is_expanded, saved)):
         return True
     objects, storages = _references(saved)
     fewest_objects, fewest_storages = _fewest()
     return objects > fewest_objects or storages > fewest_storages
+
+
+def _is_expanded(t: Tensor) -> bool:
+    return 0 in t.stride() and any(size > 1 and not stride for size, stride in zip(t.shape, t.stride(), strict=True))
 
 
 def _storage_uses() -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bisam.objectives.bounds import BoundWrapper, LowerBound, NegLog, ObjectiveWrapper
 from bisam.objectives.objective import OfClasses, of_labels
-from bisam.validation import instance, non_negative, shown, whole
+from bisam.validation import instance, non_negative, numbers_of_classes, shown, whole
 
 
 @dataclass(frozen=True)
@@ -207,11 +207,9 @@ class ClassWeighted(OfClasses, ObjectiveWrapper):
         object.__setattr__(self, "ignore_index", self.bound.ignore_index)
         if isinstance(self.weights, Focal) or self.weights == "balanced":
             return
-        if isinstance(cast(Any, self.weights), str | type) or not len(self.weights):
+        if isinstance(cast(Any, self.weights), str | type):
             raise ValueError(f'weights must be numbers, "balanced" or Focal(gamma), got {shown(self.weights)}')
-        for label, weight in enumerate(self.weights):
-            non_negative(f"the weight of class {label}", weight)
-        object.__setattr__(self, "weights", tuple(self.weights))  # hashable
+        object.__setattr__(self, "weights", numbers_of_classes("weights", "the weight of class", self.weights))
 
     def _labelled(self, logits: Tensor, labels: Tensor, ignore_index: int | None) -> Tensor:
         ignored, index, _ = of_labels(logits, labels, ignore_index)

@@ -91,7 +91,13 @@ def test_a_recipe_refuses_what_is_out_of_range(field, value):
         ({"method": "SAM(**L2(0.1))"}, "must name each argument once"),
         ({"method": "SAM(perturb=L2(1), perturb=L2(2))"}, "repeated|once"),
         ({"method": "SAM(L2(" + "-" * 2000 + "1))"}, "at most 1000 characters"),
-        ({"method": "SAM(rho=0.1)"}, "unexpected keyword"),
+        (
+            {"method": "SAM(rho=0.1)"},
+            r"^SAM\(rho=0.1\): SAM has no argument 'rho': it takes perturb, ascent, descent; the "
+            r"radius is its perturb, as in SAM\(perturb=0.1\)$",
+        ),
+        ({"method": "KSAM(16, size=3)"}, "KSAM has no argument 'size': it takes k, method$"),
+        ({"method": "ERM(x=1)"}, "ERM has no argument 'x': it takes none$"),
         ({"method": "SAM(*[1])"}, "neither a number"),
         ({"method": "sgd", "rho": 0.1}, "rho is no setting of the method sgd"),
         ({"method": "sam", "mu": 1.0}, "mu is no setting of the method sam: it takes rho"),

@@ -82,18 +82,13 @@ def test_a_new_study_appears_with_its_cost(tmp_path):
     ]
 
 
-def test_results_are_linked_and_told(tmp_path):
+def test_results_are_linked(tmp_path):
     for place in ("reproduction/table12", "mine"):
         (tmp_path / place).mkdir(parents=True)
         (tmp_path / place / "report.md").write_text("")
-    table = (
-        "| page | command | result |\n|---|---|---|\n| [table 12](table12/report.md) | `bisam run table12` | Fast. |\n"
-    )
-    (tmp_path / "reproduction" / "README.md").write_text(table)
     mine = Study("mine", "Mine", lambda epochs: [Recipe(method="sgd", dataset="digits")], seeds=1)
     text = made([mine], tmp_path)
     assert "[table12](reproduction/table12/report.md) |" in text
-    assert "* [table 12](reproduction/table12/report.md) (`bisam run table12`): Fast." in text
     assert rows(text)["Mine"][-1] == "[mine](mine/report.md)"
 
 

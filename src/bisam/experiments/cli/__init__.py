@@ -23,7 +23,8 @@ from collections.abc import Sequence
 from difflib import SequenceMatcher
 from typing import Any
 
-from cyclopts import App, CycloptsError, UnknownOptionError
+from cyclopts import App, CycloptsError, MissingArgumentError, UnknownOptionError
+from cyclopts.exceptions import UnknownCommandError, UnusedCliTokensError
 
 from bisam import __version__
 from bisam.experiments.cli import (
@@ -81,10 +82,10 @@ def main() -> None:
     try:
         with terminable():
             code = _called(sys.argv[1:])
-    except UnknownOptionError as error:
-        errors.print(f"bisam: {_without_nonsense(error)}")
+    except CycloptsError as error:
+        errors.print(f"bisam: {_of_parser(error)}")
         sys.exit(2)
-    except (CycloptsError, RunError, ValueError) as error:
+    except (RunError, ValueError) as error:
         errors.print(f"bisam: {' '.join(str(error).split())}")
         sys.exit(2)
     except Exception as error:
@@ -102,6 +103,22 @@ def main() -> None:
         errors.print(past_tense(error))
         sys.exit(exit_code(error))
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _of_parser(error: CycloptsError) -> str:
+    """The parser's message on one line, with a remedy where it has none."""
+    message, command = " ".join(str(error).split()), " ".join(("bisam", *(error.command_chain or ())))
+    match error:
+        case UnknownOptionError():
+            return _without_nonsense(error)
+        case UnknownCommandError():
+            return f"{message} Try bisam --help"
+        case UnusedCliTokensError(unused_tokens=[first, *_]):
+            return f"unexpected argument {first!r}: try {command} --help"
+        case MissingArgumentError(keyword=None, argument=argument) if argument and argument.field_info.is_positional:
+            return f"{command} needs {argument.name.removeprefix('--').upper()}: try {command} --help"
+        case _:
+            return message
 
 
 def _without_nonsense(error: UnknownOptionError) -> str:

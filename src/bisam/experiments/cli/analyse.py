@@ -82,7 +82,7 @@ def analyse(
         dataset: Data set on which the weights of the file are analysed.
         out: Folder for what is found of the weights of a file.
         device: Device: cpu, cuda, cuda:1, mps, ... or auto.
-        data_dir: Folder of the data sets.
+        data_dir: Folder of the data sets. The environment variable BISAM_DATA sets the default.
         download: Download data sets that are missing in the data folder.
         loaders: Processes that read and decode image files.
     """

@@ -19,7 +19,12 @@ In = Annotated[
     Path, Parameter(name="--out", group=OUTPUT, help="Folder that the run folders are in, or an archive of them.")
 ]
 Changes = Annotated[
-    tuple[str, ...], Parameter(name="--set", negative="", help="Change a field of all recipes: --set epochs=1.")
+    tuple[str, ...],
+    Parameter(
+        name="--set",
+        negative="",
+        help="Change a field of all recipes, as in --set epochs=1. The fields are the flags of bisam train.",
+    ),
 ]
 Config = Annotated[
     Path | None,
@@ -52,7 +57,7 @@ class DeviceFlags:
     device: str = "cpu"
     """Device: cpu, cuda, cuda:1, mps, ... or auto."""
     data_dir: Path = Machine().data_dir
-    """Folder of the data sets."""
+    """Folder of the data sets. The environment variable BISAM_DATA sets the default."""
     download: Annotated[bool, Parameter(negative="")] = False
     """Download a data set that is needed and missing in the data folder."""
     loaders: Whole = 0
@@ -85,11 +90,11 @@ class Launch:
     seeds: Whole | None = None
     """Seeds per recipe; by default the study's own number."""
     epochs: Whole | None = None
-    """Epochs per run (of the other methods, where SGD gets twice as many); by default the study's own number."""
+    """Epochs per run, of which SGD has twice as many where the study says so; by default the study's own number."""
     workers: Whole | None = None
     """Runs at a time, each in a process; by default one per core, or per GPU with --device cuda."""
     stack: Whole | None = None
-    """Train up to so many seeds of a recipe at once, as one batched model: for small networks (model mlp)."""
+    """Number of seeds of a recipe that are trained at once, as one batched model: for small networks (model mlp)."""
     ray: str | None = None
     """Run on a Ray cluster instead: local, auto or its address."""
     gpus: float = 0
@@ -99,7 +104,7 @@ class Launch:
     retries: Whole = 3
     """How often a run is restarted on the cluster after its worker was lost."""
     dry_run: Annotated[bool, Parameter(negative="")] = False
-    """Show the runs at once, then an estimate of their times from a few measured steps; run nothing."""
+    """Run nothing: show the runs, and then an estimate of their times from a few measured steps."""
     estimate: bool = True
     """Whether --dry-run measures times, which loads the data."""
 

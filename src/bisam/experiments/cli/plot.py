@@ -52,7 +52,9 @@ def plot(
         raise ValueError(f"{run} is an archive of runs: {remedy}")
     if run is not None and run.suffix == ".csv":
         if figure != "time":
-            raise ValueError(f"{run} is a table, of which only time is drawn: name a study, and give its --out")
+            raise ValueError(
+                f"{run} is a table, of which only time is drawn: name a study, and give the --out of its runs"
+            )
         drawing = scatter.of_rows(run)
     elif run is not None and figure in analyses.DRAWN and (run.exists() or figure not in figures.CAPTIONS):
         drawing = analyses.draw(figure, run)

@@ -15,7 +15,7 @@ from bisam.experiments.cli.options import Launch, flag, with_file
 from bisam.experiments.cli.plan import show_runs, show_times
 from bisam.experiments.cli.progress import Display
 from bisam.experiments.cli.terminal import console, errors
-from bisam.experiments.errors import DamagedError, RunError
+from bisam.experiments.errors import DamagedError, RunError, to_find
 from bisam.experiments.launch.outcomes import Done, Outcome, collect_outcomes, known_outcome
 from bisam.experiments.recipes import config
 from bisam.experiments.recipes.changes import pairs
@@ -79,6 +79,7 @@ class StudySubject:
         if launch.dry_run:  # it checks what takes time after it has printed the runs
             return
         _refuse("without --dry-run nothing is estimated", given & {"estimate"})
+        _check_models(recipes)
         _check_methods(recipes)
         if self.study.analyses is not None:
             from bisam.experiments.analyses.catalogue import known
@@ -204,7 +205,7 @@ class StudySubject:
                 errors.print(f"bisam: no finished run has the settings of {self.name}: these runs have other settings")
         if not found:
             again = " ".join(["bisam run", self.name, *(f"--set {change}" for change in changes)])
-            remedy = f"run `{again}` first, or give its --out"
+            remedy = to_find(again, self.study.folder, place.given)
             if place.archived:
                 remedy = f"it has runs in {', '.join(sorted(path.name for path in place.folder.iterdir()))}"
             raise ValueError(f"no finished run of {self.name} in {place.given}: {remedy}")
@@ -231,6 +232,13 @@ def _pinned(changes: tuple[str, ...], data_dir: Path) -> tuple[str, ...]:
 
     others = [one for one in changes if one.partition("=")[0].strip() != "weights"]
     return *others, f"weights={pinned(weights, data_dir)}"
+
+
+def _check_models(recipes: Iterable[Recipe]) -> None:
+    from bisam.experiments.models.build import check_name
+
+    for model in dict.fromkeys(recipe.model for recipe in recipes):
+        check_name(model)
 
 
 def _check_methods(recipes: Iterable[Recipe]) -> None:

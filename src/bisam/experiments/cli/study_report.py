@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.table import Column, Table
@@ -14,6 +15,7 @@ from bisam.experiments.cli.report_files import write_report
 from bisam.experiments.cli.terminal import console, errors
 from bisam.experiments.markdown import aligned, escaped, link
 from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.recipes.versions import VERSION
 from bisam.experiments.reports import analyses, legends, predictors, tables
 from bisam.experiments.reports.answer import Wanted, unmarked
 from bisam.experiments.reports.groups import grouped, names, place as at, places
@@ -34,6 +36,9 @@ def report(study: Study, runs: list[Finished], left_out: list[str], place: Sourc
         place: where the runs are.
         to: folder of the report.
     """
+    reported = of_runs(study, runs)
+    wanted = Wanted(len(study.recipes(None)), study.seeds) if reported is study else None
+    study = reported
     entries, faults = analyses.read(runs)
     for fault in faults:
         if place.archived:
@@ -46,8 +51,10 @@ def report(study: Study, runs: list[Finished], left_out: list[str], place: Sourc
     _print_predictors(study, runs, entries)
     found = parts(study, runs, entries, faults, "" if place.archived else f"{place.folder / study.folder}")
     tables_of = {"report.csv": to_csv(rows), **{n: text for part in found for n, text in part.files.items()}}
-    said, wanted = [part.answer for part in found if part.answer], Wanted(len(study.recipes(None)), study.seeds)
+    said = [part.answer for part in found if part.answer]
     answer = tables.opening(runs, study.baselines, study.registered, said, wanted, tunes=study.tunes)
+    if wanted is None:
+        answer = f"{OTHER_SETTINGS} {answer}"
     console.print(unmarked(answer), highlight=False)
     text = tables.markdown(
         study.title,
@@ -64,6 +71,24 @@ def report(study: Study, runs: list[Finished], left_out: list[str], place: Sourc
     )
     pictures = {name: picture for part in found for name, picture in part.pictures.items()}
     write_report(to, text, tables_of, pictures)
+
+
+def of_runs(study: Study, runs: Iterable[Finished]) -> Study:
+    """The study as its report has it: without what was registered for it if no run has the settings of the study.
+
+    `bisam run digits --epochs 1` trains other runs than those that the comparison of `digits` was registered for.
+    """
+    own = set(study.recipes(None))
+    if any(replace(run.recipe, seed=0, version=VERSION) in own for run in runs):
+        return study
+    regret = None if study.regret is None else replace(study.regret, optima={})
+    return replace(study, primary=None, regret=regret)
+
+
+OTHER_SETTINGS = (
+    "**Other settings:** these runs have other settings than the study. What is registered for the study is not tested "
+    "here, and all comparisons are exploratory."
+)
 
 
 def linked(files: Sequence[str], runs: Sequence[Finished], place: Source, to: Path) -> str:

@@ -46,7 +46,9 @@ def train(
     verbose: Verbose = False,
     given: Given = frozenset(),
 ) -> int:
-    """Train one recipe; the flags are its fields, and those of the BiSAM authors' script (--optim, --learning_rate).
+    """Train one recipe, which is all settings of a run: each flag sets one of its fields.
+
+    The flags of the BiSAM authors' script (--optim, --learning_rate) work too.
 
     The exit code is 1 if the run has diverged: its loss or its weights are not finite.
 

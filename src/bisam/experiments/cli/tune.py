@@ -63,7 +63,7 @@ def tune(
         preset: Settings to start from: paper, authors, imagenet, vit or bert; other flags change them.
         config: A recipe in a file to start from, TOML or JSON; other flags change it.
         search: What is searched, NAME=LOW:HIGH:log, NAME=LOW:HIGH, NAME=LOW:HIGH:STEP or NAME=VALUE,VALUE. NAME is a
-            field of the recipe, or stands in braces in an expression as --method. By default rho from a tenth of the
+            field of the recipe, or stands in braces in the expression of --method. By default rho from a tenth of the
             method's default to 20 times, or the weight decay of methods without rho.
         trials: Number of trials, those of earlier commands in this folder included.
         seeds_per_trial: Runs of a trial, each with another seed, from --seed on; their mean is the score.

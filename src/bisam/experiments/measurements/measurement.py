@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from filelock import FileLock, Timeout
 
-from bisam.experiments.errors import RunError, unknown
+from bisam.experiments.errors import RunError, to_find, unknown
 from bisam.experiments.markdown import aligned, link
 from bisam.experiments.measurements.timing import LIMIT, Load, Ratio, bracketed, conditions, highest, verdict
 from bisam.experiments.runs.environment import environment
@@ -346,7 +346,8 @@ def _found(measurement: Measurement, place: Path, changed: Mapping[str, str] | N
         raise damaged
     if not found:
         raise ValueError(
-            f"no {measurement.name} is measured in {place}: run `bisam run {measurement.name}` first, or give its --out"
+            f"no {measurement.name} is measured in {place}: "
+            + to_find(f"bisam run {measurement.name}", measurement.name, place)
         )
     *_, folder, settings = max(found, key=lambda entry: entry[:2])
     return folder, settings

@@ -192,9 +192,18 @@ def statistics(name: str, root: Path | None = None) -> tuple[tuple[float, ...], 
     return None if settings is None or len(settings.mean) != 3 else (tuple(settings.mean), tuple(settings.std))
 
 
-def _ours(name: str, classes: int, channels: int, pretrained: bool) -> nn.Module:
-    if name not in NETWORKS:
+def check_name(name: str) -> None:
+    """Check the name of a network of bisam; those of other packages are looked for when they are built.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    if ":" not in name and name not in NETWORKS:
         raise unknown("model", name, NAMES, "bisam list")
+
+
+def _ours(name: str, classes: int, channels: int, pretrained: bool) -> nn.Module:
+    check_name(name)
     if pretrained:
         raise ValueError(f"model {name!r} has no pretrained weights: give a file with weights, or leave --weights out")
     network, _ = NETWORKS[name]

@@ -8,9 +8,10 @@ XSAM(every=epoch)
 from __future__ import annotations
 
 import ast
+import inspect
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
 from types import MappingProxyType, ModuleType
@@ -292,9 +293,21 @@ def _value(node: ast.expr, names: dict[str, Any]) -> Any:
             if None in given or len(set(given)) < len(given):
                 raise ValueError(f"{ast.unparse(node)!r} must name each argument once")
             arguments = {str(k.arg): _value(k.value, names) for k in keywords}
+            _check_names(name, arguments)
             return VOCABULARY[name](*(_value(a, names) for a in args), **arguments)
         case _:
             raise ValueError(f"{ast.unparse(node)!r} is neither a number nor a call of a method")
+
+
+def _check_names(called: str, given: Collection[str]) -> None:
+    if not given:
+        return
+    taken = list(inspect.signature(VOCABULARY[called]).parameters)
+    for name in given:
+        if name not in taken:
+            of_radius = name == "rho" and "perturb" in taken
+            remedy = f"; the radius is its perturb, as in {called}(perturb=0.1)" if of_radius else ""
+            raise ValueError(f"{called} has no argument {name!r}: it takes {', '.join(taken) or 'none'}{remedy}")
 
 
 def _number(node: ast.expr, names: dict[str, Any]) -> Any:

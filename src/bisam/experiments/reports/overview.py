@@ -83,8 +83,6 @@ def page(
             blocks += [f"## {paper.name}", f"[{paper.reference}]({paper.url}).", _table(ordered)]
     if others := rows.get(""):
         blocks += ["## Studies in no paper", _table([row for _, row in others], first="study")]
-    if said := _reproduced(docs):
-        blocks += ["## Results so far", said]
     return "\n\n".join(blocks) + "\n"
 
 
@@ -102,7 +100,8 @@ def _introduction(throughput: Throughput, versions: Mapping[str, str]) -> str:
         f"10¹² operations a second: {speeds}; smaller ResNets have that of ResNet-56, and all other networks are "
         f"assumed to have {ASSUMED / 1e12:g}. `bisam run NAME --dry-run` measures a few steps on your machine "
         "instead.\n\n"
-        "All commands need the extra `experiments`; `--data-dir DATA` is the folder of the data sets."
+        "All commands need the extra `experiments`; `--data-dir DATA` is the folder of the data sets. "
+        "[Results on two cores](reproduction/README.md) has the answers of the pages in the last column."
     )
 
 
@@ -169,20 +168,6 @@ def _results(name: str, docs: Path) -> str:
 
 def _places(name: str) -> tuple[str, str]:
     return f"reproduction/{name}", name
-
-
-def _reproduced(docs: Path) -> str:
-    """The results that the page of reproductions states, with links from here."""
-    path = docs / "reproduction" / "README.md"
-    if not path.is_file():
-        return ""
-    lines: list[str] = []
-    for line in path.read_text().splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if len(cells) == 3 and cells[0].startswith("["):
-            link, command, result = cells
-            lines.append(f"* {link.replace('](', '](reproduction/')} ({command}): {result}")
-    return "\n".join(lines)
 
 
 def _table(rows: Iterable[tuple[str, ...]], first: str = _HEADER[0]) -> str:

@@ -49,7 +49,7 @@ class Machine:
     strategy: str = "auto"
     """How a run uses several devices: each holds the model (ddp, auto) or a shard of it (fsdp)."""
     data_dir: Path = Path(os.environ.get("BISAM_DATA", "data"))
-    """Folder of the data sets."""
+    """Folder of the data sets. The environment variable BISAM_DATA sets the default."""
     download: bool = False
     """Download data sets that are missing in the data folder."""
     loaders: int = 0
@@ -62,10 +62,10 @@ class Machine:
     stats: bool = False
     """Record statistics of the training steps, their means over an epoch in stats.csv and in the loggers."""
     stop_on_nan: bool = True
-    """End a run whose loss and weights are not finite any more, before its last epoch: they never are again."""
+    """End a run before its last epoch when its loss and weights are no longer finite, because they stay so."""
     max_time: Annotated[float | None, Parameter(converter=_seconds)] = None
     """Time after which training stops, in seconds or as in 1h30m: before an epoch that would not fit. What is trained
-    is saved, and the same command goes on. Each run trains at least one epoch."""
+    is saved, and the same command resumes. Each run trains at least one epoch."""
 
     def __post_init__(self) -> None:
         for name, least in (("devices", 1), ("nodes", 1), ("loaders", 0), ("log_every", 0)):
