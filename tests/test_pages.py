@@ -394,6 +394,11 @@ HERE: dict[tuple[str, str], list[Callable[[], dict[str, Any]]]] = {
     (FRONT, "bisam"): [loop],
     (LOOP, "A plain loop"): [loop],
     (LOOP, "Mixed precision, clipping, accumulation"): [lambda: {**loop(), "loader": batches(2), "parts": 2}],
+    (LOOP, "Averages of weights"): [
+        loop,
+        lambda: {**loop(), "loader": batches(4), "validation_loss": lambda model: 1.0},
+    ],
+    (LOOP, "WSAM with a decoupled term"): [loop],
     (LOOP, "Numbered examples (SAF)"): [numbered],
     (LOOP, "Models that compute their own loss"): [nano_gpt, hugging_face, seq2seq],
     (LOOP, "Accelerate"): [accelerated],
@@ -850,6 +855,7 @@ def test_the_blocks_of_every_page_run_in_some_test():
 LONGER = {
     "SAMPa on pairs of ranks": 3,
     "Models that compute their own loss": 6,
+    "WSAM with a decoupled term": 3,
     "Fabric": 3,
     "timm's train.py": 4,
     "GANs": 6,

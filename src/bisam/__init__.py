@@ -89,6 +89,8 @@ if TYPE_CHECKING:
         cross_entropy as cross_entropy,
     )
     from bisam.optim import (
+        SWAD as SWAD,
+        Decoupled as Decoupled,
         Lookahead as Lookahead,
         ProximalPoint as ProximalPoint,
         momentum_of as momentum_of,
@@ -112,7 +114,7 @@ _NAMES = {
     "bisam.model.oracle": "ModelOracle",
     "bisam.model.passes": "displaced",
     "bisam.objectives": "OBF Binary LowerBound NegLog Tanh WrongClasses cross_entropy",
-    "bisam.optim": "Lookahead ProximalPoint momentum_of next_step",
+    "bisam.optim": "SWAD Decoupled Lookahead ProximalPoint momentum_of next_step",
     "bisam.oracle": "Oracle Query",
     "bisam.perturbations": "L2 Adaptive Only Perturbation",
     "bisam.vector": "Vector",

@@ -33,6 +33,8 @@ class Evaluation:
             batch, and `count` is the number of examples.
         targets: the targets that were passed to the objective.
         objective: the objective that was evaluated.
+        decoupled: of the answer of a method, a further gradient that an optimizer applies outside of its update, with
+            the learning rate alone: see `Decoupled`.
 
     Example:
         >>> import torch
@@ -55,6 +57,7 @@ class Evaluation:
     count: Count = None  # pyright: ignore[reportAssignmentType]
     targets: Any = None
     objective: Objective | None = None
+    decoupled: Vector | None = None
 
     def __post_init__(self) -> None:
         if self.value is None:  # pyright: ignore[reportUnnecessaryComparison]

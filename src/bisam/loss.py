@@ -23,21 +23,23 @@ from torch import Tensor, nn
 from bisam import state as method_state
 from bisam.batches import Batch, Keywords
 from bisam.distributed import failures
+from bisam.distributed.ddp import check_no_join
 from bisam.distributed.fsdp import reshard
 from bisam.distributed.layout import ShardedLayout
 from bisam.distributed.peers import Peers
 from bisam.distributed.placement import Scope
 from bisam.evaluation import Evaluation, join
 from bisam.methods import ERM, Method
-from bisam.methods.method import stateful
+from bisam.methods.method import decouples, stateful
 from bisam.model import compatibility
 from bisam.model.gradients import Scaler
 from bisam.model.oracle import Findings, Forward, ModelOracle, WeightsInitialised
 from bisam.model.saved_tensors import are_shared, keeps_graph
 from bisam.objectives import Objective, at_step
+from bisam.optim.decoupled import Term
 from bisam.statistics import Observed, Recorder, StepStats
 from bisam.validation import instance, whole
-from bisam.vector import WHOLE, Layout, Tensors, known
+from bisam.vector import WHOLE, Layout, Tensors, Vector, known
 
 
 class SharpnessAware(nn.Module):
@@ -119,6 +121,7 @@ class SharpnessAware(nn.Module):
     _in_eval_mode: bool = False  # of pickles of earlier versions, as the next
     _records: bool = False
     _accumulation: int = 1
+    _term: Term | None = None
     _overlap: bool = False
 
     def __init__(
@@ -254,7 +257,7 @@ class SharpnessAware(nn.Module):
                     "the answer of Query(..., last=True)"
                 )
             stats = None if recorder is None else recorder.finish(answer)
-            value = _differentiable(oracle, answer)
+            value = _differentiable(oracle, answer, self._term)
         except BaseException as error:
             failures.note(oracle.replicas if together else _peers(layout), memory.step, error)
             raise
@@ -314,6 +317,21 @@ class SharpnessAware(nn.Module):
             scope=self._scope,
             step=self._memory.step // self._accumulation,
         )
+
+    def decoupled_term(self) -> Term:
+        """Returns where `backward()` adds the decoupled term of the method, for the optimizer `Decoupled`.
+
+        Raises:
+            ValueError: the method has none.
+        """
+        if not decouples(self.method):
+            raise ValueError(
+                f"the method {self.method!r} has no term that an optimizer would apply: use "
+                "WSAM(0.05, gamma=0.9, decouple=True)"
+            )
+        if self._term is None:
+            self._term = Term()
+        return self._term
 
     @property
     def clean(self) -> Evaluation:
@@ -428,10 +446,11 @@ class _Memory:
 class WithGradient(torch.autograd.Function):
     """An autograd function that returns `value` and has `gradient` as its gradient with respect to the parameters.
 
-    Call `apply(value, overflow, gradient, wraps, owned, *parameters)`. `overflow` (0 or NaN) is added to the factor
-    that `backward` receives. `wraps` convert the local parts of the gradient to the tensor type of the parameters; None
-    if the parameters are ordinary tensors. If `owned`, the tensors of the gradient themselves may be multiplied in
-    place and become `.grad`, where nothing else refers to them.
+    Call `apply(value, overflow, gradient, wraps, owned, decoupled, *parameters)`. `overflow` (0 or NaN) is added to the
+    factor that `backward` receives. `wraps` convert the local parts of the gradient to the tensor type of the
+    parameters; None if the parameters are ordinary tensors. If `owned`, the tensors of the gradient themselves may be
+    multiplied in place and become `.grad`, where nothing else refers to them. `decoupled` takes the factor of each
+    backward pass.
     """
 
     @staticmethod
@@ -442,10 +461,11 @@ class WithGradient(torch.autograd.Function):
         gradient: Tensors,
         wraps: Sequence[Callable[[Tensor], Tensor]] | None,
         owned: bool,
+        decoupled: _Decoupled | None,
         *_: Tensor,
     ) -> Tensor:
         """Returns the value, and saves the gradient for `backward`."""
-        ctx.overflow, ctx.wraps, ctx.owned = overflow, wraps, owned
+        ctx.overflow, ctx.wraps, ctx.owned, ctx.decoupled = overflow, wraps, owned, decoupled
         ctx.save_for_backward(*gradient)  # freed by backward(): a loss that is stored for logging keeps no gradient
         return value.clone()
 
@@ -464,6 +484,8 @@ class WithGradient(torch.autograd.Function):
                 "penalty, inside `forward` or `loss`"
             )
         factor = factors[0] if ctx.overflow is None else factors[0] + ctx.overflow
+        if ctx.decoupled is not None:
+            ctx.decoupled.add(factor)
         if ctx.wraps is None:
             gradient = ctx.saved_tensors
             # With retain_graph=True autograd.grad returns what is returned here, and it is needed again.
@@ -474,10 +496,47 @@ class WithGradient(torch.autograd.Function):
                     torch._foreach_mul_(gradient, factor)
                 else:
                     gradient = torch._foreach_mul(gradient, factor)
-            return None, None, None, None, None, *gradient
+            return None, None, None, None, None, None, *gradient
         # Multiply before wrapping: local parts take one call, which DTensors of several meshes do not allow.
         parts = torch._foreach_mul(ctx.saved_tensors, factor.to(ctx.saved_tensors[0].device))
-        return None, None, None, None, None, *[wrap(part) for wrap, part in zip(ctx.wraps, parts, strict=True)]
+        return None, None, None, None, None, None, *[wrap(part) for wrap, part in zip(ctx.wraps, parts, strict=True)]
+
+
+class _Decoupled:
+    """The decoupled term of a step, which each backward pass adds to that of the optimizer.
+
+    Args:
+        oracle: the oracle of the step.
+        vector: the term.
+        to: where it is added.
+
+    Raises:
+        ValueError: no optimizer applies the term, or ranks may have no call of the loss in this step.
+    """
+
+    def __init__(self, oracle: ModelOracle, vector: Vector, to: Term | None) -> None:
+        if to is None or not to.is_applied:
+            raise ValueError(
+                "the method leaves its sharpness term to the optimizer (decouple=True), and no optimizer applies it: "
+                "wrap that of the training loop, optimizer = Decoupled(optimizer, sharp), with this loss and not a "
+                "copy of it"
+            )
+        check_no_join(oracle.model)
+        self._to, self._ranks, self._parameters = to, oracle.replicas, oracle.parameters
+        self._vector: Vector | None = vector
+        self._scale = oracle.scale(vector.tensors[0].device)
+
+    def add(self, factor: Tensor) -> None:
+        """Adds the term times the factor of the backward pass, without that of the scaler."""
+        if (vector := self._vector) is None:
+            raise RuntimeError("a second backward pass of one loss needs retain_graph=True in the first")
+        factor = factor if self._scale is None else factor / self._scale.to(factor.device)
+        # Of replicas all tensors: they exchange them, and may have used different ones.
+        kept = [i for i in range(len(vector)) if self._ranks is not None or i not in vector.holes]
+        terms = torch._foreach_mul([vector.tensors[i] for i in kept], factor) if kept else []
+        self._to.add([self._parameters[i] for i in kept], terms, self._ranks)
+        if not keeps_graph():
+            self._vector = None  # frees its memory, where the loss is stored for logging
 
 
 def _is_one(factor: Tensor) -> bool:
@@ -504,7 +563,7 @@ def _plain(oracle: ModelOracle, batch: Batch) -> Tensor:
     return made.value
 
 
-def _differentiable(oracle: ModelOracle, evaluation: Evaluation) -> Tensor:
+def _differentiable(oracle: ModelOracle, evaluation: Evaluation, term: Term | None) -> Tensor:
     """Returns `evaluation.value` as a loss whose gradient with respect to the parameters is `evaluation.grad`."""
     grad, parameters = evaluation.gradient, oracle.parameters
     if grad.holes != oracle.holes and any(getattr(m, "find_unused_parameters", False) for m in oracle.model.modules()):
@@ -520,7 +579,12 @@ def _differentiable(oracle: ModelOracle, evaluation: Evaluation) -> Tensor:
         kept = [i for i in range(len(grad)) if i not in grad.holes]
         tensors, parameters = [tensors[i] for i in kept], [parameters[i] for i in kept]
     owned = oracle.is_last_gradient(grad) and method_state.is_empty(oracle.state)  # which may have views of it
-    return cast(Tensor, WithGradient.apply(evaluation.value, oracle.overflow, tensors, wraps, owned, *parameters))
+    decoupled, overflow = None, oracle.overflow
+    if evaluation.decoupled is not None:
+        decoupled = _Decoupled(oracle, evaluation.decoupled, term)
+        infinite = evaluation.decoupled.norm() * 0  # or NaN: then so is the gradient, which loops and scalers look at
+        overflow = infinite if overflow is None else overflow + infinite
+    return cast(Tensor, WithGradient.apply(evaluation.value, overflow, tensors, wraps, owned, decoupled, *parameters))
 
 
 def _innermost(model: nn.Module) -> nn.Module:

@@ -39,6 +39,8 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
     "games": ("tests/methods/test_games.py",),
     "optimizers": (
         "tests/optim/test_lookahead.py",
+        "tests/optim/test_decoupled.py",
+        "tests/optim/test_swad.py",
         "tests/optim/test_preview.py",
         "tests/optim/test_proximal_point.py",
         "tests/methods/test_games.py",
@@ -52,6 +54,7 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
     "distributed": (
         "tests/distributed/test_ddp.py",
         "tests/distributed/test_failures.py",
+        "tests/distributed/test_decoupled.py",
         "tests/distributed/test_distributed.py",
     ),
     "pairs": ("tests/integrations/pairs/test_pair.py",),
@@ -73,6 +76,8 @@ TESTS: tuple[str, ...] = (
     "tests/distributed/test_ddp.py",
     "tests/distributed/test_failures.py",
     "tests/optim/test_lookahead.py",
+    "tests/optim/test_decoupled.py",
+    "tests/optim/test_swad.py",
     "tests/optim/test_preview.py",
     "tests/methods/test_games.py",
     "tests/optim/test_proximal_point.py",
@@ -96,6 +101,7 @@ TESTS: tuple[str, ...] = (
     "tests/integrations/test_peft.py",
     "tests/distributed/test_statistics.py",
     "tests/distributed/test_flip_rate.py",
+    "tests/distributed/test_decoupled.py",
     "tests/distributed/test_distributed.py",
 )
 """The tests of the core, fast ones first: what the tests of its subject did not find is put to all of these."""
@@ -1056,8 +1062,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "methods",
         "msam_unweighted",
         "MSAM's parts weigh the same, whatever their size.",
-        "share = answer.gradient * answer.count",
-        "share = answer.gradient * (len(batch[0]) / len(parts))",
+        "share = vector * answer.count",
+        "share = vector * (sum(len(one[0]) for one in parts) / len(parts))",
     ),
     Mutant(
         "methods",
@@ -1163,6 +1169,63 @@ MUTANTS: tuple[Mutant, ...] = (
         "Joint players do not wait for each other.",
         "players = self._players or (self,)",
         "players = (self,)",
+    ),
+    # Decoupled terms, and SWAD.
+    Mutant(
+        "optimizers",
+        "term_of_the_first_loss_lost",
+        "Of two losses in one backward pass the second replaces the decoupled term of the first.",
+        "(p.grad is not None or before.task == task)",
+        "p.grad is not None",
+    ),
+    Mutant(
+        "optimizers",
+        "term_kept_without_gradient",
+        "A decoupled term stays when the gradient has been dropped by the model.",
+        "(p.grad is not None or before.task == task)",
+        "True",
+    ),
+    Mutant(
+        "optimizers",
+        "term_kept_by_zero_grad",
+        "The zero_grad of Decoupled leaves the term.",
+        "        self._term.drop(self.parameters)\n",
+        "",
+    ),
+    Mutant(
+        "optimizers",
+        "term_scaled",
+        "The decoupled term keeps the factor of the scaler.",
+        "factor = factor if self._scale is None else factor / self._scale.to(factor.device)",
+        "factor = factor * 1",
+    ),
+    Mutant(
+        "distributed",
+        "term_of_one_replica",
+        "The decoupled term is not averaged over replicas.",
+        "self._ranks, self._parameters = to, oracle.replicas, oracle.parameters",
+        "self._ranks, self._parameters = to, None, oracle.parameters",
+    ),
+    Mutant(
+        "optimizers",
+        "swad_starts_at_the_last_minimum",
+        "SWAD starts at the last of several equal losses.",
+        "loss < self._losses[0]",
+        "loss <= self._losses[0]",
+    ),
+    Mutant(
+        "optimizers",
+        "swad_segments_are_steps",
+        "SWAD weights a segment as one step.",
+        "steps / self.steps",
+        "1 / self.steps",
+    ),
+    Mutant(
+        "optimizers",
+        "swad_forgets_losses_above",
+        "SWAD does not count losses above the threshold before it is known.",
+        "self._above = len(self._losses) - last",
+        "self._above = 0",
     ),
     # The next step of an optimizer, and Lookahead.
     Mutant(

@@ -64,6 +64,19 @@ def check_join(inside: Sequence[Any], together: bool) -> None:
         )
 
 
+def check_no_join(model: nn.Module) -> None:
+    """Checks that no rank may take part in the gradients of a step without its own call of the loss.
+
+    Raises:
+        ValueError: the context `with ddp.join():` was entered, for a wrapper inside the loss or for the one around it.
+    """
+    if any(_joins(ddp) for ddp in _wrappers_of(communicating(model).wrappers)):
+        raise ValueError(
+            "in the context `with model.join():` a rank without further batches would not apply the decoupled term of "
+            "the others: give all ranks the same number of batches (a DistributedSampler), or use WSAM without decouple"
+        )
+
+
 def replicas_of(inside: Sequence[Any]) -> list[Any]:
     """Returns the wrappers that average the gradients of this call: those inside the loss, else the one around it.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from bisam.objectives import Bound, NegLog, Objective, at_step, count, mean
 from bisam.oracle import Oracle, Query
 from bisam.perturbations import L2, Perturbation, geometry
 from bisam.schedules import Radius
-from bisam.validation import MOST_QUERIES, non_negative, positive, share, whole
+from bisam.validation import MOST_QUERIES, non_negative, positive, share, shown, whole
 from bisam.vector import TINY, Vector
 
 
@@ -85,15 +85,17 @@ def GBiSAM(rho: Perturbation | Radius = 0.05, bound: Bound = NegLog(), alpha: fl
 class WSAM(SAM):
     """WSAM: sharpness as a weighted term, L + gamma/(1 - gamma) (L(w + e) - L) (Yue et al., 2023).
 
-    Source: https://arxiv.org/abs/2305.15817. The method returns the gradient of that sum. The decoupled variant of the
-    paper passes the plain gradient through the optimizer and adds the rest as a plain step, which no loss can express;
-    with SGD without momentum both are the same.
+    Source: https://arxiv.org/abs/2305.15817. The method returns the gradient of that sum. With `decouple`, the default
+    of the authors' code, the optimizer gets the gradient at the weights, and applies the sharpness term with the
+    learning rate alone, outside of its momentum and preconditioner. Such an optimizer is
+    `Decoupled(optimizer, sharp)`; with SGD without momentum both are the same.
 
     Args:
         perturb: see `SAM`.
         ascent: see `SAM`.
         descent: see `SAM`.
         gamma: weight of the sharpness, in [0, 1): 0 is ERM, 0.5 is SAM; the paper uses 0.8 to 0.95.
+        decouple: whether the sharpness term is left to the optimizer, see `Decoupled`.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -101,15 +103,20 @@ class WSAM(SAM):
     """
 
     gamma: float = 0.9
+    decouple: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         share("gamma", self.gamma, zero=True, one=False)
+        if not isinstance(cast(Any, self.decouple), bool):
+            raise TypeError(f"decouple must be True or False, got {shown(self.decouple)}")
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
         """Makes two queries; three if `ascent` and `descent` differ."""
         weight = self.gamma / (1 - self.gamma)
         g, answer = self.both(oracle, batch)
+        if self.decouple:
+            return replace(answer, grad=g, decoupled=(answer.gradient - g) * weight)
         return replace(answer, grad=answer.gradient * weight + g * (1 - weight))
 
 

@@ -8,6 +8,7 @@ declared is False:
     concurrent        the gradients of a step do not depend on each other: devices can compute them at once
     indexed           it needs the numbers of the examples, the keyword argument `indices` of a call
     counts_flips      it reports the flips of each step to a radius that follows them, `FlipRate`
+    decouple          it returns a term for the optimizer, `Evaluation.decoupled`
     transparent       it wraps another method, its field `method`, and keeps no state of its own
 
 A subclass inherits `counts_flips` only if it inherits `__call__` and `climb` too.
@@ -49,6 +50,11 @@ def data_dependent(value: Any) -> str | None:
 def indexed(value: Any) -> str | None:
     """Returns the name of the first class in a nest that needs the keyword argument `indices` of a call, or None."""
     return _having("indexed", unwrapped(value))
+
+
+def decouples(value: Any) -> str | None:
+    """Returns the name of the first class in a nest that returns a term which the optimizer applies, or None."""
+    return _having("decouple", unwrapped(value))
 
 
 def follows_flips(value: Any, *, uncounted: bool = False) -> bool:

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from torch import Tensor
 from bisam import schedules
 from bisam.batches import Batch, examples, largest, split
 from bisam.evaluation import Evaluation, divisor, join
-from bisam.methods.method import Method, follows_flips, stateful
+from bisam.methods.method import Method, decouples, follows_flips, stateful
 from bisam.methods.sam import ERM, SAM
 from bisam.objectives import Objective
 from bisam.oracle import Oracle, Query, View
@@ -91,18 +91,20 @@ class MSAM:
 
 def _joined(oracle: Oracle, parts: Sequence[Batch], ask: Callable[[int, Batch], Evaluation]) -> Evaluation:
     """Returns the answer for a batch from the answers for its parts, which are asked in turn."""
-    g, answers = None, list[Evaluation]()
+    sums, answers = dict[str, Vector](), list[Evaluation]()
     for i, part in enumerate(parts):
         oracle.next_part()
         answer = ask(i, part)
-        if answer.grad is not None:
-            share = answer.gradient * answer.count
-            g = share if g is None else g + share
-            del share
-        answers.append(replace(answer, grad=None))
+        for name, vector in (("grad", answer.grad), ("decoupled", answer.decoupled)):
+            if vector is not None:
+                share = vector * answer.count
+                sums[name] = sums[name] + share if name in sums else share
+                del share, vector
+        answers.append(replace(answer, grad=None, decoupled=None))
         del answer  # free their memory before the passes of the next part
     joined = join(answers)
-    return replace(joined, grad=None if g is None else g / divisor(joined.count))
+    means = {name: total / divisor(joined.count) for name, total in sums.items()}
+    return replace(joined, **cast("dict[str, Any]", means))
 
 
 @dataclass(frozen=True)
@@ -318,6 +320,11 @@ class Tilted:
         whole("samples", self.samples, most=MOST_QUERIES)
         instance("method", self.method, _METHOD)
         schedules.check("tilt", self.tilt)
+        if name := decouples(self.method):
+            raise ValueError(
+                f"the sharpness term of a decoupled {name} is no part of the gradients that are weighted here: use "
+                f"{name}(..., decouple=False)"
+            )
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
         """Makes the queries of the method for each sample in turn."""

@@ -217,6 +217,10 @@ class ModelOracle(Oracle):
         """0 if all gradients so far were finite, else NaN; None if there is no scaler."""
         return None if self._scale is None else self._scale.overflow
 
+    def scale(self, device: torch.device) -> Tensor | None:
+        """The factor by which the scaler will multiply the loss of this step; None if there is no scaler."""
+        return None if self._scale is None else self._scale.factor(device)
+
     def averaged(self, value: Tensor, count: Count) -> tuple[Tensor, Count]:
         """See `Oracle.averaged`."""
         return self._placement.averaged(value, count, None)[:2]

@@ -21,11 +21,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from bisam.distributed.layout import local
+from bisam.optim.wrapper import OptimizerWrapper, check_wrapped
 from bisam.validation import share, whole
 from bisam.vector import clone
 
 
-class Lookahead(Optimizer):
+class Lookahead(OptimizerWrapper):
     """Lookahead: after every k steps of an optimizer, slow <- (1 - alpha) slow + alpha fast (Zhang et al., 2019).
 
     Source: https://arxiv.org/abs/1907.08610. The weights are then set to the slow weights. On a game, SGD with `ERM()`
@@ -57,19 +58,13 @@ class Lookahead(Optimizer):
     """
 
     def __init__(self, optimizer: Optimizer, k: int = 5, alpha: float = 0.5) -> None:
-        if not isinstance(cast(Any, optimizer), Optimizer):
-            raise TypeError(
-                "Lookahead takes an optimizer, as in Lookahead(torch.optim.SGD(model.parameters(), lr=0.1), k=5), got "
-                f"{optimizer!r}"
-            )
+        check_wrapped("Lookahead", optimizer, "Lookahead(torch.optim.SGD(model.parameters(), lr=0.1), k=5)")
         whole("k", k)
         share("alpha", alpha)
         if isinstance(optimizer, ProximalPoint) and k % optimizer.inner:
             raise ValueError(
                 f"k must be a multiple of the {optimizer.inner} steps of the ProximalPoint inside, got {k}"
             )
-        # Not super().__init__, which would create its own parameter groups and state. Copies and unpickled optimizers
-        # call __setstate__ too, which creates all other attributes.
         self.__setstate__({"optimizer": optimizer, "k": k, "alpha": alpha, "_count": 0, "_slow": {}})
 
     @staticmethod
@@ -92,32 +87,16 @@ class Lookahead(Optimizer):
         for one in optimizers:
             one._players = optimizers
 
-    optimizer: Optimizer
     k: int
     alpha: float
     _count: int  # steps since the last slow update
     _slow: dict[Tensor, Tensor]  # the weights of each parameter after that update
     _players: tuple[Lookahead, ...] = ()  # whose slow updates are simultaneous; () is this one alone
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The parameter groups of the wrapped optimizer, also after it has loaded others."""
-        return self.optimizer.param_groups
-
-    @property
-    def state(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The state of the wrapped optimizer."""
-        return self.optimizer.state
-
-    @property
-    def defaults(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The default settings of the wrapped optimizer."""
-        return self.optimizer.defaults
-
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Takes one step of the wrapped optimizer; every k-th step is followed by the slow update."""
         self._remember()
-        loss = self.optimizer.step() if closure is None else self.optimizer.step(closure)
+        loss = self.inner_step(closure)
         self._count += 1
         self._end_round()
         return loss
@@ -135,45 +114,22 @@ class Lookahead(Optimizer):
         slow = self._slow.get(parameter) if self._count else None
         return (weights if slow is None else local(slow)).lerp(fast, self.alpha)
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Resets the gradients, as the wrapped optimizer does."""
-        self.optimizer.zero_grad(set_to_none)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds parameters to the wrapped optimizer; their slow weights start at their next step."""
-        self.optimizer.add_param_group(param_group)
-
-    def state_dict(self) -> dict[str, Any]:
+    def saved(self) -> dict[str, Any]:
         """Returns the state of the wrapped optimizer, with slow weights and step count under the key `lookahead`."""
-        for before in self._optimizer_state_dict_pre_hooks.values():
-            before(self)
         state = self.optimizer.state_dict()
-        slow = {i: self._slow[p] for i, p in enumerate(self._parameters()) if self._count and p in self._slow}
+        slow = {i: self._slow[p] for i, p in enumerate(self.parameters) if self._count and p in self._slow}
         # A list, because a Lookahead inside this one adds its own entry.
         state["lookahead"] = [{"count": self._count, "slow": slow}, *state.get("lookahead", [])]
-        for after in self._optimizer_state_dict_post_hooks.values():
-            changed = after(self, state)
-            state = state if changed is None else changed
         return state
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores a state; after that of a bare optimizer, the next slow update follows after k steps.
-
-        Raises:
-            ValueError: the state belongs to other parameters.
-        """
-        state = dict(state_dict)
-        for before in self._optimizer_load_state_dict_pre_hooks.values():
-            changed = before(self, state)
-            state = state if changed is None else changed
+    def restore(self, state: dict[str, Any]) -> None:
+        """Restores a state; after that of a bare optimizer, the next slow update follows after k steps."""
         mine, *inside = cast("list[dict[str, Any]]", state.get("lookahead") or [{"count": 0, "slow": {}}])
         self.optimizer.load_state_dict({**state, "lookahead": inside})
-        parameters = self._parameters()
+        parameters = self.parameters
         # Copies: the caller may still use the dictionary.
         self._slow = {parameters[i]: torch.empty_like(parameters[i].data).copy_(t) for i, t in mine["slow"].items()}
         self._count = mine["count"]
-        for after in self._optimizer_load_state_dict_post_hooks.values():
-            after(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("optimizer", "k", "alpha", "_count", "_slow", "_players")}
@@ -185,7 +141,7 @@ class Lookahead(Optimizer):
     def _remember(self) -> None:
         if self._slow and not self._count:  # copy again: the weights may have been changed since the slow update
             torch._foreach_copy_([local(t) for t in self._slow.values()], [local(p) for p in self._slow])
-        if new := [p for p in self._parameters() if p not in self._slow]:
+        if new := [p for p in self.parameters if p not in self._slow]:
             self._slow.update(zip(new, clone([p.detach() for p in new]), strict=True))
 
     def _end_round(self) -> None:
@@ -200,9 +156,6 @@ class Lookahead(Optimizer):
         torch._foreach_lerp_(slow, fast, self.alpha)
         torch._foreach_copy_(fast, slow)
         self._count = 0
-
-    def _parameters(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
 
 
 class ProximalPoint(Lookahead):
@@ -250,11 +203,7 @@ class ProximalPoint(Lookahead):
     """
 
     def __init__(self, optimizer: Optimizer, inner: int = 2, alpha: float = 1.0) -> None:
-        if not isinstance(cast(Any, optimizer), Optimizer):
-            raise TypeError(
-                "ProximalPoint takes an optimizer, as in ProximalPoint(torch.optim.Adam(model.parameters())), got "
-                f"{optimizer!r}"
-            )
+        check_wrapped("ProximalPoint", optimizer, "ProximalPoint(torch.optim.Adam(model.parameters()))")
         whole("inner", inner)
         super().__init__(optimizer, inner, alpha)
 

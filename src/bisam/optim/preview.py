@@ -19,7 +19,9 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, SparseAdam
 
 from bisam.distributed.layout import local
 from bisam.optim.copies import copied, is_optimizer, take_step
+from bisam.optim.decoupled import Decoupled
 from bisam.optim.lookahead import Lookahead
+from bisam.optim.wrapper import is_of_framework
 from bisam.oracle import Oracle
 from bisam.vector import Scalar, Tensors, Vector, as_real
 
@@ -28,8 +30,6 @@ Group = Mapping[str, Any]
 
 Step = Callable[[Group, Sequence[Group], Vector, Vector], Vector]
 """From a group, the states of its parameters, their weights and their gradient to their displacement."""
-
-_WRAPPERS = frozenset({"AcceleratedOptimizer", "LightningOptimizer", "_FabricOptimizer"})  # their attribute `optimizer`
 
 
 def next_step(optimizer: Optimizer) -> Preview:
@@ -41,8 +41,8 @@ def next_step(optimizer: Optimizer) -> Preview:
     Args:
         optimizer: any optimizer whose step needs neither a closure nor sparse gradients: those of torch except LBFGS
             and SparseAdam, subclasses of them, those of other packages, `Lookahead`; also as wrapped by Lightning or
-            Accelerate. If several optimizers train a model, add their displacements:
-            `lambda g, oracle: next_step(muon)(g, oracle) + next_step(adamw)(g, oracle)`.
+            Accelerate. The step of a `Decoupled` is that without the term. If several optimizers train a model, add
+            their displacements: `lambda g, oracle: next_step(muon)(g, oracle) + next_step(adamw)(g, oracle)`.
 
     Raises:
         TypeError: `optimizer` is not an optimizer, or its step needs a closure or sparse gradients.
@@ -170,7 +170,8 @@ def _holds(optimizer: Any, parameters: Container[Tensor]) -> bool:
 
 
 def _unwrapped(optimizer: Any) -> Any:
-    while {c.__name__ for c in type(optimizer).__mro__} & _WRAPPERS:
+    # The term of a Decoupled is that of the present gradient, and not known in advance.
+    while isinstance(optimizer, Decoupled) or is_of_framework(optimizer):
         optimizer = optimizer.optimizer
     return optimizer
 
