@@ -781,7 +781,7 @@ def zeroth_order(
 def filter_noise(
     descent: Loss, sigma: Callable[[Step], float], rule: Callable[[str, Tensor], bool], seed: int = 0
 ) -> Twin:
-    """Li et al., 2024: the standard deviation in a row of n entries is sigma / sqrt(n) times its norm."""
+    """Li et al., 2024: the standard deviation in a row of n real numbers is sigma / sqrt(n) times its norm."""
 
     def outer(w: Tensor, s: Step) -> Tensor:
         parts, generator = [], generator_of(seed, s.number)
@@ -791,7 +791,8 @@ def filter_noise(
                 continue
             z = drawn_like(p, generator)
             rows = [(p, z)] if p.dim() < 2 else [*zip(p, z, strict=True)]
-            parts.append(join([sigma(s) / row.numel() ** 0.5 * row.norm() * noise for row, noise in rows]))
+            each = 2 if p.is_complex() else 1
+            parts.append(join([sigma(s) / (each * row.numel()) ** 0.5 * row.norm() * noise for row, noise in rows]))
         return s.grad(w + join(parts), descent)
 
     return outer

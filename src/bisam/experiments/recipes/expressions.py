@@ -39,6 +39,7 @@ _MODULES: tuple[ModuleType, ...] = (bisam, objectives, perturbations, masks, sch
 _HIDDEN = {
     "Around",
     "CrossEntropy",
+    "Decoupled",
     "Evaluation",
     "Lookahead",
     "LowerBound",
@@ -51,6 +52,7 @@ _HIDDEN = {
     "Prox",
     "ProximalPoint",
     "Query",
+    "SWAD",
     "Separable",
     "SharpnessAware",
     "Vector",
