@@ -809,6 +809,23 @@ def test_the_radius_points_at_what_failed():
     assert [label.get_text() for label in ax.get_xticklabels()] == ["0.1", "0.2", "0.4"]
 
 
+def test_the_radius_shows_a_score_where_it_is_if_the_axis_reaches_it():
+    wide = seeded(replace(SAM, rho=0.1), 0.9, 0.1)  # its error bar makes room for what would else be far below
+    runs = [*wide, *(one for rho, score in ((0.2, 0.62), (0.4, 0.2)) for one in seeded(replace(SAM, rho=rho), score))]
+    (ax,) = figures.draw("radius", runs).axes
+    failed = [line for line in ax.get_lines() if line.get_marker() == "v"]
+    assert [list(line.get_xdata()) for line in failed] == [[]]
+    line = max(ax.get_lines(), key=lambda line: len(line.get_xdata()))
+    assert list(line.get_ydata()) == pytest.approx([100 * score - 10 / 3 for score in (0.5, 0.62, 0.2)], abs=4)
+
+
+@pytest.mark.parametrize(("count", "angle"), [(7, 0), (8, 90)])
+def test_labels_of_many_radii_are_upright(count, angle):
+    runs = [one for i in range(count) for one in seeded(replace(SAM, rho=0.1 * 2**i), 0.9)]
+    (ax,) = figures.draw("radius", runs).axes
+    assert {label.get_rotation() for label in ax.get_xticklabels()} == {angle}
+
+
 def test_the_grid_has_a_line_for_each_value_of_the_other_settings():
     rho, mu = figures.draw("grid", VARIED).axes
     assert (rho.get_xlabel(), mu.get_xlabel()) == ("rho", "mu")

@@ -69,7 +69,7 @@ def radius(runs: Sequence[Finished]) -> Figure:
             high[at], low[at] = max(high[at], centre), min(low[at], centre)
     floor = min(max(high[at] - 25, low[at]) for at in titles)
     ends = [centre - width for _, _, line in lines for _, _, centre, width, _ in line if centre >= floor]
-    bottom = min(floor, *ends) - 2
+    floor = min(floor, *ends)  # what lies within the error bars of others is shown where it is
     for method, at, line in lines:
         if not line:
             continue
@@ -86,12 +86,12 @@ def radius(runs: Sequence[Finished]) -> Figure:
     for method, ax in axes.items():
         rhos = sorted({rho for _, rho, *_ in points[method]})
         _ticks(ax, rhos, 7)
-        ax.set_ylim(bottom, max(high.values()) + 3)
+        ax.set_ylim(floor - 2, max(high.values()) + 3)
         ax.set_title(plain(method, 24), fontsize=8)
     for ax in found[-6:]:
         ax.set_xlabel("rho", fontsize=8)
     figure.supylabel("validation score × 100", fontsize=9)
-    heading(figure, "Validation score of each method against its radius, or what stands in its place", groups)
+    heading(figure, "Validation score of each method against rho, or the setting in its place", groups)
     if len(titles) > 1:
         legend(figure, found)
     return figure
@@ -144,6 +144,7 @@ def varied(runs: Sequence[Finished]) -> list[Finished]:
 
 
 _TUNED = ("rho", "mu", "alpha")
+_LEVEL_TICKS = 7  # more labels would overlap in a small panel
 
 
 def _lines(panel: Panel, name: str) -> dict[str, list[tuple[float, float, float, dict[int, float]]]]:
@@ -166,7 +167,8 @@ def _ticks(ax: Axes, values: Sequence[float], size: float) -> None:
     least = min([value for value in values if value] or [1.0])
     ax.set_xscale("symlog", base=2, linthresh=least)
     ax.set_xlim(-0.2 * least if 0 in values else 0.8 * least, 1.3 * max(values[-1], least))
-    ax.set_xticks(values, [f"{value:g}" for value in values], fontsize=size)
+    upright = 90 if len(values) > _LEVEL_TICKS else 0
+    ax.set_xticks(values, [f"{value:g}" for value in values], fontsize=size, rotation=upright)
     ax.minorticks_off()
     ax.grid(alpha=0.3)
 
