@@ -36,7 +36,7 @@ STEP, BATCHES, REST = "step: loss, gradients, optimizer", "batches: order, augme
 TRAINING, VALIDATION, SPEED, SAVED = "training", "validation", "reference speed", "metrics, checkpoint"
 
 _CALLED = {
-    # What `train_epoch` calls, by file and function.
+    # `train_epoch` calls these: file, function.
     ("module.py", "_wrapped_call_impl"): STEP,
     ("fabric.py", "backward"): STEP,
     ("fabric.py", "clip_gradients"): STEP,

@@ -523,10 +523,10 @@ def test_new_sections_take_the_place_of_all_that_have_their_title(tmp_path):
     row = {"median": 0.742, "low": 0.7, "high": 0.8, "rounds": 9, "seconds": 1e-4, "bar": 1.0, "passed": True}
     made = objective_file(path, row)
     title = next(line for line in made.splitlines() if line.startswith("## "))
-    page.write_text(f"{made}\n## Others\n\n{title}\n\nold\n")
+    page.write_text(f"{made}\n## Others\n\n{title}\n\nformer rows\n")
     docs.main([str(path), str(path), "--to", str(page)])
     text = page.read_text()
-    assert (text.count(title), text.count("0.742"), text.count("old")) == (2, 2, 0)
+    assert (text.count(title), text.count("0.742"), text.count("former rows")) == (2, 2, 0)
     assert text.endswith("\n\n## Others\n")
 
 

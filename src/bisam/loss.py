@@ -36,9 +36,9 @@ from bisam.model.gradients import Scaler
 from bisam.model.oracle import Findings, Forward, ModelOracle, WeightsInitialised
 from bisam.model.saved_tensors import are_shared, keeps_graph
 from bisam.objectives import Objective, at_step
-from bisam.optim.decoupled import Term
+from bisam.optim.decoupled import DecoupledTerm
 from bisam.statistics import Observed, Recorder, StepStats
-from bisam.validation import instance, whole
+from bisam.validation import instance, shown, whole
 from bisam.vector import WHOLE, Layout, Tensors, Vector, known
 
 
@@ -121,7 +121,7 @@ class SharpnessAware(nn.Module):
     _in_eval_mode: bool = False  # of pickles of earlier versions, as the next
     _records: bool = False
     _accumulation: int = 1
-    _term: Term | None = None
+    _term: DecoupledTerm | None = None
     _overlap: bool = False
 
     def __init__(
@@ -252,9 +252,9 @@ class SharpnessAware(nn.Module):
             answer = self._asked(oracle, before, batch, recorder)
             if oracle.averages_last and not (oracle.is_averaged and oracle.is_last_gradient(answer.gradient)):
                 raise ValueError(
-                    f"overlap=True averages the gradient of a method's last query, and the gradient of {self.method!r} "
-                    "is made of others too: leave overlap out, or use SAM, BiSAM, ASAM or another method that returns "
-                    "the answer of Query(..., last=True)"
+                    "overlap=True averages the gradient of a method's last query, and the gradient of "
+                    f"{shown(self.method)} is made of others too: leave overlap out, or use SAM, BiSAM, ASAM or "
+                    "another method that returns the answer of Query(..., last=True)"
                 )
             stats = None if recorder is None else recorder.finish(answer)
             value = _differentiable(oracle, answer, self._term)
@@ -318,7 +318,7 @@ class SharpnessAware(nn.Module):
             step=self._memory.step // self._accumulation,
         )
 
-    def decoupled_term(self) -> Term:
+    def decoupled_term(self) -> DecoupledTerm:
         """Returns where `backward()` adds the decoupled term of the method, for the optimizer `Decoupled`.
 
         Raises:
@@ -330,7 +330,7 @@ class SharpnessAware(nn.Module):
                 "WSAM(0.05, gamma=0.9, decouple=True)"
             )
         if self._term is None:
-            self._term = Term()
+            self._term = DecoupledTerm()
         return self._term
 
     @property
@@ -461,7 +461,7 @@ class WithGradient(torch.autograd.Function):
         gradient: Tensors,
         wraps: Sequence[Callable[[Tensor], Tensor]] | None,
         owned: bool,
-        decoupled: _Decoupled | None,
+        decoupled: _TermOfStep | None,
         *_: Tensor,
     ) -> Tensor:
         """Returns the value, and saves the gradient for `backward`."""
@@ -502,7 +502,7 @@ class WithGradient(torch.autograd.Function):
         return None, None, None, None, None, None, *[wrap(part) for wrap, part in zip(ctx.wraps, parts, strict=True)]
 
 
-class _Decoupled:
+class _TermOfStep:
     """The decoupled term of a step, which each backward pass adds to that of the optimizer.
 
     Args:
@@ -514,7 +514,7 @@ class _Decoupled:
         ValueError: no optimizer applies the term, or ranks may have no call of the loss in this step.
     """
 
-    def __init__(self, oracle: ModelOracle, vector: Vector, to: Term | None) -> None:
+    def __init__(self, oracle: ModelOracle, vector: Vector, to: DecoupledTerm | None) -> None:
         if to is None or not to.is_applied:
             raise ValueError(
                 "the method leaves its sharpness term to the optimizer (decouple=True), and no optimizer applies it: "
@@ -531,7 +531,7 @@ class _Decoupled:
         if (vector := self._vector) is None:
             raise RuntimeError("a second backward pass of one loss needs retain_graph=True in the first")
         factor = factor if self._scale is None else factor / self._scale.to(factor.device)
-        # Of replicas all tensors: they exchange them, and may have used different ones.
+        # Replicas exchange all tensors, because they may have used different ones.
         kept = [i for i in range(len(vector)) if self._ranks is not None or i not in vector.holes]
         terms = torch._foreach_mul([vector.tensors[i] for i in kept], factor) if kept else []
         self._to.add([self._parameters[i] for i in kept], terms, self._ranks)
@@ -563,7 +563,7 @@ def _plain(oracle: ModelOracle, batch: Batch) -> Tensor:
     return made.value
 
 
-def _differentiable(oracle: ModelOracle, evaluation: Evaluation, term: Term | None) -> Tensor:
+def _differentiable(oracle: ModelOracle, evaluation: Evaluation, term: DecoupledTerm | None) -> Tensor:
     """Returns `evaluation.value` as a loss whose gradient with respect to the parameters is `evaluation.grad`."""
     grad, parameters = evaluation.gradient, oracle.parameters
     if grad.holes != oracle.holes and any(getattr(m, "find_unused_parameters", False) for m in oracle.model.modules()):
@@ -581,7 +581,7 @@ def _differentiable(oracle: ModelOracle, evaluation: Evaluation, term: Term | No
     owned = oracle.is_last_gradient(grad) and method_state.is_empty(oracle.state)  # which may have views of it
     decoupled, overflow = None, oracle.overflow
     if evaluation.decoupled is not None:
-        decoupled = _Decoupled(oracle, evaluation.decoupled, term)
+        decoupled = _TermOfStep(oracle, evaluation.decoupled, term)
         infinite = evaluation.decoupled.norm() * 0  # or NaN: then so is the gradient, which loops and scalers look at
         overflow = infinite if overflow is None else overflow + infinite
     return cast(Tensor, WithGradient.apply(evaluation.value, overflow, tensors, wraps, owned, decoupled, *parameters))

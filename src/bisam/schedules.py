@@ -11,8 +11,7 @@
 
 A schedule is any callable from a step to a radius. A step is a call of the method that the schedule belongs to: under
 gradient accumulation each micro-batch is a step, unless the loss has an argument `accumulation`, and inside
-`Every(5, ...)` every fifth of them. The parameter mu of
-the bounds in `bisam.objectives` may be a schedule too.
+`Every(5, ...)` every fifth of them. The parameter mu of the bounds in `bisam.objectives` may be a schedule too.
 """
 
 from __future__ import annotations

@@ -398,8 +398,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "objectives",
         "ignored_positions_match",
         "Positions that are ignored are in the soft maximum of an exact match.",
-        "values.flatten(1).masked_fill(~counted & some, -math.inf)",
-        "values.flatten(1)",
+        "values.masked_fill(~counted & some, -math.inf)",
+        "values",
     ),
     Mutant(
         "objectives",

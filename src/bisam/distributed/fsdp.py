@@ -27,7 +27,7 @@ def finalizes_by_hand(module: Any) -> bool:
 
 
 def accumulation_hooks(parameters: Sequence[Tensor]) -> list[dict[int, Any]]:
-    """Returns the hooks that run after gradient accumulation, which FSDP2 would run in each query's backward pass."""
+    """Returns the hooks that run after gradient accumulation, which a backward pass into `.grad` would run."""
     hooks = (getattr(p, "_post_accumulate_grad_hooks", None) for p in parameters)
     return [of_one for of_one in hooks if of_one]
 

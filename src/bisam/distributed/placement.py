@@ -95,12 +95,12 @@ class Local:
         return [next(each) if ask else None for ask in wrt]
 
     def averages_last(self, parameters: Sequence[Tensor]) -> bool:
-        """Whether `last_gradients` is to be called for the last gradient of the step."""
+        """Whether `last_gradients` averages over the replicas in this step."""
         return False
 
     def last_gradients(self, loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        """Returns the gradients of `loss`, averaged over the replicas while they are computed; see `gradients`."""
-        raise NotImplementedError
+        """Returns the gradients of `loss`, averaged over the replicas if `averages_last`; see `gradients`."""
+        return self.gradients(loss, parameters)
 
     def averaged(
         self, value: Tensor, count: Count, gradient: Vector | None, wrt: Sequence[bool] | None = None

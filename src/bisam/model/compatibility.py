@@ -167,8 +167,9 @@ def overlap_with_unused_parameters(setup: Setup) -> str | None:
     if not setup.overlap or not any(getattr(module, "find_unused_parameters", False) for module in setup.ddp_inside):
         return None
     return (
-        "DistributedDataParallel(find_unused_parameters=True) takes the gradients of backward() for those of the next "
-        "step, if overlap=True has averaged them before: leave one of the two arguments out"
+        "with overlap=True, backward() stores gradients that are averaged already, and "
+        "DistributedDataParallel(find_unused_parameters=True) would count their parameters as used in the next step: "
+        "leave one of the two arguments out"
     )
 
 

@@ -54,10 +54,8 @@ class PerExample(ObjectiveWrapper):
             raise ValueError(f'{self.bound!r} returned a scalar, not a loss for each position: use reduction="none"')
         if losses.dim() < 2:
             return losses
-        if losses[:1].numel() == 0 < len(losses):
-            return losses.flatten(1).sum(1)  # of no position
-        counted = _counted(self.bound, targets)
-        return losses.flatten(1).mean(1) if counted is None else losses.flatten(1).sum(1) / counted.sum(1).clamp_min(1)
+        losses = losses.flatten(1)
+        return losses.sum(1) / _counted(self.bound, targets, losses).sum(1).clamp_min(1)
 
 
 @dataclass(frozen=True)
@@ -101,14 +99,10 @@ class ExactMatch(ObjectiveWrapper):
         values = self.bound(outputs, targets)
         if values.dim() < 2:
             return values
-        if values[:1].numel() == 0 < len(values):
-            return values.flatten(1).sum(1)  # of no position
-        lower = self.bound.bound if isinstance(self.bound, Binary) else self.bound
-        counted = _counted(self.bound, targets)
-        if counted is None:
-            return lower.soft_maximum(values.flatten(1))
+        lower, values = self.bound.bound if isinstance(self.bound, Binary) else self.bound, values.flatten(1)
+        counted = _counted(self.bound, targets, values)
         some = counted.any(1, keepdim=True)  # with -inf at all positions the gradient would not be finite
-        values = lower.soft_maximum(values.flatten(1).masked_fill(~counted & some, -math.inf))
+        values = lower.soft_maximum(values.masked_fill(~counted & some, -math.inf))
         return values.masked_fill(~some.squeeze(1), 0.0)
 
 
@@ -206,7 +200,9 @@ def _of_positions(bound: Any) -> None:
         raise TypeError(f"bound must be a LowerBound such as NegLog(), or Binary(), got {bound!r}")
 
 
-def _counted(objective: Any, targets: Tensor) -> Tensor | None:
-    """Returns which positions (N, T) count; None if all do."""
+def _counted(objective: Any, targets: Tensor, values: Tensor) -> Tensor:
+    """Returns which positions of `values` (N, T) count."""
     ignored = getattr(objective, "ignore_index", None)
-    return None if ignored is None or targets.is_floating_point() else (targets != ignored).flatten(1)
+    if ignored is None or targets.is_floating_point():
+        return torch.ones_like(values, dtype=torch.bool)
+    return (targets != ignored).flatten(1)

@@ -6,8 +6,8 @@ preconditioner.
     sharp = SharpnessAware(model, WSAM(0.05, gamma=0.9, decouple=True), cross_entropy)
     optimizer = Decoupled(AdamW(model.parameters(), lr=1e-3), sharp)
 
-The method returns the term in `Evaluation.decoupled`. `backward()` of the loss adds it to a `Term`, as autograd adds
-the gradient to `.grad`, and the step of the optimizer takes it from there.
+The method returns the term in `Evaluation.decoupled`. `backward()` of the loss adds it to a `DecoupledTerm`, as
+autograd adds the gradient to `.grad`, and the step of the optimizer takes it from there.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from bisam.validation import positive
 from bisam.vector import TINY, WHOLE, Tensors, Vector
 
 
-class Term:
+class DecoupledTerm:
     """The decoupled terms of parameters that await the next step of an optimizer.
 
     It accumulates over backward passes, and what is there is dropped with `.grad`, as by `model.zero_grad()`. Copies
@@ -44,7 +44,7 @@ class Term:
         return {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        Term.__init__(self)
+        DecoupledTerm.__init__(self)
 
     @property
     def is_applied(self) -> bool:
@@ -91,10 +91,10 @@ class _Pending:
     ranks: Peers | None
 
 
-class HasTerm(Protocol):
+class HasDecoupledTerm(Protocol):
     """A loss whose method has a decoupled term: a `SharpnessAware`."""
 
-    def decoupled_term(self) -> Term:
+    def decoupled_term(self) -> DecoupledTerm:
         """Returns where `backward()` adds the term."""
         ...
 
@@ -151,9 +151,9 @@ class Decoupled(OptimizerWrapper):
     """
 
     max_norm: float | None
-    _term: Term
+    _term: DecoupledTerm
 
-    def __init__(self, optimizer: Optimizer, sharp: HasTerm, max_norm: float | None = None) -> None:
+    def __init__(self, optimizer: Optimizer, sharp: HasDecoupledTerm, max_norm: float | None = None) -> None:
         check_wrapped("Decoupled", optimizer, "Decoupled(torch.optim.AdamW(model.parameters(), lr=1e-3), sharp)")
         if isinstance(optimizer, Lookahead):
             name = type(optimizer).__name__

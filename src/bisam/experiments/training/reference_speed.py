@@ -56,7 +56,7 @@ class LatestSpeed:
 
 def measurements(epochs: int, losses: int) -> int:
     """Return how often a run of `epochs` with so many `losses` in each measures its speed, warm-up included."""
-    return 2 + (epochs - 1) // -(-RENEWED // losses) if epochs else 0
+    return 2 + (epochs - 1) // -(-RENEWED // losses)
 
 
 class PrefetchedSplit:
