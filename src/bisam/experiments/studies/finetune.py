@@ -51,12 +51,14 @@ FLOWERS = replace(
     weights="tf_efficientnet_lite0/model.safetensors",
     frozen=3,
     image_size=96,
+    channels_last=True,
     held_out=0.0,
     epochs=16,
     learning_rate=1e-3,
 )
 """EfficientNet-Lite0 on 510 images of 102 flowers. For plain AdamW, by validation with seed 99, 1e-3 is the best of the
-rates 3e-4, 1e-3 and 3e-3, and 32 epochs, in which it fits 98 % of the training examples, are better than 16."""
+rates 3e-4, 1e-3 and 3e-3, and 32 epochs, in which it fits 98 % of the training examples, are better than 16. With
+`channels_last` a step on a CPU takes two thirds of the time."""
 
 _RADII = (0.025, 0.05, 0.1, 0.2, 0.4)
 GRIDS: Mapping[str, tuple[float, ...]] = {
