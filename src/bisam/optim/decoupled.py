@@ -24,7 +24,7 @@ from torch.optim import LBFGS, Optimizer
 from bisam.distributed.layout import ShardedLayout, local
 from bisam.distributed.peers import Peers
 from bisam.optim.lookahead import Lookahead
-from bisam.optim.wrapper import OptimizerWrapper, check_wrapped, is_of_framework
+from bisam.optim.wrapper import OptimizerWrapper, check_wrapped
 from bisam.validation import positive
 from bisam.vector import TINY, WHOLE, Tensors, Vector
 
@@ -160,11 +160,6 @@ class Decoupled(OptimizerWrapper):
             raise TypeError(
                 f"a {name} inside of Decoupled would not include the term in its slow updates: write "
                 f"{name}(Decoupled(optimizer, sharp), ...)"
-            )
-        if is_of_framework(optimizer):
-            raise TypeError(
-                f"{type(optimizer).__name__} may skip a step without saying so, and its term would be applied: make "
-                "Decoupled(optimizer, sharp) first, and give that to the framework (prepare, setup)"
             )
         if isinstance(optimizer, LBFGS):
             raise TypeError(
