@@ -462,15 +462,19 @@ class EigenSAM(SAM):
         return self.displacement(g, oracle) * (g.norm() / (length + TINY))
 
     def _eigenvector(self, oracle: Oracle, batch: Batch, g: Vector) -> Vector:
-        v: Vector | None = oracle.state.get("v")
-        # Where the Hessian times the last v was 0 it would stay 0: such a v begins again with the gradient.
-        v = oracle.weights.random(torch.randn_like) if v is None else v + g * (v.norm() == 0)
+        v: Vector = oracle.state.get("v") or oracle.weights.random(torch.randn_like)
         for _ in range(self.iterations):
-            v = v * (self.r / (v.norm() + TINY))
+            # Where the Hessian times the last v was 0 it would stay 0: such a v begins again with the gradient.
+            v = _unit(v + g * (v.norm() == 0)) * self.r
             ends = oracle.ask([Query(batch, self.descent, at, buffers=oracle.buffers) for at in (v, -v)])
             v = ends[0].gradient - ends[1].gradient
             del ends  # frees the gradients before the next queries
-        return v / (v.norm() + TINY)
+        return _unit(v)
+
+
+def _unit(v: Vector) -> Vector:
+    """Returns v / ||v||, and 0 for 0."""
+    return v / (v.norm() + TINY)
 
 
 @dataclass(frozen=True, repr=False)
