@@ -10,6 +10,7 @@ import re
 import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import pytest
 from matplotlib.collections import PathCollection
@@ -819,11 +820,39 @@ def test_the_radius_shows_a_score_where_it_is_if_the_axis_reaches_it():
     assert list(line.get_ydata()) == pytest.approx([100 * score - 10 / 3 for score in (0.5, 0.62, 0.2)], abs=4)
 
 
-@pytest.mark.parametrize(("count", "angle"), [(7, 0), (8, 90)])
-def test_labels_of_many_radii_are_upright(count, angle):
-    runs = [one for i in range(count) for one in seeded(replace(SAM, rho=0.1 * 2**i), 0.9)]
+def test_the_radius_shows_all_scores_if_most_are_far_below_the_best():
+    runs = [one for rho, score in ((0.1, 0.9), (0.2, 0.3), (0.4, 0.2)) for one in seeded(replace(SAM, rho=rho), score)]
     (ax,) = figures.draw("radius", runs).axes
-    assert {label.get_rotation() for label in ax.get_xticklabels()} == {angle}
+    assert ax.get_ylim()[0] < 20  # the score of the last epoch at 0.4
+    assert not [line for line in ax.get_lines() if line.get_marker() == "v" and len(line.get_xdata())]
+
+
+@pytest.mark.parametrize(
+    ("least", "count", "angle"),
+    [(0.1, 8, 0), (0.1, 9, 90), (0.025, 7, 0), (0.025, 8, 90), (0.00625, 5, 0), (0.00625, 6, 90)],
+)
+def test_labels_that_would_overlap_are_upright(least, count, angle):
+    recipes = [replace(SAM, method=m, rho=least * 2**i) for i in range(count) for m in ("sam", "bisam_log", "vasso")]
+    figure = figures.draw("radius", [one for recipe in recipes for one in seeded(recipe, 0.9)])
+    figure.draw_without_rendering()
+    for ax in figure.axes:
+        assert {label.get_rotation() for label in ax.get_xticklabels()} == {angle}
+        boxes = [label.get_window_extent() for label in ax.get_xticklabels()]
+        assert all(left.x1 <= right.x0 for left, right in pairwise(boxes))
+
+
+def test_radii_have_a_row_for_each_metric():
+    texts = {"dataset": "text:addition", "model": "gpt"}
+    asam = replace(SAM, method="asam", rho=2.0)
+    scores = ((SAM, 0.9), (replace(SAM, rho=0.4), 0.8), (asam, 0.7), (replace(SAM, **texts), 0.05))
+    runs = [one for recipe, score in scores for one in seeded(recipe, score)]
+    for one in runs[-len(seeded(SAM, 0.9)) :]:
+        one.result["metric"] = "exact_match"
+    sam, other, text, empty = figures.draw("radius", runs).axes
+    assert (sam.get_ylabel(), text.get_ylabel()) == ("accuracy (%)", "exact match (%)")
+    assert (sam.get_title(), other.get_title(), text.get_title()) == ("SAM", "ASAM", "SAM")
+    assert sam.get_ylim() == other.get_ylim() != text.get_ylim()
+    assert not empty.axison
 
 
 def test_the_grid_has_a_line_for_each_value_of_the_other_settings():

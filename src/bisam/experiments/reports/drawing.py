@@ -119,8 +119,12 @@ class Panel:
     @property
     def metric(self) -> str:
         """The metric of the scores, with its unit."""
-        name = metric(self.shown[0][2][0])
-        return f"{TITLES.get(name, name)} {'(%)' if name in IN_PER_CENT else '× 100'}"
+        return with_unit(metric(self.shown[0][2][0]))
+
+
+def with_unit(name: str) -> str:
+    """The title of a metric, with the unit of its scores in figures."""
+    return f"{TITLES.get(name, name)} {'(%)' if name in IN_PER_CENT else '× 100'}"
 
 
 def panels(groups: Groups, most: int | None = None) -> list[Panel]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,9 @@ from bisam.experiments.reports.drawing import (
     plain,
     sheet,
     spread,
+    with_unit,
 )
-from bisam.experiments.reports.groups import Place, grouped, perturbed, place, places, title
+from bisam.experiments.reports.groups import Place, grouped, metric, perturbed, place, places, title
 from bisam.experiments.reports.scales import share
 from bisam.experiments.reports.svg import point
 from bisam.experiments.runs.folder import Finished
@@ -46,7 +48,9 @@ _LINES = (
 
 
 def radius(runs: Sequence[Finished]) -> Figure:
-    """Validation score against the radius, a small panel for each method; triangles mark scores far below the others.
+    """Validation score against the radius: a small panel for each method, in a row for each metric.
+
+    Triangles mark scores far below the others.
 
     Raises:
         ValueError: no run has a radius.
@@ -54,25 +58,44 @@ def radius(runs: Sequence[Finished]) -> Figure:
     groups = grouped(with_radius(runs))
     if not groups:
         raise ValueError("radius shows runs that have one, and there is none")
-    titles, points = places(groups), defaultdict[str, list[Any]](list)
+    titles, rows = places(groups), defaultdict[str, _Points](lambda: defaultdict(list))
     for recipe, group in groups.items():
         values = [100 * validation_score(run) for run in group]
         seeds = {run.recipe.seed: value for run, value in zip(group, values, strict=True)}
-        points[title(recipe)].append((recipe, recipe.setting("rho"), np.mean(values), spread(values) or 0, seeds))
+        one = recipe, recipe.setting("rho"), np.mean(values), spread(values) or 0, seeds
+        rows[metric(group[0])][title(recipe)].append(one)
+    methods = list(dict.fromkeys(title(recipe) for recipe in groups))
+    columns, share = (6, "all") if len(rows) == 1 else (len(methods), "row")
+    figure, found = sheet(len(rows) * len(methods), (2.2, 1.8), columns=columns, sharey=share)
+    for i, (name, points) in enumerate(rows.items()):
+        axes = found[i * len(methods) :][: len(methods)]
+        if len(rows) > 1:
+            axes[0].set_ylabel(with_unit(name), fontsize=8)
+        _radii(dict(zip(methods, axes, strict=True)), points, titles)
+    for ax in found[-min(columns, len(methods)) :]:
+        ax.set_xlabel("rho", fontsize=8)
+    figure.supylabel("validation score" + (" × 100" if len(rows) == 1 else ""), fontsize=9)
+    heading(figure, "Validation score of each method against rho, or the setting in its place", groups)
+    if len(titles) > 1:
+        legend(figure, found)
+    return figure
+
+
+_Points = dict[str, list[Any]]
+"""Of each method: recipe, radius, mean and standard deviation of the scores, and the score of each seed."""
+
+
+def _radii(axes: Mapping[str, Axes], points: _Points, titles: Mapping[Place, str]) -> None:
+    """Draw the scores of one metric, each method on its axes, with a line for each place."""
     lines = [(method, at, [p for p in each if place(p[0]) == at]) for method, each in points.items() for at in titles]
-    figure, found = sheet(len(points), (2.2, 1.8), columns=6, sharey=True)
-    axes = dict(zip(points, found, strict=True))
-    # Scores more than 25 below the best of a place are failures: showing how far below would compress the rest.
-    high, low = defaultdict[Place, float](lambda: -np.inf), defaultdict[Place, float](lambda: np.inf)
+    lines = [(method, at, line) for method, at, line in lines if line]
+    scores = defaultdict[Place, list[float]](list)
     for _, at, line in lines:
-        for _, _, centre, *_ in line:
-            high[at], low[at] = max(high[at], centre), min(low[at], centre)
-    floor = min(max(high[at] - 25, low[at]) for at in titles)
+        scores[at] += [centre for _, _, centre, *_ in line]
+    high, floor = max(map(max, scores.values())), min(map(_least_shown, scores.values()))
     ends = [centre - width for _, _, line in lines for _, _, centre, width, _ in line if centre >= floor]
     floor = min(floor, *ends)  # what lies within the error bars of others is shown where it is
     for method, at, line in lines:
-        if not line:
-            continue
         ax, i = axes[method], list(titles).index(at)
         style = _LINES[i % len(_LINES)] if len(titles) > 1 else Style(family_colour(line[0][0]))
         rhos, centres, widths = (np.array(column) for column in list(zip(*line, strict=True))[1:4])
@@ -84,17 +107,21 @@ def radius(runs: Sequence[Finished]) -> Figure:
             point(ax, rho, max(centre, floor), name, seeds)
         ax.plot(rhos[~seen], np.full((~seen).sum(), floor), "v", color=style.colour, ms=5, mfc="white")
     for method, ax in axes.items():
-        rhos = sorted({rho for _, rho, *_ in points[method]})
-        _ticks(ax, rhos, 7)
-        ax.set_ylim(floor - 2, max(high.values()) + 3)
+        if method not in points:
+            ax.axis("off")
+            continue
+        _ticks(ax, sorted({rho for _, rho, *_ in points[method]}), 7)
+        ax.set_ylim(floor - 2, high + 3)
         ax.set_title(plain(method, 24), fontsize=8)
-    for ax in found[-6:]:
-        ax.set_xlabel("rho", fontsize=8)
-    figure.supylabel("validation score × 100", fontsize=9)
-    heading(figure, "Validation score of each method against rho, or the setting in its place", groups)
-    if len(titles) > 1:
-        legend(figure, found)
-    return figure
+
+
+def _least_shown(scores: Sequence[float]) -> float:
+    """The end of the axis: scores more than 25 below the best are failures, if most are not.
+
+    Showing how far below they are would compress the rest.
+    """
+    best, least = max(scores), min(scores)
+    return least if np.median(scores) < best - 25 else max(best - 25, least)
 
 
 def grid(runs: Sequence[Finished]) -> Figure:
@@ -144,7 +171,8 @@ def varied(runs: Sequence[Finished]) -> list[Finished]:
 
 
 _TUNED = ("rho", "mu", "alpha")
-_LEVEL_TICKS = 7  # more labels would overlap in a small panel
+_LEVEL = 33
+"""Characters of labels, all as wide as the widest two neighbours, above which some would overlap in a small panel."""
 
 
 def _lines(panel: Panel, name: str) -> dict[str, list[tuple[float, float, float, dict[int, float]]]]:
@@ -167,8 +195,9 @@ def _ticks(ax: Axes, values: Sequence[float], size: float) -> None:
     least = min([value for value in values if value] or [1.0])
     ax.set_xscale("symlog", base=2, linthresh=least)
     ax.set_xlim(-0.2 * least if 0 in values else 0.8 * least, 1.3 * max(values[-1], least))
-    upright = 90 if len(values) > _LEVEL_TICKS else 0
-    ax.set_xticks(values, [f"{value:g}" for value in values], fontsize=size, rotation=upright)
+    labels = [f"{value:g}" for value in values]
+    widest = max([(len(a) + len(b)) / 2 for a, b in pairwise(labels)], default=0)
+    ax.set_xticks(values, labels, fontsize=size, rotation=90 if len(labels) * widest > _LEVEL else 0)
     ax.minorticks_off()
     ax.grid(alpha=0.3)
 
