@@ -485,7 +485,7 @@ class WithGradient(torch.autograd.Function):
             )
         factor = factors[0] if ctx.overflow is None else factors[0] + ctx.overflow
         if ctx.decoupled is not None:
-            ctx.decoupled.add(factor)
+            ctx.decoupled.add(factor, ctx.next_functions)
         if ctx.wraps is None:
             gradient = ctx.saved_tensors
             # With retain_graph=True autograd.grad returns what is returned here, and it is needed again.
@@ -522,19 +522,26 @@ class _TermOfStep:
                 "copy of it"
             )
         check_no_join(oracle.model)
-        self._to, self._ranks, self._parameters = to, oracle.replicas, oracle.parameters
+        self._to, self._parameters = to, oracle.parameters
+        self._averaging, self._averaged = oracle.averaging(), oracle.replicas is not None
         self._vector: Vector | None = vector
         self._scale = oracle.scale(vector.tensors[0].device)
 
-    def add(self, factor: Tensor) -> None:
-        """Adds the term times the factor of the backward pass, without that of the scaler."""
+    def add(self, factor: Tensor, following: Sequence[tuple[Any, int]]) -> None:
+        """Adds the term times the factor of the backward pass, without that of the scaler.
+
+        Args:
+            factor: the factor.
+            following: the nodes of the graph that follow that of the loss.
+        """
         if (vector := self._vector) is None:
             raise RuntimeError("a second backward pass of one loss needs retain_graph=True in the first")
         factor = factor if self._scale is None else factor / self._scale.to(factor.device)
         # Replicas exchange all tensors, because they may have used different ones.
-        kept = [i for i in range(len(vector)) if self._ranks is not None or i not in vector.holes]
+        kept = [i for i in range(len(vector)) if self._averaging is not None or i not in vector.holes]
         terms = torch._foreach_mul([vector.tensors[i] for i in kept], factor) if kept else []
-        self._to.add([self._parameters[i] for i in kept], terms, self._ranks)
+        nodes = {node.variable: node for node, _ in following if hasattr(node, "variable")}
+        self._to.add([self._parameters[i] for i in kept], terms, nodes, self._averaging, self._averaged)
         if not keeps_graph():
             self._vector = None  # frees its memory, where the loss is stored for logging
 

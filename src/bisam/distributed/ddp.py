@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from bisam.distributed.peers import Peers
+
 
 class Communicating(NamedTuple):
     """The modules of a model that communicate in their forward passes.
@@ -83,6 +85,29 @@ def replicas_of(inside: Sequence[Any]) -> list[Any]:
     None in the contexts `no_sync()` and `join()`, where some replicas may make no call.
     """
     return [ddp for ddp in _wrappers_of(inside) if ddp.require_backward_grad_sync and not _joins(ddp)]
+
+
+class Averaging(NamedTuple):
+    """The averaging of gradients over replicas, also in a call whose gradients are averaged in a later one.
+
+    Attributes:
+        peers: the replicas.
+        wrappers: the wrappers that average.
+    """
+
+    peers: Peers
+    wrappers: list[Any]
+
+    def is_in_this_pass(self) -> bool:
+        """Whether the wrappers average the gradients of a backward pass that follows their last forward pass."""
+        return all(ddp.require_forward_param_sync for ddp in self.wrappers)
+
+
+def averaging(inside: Sequence[Any], parameters: Sequence[Tensor]) -> Averaging | None:
+    """Returns the averaging by the wrappers inside the loss, else by the one around it; None for a single replica."""
+    wrappers = _wrappers_of(inside)
+    peers = Peers.of(wrappers, parameters) if wrappers else None
+    return None if peers is None else Averaging(peers, wrappers)
 
 
 def apart(inside: Sequence[Any]) -> bool:

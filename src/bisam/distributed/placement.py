@@ -20,8 +20,10 @@ from torch import Tensor, nn
 
 from bisam.distributed import failures
 from bisam.distributed.ddp import (
+    Averaging,
     BufferBroadcasts,
     apart,
+    averaging,
     check_join,
     communicating,
     gradients_of_reduction,
@@ -94,6 +96,10 @@ class Local:
         each = iter(found)
         return [next(each) if ask else None for ask in wrt]
 
+    def averaging(self, parameters: Sequence[Tensor]) -> Averaging | None:
+        """Returns the averaging of gradients over replicas, also where that is not in this call; call it in a step."""
+        return None
+
     def averages_last(self, parameters: Sequence[Tensor]) -> bool:
         """Whether `last_gradients` averages over the replicas in this step."""
         return False
@@ -146,16 +152,21 @@ class Replica(Local):
     """Whole parameters, and answers for this rank's batch only, in data-parallel training.
 
     Args:
-        broadcasts: the broadcasts of buffers in the forward passes.
+        inside: the wrappers inside the loss.
         waiting: the ranks that wait for each other in every forward pass (SyncBatchNorm); None if no rank waits.
         replicas: see `Local`.
         apart: whether there are replicas that average no gradients in this call, as under `no_sync()`.
     """
 
     def __init__(
-        self, broadcasts: BufferBroadcasts, waiting: Peers | None, replicas: Peers | None, apart: bool = False
+        self, inside: Sequence[Any], waiting: Peers | None, replicas: Peers | None, apart: bool = False
     ) -> None:
-        self._broadcasts, self._waiting, self.replicas, self._apart = broadcasts, waiting, replicas, apart
+        self._inside, self._waiting, self.replicas, self._apart = inside, waiting, replicas, apart
+        self._broadcasts = BufferBroadcasts(inside)
+
+    def averaging(self, parameters: Sequence[Tensor]) -> Averaging | None:
+        """See `Local.averaging`."""
+        return averaging(self._inside, parameters)
 
     def over_ranks(self, values: Tensor) -> Tensor | None:
         """See `Local.over_ranks`."""
@@ -356,4 +367,4 @@ def place(
         return _LOCAL
     waiting, replicas = (Peers.of(modules, parameters) if modules else None for modules in (norms, wrappers))
     kind = OverlappingReplica if overlap and wrappers else Replica
-    return kind(BufferBroadcasts(inside), waiting, replicas, separate)
+    return kind(inside, waiting, replicas, separate)

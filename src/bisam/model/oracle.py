@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from bisam import objectives
 from bisam.batches import Batch, Keywords, handed, is_empty, mapped, size, tensors
+from bisam.distributed.ddp import Averaging
 from bisam.distributed.peers import Peers
 from bisam.distributed.placement import Scope, place
 from bisam.evaluation import Evaluation
@@ -241,6 +242,10 @@ class ModelOracle(Oracle):
     def replicas(self) -> Peers | None:
         """The ranks that average their gradients for the same optimizer step, if each answers for its own batch."""
         return self._placement.replicas
+
+    def averaging(self) -> Averaging | None:
+        """Returns the averaging of gradients over replicas, also in a call whose gradients a later one averages."""
+        return self._placement.averaging(self.parameters)
 
     def of_all_replicas(self, flag: Tensor) -> Tensor:
         """Returns NaN if `flag`, which is 0 or NaN, is NaN on one of `replicas`; they call it together.
