@@ -357,8 +357,9 @@ class SharpnessAware(nn.Module):
 
         They are computed on the device and nothing waits for them, until `stats.to_dict()`. An evaluation does not
         change them. With gradient accumulation they are those of the last micro-batch. In data-parallel training each
-        rank has those of its own part of the batch; with `scope="global"` and under FSDP2 they are those of the whole
-        batch, the same on all ranks. They are not saved in checkpoints, copies and pickles.
+        rank has those of its own part of the batch, but with `overlap=True` the descent gradient is the averaged one.
+        With `scope="global"` and under FSDP2 they are those of the whole batch, the same on all ranks. They are not
+        saved in checkpoints, copies and pickles.
 
         Raises:
             RuntimeError: the loss was made without `stats=True`, or has made no training step yet.

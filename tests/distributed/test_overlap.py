@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils.checkpoint import checkpoint
 
 from bisam import (
     ASAM,
@@ -23,15 +24,18 @@ from bisam import (
     Accumulated,
     BiSAM,
     During,
+    Evaluation,
     Every,
     FilterNoise,
     LookSAM,
     MultiStepSAM,
+    Oracle,
     SharpnessAware,
     Tilted,
     ZerothOrder,
     cross_entropy,
 )
+from bisam.batches import Batch
 from bisam.masks import RandomMask
 from tests.support import cases, ranks
 from tests.support.replicas import distance, identical, network
@@ -226,6 +230,43 @@ def test_a_call_that_failed_can_be_tried_again():
     assert ranks.run(2, after_an_error) == [0.0, 0.0]
 
 
+def along_the_descent(oracle: Oracle, batch: Batch) -> Evaluation:
+    """A method of a user that goes on after a query which another method has declared to be the last."""
+    g = SAM(0.1)(oracle, batch).gradient
+    return oracle.query(batch, at=g * (0.1 / g.norm()), last=True)
+
+
+class Part(nn.Module):
+    """A model of which the loss does not need all parameters."""
+
+    def __init__(self, recompute: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.used, self.other, self.recompute = network(), nn.Linear(2, 2).double(), recompute
+        self.first = nn.Linear(6, 6).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return checkpoint(self.used, x, use_reentrant=True) if self.recompute else self.used(x)
+
+
+def refused_models() -> list[str]:
+    messages: list[str] = []
+    for method in (ERM(), SAM(0.1)):
+        for recompute in (False, True):
+            model = Part(recompute)
+            model.other.requires_grad_(not recompute)
+            sharp = SharpnessAware(DDP(model), method, cross_entropy, overlap=True)
+            with pytest.raises(ValueError, match=r"use_reentrant=False" if recompute else r"other.weight, other.bias"):
+                sharp(*part(0))
+            messages += [name for name, p in model.named_parameters() if p.grad is not None]
+    return messages
+
+
+def test_unused_parameters_and_re_entrant_checkpoints_have_a_clear_error():
+    assert ranks.run(2, refused_models) == [[], []]
+
+
 REFUSED: dict[str, Callable[[], Any]] = {
     "GSAM": lambda: GSAM(0.1),
     "LookSAM": lambda: LookSAM(0.1, k=2),
@@ -234,6 +275,7 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "Accumulated": lambda: Accumulated(2, SAM(0.1)),
     "Tilted": lambda: Tilted(2, SAM(0.1)),
     "a function": lambda: lambda oracle, batch: oracle.query(batch),
+    "a query after the last": lambda: along_the_descent,
 }
 
 

@@ -138,7 +138,7 @@ def synchronising_as_before(model: nn.Module) -> Generator[None]:
             ddp.require_forward_param_sync = was
 
 
-def gradients_of_reduction(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+def gradients_of_reduction(loss: Tensor, parameters: Sequence[Tensor], wrappers: Sequence[Any]) -> list[Tensor | None]:
     """Returns gradients that the wrapper in the graph of a loss has averaged over its ranks, as in a plain loop.
 
     The wrapper reduces each bucket of gradients as soon as it is complete, while the backward pass goes on. Afterwards
@@ -147,14 +147,31 @@ def gradients_of_reduction(loss: Tensor, parameters: Sequence[Tensor]) -> list[T
     Args:
         loss: a scalar with its graph; the wrapper's last forward pass is in it.
         parameters: the trainable parameters, whose `.grad` is None, and is None again afterwards.
+        wrappers: the wrappers inside the loss.
+
+    Raises:
+        ValueError: the loss does not depend on a parameter that a wrapper averages, and for which it waits.
     """
     try:
         torch.autograd.backward(loss, inputs=list(parameters))
+        unused = {id(p) for p in parameters if p.grad is None}
+        if unused and (names := [name for ddp in wrappers for name, p in _averaged(ddp) if id(p) in unused]):
+            raise ValueError(
+                f"the loss does not depend on {len(names)} parameters that DistributedDataParallel waits for "
+                f"({', '.join(names[:3])}): freeze them before the model is wrapped, or leave overlap out and use "
+                "DistributedDataParallel(SharpnessAware(model, ...), find_unused_parameters=True)"
+            )
         # A wrapper may return views of its buckets, which the next reduction writes to.
         return [None if p.grad is None else p.grad.clone() if p.grad._is_view() else p.grad for p in parameters]
     finally:
         for p in parameters:
             p.grad = None
+
+
+def _averaged(ddp: Any) -> list[tuple[str, Tensor]]:
+    """Returns the parameters whose gradients a wrapper averages, with their names."""
+    ignored = ddp.parameters_to_ignore
+    return [(name, p) for name, p in ddp.module.named_parameters() if p.requires_grad and name not in ignored]
 
 
 class BufferBroadcasts:

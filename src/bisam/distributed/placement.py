@@ -11,8 +11,8 @@ model need not distinguish them:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -82,15 +82,8 @@ class Local:
         """
         asked = parameters if wrt is None else [p for p, ask in zip(parameters, wrt, strict=True) if ask]
         # autograd.grad, not backward: it leaves .grad to the user, and starts no reducer of a distributed wrapper.
-        try:
+        with _without_reentrance():
             found = torch.autograd.grad(loss, asked, allow_unused=True)
-        except RuntimeError as error:
-            if "use_reentrant" not in str(error):
-                raise
-            raise ValueError(
-                "re-entrant activation checkpointing supports backward() only, which would change .grad: "
-                "call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
-            ) from error
         if wrt is None:
             return found
         each = iter(found)
@@ -148,6 +141,24 @@ class Local:
         return []
 
 
+@contextmanager
+def _without_reentrance() -> Generator[None]:
+    """A context for a backward pass of some leaves only.
+
+    Raises:
+        ValueError: the model uses re-entrant activation checkpointing.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise ValueError(
+            "re-entrant activation checkpointing supports backward() only, which would change .grad: "
+            "call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+        ) from error
+
+
 class Replica(Local):
     """Whole parameters, and answers for this rank's batch only, in data-parallel training.
 
@@ -193,7 +204,8 @@ class OverlappingReplica(Replica):
 
     def last_gradients(self, loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """See `Local.last_gradients`."""
-        return gradients_of_reduction(loss, parameters)
+        with _without_reentrance():
+            return gradients_of_reduction(loss, parameters, self._inside)
 
     def hooks(self, parameters: Sequence[Tensor]) -> list[dict[int, Any]]:
         """See `Local.hooks`."""

@@ -288,7 +288,8 @@ class ModelOracle(Oracle):
         Raises:
             TypeError: `forward` or the objective returns a value of the wrong type.
             ValueError: the batch is empty; the losses have the wrong shape or no gradient; a gradient is sparse; `wrt`
-                has another length than the weights; weights cannot be restored by subtracting seeded noise.
+                has another length than the weights; weights cannot be restored by subtracting seeded noise; the last
+            gradient of the step is averaged already (see `overlap`).
             RuntimeError: a forward pass changes weights that seeded noise displaces.
         """
         return [self._answer(query) for query in queries]
@@ -353,6 +354,11 @@ class ModelOracle(Oracle):
             raise ValueError(
                 f"wrt has {len(query.wrt)} values, and the model {len(self.parameters)} trainable parameters: give one "
                 "for each, in the order of oracle.names"
+            )
+        if self.is_averaged:
+            raise ValueError(
+                "overlap=True averages the gradient of the query with last=True, and the method makes another query "
+                "after it: leave overlap out, or last=True if the method is your own"
             )
         track, at, state, noise = query.tracks, query.take(), self.module_state, None
         self._last_gradient = None  # frees its memory
