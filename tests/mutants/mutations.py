@@ -1259,6 +1259,13 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "optimizers",
+        "swad_in_half_precision",
+        "SWAD averages weights of half precision in their own type.",
+        "torch.float32 if t.is_floating_point() and t.dtype.itemsize < 4 else t.dtype",
+        "t.dtype",
+    ),
+    Mutant(
+        "optimizers",
         "swad_segments_are_steps",
         "SWAD weights a segment as one step.",
         "steps / self.steps",
