@@ -38,7 +38,7 @@ from bisam.model.saved_tensors import are_shared, keeps_graph
 from bisam.objectives import Objective, at_step
 from bisam.optim.decoupled import DecoupledTerm
 from bisam.statistics import Observed, Recorder, StepStats
-from bisam.validation import instance, shown, whole
+from bisam.validation import flag, instance, shown, whole
 from bisam.vector import WHOLE, Layout, Tensors, Vector, known
 
 
@@ -158,6 +158,9 @@ class SharpnessAware(nn.Module):
         if scope not in ("local", "global", None):
             raise ValueError(f"scope must be 'local', 'global' or None, got {scope!r}")
         whole("accumulation", accumulation)
+        flags = {"same_noise": same_noise, "in_eval_mode": in_eval_mode, "stats": stats, "overlap": overlap}
+        for name, value in flags.items():
+            flag(name, value)
         self.model = model
         self.method = method
         self.loss = loss
