@@ -232,7 +232,8 @@ class Decoupled(OptimizerWrapper):
 
     Clipping of `.grad` and hooks of parameters change g alone; `max_norm` bounds the term. (The authors' code clips
     both g and h to a norm of 1 by default.) If an optimizer keeps further copies of the weights, as schedule-free ones
-    do, these do not get the term. `Lookahead(Decoupled(...))` is possible, the other order is not.
+    do, these do not get the term. If it finds the size of its steps itself and has a learning rate of 1, as D-Adaptation
+    and Prodigy, the term is far too large. `Lookahead(Decoupled(...))` is possible, the other order is not.
 
     Args:
         optimizer: the wrapped optimizer, which takes the steps. It needs a learning rate `lr`, and evaluates a closure
