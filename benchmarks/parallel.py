@@ -1,7 +1,9 @@
 """Speed of a SAMPa step on a pair of processes, relative to a SAM step on one process.
 
 Each process has one thread, or `--threads` threads, so the pair uses twice the cores of one process, as two GPUs would
-replace one. While the single process is timed, the other one waits and computes nothing.
+replace one. While the single process is timed, the other one waits and computes nothing. The limit is a step of SGD on
+each of the two at once, with nothing exchanged: what is missing there to a factor of two, two processes take from each
+other (memory, caches, clock).
 
     python -m benchmarks.parallel
 """
@@ -32,6 +34,7 @@ from bisam.methods import Method
 
 REFERENCE = "SAM, one process"
 OURS = "SAMPa, a pair"
+LIMIT = "SGD, two at once"
 SGD = partial(torch.optim.SGD, lr=1e-3, momentum=0.9)
 PATIENCE = timedelta(hours=2)
 
@@ -126,7 +129,7 @@ def measured(rank: int, name: str, repeats: int) -> dict[str, Any] | None:
         "SGD, one process": make(lambda _: ERM()),
     }
     torch.manual_seed(1)  # the same batch on both
-    both = {OURS: make(lambda optimizer: InPairs(SAMPa(ahead=next_step(optimizer))))}
+    both = {OURS: make(lambda optimizer: InPairs(SAMPa(ahead=next_step(optimizer)))), LIMIT: make(lambda _: ERM())}
     return taking_turns(rank, alone, both, repeats)
 
 

@@ -52,6 +52,7 @@ from bisam import (
     StableSAM,
     Tanh,
     Tilted,
+    ZerothOrder,
     cross_entropy,
     next_step,
     statistics,
@@ -653,8 +654,10 @@ def test_those_of_accumulated_queries_are_of_the_whole_batch(method, wrap):
         assert other == pytest.approx(found[0], rel=1e-6)
 
 
-def test_the_gradient_of_another_micro_batch_is_not_that_of_an_ascent():
-    sharp = SharpnessAware(cases.mlp(), MSAM(3, FilterNoise(0.5)), cross_entropy, stats=True)
+@pytest.mark.parametrize("method", [FilterNoise(0.5), ZerothOrder(0.5)], ids=str)
+@pytest.mark.parametrize("wrap", [lambda m: MSAM(3, m), lambda m: Tilted(2, m), lambda m: Tilted(2, Tilted(2, m))])
+def test_the_gradient_of_another_micro_batch_or_sample_is_not_that_of_an_ascent(method, wrap):
+    sharp = SharpnessAware(cases.mlp(), wrap(method), cross_entropy, stats=True)
     sharp(*cases.batch(8)).backward()
     assert set(sharp.stats.to_dict()) == {"descent_norm", "displacement_norm"}
 

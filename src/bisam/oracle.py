@@ -238,6 +238,9 @@ class Oracle(ABC):
         `bisam.model.module_state`.
         """
 
+    def next_sample(self) -> None:  # noqa: B027 - only statistics have something to do
+        """Declares that the next displacements are made of none of the gradients computed so far."""
+
     def keep(self, name: str, value: Any) -> None:
         """Stores a value of this rank alone in the state, such as its batch; see `kept`.
 
@@ -383,6 +386,10 @@ class View(Oracle):
     def next_part(self) -> None:
         """See `Oracle.next_part`."""
         self._oracle.next_part()
+
+    def next_sample(self) -> None:
+        """See `Oracle.next_sample`."""
+        self._oracle.next_sample()
 
     def ask(self, queries: Sequence[Query]) -> list[Evaluation]:
         """See `Oracle.ask`."""

@@ -206,8 +206,8 @@ class Recorder:
             if answer.grad is not None:
                 self._gradient, self._part = answer.grad, query.wrt
 
-    def next_part(self) -> None:
-        """Forgets the gradient of a part of the batch: the displacements of the next part are not made of it."""
+    def forget(self) -> None:
+        """Forgets the last gradient: the displacements of the next part of the batch or sample are not made of it."""
         self._gradient = self._rise = None
 
     def finish(self, answer: Evaluation) -> StepStats:
@@ -262,7 +262,13 @@ class Observed(View):
         """See `Oracle.next_part`."""
         super().next_part()
         if self.recorder is not None:
-            self.recorder.next_part()
+            self.recorder.forget()
+
+    def next_sample(self) -> None:
+        """See `Oracle.next_sample`."""
+        super().next_sample()
+        if self.recorder is not None:
+            self.recorder.forget()
 
 
 def observed_above(view: View) -> Oracle:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -165,6 +167,33 @@ def test_an_argument_of_another_kind_is_named(arguments, message):
 def test_a_wrong_argument_is_named_where_it_is_given(make, message):
     with pytest.raises(TypeError, match=message):
         make()
+
+
+@pytest.mark.parametrize("make", [SAM, GSAM, LookSAM, MomentumSAM, MultiStepSAM, WSAM, ESAM])
+@pytest.mark.parametrize("name", ["rho", "adaptive", "eta"])
+def test_an_argument_of_other_packages_has_a_remedy_that_works(make, name):
+    with pytest.raises(TypeError, match=f"{make.__name__} has no argument '{name}': ") as caught:
+        make(**{name: 0.1})
+    remedies = [part for part in re.findall(r"\w+\(.*?\)+", str(caught.value)) if part.startswith(make.__name__)]
+    assert remedies
+    for remedy in remedies:
+        assert isinstance(eval(remedy, {"L2": L2, "Adaptive": Adaptive, make.__name__: make}), make)
+
+
+def test_an_unknown_argument_is_named_beside_those_that_there_are():
+    with pytest.raises(TypeError, match="GSAM has no argument 'beta': its arguments are perturb, ascent, descent"):
+        GSAM(0.1, beta=0.4)  # pyright: ignore[reportCallIssue]
+
+
+def test_a_subclass_has_arguments_of_its_own():
+    class Mine(SAM):
+        def __init__(self, *, rho: float, **others: Any) -> None:
+            super().__init__(rho, **others)
+
+    assert Mine(rho=0.2, ascent=NegLog()).perturb == L2(0.2)
+    assert copy.deepcopy(Mine(rho=0.2)).perturb == L2(0.2)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'other'"):
+        Mine(rho=0.2, other=1)
 
 
 # The range of each argument, and losses and models that a method cannot use.

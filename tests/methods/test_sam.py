@@ -132,3 +132,16 @@ def test_eigen_sam_finds_the_top_eigenvector_of_the_hessian():
     assert values[-1] > 1.05 * values[:-1].abs().max()
     close(v.norm(), torch.ones((), dtype=torch.double), 1e-9)
     assert (vectors[:, -1] @ v).abs() > 0.999
+
+
+def test_an_eigenvector_that_was_zero_is_estimated_again():
+    """The loss of w x is linear where w x < 0, with a Hessian of zero, and (w x)^2 elsewhere."""
+    model = nn.Linear(2, 1, bias=False).double()
+    nn.init.ones_(model.weight)
+    oracle = ModelOracle(model, lambda outputs, _: torch.where(outputs < 0, outputs, outputs**2).sum(1))
+    x = torch.tensor([[3.0, 1.0]], dtype=torch.double)
+    method = EigenSAM(0.05, every=1)
+    method.climb(oracle, (-x, x))
+    assert not oracle.state["v"].norm()
+    method.climb(oracle, (x, x))
+    close(oracle.state["v"].tensors[0].abs(), x / x.norm(), 1e-9)

@@ -269,6 +269,22 @@ def test_in_fabric():
     torch.testing.assert_close(optimizer.state_dict(), bare.state_dict(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("wrap", [Lookahead, ProximalPoint])
+def test_frameworks_wrap_it_and_not_the_other_way_round(wrap):
+    """Accelerate takes no step while gradients accumulate: its calls are no steps that can be counted."""
+    accelerator = pytest.importorskip("accelerate").Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = cases.mlp()
+    inside = momentum(model.parameters())
+    with pytest.raises(TypeError, match=f"AcceleratedOptimizer may skip a step .*, which {wrap.__name__} would take"):
+        wrap(accelerator.prepare(inside))
+    optimizer = accelerator.prepare(wrap(momentum(model.parameters()), 2))
+    for i in range(3):
+        with accelerator.accumulate(model):
+            accelerator.backward(cross_entropy(model(cases.batch(i)[0]), cases.batch(i)[1]).mean())
+            optimizer.step()
+    assert optimizer.state_dict()["lookahead"][0]["count"] == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [

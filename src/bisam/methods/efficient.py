@@ -14,6 +14,7 @@ from bisam.batches import Batch, examples, largest, size, take
 from bisam.evaluation import Evaluation
 from bisam.masks import RandomMask, top
 from bisam.methods.sam import SAM, looks
+from bisam.methods.written import Called
 from bisam.objectives import Bound, NegLog, Objective, at_step
 from bisam.oracle import Oracle, Query
 from bisam.perturbations import L2, Perturbation, geometry, is_radius
@@ -279,7 +280,7 @@ def _sum_of_squares(gradients: Iterable[Vector]) -> Vector:
 
 
 @dataclass(frozen=True)
-class MomentumSAM:
+class MomentumSAM(Called):
     """Momentum-SAM: the gradient at a point ahead along the momentum, with one query per step (Becker et al., 2024).
 
     Source: https://arxiv.org/abs/2401.12033. v <- momentum v + h, and h is computed at w - rho v/||v||, with the v of

@@ -456,13 +456,15 @@ class EigenSAM(SAM):
         """Returns the displacement; makes 2 `iterations` more queries at steps that estimate the eigenvector."""
         g = oracle.query(batch, self.ascent).gradient
         if oracle.step % self.every == 0 or "v" not in oracle.state:
-            oracle.state["v"] = self._eigenvector(oracle, batch)
+            oracle.state["v"] = self._eigenvector(oracle, batch, g)
         v, length = cast(Vector, oracle.state["v"]), g.norm()
         g = g + (v - v.onto(g)) * (torch.sign(g.dot(v)) * length * self.alpha)
         return self.displacement(g, oracle) * (g.norm() / (length + TINY))
 
-    def _eigenvector(self, oracle: Oracle, batch: Batch) -> Vector:
-        v: Vector = oracle.state.get("v") or oracle.weights.random(torch.randn_like)
+    def _eigenvector(self, oracle: Oracle, batch: Batch, g: Vector) -> Vector:
+        v: Vector | None = oracle.state.get("v")
+        # Where the Hessian times the last v was 0 it would stay 0: such a v begins again with the gradient.
+        v = oracle.weights.random(torch.randn_like) if v is None else v + g * (v.norm() == 0)
         for _ in range(self.iterations):
             v = v * (self.r / (v.norm() + TINY))
             ends = oracle.ask([Query(batch, self.descent, at, buffers=oracle.buffers) for at in (v, -v)])

@@ -330,6 +330,7 @@ class Tilted:
         """Makes the queries of the method for each sample in turn."""
         tilt, sums, last = schedules.at(self.tilt, oracle.step), None, list[Evaluation]()
         for i in range(self.samples):
+            oracle.next_sample()
             inside = oracle.within(f"sample {i}", draw=i if self.samples > 1 else None)
             answer = self.method(inside if i == 0 else inside.without_tracking(), batch)
             if self.samples == 1:

@@ -1,4 +1,4 @@
-"""Written: methods as the calls that make them, for `repr`.
+"""Written: the calls that make methods, for `repr` and for messages.
 
 >>> from bisam import BiSAM, SAM, Tanh
 >>> from bisam.masks import RandomMask
@@ -8,9 +8,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from dataclasses import MISSING, fields
-from typing import Any
+from typing import Any, Self
 
 from bisam.objectives import CrossEntropy, LowerBound, NegLog, ObjectiveWrapper, cross_entropy
 from bisam.perturbations import L2, Adaptive, is_radius
@@ -18,10 +19,43 @@ from bisam.perturbations import L2, Adaptive, is_radius
 Argument = tuple[str, Any, Any]
 """The name of a parameter, its value, and its default; MISSING if it has none."""
 
+_REMEDIES = {
+    "rho": "give the radius as a number, {}0.05), or a perturbation, {}L2(0.05))",
+    "adaptive": "give an adaptive ball, {}Adaptive(0.5)), whose radii are larger than those of L2",
+    "eta": "it is a setting of the adaptive ball, {}Adaptive(0.5, eta=0.01))",
+}
+"""What to write instead of the arguments of other packages."""
+
 _PARTS = tuple([f"bisam.{module}" for module in ("masks", "objectives", "perturbations", "schedules")])
 
 
-class Written:
+class Called:
+    """Base class of methods that take a perturbation: the arguments of other packages are refused with a remedy."""
+
+    def __new__(cls, *arguments: Any, **named: Any) -> Self:
+        """Makes an instance; `__init__` sets its fields.
+
+        Raises:
+            TypeError: an argument has a name that `__init__` does not know.
+        """
+        if named:
+            known = inspect.signature(cls).parameters
+            if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in known.values()):
+                for name in named:
+                    if name not in known:
+                        raise TypeError(_unknown(cls.__name__, name, list(known)))
+        return super().__new__(cls)
+
+
+def _unknown(method: str, name: str, known: list[str]) -> str:
+    """A message for a name that a method does not know: the radius and the adaptive ball are parts of `perturb`."""
+    if name in _REMEDIES and "perturb" in known:
+        where = "" if known[0] == "perturb" else "perturb="
+        return f"{method} has no argument {name!r}: " + _REMEDIES[name].replace("{}", f"{method}({where}")
+    return f"{method} has no argument {name!r}: its arguments are {', '.join(known)}"
+
+
+class Written(Called):
     """Base class of methods that show the call that makes them: `BiSAM` for a bound as the adversary of `SAM`."""
 
     def __repr__(self) -> str:

@@ -24,7 +24,7 @@ from torch.optim import LBFGS, Optimizer
 from bisam.distributed.ddp import Averaging
 from bisam.distributed.layout import ShardedLayout, local
 from bisam.optim.lookahead import Lookahead
-from bisam.optim.wrapper import OptimizerWrapper, check_wrapped, is_of_framework
+from bisam.optim.wrapper import OptimizerWrapper, check_wrapped
 from bisam.validation import positive
 from bisam.vector import TINY, WHOLE, Tensors, Vector
 
@@ -232,8 +232,9 @@ class Decoupled(OptimizerWrapper):
 
     Clipping of `.grad` and hooks of parameters change g alone; `max_norm` bounds the term. (The authors' code clips
     both g and h to a norm of 1 by default.) If an optimizer keeps further copies of the weights, as schedule-free ones
-    do, these do not get the term. If it finds the size of its steps itself and has a learning rate of 1, as D-Adaptation
-    and Prodigy, the term is far too large. `Lookahead(Decoupled(...))` is possible, the other order is not.
+    do, these do not get the term. If it finds the size of its steps itself and has a learning rate of 1, as those of
+    D-Adaptation and Prodigy, the term is far too large. `Lookahead(Decoupled(...))` is possible, the other order is
+    not.
 
     Args:
         optimizer: the wrapped optimizer, which takes the steps. It needs a learning rate `lr`, and evaluates a closure
@@ -275,11 +276,6 @@ class Decoupled(OptimizerWrapper):
             raise TypeError(
                 f"a {name} inside of Decoupled would not include the term in its slow updates: write "
                 f"{name}(Decoupled(optimizer, sharp), ...)"
-            )
-        if is_of_framework(optimizer):
-            raise TypeError(
-                f"{type(optimizer).__name__} may skip a step without saying so, and its term would be applied: make "
-                "Decoupled(optimizer, sharp) first, and give that to the framework (prepare, setup)"
             )
         if isinstance(optimizer, LBFGS):
             raise TypeError(

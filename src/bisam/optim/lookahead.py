@@ -41,7 +41,8 @@ class Lookahead(OptimizerWrapper):
         alpha: step size of the slow weights towards the fast ones, in (0, 1]; with 1 it is the wrapped optimizer.
 
     Raises:
-        TypeError: `optimizer` is not an optimizer, `k` is not an int, or `alpha` is not a number.
+        TypeError: `optimizer` is not an optimizer, or one that a framework has wrapped; `k` is not an int, or `alpha`
+            is not a number.
         ValueError: `k` is less than 1, or no multiple of the inner steps of a `ProximalPoint`, or `alpha` is outside
             (0, 1].
 
@@ -187,7 +188,8 @@ class ProximalPoint(Lookahead):
         alpha: interpolation towards the last z, in (0, 1].
 
     Raises:
-        TypeError: `optimizer` is not an optimizer, `inner` is not an int, or `alpha` is not a number.
+        TypeError: `optimizer` is not an optimizer, or one that a framework has wrapped; `inner` is not an int, or
+            `alpha` is not a number.
         ValueError: `inner` is less than 1, or `alpha` is outside (0, 1].
 
     Example:

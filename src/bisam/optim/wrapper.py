@@ -97,10 +97,15 @@ _OF_FRAMEWORKS = frozenset({"AcceleratedOptimizer", "LightningOptimizer", "_Fabr
 
 
 def check_wrapped(name: str, optimizer: object, example: str) -> None:
-    """Checks that an argument is an optimizer.
+    """Checks that an argument is an optimizer, and not one that a framework has wrapped.
 
     Raises:
         TypeError: it is not; the message shows `name`, `example` and the value.
     """
     if not isinstance(cast(Any, optimizer), Optimizer):
         raise TypeError(f"{name} takes an optimizer, as in {example}, got {optimizer!r}")
+    if is_of_framework(optimizer):
+        raise TypeError(
+            f"{type(optimizer).__name__} may skip a step without saying so (an overflow, gradient accumulation), which "
+            f"{name} would take for a step: make {example} first, and give that to the framework (prepare, setup)"
+        )

@@ -18,7 +18,7 @@ from bisam.experiments.reports.differences import baseline
 from bisam.experiments.reports.groups import title, varying
 from bisam.experiments.runs.folder import Run, finished
 from bisam.experiments.runs.machine import Machine
-from bisam.experiments.studies import digits, finetune, longtail, recover
+from bisam.experiments.studies import digits, finetune, longtail, recover, textgen
 from bisam.experiments.studies.equal import GRADIENTS
 from bisam.experiments.studies.study import expand
 from bisam.experiments.training.train import train
@@ -118,8 +118,9 @@ def test_settings_are_chosen_on_other_seeds_with_equal_budgets(name, trials):
         (finetune.GLUE_SETTINGS, finetune.GLUE),
         (recover.DIGITS.settings, Recipe()),
         (longtail.DIGITS.settings, longtail.DIGITS.recipe),
+        (textgen.SETTINGS, textgen.TASKS["pydoc"]),
     ],
-    ids=["digits", "finetune-glue", "recover", "longtail"],
+    ids=["digits", "finetune-glue", "recover", "longtail", "textgen"],
 )
 def test_the_settings_are_those_of_the_committed_choice(settings, base):
     """The value with the largest score, of equal ones the smallest: also by the scores in the file."""
@@ -127,7 +128,8 @@ def test_the_settings_are_those_of_the_committed_choice(settings, base):
     trials: dict[tuple[str, float | str], list[tuple[float, float, bool]]] = {}
     for row in csv.DictReader(file.read_text().splitlines()):
         number = float(row.get("imbalance") or row["noise"])  # a study of long tails has no noise
-        condition = row["dataset"].removeprefix("glue:") if base.dataset.startswith("glue") else number
+        source, _, task = row["dataset"].partition(":")
+        condition = task if source in ("glue", "text") else number
         trial = (float(row["values"]), float(row["validation"]), row["chosen"] == "True")
         trials.setdefault((row["method"], condition), []).append(trial)
     assert settings.chosen.keys() == settings.before.keys()
