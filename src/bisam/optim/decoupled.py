@@ -228,7 +228,9 @@ class Decoupled(OptimizerWrapper):
     ranks of DistributedDataParallel, dropped by `zero_grad()`, and not applied in a step that a GradScaler skips, nor
     to parameters whose `.grad` is None. Give the GradScaler to the loss too, `SharpnessAware(..., scaler=scaler)`,
     which removes its factor from the term. If the term is not finite, the gradient is not finite either.
-    `torch.autograd.grad` of the loss stores no `.grad`, and raises an error.
+    `torch.autograd.grad` of the loss stores no `.grad`, and raises an error. Under FSDP2, where gradients of other
+    losses reach `.grad` without autograd, call the `zero_grad()` of the optimizer and not that of the model after a
+    step that was left out.
 
     Clipping of `.grad` and hooks of parameters change g alone; `max_norm` bounds the term. (The authors' code clips
     both g and h to a norm of 1 by default.) If an optimizer keeps further copies of the weights, as schedule-free ones
