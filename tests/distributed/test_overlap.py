@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +40,7 @@ from bisam import (
     cross_entropy,
 )
 from bisam.batches import Batch
+from bisam.distributed.ddp import gradients_of_reduction
 from bisam.masks import RandomMask
 from tests.support import cases, ranks
 from tests.support.replicas import distance, identical, network
@@ -270,6 +273,35 @@ def refused_models() -> list[str]:
 
 def test_unused_parameters_and_re_entrant_checkpoints_have_a_clear_error():
     assert ranks.run(2, refused_models) == [[], []]
+
+
+def interrupted() -> list[bool]:
+    """Interrupts a call where it clears `.grad`; returns which parameters have a gradient afterwards."""
+    code = gradients_of_reduction.__code__
+    lines, first = inspect.getsourcelines(code)
+    at = first + max(i for i, line in enumerate(lines) if "p.grad = None" in line)
+
+    def within(frame: Any, event: str, _: Any) -> Any:
+        if event == "line" and frame.f_lineno == at:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return within
+
+    ddp = DDP(network())
+    sharp = SharpnessAware(ddp, ERM(), cross_entropy, overlap=True)
+    sys.settrace(lambda frame, *_: within if frame.f_code is code else None)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            sharp(*part(0))
+    finally:
+        sys.settrace(None)
+    return [p.grad is not None for p in ddp.parameters()]
+
+
+def test_an_interrupted_call_leaves_no_gradient():
+    (found,) = ranks.run(1, interrupted)
+    assert found
+    assert not any(found)
 
 
 REFUSED: dict[str, Callable[[], Any]] = {

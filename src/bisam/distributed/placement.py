@@ -198,14 +198,25 @@ class Replica(Local):
 class OverlappingReplica(Replica):
     """A replica whose wrapper averages the last gradient of a step bucket by bucket, while it is computed."""
 
+    _uses_grad = False  # whether `.grad`, which was None, may have gradients of this call
+
     def averages_last(self, parameters: Sequence[Tensor]) -> bool:
         """See `Local.averages_last`; a gradient that is accumulated already has to be averaged with the new one."""
         return all(p.grad is None for p in parameters)
 
     def last_gradients(self, loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """See `Local.last_gradients`."""
+        self._uses_grad = True
         with _without_reentrance():
-            return gradients_of_reduction(loss, parameters, self._inside)
+            grads = gradients_of_reduction(loss, parameters, self._inside)
+        self._uses_grad = False
+        return grads
+
+    def recover(self, parameters: Sequence[Tensor]) -> None:
+        """See `Local.recover`."""
+        if self._uses_grad:
+            for p in parameters:
+                p.grad = None
 
     def hooks(self, parameters: Sequence[Tensor]) -> list[dict[int, Any]]:
         """See `Local.hooks`."""
