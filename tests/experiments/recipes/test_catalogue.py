@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,7 @@ from tests.support.memory import Weights
 
 N, WIDTH, STEPS = 64, 400, 120
 ENTRIES = {**catalogue.METHODS, **catalogue.GAMES}
-each_entry = pytest.mark.parametrize("key", ENTRIES)
-each_counted = pytest.mark.parametrize(  # XSAM searches every 400 steps
+each_entry = pytest.mark.parametrize(  # XSAM searches every 400 steps
     "key", [pytest.param(key, marks=pytest.mark.slow) if key in ("bsam", "xsam") else key for key in ENTRIES]
 )
 
@@ -38,7 +38,7 @@ def settings(method: Any) -> dict[str, Any]:
     return found
 
 
-def train(key: str, watch=lambda method: method) -> tuple[Any, list[float], float]:
+def train(key: str, watch: Callable[[Any], Any]) -> tuple[Any, list[float], float]:
     """The method, and the memory in use in each forward pass and at the end, of a run on nearly one matrix."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False), nn.LayerNorm(WIDTH))
@@ -55,13 +55,6 @@ def train(key: str, watch=lambda method: method) -> tuple[Any, list[float], floa
         return method, held, memory.held()
 
 
-def counted(key: str) -> tuple[float, float, float]:
-    """Gradients, forward passes and gradients of a part of the weights per step."""
-    counts = {"gradients": 0.0, "forwards": 0.0, "partial": 0.0}
-    train(key, lambda method: lambda oracle, batch: method(Counting(oracle, counts, N), batch))
-    return counts["gradients"] / STEPS, counts["forwards"] / STEPS, counts["partial"] / STEPS
-
-
 def evaluated(formula: str, method: Any) -> tuple[float, float]:
     """The least and the most that a formula of the catalogue allows."""
     names = {"steps": STEPS, **settings(method), "n": N}
@@ -69,10 +62,11 @@ def evaluated(formula: str, method: Any) -> tuple[float, float]:
     return bounds[0], bounds[-1]
 
 
-@each_counted
-def test_it_takes_the_gradients_and_forward_passes_that_it_claims(key):
-    entry, method = ENTRIES[key], train(key)[0]
-    gradients, forwards, partial = counted(key)
+@each_entry
+def test_it_takes_the_gradients_forward_passes_and_memory_that_it_claims(key):
+    entry, counts = ENTRIES[key], {"gradients": 0.0, "forwards": 0.0, "partial": 0.0}
+    method, held, kept = train(key, lambda method: lambda oracle, batch: method(Counting(oracle, counts, N), batch))
+    gradients, forwards, partial = (count / STEPS for count in counts.values())
     first = 1 / STEPS if key.startswith("sampa") else 0  # its docstring: one more at the first step
     least, most = evaluated(entry.gradients, method)
     assert least - 1e-9 <= gradients - first <= most + 1e-9
@@ -81,14 +75,9 @@ def test_it_takes_the_gradients_and_forward_passes_that_it_claims(key):
     assert evaluated(entry.forwards, method) == pytest.approx((forwards, forwards))
     assert partial <= 1 + 1e-9
     assert (partial > 0.5) == (partial > 0) == entry.partial  # a random part is sometimes all
-
-
-@each_counted
-def test_it_takes_the_memory_that_it_claims(key):
-    _, held, kept = train(key)
-    assert max(held) - 1 == pytest.approx(ENTRIES[key].memory, abs=0.02)  # 1: the weights
-    assert kept - 1 == pytest.approx(ENTRIES[key].kept, abs=0.02)
-    assert (ENTRIES[key].kept > 0) <= (ENTRIES[key].state != "")
+    assert max(held) - 1 == pytest.approx(entry.memory, abs=0.02)  # 1: the weights
+    assert kept - 1 == pytest.approx(entry.kept, abs=0.02)
+    assert (entry.kept > 0) <= (entry.state != "")
 
 
 def test_every_public_method_has_a_row():
