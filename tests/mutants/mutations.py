@@ -2102,8 +2102,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "distributed",
         "gradient_joins_the_users",
         "Under FSDP2 the gradient of a query is added to what is in .grad.",
-        "for p in parameters:\n                p.grad = None",
-        "pass",
+        "for p in parameters:\n                p.grad = None\n            inputs = ",
+        "inputs = ",
     ),
     Mutant(
         "distributed",
