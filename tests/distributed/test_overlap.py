@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -244,6 +245,13 @@ def along_the_descent(oracle: Oracle, batch: Batch) -> Evaluation:
     return oracle.query(batch, at=g * (0.1 / g.norm()), last=True)
 
 
+def with_the_ascent(oracle: Oracle, batch: Batch) -> Evaluation:
+    """A method of a user that returns another gradient than that of the query which it has declared to be the last."""
+    g = oracle.query(batch).gradient
+    answer = oracle.query(batch, at=g * (0.1 / g.norm()), last=True)
+    return replace(answer, grad=answer.gradient + g)
+
+
 class Part(nn.Module):
     """A model of which the loss does not need all parameters."""
 
@@ -313,6 +321,7 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "Tilted": lambda: Tilted(2, SAM(0.1)),
     "a function": lambda: lambda oracle, batch: oracle.query(batch),
     "a query after the last": lambda: along_the_descent,
+    "a sum with the last": lambda: with_the_ascent,
 }
 
 
