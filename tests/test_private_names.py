@@ -43,6 +43,7 @@ OTHERS: dict[str, set[str]] = {
     "torch: pytrees": {"_pytree"},
     "torch: whether a graph is kept": {"_autograd", "_get_current_graph_task_keep_graph"},
     "torch: whether a backward pass is running": {"_current_graph_task_id"},
+    "torch: whether a backward pass stores the gradient of a leaf": {"_will_engine_execute_node"},
     "torch: who else refers to a tensor": {"_cdata", "_is_view", "_storage_Use_Count"},
     "torch.nn.Module": {"_buffers", "_modules", "_parameters"},
     "torch.Tensor": {"_backward_hooks", "_version"},

@@ -136,11 +136,22 @@ def test_a_learning_rate_below_the_lowest_gives_no_negative_radius():
     assert rho(0) >= 0
 
 
-def test_a_learning_rate_may_be_a_tensor():
-    o = optimizer(lr=torch.tensor(0.1, dtype=torch.double))
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_a_learning_rate_may_be_a_tensor(shape):
+    o = optimizer(lr=torch.full(shape, 0.1, dtype=torch.double))
     rho = Follow(o, high=0.5, low=0.1)
     o.param_groups[0]["lr"].fill_(0.05)
     assert float(rho(0)) == pytest.approx(0.3)
+    models = [nn.Linear(3, 4).double() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    x, y = torch.randn(5, 3).double(), torch.arange(5) % 4
+    values = [SharpnessAware(m, SAM(r), cross_entropy)(x, y) for m, r in zip(models, (rho, 0.3), strict=True)]
+    torch.testing.assert_close(values[0], values[1])
+
+
+def test_a_schedule_of_several_numbers_is_refused():
+    with pytest.raises(ValueError, match=r"rho at step 0 must be one number, got a tensor of shape \(2,\)"):
+        L2(lambda step: torch.ones(2))
 
 
 def test_a_radius_may_be_a_tensor_of_the_step():

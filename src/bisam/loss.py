@@ -38,7 +38,7 @@ from bisam.model.saved_tensors import are_shared, keeps_graph
 from bisam.objectives import Objective, at_step
 from bisam.optim.decoupled import DecoupledTerm
 from bisam.statistics import Observed, Recorder, StepStats
-from bisam.validation import instance, shown, whole
+from bisam.validation import flag, instance, shown, whole
 from bisam.vector import WHOLE, Layout, Tensors, Vector, known
 
 
@@ -158,6 +158,9 @@ class SharpnessAware(nn.Module):
         if scope not in ("local", "global", None):
             raise ValueError(f"scope must be 'local', 'global' or None, got {scope!r}")
         whole("accumulation", accumulation)
+        flags = {"same_noise": same_noise, "in_eval_mode": in_eval_mode, "stats": stats, "overlap": overlap}
+        for name, value in flags.items():
+            flag(name, value)
         self.model = model
         self.method = method
         self.loss = loss
@@ -357,8 +360,9 @@ class SharpnessAware(nn.Module):
 
         They are computed on the device and nothing waits for them, until `stats.to_dict()`. An evaluation does not
         change them. With gradient accumulation they are those of the last micro-batch. In data-parallel training each
-        rank has those of its own part of the batch; with `scope="global"` and under FSDP2 they are those of the whole
-        batch, the same on all ranks. They are not saved in checkpoints, copies and pickles.
+        rank has those of its own part of the batch, but with `overlap=True` the descent gradient is the averaged one.
+        With `scope="global"` and under FSDP2 they are those of the whole batch, the same on all ranks. They are not
+        saved in checkpoints, copies and pickles.
 
         Raises:
             RuntimeError: the loss was made without `stats=True`, or has made no training step yet.
@@ -485,7 +489,7 @@ class WithGradient(torch.autograd.Function):
             )
         factor = factors[0] if ctx.overflow is None else factors[0] + ctx.overflow
         if ctx.decoupled is not None:
-            ctx.decoupled.add(factor)
+            ctx.decoupled.add(factor, ctx.next_functions)
         if ctx.wraps is None:
             gradient = ctx.saved_tensors
             # With retain_graph=True autograd.grad returns what is returned here, and it is needed again.
@@ -522,19 +526,26 @@ class _TermOfStep:
                 "copy of it"
             )
         check_no_join(oracle.model)
-        self._to, self._ranks, self._parameters = to, oracle.replicas, oracle.parameters
+        self._to, self._parameters = to, oracle.parameters
+        self._averaging, self._averaged = oracle.averaging(), oracle.replicas is not None
         self._vector: Vector | None = vector
         self._scale = oracle.scale(vector.tensors[0].device)
 
-    def add(self, factor: Tensor) -> None:
-        """Adds the term times the factor of the backward pass, without that of the scaler."""
+    def add(self, factor: Tensor, following: Sequence[tuple[Any, int]]) -> None:
+        """Adds the term times the factor of the backward pass, without that of the scaler.
+
+        Args:
+            factor: the factor.
+            following: the nodes of the graph that follow that of the loss.
+        """
         if (vector := self._vector) is None:
             raise RuntimeError("a second backward pass of one loss needs retain_graph=True in the first")
         factor = factor if self._scale is None else factor / self._scale.to(factor.device)
         # Replicas exchange all tensors, because they may have used different ones.
-        kept = [i for i in range(len(vector)) if self._ranks is not None or i not in vector.holes]
+        kept = [i for i in range(len(vector)) if self._averaging is not None or i not in vector.holes]
         terms = torch._foreach_mul([vector.tensors[i] for i in kept], factor) if kept else []
-        self._to.add([self._parameters[i] for i in kept], terms, self._ranks)
+        nodes = {node.variable: node for node, _ in following if hasattr(node, "variable")}
+        self._to.add([self._parameters[i] for i in kept], terms, nodes, self._averaging, self._averaged)
         if not keeps_graph():
             self._vector = None  # frees its memory, where the loss is stored for logging
 

@@ -24,7 +24,7 @@ from typing import Any, ClassVar, NoReturn
 import torch
 from torch import Tensor
 
-from bisam.validation import non_negative, positive, share, shown, whole
+from bisam.validation import describe, non_negative, positive, share, shown, whole
 
 Schedule = Callable[[int], float | Tensor]
 """A function from a step to a value, which is a number or a 0-dimensional tensor."""
@@ -35,7 +35,8 @@ Radius = float | Schedule
 
 def at(radius: Radius, step: int) -> float | Tensor:
     """Returns the value of a number or a schedule at a step."""
-    return radius(step) if callable(radius) else radius
+    value = radius(step) if callable(radius) else radius
+    return value.reshape(()) if isinstance(value, Tensor) and value.dim() else value  # a learning rate may be (1,)
 
 
 def check(name: str, radius: Any) -> None:
@@ -56,7 +57,9 @@ def check(name: str, radius: Any) -> None:
     except ArithmeticError as error:
         raise ValueError(f"{name} has no value at step 0 ({error}), got {shown(radius)}") from error
     if not isinstance(first, Tensor):  # reading a tensor may synchronise with its device
-        non_negative(f"{name} at step 0", first)
+        return non_negative(f"{name} at step 0", first)
+    if first.numel() != 1:
+        raise ValueError(f"{name} at step 0 must be one number, got {describe(first)}")
     return None
 
 

@@ -98,6 +98,16 @@ def whole(name: str, value: Any, least: int = 1, most: int = LARGEST) -> None:
         raise ValueError(f"{name} must be at most {most}, got {shown(value)}")
 
 
+def flag(name: str, value: Any) -> None:
+    """Checks that an argument is True or False: the text "no" would count as true.
+
+    Raises:
+        TypeError: it is neither; the message shows the name and the value.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {shown(value)}")
+
+
 def numbers_of_classes(name: str, of_class: str, values: Any) -> tuple[float, ...]:
     """Returns numbers >= 0, one for each class in the order of the classes, as a tuple.
 

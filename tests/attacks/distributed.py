@@ -2,7 +2,7 @@
 
 A case is right if the result equals the expected one, or if every rank that survives ends with an error in words within
 `LIMIT` seconds after the fault. A rank that hangs, or whose process dies without an error, is wrong. Cases are named
-RANKS-FAULT-NESTING-METHOD:
+RANKS-FAULT-NESTING-METHOD, where the nesting `overlap` is `inside` with `overlap=True`:
 
     killed          the last rank gets SIGKILL in the middle of a step
     error           it raises an error there
@@ -51,6 +51,9 @@ from tests.support.replicas import distance, identical, network, sharded, whole_
 from .attack import Attack, Finding, Options
 
 NESTINGS = ("inside", "outside", "inside_global", "outside_global", "fsdp2")
+LOCAL = ("inside", "outside", "overlap")
+OVERLAPPING = ("SAM", "BiSAM", "ESAM")
+"""Methods for the nesting `overlap`, which others do not support."""
 METHODS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
     "SAM": lambda o: SAM(L2(0.1)),
     "BiSAM": lambda o: BiSAM(0.1),
@@ -102,9 +105,10 @@ def built(nesting: str, model: nn.Sequential, make: Callable[[torch.optim.Optimi
     if order == "fsdp2":
         sharded(model)
     optimizer = sgd(model)  # of the shards
-    inside = DDP(model) if order == "inside" else model
+    overlap, arguments = order == "overlap", dict[str, Any](scope="global" if scope else None)
+    inside = DDP(model) if order in ("inside", "overlap") else model
     stats = dist.get_world_size() == 4  # which communicate: four ranks record them, two do not
-    sharp = SharpnessAware(inside, make(optimizer), cross_entropy, scope="global" if scope else None, stats=stats)
+    sharp = SharpnessAware(inside, make(optimizer), cross_entropy, stats=stats, overlap=overlap, **arguments)
     outer = DDP(sharp) if order == "outside" else sharp
     return Built(outer, outer if order == "outside" else inside, optimizer)
 
@@ -269,7 +273,7 @@ def right(nesting: str, method: str, fault: str, folder: str) -> str:
     else:
         batch = even if fault == "joins" else uneven
         ours = trained(nesting, method, batch, counts)
-        local = nesting in ("inside", "outside")
+        local = nesting in LOCAL
         expected = by_hand(method, batch, counts) if local else in_one_process(method, batch, STEPS)
     off = distance(ours, expected)
     if not identical(ours):
@@ -402,12 +406,12 @@ def _cases() -> Iterator[Case]:
         "empty": ("SAM", "MSAM", "AESAM"),
     }
     for world in (2, 4):
-        for nesting in NESTINGS:
-            local = nesting in ("inside", "outside")
+        for nesting in (*NESTINGS, "overlap"):
+            local, of = nesting in LOCAL, OVERLAPPING if nesting == "overlap" else tuple(METHODS)
             for fault, methods in chosen.items():
-                for method in methods if world == 2 else ("SAM",):
+                for method in (method for method in methods if method in of and (world == 2 or method == "SAM")):
                     yield Case(world, fault, nesting, method, "error")
-            for method in METHODS:
+            for method in of:
                 if local or method not in ("ESAM", "MSAM"):  # ESAM chooses examples of a rank: other tests compare it
                     yield Case(world, "uneven", nesting, method, "right")
                 if method == "MSAM" and not local:

@@ -195,8 +195,10 @@ def test_the_attacks_cover_what_they_are_for():
     assert command.ATTACKS["memory"].cases == tuple(cases.FAMILY)
     every = distributed.CASES.values()
     for method in distributed.METHODS:
+        overlap = ["overlap"] if method in distributed.OVERLAPPING else []
         assert {c.nesting for c in every if (c.world, c.fault, c.method) == (2, "killed", method)} == {
-            *distributed.NESTINGS
+            *distributed.NESTINGS,
+            *overlap,
         }
     assert {c.world for c in every} == {2, 4}
     assert len({c.name for c in every}) == len(distributed.CASES)

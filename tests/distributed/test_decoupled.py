@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim import SGD
 
-from bisam import WSAM, Decoupled, SharpnessAware, cross_entropy
+from bisam import WSAM, Decoupled, Every, SharpnessAware, cross_entropy
 from tests.support import cases, ranks
 from tests.support.replicas import distance, identical, network, sharded, whole_weights
 
@@ -43,6 +43,39 @@ def trained(way: str, decouple: bool, max_norm: float | None = None, batch: Any 
         optimizer.step()
         optimizer.zero_grad()
     return whole_weights(model)
+
+
+def without_a_term_at_the_end(outer: str, plain: bool, decouple: bool) -> list[Tensor]:
+    """Weights after steps of which only the first micro-batch, which is not reduced, has a term."""
+    model = network()
+    inside: Any = DDP(model) if outer == "" else model
+    method = WSAM(0.1, gamma=0.8, decouple=decouple)
+    sharp = SharpnessAware(inside, method if plain else Every(2, method), cross_entropy)
+    ddp: Any = inside if outer == "" else DDP(sharp)
+    optimizer: Any = SGD(model.parameters(), lr=0.2)
+    optimizer = Decoupled(optimizer, sharp) if decouple else optimizer
+    loss: Any = sharp if outer == "" else ddp
+    for step in range(STEPS):
+        with ddp.no_sync():
+            loss(*part(2 * step)).backward()
+        x, y = part(2 * step + 1)
+        (cross_entropy(ddp(x), y).mean() if plain else loss(x, y)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return whole_weights(model)
+
+
+def differences() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for outer, plain in (("", False), ("", True), ("outside", False)):
+        ours, theirs = (without_a_term_at_the_end(outer, plain, decouple) for decouple in (True, False))
+        if not (distance(ours, theirs) < 1e-12 and identical(ours)):
+            found[f"{outer} {plain}"] = distance(ours, theirs), identical(ours)
+    return found
+
+
+def test_a_term_is_averaged_with_the_gradients_of_a_later_micro_batch_without_one():
+    assert ranks.run(2, differences) == [{}, {}]
 
 
 def decoupled_and_coupled() -> dict[str, Any]:

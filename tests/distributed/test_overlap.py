@@ -2,36 +2,46 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils.checkpoint import checkpoint
 
 from bisam import (
     ASAM,
     ERM,
     ESAM,
     GSAM,
+    KSAM,
     L2,
+    MESA,
     MSAM,
     RSAM,
     SAM,
     Accumulated,
     BiSAM,
     During,
+    Evaluation,
     Every,
     FilterNoise,
     LookSAM,
     MultiStepSAM,
+    Oracle,
     SharpnessAware,
     Tilted,
     ZerothOrder,
     cross_entropy,
 )
+from bisam.batches import Batch
+from bisam.distributed.ddp import gradients_of_reduction
 from bisam.masks import RandomMask
 from tests.support import cases, ranks
 from tests.support.replicas import distance, identical, network
@@ -46,6 +56,9 @@ METHODS: dict[str, Callable[[], Any]] = {
     "RSAM": lambda: RSAM(0.01, SAM(0.1)),
     "During": lambda: During(SAM(0.1), stop=3),
     "ESAM": lambda: ESAM(RandomMask(0.1, beta=0.6), gamma=0.5),
+    "KSAM": lambda: KSAM(3, SAM(0.1)),
+    "MESA": lambda: MESA(SAM(0.1), decay=0.5),
+    "Every": lambda: Every(2, SAM(0.1)),
     "ZerothOrder": lambda: ZerothOrder(0.1),
     "FilterNoise": lambda: FilterNoise(0.1),
 }
@@ -226,6 +239,79 @@ def test_a_call_that_failed_can_be_tried_again():
     assert ranks.run(2, after_an_error) == [0.0, 0.0]
 
 
+def along_the_descent(oracle: Oracle, batch: Batch) -> Evaluation:
+    """A method of a user that goes on after a query which another method has declared to be the last."""
+    g = SAM(0.1)(oracle, batch).gradient
+    return oracle.query(batch, at=g * (0.1 / g.norm()), last=True)
+
+
+def with_the_ascent(oracle: Oracle, batch: Batch) -> Evaluation:
+    """A method of a user that returns another gradient than that of the query which it has declared to be the last."""
+    g = oracle.query(batch).gradient
+    answer = oracle.query(batch, at=g * (0.1 / g.norm()), last=True)
+    return replace(answer, grad=answer.gradient + g)
+
+
+class Part(nn.Module):
+    """A model of which the loss does not need all parameters."""
+
+    def __init__(self, recompute: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.used, self.other, self.recompute = network(), nn.Linear(2, 2).double(), recompute
+        self.first = nn.Linear(6, 6).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return checkpoint(self.used, x, use_reentrant=True) if self.recompute else self.used(x)
+
+
+def refused_models() -> list[str]:
+    messages: list[str] = []
+    for method in (ERM(), SAM(0.1)):
+        for recompute in (False, True):
+            model = Part(recompute)
+            model.other.requires_grad_(not recompute)
+            sharp = SharpnessAware(DDP(model), method, cross_entropy, overlap=True)
+            with pytest.raises(ValueError, match=r"use_reentrant=False" if recompute else r"other.weight, other.bias"):
+                sharp(*part(0))
+            messages += [name for name, p in model.named_parameters() if p.grad is not None]
+    return messages
+
+
+def test_unused_parameters_and_re_entrant_checkpoints_have_a_clear_error():
+    assert ranks.run(2, refused_models) == [[], []]
+
+
+def interrupted() -> list[bool]:
+    """Interrupts a call where it clears `.grad`; returns which parameters have a gradient afterwards."""
+    code = gradients_of_reduction.__code__
+    lines, first = inspect.getsourcelines(code)
+    at = first + max(i for i, line in enumerate(lines) if "p.grad = None" in line)
+
+    def within(frame: Any, event: str, _: Any) -> Any:
+        if event == "line" and frame.f_lineno == at:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return within
+
+    ddp = DDP(network())
+    sharp = SharpnessAware(ddp, ERM(), cross_entropy, overlap=True)
+    sys.settrace(lambda frame, *_: within if frame.f_code is code else None)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            sharp(*part(0))
+    finally:
+        sys.settrace(None)
+    return [p.grad is not None for p in ddp.parameters()]
+
+
+def test_an_interrupted_call_leaves_no_gradient():
+    (found,) = ranks.run(1, interrupted)
+    assert found
+    assert not any(found)
+
+
 REFUSED: dict[str, Callable[[], Any]] = {
     "GSAM": lambda: GSAM(0.1),
     "LookSAM": lambda: LookSAM(0.1, k=2),
@@ -234,6 +320,8 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "Accumulated": lambda: Accumulated(2, SAM(0.1)),
     "Tilted": lambda: Tilted(2, SAM(0.1)),
     "a function": lambda: lambda oracle, batch: oracle.query(batch),
+    "a query after the last": lambda: along_the_descent,
+    "a sum with the last": lambda: with_the_ascent,
 }
 
 

@@ -288,6 +288,10 @@ OUTSIDE: dict[str, tuple[Callable[[Any], Any], list[Any]]] = {
         lambda v: SharpnessAware(nn.Linear(2, 2), SAM(), cross_entropy, accumulation=v),
         WHOLE,
     ),
+    **{
+        name: (lambda v, name=name: SharpnessAware(nn.Linear(2, 2), SAM(), cross_entropy, **{name: v}), [1, "no", None])
+        for name in ("same_noise", "in_eval_mode", "stats", "overlap")
+    },
     "k, KSAM": (KSAM, WHOLE),
     "sigma, RSAM": (RSAM, [*AT_LEAST_ZERO, None]),
     "k, Every": (Every, WHOLE),

@@ -7,7 +7,9 @@ import gc
 import io
 import pickle
 import re
+import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -194,6 +196,90 @@ def without_some_gradients(optimizer: Any, sharp: nn.Module, i: int) -> None:
     optimizer.step()
 
 
+def skipped_and_set_to_zero(optimizer: Any, sharp: nn.Module, i: int) -> None:
+    for factor in (float("inf"), 1.0):  # the first step is left out, as by a GradScaler or a loop that looks at it
+        sharp.zero_grad(set_to_none=False)
+        (factor * sharp(*cases.batch(i))).backward()
+    optimizer.step()
+
+
+def skipped_and_zeroed_by_hand(optimizer: Any, sharp: nn.Module, i: int) -> None:
+    for k in (1, 0):
+        for p in sharp.parameters():
+            if p.grad is not None:
+                p.grad.zero_()
+        sharp(*cases.batch(2 * i + k)).backward()
+    optimizer.step()
+
+
+def skipped_before_a_plain_loss(optimizer: Any, sharp: nn.Module, i: int) -> None:
+    optimizer.zero_grad()
+    sharp(*cases.batch(2 * i)).backward()
+    optimizer.step()
+    for clear in (True, False):
+        sharp.zero_grad()
+        (float("inf") * sharp(*cases.batch(i))).backward()
+        sharp.zero_grad(set_to_none=clear)
+        x, y = cases.batch(2 * i + 1)
+        cross_entropy(sharp.model(x), y).mean().backward()
+        optimizer.step()
+
+
+def accumulated_with_a_plain_loss(optimizer: Any, sharp: nn.Module, i: int) -> None:
+    optimizer.zero_grad()
+    sharp(*cases.batch(2 * i)).backward()
+    x, y = cases.batch(2 * i + 1)
+    cross_entropy(sharp.model(x), y).mean().backward()
+    optimizer.step()
+
+
+def of_some_parameters(optimizer: Any, sharp: nn.Module, i: int) -> None:
+    optimizer.zero_grad()
+    sharp(*cases.batch(2 * i)).backward()
+    sharp(*cases.batch(2 * i + 1)).backward(inputs=[*sharp.parameters()][1:3])
+    optimizer.step()
+
+
+def with_other_memory(optimizer: Any, sharp: nn.Module, i: int) -> None:
+    """The weights get another type, and so another node of the graph that stores their gradients."""
+    optimizer.zero_grad()
+    sharp(*cases.batch(2 * i)).backward()
+    for p in sharp.parameters():
+        p.grad = None
+        p.data = p.data.float()
+        p.data = p.data.double()
+    for k in (0, 1):
+        sharp(*cases.batch(2 * i + k)).backward()
+    optimizer.step()
+
+
+def after_a_failure(optimizer: Any, sharp: nn.Module, i: int) -> None:
+    """A backward pass fails before autograd stores a gradient."""
+
+    def fail(_: Tensor) -> None:
+        raise KeyboardInterrupt
+
+    optimizer.zero_grad()
+    handles = [p.register_hook(fail) for p in sharp.parameters()]
+    loss = sharp(*cases.batch(2 * i))
+    with pytest.raises(KeyboardInterrupt):
+        loss.backward()
+    for handle in handles:
+        handle.remove()
+    x, y = cases.batch(2 * i + 1)
+    cross_entropy(sharp.model(x), y).mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    for k, fails in enumerate((False, True, False)):
+        handles = [p.register_hook(fail) for p in sharp.parameters() if fails]
+        loss = sharp(*cases.batch(2 * i + k))
+        with pytest.raises(KeyboardInterrupt) if fails else nullcontext():
+            loss.backward()
+        for handle in handles:
+            handle.remove()
+    optimizer.step()
+
+
 LOOPS = (
     one_call,
     accumulated,
@@ -203,6 +289,13 @@ LOOPS = (
     set_to_zero,
     with_closure,
     without_some_gradients,
+    skipped_and_set_to_zero,
+    skipped_and_zeroed_by_hand,
+    skipped_before_a_plain_loss,
+    accumulated_with_a_plain_loss,
+    of_some_parameters,
+    with_other_memory,
+    after_a_failure,
 )
 
 
@@ -232,6 +325,7 @@ OPTIMIZERS = {
     "maximize": partial(plain, maximize=True),
     "fused": partial(plain, fused=True),
     "a tensor as learning rate": lambda model: SGD(model.parameters(), lr=torch.tensor(0.1, dtype=torch.double)),
+    "a tensor of one entry": lambda model: SGD(model.parameters(), lr=torch.tensor([0.1], dtype=torch.double)),
 }
 
 
@@ -379,6 +473,25 @@ def test_a_term_is_applied_once():
     after, g = references.flat(model), torch.cat([p.grad.flatten() for p in model.parameters()])
     optimizer.step()
     torch.testing.assert_close(references.flat(model), after - g, rtol=0, atol=1e-12)
+
+
+def test_a_gradient_that_is_not_stored_has_no_term():
+    model = mlp()
+    optimizer, sharp = pair(model)
+    with pytest.raises(RuntimeError, match="call backward"):
+        torch.autograd.grad(sharp(*cases.batch()), [*model.parameters()])
+    before = cases.parameters(model)
+    optimizer.step()
+    assert cases.parameters(model) == before
+
+
+def test_a_term_keeps_nothing_alive():
+    optimizer, sharp = pair(mlp())
+    sharp(*cases.batch()).backward()
+    kept = [weakref.ref(each) for each in (optimizer, sharp, next(sharp.parameters()))]
+    del optimizer, sharp
+    gc.collect()
+    assert [each() for each in kept] == [None] * 3
 
 
 def test_a_stored_loss_keeps_no_term():

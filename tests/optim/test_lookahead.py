@@ -269,10 +269,18 @@ def test_in_fabric():
     torch.testing.assert_close(optimizer.state_dict(), bare.state_dict(), rtol=0, atol=0)
 
 
+@pytest.fixture
+def accelerator():
+    """One that accumulates gradients, in a state that all of a process share."""
+    accelerate = pytest.importorskip("accelerate")
+    yield accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    for state in (accelerate.state.AcceleratorState, accelerate.state.GradientState, accelerate.state.PartialState):
+        state._reset_state()
+
+
 @pytest.mark.parametrize("wrap", [Lookahead, ProximalPoint])
-def test_frameworks_wrap_it_and_not_the_other_way_round(wrap):
+def test_frameworks_wrap_it_and_not_the_other_way_round(wrap, accelerator):
     """Accelerate takes no step while gradients accumulate: its calls are no steps that can be counted."""
-    accelerator = pytest.importorskip("accelerate").Accelerator(cpu=True, gradient_accumulation_steps=2)
     model = cases.mlp()
     inside = momentum(model.parameters())
     with pytest.raises(TypeError, match=f"AcceleratedOptimizer may skip a step .*, which {wrap.__name__} would take"):

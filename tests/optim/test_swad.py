@@ -139,6 +139,72 @@ def test_it_is_kept_on_a_device_and_in_the_type_of_the_model():
     assert swad(torch.ones(1, 2, dtype=torch.bfloat16)).shape == (1, 1)
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf support")
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.complex32])
+def test_the_average_of_many_steps_in_half_precision_moves(kind):
+    model, steps = nn.Module(), 600
+    model.weight = nn.Parameter(torch.zeros(1, 1, dtype=kind))
+    swad, seen = SWAD(model, 2, 2), list[complex]()
+    for step in range(steps):
+        model.weight.data.fill_(1 + step / steps)
+        seen.append(model.weight.item())
+        swad.update_parameters(model)
+        if step % 2:  # segments that are too many too
+            swad.record(1.0)
+            swad = through_a_file(swad, model) if step == 301 else swad
+    mean = sum(seen) / steps
+    assert swad.n_averaged == steps
+    assert swad.module.weight.dtype is kind
+    assert swad.module.weight.item() == pytest.approx(mean, rel=4e-3)  # a rounding of bfloat16
+
+
+def test_weights_of_integer_types_are_those_of_the_model():
+    model = nn.Linear(2, 1)
+    model.codes = nn.Parameter(torch.zeros(3, dtype=torch.int8), requires_grad=False)
+    swad, weights = SWAD(model, 1, 1), list[Tensor]()
+    for step in range(4):
+        model.weight.data.fill_(step)
+        model.codes.data.fill_(step)
+        weights.append(model.weight.detach().clone())
+        swad.update_parameters(model)
+        swad.record(1.0)
+    torch.testing.assert_close(swad.module.weight.detach(), torch.stack(weights).mean(0))
+    assert swad.module.codes.tolist() == [3, 3, 3]
+
+
+@pytest.mark.parametrize("at", range(len(LOSSES)))
+def test_it_can_be_moved_between_two_steps(at):
+    model = nn.Linear(2, 1).double()
+    swad = SWAD(model, 2, 3, 1.1)
+    run(swad, model, LOSSES[:at], LENGTHS[:at])
+    swad.update_parameters(model)
+    other = copy.deepcopy(swad).float()
+    for one in (swad, other):
+        run(one, model, LOSSES[at:], LENGTHS[at:], at)
+    assert (other.start, other.end) == (swad.start, swad.end)
+    assert {p.dtype for p in other.parameters()} == {torch.float32}
+    torch.testing.assert_close(references.flat(other.module).double(), references.flat(swad.module), rtol=0, atol=1e-6)
+
+
+def test_a_state_is_that_of_its_moment():
+    model = nn.Linear(2, 1)
+    swad = SWAD(model, 3, 3)
+    run(swad, model, [1.0, 2.0], [1, 1])
+    losses = swad.state_dict()["_extra_state"]["_losses"]
+    run(swad, model, [1.5], [1], first=2)
+    assert losses == [1.0, 2.0]
+
+
+def test_a_smaller_patience_than_that_of_a_loaded_state_ends_too():
+    model = nn.Linear(2, 1)
+    swad = SWAD(model, 5, 5)
+    run(swad, model, [1.0, 2.0, 2.0, 2.0], [1, 1, 1, 1])
+    other = SWAD(model, 2, 2, 1.0)
+    other.load_state_dict(swad.state_dict())
+    run(other, model, [2.0, 9.0, 9.0], [1, 1, 1], first=4)
+    assert (other.start, other.end is not None) == (0, True)
+
+
 # With SharpnessAware.
 
 
@@ -195,6 +261,11 @@ def test_averages_of_torch_see_the_weights_after_each_step_and_update_bn_works()
     sharp(*cases.batch(9)).backward()  # training goes on
 
 
+def with_buffer(model: nn.Module) -> nn.Module:
+    model.register_buffer("more", torch.zeros(1))
+    return model
+
+
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
@@ -205,10 +276,14 @@ def test_averages_of_torch_see_the_weights_after_each_step_and_update_bn_works()
         (lambda m, s: SWAD(m, tolerance=float("nan")), ValueError, "tolerance must be finite, got nan"),
         (lambda m, s: s.record(float("nan")), ValueError, "the validation loss must be non-negative and finite"),
         (lambda m, s: s.record(torch.tensor(-1.0)), ValueError, "got -1.0"),
+        (lambda m, s: s.record(torch.ones(2)), ValueError, r"must be one number, got a tensor of shape \(2,\)"),
         (lambda m, s: s.record("low"), TypeError, "the validation loss must be a number, got 'low'"),
         (lambda m, s: s.record(1.0), RuntimeError, "no step since the last validation loss"),
         (lambda m, s: s.update_parameters(nn.Linear(3, 1)), ValueError, "not those of the model"),
         (lambda m, s: s.update_parameters(nn.Linear(2, 1, bias=False)), ValueError, "not those of the model"),
+        (lambda m, s: s.update_parameters(with_buffer(m)), ValueError, "the buffers are not those of the model"),
+        (lambda m, s: s.update_parameters(m.weight), TypeError, "of a torch.nn.Module, got Parameter"),
+        (lambda m, s: SWAD(m.parameters()), TypeError, "of a torch.nn.Module, got <generator"),
     ],
 )
 def test_bad_arguments_are_refused_and_change_nothing(call: Any, error, words):

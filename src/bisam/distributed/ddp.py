@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from bisam.distributed.peers import Peers
+
 
 class Communicating(NamedTuple):
     """The modules of a model that communicate in their forward passes.
@@ -85,6 +87,29 @@ def replicas_of(inside: Sequence[Any]) -> list[Any]:
     return [ddp for ddp in _wrappers_of(inside) if ddp.require_backward_grad_sync and not _joins(ddp)]
 
 
+class Averaging(NamedTuple):
+    """The averaging of gradients over replicas, also in a call whose gradients are averaged in a later one.
+
+    Attributes:
+        peers: the replicas.
+        wrappers: the wrappers that average.
+    """
+
+    peers: Peers
+    wrappers: list[Any]
+
+    def is_in_this_pass(self) -> bool:
+        """Whether the wrappers average the gradients of a backward pass that follows their last forward pass."""
+        return all(ddp.require_forward_param_sync for ddp in self.wrappers)
+
+
+def averaging(inside: Sequence[Any], parameters: Sequence[Tensor]) -> Averaging | None:
+    """Returns the averaging by the wrappers inside the loss, else by the one around it; None for a single replica."""
+    wrappers = _wrappers_of(inside)
+    peers = Peers.of(wrappers, parameters) if wrappers else None
+    return None if peers is None else Averaging(peers, wrappers)
+
+
 def apart(inside: Sequence[Any]) -> bool:
     """Whether a wrapper as in `replicas_of` does not average the gradients of this call: `no_sync()`, or `join()`."""
     return len(replicas_of(inside)) < len(_wrappers_of(inside))
@@ -113,7 +138,7 @@ def synchronising_as_before(model: nn.Module) -> Generator[None]:
             ddp.require_forward_param_sync = was
 
 
-def gradients_of_reduction(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+def gradients_of_reduction(loss: Tensor, parameters: Sequence[Tensor], wrappers: Sequence[Any]) -> list[Tensor | None]:
     """Returns gradients that the wrapper in the graph of a loss has averaged over its ranks, as in a plain loop.
 
     The wrapper reduces each bucket of gradients as soon as it is complete, while the backward pass goes on. Afterwards
@@ -122,14 +147,31 @@ def gradients_of_reduction(loss: Tensor, parameters: Sequence[Tensor]) -> list[T
     Args:
         loss: a scalar with its graph; the wrapper's last forward pass is in it.
         parameters: the trainable parameters, whose `.grad` is None, and is None again afterwards.
+        wrappers: the wrappers inside the loss.
+
+    Raises:
+        ValueError: the loss does not depend on a parameter that a wrapper averages, and for which it waits.
     """
     try:
         torch.autograd.backward(loss, inputs=list(parameters))
+        unused = {id(p) for p in parameters if p.grad is None}
+        if unused and (names := [name for ddp in wrappers for name, p in _averaged(ddp) if id(p) in unused]):
+            raise ValueError(
+                f"the loss does not depend on {len(names)} parameters that DistributedDataParallel waits for "
+                f"({', '.join(names[:3])}): freeze them before the model is wrapped, or leave overlap out and use "
+                "DistributedDataParallel(SharpnessAware(model, ...), find_unused_parameters=True)"
+            )
         # A wrapper may return views of its buckets, which the next reduction writes to.
         return [None if p.grad is None else p.grad.clone() if p.grad._is_view() else p.grad for p in parameters]
     finally:
         for p in parameters:
             p.grad = None
+
+
+def _averaged(ddp: Any) -> list[tuple[str, Tensor]]:
+    """Returns the parameters whose gradients a wrapper averages, with their names."""
+    ignored = ddp.parameters_to_ignore
+    return [(name, p) for name, p in ddp.module.named_parameters() if p.requires_grad and name not in ignored]
 
 
 class BufferBroadcasts:

@@ -11,8 +11,8 @@ model need not distinguish them:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -20,8 +20,10 @@ from torch import Tensor, nn
 
 from bisam.distributed import failures
 from bisam.distributed.ddp import (
+    Averaging,
     BufferBroadcasts,
     apart,
+    averaging,
     check_join,
     communicating,
     gradients_of_reduction,
@@ -80,19 +82,16 @@ class Local:
         """
         asked = parameters if wrt is None else [p for p, ask in zip(parameters, wrt, strict=True) if ask]
         # autograd.grad, not backward: it leaves .grad to the user, and starts no reducer of a distributed wrapper.
-        try:
+        with _without_reentrance():
             found = torch.autograd.grad(loss, asked, allow_unused=True)
-        except RuntimeError as error:
-            if "use_reentrant" not in str(error):
-                raise
-            raise ValueError(
-                "re-entrant activation checkpointing supports backward() only, which would change .grad: "
-                "call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
-            ) from error
         if wrt is None:
             return found
         each = iter(found)
         return [next(each) if ask else None for ask in wrt]
+
+    def averaging(self, parameters: Sequence[Tensor]) -> Averaging | None:
+        """Returns the averaging of gradients over replicas, also where that is not in this call; call it in a step."""
+        return None
 
     def averages_last(self, parameters: Sequence[Tensor]) -> bool:
         """Whether `last_gradients` averages over the replicas in this step."""
@@ -142,20 +141,43 @@ class Local:
         return []
 
 
+@contextmanager
+def _without_reentrance() -> Generator[None]:
+    """A context for a backward pass of some leaves only.
+
+    Raises:
+        ValueError: the model uses re-entrant activation checkpointing.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise ValueError(
+            "re-entrant activation checkpointing supports backward() only, which would change .grad: "
+            "call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+        ) from error
+
+
 class Replica(Local):
     """Whole parameters, and answers for this rank's batch only, in data-parallel training.
 
     Args:
-        broadcasts: the broadcasts of buffers in the forward passes.
+        inside: the wrappers inside the loss.
         waiting: the ranks that wait for each other in every forward pass (SyncBatchNorm); None if no rank waits.
         replicas: see `Local`.
         apart: whether there are replicas that average no gradients in this call, as under `no_sync()`.
     """
 
     def __init__(
-        self, broadcasts: BufferBroadcasts, waiting: Peers | None, replicas: Peers | None, apart: bool = False
+        self, inside: Sequence[Any], waiting: Peers | None, replicas: Peers | None, apart: bool = False
     ) -> None:
-        self._broadcasts, self._waiting, self.replicas, self._apart = broadcasts, waiting, replicas, apart
+        self._inside, self._waiting, self.replicas, self._apart = inside, waiting, replicas, apart
+        self._broadcasts = BufferBroadcasts(inside)
+
+    def averaging(self, parameters: Sequence[Tensor]) -> Averaging | None:
+        """See `Local.averaging`."""
+        return averaging(self._inside, parameters)
 
     def over_ranks(self, values: Tensor) -> Tensor | None:
         """See `Local.over_ranks`."""
@@ -176,13 +198,25 @@ class Replica(Local):
 class OverlappingReplica(Replica):
     """A replica whose wrapper averages the last gradient of a step bucket by bucket, while it is computed."""
 
+    _uses_grad = False  # whether `.grad`, which was None, may have gradients of this call
+
     def averages_last(self, parameters: Sequence[Tensor]) -> bool:
         """See `Local.averages_last`; a gradient that is accumulated already has to be averaged with the new one."""
         return all(p.grad is None for p in parameters)
 
     def last_gradients(self, loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """See `Local.last_gradients`."""
-        return gradients_of_reduction(loss, parameters)
+        self._uses_grad = True
+        with _without_reentrance():
+            grads = gradients_of_reduction(loss, parameters, self._inside)
+        self._uses_grad = False
+        return grads
+
+    def recover(self, parameters: Sequence[Tensor]) -> None:
+        """See `Local.recover`."""
+        if self._uses_grad:
+            for p in parameters:
+                p.grad = None
 
     def hooks(self, parameters: Sequence[Tensor]) -> list[dict[int, Any]]:
         """See `Local.hooks`."""
@@ -356,4 +390,4 @@ def place(
         return _LOCAL
     waiting, replicas = (Peers.of(modules, parameters) if modules else None for modules in (norms, wrappers))
     kind = OverlappingReplica if overlap and wrappers else Replica
-    return kind(BufferBroadcasts(inside), waiting, replicas, separate)
+    return kind(inside, waiting, replicas, separate)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from bisam.objectives import Bound, NegLog, Objective, at_step, count, mean
 from bisam.oracle import Oracle, Query
 from bisam.perturbations import L2, Perturbation, geometry
 from bisam.schedules import Radius
-from bisam.validation import MOST_QUERIES, non_negative, positive, share, shown, whole
+from bisam.validation import MOST_QUERIES, flag, non_negative, positive, share, whole
 from bisam.vector import TINY, Vector
 
 
@@ -108,8 +108,7 @@ class WSAM(SAM):
     def __post_init__(self) -> None:
         super().__post_init__()
         share("gamma", self.gamma, zero=True, one=False)
-        if not isinstance(cast(Any, self.decouple), bool):
-            raise TypeError(f"decouple must be True or False, got {shown(self.decouple)}")
+        flag("decouple", self.decouple)
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
         """Makes two queries; three if `ascent` and `descent` differ."""

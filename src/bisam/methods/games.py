@@ -49,7 +49,7 @@ from bisam.batches import Batch
 from bisam.evaluation import Evaluation
 from bisam.oracle import Oracle, Query
 from bisam.proximal import Prox, Separable, proximal
-from bisam.validation import MOST_QUERIES, positive, whole
+from bisam.validation import MOST_QUERIES, flag, positive, whole
 from bisam.vector import Vector
 
 
@@ -106,8 +106,7 @@ class RAPP:
         positive("gamma", self.gamma)
         whole("inner", self.inner, most=MOST_QUERIES)
         object.__setattr__(self, "prox", proximal(self.prox))
-        if not isinstance(cast(Any, self.fresh), bool):
-            raise TypeError(f"fresh must be True or False, got {self.fresh!r}")
+        flag("fresh", self.fresh)
 
     def __call__(self, oracle: Oracle, batch: Batch) -> Evaluation:
         """Makes `inner` queries."""

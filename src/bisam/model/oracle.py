@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from bisam import objectives
 from bisam.batches import Batch, Keywords, handed, is_empty, mapped, size, tensors
+from bisam.distributed.ddp import Averaging
 from bisam.distributed.peers import Peers
 from bisam.distributed.placement import Scope, place
 from bisam.evaluation import Evaluation
@@ -242,6 +243,10 @@ class ModelOracle(Oracle):
         """The ranks that average their gradients for the same optimizer step, if each answers for its own batch."""
         return self._placement.replicas
 
+    def averaging(self) -> Averaging | None:
+        """Returns the averaging of gradients over replicas, also in a call whose gradients a later one averages."""
+        return self._placement.averaging(self.parameters)
+
     def of_all_replicas(self, flag: Tensor) -> Tensor:
         """Returns NaN if `flag`, which is 0 or NaN, is NaN on one of `replicas`; they call it together.
 
@@ -283,7 +288,8 @@ class ModelOracle(Oracle):
         Raises:
             TypeError: `forward` or the objective returns a value of the wrong type.
             ValueError: the batch is empty; the losses have the wrong shape or no gradient; a gradient is sparse; `wrt`
-                has another length than the weights; weights cannot be restored by subtracting seeded noise.
+                has another length than the weights; weights cannot be restored by subtracting seeded noise; the last
+            gradient of the step is averaged already (see `overlap`).
             RuntimeError: a forward pass changes weights that seeded noise displaces.
         """
         return [self._answer(query) for query in queries]
@@ -348,6 +354,11 @@ class ModelOracle(Oracle):
             raise ValueError(
                 f"wrt has {len(query.wrt)} values, and the model {len(self.parameters)} trainable parameters: give one "
                 "for each, in the order of oracle.names"
+            )
+        if self.is_averaged:
+            raise ValueError(
+                "overlap=True averages the gradient of the query with last=True, and the method makes another query "
+                "after it: leave overlap out, or last=True if the method is your own"
             )
         track, at, state, noise = query.tracks, query.take(), self.module_state, None
         self._last_gradient = None  # frees its memory

@@ -21,26 +21,40 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from bisam.validation import finite, non_negative, whole
-from bisam.vector import clone
+from bisam.validation import describe, finite, non_negative, shown, whole
 
 
 @dataclass
 class _Mean:
-    """The mean of the weights of some steps."""
+    """The mean of the weights of some steps, in the types of `_wide`; of integers it is the last value."""
 
     tensors: list[Tensor] = field(default_factory=list[Tensor])
     steps: int = 0
 
-    def include(self, tensors: list[Tensor], steps: int = 1) -> None:
+    def include(self, tensors: Sequence[Tensor], steps: int = 1) -> None:
         """Includes the mean of further steps."""
         self.steps += steps
         if not self.tensors:
-            self.tensors = list(clone(tensors))
-        elif self.steps == steps:
-            torch._foreach_copy_(self.tensors, tensors)
-        else:
-            torch._foreach_lerp_(self.tensors, tensors, steps / self.steps)
+            self.tensors = [t.to(_wide(t), copy=True) for t in tensors]
+            return
+        new = [t.to(mine.dtype) for mine, t in zip(self.tensors, tensors, strict=True)]
+        numbers = [i for i, t in enumerate(new) if self.steps > steps and (t.is_floating_point() or t.is_complex())]
+        others = sorted({*range(len(new))} - {*numbers})
+        if others:
+            torch._foreach_copy_([self.tensors[i] for i in others], [new[i] for i in others])
+        if numbers:
+            torch._foreach_lerp_([self.tensors[i] for i in numbers], [new[i] for i in numbers], steps / self.steps)
+
+    def follow(self, weights: Sequence[Tensor]) -> None:
+        """Moves the mean to the devices and types of the weights, which may have been moved since."""
+        self.tensors = [t.to(w.device, _wide(w)) for t, w in zip(self.tensors, weights, strict=False)]
+
+
+def _wide(t: Tensor) -> torch.dtype:
+    """The type of a mean of a tensor: in half precision it would stay at its value after some hundred steps."""
+    if t.dtype is torch.complex32:
+        return torch.complex64
+    return torch.float32 if t.is_floating_point() and t.dtype.itemsize < 4 else t.dtype
 
 
 class SWAD(AveragedModel):
@@ -61,7 +75,8 @@ class SWAD(AveragedModel):
     found, the paper includes their segments, and the authors' code leaves them out, as here. That code gives segments
     equal weights, whatever their steps, and can count a segment twice.
 
-    Besides `module` it keeps up to N_s copies of the weights until the start is found, and one from then on. Buffers
+    Besides `module` it keeps up to N_s copies of the weights until the start is found, and one from then on. Averages
+    of weights in half precision are computed in float32, and need another copy. Buffers, and weights of integer types,
     are those of the model: call `torch.optim.swa_utils.update_bn(loader, swad)` at the end if it has batch
     normalisation. Give the model itself, not the `SharpnessAware` loss around it. Under DistributedDataParallel, give
     the model inside, and the same losses on all ranks. A model under FSDP2 cannot be copied.
@@ -106,6 +121,7 @@ class SWAD(AveragedModel):
         tolerance: float = 1.3,
         device: torch.device | str | None = None,
     ) -> None:
+        _check_module(model)
         whole("optimum_patience", optimum_patience)
         whole("overfit_patience", overfit_patience)
         finite("tolerance", tolerance)
@@ -129,6 +145,7 @@ class SWAD(AveragedModel):
         # The steps that are in none of these and not in the average: since the last validation and, after the start, of
         # the validations above the threshold before it.
         self._rest, self._above, self._threshold = _Mean(), 0, 0.0
+        self._exact: list[Tensor] | None = None  # the average of weights in half precision; None: that of `module`
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
@@ -138,18 +155,23 @@ class SWAD(AveragedModel):
             model: the model, after a step of its optimizer.
 
         Raises:
-            ValueError: it has other parameters than the model of the constructor.
+            TypeError: it is not a module.
+            ValueError: it has other parameters or buffers than the model of the constructor.
         """
+        _check_module(model)
         if self.end is not None:
             return
         own, new = self._weights(), [p.detach() for p in model.parameters()]
-        if [p.shape for p in own] != [p.shape for p in new]:
-            raise ValueError(
-                "the parameters are not those of the model that SWAD was made of: give it the same model, also where "
-                "that was wrapped or got other layers since"
-            )
-        self._rest.include([p.to(mine) for mine, p in zip(own, new, strict=True)])
-        for mine, buffer in zip(self.module.buffers(), model.buffers(), strict=True):
+        ours, buffers = [*self.module.buffers()], [*model.buffers()]
+        for kind, mine, theirs in (("parameters", own, new), ("buffers", ours, buffers)):
+            if [t.shape for t in mine] != [t.shape for t in theirs]:
+                raise ValueError(
+                    f"the {kind} are not those of the model that SWAD was made of: give it the same model, also where "
+                    "that was wrapped or got other layers since"
+                )
+        self._rest.follow(own)
+        self._rest.include([p.to(mine.device, _wide(mine)) for mine, p in zip(own, new, strict=True)])
+        for mine, buffer in zip(ours, buffers, strict=True):
             mine.copy_(buffer)
         self._steps += 1
 
@@ -165,10 +187,13 @@ class SWAD(AveragedModel):
 
         Raises:
             TypeError: the loss is not a number.
-            ValueError: the loss is negative or not finite.
+            ValueError: the loss is negative or not finite, or has several entries.
             RuntimeError: there was no step since the last validation.
         """
-        loss = loss.item() if isinstance(loss, Tensor) else loss
+        if isinstance(loss, Tensor):
+            if loss.numel() != 1:
+                raise ValueError(f"the validation loss must be one number, got {describe(loss)}: take the mean")
+            loss = loss.item()
         non_negative("the validation loss", loss)
         if self.end is not None:
             return True
@@ -178,6 +203,8 @@ class SWAD(AveragedModel):
                 "the optimizer, and record(loss) after some of them"
             )
         self._recorded = self._steps
+        for mean in (self._rest, *self._segments):
+            mean.follow(self._weights())
         if self.start is None:
             self._search(loss)
         else:
@@ -188,6 +215,8 @@ class SWAD(AveragedModel):
         """Returns the losses, counts and averages besides `module`, as tensors and plain containers."""
         return {
             **{name: getattr(self, name) for name in _PLAIN},
+            "_losses": [*self._losses],
+            "exact": self._exact,
             "segments": [(mean.tensors, mean.steps) for mean in self._segments],
             "rest": (self._rest.tensors, self._rest.steps),
         }
@@ -199,6 +228,8 @@ class SWAD(AveragedModel):
         self._losses = list(self._losses)
         self._segments = [self._copied(*mean) for mean in state["segments"]]
         self._rest = self._copied(*state["rest"])
+        exact = state.get("exact")  # not in states of earlier versions
+        self._exact = None if exact is None else [t.clone() for t in exact]
 
     def _search(self, loss: float) -> None:
         """Takes a segment into account before the start is found."""
@@ -207,7 +238,7 @@ class SWAD(AveragedModel):
         self._losses.append(loss)
         self._segments.append(self._rest)
         self._rest, last = _Mean(), len(self._losses)
-        if last == self.optimum_patience:
+        if last >= self.optimum_patience:  # more, if a state was loaded that another patience has made
             self.start = self._steps - sum(mean.steps for mean in self._segments)
             self._threshold = self.tolerance * (sum(self._losses) / last)
             last = 1 + max(i for i, one in enumerate(self._losses) if i == 0 or one <= self._threshold)
@@ -221,25 +252,43 @@ class SWAD(AveragedModel):
     def _continue(self, loss: float) -> None:
         """Takes a segment into account after the start is found."""
         if loss <= self._threshold:
-            self._average([_Mean(self._weights(), int(self.n_averaged)), self._rest])
+            self._average([_Mean(self._averages(), int(self.n_averaged)), self._rest])
             self._rest, self._above = _Mean(), 0
             return
         self._above += 1
-        if self.start is not None and self._above == self.overfit_patience:
+        if self.start is not None and self._above >= self.overfit_patience:
             self.end, self._rest = self.start + int(self.n_averaged), _Mean()
 
     def _average(self, means: Sequence[_Mean]) -> None:
         """Sets the average to that of the steps of all means."""
-        total = _Mean(self._weights())
+        total = _Mean(self._averages())
         for mean in means:
             total.include(mean.tensors, mean.steps)
+        for mine, exact in zip(self._weights(), total.tensors, strict=True):
+            if mine.dtype is not exact.dtype:
+                mine.copy_(exact)
         self.n_averaged.fill_(total.steps)
 
     def _weights(self) -> list[Tensor]:
         return [p.detach() for p in self.module.parameters()]
 
+    def _averages(self) -> list[Tensor]:
+        """Returns the average before it is rounded: the weights of `module`, and others for those in half precision."""
+        weights = self._weights()
+        half = [w for w in weights if _wide(w) is not w.dtype]
+        exact = half if self._exact is None or len(self._exact) != len(half) else self._exact
+        self._exact = [t.to(w.device, _wide(w)) for t, w in zip(exact, half, strict=True)] or None
+        rest = iter(self._exact or [])
+        return [w if _wide(w) is w.dtype else next(rest) for w in weights]
+
     def _copied(self, tensors: Sequence[Tensor], steps: int) -> _Mean:
-        return _Mean([t.to(mine, copy=True) for mine, t in zip(self._weights(), tensors, strict=False)], steps)
+        pairs = zip(self._weights(), tensors, strict=False)
+        return _Mean([t.to(mine.device, _wide(mine), copy=True) for mine, t in pairs], steps)
+
+
+def _check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"SWAD averages the weights of a torch.nn.Module, got {shown(model)}")
 
 
 _PLAIN = ("start", "end", "_steps", "_recorded", "_losses", "_above", "_threshold")
