@@ -8,7 +8,6 @@ The limit is the work that every such step needs: two forward-backward passes an
 from __future__ import annotations
 
 import copy
-import ctypes
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,6 +37,7 @@ from benchmarks.measure import (
 )
 from benchmarks.models import batch_for, mlp, resnet56
 from bisam import ASAM, ESAM, SAM, SAMON, BiSAM, Only, SharpnessAware, cross_entropy
+from bisam.experiments.runs.machine import keep_freed_memory
 from bisam.masks import RandomMask
 from bisam.methods import Method
 
@@ -315,13 +315,6 @@ def footprints() -> list[dict[str, Any]]:
     return rows
 
 
-def kept_memory() -> bool:
-    """Make malloc keep freed memory from now on; False if the C library cannot."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    trim_threshold, mmap_threshold = -1, -3
-    return mallopt is not None and bool(mallopt(trim_threshold, 2**31 - 1) and mallopt(mmap_threshold, 2**25))
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(
         "benchmarks.step",
@@ -339,7 +332,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--compile", action="store_true", help="also with torch.compile, which takes minutes at first")
     arguments = parser.parse_args(argv)
-    if arguments.keep_memory and not kept_memory():
+    if arguments.keep_memory and not keep_freed_memory():
         parser.error("argument --keep-memory: the C library is not glibc")
     parser.begin(arguments.threads)
 

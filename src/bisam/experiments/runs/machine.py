@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing as mp
 import os
 import signal
+import sys
 import threading
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -167,6 +169,17 @@ def threads(share: int) -> None:
     import torch
 
     torch.set_num_threads(max(1, cores() // share))
+
+
+def keep_freed_memory() -> bool:
+    """Make malloc keep freed memory from now on, for tensors that are as large in each step.
+
+    By default glibc returns large blocks to the system, and the pages of the next step cost time again. The memory of
+    the process then stays at its peak. Returns False where the C library is another one.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    trim_threshold, mmap_threshold = -1, -3
+    return mallopt is not None and bool(mallopt(trim_threshold, 2**31 - 1) and mallopt(mmap_threshold, 2**25))
 
 
 def end_with_parent() -> None:

@@ -30,7 +30,7 @@ from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.checkpoint import CHECKPOINT
 from bisam.experiments.runs.files import damaged
 from bisam.experiments.runs.folder import Result, Row, Run
-from bisam.experiments.runs.machine import Machine
+from bisam.experiments.runs.machine import Machine, keep_freed_memory
 from bisam.experiments.runs.results import (
     Stopped,
     Validated,
@@ -322,6 +322,8 @@ class Training:
     def _train_epochs(self, on_epoch: OnEpoch | None) -> bool:
         """Train the remaining epochs; return False if the time is over before the last of them."""
         fabric, state, writer = self._fabric, self._state, self._writer
+        if fabric.device.type == "cpu":
+            keep_freed_memory()
         boards = [] if writer is None else loggers(self._machine.log, self._run.folder, self._recipe.to_dict())
         self._boards = boards
         if self._journal is not None and boards and self._machine.log_every:
