@@ -167,7 +167,11 @@ def _parallel(content: Mapping[str, Any]) -> list[str]:
         if r["contestant"] != parallel.REFERENCE
     ]
     title = f"## SAMPa on a pair of processes: speed relative to SAM on one process{_threads(content)}"
-    return [title, "", *_table(("model", "implementation", "ratio", "95 % interval", "bar"), rows)]
+    limit = (
+        f"The limit is {parallel.LIMIT}: each process takes its own step, and nothing is exchanged. What is missing there "
+        "to 2 is what two processes on this machine take from each other."
+    )
+    return [title, "", limit, "", *_table(("model", "implementation", "ratio", "95 % interval", "bar"), rows)]
 
 
 def _scaling(content: Mapping[str, Any]) -> list[str]:

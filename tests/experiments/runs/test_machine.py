@@ -37,3 +37,18 @@ def test_threads_and_slots_are_those_of_the_cores_that_the_process_may_use():
         "print(cores(), Machine().slots, torch.get_num_threads())"
     )
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "1 1 1\n"
+
+
+def test_freed_memory_is_kept():
+    """By count of page faults, in a process of its own: blocks of 20 MB are allocated and freed 20 times."""
+    code = (
+        "import resource, torch; from bisam.experiments.runs.machine import keep_freed_memory; "
+        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt; torch.set_num_threads(1); "
+        "kept = keep_freed_memory(); torch.ones(5_000_000); before = faults(); "
+        "[torch.ones(5_000_000) for _ in range(20)]; print(kept, faults() - before)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    kept, faults = found.split()
+    if kept == "False":
+        pytest.skip("the C library is not glibc")
+    assert int(faults) < 4882  # pages of one block

@@ -54,6 +54,13 @@ def test_a_run_that_stays_finite_says_so(tmp_path):
     assert train(Run.under(tmp_path, ONE), MACHINE)["diverged"] is None
 
 
+def test_training_on_a_cpu_keeps_freed_memory(tmp_path, monkeypatch):
+    calls: list[int] = []
+    monkeypatch.setattr("bisam.experiments.training.train.keep_freed_memory", lambda: calls.append(1))
+    train(Run.under(tmp_path, ONE), MACHINE)
+    assert calls == [1]
+
+
 def test_a_run_that_is_resumed_after_it_diverged_says_the_same(tmp_path, monkeypatch):
     def interrupt(row):
         if row["epoch"] == 2:
