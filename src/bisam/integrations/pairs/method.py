@@ -152,7 +152,7 @@ class _Shared(View):
             place,
             shapes,
             drawn,
-            digest([(b.shape, b.dtype) for b in buffers]),
+            digest(str([(*b.shape, b.dtype) for b in buffers])),
             [None if answer is None else Form.of(answer) for answer in own],
         )
         theirs: Note = pair.swap(note)
