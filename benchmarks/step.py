@@ -200,7 +200,7 @@ def speed(case: Case, repeats: int, *, compile: bool = False) -> list[dict[str, 
     for name in contestants:
         r: Ratio = ratio(times, name, LIMIT)
         bar = case.bar if name == "bisam SAM" else None
-        compared = name == "bisam BiSAM (-log)" or name not in CONTESTANTS | COMPILED
+        compared = name not in (LIMIT, "bisam SAM", *COMPILED)
         to_sam = ratio(times, name, "bisam SAM") if compared else None
         row = {"contestant": name, **judged(r, bar), "ratio_to_sam": None if to_sam is None else to_sam.median}
         if to_sam is not None:
