@@ -41,7 +41,11 @@ def test_a_committed_page_opens_with_what_its_numbers_say(name):
 
 @pytest.mark.skipif(not PAGES.is_dir(), reason="needs a checkout")
 def test_bars_are_counted_by_their_verdicts():
-    found = [{**row, "bisam_log_to_sam": 1.5} for row in rows("table11")]
+    values = {"bisam_log_to_sam": 1.5, "bisam_tanh_to_sam": 1.0}
+    found = [
+        {name: next((v for start, v in values.items() if name.startswith(start)), old) for name, old in row.items()}
+        for row in rows("table11")
+    ]
     assert MEASUREMENTS["table11"].answer(found).endswith("the bar of 1.01: 5 met, 5 missed.")
 
 
