@@ -67,7 +67,7 @@ nitpick_ignore_regex = [
     # Of bisam, and not public.
     (
         "py:class",
-        r"bisam\.(distributed|model|optim)\..*|(bisam\.vector\.)?Layout|Count|Findings|ForwardPass|Momentum|OfClasses|"
+        r"bisam\.(distributed|model|optim)\..*|(bisam\.vector\.)?Layout|Averaging|Count|Findings|ForwardPass|Momentum|OfClasses|"
         r"Preview|RandomState|Tensors",
     ),
 ]

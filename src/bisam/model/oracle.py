@@ -289,7 +289,7 @@ class ModelOracle(Oracle):
             TypeError: `forward` or the objective returns a value of the wrong type.
             ValueError: the batch is empty; the losses have the wrong shape or no gradient; a gradient is sparse; `wrt`
                 has another length than the weights; weights cannot be restored by subtracting seeded noise; the last
-            gradient of the step is averaged already (see `overlap`).
+                gradient of the step is averaged already (see `overlap`).
             RuntimeError: a forward pass changes weights that seeded noise displaces.
         """
         return [self._answer(query) for query in queries]
