@@ -168,8 +168,8 @@ def _parallel(content: Mapping[str, Any]) -> list[str]:
     ]
     title = f"## SAMPa on a pair of processes: speed relative to SAM on one process{_threads(content)}"
     limit = (
-        f"The limit is {parallel.LIMIT}: each process takes its own step, and nothing is exchanged. What is missing "
-        "there to 2 is what two processes on this machine take from each other."
+        f"The limit is *{parallel.LIMIT}*: each process takes a step of SGD and nothing is exchanged. It is below 2 "
+        "where two processes on one machine slow each other down."
     )
     return [title, "", limit, "", *_table(("model", "implementation", "ratio", "95 % interval", "bar"), rows)]
 

@@ -2,8 +2,7 @@
 
 Each process has one thread, or `--threads` threads, so the pair uses twice the cores of one process, as two GPUs would
 replace one. While the single process is timed, the other one waits and computes nothing. The limit is a step of SGD on
-each of the two at once, with nothing exchanged: what is missing there to a factor of two, two processes take from each
-other (memory, caches, clock).
+both at once, with nothing exchanged; it is below 2 where two processes on one machine slow each other down.
 
     python -m benchmarks.parallel
 """

@@ -67,8 +67,8 @@ nitpick_ignore_regex = [
     # Of bisam, and not public.
     (
         "py:class",
-        r"bisam\.(distributed|model|optim)\..*|(bisam\.vector\.)?Layout|Averaging|Count|Findings|ForwardPass|Momentum|OfClasses|"
-        r"Preview|RandomState|Tensors",
+        r"bisam\.(distributed|model|optim)\..*|(bisam\.vector\.)?Layout|Averaging|Count|Findings|ForwardPass|Momentum|"
+        r"OfClasses|Preview|RandomState|Tensors",
     ),
 ]
 

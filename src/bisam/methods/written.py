@@ -20,11 +20,11 @@ Argument = tuple[str, Any, Any]
 """The name of a parameter, its value, and its default; MISSING if it has none."""
 
 _REMEDIES = {
-    "rho": "give the radius as a number, {}0.05), or a perturbation, {}L2(0.05))",
-    "adaptive": "give an adaptive ball, {}Adaptive(0.5)), whose radii are larger than those of L2",
-    "eta": "it is a setting of the adaptive ball, {}Adaptive(0.5, eta=0.01))",
+    "rho": "give the radius as a number, METHOD(0.05), or a perturbation, METHOD(L2(0.05))",
+    "adaptive": "give an adaptive ball, METHOD(Adaptive(0.5)), whose radii are larger than those of L2",
+    "eta": "it is a setting of the adaptive ball, METHOD(Adaptive(0.5, eta=0.01))",
 }
-"""What to write instead of the arguments of other packages."""
+"""Maps the arguments of other packages to a text that says what to write instead."""
 
 _PARTS = tuple([f"bisam.{module}" for module in ("masks", "objectives", "perturbations", "schedules")])
 
@@ -48,10 +48,9 @@ class Called:
 
 
 def _unknown(method: str, name: str, known: list[str]) -> str:
-    """A message for a name that a method does not know: the radius and the adaptive ball are parts of `perturb`."""
-    if name in _REMEDIES and "perturb" in known:
-        where = "" if known[0] == "perturb" else "perturb="
-        return f"{method} has no argument {name!r}: " + _REMEDIES[name].replace("{}", f"{method}({where}")
+    """Returns the message for an argument that a method does not have."""
+    if name in _REMEDIES and known[0] == "perturb":
+        return f"{method} has no argument {name!r}: " + _REMEDIES[name].replace("METHOD", method)
     return f"{method} has no argument {name!r}: its arguments are {', '.join(known)}"
 
 

@@ -82,7 +82,7 @@ def radius(runs: Sequence[Finished]) -> Figure:
 
 
 _Points = dict[str, list[Any]]
-"""Of each method: recipe, radius, mean and standard deviation of the scores, and the score of each seed."""
+"""Maps each method to its points: recipe, radius, mean and standard deviation of the scores, the score of each seed."""
 
 
 def _radii(axes: Mapping[str, Axes], points: _Points, titles: Mapping[Place, str]) -> None:

@@ -172,10 +172,10 @@ def threads(share: int) -> None:
 
 
 def keep_freed_memory() -> bool:
-    """Make malloc keep freed memory from now on, for tensors that are as large in each step.
+    """Make malloc keep freed memory from now on, because the tensors of the next step have the same sizes.
 
-    By default glibc returns large blocks to the system, and the pages of the next step cost time again. The memory of
-    the process then stays at its peak. Returns False where the C library is another one.
+    By default glibc returns large blocks to the system, and allocating them again costs a page fault for each page. The
+    memory of the process then stays at its peak. Returns False if the C library is not glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     trim_threshold, mmap_threshold = -1, -3

@@ -116,7 +116,7 @@ _NOTE = (
     "decay of AdamW, and the radius of the others, whose weight decay is 0.1. Five values were tried at first; because "
     "all six radii were the smallest, two smaller ones were added before the comparison was run, and two weight decays "
     "for AdamW. Four of the six are the smallest again (0.00625); the grid was not extended a second time, because SAM "
-    f"gets nearer to plain training with each step. The weight decay of AdamW is {_DECAYS}.{SETTINGS.note()}"
+    f"gets nearer to plain training as its radius shrinks. The weight decay of AdamW is {_DECAYS}.{SETTINGS.note()}"
 )
 
 TEXTGEN = (
