@@ -22,12 +22,13 @@ from bisam.experiments.recipes.catalogue import METHODS as CATALOGUE
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.folder import Run
 from bisam.experiments.studies import STUDIES
-from bisam.experiments.studies.finetune import FINETUNE, GRIDS, METHODS, TUNED_TASKS
+from bisam.experiments.studies.finetune import FINETUNE, FLOWERS_GRIDS, GRIDS, METHODS, TUNED_TASKS
 from bisam.experiments.training.train import train
 from tests.experiments.data.test_glue import WORDS, classic
 from tests.experiments.data.test_image_folders import classes
 
 NAMES = ("finetune-glue", "finetune-flowers")
+GRIDS_OF = {"finetune-glue": GRIDS, "finetune-flowers": FLOWERS_GRIDS}
 
 
 def tuned(recipe: Recipe) -> float:
@@ -45,9 +46,15 @@ def test_each_method_has_a_value_from_its_own_grid_of_the_study_that_tunes_it(na
     study, trials = STUDIES[name], STUDIES[f"{name}-rho"].recipes(None)
     for recipe in study.recipes(None):
         same = [trial for trial in trials if kind(trial) == kind(recipe)]
-        assert [tuned(trial) for trial in same] == list(GRIDS[recipe.method])
+        assert [tuned(trial) for trial in same] == list(GRIDS_OF[name][recipe.method])
         assert tuned(recipe) in [tuned(trial) for trial in same]
-    assert len({len(grid) for grid in GRIDS.values()}) == 1  # the same budget for all
+
+
+def test_all_have_the_same_budget_of_trials_and_an_extension_is_for_all_of_the_same_grid():
+    assert {len(grid) for grid in GRIDS.values()} == {5}
+    extended = {method: grid[5:] for method, grid in FLOWERS_GRIDS.items()}
+    assert extended == {"sgd": (), "asam": (), **dict.fromkeys(METHODS[1:5], (0.8,))}
+    assert {method: grid[:5] for method, grid in FLOWERS_GRIDS.items()} == dict(GRIDS)
 
 
 @pytest.mark.parametrize("name", NAMES)
