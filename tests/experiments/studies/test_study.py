@@ -116,11 +116,12 @@ def test_settings_are_chosen_on_other_seeds_with_equal_budgets(name, trials):
     [
         (digits.SETTINGS, Recipe()),
         (finetune.GLUE_SETTINGS, finetune.GLUE),
+        (finetune.FLOWERS_SETTINGS, finetune.FLOWERS),
         (recover.DIGITS.settings, Recipe()),
         (longtail.DIGITS.settings, longtail.DIGITS.recipe),
         (textgen.SETTINGS, textgen.TASKS["pydoc"]),
     ],
-    ids=["digits", "finetune-glue", "recover", "longtail", "textgen"],
+    ids=["digits", "finetune-glue", "finetune-flowers", "recover", "longtail", "textgen"],
 )
 def test_the_settings_are_those_of_the_committed_choice(settings, base):
     """The value with the largest score, of equal ones the smallest: also by the scores in the file."""
@@ -129,7 +130,7 @@ def test_the_settings_are_those_of_the_committed_choice(settings, base):
     for row in csv.DictReader(file.read_text().splitlines()):
         number = float(row.get("imbalance") or row["noise"])  # a study of long tails has no noise
         source, _, task = row["dataset"].partition(":")
-        condition = task if source in ("glue", "text") else number
+        condition = {"glue": task, "text": task, "folder": "flowers"}.get(source, number)
         trial = (float(row["values"]), float(row["validation"]), row["chosen"] == "True")
         trials.setdefault((row["method"], condition), []).append(trial)
     assert settings.chosen.keys() == settings.before.keys()
