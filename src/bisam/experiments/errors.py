@@ -89,14 +89,19 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 _REMEDIES = {
-    "Free space or give another --out": (errno.ENOSPC, errno.EDQUOT),
-    "It cannot be written there: give another --out, or change the permissions": (
+    "Free space, or write elsewhere (--out or --to)": (errno.ENOSPC, errno.EDQUOT),
+    "It cannot be written there: write elsewhere (--out or --to), or change the permissions": (
         errno.EACCES,
         errno.EPERM,
         errno.EROFS,
     ),
-    "Something else has its name: move it away, or give another --out": (errno.EISDIR, errno.ENOTDIR, errno.EEXIST),
+    "Something else has its name: move it away, or write elsewhere (--out or --to)": (
+        errno.EISDIR,
+        errno.ENOTDIR,
+        errno.EEXIST,
+    ),
     "Raise the limit (ulimit -n), or use fewer --workers and --loaders": (errno.EMFILE, errno.ENFILE),
+    "Give a shorter name": (errno.ENAMETOOLONG,),
     "The network or a remote disk does not answer: try again": (
         errno.ETIMEDOUT,
         errno.ECONNREFUSED,
@@ -154,6 +159,10 @@ class OutOfTimeError(RunError):
 
 class InUseError(RunError):
     """Another process has the folder."""
+
+
+class CopyError(RunError):
+    """A run folder has the recipe and seed of another one, which is counted in its place."""
 
 
 class DamagedError(RunError):

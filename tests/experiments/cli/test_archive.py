@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
+from bisam.experiments.errors import RunError
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs import files
 from bisam.experiments.runs.archive import write_archive
@@ -115,6 +117,44 @@ def test_unfinished_and_damaged_runs_are_left_out_and_counted(runs, tmp_path, bi
     assert code == 0
     assert "damaged" not in err
     assert "Left out" not in (tmp_path / "page" / "report.md").read_text()
+
+
+def test_a_copy_of_a_run_is_not_counted(runs, tmp_path, bisam):
+    """A backup beside the original would make n larger and standard deviations smaller."""
+    assert bisam("report", "digits", "--out", runs, "--to", tmp_path / "before")[0] == 0
+    table = (tmp_path / "before" / "report.csv").read_text()
+    one, other = (Run.under(runs / "digits", recipe).folder for recipe in RECIPES[:2])
+    copies = [one.parent.with_name("A-backup") / "seed-0", one.with_name("seed-0-old"), one.with_name("seed-7")]
+    for copy in copies:
+        shutil.copytree(one, copy)
+    code, _, err = bisam("report", "digits", "--out", runs, "--to", tmp_path / "after")
+    assert code == 0
+    skipped = [line for line in err.splitlines() if "a run counts once" in line]
+    assert skipped == [
+        f"bisam: skipped: {copy} has the recipe and seed of {one}, and a run counts once: move one of them out of "
+        f"{runs / 'digits'}"
+        for copy in sorted(copies)
+    ]
+    assert (tmp_path / "after" / "report.csv").read_text() == table
+    assert "Left out" not in (tmp_path / "after" / "report.md").read_text()
+    assert "A-backup" not in (tmp_path / "after" / "report.md").read_text()
+    _, out, _ = bisam("archive", "digits", "--out", runs, "--to", tmp_path / "a.tar.xz")
+    assert out.strip().endswith(f"{len(RECIPES)} runs of digits, 2 kB")
+    # Archives of earlier versions may have copies.
+    folders = [folder.parent for folder in (runs / "digits").glob("*/seed-*/result.json")]
+    with pytest.raises(RunError, match=r"no archive was written: \S+seed-0-old is not named as in RECIPE/seed-0"):
+        write_archive(tmp_path / "b.tar.xz", runs / "digits", folders)
+    folders.remove(one.with_name("seed-0-old"))
+    write_archive(tmp_path / "b.tar.xz", runs / "digits", folders)
+    code, _, err = bisam("report", "digits", "--out", tmp_path / "b.tar.xz", "--to", tmp_path / "archived")
+    assert (code, err.count("a run counts once")) == (0, 2)
+    assert f"{tmp_path / 'b.tar.xz'}: digits/A-backup/seed-0 has the recipe" in err
+    assert (tmp_path / "archived" / "report.csv").read_text() == table
+    # Without the original a copy is the run, and another one of another seed stays what it is.
+    shutil.rmtree(one)
+    assert bisam("report", "digits", "--out", runs, "--to", tmp_path / "later")[0] == 0
+    assert (tmp_path / "later" / "report.csv").read_text() == table
+    assert other.is_dir()
 
 
 def test_statistics_are_kept(runs, tmp_path, bisam):

@@ -15,7 +15,7 @@ from bisam.experiments.cli.options import Launch, flag, with_file
 from bisam.experiments.cli.plan import show_runs, show_times
 from bisam.experiments.cli.progress import Display
 from bisam.experiments.cli.terminal import console, errors
-from bisam.experiments.errors import DamagedError, RunError, to_find
+from bisam.experiments.errors import CopyError, DamagedError, RunError, to_find
 from bisam.experiments.launch.outcomes import Done, Outcome, collect_outcomes, known_outcome
 from bisam.experiments.recipes import config
 from bisam.experiments.recipes.changes import pairs
@@ -79,7 +79,7 @@ class StudySubject:
         if launch.dry_run:  # it checks what takes time after it has printed the runs
             return
         _refuse("without --dry-run nothing is estimated", given & {"estimate"})
-        _check_models(recipes)
+        _check_names(recipes)
         _check_methods(recipes)
         if self.study.analyses is not None:
             from bisam.experiments.analyses.catalogue import known
@@ -99,6 +99,7 @@ class StudySubject:
         """Print the runs, and an estimate of the time of those that are left."""
         recipes, workers = self._recipes(launch, machine), launch.workers or machine.slots
         left, unmeasured = show_runs(recipes, out / self.study.folder, self.study.analyses)
+        _check_names(recipes)
         _check_methods(left)
         count = sum(left.values())
         said = f"{count} of {len(recipes)} runs of {self.name} are left"
@@ -234,11 +235,15 @@ def _pinned(changes: tuple[str, ...], data_dir: Path) -> tuple[str, ...]:
     return *others, f"weights={pinned(weights, data_dir)}"
 
 
-def _check_models(recipes: Iterable[Recipe]) -> None:
-    from bisam.experiments.models.build import check_name
+def _check_names(recipes: Collection[Recipe]) -> None:
+    """Check that the data sets and models of recipes exist."""
+    from bisam.experiments.data import check_name as check_dataset
+    from bisam.experiments.models.build import check_name as check_model
 
+    for dataset in dict.fromkeys(recipe.dataset for recipe in recipes):
+        check_dataset(dataset)
     for model in dict.fromkeys(recipe.model for recipe in recipes):
-        check_name(model)
+        check_model(model)
 
 
 def _check_methods(recipes: Iterable[Recipe]) -> None:
@@ -283,7 +288,7 @@ def _none_left(left: Sequence[Recipe], _: Done) -> None:
 
 
 def all_finished(root: Path, place: Source) -> tuple[list[Finished], list[str]]:
-    """The finished runs in `root`, and the reasons why others are left out, which are printed too.
+    """The finished runs in `root`, each once, and the reasons why damaged ones are left out, which are printed too.
 
     Raises:
         RunError: a run in an archive is damaged.
@@ -292,6 +297,9 @@ def all_finished(root: Path, place: Source) -> tuple[list[Finished], list[str]]:
     for run in finished(root):
         if isinstance(run, Finished):
             runs.append(run)
+            continue
+        if isinstance(run, CopyError):  # nothing is missing without it
+            errors.print(f"bisam: skipped: {place.fault(run)}")
             continue
         if place.archived:
             raise place.fault(run)

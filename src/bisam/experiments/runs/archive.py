@@ -111,7 +111,7 @@ def write_archive(path: Path, root: Path, folders: Iterable[Path], without: Coll
         without: files to leave out, such as damaged analyses.
 
     Raises:
-        RunError: a run has no result any more, or a file cannot be read.
+        RunError: a run has no result any more, a file cannot be read, or a folder has a name that is not read.
         OSError: the disk is full or read-only.
     """
     files = dict[str, bytes]()
@@ -119,7 +119,13 @@ def write_archive(path: Path, root: Path, folders: Iterable[Path], without: Coll
         for name in (*REQUIRED, *OPTIONAL):
             if folder / name in without or (content := read_bytes(folder / name)) is None:
                 continue
-            files[f"{root.name}/{folder.relative_to(root).as_posix()}/{name}"] = content
+            entry = f"{root.name}/{folder.relative_to(root).as_posix()}/{name}"
+            if not _ENTRY.fullmatch(entry):  # it could not be read
+                raise RunError(
+                    f"no archive was written: {folder} is not named as in RECIPE/seed-0, of letters, digits and _.+-: "
+                    "rename it"
+                )
+            files[entry] = content
     if (fault := _fault(files)) is not None:
         raise RunError(f"no archive was written: {fault}")
     content = _packed(files)

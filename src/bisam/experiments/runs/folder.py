@@ -28,7 +28,7 @@ from typing import Any, cast
 
 from filelock import FileLock, Timeout
 
-from bisam.experiments.errors import InUseError, RunError, RunWarning
+from bisam.experiments.errors import CopyError, InUseError, RunError, RunWarning
 from bisam.experiments.recipes.recipe import Recipe
 from bisam.experiments.runs.checkpoint import CHECKPOINT, DAMAGED, PREVIOUS, file_fault, read_checkpoint, serialized
 from bisam.experiments.runs.environment import environment
@@ -311,15 +311,36 @@ class Finished:
 
 
 def finished(root: Path) -> Iterator[Finished | RunError]:
-    """Yield the finished runs in `root` in the order of their folders, and an error in place of each damaged one."""
-    for path in sorted(root.glob("*/seed-*/result.json")):
-        try:
-            recipe = read_recipe(path.parent)
-            if (result := read_result(path.parent, recipe)) is None:  # deleted since
-                continue
-            yield Finished(recipe, result, read_metrics(path.parent, recipe, result), path.parent)
-        except RunError as error:
-            yield error
+    """Yield the finished runs in `root` in the order of their folders, and an error in place of each damaged one.
+
+    A run counts once: of several folders with one recipe and seed, as a backup and its original, there is the one with
+    the name of the recipe, else the first, and an error in place of the others.
+    """
+    found = [_finished(path.parent) for path in sorted(root.glob("*/seed-*/result.json"))]
+    counted = dict[Recipe, Path]()
+    for run in found:
+        if isinstance(run, Finished) and run.folder is not None:
+            is_own = run.folder == Run.under(root, run.recipe).folder
+            counted[run.recipe] = run.folder if is_own else counted.get(run.recipe, run.folder)
+    for run in found:
+        if isinstance(run, Finished) and run.folder != (original := counted[run.recipe]):
+            yield CopyError(
+                f"{run.folder} has the recipe and seed of {original}, and a run counts once: move one of them out of "
+                f"{root}"
+            )
+        elif run is not None:
+            yield run
+
+
+def _finished(folder: Path) -> Finished | RunError | None:
+    """The finished run in a folder, the error if it is damaged, or None if it was deleted since it was listed."""
+    try:
+        recipe = read_recipe(folder)
+        if (result := read_result(folder, recipe)) is None:
+            return None
+        return Finished(recipe, result, read_metrics(folder, recipe, result), folder)
+    except RunError as error:
+        return error
 
 
 def read_recipe(folder: Path) -> Recipe:
