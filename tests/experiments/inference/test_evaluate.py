@@ -14,6 +14,7 @@ pytest.importorskip("torchmetrics")
 from bisam import ModelOracle, cross_entropy
 from bisam.analysis import calibration, corruptions, margins
 from bisam.experiments import data
+from bisam.experiments.errors import RunWarning
 from bisam.experiments.inference import evaluate as module
 from bisam.experiments.inference.evaluate import evaluate
 from bisam.experiments.inference.loaded import load
@@ -170,6 +171,23 @@ def test_a_data_set_with_other_classes_is_refused(digits, photographs, bisam):
     code, _, err = bisam("evaluate", digits.folder, "--dataset", f"folder:{photographs}")
     assert code == 2
     assert f"folder:{photographs} has 2 classes, and the model 10" in err
+
+
+def test_classes_in_another_order_are_refused_and_other_names_are_told(photographed, photographs, tmp_path, bisam):
+    """Labels and predictions are compared by number: scores of other classes would be numbers without a meaning."""
+    for name, new in (("moved", ("red", "white")), ("renamed", ("cold", "warm"))):
+        shutil.copytree(photographs, tmp_path / name)
+        for number, old in enumerate(("red", "blue") if name == "moved" else ("blue", "red")):
+            (tmp_path / name / old).rename(tmp_path / name / f"{new[number]}.new")
+        for one in new:
+            (tmp_path / name / f"{one}.new").rename(tmp_path / name / one)
+    code, out, err = bisam("evaluate", photographed.folder, "--dataset", f"folder:{tmp_path / 'moved'}")
+    assert (code, out) == (2, "")
+    assert f"red is class 1 of the model and class 0 of folder:{tmp_path / 'moved'}, and the scores are " in err
+    told = "have other names than those of .* are taken for those with the same number: cold for blue$"
+    with pytest.warns(RunWarning, match=told):
+        code, _, _ = bisam("evaluate", photographed.folder, "--dataset", f"folder:{tmp_path / 'renamed'}")
+    assert code == 0
 
 
 def test_a_result_that_differs_is_told(digits, tmp_path, bisam, monkeypatch):

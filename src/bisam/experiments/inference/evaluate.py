@@ -7,9 +7,11 @@ found.scores["accuracy"], found.calibration.ece, found.tta.scores["accuracy"]
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,11 +21,12 @@ from torch import Tensor, nn
 from bisam import ModelOracle, cross_entropy
 from bisam.analysis import Calibration, Corruptions, Margins, calibration, corruptions, margins
 from bisam.experiments import data
+from bisam.experiments.data import names_of
 from bisam.experiments.data.glue import Texts
 from bisam.experiments.data.image_tensors import Images
 from bisam.experiments.data.sequences import Sequences
 from bisam.experiments.data.splits import Data, Split
-from bisam.experiments.errors import DataError, unknown
+from bisam.experiments.errors import DataError, RunWarning, unknown
 from bisam.experiments.inference.images import preparation, prepared_as
 from bisam.experiments.inference.loaded import Loaded
 from bisam.experiments.recipes.recipe import Recipe
@@ -148,8 +151,8 @@ def evaluate(
         progress: called after each batch.
 
     Raises:
-        ValueError: the split is unknown; the data cannot be loaded, have another number of classes, or are texts with
-            corruptions or augmentation; or the loss is not finite.
+        ValueError: the split is unknown; the data cannot be loaded, have another number or another order of classes, or
+            are texts with corruptions or augmentation; or the loss is not finite.
         RunError: the recipe has an earlier version, whose split was another one.
     """
     if split not in SPLITS:
@@ -163,6 +166,8 @@ def evaluate(
             f"{dataset or recipe.dataset} has {splits.classes} classes, and the model {loaded.classes}: give a data "
             "set with the classes of the model"
         )
+    if dataset is not None:
+        _check_classes(recipe.dataset, dataset, machine.data_dir)
     part: Split = getattr(splits, split).unaugmented()
     if isinstance(part, Sequences):
         raise ValueError(
@@ -199,6 +204,38 @@ def evaluate(
         kept.measured(splits, mirrored=True) if tta else None,
         robustness,
         device_name(fabric.device),
+    )
+
+
+def _check_classes(own: str, other: str, root: Path) -> None:
+    """Check that classes with a name have the same number in the data of a model and in other data.
+
+    The labels of the other data are numbers, as are the predictions: with another order scores would be wrong.
+
+    Raises:
+        DataError: a class has another number.
+
+    Warns:
+        RunWarning: the names differ.
+    """
+    try:
+        ours, theirs = names_of(own, root), names_of(other, root)
+    except DataError:  # the data of the training are not at hand
+        return
+    if len(ours) != len(theirs) or ours == theirs:  # [] where they are not known
+        return
+    for number, name in enumerate(ours):
+        if name in theirs and theirs[number] != name:
+            raise DataError(
+                f"{name} is class {number} of the model and class {theirs.index(name)} of {other}, and the scores are "
+                f"those of classes with the same number: give a data set with the classes of {own}"
+            )
+    number = next(i for i, (one, two) in enumerate(zip(ours, theirs, strict=True)) if one != two)
+    warnings.warn(
+        f"the classes of {other} have other names than those of {own}, and are taken for those with the same number: "
+        f"{theirs[number]} for {ours[number]}",
+        RunWarning,
+        stacklevel=2,
     )
 
 
