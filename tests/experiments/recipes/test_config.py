@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("tomli_w")
 
+from bisam.experiments.errors import RunError
 from bisam.experiments.recipes.config import changes, read, text
 from bisam.experiments.recipes.entries import SETTINGS
 from bisam.experiments.recipes.presets import PRESETS
@@ -56,6 +57,9 @@ def test_fields_that_are_left_out_have_their_defaults(tmp_path):
         ("a.toml", b"rho = [1]", r"a\.toml: rho must be one value, got \[1\]"),
         ("a.toml", b'rho = "x"', r"a\.toml: rho must be a number, got 'x'"),
         ("a.toml", b"epochs = 1\nsteps = 1", r"a\.toml: epochs 1 and steps 1 are both given"),
+        ("a.json", b'{"epochs": 1, "epochs": 2}', r"a\.json is no JSON: epochs is given twice, as 1 and 2"),
+        ("a.json", b"[" * 100_000, r"a\.json is nested too deeply"),
+        ("a.json", b'{"version": "x"}', r"a\.json: version must be a whole number, got 'x'"),
         ("a.toml", b"\xff", r"a\.toml is no text in UTF-8"),
     ],
 )
@@ -65,6 +69,23 @@ def test_what_is_no_recipe_is_refused_by_name(name, content, message, tmp_path):
     with pytest.raises(ValueError, match=message) as refused:
         read(tmp_path / name)
     assert str(refused.value).count(str(tmp_path)) == 1
+    if b"epochs = 1\nsteps" not in (content or b"") and content != b'rho = "x"':  # which a study may leave out
+        with pytest.raises(ValueError, match=message):
+            changes(tmp_path / name)
+
+
+def test_a_mark_of_the_encoding_is_no_content(tmp_path):
+    for name, content in (("a.toml", "limit = 7\n"), ("a.json", '{"limit": 7}')):
+        (tmp_path / name).write_text(content, encoding="utf-8-sig")
+        assert read(tmp_path / name) == Recipe(limit=7)
+        assert changes(tmp_path / name) == (("limit=7",), ())
+
+
+def test_a_study_refuses_the_recipe_of_a_later_version_as_a_run_does(tmp_path):
+    (tmp_path / "a.json").write_text('{"version": 99, "limit": 7}')
+    for reads in (read, changes):
+        with pytest.raises(RunError, match="the recipe has version 99"):
+            reads(tmp_path / "a.json")
 
 
 # The command

@@ -18,14 +18,17 @@ def pairs(changes: Iterable[str], example: str, flag: str = "--set") -> dict[str
         flag: for the same message.
 
     Raises:
-        ValueError: a change has no value.
+        ValueError: a change has no value, or a name has two.
     """
     found: dict[str, str] = {}
     for change in changes:
         name, equals, value = change.partition("=")
         if not equals:
             raise ValueError(f"{flag} {change!r} has no value: write it as in {flag} {example}")
-        found[name.strip().replace("-", "_")] = value.strip()
+        name, value = name.strip().replace("-", "_"), value.strip()
+        if name in found:
+            raise ValueError(f"{flag} {name} is given twice, as {found[name]} and {value}: leave one out")
+        found[name] = value
     return found
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,10 @@ def read(path: Path) -> Recipe:
         ValueError: the file is missing or no such file, or a field or its value is refused; the message names it.
         RunError: the recipe has a later version.
     """
-    found = _fields(path)
+    return _recipe(path, _fields(path))
+
+
+def _recipe(path: Path, found: Mapping[str, Any]) -> Recipe:
     try:
         return Recipe.from_dict({"version": Recipe.version, "method": Recipe.method, **found})
     except (TypeError, ValueError) as error:
@@ -54,9 +58,10 @@ def changes(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
     Raises:
         ValueError: the file is missing or no such file, or a field or the type of its value is refused.
+        RunError: the recipe has a later version.
     """
     found = _fields(path)
-    found.pop("version", None)
+    _recipe(path, {"version": found.pop("version", Recipe.version)})  # in a later one fields may mean something else
     own = [name for name in ("method", *(SETTINGS if "method" in found else ()), "seed") if name in found]
     texts = {name: str(value) for name, value in found.items() if name not in own}
     for name, value in texts.items():
@@ -69,13 +74,15 @@ def _fields(path: Path) -> dict[str, Any]:
     """The fields in a file, whose names are those of a recipe."""
     _check(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # editors on Windows write a mark at the begin
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text in UTF-8") from error
     try:
-        values: Any = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+        values: Any = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text, object_pairs_hook=_once)
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply for a recipe: give one value for each field") from error
     except ValueError as error:  # of both parsers
         raise ValueError(f"{path} is no {path.suffix[1:].upper()}: {error}") from error
     if not isinstance(values, dict):
@@ -105,6 +112,20 @@ def text(recipe: Recipe, path: Path) -> str:
     import tomli_w  # not at the top: reading needs the standard library alone
 
     return tomli_w.dumps({name: value for name, value in recipe.to_dict().items() if value is not None})
+
+
+def _once(found: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object with these entries, of which JSON allows two of one name, as TOML does not.
+
+    Raises:
+        ValueError: there are two.
+    """
+    values = dict[str, Any]()
+    for name, value in found:
+        if name in values:
+            raise ValueError(f"{name} is given twice, as {values[name]} and {value}")
+        values[name] = value
+    return values
 
 
 _NAMES = [field.name for field in fields(Recipe)]

@@ -159,6 +159,8 @@ class Study:
             if name in values:
                 raise ValueError(f"--set {name}={values[name]} is refused: a study has its own ({_INSTEAD[name]})")
         if "epochs" in values:
+            if epochs is not None:
+                raise ValueError(f"--epochs {epochs} and --set epochs={values['epochs']} are both given: leave one out")
             epochs = values.pop("epochs")
         steps = values.pop("steps", None)
         if epochs is not None and steps is not None:

@@ -160,14 +160,12 @@ def parse(texts: Iterable[str], arguments: Iterable[str] = ()) -> dict[str, Dime
     Raises:
         ValueError: a text is no range and no choice, or its name is none that can be searched, or an argument has none.
     """
-    texts, arguments, space = list(texts), tuple(arguments), dict[str, Dimension]()
+    arguments, space = tuple(arguments), dict[str, Dimension]()
     for name, text in pairs(texts, EXAMPLE, "--search").items():
         typed = f"--search {name}={text}"
         if name not in arguments:
             _check_field(name)
         space[name] = _dimension(name, text, typed, name in arguments)
-    if len(space) < len(texts):
-        raise ValueError("--search names a setting twice: give each one range")
     if missing := [name for name in arguments if name not in space]:
         raise ValueError(f"--method has {{{missing[0]}}}, and no --search: add --search {missing[0]}=0.01:1:log")
     return space
