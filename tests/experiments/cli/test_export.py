@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,7 @@ from bisam.experiments import data
 from bisam.experiments.data.image_tensors import channels
 from bisam.experiments.models.build import build
 from bisam.experiments.recipes.recipe import Recipe
+from bisam.experiments.runs import files
 from bisam.experiments.runs.folder import Run
 from bisam.experiments.runs.machine import Machine
 from bisam.experiments.training.train import train
@@ -67,6 +70,21 @@ def test_a_state_dict_is_that_of_the_run(name, which, run, tmp_path, bisam):
     x = images(run)
     assert torch.equal(plain(x), model_of(run, which)(x))
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pt", "a.pt2", "folder"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(name, run, tmp_path, bisam, monkeypatch):
+    """Torch's own writer of files raises no error of the system, or ends the process."""
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    monkeypatch.setattr(files, "_sync_folder", lambda _: None)
+    code, out, err = bisam("export", run.folder, "--to", tmp_path / name)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "No space left on device. Free space, or write elsewhere (--out or --to)" in err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_safetensors_say_what_they_are(run, tmp_path, bisam):

@@ -34,6 +34,31 @@ def test_an_output_folder_that_cannot_be_is_refused_at_once(command, tmp_path, b
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize(
+    ("command", "flag", "name"),
+    [
+        (("report", "digits"), "--to", "page"),
+        (("plot", "figure1"), "--to", "a.png"),
+        (("archive", "digits"), "--to", "a.tar.xz"),
+        (("methods",), "--to", "a.md"),
+        (("tables",), "--to", "a.md"),
+        (("evaluate", "gone.pt", "--model", "mlp", "--dataset", "digits"), "--to", "a.json"),
+        (("predict", "gone.pt", "a.png", "--model", "mlp", "--dataset", "digits"), "--to", "a.csv"),
+        (("analyse", "--weights", "gone.pt", "--model", "mlp", "--dataset", "digits"), "--out", "folder"),
+        (("train",), "--save-config", "a.toml"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_a_place_for_results_that_cannot_be_is_refused_before_they_are_computed(command, flag, name, tmp_path, bisam):
+    (tmp_path / "file").write_text("")
+    message = refused(bisam, *command, flag, str(tmp_path / "file" / name))
+    assert message.startswith(f"bisam: {flag} {tmp_path / 'file' / name} cannot be ")
+    assert f"{tmp_path / 'file'} is a file" in message
+    if flag == "--to" and name != "page" and not name.endswith((".png", ".xz")):
+        (tmp_path / name).mkdir()
+        assert f"{tmp_path / name} is a folder: give a file" in refused(bisam, *command, flag, str(tmp_path / name))
+
+
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="the superuser may write everywhere")
 def test_an_output_folder_without_permission_is_refused_at_once(tmp_path, bisam):
     tmp_path.chmod(0o500)

@@ -47,6 +47,17 @@ def test_a_file_is_on_the_disk_before_it_has_its_name_and_its_name_before_the_re
     assert {path.name: path.read_text() for path in (tmp_path / "new").iterdir()} == {"a.txt": "two", "b.txt": "one"}
 
 
+def test_an_error_names_the_file_and_not_its_temporary_name(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").mkdir()
+    with pytest.raises(IsADirectoryError) as error:
+        files.write(tmp_path / "a.txt", "two")
+    assert (error.value.filename, error.value.filename2) == (str(tmp_path / "a.txt"), None)
+    monkeypatch.setattr(files.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    with pytest.raises(OSError, match="full") as error:
+        files.write(tmp_path / "b.txt", "two")
+    assert (error.value.errno, error.value.filename) == (errno.ENOSPC, str(tmp_path / "b.txt"))
+
+
 @pytest.mark.parametrize("keep", [None, "b.txt"])
 def test_a_write_that_fails_leaves_everything(tmp_path, monkeypatch, keep):
     files.write(tmp_path / "a.txt", "one")

@@ -16,6 +16,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from bisam.experiments.cli.flags import Whole
+from bisam.experiments.cli.folders import check_folder
 from bisam.experiments.cli.idle import refuse_idle
 from bisam.experiments.cli.options import Given, flag
 from bisam.experiments.cli.progress import MeasuringDisplay
@@ -100,6 +101,8 @@ def analyse(
         if idle := sorted(given & {"model", "dataset", "out"}):
             raise ValueError(f"the folder of a run says what it is: leave {_flags(idle)} out")
     else:
+        if out is not None:
+            check_folder(out, "--out")
         jobs = [_of_file(weights, model, dataset, out, names, settings, machine)]
     recipes = [job.recipe for job in jobs if job.recipe is not None]
     if recipes:

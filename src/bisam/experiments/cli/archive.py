@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from bisam.experiments.cli.folders import check_file
 from bisam.experiments.cli.options import Changes, Config, Out, StudyName, with_file
 from bisam.experiments.runs.archive import SUFFIX
 
@@ -40,4 +41,5 @@ def archive(
         raise ValueError(f"--to {to}: the name of an archive ends in {SUFFIX}")
     if out.is_file():
         raise ValueError(f"--out {out} is a file: give the folder that the run folders are in")
+    check_file(to, f"{study}{SUFFIX}")
     return chosen.archive(with_file(config, changes), out, to)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 from rich.table import Column, Table
 
+from bisam.experiments.cli.folders import check_file
 from bisam.experiments.cli.groups import MACHINE
 from bisam.experiments.cli.options import DatasetName, DeviceFlags, ModelName, Quiet
 from bisam.experiments.cli.progress import MeasuringDisplay
@@ -62,8 +63,8 @@ def evaluate(
     from bisam.experiments.inference.loaded import load
     from bisam.experiments.recipes.config import read
 
-    if to is not None and to.is_dir():
-        raise ValueError(f"--to {to} is a folder: give a file, such as {to / 'found.json'}")
+    if to is not None:
+        check_file(to, "found.json")
     machine = where.machine()  # fails here if the device is missing
     recipe = None if config is None else read(config)
     loaded = load(model_or_run, where.data_dir, which, model, dataset, recipe)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from bisam.experiments.cli.folders import check_folder
 from bisam.experiments.cli.terminal import console
 from bisam.experiments.runs.files import make_folders
 from bisam.experiments.runs.machine import Machine
@@ -116,6 +117,7 @@ def _check(run: Path, to: Path | None, push_to_hub: str | None, private: bool) -
         raise ValueError(f"{run} is no run folder, which has a recipe.json: {remedy}")
     if to is None:
         return
+    check_folder(to.absolute().parent)
     from bisam.experiments.models.files import PROGRAMS, STATES
 
     known = (*STATES, *PROGRAMS)

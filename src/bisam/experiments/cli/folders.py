@@ -24,12 +24,46 @@ def check_out(out: Path) -> None:
         raise ValueError(
             f"--out {out} is an archive of finished runs, without checkpoints: nothing can be run in it. Give a folder"
         )
-    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    check_folder(out, "--out", "Give a folder for the runs")
+
+
+def check_folder(folder: Path, flag: str = "--to", remedy: str = "Give a folder") -> None:
+    """Check that files can be written to a folder, which need not exist, before anything is computed for them.
+
+    Args:
+        folder: what the user named.
+        flag: with which the user named it, for the message.
+        remedy: for the same message.
+
+    Raises:
+        ValueError: a file is there or in its path, or it cannot be written.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
-        which = "is a file" if there == out else f"cannot be made: {there} is a file"
-        raise ValueError(f"--out {out} {which}. Give a folder for the runs")
+        which = "is a file" if there == folder else f"cannot be made: {there} is a file"
+        raise ValueError(f"{flag} {folder} {which}. {remedy}")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"--out {out} cannot be written: no permission for {there}. Give another folder")
+        raise ValueError(f"{flag} {folder} cannot be written: no permission for {there}. Give another folder")
+
+
+def check_file(file: Path, example: str, flag: str = "--to") -> None:
+    """Check that a file can be written, before anything is computed for it; one that is there may be replaced.
+
+    Args:
+        file: what the user named.
+        example: name of such a file, for the message.
+        flag: with which the user named it, for the same message.
+
+    Raises:
+        ValueError: it is a folder, a file is in its path, or its folder cannot be written.
+    """
+    if file.is_dir():
+        raise ValueError(f"{flag} {file} is a folder: give a file, such as {file / example}")
+    there = next(path for path in file.absolute().parents if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"{flag} {file} cannot be written: {there} is a file. Give another place")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{flag} {file} cannot be written: no permission for {there}. Give another place")
 
 
 def check_data_dir(recipes: Collection[Recipe], machine: Machine) -> None:

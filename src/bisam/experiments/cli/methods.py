@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
+from bisam.experiments.cli.folders import check_file
 from bisam.experiments.cli.terminal import console
 from bisam.experiments.runs.files import write
 
@@ -25,6 +26,7 @@ def methods(*, to: Path | None = None) -> int:
     from bisam.experiments.recipes import catalogue, entries
 
     if to is not None:
+        check_file(to, "methods.md")
         write(to, entries.page(catalogue.METHODS, catalogue.GAMES))
         console.print(f"{to}", soft_wrap=True)
         return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from bisam.experiments.cli.folders import check_file
 from bisam.experiments.cli.options import Changes, Config, In, StudyName, with_file
 from bisam.experiments.cli.terminal import console
 from bisam.experiments.errors import unknown
@@ -40,8 +41,11 @@ def plot(
     """
     from bisam.experiments.cli.subjects import SUBJECTS, subject
     from bisam.experiments.reports import analyses, figures, predictor_plot, scatter
-    from bisam.experiments.reports.drawing import save
+    from bisam.experiments.reports.drawing import format_of, save
 
+    if to is not None:
+        format_of(to)
+        check_file(to, f"{figure}.png")
     changes = with_file(config, changes)
     of_studies = [*figures.CAPTIONS, predictor_plot.NAME]
     run = None if study is None or study in SUBJECTS else Path(study)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from bisam.experiments.cli.flags import Whole
+from bisam.experiments.cli.folders import check_file
 from bisam.experiments.cli.groups import MACHINE
 from bisam.experiments.cli.options import DatasetName, DeviceFlags, ModelName, Quiet
 from bisam.experiments.cli.progress import MeasuringDisplay
@@ -70,8 +71,8 @@ def predict(
 
     if not files:
         raise ValueError("nothing to predict: give image files, folders of them, or files of texts")
-    if to is not None and to.is_dir():
-        raise ValueError(f"--to {to} is a folder: give a file, such as {to / 'out.csv'}")
+    if to is not None:
+        check_file(to, "out.csv")
     machine = where.machine()  # fails here if the device is missing
     loaded = load(model_or_run, where.data_dir, which, model, dataset, None if config is None else read(config))
     if has_tokens(loaded.recipe.dataset):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from bisam.experiments.cli.folders import check_folder
 from bisam.experiments.cli.options import Changes, Config, In, StudyName, with_file
 
 EXAMPLES = (
@@ -33,4 +34,7 @@ def report(
     """
     from bisam.experiments.cli.subjects import subject
 
-    return subject(study).report(with_file(config, changes), out, to)
+    chosen = subject(study)
+    if to is not None:
+        check_folder(to)
+    return chosen.report(with_file(config, changes), out, to)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bisam.experiments.cli.folders import check_file
 from bisam.experiments.cli.terminal import console
 from bisam.experiments.runs.files import write
 
@@ -27,6 +28,7 @@ def tables(*, to: Path) -> int:
     """
     from bisam.experiments.launch.flops import Counts, missing
 
+    check_file(to, "tables.md")
     path, recipes = to.with_suffix(".json"), needed()
     counts = Counts.read(path)
     left = missing(recipes, counts)

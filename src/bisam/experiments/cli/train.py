@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from bisam.experiments.cli.flags import AuthorsFlags, RecipeFlags
-from bisam.experiments.cli.folders import check_data_dir, check_out
+from bisam.experiments.cli.folders import check_data_dir, check_file, check_out
 from bisam.experiments.cli.groups import AUTHORS, RECIPE
 from bisam.experiments.cli.idle import CONDITIONS, refuse_idle
 from bisam.experiments.cli.options import Given, MachineFlags, Out, Quiet, Verbose, refuse_contradiction
@@ -71,6 +71,7 @@ def train(
     with silent(not machine.is_main_process):
         recipe = _with_pinned_weights(recipe, machine, out)
         if save_config is not None:
+            check_file(save_config, "recipe.toml", "--save-config")
             write(save_config, text(recipe, save_config))
             again = f"bisam train --config {shlex.quote(str(save_config))}"
             console.print(f"{save_config}: {again}", soft_wrap=True, highlight=False)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from bisam.experiments.models.build import image_processor, tokenizer
 from bisam.experiments.models.initial import WEIGHTS_FILE as WEIGHTS_FILE, classes_of as classes_of
 from bisam.experiments.models.logits import Logits
+from bisam.experiments.runs.files import write
 
 STATES = (".safetensors", ".pt", ".pth")
 """Names of files of weights alone end so."""
@@ -38,9 +40,16 @@ def write_state(model: nn.Module, to: Path, facts: Mapping[str, Any]) -> None:
     if to.suffix == ".safetensors":
         save: Any = _package("safetensors.torch", "a file of safetensors")
         # Not save_file, which lets nobody else read the file.
-        to.write_bytes(save.save(state, {"format": "pt", "bisam": json.dumps(facts)}))
+        write(to, save.save(state, {"format": "pt", "bisam": json.dumps(facts)}))
     else:
-        torch.save(state, to)
+        write(to, _saved(torch.save, state))
+
+
+def _saved(save: Callable[[Any, io.BytesIO], None], what: Any) -> bytes:
+    """The content of a file of torch, which to a full disk raises no error of the system, or ends the process."""
+    content = io.BytesIO()
+    save(what, content)
+    return content.getvalue()
 
 
 def write_program(model: nn.Module, to: Path, images: Tensor) -> None:
@@ -71,7 +80,7 @@ def write_program(model: nn.Module, to: Path, images: Tensor) -> None:
     except Exception as error:  # torch raises errors of many types for what it cannot trace
         raise ValueError(f"the model cannot be exported as a program ({_line(error)}): export its weights") from error
     if onnx is None:
-        torch.export.save(program, to)
+        write(to, _saved(torch.export.save, program))
     else:
         onnx.save(to)
 

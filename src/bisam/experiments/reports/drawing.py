@@ -255,6 +255,15 @@ def save(figure: Figure, path: Path) -> None:
     Raises:
         ValueError: the suffix is none of .png, .pdf, .svg.
     """
+    write(path, rendered(figure, format_of(path)))
+
+
+def format_of(path: Path) -> str:
+    """Return the format of a figure's file, by its suffix.
+
+    Raises:
+        ValueError: the suffix is none of .png, .pdf, .svg.
+    """
     if (format := path.suffix[1:].lower()) not in FORMATS:
         raise ValueError(f"{path}: give a file that ends in .png, .pdf or .svg")
-    write(path, rendered(figure, format))
+    return format

@@ -46,8 +46,10 @@ def write(path: Path, content: str | bytes, *, keep: Path | None = None, make_fo
             with suppress(FileNotFoundError):
                 path.replace(keep)
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None:  # named for the file that was asked for
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     _sync_folder(path.parent)
 
