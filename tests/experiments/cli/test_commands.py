@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
+import subprocess
 import sys
 
 import pytest
@@ -23,6 +25,8 @@ AUTHORS = ("train", "--optim", "bisam_log", "--rho", "0.05", "--epochs", "200", 
         (("tables",), "parameter --to requires an argument"),
         (("run", "digits", "--set", "model=convnt"), "unknown model 'convnt', did you mean 'convnet'? Try bisam list"),
         (("run", "digits", "--seeds", "0"), "--seeds must be at least 1, got 0"),
+        (("run", "digits", "--seeds", "1000000000"), "--seeds must be at most 10,000, got 1000000000"),
+        (("run", "digits", "--ray", "local", "--gpus", "nan"), "--gpus must be at least 0 and finite, got nan"),
         (("run", "digits", "--seeds", "many"), "--seeds: 'many' is not a whole number"),
         (("run", "digits", "--seeds", "1.5"), "--seeds: '1.5' is not a whole number"),
         (("train", "--epochs", "1.5"), "--epochs: '1.5' is not a whole number"),
@@ -34,6 +38,16 @@ AUTHORS = ("train", "--optim", "bisam_log", "--rho", "0.05", "--epochs", "200", 
         (("train", "--rho", "-1"), "rho must be non-negative"),
         (("train", "extra"), "unexpected argument 'extra': try bisam train --help"),
         (("bogus",), "Try bisam --help"),
+        (("train", "--out", ""), "--out is empty: give a value, or leave it out"),
+        (("report", "digits", "--to="), "--to is empty"),
+        (("evaluate", ""), "the argument after evaluate is empty"),
+        (("run", "digits", "--set", "epochs=1", "--set", "epochs=2"), "--set epochs is given twice, as 1 and 2"),
+        (("run", "digits", "--set", "batch-size=8", "--set", "batch_size=8"), "--set batch_size is given twice"),
+        (("report", "table11", "--set", "threads=1", "--set", "threads=2"), "--set threads is given twice"),
+        (
+            ("run", "digits", "--set", "epochs=1", "--epochs", "2"),
+            "--epochs 2 and --set epochs=1 are both given: leave one out",
+        ),
         (
             (*AUTHORS, "--model", "resnet56", "--dataset", "cifar10", "--data-dir", "nowhere"),
             "--data-dir nowhere is not there",
@@ -107,6 +121,31 @@ def test_an_error_of_the_system_is_named_for_what_it_is(number, remedy, bisam, t
     assert code == 2
     assert remedy in said
     assert said.startswith(f"bisam: {tmp_path}: {os.strerror(number)}. ")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_what_the_output_cannot_show_does_not_end_a_command(encoding, bisam, tmp_path, monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr("sys.stdout", out)
+    folder = tmp_path / "\u2264 \udcff"  # a letter that code pages do not have, and a byte that is no UTF-8
+    try:
+        folder.mkdir()
+    except (OSError, UnicodeError):
+        folder = tmp_path
+    assert bisam("train", "--save-config", folder / "a.toml")[0] == 0
+    assert bisam("report", "figure1", "--out", folder)[0] == 0
+    assert (folder / "figure1" / "report.md").is_file()
+    assert bisam("methods")[0] == 0
+    out.flush()
+    assert b"bisam train --config" in out.buffer.getvalue()
+
+
+def test_an_empty_variable_for_the_data_is_as_none():
+    code = "from bisam.experiments.runs.machine import Machine; print(Machine().data_dir)"
+    found = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "BISAM_DATA": ""}, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == "data"
 
 
 def test_a_place_that_cannot_be_written_is_one_line(bisam, tmp_path):

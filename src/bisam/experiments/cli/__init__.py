@@ -43,7 +43,7 @@ from bisam.experiments.cli import (
     tune,
 )
 from bisam.experiments.cli.groups import epilogue
-from bisam.experiments.cli.terminal import errors
+from bisam.experiments.cli.terminal import errors, escape_what_cannot_be_shown
 from bisam.experiments.errors import (
     RunError,
     is_out_of_memory,
@@ -79,6 +79,7 @@ app.register_install_completion_command(help="Install the completion of commands
 def main() -> None:
     """Entry point: a user's mistake is one line and exit code 2, Ctrl-C exit code 130, SIGTERM exit code 143."""
     show_warnings_in_one_line()
+    escape_what_cannot_be_shown()
     try:
         with terminable():
             code = _called(sys.argv[1:])
@@ -136,9 +137,26 @@ def _without_nonsense(error: UnknownOptionError) -> str:
 
 
 def _called(arguments: list[str]) -> Any:
+    _refuse_empty(arguments)
     command, bound, unparsed = app.parse_args(arguments, exit_on_error=False, print_error=False)
     own: dict[str, Any] = {"given": given_flags(arguments)} if "given" in unparsed else {}
     return command(*bound.args, **bound.kwargs, **own)
+
+
+def _refuse_empty(arguments: Sequence[str]) -> None:
+    """Refuse an empty value, as that of a variable of the shell that is not set: a path would be the present folder.
+
+    Raises:
+        ValueError: there is one; the message names its flag.
+    """
+    if arguments[:1] == ["__complete"]:  # of a shell, where the last word may be empty still
+        return
+    for before, one in zip(("", *arguments), arguments, strict=False):
+        name, equals, value = one.partition("=")
+        if one and not (one.startswith("--") and equals and not value):
+            continue
+        what = name if one else before if before.startswith("-") else f"the argument after {before or 'bisam'}"
+        raise ValueError(f"{what} is empty: give a value, or leave it out (is a variable of the shell not set?)")
 
 
 def given_flags(arguments: Sequence[str]) -> frozenset[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Annotated
 
@@ -76,12 +77,16 @@ class DeviceFlags:
         return machine
 
 
+_MOST = 10**4
+"""Largest number of seeds, workers and runs of a stack."""
+
+
 @dataclass(frozen=True)
 class Launch:
     """How `bisam run` runs a study or a measurement.
 
     Raises:
-        ValueError: a number is below 1.
+        ValueError: a number is out of range.
     """
 
     changes: Changes = ()
@@ -116,6 +121,13 @@ class Launch:
         for name in ("seeds", "epochs", "workers", "stack"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
+            if (
+                value is not None and name != "epochs" and value > _MOST
+            ):  # a typing error would fill the memory without a message
+                raise ValueError(f"--{name} must be at most {_MOST:,}, got {value}")
+        for name, least in (("gpus", 0), ("cpus", 1), ("retries", 0)):
+            if not least <= (value := getattr(self, name)) < inf:
+                raise ValueError(f"--{name} must be at least {least} and finite, got {value}")
 
 
 def with_file(config: Path | None, changes: tuple[str, ...], epochs: int | None = None) -> tuple[str, ...]:

@@ -50,7 +50,7 @@ class Machine:
     """Machines of one run; if more than 1, start the command on each with torchrun or srun."""
     strategy: str = "auto"
     """How a run uses several devices: each holds the model (ddp, auto) or a shard of it (fsdp)."""
-    data_dir: Path = Path(os.environ.get("BISAM_DATA", "data"))
+    data_dir: Path = Path(os.environ.get("BISAM_DATA") or "data")
     """Folder of the data sets. The environment variable BISAM_DATA sets the default."""
     download: bool = False
     """Download data sets that are missing in the data folder."""
