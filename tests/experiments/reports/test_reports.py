@@ -687,8 +687,9 @@ FIGURES = [name for name in figures.CAPTIONS if name not in ("ascents", "ball", 
 VARIED = [run(replace(LOG, mu=mu, rho=rho)) for mu in (0.1, 1.0) for rho in (0.0, 0.1, 0.2)]
 
 
-@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
-@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize(
+    ("name", "suffix"), [*((name, "svg") for name in FIGURES), (FIGURES[0], "png"), (FIGURES[0], "pdf")]
+)
 def test_figures_are_written_and_the_same_each_time(tmp_path, name, suffix):
     first, second = (tmp_path / f"{i}.{suffix}" for i in (1, 2))
     for path in (first, second):
