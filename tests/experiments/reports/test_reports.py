@@ -386,6 +386,8 @@ def test_a_page_says_how_to_read_it_and_which_score_is_the_headline():
     text = report.markdown("T", runs, {})
     assert "is that of the last epoch, because validation has 270 examples (fewer than 2,000); 5.5 epochs have" in text
     assert "the first of several" not in text
+    text = report.markdown("T", seeded(SAM, 0.90, 0.94, headline="last", validation_examples=0), {})
+    assert "because no example is held out: the validation score is that of the training examples. " in text
     alone = report.markdown("T", [run(SAM)], {})
     assert "How to read" in alone
     assert "detectable" not in alone.lower()
