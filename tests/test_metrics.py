@@ -319,7 +319,7 @@ def test_with_the_step_for_phi_it_is_the_metric_up_to_its_constant(case):
 @each_bound
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_outputs_of_any_size_are_finite(case, bound, dtype):
-    for seed in SEEDS:
+    for seed in SEEDS[:5]:
         outputs, targets = case.batch(seed, dtype=dtype)
         sign = outputs.detach().sign()
         for height in (0.0, 1.0, 1e4):

@@ -908,5 +908,23 @@ def test_the_accuracies_of_the_page_on_rho_are_those_of_the_study():
             assert f"| {noise} | {name} | {float(best) * factor:.4g} | 30 | {score} ±" in study
 
 
+INTERVAL = r"\[[+−][\d.]+, [+−][\d.]+\]"
+IN_WORDS = {
+    page: text
+    for page in [*PAGES, "docs/reproduction/README.md"]
+    if re.search(INTERVAL, text := " ".join((ROOT / page).read_text().split()))
+}
+
+
+@pytest.mark.parametrize("page", IN_WORDS)
+def test_the_intervals_of_a_page_are_those_of_a_report(page):
+    """A value with its interval, such as "−1.15 points [−1.60, −0.70]", stands so in the report of a study."""
+    reports = "".join(path.read_text() for path in (ROOT / "docs" / "reproduction").glob("*/report.md"))
+    unit = r"(?: points(?: of the likelihood of a (?:test )?token)?| % of the examples)?"
+    found = re.findall(rf"([+−][\d.]+){unit} ({INTERVAL})", IN_WORDS[page])
+    assert len(found) == len(re.findall(INTERVAL, IN_WORDS[page]))
+    assert [one for one in found if " ".join(one) not in reports] == []
+
+
 def test_the_readme_is_read_to_its_end():
     assert len((ROOT / README).read_text().splitlines()) < 120

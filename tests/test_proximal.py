@@ -58,7 +58,7 @@ def threshold(v: list[float], total: float) -> float:
     return low
 
 
-@pytest.mark.parametrize("n", [1, 2, 7, 100])
+@pytest.mark.parametrize("n", [1, 2, 7, 40])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
 def test_the_projection_on_the_simplex_by_bisection(n, scale):
     v = torch.randn(5, n, generator=torch.Generator().manual_seed(n), dtype=torch.double) * scale

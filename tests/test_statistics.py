@@ -64,6 +64,7 @@ from tests.model.test_oracle import Storages
 from tests.support import cases
 from tests.support.cases import CE, LOG, TANH, bits
 from tests.support.references import Step, flat
+from tests.support.runs import each_method
 
 RHO, LR = 0.1, 0.1
 
@@ -414,7 +415,7 @@ def trained(make: Make, *, stats: bool, loss: Any = cross_entropy, steps: int = 
     return [bits(v) for v in losses], cases.everything(sharp)[:3], state, clean, bits(torch.get_rng_state())
 
 
-@pytest.mark.parametrize("name", cases.FAMILY)
+@each_method
 def test_a_step_that_is_recorded_is_the_same_to_the_bit(name):
     make, _ = cases.FAMILY[name]
     assert trained(make, stats=True) == trained(make, stats=False)

@@ -2,8 +2,8 @@
 A schedule for rho
 ==================
 
-A radius may be any function of the step. Four of them: a constant, one that warms up, one that follows the learning
-rate as in GSAM, and one that holds the share of predictions that the ascent step flips.
+A radius may be any function of the step. Five of them: a constant, one that warms up, one that follows the learning
+rate as in GSAM, one that holds the share of predictions that the ascent step flips, and a function of your own.
 """
 # sphinx_gallery_thumbnail_path = "_static/gallery/rho_schedule.png"
 

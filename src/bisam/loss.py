@@ -73,7 +73,6 @@ class SharpnessAware(nn.Module):
         stats: whether each training step records its statistics, see `stats`. They do not change the step, and need no
             pass of the model: three norms and an inner product, and one more tensor of the size of each weight during
             the descent pass. Default: nothing is computed.
-
         accumulation: number of losses for each step of the optimizer (gradient accumulation), >= 1. Schedules, and the
             methods that count steps (`LookSAM`, `Every`, `During`, `FisherSAM` and others), count the steps of the
             optimizer: all micro-batches of one have the same number. Averages that a method keeps are still updated by

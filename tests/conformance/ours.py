@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 
 from bisam import ASAM, SAM, SharpnessAware, __version__
-from bisam.perturbations import L2
+from bisam.perturbations import L2, PerGroup
 
-from .adapter import RHO_PER_GROUP, SPARSE, Adapter, Trainer
+from .adapter import SPARSE, Adapter, Trainer
 
 
 @dataclass
@@ -51,14 +51,16 @@ class Ours(Trainer):
 class Bisam(Adapter):
     name, version = "bisam", __version__
     not_offered: ClassVar = {
-        RHO_PER_GROUP: "rho belongs to the method and is the same for all parameters",
         SPARSE: "raises a ValueError, as documented",
     }
 
     def make(self, model, loss, params, base, *, rho, adaptive=False, scaler=None, **options):
         scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
+        optimizer = base(params, **options)
         method = ASAM(rho) if adaptive else SAM(L2(rho))
-        return Ours(SharpnessAware(model, method, loss, scaler=scaler), base(params, **options), scaler)
+        if any("rho" in group for group in optimizer.param_groups):
+            method = SAM(PerGroup.of(optimizer))
+        return Ours(SharpnessAware(model, method, loss, scaler=scaler), optimizer, scaler)
 
 
 adapter = Bisam()

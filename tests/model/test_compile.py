@@ -113,7 +113,7 @@ def test_a_compiled_model_in_eval_mode_has_the_plain_loss_with_its_gradient(comp
 
 
 @pytest.mark.parametrize("scale", [2.0**10, 2.0**20], ids=["fits", "overflows"])
-@pytest.mark.parametrize(("method", "graphs"), METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize(("method", "graphs"), [METHODS[name] for name in ("BiSAM", "ESAM")], ids=["BiSAM", "ESAM"])
 def test_a_compiled_model_in_float16_with_a_grad_scaler_trains_to_the_bit(method, graphs, scale, compiler):
     results = []
     for backend in (compiler, None):

@@ -17,7 +17,13 @@ from tests.support import cases
 from tests.support.cases import bits, buffers, parameters
 
 each_basic_method = pytest.mark.parametrize("method", cases.BASIC, ids=["SAM", "BiSAM", "ASAM", "MSAM"])
-each_method = pytest.mark.parametrize("name", cases.FAMILY)
+each_variant = pytest.mark.parametrize("name", cases.FAMILY)
+FIRST = {name.partition("-")[0]: name for name in reversed(cases.FAMILY)}
+"""The first variant of each method."""
+each_method = pytest.mark.parametrize(
+    "name", [name if name in FIRST.values() else pytest.param(name, marks=pytest.mark.slow) for name in cases.FAMILY]
+)
+"""The variants, of which all but the first of a method are slow."""
 
 
 def close(actual: Any, expected: Any, tolerance: float) -> None:

@@ -63,9 +63,9 @@ class SAM(Written):
     """Sharpness-aware minimisation: the gradient at the worst point near the weights (Foret et al., 2021).
 
     Source: https://arxiv.org/abs/2010.01412. A step makes two queries. The first computes the ascent gradient g at the
-    weights w, the second the descent gradient at w + e, where `perturb` computes the displacement e from g. The first
-    computes no more of g than `perturb` needs: a part, if that displaces a part of the weights (`NormLayers`, `Only`,
-    `RandomMask`).
+    weights w, the second the descent gradient at w + e, where `perturb` computes the displacement e from g; nothing is
+    differentiated through e. The first computes no more of g than `perturb` needs: a part, if that displaces a part of
+    the weights (`NormLayers`, `Only`, `RandomMask`).
 
     Args:
         perturb: a perturbation `(gradient, oracle) -> displacement`, or a radius `rho` >= 0 (a number or a schedule),
@@ -156,10 +156,9 @@ def looks(method: SAM, batch: Batch, at: Vector | None, track: bool) -> list[Que
 def BiSAM(rho: Perturbation | Radius = 0.05, bound: Bound = NegLog(), descent: Objective | None = None) -> SAM:  # noqa: B008
     """BiSAM: SAM whose adversary climbs Q, a lower bound of the 0-1 loss up to log(K)/mu (Xie et al., 2024).
 
-    Source: https://arxiv.org/abs/2407.12993. `LowerBound` states which properties hold
-    for Q and which only for its parts.
-    Where labels are smoothed, SAM climbs the smoothed loss and BiSAM does not: `SAM(rho, ascent=cross_entropy)` is the
-    control that separates the bound from this difference.
+    Source: https://arxiv.org/abs/2407.12993. `LowerBound` states which properties hold for Q and which only for its
+    parts. Where labels are smoothed, SAM climbs the smoothed loss and BiSAM does not:
+    `SAM(rho, ascent=cross_entropy)` is the control that separates the bound from this difference.
 
     Args:
         rho: a radius >= 0 (a number or a schedule), or a perturbation such as `Adaptive(2.0)`.

@@ -34,11 +34,12 @@ _A_BOUND = "a LowerBound such as NegLog() or Tanh()"
 class LowerBound(OfClasses):
     """The objective Q of BiSAM for any `phi` below the 0-1 step (Xie et al., 2024, Lemma 3.1); it uses autograd.
 
-    Q is a lower bound of the 0-1 loss up to a constant: Q - log(K)/mu is one for K classes, Q alone is not. The label's
-    own class is in the sum, so the gradient of Q vanishes on confident correct examples, as that of cross-entropy does:
-    with 10 classes, where the logit of the label exceeds the others by 2, 5, 10 and 20, |dQ/df_y| is 0.59, 0.087,
-    6.5e-4 and 2.9e-8 for `NegLog()`, 0.053, 6.4e-3, 1.9e-4 and 4.1e-6 for `Tanh()`, and 0.55, 0.057, 4.1e-4 and 1.9e-8
-    for cross-entropy (`bisam run label-gradient`).
+    Source: https://arxiv.org/abs/2407.12993. Q = (1/mu) log sum_j exp(mu phi(f_j - f_y)) over all classes j, for logits
+    f and the label y. Q is a lower bound of the 0-1 loss up to a constant: Q - log(K)/mu is one for K classes, Q alone
+    is not. The label's own class is in the sum, so the gradient of Q vanishes on confident correct examples, as that of
+    cross-entropy does: with 10 classes, where the logit of the label exceeds the others by 2, 5, 10 and 20, |dQ/df_y|
+    is 0.59, 0.087, 6.5e-4 and 2.9e-8 for `NegLog()`, 0.053, 6.4e-3, 1.9e-4 and 4.1e-6 for `Tanh()`, and 0.55, 0.057,
+    4.1e-4 and 1.9e-8 for cross-entropy (`bisam run label-gradient`).
 
     The authors' code computes mu Q. A factor changes nothing where the displacement is normalised, as in SAM. Logged
     values of Q differ by it, and so do the displacements of `LESAM` and `BSAM`, which are not normalised.
@@ -193,10 +194,11 @@ def tanh(alpha: float, x: Tensor) -> Tensor:
 class NegLog(LowerBound):
     """BiSAM (-log): Q with phi(x) = 1 - log(1 + exp(gamma - x)), gamma = log(e - 1) (Xie et al., 2024, eq. 15).
 
-    The paper recommends it. Value and gradient are in closed form: phi(x) = 1 + log sigmoid(x - gamma), so for mu = 1
-    Q = 1 + log sum_j sigmoid(f_j - f_y - gamma), which is cross-entropy with a sigmoid in place of the exponential. On
-    confident correct examples its gradient is then e/(e - 1) = 1.58 times that of cross-entropy. On examples that are
-    confidently misclassified, where the gradient of cross-entropy is largest, it vanishes.
+    Source: https://arxiv.org/abs/2407.12993, which recommends it. Value and gradient are in closed form:
+    phi(x) = 1 + log sigmoid(x - gamma), so for mu = 1 Q = 1 + log sum_j sigmoid(f_j - f_y - gamma), which is
+    cross-entropy with a sigmoid in place of the exponential. On confident correct examples its gradient is then
+    e/(e - 1) = 1.58 times that of cross-entropy. On examples that are confidently misclassified, where the gradient of
+    cross-entropy is largest, it vanishes.
 
     Args:
         mu: sharpness of the soft maximum, > 0 (the paper: 1), a number or a schedule; see `LowerBound`.
@@ -247,7 +249,8 @@ class NegLog(LowerBound):
 class Tanh(LowerBound):
     """BiSAM (tanh): Q with phi(x) = tanh(alpha x) (Xie et al., 2024, eq. 14), value and gradient in closed form.
 
-    The defaults are those of the paper; the authors' training script overrides its own mu = 10 with 1.
+    Source: https://arxiv.org/abs/2407.12993. The defaults are those of the paper; the authors' training script
+    overrides its own mu = 10 with 1.
 
     Args:
         mu: sharpness of the soft maximum, > 0 (the paper: 10), a number or a schedule; see `LowerBound`.

@@ -100,7 +100,13 @@ def test_a_run_that_is_not_finished_is_not_archived(done, tmp_path, name):
         write_archive(tmp_path / "a.tar.xz", done.folder.parents[1], [])
 
 
-@pytest.mark.parametrize("path", sorted(DOCS.rglob("*.tar.xz")), ids=lambda path: path.name)
+def large(path: Path) -> tuple[pytest.MarkDecorator, ...]:
+    return (pytest.mark.slow,) if path.stat().st_size > 200_000 else ()
+
+
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, marks=large(path), id=path.name) for path in sorted(DOCS.rglob("*.tar.xz"))]
+)
 def test_the_archives_of_the_documentation_are_read(path):
     with source(path) as there:
         (folder,) = there.folder.iterdir()

@@ -20,6 +20,7 @@ from bisam.experiments.runs.machine import Machine
 from bisam.experiments.runs.results import headline, headline_score
 from bisam.experiments.training import train as training
 from bisam.experiments.training.train import train
+from tests.experiments.data.test_image_folders import classes
 
 MACHINE = Machine(log=())
 TIED = Recipe(method="sam", rho=0.05, limit=16, epochs=6, batch_size=12)
@@ -129,3 +130,25 @@ def test_the_closing_line_shows_both_scores_and_the_headline_first(tmp_path, bis
     assert result["headline"] == ("best" if enough == 16 else "last")
     few = f"test accuracy {last}, the headline because validation has only 16 examples; {best}; "
     assert (f"test accuracy {best}, the headline; {last}; " if enough == 16 else few) in out
+
+
+def test_the_closing_line_says_that_none_is_held_out(tmp_path, bisam):
+    for part in ("train", "test"):
+        classes(tmp_path / "few" / part, a=3, b=3)
+    flags = [
+        "--dataset",
+        f"folder:{tmp_path / 'few'}",
+        "--model",
+        "convnet",
+        "--image-size",
+        8,
+        "--epochs",
+        1,
+        "--batch-size",
+        3,
+        "--held-out",
+        0,
+    ]
+    code, out, errors = bisam("train", *flags, "--out", tmp_path / "runs")
+    assert code == 0, errors
+    assert "at the last epoch, the headline because none is held out; " in " ".join(out.split())

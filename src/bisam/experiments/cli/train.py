@@ -181,5 +181,5 @@ def _scores(result: Result) -> str:
     last = f"{100 * result['test_last']:.1f} % at the last epoch"
     if headline(result) == "best":
         return f"{best}, the headline; {last}"
-    few = f"{examples:,} example{'s' if examples != 1 else ''}"
-    return f"{last}, the headline because validation has only {few}; {best}"
+    few = f"validation has only {examples:,} example{'s' if examples != 1 else ''}" if examples else "none is held out"
+    return f"{last}, the headline because {few}; {best}"

@@ -124,7 +124,10 @@ def _headline(runs: Collection[Finished]) -> str:
     if sizes and len(which) == 1 and all("headline" in run.result for run in runs):
         ends = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
         said += (
-            f", because validation has {ends} examples ({'fewer than' if which == {'last'} else 'at least'} {ENOUGH:,})"
+            ", because no example is held out: the validation score is that of the training examples"
+            if sizes == [0]
+            else f", because validation has {ends} examples "
+            f"({'fewer than' if which == {'last'} else 'at least'} {ENOUGH:,})"
         )
     if ties:
         said += f"; {mean(ties):.1f} epochs have the best validation score, mean over runs, and the latest is taken"

@@ -51,9 +51,9 @@ class InPairs:
     both. InPairs must be the outermost method. All ranks of the process group take part.
 
     Running statistics and other buffers are updated on the even rank, as without InPairs, and copied to the odd rank;
-    hidden states in plain attributes of modules are not. `clean` is
-    available on the rank that made the query at the weights: for SAMPa on even ranks only; on odd ranks it raises
-    RuntimeError. An answer from the other rank has losses and gradient, but no outputs and no targets.
+    hidden states in plain attributes of modules are not. `clean` is available on the rank that made the query at the
+    weights: for SAMPa on even ranks only; on odd ranks it raises RuntimeError. An answer from the other rank has losses
+    and gradient, but no outputs and no targets.
 
     Forward passes draw from their own generators, seeded by `torch.initial_seed()`, the pair and the step: dropout
     masks differ from those of one process, and the user's generators do not change. Random numbers that a method draws
