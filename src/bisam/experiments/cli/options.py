@@ -78,7 +78,7 @@ class DeviceFlags:
 
 
 _MOST = 10**4
-"""Largest number of seeds, workers and runs of a stack."""
+"""Largest number of seeds, workers and runs of a stack: a slip of the hand would fill the memory without a message."""
 
 
 @dataclass(frozen=True)
@@ -121,9 +121,7 @@ class Launch:
         for name in ("seeds", "epochs", "workers", "stack"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
-            if (
-                value is not None and name != "epochs" and value > _MOST
-            ):  # a typing error would fill the memory without a message
+            if value is not None and value > _MOST and name != "epochs":
                 raise ValueError(f"--{name} must be at most {_MOST:,}, got {value}")
         for name, least in (("gpus", 0), ("cpus", 1), ("retries", 0)):
             if not least <= (value := getattr(self, name)) < inf:
