@@ -29,6 +29,8 @@ from bisam.experiments.runs.files import write
 from bisam.experiments.runs.folder import Finished
 from bisam.experiments.runs.results import IN_PER_CENT, TITLES, headline
 
+_HEADING = 10.5
+"""Font size of the title of a figure, in points."""
 BLACK, GREY = "#000000", "#7F7F7F"
 BLUE, SKY, GREEN, ORANGE, RED, PURPLE = "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7"
 FAMILY_COLOURS = {
@@ -155,8 +157,14 @@ def sheet(count: int, size: tuple[float, float], columns: int = 3, **options: An
 
 
 def heading(figure: Figure, title: str, groups: Groups, what: str = "mean ± standard deviation") -> None:
-    """Set the title of a figure; see `described`."""
-    figure.suptitle(described(title, groups, what), fontsize=10.5)
+    """Set the title of a figure, in lines that fit its width; see `described`."""
+    width = int(figure.get_figwidth() * 72 / (0.56 * _HEADING))  # the mean width of a character, in units of its size
+    lines = [
+        part
+        for line in described(title, groups, what).splitlines()
+        for part in textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False)
+    ]
+    figure.suptitle("\n".join(lines), fontsize=_HEADING)
 
 
 def described(title: str, groups: Groups, what: str = "mean ± standard deviation") -> str:
