@@ -1626,6 +1626,20 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "model",
+        "changed_parts_taken",
+        "With Accumulated the second query sees inputs that the first one has changed in place.",
+        "            oracle.check_inputs()\n",
+        "            pass\n",
+    ),
+    Mutant(
+        "model",
+        "parts_are_others",
+        "With Accumulated and same_noise=True each query of a micro-batch draws other dropout masks.",
+        "        if id(batch) not in self._known:\n",
+        "        if True:\n",
+    ),
+    Mutant(
+        "model",
         "batch_used_up",
         "A forward pass takes elements out of the batch itself.",
         "        given = handed(batch)\n",
@@ -1663,8 +1677,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "model",
         "noise_not_replayed",
         "same_noise=True draws other dropout masks in the second query.",
-        "self._first[1].restore()",
-        "pass",
+        "        first.restore()\n",
+        "        pass\n",
     ),
     Mutant(
         "model",

@@ -267,7 +267,11 @@ class ModelOracle(Oracle):
     def next_part(self) -> None:
         """See `Oracle.next_part`."""
         self.module_state.next_part()
-        self._inputs.clear()
+        self._inputs.next_part()
+
+    def check_inputs(self) -> None:
+        """See `Oracle.check_inputs`."""
+        self._inputs.check()
 
     def rollback(self) -> None:
         """Restores weights, hooks and module state; also after an interruption at any moment, and more than once."""
