@@ -30,7 +30,8 @@ class Evaluation:
         outputs: the outputs of the model, detached.
         value: the scalar that `grad` is the gradient of: the mean of the losses that count.
         count: number of losses that count. If the objective returns a scalar, that is assumed to be the mean over the
-            batch, and `count` is the number of examples.
+            batch, and `count` is the number of examples; for cross-entropy of torch without class weights it is the
+            number of labels that are not ignored.
         targets: the targets that were passed to the objective.
         objective: the objective that was evaluated.
         decoupled: of the answer of a method, a further gradient that an optimizer applies outside of its update, with
@@ -98,7 +99,8 @@ class Evaluation:
         if self.losses.dim() == 1:
             return self.losses
         losses, ignored = self.losses.flatten(1), getattr(self.objective, "ignore_index", None)
-        if ignored is None or not isinstance(self.targets, Tensor) or self.targets.is_floating_point():
+        labels = isinstance(self.targets, Tensor) and not self.targets.is_floating_point()
+        if ignored is None or not labels or self.targets.shape != self.losses.shape:
             return losses.mean(1)
         return losses.sum(1) / (self.targets != ignored).flatten(1).sum(1).clamp_min(1)
 
@@ -133,7 +135,10 @@ class Evaluation:
         if objective is self.objective:
             return replace(self, grad=None)
         losses = objective(self._wide, self.targets)
-        counted = objectives.count(losses, self.targets, objective) if losses.dim() else self.count
+        if losses.dim():
+            counted = objectives.count(losses, self.targets, objective)
+        elif (counted := objectives.count_of_mean(self.targets, objective)) is None:
+            counted = self.count
         value = objectives.mean(losses, counted)
         return Evaluation(losses, None, self.outputs, value, counted, self.targets, objective)
 

@@ -1625,6 +1625,20 @@ MUTANTS: tuple[Mutant, ...] = (
         '        if False:\n            raise ValueError(\n                f"a forward pass changed tensor',
     ),
     Mutant(
+        "loss",
+        "losses_of_sequences_by_labels",
+        "The sum of losses of sequences is divided by the number of their labels.",
+        "    if ignored is None or not _are_labels(targets) or losses.shape != targets.shape:\n",
+        "    if ignored is None or not _are_labels(targets):\n",
+    ),
+    Mutant(
+        "loss",
+        "parts_of_a_mean_by_examples",
+        "A mean over the labels of a part of the batch is weighted by its number of examples.",
+        "        elif (count := objectives.count_of_mean(targets, objective)) is None:\n",
+        "        elif True:\n",
+    ),
+    Mutant(
         "model",
         "changed_parts_taken",
         "With Accumulated the second query sees inputs that the first one has changed in place.",

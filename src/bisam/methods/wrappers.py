@@ -117,9 +117,10 @@ class Accumulated:
     of its own, as in `MSAM`.
 
     Running statistics are updated once per micro-batch. Losses that are no means over examples (contrastive losses,
-    batch normalisation in the loss), and class weights that are made of the batch (`FocalSAM` without counts,
-    `ClassWeighted("balanced")`), are those of micro-batches. The displacement is kept during the micro-batches of a
-    query: one more tensor of the size of each weight. Hidden states of the model go on from query to query.
+    batch normalisation in the loss, torch's mean with class weights), and class weights that are made of the batch
+    (`FocalSAM` without counts, `ClassWeighted("balanced")`), are those of micro-batches. The displacement is kept
+    during the micro-batches of a query: one more tensor of the size of each weight. Hidden states of the model go on
+    from query to query.
 
     Args:
         m: examples in a micro-batch, >= 1; the last one may be smaller. A micro-batch is weighted by its number of

@@ -330,7 +330,8 @@ class ModelOracle(Oracle):
         check_losses(losses, targets)
         if losses.dim():
             count = objectives.count(losses, targets, objective)
-        else:  # where the inputs disagree, as images and their boxes do, the others tell
+        elif (count := objectives.count_of_mean(targets, objective)) is None:
+            # Where the inputs disagree, as images and their boxes do, the others tell.
             count = next((n for part in (batch, targets, outputs) if (n := size(part))), 1)
         return ForwardPass(outputs, targets, losses, count, objectives.mean(losses, count), objective)
 
