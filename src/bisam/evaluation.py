@@ -8,14 +8,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from bisam import objectives, targets as check
-from bisam.batches import children, mapped
+from bisam.batches import children, mapped, tensors
 from bisam.objectives import Count, Objective
 from bisam.vector import Vector
 
@@ -36,6 +36,7 @@ class Evaluation:
         objective: the objective that was evaluated.
         decoupled: of the answer of a method, a further gradient that an optimizer applies outside of its update, with
             the learning rate alone: see `Decoupled`.
+        versions: the result of `versions_of(outputs)` before the objective was evaluated; None if it is not known.
 
     Example:
         >>> import torch
@@ -59,6 +60,7 @@ class Evaluation:
     targets: Any = None
     objective: Objective | None = None
     decoupled: Vector | None = None
+    versions: tuple[int, ...] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.value is None:  # pyright: ignore[reportUnnecessaryComparison]
@@ -85,6 +87,7 @@ class Evaluation:
 
         Raises:
             TypeError: the objective returned a scalar and has no such method.
+            ValueError: it has one, and a loss has changed the outputs in place.
         """
         if self.losses.dim() == 0:
             each = getattr(self.objective, "per_example", None)
@@ -94,6 +97,7 @@ class Evaluation:
                     'reduction="none", for class labels also bisam.cross_entropy, or give it a method '
                     "per_example(outputs, targets)"
                 )
+            self._check_outputs()
             with torch.no_grad():
                 return cast(Tensor, each(self._wide, self.targets))
         if self.losses.dim() == 1:
@@ -110,11 +114,12 @@ class Evaluation:
 
         Raises:
             TypeError: the outputs are not logits in one tensor, or the targets are not class labels (int64).
-            ValueError: their shapes do not match.
+            ValueError: their shapes do not match, or a loss has changed the outputs in place.
         """
         outputs, labels = self.outputs, self.targets
         if outputs is None:
             raise TypeError("the outputs of this query are not known here: another rank has answered it")
+        self._check_outputs()
         check.types(outputs, labels)
         if labels.is_floating_point():
             raise TypeError(
@@ -131,21 +136,39 @@ class Evaluation:
 
     @torch.no_grad()
     def under(self, objective: Objective) -> Evaluation:
-        """Evaluates another objective on the same outputs, without a forward pass and without a gradient."""
+        """Evaluates another objective on the same outputs, without a forward pass and without a gradient.
+
+        Raises:
+            ValueError: the outputs are not those of the forward pass any more, because a loss has changed them in
+                place.
+        """
         if objective is self.objective:
             return replace(self, grad=None)
+        self._check_outputs()
         losses = objective(self._wide, self.targets)
         if losses.dim():
             counted = objectives.count(losses, self.targets, objective)
         elif (counted := objectives.count_of_mean(self.targets, objective)) is None:
             counted = self.count
         value = objectives.mean(losses, counted)
-        return Evaluation(losses, None, self.outputs, value, counted, self.targets, objective)
+        return Evaluation(losses, None, self.outputs, value, counted, self.targets, objective, versions=self.versions)
+
+    def _check_outputs(self) -> None:
+        if self.versions not in (None, versions_of(self.outputs)):
+            raise ValueError(
+                "the outputs of the model were changed in place after the forward pass, by a loss or by other code, so "
+                "that nothing else can be computed of them: let the loss work on a copy, outputs = outputs.clone()"
+            )
 
     @property
     def _wide(self) -> Any:
         """The outputs, in float32 if in half precision: the autocast context of the forward pass may have ended."""
         return mapped(_widened, self.outputs)
+
+
+def versions_of(outputs: Any) -> tuple[int, ...]:
+    """Returns a number for each tensor of the outputs of a model that grows with each change in place."""
+    return tuple([0 if t.is_inference() else t._version for t in tensors(outputs)])
 
 
 def join(parts: Sequence[Evaluation]) -> Evaluation:

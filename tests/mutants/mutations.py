@@ -1639,6 +1639,13 @@ MUTANTS: tuple[Mutant, ...] = (
         "        elif True:\n",
     ),
     Mutant(
+        "evaluation",
+        "changed_outputs_taken",
+        "Another loss is evaluated on outputs that a loss has changed in place.",
+        "        if self.versions not in (None, versions_of(self.outputs)):\n",
+        "        if False:\n",
+    ),
+    Mutant(
         "model",
         "changed_parts_taken",
         "With Accumulated the second query sees inputs that the first one has changed in place.",

@@ -294,8 +294,10 @@ class _TrajectoryLoss:
         return replace(self, past=_Past(*[None if t is None else t[start:stop] for t in self.past]))
 
     def __call__(self, outputs: Any, targets: Any) -> Tensor:
-        losses, past = self.loss(outputs, targets), cast(Tensor, self.past.outputs)
+        # The term first: a loss may change the outputs in place.
+        past = cast(Tensor, self.past.outputs)
         term = _divergence(_logits(outputs), past, self.temperature) * (self.lam * self.temperature**2)
+        losses = self.loss(outputs, targets)
         if self.past.known is not None:
             term = term * self.past.known.to(term.dtype).view(-1, *[1] * (term.dim() - 1))
         ignored = _ignored(targets, term, self.ignore_index)
