@@ -13,6 +13,7 @@ from bisam import (
     MESA,
     MSAM,
     RSAM,
+    SAF,
     SAM,
     BiSAM,
     EBiSAM,
@@ -175,7 +176,7 @@ def test_a_loss_that_changes_the_outputs_is_evaluated_once():
         answer.correct  # noqa: B018
 
 
-@pytest.mark.parametrize("method", [SAM(L2(0.5)), BiSAM(0.5), MSAM(4), MESA(SAM(L2(0.5)), lam=3.0)], ids=str)
+@pytest.mark.parametrize("method", [SAM(L2(0.5)), BiSAM(0.5), MSAM(4), KSAM(4)], ids=str)
 def test_a_loss_that_changes_the_outputs_trains_as_one_that_does_not(method):
     results = []
     for loss in (halved, lambda outputs, targets: halved(outputs.clone(), targets)):
@@ -190,7 +191,15 @@ def test_a_loss_that_changes_the_outputs_trains_as_one_that_does_not(method):
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize(("method", "stats"), [(ESAM(0.5, ascent=NegLog()), False), (BiSAM(0.5), True)], ids=str)
+NOT_ONCE = [
+    (ESAM(0.5, ascent=NegLog()), False),
+    (BiSAM(0.5), True),
+    (MESA(), False),
+    (SAF(epoch=1, examples=8, indices=lambda batch: torch.arange(8)), False),
+]
+
+
+@pytest.mark.parametrize(("method", "stats"), NOT_ONCE)
 def test_outputs_that_a_loss_has_changed_are_not_used_again(method, stats):
     sharp = SharpnessAware(linear(), method, halved, stats=stats)
 

@@ -97,7 +97,6 @@ class Evaluation:
                     'reduction="none", for class labels also bisam.cross_entropy, or give it a method '
                     "per_example(outputs, targets)"
                 )
-            self._check_outputs()
             with torch.no_grad():
                 return cast(Tensor, each(self._wide, self.targets))
         if self.losses.dim() == 1:
@@ -116,10 +115,9 @@ class Evaluation:
             TypeError: the outputs are not logits in one tensor, or the targets are not class labels (int64).
             ValueError: their shapes do not match, or a loss has changed the outputs in place.
         """
-        outputs, labels = self.outputs, self.targets
+        outputs, labels = self.outputs_of_model, self.targets
         if outputs is None:
             raise TypeError("the outputs of this query are not known here: another rank has answered it")
-        self._check_outputs()
         check.types(outputs, labels)
         if labels.is_floating_point():
             raise TypeError(
@@ -144,7 +142,6 @@ class Evaluation:
         """
         if objective is self.objective:
             return replace(self, grad=None)
-        self._check_outputs()
         losses = objective(self._wide, self.targets)
         if losses.dim():
             counted = objectives.count(losses, self.targets, objective)
@@ -153,17 +150,24 @@ class Evaluation:
         value = objectives.mean(losses, counted)
         return Evaluation(losses, None, self.outputs, value, counted, self.targets, objective, versions=self.versions)
 
-    def _check_outputs(self) -> None:
+    @property
+    def outputs_of_model(self) -> Any:
+        """The outputs, as the model has returned them.
+
+        Raises:
+            ValueError: a loss has changed them in place.
+        """
         if self.versions not in (None, versions_of(self.outputs)):
             raise ValueError(
                 "the outputs of the model were changed in place after the forward pass, by a loss or by other code, so "
                 "that nothing else can be computed of them: let the loss work on a copy, outputs = outputs.clone()"
             )
+        return self.outputs
 
     @property
     def _wide(self) -> Any:
         """The outputs, in float32 if in half precision: the autocast context of the forward pass may have ended."""
-        return mapped(_widened, self.outputs)
+        return mapped(_widened, self.outputs_of_model)
 
 
 def versions_of(outputs: Any) -> tuple[int, ...]:

@@ -173,7 +173,7 @@ class MESA:
         at = oracle.state["weights"] - oracle.weights
         query = Query(batch, at=at, grad=False, buffers=buffers)
         del at  # the query owns it
-        past = _Past(_logits(oracle.ask([query])[0].outputs), None, None)
+        past = _Past(_logits(oracle.ask([query])[0].outputs_of_model), None, None)
         return self.method(_Trajectory(inside, self.lam, self.temperature), (batch, past))
 
 
@@ -246,7 +246,7 @@ class _Trajectory(View):
         answers = super().ask(below)
         for past, answer, tracks in zip(pasts, answers, tracked, strict=True):
             if past.numbers is not None and tracks:
-                self.seen.append((past.numbers.to(_logits(answer.outputs).device), answer.outputs))
+                self.seen.append((past.numbers.to((z := _logits(answer.outputs_of_model)).device), z))
         return [_Answer.of(answer, past) for answer, past in zip(answers, pasts, strict=True)]
 
 
