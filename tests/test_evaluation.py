@@ -10,8 +10,10 @@ from bisam import (
     ERM,
     ESAM,
     KSAM,
+    MESA,
     MSAM,
     RSAM,
+    SAF,
     SAM,
     BiSAM,
     EBiSAM,
@@ -152,3 +154,67 @@ def test_a_batch_in_which_nothing_counts_changes_nothing():
 def test_a_batch_without_tensors_cannot_be_split():
     with pytest.raises(ValueError, match=r"cannot split a batch of object.*dict\(batch\)"):
         SharpnessAware(linear(), MSAM(4), cross_entropy, forward=lambda model, batch: (model(POINTS), LABELS))(object())
+
+
+def halved(outputs: Tensor, targets: Tensor) -> Tensor:
+    """A loss that changes the outputs."""
+    outputs.div_(2)
+    return nn.functional.cross_entropy(outputs, targets, reduction="none")
+
+
+CHANGED = r"outputs of the model were changed in place after the forward pass.*outputs = outputs.clone\(\)"
+
+
+def test_a_loss_that_changes_the_outputs_is_evaluated_once():
+    answer = ModelOracle(linear(), NegLog()).query((POINTS, LABELS))
+    expected = nn.functional.cross_entropy(answer.outputs / 2, LABELS)
+    torch.testing.assert_close(answer.under(halved).value, expected, rtol=0, atol=1e-15)
+    for objective in (halved, cross_entropy):
+        with pytest.raises(ValueError, match=CHANGED):
+            answer.under(objective)
+    with pytest.raises(ValueError, match=CHANGED):
+        answer.correct  # noqa: B018
+
+
+@pytest.mark.parametrize("method", [SAM(L2(0.5)), BiSAM(0.5), MSAM(4), KSAM(4)], ids=str)
+def test_a_loss_that_changes_the_outputs_trains_as_one_that_does_not(method):
+    results = []
+    for loss in (halved, lambda outputs, targets: halved(outputs.clone(), targets)):
+        torch.manual_seed(0)
+        model = linear()
+        sharp = SharpnessAware(model, method, loss)
+        for _ in range(2):
+            model.zero_grad()
+            (value := sharp(POINTS, LABELS)).backward()
+        results.append((value.detach(), *[p.grad for p in model.parameters()]))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+NOT_ONCE = [
+    (ESAM(0.5, ascent=NegLog()), False),
+    (BiSAM(0.5), True),
+    (MESA(), False),
+    (SAF(epoch=1, examples=8, indices=lambda batch: torch.arange(8)), False),
+]
+
+
+@pytest.mark.parametrize(("method", "stats"), NOT_ONCE)
+def test_outputs_that_a_loss_has_changed_are_not_used_again(method, stats):
+    sharp = SharpnessAware(linear(), method, halved, stats=stats)
+
+    def twice() -> None:
+        sharp(POINTS, LABELS)
+        sharp.clean  # noqa: B018
+
+    with pytest.raises(ValueError, match=CHANGED):
+        twice()
+
+
+def test_outputs_that_the_loss_takes_apart_are_not_used_again():
+    def popped(outputs: dict[str, Tensor], targets: Tensor) -> Tensor:
+        return cross_entropy(outputs.pop("logits"), targets)
+
+    oracle = ModelOracle(linear(), popped, lambda model, x, y: ({"logits": model(x), "x": x}, y))
+    with pytest.raises(ValueError, match=CHANGED):
+        oracle.query((POINTS, LABELS)).under(lambda outputs, targets: outputs["x"].sum())

@@ -22,9 +22,11 @@ from bisam import (
     ASAM,
     ERM,
     FSAM,
+    KSAM,
     MSAM,
     RSAM,
     SAM,
+    Accumulated,
     BiSAM,
     LookSAM,
     ModelOracle,
@@ -152,6 +154,83 @@ def test_clean_leaves_ignored_targets_out_of_the_value(method):
     if not isinstance(method, MSAM):  # whose parts count by their size
         torch.testing.assert_close(sharp.clean.value, nn.functional.cross_entropy(model(x), y), rtol=0, atol=1e-15)
     assert sharp.clean.losses[[0, 4, 7]].tolist() == [0, 0, 0]
+
+
+class OfSequences(nn.CrossEntropyLoss):
+    """One loss for each sequence, of a class that has an `ignore_index` for its labels."""
+
+    def __init__(self) -> None:
+        super().__init__(reduction="none")
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return super().forward(input, target).sum(1) / (target != self.ignore_index).sum(1)
+
+
+def sequences() -> tuple[nn.Module, Tensor, Tensor]:
+    """A model of tokens, and a batch with other numbers of labels in each of its sequences."""
+    torch.manual_seed(0)
+    x, y = torch.randn(8, 6, 5).double(), torch.randint(4, (8, 5))
+    for i in range(8):
+        y[i, 1 + i // 2 :] = -100
+    return nn.Conv1d(6, 4, 1).double(), x, y
+
+
+@pytest.mark.parametrize("method", [ERM(), SAM(L2(0.5)), Accumulated(3, SAM(L2(0.5))), KSAM(8, ERM())], ids=str)
+def test_a_loss_of_sequences_is_averaged_over_the_sequences(method):
+    """It has fewer values than labels, so that the number of those that count does not divide it."""
+    results = []
+    for loss in (OfSequences(), lambda outputs, targets: OfSequences()(outputs, targets)):
+        model, x, y = sequences()
+        sharp = SharpnessAware(model, method, loss)
+        value = sharp(x, y)
+        value.backward()
+        results.append((value.detach(), sharp.clean.value, *[p.grad for p in model.parameters()]))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-14)
+    model, x, y = sequences()
+    torch.testing.assert_close(results[0][1], OfSequences()(model(x), y).mean().detach(), rtol=0, atol=1e-14)
+
+
+def test_losses_of_rows_of_pixels_are_averaged_over_rows():
+    """One loss for each row (N, H), of labels (N, H, W)."""
+
+    class OfRows(nn.CrossEntropyLoss):
+        def forward(self, input: Tensor, target: Tensor) -> Tensor:
+            return super().forward(input, target).mean(2)
+
+    model, x = nn.Conv2d(3, 4, 1).double(), torch.randn(2, 3, 5, 6).double()
+    y, loss = torch.randint(4, (2, 5, 6)), OfRows(reduction="none")
+    y[0, 1] = -100
+    clean = ModelOracle(model, loss).query((x, y))
+    torch.testing.assert_close(clean.value, loss(model(x), y).mean().detach(), rtol=0, atol=1e-15)
+    torch.testing.assert_close(clean.per_example, loss(model(x), y).mean(1).detach(), rtol=0, atol=1e-15)
+
+
+MEANS = {
+    "CrossEntropyLoss": (nn.CrossEntropyLoss(), nn.Identity()),
+    "cross_entropy": (nn.functional.cross_entropy, nn.Identity()),
+    "NLLLoss": (nn.NLLLoss(), nn.LogSoftmax(1)),
+    "nll_loss": (nn.functional.nll_loss, nn.LogSoftmax(1)),
+}
+"""Means over the labels that are not ignored, and the layer before them."""
+
+
+@pytest.mark.parametrize("name", MEANS)
+def test_parts_of_a_mean_over_labels_count_as_many_as_they_have(name):
+    loss, last = MEANS[name]
+    results = []
+    for method in (SAM(L2(0.5)), Accumulated(3, SAM(L2(0.5)))):
+        model, x, y = sequences()
+        sharp = SharpnessAware(nn.Sequential(model, last), method, loss)
+        value = sharp(x, y)
+        value.backward()
+        results.append((value.detach(), sharp.clean.value, *[p.grad for p in model.parameters()]))
+        assert float(sharp.clean.count) == int((y != -100).sum())
+    for whole, parts in zip(*results, strict=True):
+        torch.testing.assert_close(parts, whole, rtol=0, atol=1e-14)
+    model, x, y = sequences()
+    oracle = ModelOracle(nn.Sequential(model, last), lambda outputs, targets: loss(outputs, targets))
+    assert oracle.query((x, y)).under(loss).count == (y != -100).sum()  # also of an answer with another objective
 
 
 @pytest.mark.parametrize("method", [SAM(), MSAM(4)], ids=str)

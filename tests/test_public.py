@@ -220,7 +220,8 @@ QUERY = "*, at=None, grad=True, track=None, wrt=None, last=False"
         (bisam.Vector, "(tensors, holes=frozenset(), layout=WHOLE)"),
         (
             bisam.Evaluation,
-            "(losses, grad=None, outputs=None, value=None, count=None, targets=None, objective=None, decoupled=None)",
+            "(losses, grad=None, outputs=None, value=None, count=None, targets=None, objective=None, decoupled=None, "
+            "versions=None)",
         ),
         (
             bisam.ModelOracle,

@@ -8,14 +8,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from bisam import objectives, targets as check
-from bisam.batches import children, mapped
+from bisam.batches import children, mapped, tensors
 from bisam.objectives import Count, Objective
 from bisam.vector import Vector
 
@@ -30,11 +30,13 @@ class Evaluation:
         outputs: the outputs of the model, detached.
         value: the scalar that `grad` is the gradient of: the mean of the losses that count.
         count: number of losses that count. If the objective returns a scalar, that is assumed to be the mean over the
-            batch, and `count` is the number of examples.
+            batch, and `count` is the number of examples; for cross-entropy of torch without class weights it is the
+            number of labels that are not ignored.
         targets: the targets that were passed to the objective.
         objective: the objective that was evaluated.
         decoupled: of the answer of a method, a further gradient that an optimizer applies outside of its update, with
             the learning rate alone: see `Decoupled`.
+        versions: the result of `versions_of(outputs)` before the objective was evaluated; None if it is not known.
 
     Example:
         >>> import torch
@@ -58,6 +60,7 @@ class Evaluation:
     targets: Any = None
     objective: Objective | None = None
     decoupled: Vector | None = None
+    versions: tuple[int, ...] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.value is None:  # pyright: ignore[reportUnnecessaryComparison]
@@ -84,6 +87,7 @@ class Evaluation:
 
         Raises:
             TypeError: the objective returned a scalar and has no such method.
+            ValueError: it has one, and a loss has changed the outputs in place.
         """
         if self.losses.dim() == 0:
             each = getattr(self.objective, "per_example", None)
@@ -98,7 +102,8 @@ class Evaluation:
         if self.losses.dim() == 1:
             return self.losses
         losses, ignored = self.losses.flatten(1), getattr(self.objective, "ignore_index", None)
-        if ignored is None or not isinstance(self.targets, Tensor) or self.targets.is_floating_point():
+        labels = isinstance(self.targets, Tensor) and not self.targets.is_floating_point()
+        if ignored is None or not labels or self.targets.shape != self.losses.shape:
             return losses.mean(1)
         return losses.sum(1) / (self.targets != ignored).flatten(1).sum(1).clamp_min(1)
 
@@ -108,9 +113,9 @@ class Evaluation:
 
         Raises:
             TypeError: the outputs are not logits in one tensor, or the targets are not class labels (int64).
-            ValueError: their shapes do not match.
+            ValueError: their shapes do not match, or a loss has changed the outputs in place.
         """
-        outputs, labels = self.outputs, self.targets
+        outputs, labels = self.outputs_of_model, self.targets
         if outputs is None:
             raise TypeError("the outputs of this query are not known here: another rank has answered it")
         check.types(outputs, labels)
@@ -129,18 +134,45 @@ class Evaluation:
 
     @torch.no_grad()
     def under(self, objective: Objective) -> Evaluation:
-        """Evaluates another objective on the same outputs, without a forward pass and without a gradient."""
+        """Evaluates another objective on the same outputs, without a forward pass and without a gradient.
+
+        Raises:
+            ValueError: the outputs are not those of the forward pass any more, because a loss has changed them in
+                place.
+        """
         if objective is self.objective:
             return replace(self, grad=None)
         losses = objective(self._wide, self.targets)
-        counted = objectives.count(losses, self.targets, objective) if losses.dim() else self.count
+        if losses.dim():
+            counted = objectives.count(losses, self.targets, objective)
+        elif (counted := objectives.count_of_mean(self.targets, objective)) is None:
+            counted = self.count
         value = objectives.mean(losses, counted)
-        return Evaluation(losses, None, self.outputs, value, counted, self.targets, objective)
+        return Evaluation(losses, None, self.outputs, value, counted, self.targets, objective, versions=self.versions)
+
+    @property
+    def outputs_of_model(self) -> Any:
+        """The outputs, as the model has returned them.
+
+        Raises:
+            ValueError: a loss has changed them in place.
+        """
+        if self.versions not in (None, versions_of(self.outputs)):
+            raise ValueError(
+                "the outputs of the model were changed in place after the forward pass, by a loss or by other code, so "
+                "that nothing else can be computed of them: let the loss work on a copy, outputs = outputs.clone()"
+            )
+        return self.outputs
 
     @property
     def _wide(self) -> Any:
         """The outputs, in float32 if in half precision: the autocast context of the forward pass may have ended."""
-        return mapped(_widened, self.outputs)
+        return mapped(_widened, self.outputs_of_model)
+
+
+def versions_of(outputs: Any) -> tuple[int, ...]:
+    """Returns a number for each tensor of the outputs of a model that grows with each change in place."""
+    return tuple([0 if t.is_inference() else t._version for t in tensors(outputs)])
 
 
 def join(parts: Sequence[Evaluation]) -> Evaluation:

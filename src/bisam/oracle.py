@@ -238,6 +238,15 @@ class Oracle(ABC):
         `bisam.model.module_state`.
         """
 
+    def check_inputs(self) -> None:  # noqa: B027 - an oracle without a forward pass has nothing to do
+        """Checks that no query so far has changed its batch, before further queries on all parts of it.
+
+        Without it, only the queries on one part are compared with each other.
+
+        Raises:
+            ValueError: a forward pass has changed a tensor of a batch in place.
+        """
+
     def next_sample(self) -> None:  # noqa: B027 - only statistics have something to do
         """Declares that the next displacements are made of none of the gradients computed so far."""
 
@@ -386,6 +395,10 @@ class View(Oracle):
     def next_part(self) -> None:
         """See `Oracle.next_part`."""
         self._oracle.next_part()
+
+    def check_inputs(self) -> None:
+        """See `Oracle.check_inputs`."""
+        self._oracle.check_inputs()
 
     def next_sample(self) -> None:
         """See `Oracle.next_sample`."""

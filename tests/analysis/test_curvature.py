@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 pytest.importorskip("curvlinops")
@@ -230,6 +231,29 @@ def test_what_curvlinops_cannot_serve_is_computed_by_differences():
         assert found.by == "differences"
         assert found.values == pytest.approx(expected, rel=1e-4)
     assert eigenvalues(ModelOracle(model, NegLog()), DATA).by == "differences"  # its gradient is written by hand
+
+
+@pytest.mark.parametrize("loss", [lambda z, y: F.cross_entropy(z, y, reduction="none"), cross_entropy, F.cross_entropy])
+@pytest.mark.parametrize("kind", ["lengths", "ignored", "equal"])
+def test_each_label_counts_the_same_in_sequences(kind, loss):
+    """Curvlinops weights a batch with its number of examples, and so serves if all of them have as many labels."""
+    model = nn.Conv1d(6, 4, 1).double()
+    lengths = (2, 5) if kind == "lengths" else (3, 3)
+    data = [(torch.randn(4, 6, n).double(), torch.randint(4, (4, n))) for n in lengths]
+    if kind == "ignored":
+        data[0][1][:3] = -100
+        loss = cross_entropy if loss is not F.cross_entropy else loss
+    parts = [(z.movedim(1, -1).flatten(0, 1), y.flatten()) for z, y in data]
+    x, y = (torch.cat(of) for of in zip(*parts, strict=True))
+
+    def mean(w: Tensor, b: Tensor) -> Tensor:
+        return F.cross_entropy(x @ w[..., 0].T + b, y)
+
+    blocks = torch.autograd.functional.hessian(mean, (model.weight.detach(), model.bias.detach()))
+    rows = [torch.cat([part.reshape(n, -1) for part in row], 1) for row, n in zip(blocks, (24, 4), strict=True)]
+    found = eigenvalues(ModelOracle(model, loss), data, k=3, tolerance=1e-10)
+    assert found.values == pytest.approx(torch.linalg.eigvalsh(torch.cat(rows)).flip(0)[:3].tolist(), rel=1e-5)
+    assert found.by == ("curvlinops" if kind == "equal" else "differences")
 
 
 @pytest.mark.parametrize("by", ["curvlinops", "differences"])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import register_pytree_node
 
-from bisam import ERM, ESAM, KSAM, MSAM, SAM, BiSAM, SAMPa, SharpnessAware, cross_entropy, next_step
+from bisam import ERM, ESAM, KSAM, MSAM, SAM, Accumulated, BiSAM, SAMPa, SharpnessAware, cross_entropy, next_step
 from bisam.perturbations import L2
 from tests.support import cases
 from tests.support.runs import grads_of, twins
@@ -39,6 +39,7 @@ CHANGES = {
     "by a view": lambda x: x[0].zero_(),
 }
 SEVERAL = [SAM(L2(0.5)), BiSAM(0.5), MSAM(4), KSAM(4), ESAM(0.5)]
+SEVERAL += [Accumulated(4, SAM(0.5)), Accumulated(2, KSAM(4, ERM())), MSAM(6, Accumulated(4, SAM(0.5)))]
 
 
 @pytest.mark.parametrize("method", SEVERAL, ids=str)
@@ -49,7 +50,9 @@ def test_an_input_that_the_model_changes_is_named(change, method):
         sharp(X.clone(), Y)
 
 
-@pytest.mark.parametrize("method", [ERM(), MSAM(4, ERM())], ids=str)
+@pytest.mark.parametrize(
+    "method", [ERM(), MSAM(4, ERM()), Accumulated(4, ERM()), Accumulated(2, MSAM(4, ERM()))], ids=str
+)
 def test_with_one_query_a_model_may_change_its_input(method):
     sharp = SharpnessAware(InPlace(CHANGES["in place"]), method, cross_entropy)
     sharp(X.clone(), Y)

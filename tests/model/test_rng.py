@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bisam import ERM, MSAM, SAM, ModelOracle, SharpnessAware, cross_entropy
+from bisam import ERM, MSAM, SAM, Accumulated, ModelOracle, MultiStepSAM, SharpnessAware, cross_entropy
 from bisam.perturbations import L2
 from tests.support import cases
 from tests.support.cases import bits
@@ -71,6 +71,30 @@ def test_same_noise_replays_per_micro_batch():
     assert torch.equal(seen[0], seen[1])
     assert torch.equal(seen[2], seen[3])
     assert not torch.equal(seen[0], seen[2])
+
+
+@pytest.mark.parametrize("queries", [2, 3])
+def test_same_noise_replays_the_masks_of_each_part_of_an_accumulated_batch(queries):
+    """A query of the whole batch comes between two queries on the same part."""
+    method = Accumulated(4, MultiStepSAM(0.1, steps=queries - 1))
+    seen = masks(SharpnessAware(dropout_net(), method, cross_entropy, same_noise=True))
+    parts = len(seen) // queries
+    assert parts > 1
+    for i, mask in enumerate(seen):
+        assert torch.equal(mask, seen[i % parts])
+    assert not torch.equal(seen[0], seen[1])
+
+
+def test_same_noise_replays_the_masks_of_batches_that_take_turns():
+    def method(oracle, batch):
+        other = tuple(t.flip(0) for t in batch)
+        answers = [oracle.query(b) for b in (batch, other, batch, other)]
+        return answers[0]
+
+    seen = masks(SharpnessAware(dropout_net(), method, cross_entropy, same_noise=True))
+    assert torch.equal(seen[0], seen[2])
+    assert torch.equal(seen[1], seen[3])
+    assert not torch.equal(seen[0], seen[1])
 
 
 def test_same_noise_with_rho_zero_is_erm_to_the_random_state():

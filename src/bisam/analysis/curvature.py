@@ -341,10 +341,11 @@ def _operator(
     except ImportError as error:
         raise ImportError('curvature needs curvlinops: pip install "bisam[analysis]"') from error
     with sampled(source, data, seed=seed, mode=mode, progress=progress) as sample:
-        examples = sample.answers().count
+        answers = sample.answers()
+        examples = answers.count
         fault = "" if by == "differences" else _fault(sample)
         if not fault and by != "differences":
-            operator, fault = exact(sample, matrix)
+            operator, fault = exact(sample, matrix, answers)
             if operator is not None:
                 yield Counted(operator, sample.oracle.weights, "curvlinops"), examples
                 return

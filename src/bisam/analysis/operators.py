@@ -11,8 +11,9 @@ from torch.nn import functional
 
 from bisam import objectives
 from bisam.analysis.curvature import Matrix
-from bisam.analysis.samples import Sample
-from bisam.batches import size
+from bisam.analysis.samples import Answers, Sample
+from bisam.batches import Batch, size
+from bisam.evaluation import Evaluation
 from bisam.model.oracle import ModelOracle
 from bisam.objectives import Objective
 from bisam.vector import Vector
@@ -156,16 +157,33 @@ def _is_likelihood(loss: Objective) -> bool:
     return isinstance(loss, objectives.CrossEntropy) or loss is functional.cross_entropy
 
 
-def exact(sample: Sample, matrix: Matrix) -> tuple[Any, str]:
-    """Returns the operator with exact products, or None and the reason why it cannot be had."""
+def _losses_of_each(batch: Batch, answer: Evaluation) -> float | None:
+    """Returns the number of losses of each example of a batch; None if it is not known or if some do not count."""
+    n, counted = size(batch), float(answer.count)
+    if answer.losses.dim():
+        losses = answer.losses.numel()
+    else:
+        known = objectives.count_of_mean(answer.targets, cast(Objective, answer.objective))
+        losses = counted if known is None else answer.targets.numel()
+    return counted / n if n and counted == losses else None
+
+
+def exact(sample: Sample, matrix: Matrix, answers: Answers) -> tuple[Any, str]:
+    """Returns the operator with exact products, or None and the reason why it cannot be had.
+
+    Args:
+        sample: the loss and its data.
+        matrix: the matrix.
+        answers: those at the weights, whose counts are the weights of the batches in the mean.
+    """
     oracle = cast(ModelOracle, sample.model)
     loss = oracle.loss
     if matrix == "fisher" and not _is_likelihood(loss):
         name = getattr(loss, "__name__", type(loss).__name__)
         return None, f"{name} is not the cross-entropy of logits without weights: matrix='ggn' can serve"
-    for batch in sample.batches:
-        if (n := size(batch)) is None or float(objectives.count(torch.empty(n), batch[1], loss)) != n:
-            return None, "some labels are ignored, or the numbers of examples differ"
+    shares = {_losses_of_each(batch, answer) for batch, answer in zip(sample.batches, answers.parts, strict=True)}
+    if len(shares) > 1 or None in shares:  # curvlinops weights a batch with its number of examples
+        return None, "some labels are ignored, or the numbers of examples or of labels of each example differ"
     model_parameters = {id(p) for p in oracle.model.parameters()}
     if any(id(p) not in model_parameters for p in oracle.parameters):
         return None, "the loss has parameters of its own"

@@ -173,7 +173,7 @@ class MESA:
         at = oracle.state["weights"] - oracle.weights
         query = Query(batch, at=at, grad=False, buffers=buffers)
         del at  # the query owns it
-        past = _Past(_logits(oracle.ask([query])[0].outputs), None, None)
+        past = _Past(_logits(oracle.ask([query])[0].outputs_of_model), None, None)
         return self.method(_Trajectory(inside, self.lam, self.temperature), (batch, past))
 
 
@@ -246,7 +246,7 @@ class _Trajectory(View):
         answers = super().ask(below)
         for past, answer, tracks in zip(pasts, answers, tracked, strict=True):
             if past.numbers is not None and tracks:
-                self.seen.append((past.numbers.to(_logits(answer.outputs).device), answer.outputs))
+                self.seen.append((past.numbers.to((z := _logits(answer.outputs_of_model)).device), z))
         return [_Answer.of(answer, past) for answer, past in zip(answers, pasts, strict=True)]
 
 
@@ -294,8 +294,10 @@ class _TrajectoryLoss:
         return replace(self, past=_Past(*[None if t is None else t[start:stop] for t in self.past]))
 
     def __call__(self, outputs: Any, targets: Any) -> Tensor:
-        losses, past = self.loss(outputs, targets), cast(Tensor, self.past.outputs)
+        # The term first: a loss may change the outputs in place.
+        past = cast(Tensor, self.past.outputs)
         term = _divergence(_logits(outputs), past, self.temperature) * (self.lam * self.temperature**2)
+        losses = self.loss(outputs, targets)
         if self.past.known is not None:
             term = term * self.past.known.to(term.dtype).view(-1, *[1] * (term.dim() - 1))
         ignored = _ignored(targets, term, self.ignore_index)

@@ -117,9 +117,10 @@ class Accumulated:
     of its own, as in `MSAM`.
 
     Running statistics are updated once per micro-batch. Losses that are no means over examples (contrastive losses,
-    batch normalisation in the loss), and class weights that are made of the batch (`FocalSAM` without counts,
-    `ClassWeighted("balanced")`), are those of micro-batches. The displacement is kept during the micro-batches of a
-    query: one more tensor of the size of each weight. Hidden states of the model go on from query to query.
+    batch normalisation in the loss, torch's mean with class weights), and class weights that are made of the batch
+    (`FocalSAM` without counts, `ClassWeighted("balanced")`), are those of micro-batches. The displacement is kept
+    during the micro-batches of a query: one more tensor of the size of each weight. Hidden states of the model go on
+    from query to query.
 
     Args:
         m: examples in a micro-batch, >= 1; the last one may be smaller. A micro-batch is weighted by its number of
@@ -158,23 +159,45 @@ class Accumulated:
 
 
 class _InParts(View):
-    """An oracle that answers each query in micro-batches of `m` examples."""
+    """An oracle that answers each query in micro-batches of `m` examples, the same ones in all queries on a batch."""
 
     def __init__(self, oracle: Oracle, m: int) -> None:
         super().__init__(oracle)
-        self._m = m
+        self._parts = _Parts(m)
+
+    def next_part(self) -> None:
+        """See `Oracle.next_part`."""
+        super().next_part()
+        self._parts.asked = False
 
     def ask(self, queries: Sequence[Query]) -> list[Evaluation]:
         """See `Oracle.ask`."""
         return [self._answer(query) for query in queries]
 
     def _answer(self, query: Query) -> Evaluation:
-        parts = split(query.batch, self._m)
-        self.agree("micro-batches", len(parts))
+        parts = self._parts.of(query.batch, self)
         if len(parts) == 1:
             return super().ask([query])[0]
         queries = _divided(query, parts)
-        return _joined(self, parts, lambda i, part: View.ask(self, [next(queries)])[0])
+        return _joined(self.below, parts, lambda i, part: View.ask(self, [next(queries)])[0])
+
+
+class _Parts:
+    """The parts of `m` examples of each batch of a step, and whether one was asked for."""
+
+    def __init__(self, m: int) -> None:
+        self._m, self.asked = m, False
+        self._known: dict[int, tuple[Batch, list[Batch]]] = {}  # by the identity of the batch, which stays alive
+
+    def of(self, batch: Batch, oracle: Oracle) -> list[Batch]:
+        if id(batch) not in self._known:
+            self._known[id(batch)] = batch, split(batch, self._m)
+        _, parts = self._known[id(batch)]
+        oracle.agree("micro-batches", len(parts))
+        if self.asked:
+            oracle.check_inputs()
+        self.asked = True
+        return parts
 
 
 def _divided(query: Query, parts: Sequence[Batch]) -> Iterator[Query]:

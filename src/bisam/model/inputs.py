@@ -35,6 +35,7 @@ class Inputs:
     def __init__(self, *, thorough: bool) -> None:
         self._thorough = thorough
         self._given: list[_Given] = []
+        self._earlier: list[_Given] = []  # of other parts of the batch
         self._batches: dict[int, Batch] = {}  # by identity
         self._without: list[Tensor] = []
         self.need_gradients = False
@@ -66,9 +67,19 @@ class Inputs:
                 t.requires_grad_(False)
         self._without = []
 
-    def clear(self) -> None:
-        """Forgets the batches of the queries so far."""
+    def next_part(self) -> None:
+        """Declares that the next queries are on another part of the batch, whatever passes did to those before."""
+        self._earlier += self._given
         self._given, self._batches = [], {}
+
+    def check(self) -> None:
+        """Checks the batches of all queries so far, those on other parts too.
+
+        Raises:
+            ValueError: a query has changed a tensor of its batch in place.
+        """
+        for given in (*self._earlier, *self._given):
+            self._check(given)
 
     def _check(self, given: _Given) -> None:
         tensor, contents = given.tensor, given.contents

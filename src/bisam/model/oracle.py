@@ -21,7 +21,7 @@ from bisam.batches import Batch, Keywords, handed, is_empty, mapped, size, tenso
 from bisam.distributed.ddp import Averaging
 from bisam.distributed.peers import Peers
 from bisam.distributed.placement import Scope, place
-from bisam.evaluation import Evaluation
+from bisam.evaluation import Evaluation, versions_of
 from bisam.model import passes
 from bisam.model.displacement import Redrawn, Saved
 from bisam.model.eval_mode import EvalMode
@@ -51,6 +51,7 @@ class ForwardPass:
         count: number of losses that count.
         value: the mean of the losses that count.
         objective: the objective that was evaluated.
+        versions: those of the outputs before that, see `Evaluation`.
     """
 
     outputs: Any
@@ -59,12 +60,14 @@ class ForwardPass:
     count: Count
     value: Tensor
     objective: Objective
+    versions: tuple[int, ...]
 
     def detached(self) -> Evaluation:
         """Returns the pass as an Evaluation without gradient and graph."""
         outputs, targets = mapped(_detached, self.outputs), mapped(_detached, self.targets)
         losses, value = self.losses.detach(), self.value.detach()
-        return Evaluation(losses, None, outputs, value, self.count, targets, self.objective)
+        made = losses, None, outputs, value, self.count, targets, self.objective
+        return Evaluation(*made, versions=self.versions)
 
 
 @dataclass
@@ -267,7 +270,11 @@ class ModelOracle(Oracle):
     def next_part(self) -> None:
         """See `Oracle.next_part`."""
         self.module_state.next_part()
-        self._inputs.clear()
+        self._inputs.next_part()
+
+    def check_inputs(self) -> None:
+        """See `Oracle.check_inputs`."""
+        self._inputs.check()
 
     def rollback(self) -> None:
         """Restores weights, hooks and module state; also after an interruption at any moment, and more than once."""
@@ -322,13 +329,15 @@ class ModelOracle(Oracle):
             raise ValueError(
                 f"the loss leaves out label {mine}, and {objective!r} {theirs}: give both the same ignore_index"
             )
+        versions = versions_of(outputs)
         losses = objective(outputs, targets)
         check_losses(losses, targets)
         if losses.dim():
             count = objectives.count(losses, targets, objective)
-        else:  # where the inputs disagree, as images and their boxes do, the others tell
+        elif (count := objectives.count_of_mean(targets, objective)) is None:
+            # Where the inputs disagree, as images and their boxes do, the others tell.
             count = next((n for part in (batch, targets, outputs) if (n := size(part))), 1)
-        return ForwardPass(outputs, targets, losses, count, objectives.mean(losses, count), objective)
+        return ForwardPass(outputs, targets, losses, count, objectives.mean(losses, count), objective, versions)
 
     def training_value(self, answer: Evaluation) -> Tensor:
         """Returns the value of the training loss for the outputs of an answer to a query with another objective.

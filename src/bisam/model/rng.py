@@ -67,7 +67,7 @@ class RandomState:
 
 
 class SameNoise:
-    """Replays the random state of the first query on a batch in all later queries on it.
+    """Replays the random state of the first query on a batch in all later queries on it, whatever lies between them.
 
     Args:
         parameters: the parameters of the model.
@@ -75,13 +75,13 @@ class SameNoise:
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self._parameters = parameters
-        self._first: tuple[Batch, RandomState] | None = None
+        self._first: dict[int, tuple[Batch, RandomState]] = {}  # by the identity of the batch, which stays alive
 
     def begin(self, batch: Batch) -> RandomState | None:
         """Replays the state if an earlier query used the batch, and returns the state to restore after the query."""
-        if self._first is not None and self._first[0] is batch:
-            present = RandomState(self._parameters)  # keep draws between two queries, such as a mask
-            self._first[1].restore()
-            return present
-        self._first = batch, RandomState(self._parameters)
-        return None
+        present = RandomState(self._parameters)
+        _, first = self._first.setdefault(id(batch), (batch, present))
+        if first is present:
+            return None
+        first.restore()
+        return present  # keeps draws between two queries, such as a mask

@@ -39,7 +39,8 @@ margins. Objectives around a bound make it one of another metric, and contain ea
     >>> order, matches, close = Pairwise(), Retrieval(), Tolerance(0.1)
 
 An objective may have an attribute `ignore_index`. Training then averages over the other targets, as the cross-entropy
-of torch does. It may have a method `at_step(step)` that returns the objective of a training step; an oracle calls it.
+of torch does, if it returns one loss for each of them. It may have a method `at_step(step)` that returns the objective
+of a training step; an oracle calls it.
 """
 
 from bisam.objectives.bounds import (
@@ -69,6 +70,7 @@ from bisam.objectives.objective import (
     OfClasses as OfClasses,
     at_step as at_step,
     count as count,
+    count_of_mean as count_of_mean,
     cross_entropy as cross_entropy,
     mean as mean,
 )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from bisam import targets as check
 
@@ -31,15 +31,48 @@ def count(losses: Tensor, targets: Any, objective: Objective) -> Count:
     """Returns the number of losses that count: those whose target is not the objective's `ignore_index`, if it has one.
 
     Args:
-        losses: one per example.
+        losses: one per example. Where there are fewer than labels, as one for each sequence, all of them count.
         targets: targets that were passed to the objective; labels are integers.
         objective: `torch.nn.CrossEntropyLoss(reduction="none")` and the objectives in this module have an
             `ignore_index`.
     """
     ignored = getattr(objective, "ignore_index", None)
-    if ignored is None or not isinstance(targets, Tensor) or targets.is_floating_point():
+    if ignored is None or not _are_labels(targets) or losses.shape != targets.shape:
         return losses.numel()
+    return _not(ignored, targets)
+
+
+def count_of_mean(targets: Any, objective: Objective) -> Count | None:
+    """Returns the number of losses that the mean of an objective is over, if it is known for an objective of a scalar.
+
+    It is for cross-entropy and the negative log-likelihood of torch without class weights, which leave out labels.
+
+    Args:
+        targets: targets that were passed to the objective.
+        objective: the objective.
+    """
+    if objective is F.cross_entropy or objective is F.nll_loss:
+        ignored = -100
+    elif getattr(type(objective), "forward", None) in _FORWARDS and _is_plain_mean(objective):
+        ignored = cast(nn.NLLLoss, objective).ignore_index
+    else:
+        return None
+    return _not(ignored, targets) if _are_labels(targets) else None
+
+
+_FORWARDS = (nn.CrossEntropyLoss.forward, nn.NLLLoss.forward)
+
+
+def _is_plain_mean(objective: Any) -> bool:
+    return objective.reduction == "mean" and objective.weight is None
+
+
+def _not(ignored: int, targets: Tensor) -> Tensor:
     return (targets != ignored).sum(dtype=torch.float32)
+
+
+def _are_labels(targets: Any) -> bool:
+    return isinstance(targets, Tensor) and not targets.is_floating_point()
 
 
 def mean(losses: Tensor, counted: Count) -> Tensor:
