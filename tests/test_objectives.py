@@ -6,6 +6,7 @@ import copy
 import math
 import pickle
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from bisam import (
     KSAM,
     L2,
     MSAM,
+    OBF,
     Binary,
     BiSAM,
     LookSAM,
@@ -1027,3 +1029,15 @@ def test_one_class_is_refused(bound):
     for outputs, targets in ((Z[:, :1], Y), (Z[:, :1], Z[:, :1]), (Z[0, :1], Y[0])):
         with pytest.raises(ValueError, match=r"compares classes, and outputs of shape .* have only one: .*Binary\("):
             bound(outputs, targets)
+
+
+@pytest.mark.parametrize("make", [NegLog, Tanh, CrossEntropy, OBF, partial(LowerBound, torch.tanh, 1.0)])
+@pytest.mark.parametrize("bad", ["a", 1.5, None, True])
+def test_a_label_that_is_ignored_is_a_whole_number(make, bad):
+    with pytest.raises(TypeError, match=f"ignore_index must be an int, got {bad!r}"):
+        make(ignore_index=bad)
+
+
+def test_phi_is_a_function():
+    with pytest.raises(TypeError, match="phi must be a function from a tensor to one of the same shape, got 3"):
+        LowerBound(3, 1.0)

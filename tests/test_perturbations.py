@@ -269,6 +269,7 @@ def test_only_the_gradients_of_the_groups_are_asked_for():
         (lambda: PerGroup([L2(0.1)]), ValueError, r"groups must be pairs .* got \[L2"),
         (lambda: PerGroup([(cases.is_weight, 0.1, 0.2)]), ValueError, r"a group must be a pair .*0\.2"),
         (lambda: PerGroup([(3, 0.1)]), TypeError, "where must be a function"),
+        (lambda: Adaptive(0.1, where=3), TypeError, "where must be a function .* got 3"),
         (lambda: PerGroup([(cases.is_weight, "0.1")]), TypeError, "perturb must be a radius"),
         (lambda: PerGroup([(cases.is_weight, -0.1)]), ValueError, "rho must be .*-0.1"),
         (lambda: PerGroup([(cases.is_weight, FlipRate(0.1))]), ValueError, "FlipRate"),

@@ -119,7 +119,7 @@ class Adaptive:
         where: `(name, weight) -> bool`, selects the parameters that T scales. Default: all.
 
     Raises:
-        TypeError: `rho` is neither a number nor a schedule, or `eta` is not a number.
+        TypeError: `rho` is neither a number nor a schedule, `eta` is not a number, or `where` is no function.
         ValueError: `rho` or `eta` is negative or not finite.
 
     Example:
@@ -139,6 +139,8 @@ class Adaptive:
     def __post_init__(self) -> None:
         _check_rho(self.rho)
         non_negative("eta", self.eta)
+        if self.where is not None:
+            instance("where", self.where, "a function (name, parameter) -> bool")
 
     def __call__(self, gradient: Vector, oracle: Oracle) -> Vector:
         """Returns the displacement that has length rho in the metric of T."""

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from bisam import schedules, targets as check
 from bisam.objectives.objective import OfClasses, at_step, of_classes, of_labels, wide
 from bisam.schedules import Schedule
-from bisam.validation import instance, positive
+from bisam.validation import LARGEST, instance, positive, whole
 
 GAMMA = math.log(math.e - 1)
 """The offset that makes the -log bound pass through the origin (Xie et al., 2024, eq. 15)."""
@@ -54,7 +54,7 @@ class LowerBound(OfClasses):
         ignore_index: label of examples that are ignored.
 
     Raises:
-        TypeError: `mu` is neither a number nor a schedule.
+        TypeError: `phi` is no function, `mu` is neither a number nor a schedule, or `ignore_index` is no int.
         ValueError: `mu`, or the first value of the schedule, is not positive and finite.
     """
 
@@ -63,6 +63,8 @@ class LowerBound(OfClasses):
     ignore_index: int = field(default=-100, kw_only=True)
 
     def __post_init__(self) -> None:
+        instance("phi", self.phi, "a function from a tensor to one of the same shape")
+        whole("ignore_index", self.ignore_index, least=-LARGEST)
         if not callable(self.mu):
             return positive("mu", self.mu)
         schedules.check("mu", self.mu)
@@ -205,7 +207,7 @@ class NegLog(LowerBound):
         ignore_index: label of examples that are ignored.
 
     Raises:
-        TypeError: `mu` is neither a number nor a schedule.
+        TypeError: `mu` is neither a number nor a schedule, or `ignore_index` is no int.
         ValueError: `mu` is not positive and finite.
 
     Example:
@@ -221,8 +223,8 @@ class NegLog(LowerBound):
     mu: float | Schedule = 1.0
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         object.__setattr__(self, "phi", neg_log)
+        super().__post_init__()
 
     def _labelled(self, logits: Tensor, labels: Tensor, ignore_index: int | None) -> Tensor:
         if self._mu > _FAST_MU:
@@ -258,7 +260,7 @@ class Tanh(LowerBound):
         ignore_index: label of examples that are ignored.
 
     Raises:
-        TypeError: `mu` is neither a number nor a schedule, or `alpha` is not a number.
+        TypeError: `mu` is neither a number nor a schedule, `alpha` is not a number, or `ignore_index` is no int.
         ValueError: `mu` or `alpha` is not positive and finite.
 
     Example:
@@ -275,9 +277,9 @@ class Tanh(LowerBound):
     alpha: float = 0.1
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         positive("alpha", self.alpha)
         object.__setattr__(self, "phi", partial(tanh, self.alpha))
+        super().__post_init__()
 
     def _labelled(self, logits: Tensor, labels: Tensor, ignore_index: int | None) -> Tensor:
         if self._mu > _FAST_MU:

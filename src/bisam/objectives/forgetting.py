@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bisam.objectives.objective import OfClasses, of_labels
-from bisam.validation import share
+from bisam.validation import LARGEST, share, whole
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class OBF(OfClasses):
         ignore_index: label of examples that are ignored.
 
     Raises:
-        TypeError: `gamma` or `lam` is not a number.
+        TypeError: `gamma` or `lam` is not a number, or `ignore_index` is no int.
         ValueError: `gamma` or `lam` is outside its range.
 
     Example:
@@ -58,6 +58,7 @@ class OBF(OfClasses):
         share("gamma", self.gamma, zero=True)
         if self.lam is not None:
             share("lam", self.lam, zero=True, one=False)
+        whole("ignore_index", self.ignore_index, least=-LARGEST)
 
     def _labelled(self, logits: Tensor, labels: Tensor, ignore_index: int | None) -> Tensor:
         ignored, index, _ = of_labels(logits, labels, ignore_index)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bisam import targets as check
+from bisam.validation import LARGEST, whole
 
 Objective = Callable[[Any, Any], Tensor]
 """A function `(outputs, targets) -> losses` that returns one loss per example, or a scalar."""
@@ -126,9 +127,15 @@ class CrossEntropy(OfClasses):
 
     Args:
         ignore_index: label of examples that are ignored.
+
+    Raises:
+        TypeError: `ignore_index` is no int.
     """
 
     ignore_index: int = -100
+
+    def __post_init__(self) -> None:
+        whole("ignore_index", self.ignore_index, least=-LARGEST)
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Returns losses of the shape of the labels; zero where a label is `ignore_index`.
