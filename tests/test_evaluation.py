@@ -15,9 +15,11 @@ from bisam import (
     RSAM,
     SAF,
     SAM,
+    Accumulated,
     BiSAM,
     EBiSAM,
     Evaluation,
+    FunctionalSAM,
     ModelOracle,
     NegLog,
     SharpnessAware,
@@ -176,6 +178,17 @@ def test_a_loss_that_changes_the_outputs_is_evaluated_once():
         answer.correct  # noqa: B018
 
 
+@pytest.mark.parametrize("method", [SAM(L2(0.5)), MSAM(4), Accumulated(4, SAM(L2(0.5)))], ids=str)
+def test_outputs_that_a_loss_has_changed_are_known_where_parts_are_joined(method):
+    sharp = SharpnessAware(linear(), method, halved)
+    sharp(POINTS, LABELS)
+    assert sharp.clean.value.isfinite()
+    with pytest.raises(ValueError, match=CHANGED):
+        sharp.clean.under(cross_entropy)
+    with pytest.raises(ValueError, match=CHANGED):
+        sharp.clean.correct  # noqa: B018
+
+
 @pytest.mark.parametrize("method", [SAM(L2(0.5)), BiSAM(0.5), MSAM(4), KSAM(4)], ids=str)
 def test_a_loss_that_changes_the_outputs_trains_as_one_that_does_not(method):
     results = []
@@ -193,6 +206,7 @@ def test_a_loss_that_changes_the_outputs_trains_as_one_that_does_not(method):
 
 NOT_ONCE = [
     (ESAM(0.5, ascent=NegLog()), False),
+    (FunctionalSAM(0.5), False),
     (BiSAM(0.5), True),
     (MESA(), False),
     (SAF(epoch=1, examples=8, indices=lambda batch: torch.arange(8)), False),

@@ -101,11 +101,8 @@ class Evaluation:
                 return cast(Tensor, each(self._wide, self.targets))
         if self.losses.dim() == 1:
             return self.losses
-        losses, ignored = self.losses.flatten(1), getattr(self.objective, "ignore_index", None)
-        labels = isinstance(self.targets, Tensor) and not self.targets.is_floating_point()
-        if ignored is None or not labels or self.targets.shape != self.losses.shape:
-            return losses.mean(1)
-        return losses.sum(1) / (self.targets != ignored).flatten(1).sum(1).clamp_min(1)
+        losses, counted = self.losses.flatten(1), objectives.which_count(self.losses, self.targets, self.objective)
+        return losses.mean(1) if counted is None else losses.sum(1) / counted.flatten(1).sum(1).clamp_min(1)
 
     @property
     def correct(self) -> Tensor:
@@ -157,12 +154,16 @@ class Evaluation:
         Raises:
             ValueError: a loss has changed them in place.
         """
-        if self.versions not in (None, versions_of(self.outputs)):
+        if not self._is_as_returned:
             raise ValueError(
                 "the outputs of the model were changed in place after the forward pass, by a loss or by other code, so "
                 "that nothing else can be computed of them: let the loss work on a copy, outputs = outputs.clone()"
             )
         return self.outputs
+
+    @property
+    def _is_as_returned(self) -> bool:
+        return self.versions in (None, versions_of(self.outputs))
 
     @property
     def _wide(self) -> Any:
@@ -183,7 +184,12 @@ def join(parts: Sequence[Evaluation]) -> Evaluation:
     value = torch.stack([p.value * p.count for p in parts]).sum() / divisor(total)
     losses = torch.cat([p.losses for p in parts]) if parts[0].losses.dim() else value
     outputs, targets = (_joined([getattr(p, name) for p in parts]) for name in ("outputs", "targets"))
-    return Evaluation(losses, None, outputs, value, total, targets, parts[0].objective)
+    versions = None if all(p._is_as_returned for p in parts) else _CHANGED
+    return Evaluation(losses, None, outputs, value, total, targets, parts[0].objective, versions=versions)
+
+
+_CHANGED = (-1,)
+"""Versions that no outputs have: of copies of outputs that were changed before."""
 
 
 def _joined(parts: Sequence[Any]) -> Any:

@@ -477,7 +477,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "evaluation",
         "ignored_positions_count_in_an_example",
         "The loss of an example is the mean over all of its positions, ignored ones included.",
-        "losses.sum(1) / (self.targets != ignored).flatten(1).sum(1).clamp_min(1)",
+        "losses.sum(1) / counted.flatten(1).sum(1).clamp_min(1)",
         "losses.mean(1)",
     ),
     # Schedules.
@@ -1642,8 +1642,15 @@ MUTANTS: tuple[Mutant, ...] = (
         "evaluation",
         "changed_outputs_taken",
         "Another loss is evaluated on outputs that a loss has changed in place.",
-        "        if self.versions not in (None, versions_of(self.outputs)):\n",
+        "        if not self._is_as_returned:\n",
         "        if False:\n",
+    ),
+    Mutant(
+        "evaluation",
+        "changed_parts_of_outputs_joined",
+        "Of the parts of a batch, outputs that a loss has changed are joined as if they were those of the model.",
+        "    versions = None if all(p._is_as_returned for p in parts) else _CHANGED\n",
+        "    versions = None\n",
     ),
     Mutant(
         "model",

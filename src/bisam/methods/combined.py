@@ -494,8 +494,8 @@ class _Tangent:
     def of(cls, plain: Evaluation) -> _Tangent:
         _check_tangent(plain)
         assert plain.objective is not None
-        half = plain.outputs.dtype in (torch.float16, torch.bfloat16)
-        outputs = (plain.outputs.float() if half else plain.outputs).detach().requires_grad_()
+        half = (outputs := plain.outputs_of_model).dtype in (torch.float16, torch.bfloat16)
+        outputs = (outputs.float() if half else outputs).detach().requires_grad_()
         losses = plain.objective(outputs, plain.targets)
         counted = count(losses, plain.targets, plain.objective) if losses.dim() else plain.count  # on this rank
         value = mean(losses, counted)

@@ -73,6 +73,7 @@ from bisam.objectives.objective import (
     count_of_mean as count_of_mean,
     cross_entropy as cross_entropy,
     mean as mean,
+    which_count as which_count,
 )
 from bisam.objectives.positions import ExactMatch as ExactMatch, IoU as IoU, PerExample as PerExample
 from bisam.objectives.scores import Pairwise as Pairwise, Retrieval as Retrieval, Tolerance as Tolerance

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from bisam import schedules, targets as check
 from bisam.objectives.objective import OfClasses, at_step, of_classes, of_labels, wide
 from bisam.schedules import Schedule
-from bisam.validation import LARGEST, instance, positive, whole
+from bisam.validation import instance, positive
 
 GAMMA = math.log(math.e - 1)
 """The offset that makes the -log bound pass through the origin (Xie et al., 2024, eq. 15)."""
@@ -63,8 +63,8 @@ class LowerBound(OfClasses):
     ignore_index: int = field(default=-100, kw_only=True)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         instance("phi", self.phi, "a function from a tensor to one of the same shape")
-        whole("ignore_index", self.ignore_index, least=-LARGEST)
         if not callable(self.mu):
             return positive("mu", self.mu)
         schedules.check("mu", self.mu)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bisam.objectives.objective import OfClasses, of_labels
-from bisam.validation import LARGEST, share, whole
+from bisam.validation import share
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,10 @@ class OBF(OfClasses):
     ignore_index: int = field(default=-100, kw_only=True)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         share("gamma", self.gamma, zero=True)
         if self.lam is not None:
             share("lam", self.lam, zero=True, one=False)
-        whole("ignore_index", self.ignore_index, least=-LARGEST)
 
     def _labelled(self, logits: Tensor, labels: Tensor, ignore_index: int | None) -> Tensor:
         ignored, index, _ = of_labels(logits, labels, ignore_index)

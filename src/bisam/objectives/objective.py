@@ -37,10 +37,16 @@ def count(losses: Tensor, targets: Any, objective: Objective) -> Count:
         objective: `torch.nn.CrossEntropyLoss(reduction="none")` and the objectives in this module have an
             `ignore_index`.
     """
+    of_each = which_count(losses, targets, objective)
+    return losses.numel() if of_each is None else of_each.sum(dtype=torch.float32)
+
+
+def which_count(losses: Tensor, targets: Any, objective: Any) -> Tensor | None:
+    """Returns for each loss whether it counts, as `count` does; None if all do."""
     ignored = getattr(objective, "ignore_index", None)
     if ignored is None or not _are_labels(targets) or losses.shape != targets.shape:
-        return losses.numel()
-    return _not(ignored, targets)
+        return None
+    return targets != ignored
 
 
 def count_of_mean(targets: Any, objective: Objective) -> Count | None:
@@ -58,7 +64,7 @@ def count_of_mean(targets: Any, objective: Objective) -> Count | None:
         ignored = cast(nn.NLLLoss, objective).ignore_index
     else:
         return None
-    return _not(ignored, targets) if _are_labels(targets) else None
+    return (targets != ignored).sum(dtype=torch.float32) if _are_labels(targets) else None
 
 
 _FORWARDS = (nn.CrossEntropyLoss.forward, nn.NLLLoss.forward)
@@ -66,10 +72,6 @@ _FORWARDS = (nn.CrossEntropyLoss.forward, nn.NLLLoss.forward)
 
 def _is_plain_mean(objective: Any) -> bool:
     return objective.reduction == "mean" and objective.weight is None
-
-
-def _not(ignored: int, targets: Tensor) -> Tensor:
-    return (targets != ignored).sum(dtype=torch.float32)
 
 
 def _are_labels(targets: Any) -> bool:
@@ -93,6 +95,9 @@ class OfClasses:
     ignore_index: int
     _widens: ClassVar[bool] = False
     """Whether it takes logits of half precision for labels, and computes in float32 by itself, a part at a time."""
+
+    def __post_init__(self) -> None:
+        whole("ignore_index", self.ignore_index, least=-LARGEST)
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Returns the loss per example, in float32 or a wider type; zero where a label is `ignore_index`.
@@ -133,9 +138,6 @@ class CrossEntropy(OfClasses):
     """
 
     ignore_index: int = -100
-
-    def __post_init__(self) -> None:
-        whole("ignore_index", self.ignore_index, least=-LARGEST)
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Returns losses of the shape of the labels; zero where a label is `ignore_index`.

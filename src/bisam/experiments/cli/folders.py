@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,12 +38,9 @@ def check_folder(folder: Path, flag: str = "--to", remedy: str = "Give a folder"
     Raises:
         ValueError: a file is there or in its path, or it cannot be written.
     """
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        which = "is a file" if there == folder else f"cannot be made: {there} is a file"
-        raise ValueError(f"{flag} {folder} {which}. {remedy}")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"{flag} {folder} cannot be written: no permission for {there}. Give another folder")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{flag} {folder} is a file. {remedy}")
+    _check_place((folder, *folder.absolute().parents), f"{flag} {folder}", remedy)
 
 
 def check_file(file: Path, example: str, flag: str = "--to") -> None:
@@ -59,11 +56,16 @@ def check_file(file: Path, example: str, flag: str = "--to") -> None:
     """
     if file.is_dir():
         raise ValueError(f"{flag} {file} is a folder: give a file, such as {file / example}")
-    there = next(path for path in file.absolute().parents if path.exists())
+    _check_place(file.absolute().parents, f"{flag} {file}", "Give another place")
+
+
+def _check_place(folders: Iterable[Path], said: str, remedy: str) -> None:
+    """Check that the first of these folders that exists is one, and can be written."""
+    there = next(path for path in folders if path.exists())
     if not there.is_dir():
-        raise ValueError(f"{flag} {file} cannot be written: {there} is a file. Give another place")
+        raise ValueError(f"{said} cannot be made: {there} is a file. {remedy}")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"{flag} {file} cannot be written: no permission for {there}. Give another place")
+        raise ValueError(f"{said} cannot be written: no permission for {there}. {remedy}")
 
 
 def check_data_dir(recipes: Collection[Recipe], machine: Machine) -> None:
